@@ -1,0 +1,1 @@
+"""The selective scan: one signature, in plain torch."""
