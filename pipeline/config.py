@@ -1,0 +1,160 @@
+"""YAML and dotted overrides into frozen pydantic models; refusals that a person can act on.
+
+This floor imports nothing heavy: a misspelt key is refused before torch is loaded.
+Every room keeps its schemas in its own torch-free `config.py`; all of them derive from `Strict`.
+"""
+
+import difflib
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.errors import ConfigError
+
+
+class Strict(BaseModel):
+    """A value: unknown keys refused, frozen after validation, defaults validated like given values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain value of a YAML text; `where` names it in the refusal."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `values` with each `a.b=1` set; the right side is read as YAML."""
+    merged = _copy(values)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path or not all(path.split(".")):
+            raise ConfigError(f"override {override!r}: expected key=value, for example optim.lr=1e-3")
+        node = merged
+        *parents, leaf = path.split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                child = node[parent] = {}
+            node = child
+        node[leaf] = parse_yaml(text, f"override {override!r}")
+    return merged
+
+
+def load_config(schema: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
+    """Read `path`, apply `overrides`, validate; raises ConfigError with all problems at once."""
+    if not path.is_file():
+        near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        known = f"; there are {', '.join(str(p) for p in near)}" if near else ""
+        raise ConfigError(f"config {path} does not exist{known}")
+    values = parse_yaml(path.read_text(), str(path)) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    return validate(schema, apply_overrides(values, overrides), str(path))
+
+
+def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
+    """`values` as a `schema`; raises ConfigError with one line per problem."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(schema, detail) for detail in error.errors()]
+        head = f"{where}: {len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise ConfigError("\n  ".join([head, *dict.fromkeys(lines)])) from None
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved config as YAML: every field, in the order of the schema."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """`known`, nearest to `name` first."""
+    return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())
+
+
+def choose(kind: str, name: str, table: dict[str, Any]) -> Any:
+    """table[name]; an unknown name lists the known ones, nearest first."""
+    if name not in table:
+        raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(nearest(name, list(table)))}")
+    return table[name]
+
+
+def _copy(node: Any) -> Any:
+    return {k: _copy(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+
+def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
+    """One line that names the key, the value and the remedy."""
+    # Tags of unions appear in the location; they are no keys of the file.
+    path = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
+    name = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        known = _keys_at(schema, path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{name}: unknown key; {hint}(known: {', '.join(nearest(path[-1], known))})"
+    if detail["type"] == "missing":
+        return f"{name}: missing; add it to the file or give {name}=... on the command line"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if not name:
+        return message
+    value = detail["input"]
+    shown = f" = {value!r}" if not isinstance(value, dict | BaseModel) else ""
+    return f"{name}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The field names of every schema that may stand at `path`."""
+    schemas: list[type[BaseModel]] = [schema]
+    for part in path:
+        found: list[type[BaseModel]] = []
+        for model in schemas:
+            if part in model.model_fields:
+                found += _models_in(model.model_fields[part].annotation)
+        schemas = found or schemas
+    return list(dict.fromkeys(field for model in schemas for field in model.model_fields))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType) or get_args(annotation):
+        return [model for arg in get_args(annotation) for model in _models_in(arg)]
+    return []
