@@ -102,14 +102,13 @@ class ARM(nn.Module):
         x = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, rows, across, p, p)
         return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)[:, self.pixel_order]
 
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """(B, C, H, W): each predicted patch with the mean and spread of the true one; cluster 0 is the true one."""
+    def reconstruct(self, images: Tensor, predictions: Tensor) -> Tensor:
+        """(B, C, H, W): predictions with the mean and spread of the true patches; cluster 0, never predicted, is the true one."""
         patches = self.patches(images)
         _, mean, spread = standardise(patches)
         first = self.tokens_per_cluster
         drawn = patches.clone()
-        drawn[:, first:] = self(images).float() * spread[:, first:] + mean[:, first:]
+        drawn[:, first:] = predictions.float() * spread[:, first:] + mean[:, first:]
         rows, across = self.backbone.grid_size
         p = self.patch_size
         x = drawn[:, self.pixel_order.argsort()].unflatten(1, (rows, across)).unflatten(3, (p, p, -1))
@@ -132,8 +131,8 @@ def standardise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pixel_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error over images, tokens and pixels, in fp32. Predicting zero gives (P-1)/P on patches that vary."""
-    return F.mse_loss(predictions.float(), targets)
+    """Squared error in fp32, the mean of each image (B,) over tokens and pixels. Zeros give (P-1)/P on patches that vary."""
+    return F.mse_loss(predictions.float(), targets, reduction="none").mean((1, 2))
 
 
 def block_causal_mask(num_groups: int, tokens_per_group: int) -> Tensor:

@@ -84,7 +84,8 @@ class LyapEMA:
 
     def copy_to(self, module: nn.Module) -> None:
         """Write the whole teacher into `module` (collective), buffers from the student."""
-        self.engine.gather(self.teacher, {n: p.data for n, p in module.named_parameters() if p.requires_grad})
+        parameters = dict(module.named_parameters())
+        self.engine.gather(self.teacher, {name: parameters[name].data for name, _ in self.engine.named_parameters})
         student = dict(self.engine.module.named_buffers())
         for name, buffer in module.named_buffers():
             buffer.copy_(student[name])

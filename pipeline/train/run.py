@@ -14,16 +14,17 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 import yaml
 from pydantic import BaseModel
 
 from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, EnvironmentProblem
-from pipeline.train.distributed import World
+
+if TYPE_CHECKING:
+    from pipeline.train.distributed import World
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "safetensors")
 
@@ -31,7 +32,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy",
 class Run:
     """The folder of one stage of one experiment. Rank 0 writes; the others only know the paths."""
 
-    def __init__(self, folder: Path, config: BaseModel, world: World) -> None:
+    def __init__(self, folder: Path, config: BaseModel, world: "World") -> None:
         self.folder, self.world, self.config = folder, world, config
         self.checkpoints, self.export = folder / "checkpoints", folder / "export"
         self.config_sha256 = hashlib.sha256(dump_yaml(config).encode()).hexdigest()
@@ -68,11 +69,21 @@ class Run:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def last_row(self, prefix: str) -> dict[str, float]:
+        """The newest values whose names start with `prefix`, on rank 0; nothing elsewhere."""
+        path = self.folder / "metrics.jsonl"
+        if not self.world.is_main or not path.exists():
+            return {}
+        rows = (json.loads(line) for line in reversed(path.read_text().splitlines()))
+        return next((found for row in rows if (found := {k: v for k, v in row.items() if k.startswith(prefix)})), {})
+
     def write_json(self, name: str, value: Any) -> None:
         if self.world.is_main:
             _replace(self.folder / name, json.dumps(value, indent=1))
 
     def _environment(self) -> dict[str, Any]:
+        import torch
+
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return {
             "command": " ".join(sys.argv),
