@@ -45,7 +45,16 @@ def _reference(device: torch.device) -> Operators:
 
 
 def _native(device: torch.device) -> Operators:
-    raise Missing("the native kernel is not built yet")
+    from pipeline.ops.native.build import BuildError
+    from pipeline.ops.native.operators import Kernels
+
+    if device.type != "cpu":
+        raise Missing(f"the native kernel runs on the CPU, not on {device.type}")
+    try:
+        kernels = Kernels()
+    except BuildError as error:
+        raise Missing(str(error)) from error
+    return Operators(name="native", scan=kernels.scan, conv=kernels.conv)
 
 
 def _cuda(device: torch.device) -> Operators:
