@@ -31,11 +31,11 @@ class SemiTask(Task):
     """Cross-entropy on labels, plus cross-entropy on the teacher's confident pseudo-labels."""
 
     def __init__(self, engine: Engine, teacher: nn.Module, config: SemiConfig) -> None:
-        self.config, self.engine = config, engine
-        self.ema = LyapEMA(engine, config.ema)
+        self.config = config
+        self.ema = LyapEMA(engine.masters, engine.base_optimizer, config.ema, engine.all_reduce)
         # The working copy that answers; the teacher itself lies in fp32 beside the optimizer's shards.
         self.teacher = teacher.to(engine.world.device).eval().requires_grad_(False)
-        self.ema.copy_to(self.teacher)
+        engine.copy_weights(self.ema.teacher, self.teacher)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch], generator: Generator) -> StepOutput:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
@@ -61,7 +61,7 @@ class SemiTask(Task):
 
     def after_step(self, engine: Engine, step: int) -> dict[str, Mean]:
         report = self.ema.update()
-        self.ema.copy_to(self.teacher)
+        engine.copy_weights(self.ema.teacher, self.teacher)
         return report
 
     def sharded_state(self) -> dict[str, dict[Tensor, Tensor]]:
@@ -72,7 +72,7 @@ class SemiTask(Task):
 
     def load_state_dict(self, state: dict[str, Any], engine: Engine) -> None:
         self.ema.load_state_dict(state)
-        self.ema.copy_to(self.teacher)
+        engine.copy_weights(self.ema.teacher, self.teacher)
 
 
 def run(config: SemiConfig) -> None:

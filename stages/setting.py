@@ -96,7 +96,13 @@ class Setting:
         self._marked = True
 
     def loader(self, positions: np.ndarray, views: Callable[..., Any], *, global_batch: int, hide_labels: bool = False) -> Loader:
-        """An endless stream over manifest positions. Every stream shares the seed: their orders differ by their samples."""
+        """An endless stream over manifest positions. Every stream shares the seed: their orders differ by their samples.
+
+        A stream without labels is sampled uniformly: balancing its classes would tell them.
+        """
+        config = self.config.data.loader
+        if hide_labels:
+            config = config.model_copy(update={"sampling": "uniform"})
         return Loader(
             self.manifest,
             positions,
@@ -105,7 +111,7 @@ class Setting:
             world_size=self.world.size,
             seed=self.config.run.seed,
             views=views,
-            config=self.config.data.loader,
+            config=config,
             hide_labels=hide_labels,
         )
 

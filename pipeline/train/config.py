@@ -69,10 +69,10 @@ class LyapEMAConfig(Strict):
     norm: Literal["l2", "rms", "relative", "lag"] = Field(
         "lag", description="how |s-t| is measured; lag = in mean student steps, without dimension"
     )
-    gamma: float = Field(0.05, ge=0, description="sensitivity of the decay to the discrepancy")
+    gamma: float = Field(0.01, ge=0, description="sensitivity of the decay to the discrepancy")
     base_decay: float = Field(0.97, gt=0, lt=1, description="decay at no discrepancy (0.5 = the supplement); in mode ema, the decay")
     min_decay: float = Field(0.0, ge=0, lt=1)
-    max_decay: float = Field(0.9999, gt=0, lt=1)
+    max_decay: float = Field(0.999, gt=0, lt=1)
     pull: float = Field(0.0, ge=0, lt=1, description="lambda: the student's step towards the teacher, not scaled by lr")
     warmup_steps: NonNegativeInt = Field(20, description="steps with decay (1+k)/(10+k) and no guard")
     radius_steps: float = Field(50.0, gt=0, description="guard: smallest radius of the trust region, in mean student steps")

@@ -116,6 +116,14 @@ class Engine:
                     into[name].view(-1)[start : start + numel].copy_(part[position : position + numel])
                     position += numel
 
+    def copy_weights(self, tensors: Mapping[Tensor, Tensor], module: nn.Module) -> None:
+        """Write whole parameters, assembled as by `gather`, into a module of the same form; buffers from the model (collective)."""
+        parameters = dict(module.named_parameters())
+        self.gather(tensors, {name: parameters[name].data for name, _ in self.named_parameters})
+        own = dict(self.module.named_buffers())
+        for name, buffer in module.named_buffers():
+            buffer.copy_(own[name])
+
     def full_weights(self) -> dict[str, Tensor]:
         """The whole state dict on the CPU, parameters from the fp32 masters (collective; all ranks get it)."""
         shapes = {name: _full_shape(p) for name, p in self.named_parameters}

@@ -19,13 +19,13 @@ scalars a step.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.train.config import LyapEMAConfig
-from pipeline.train.engine import Engine
 from pipeline.train.task import Mean
 
 # The guard is exact in real numbers; rounding the fp32 teacher may exceed it by about an ulp of |t| over |d|.
@@ -35,18 +35,28 @@ STEP_HORIZON = 50
 
 
 class LyapEMA:
-    """The fp32 teacher of an engine's weights and its certificate. Call `update` after each real optimizer step."""
+    """The fp32 teacher and its certificate. Call `update` after each real optimizer step.
 
-    def __init__(self, engine: Engine, config: LyapEMAConfig) -> None:
-        self.engine, self.config = engine, config
-        self.teacher = {flat: flat.detach().clone() for flat in engine.masters}
-        self.num_weights = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for _, p in engine.named_parameters)
-        zero = torch.zeros((), dtype=torch.float64, device=engine.world.device)
+    `masters`: the fp32 tensors that `optimizer` steps, this rank's part of the weights; `all_reduce` sums a tensor over
+    the owners of the other parts. The teacher is {master: its average}, laid out alike.
+    """
+
+    def __init__(
+        self,
+        masters: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        config: LyapEMAConfig,
+        all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
+        self.config, self.all_reduce = config, all_reduce
+        self.teacher = {master: master.detach().clone() for master in masters}
+        zero = torch.zeros((), dtype=torch.float64, device=masters[0].device)
+        self.num_weights = all_reduce(zero + sum(master.numel() for master in masters))  # padding included
         self.radius, self.mean_step, self.updates = zero.clone(), zero.clone(), 0
         self._moved_squared = zero.clone()
         self._before: dict[Tensor, Tensor] = {}
-        engine.base_optimizer.register_step_pre_hook(self._before_step)
-        engine.base_optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
 
     # DeepSpeed steps the optimizer group by group; the hooks see the groups of one call.
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -63,7 +73,7 @@ class LyapEMA:
         """Move the teacher; returns the certificate's numbers, each a Mean of one."""
         distance_squared = torch.stack([squared_distance(s, t) for s, t in self.teacher.items()]).sum()
         reach = torch.stack([distance_squared, self._moved_squared, self._teacher_squared()])
-        distance, moved, size = self.engine.all_reduce(reach).sqrt().unbind()
+        distance, moved, size = self.all_reduce(reach).sqrt().unbind()
         self._moved_squared.zero_()
         horizon = min(self.updates + 1, STEP_HORIZON)
         self.mean_step += (moved - self.mean_step) / horizon
@@ -81,14 +91,6 @@ class LyapEMA:
             "ema/guard_hit": guarded.double(),
         }
         return {name: Mean(value, 1.0) for name, value in report.items()}
-
-    def copy_to(self, module: nn.Module) -> None:
-        """Write the whole teacher into `module` (collective), buffers from the student."""
-        parameters = dict(module.named_parameters())
-        self.engine.gather(self.teacher, {name: parameters[name].data for name, _ in self.engine.named_parameters})
-        student = dict(self.engine.module.named_buffers())
-        for name, buffer in module.named_buffers():
-            buffer.copy_(student[name])
 
     def state_dict(self) -> dict[str, float]:
         return {"radius": self.radius.item(), "mean_step": self.mean_step.item(), "updates": self.updates}
@@ -111,8 +113,9 @@ class LyapEMA:
             return torch.full_like(distance, 1 - alpha), torch.zeros_like(distance, dtype=torch.bool)
         if c.mode == "ema":
             return torch.full_like(distance, 1 - c.base_decay), torch.zeros_like(distance, dtype=torch.bool)
-        scale = {"l2": 1.0, "rms": math.sqrt(self.num_weights), "relative": size, "lag": self.mean_step}[c.norm]
-        discrepancy = distance / (scale if isinstance(scale, float) else scale.clamp(min=1e-30))
+        one = torch.ones_like(distance)
+        scale = {"l2": one, "rms": self.num_weights.sqrt(), "relative": size, "lag": self.mean_step}[c.norm]
+        discrepancy = distance / scale.clamp(min=1e-30)
         offset = math.log(c.base_decay / (1 - c.base_decay))
         one_minus_alpha = torch.sigmoid(-(offset + c.gamma * discrepancy)).clamp(1 - c.max_decay, 1 - c.min_decay)
         if c.mode == "lyap":
