@@ -52,6 +52,7 @@ class Engine:
         self.named_parameters = [(n, p) for n, p in self._deepspeed.module.named_parameters() if p.requires_grad]
         self.shards = self._find_shards()
         self.replicated = config.zero_stage == 0 or world.size == 1
+        self._norm = torch.zeros(())
         self._layout: list[list[tuple[str, int, int]]] | None = None
 
     @property
@@ -77,13 +78,14 @@ class Engine:
             group["lr"] = lr * group["lr_scale"]
         before = self._deepspeed.skipped_steps
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        if boundary and self.config.zero_stage == 0:  # where DeepSpeed keeps no norm
+            self._norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.named_parameters if p.grad is not None])
         self._deepspeed.step()
         return bool(boundary) and self._deepspeed.skipped_steps == before
 
-    def grad_norm(self) -> float | None:
-        """Global norm before clipping at the last update; none where DeepSpeed computes none (ZeRO 0, no clipping)."""
-        norm = self._deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def grad_norm(self) -> float:
+        """Global norm of the gradient, before clipping, at the last update."""
+        return float(self._norm if self.config.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
 
     def all_reduce(self, value: Tensor) -> Tensor:
         """Sum over the owners of shards: over ranks, or as it is where every rank holds everything."""

@@ -54,7 +54,7 @@ def fit(
     progress = Progress(run.folder.name, done=step, total=loop.steps, shown=world.is_main)
     lr_at = warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps)
     batches = {name: stream.batches(step) for name, stream in streams.items()}
-    meter = Meter(world, loop.global_batch)
+    meter = Meter(world)
     last_save = step
 
     def save() -> int:
@@ -77,14 +77,13 @@ def fit(
             if moved:
                 meter.add(task.after_step(engine, step))
             step += 1
-            meter.steps += 1
+            meter.count(sum(map(len, drawn.values())))
             progress.advance()
             last = step == loop.steps
 
             if step % loop.log_every == 0 or last:
-                row = meter.flush() | {"train/lr": lr, "step": step, "samples": step * loop.global_batch}
-                if (norm := engine.grad_norm()) is not None:
-                    row["train/grad_norm"] = norm
+                row = meter.flush() | {"train/lr": lr, "train/grad_norm": engine.grad_norm()}
+                row |= {"step": step, "samples": step * loop.global_batch}
                 _refuse_non_finite(row, step)
                 run.append_metrics(row)
                 board.scalars(row, step)
@@ -128,18 +127,23 @@ def _refuse_non_finite(row: dict[str, float], step: int) -> None:
 class Meter:
     """Means since the last flush, over all ranks, by counts. Nothing is read from the device before `flush`."""
 
-    def __init__(self, world: World, global_batch: int) -> None:
-        self.world, self.global_batch = world, global_batch
+    def __init__(self, world: World) -> None:
+        self.world = world
         self._reset()
 
     def _reset(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._started, self.steps = time.monotonic(), 0
+        self._started, self._steps, self._images = time.monotonic(), 0, 0
 
     def add(self, metrics: dict[str, Mean]) -> None:
         for name, mean in metrics.items():
             pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.world.device) for x in mean])
             self._sums[name] = self._sums.get(name, 0) + pair
+
+    def count(self, images: int) -> None:
+        """A step is done, for which this rank read so many images (of all streams)."""
+        self._steps += 1
+        self._images += images
 
     def flush(self) -> dict[str, float]:
         """name -> mean (collective: all ranks have metered the same names); a mean of nothing is left out."""
@@ -150,7 +154,7 @@ class Meter:
         rows = table.tolist()
         seconds = time.monotonic() - self._started
         means = {name: total / count for name, (total, count) in zip(names, rows, strict=True) if count}
-        means["perf/step_seconds"] = seconds / self.steps
-        means["perf/images_per_second"] = self.steps * self.global_batch / seconds
+        means["perf/step_seconds"] = seconds / self._steps
+        means["perf/images_per_second"] = self._images * self.world.size / seconds
         self._reset()
         return means
