@@ -25,7 +25,16 @@ def run(seeds: Sequence[int], nproc: int) -> int:
     experiments = []
     for seed in seeds:
         split = DATA / f"split-seed{seed}.json"
-        data(["split", str(DATA / "train"), "--out", str(split), *"--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed".split(), str(seed)])
+        data(
+            [
+                "split",
+                str(DATA / "train"),
+                "--out",
+                str(split),
+                *"--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed".split(),
+                str(seed),
+            ]
+        )
         experiments.append(f"demo-seed{seed}")
         for stage in ("arm", "distill", "semi"):
             print(f"\n== seed {seed}, stage {stage} ==", flush=True)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -54,7 +54,9 @@ def spawn(command: Sequence[str], nproc: int) -> int:
         )
         for rank in range(nproc)
     ]
-    previous = {s: signal.signal(s, _relay(ranks)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    previous = {
+        s: signal.signal(s, _relay(ranks)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    }
     try:
         return _wait(ranks)
     finally:
@@ -74,7 +76,11 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
                 _wait_all(ranks, GRACE_SECONDS)
                 return code
             if code < 0:
-                print(f"error: rank {rank} was killed by {signal.Signals(-code).name}; the others are ended", file=sys.stderr, flush=True)
+                print(
+                    f"error: rank {rank} was killed by {signal.Signals(-code).name}; the others are ended",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 return DistributedFailure.exit_code
             return code
         if all(code == 0 for code in codes):
@@ -82,7 +88,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
 
 
-def _relay(ranks: list[subprocess.Popen[bytes]]):  # type: ignore[no-untyped-def]
+def _relay(ranks: list[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
     def relay(number: int, frame: FrameType | None) -> None:
         for rank in ranks:
             if rank.poll() is None:

@@ -19,7 +19,9 @@ from stages.check import check, is_complete
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", metavar="STAGE", help=" | ".join(STAGES))
     parser.add_argument("config", type=Path, metavar="CONFIG", help="for example configs/arm/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")
@@ -31,7 +33,9 @@ def main(arguments: list[str]) -> int:
         if is_complete(given.stage, config):
             return 0
         check(given.stage, config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        logging.basicConfig(level=logging.INFO if rank == "0" else logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(
+            level=logging.INFO if rank == "0" else logging.WARNING, format="%(message)s", stream=sys.stderr
+        )
         importlib.import_module(stage.module).run(config)
     except PipelineError as error:
         # Of an interruption every rank would say the same.

@@ -18,7 +18,6 @@ from pipeline.evaluate.metrics import mean_loss
 from pipeline.models.arm import ARM, pixel_loss
 from pipeline.observe.pictures import write_grid
 from pipeline.observe.tensorboard import Board
-from pipeline.train.engine import Engine
 from pipeline.train.task import StepOutput, Task
 from stages.configs import ArmConfig
 from stages.setting import Setting
@@ -47,15 +46,24 @@ def run(config: ArmConfig) -> None:
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
             model = s.engine.model
-            loss = mean_loss(model, s.evaluation(s.manifest, held_out, size), lambda p, x: pixel_loss(p, arm.targets(x)), s.world.device)
+            loss = mean_loss(
+                model,
+                s.evaluation(s.manifest, held_out, size),
+                lambda p, x: pixel_loss(p, arm.targets(x)),
+                s.world.device,
+            )
             pictures = reconstructions(model, arm, s.pictures(held_out, NUM_PICTURES, size))
             if s.world.is_main:
                 path = s.run.folder / "report" / "reconstructions.png"
-                board.image("reconstructions", write_grid(path, pictures, mean=config.data.mean, std=config.data.std), step)
+                board.image(
+                    "reconstructions", write_grid(path, pictures, mean=config.data.mean, std=config.data.std), step
+                )
             return {"val/loss": loss}
 
         s.train(arm, lambda engine: ArmTask(arm), streams, evaluate)
-        s.export(s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured)
+        s.export(
+            s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured
+        )
 
 
 @torch.no_grad()

@@ -33,11 +33,13 @@ def check(stage: str, config: StageConfig, world_size: int) -> None:
             f"data.loader.lanes {config.data.loader.lanes} must be a multiple of the {world_size} processes; change either"
         )
     refuse_other_config(config.run.folder(stage), config)
-    manifest, split, parts = open_data(config)
+    manifest, _, parts = open_data(config)
     if config.data.test is not None:
         test = read_manifest(config.data.test)
         if test.classes != manifest.classes:
-            raise HandoverError(f"{config.data.test} and {config.data.train} name different classes; convert them with the same class list")
+            raise HandoverError(
+                f"{config.data.test} and {config.data.train} name different classes; convert them with the same class list"
+            )
     for role, folder in config.parents().items():
         card = Card.read(folder, remedy=_remedy(config, folder))
         card.verify(folder)
@@ -49,12 +51,16 @@ def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manif
     card.check_preprocessing(config.data.preprocessing, folder)
     card.check_classes(manifest.classes, folder)
     if card.kind != "classifier" and (role == "teacher" or isinstance(config, SemiConfig)):
-        raise HandoverError(f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill")
+        raise HandoverError(
+            f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill"
+        )
     if isinstance(config, DistillConfig) and role == "init_from":
         for name in ("embed_dim", "depth", "d_state", "d_conv", "expand", "mlp", "norm", "patch_size", "in_chans"):
             there, here = getattr(card.model, name), getattr(config.model, name)
             if there != here:
-                raise HandoverError(f"{folder} has model.{name} = {there!r}, this config {here!r}; make them alike, or start from another export")
+                raise HandoverError(
+                    f"{folder} has model.{name} = {there!r}, this config {here!r}; make them alike, or start from another export"
+                )
     return card.check_labels(folder, manifest.hash, parts.labelled, allow_more=not config.claimed_labels())
 
 
@@ -71,7 +77,9 @@ def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Parts]:
 def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:
     """(samples per process and micro-batch, micro-batches per step). The global batch is the config's; the rest follows."""
     if global_batch % world_size:
-        raise ConfigError(f"loop.global_batch {global_batch} must be a multiple of the {world_size} processes; change either")
+        raise ConfigError(
+            f"loop.global_batch {global_batch} must be a multiple of the {world_size} processes; change either"
+        )
     share = global_batch // world_size
     accumulation = -(-share // (micro_batch or share))
     if share % accumulation:
@@ -86,7 +94,11 @@ def is_complete(stage: str, config: StageConfig) -> bool:
     """Whether this very run has been finished; says so. Raises ConfigError if the folder holds another run."""
     folder = config.run.folder(stage)
     status = folder / "status.json"
-    if not (folder / "export" / CARD).is_file() or not status.is_file() or json.loads(status.read_text())["state"] != "complete":
+    if (
+        not (folder / "export" / CARD).is_file()
+        or not status.is_file()
+        or json.loads(status.read_text())["state"] != "complete"
+    ):
         return False
     refuse_other_config(folder, config)
     print(f"{folder}: complete already, its export is reused", flush=True)

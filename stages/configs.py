@@ -81,7 +81,9 @@ class TeacherConfig(Strict):
 
     export: str | None = Field(None, description="folder, or stage name")
     timm: str | None = Field(None, description="timm model name, for example regnety_160.deit_in1k")
-    weights: Path | None = Field(None, description="its weights file (safetensors or a plain state dict): nothing is downloaded")
+    weights: Path | None = Field(
+        None, description="its weights file (safetensors or a plain state dict): nothing is downloaded"
+    )
     kind: Literal["hard", "soft"] = "hard"
     weight: float = Field(0.5, ge=0, le=1, description="share of the teacher's loss; the labels have the rest")
     temperature: float = Field(1.0, gt=0, description="of soft targets")
@@ -96,14 +98,16 @@ class TeacherConfig(Strict):
 
 
 class DistillConfig(StageConfig):
-    """Stage 2: supervised training on the `labelled` stream, from a pretrained export or from scratch, with or without a teacher."""
+    """Stage 2: supervised training on the `labelled` stream, from an export or from scratch, with or without a teacher."""
 
     model: VisionMambaConfig
     init_from: str | None = Field(None, description="folder, or stage name; none = from scratch")
     teacher: TeacherConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    allow_more_labels: bool = Field(False, description="accept parents that saw labels outside data.split; marks the result")
+    allow_more_labels: bool = Field(
+        False, description="accept parents that saw labels outside data.split; marks the result"
+    )
 
     def parents(self) -> dict[str, Path]:
         found = {}
@@ -127,10 +131,14 @@ class SemiConfig(StageConfig):
     drop_path: float | None = Field(None, ge=0, lt=1, description="none = the parent's")
     threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label counts (tau)")
     unlabelled_ratio: PositiveInt = Field(5, description="unlabelled samples per labelled one in a step (mu)")
-    unlabelled_weight: float = Field(5.0, ge=0, description="of the unlabelled loss, a mean over the whole unlabelled batch")
+    unlabelled_weight: float = Field(
+        5.0, ge=0, description="of the unlabelled loss, a mean over the whole unlabelled batch"
+    )
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     export: Literal["teacher", "student"] = "teacher"
-    allow_more_labels: bool = Field(False, description="accept parents that saw labels outside data.split; marks the result")
+    allow_more_labels: bool = Field(
+        False, description="accept parents that saw labels outside data.split; marks the result"
+    )
 
     @model_validator(mode="after")
     def _split(self) -> Self:

@@ -45,7 +45,9 @@ class DistillTask(Task):
 
 def run(config: DistillConfig) -> None:
     with Setting("distill", config) as s:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": len(s.manifest.classes)})})
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"num_classes": len(s.manifest.classes)})}
+        )
         size = config.model.image_size
         model = build_from_config(config.model)
         if config.init_from:

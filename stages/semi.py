@@ -78,7 +78,9 @@ class SemiTask(Task):
 def run(config: SemiConfig) -> None:
     with Setting("semi", config) as s:
         parent, card = s.parent("init_from"), s.parent_card("init_from")
-        shape = card.model if config.drop_path is None else card.model.model_copy(update={"drop_path": config.drop_path})
+        shape = (
+            card.model if config.drop_path is None else card.model.model_copy(update={"drop_path": config.drop_path})
+        )
         size, data = shape.image_size, config.data
         model = build_from_config(shape)
         transfer(parent, model, config.parents()["init_from"])
@@ -87,7 +89,9 @@ def run(config: SemiConfig) -> None:
         labelled, ratio = config.loop.global_batch, config.unlabelled_ratio
         streams = {
             "labelled": s.loader(s.parts.labelled, strong, global_batch=labelled),
-            "unlabelled": s.loader(s.parts.unlabelled, pair_views(weak, strong), global_batch=ratio * labelled, hide_labels=True),
+            "unlabelled": s.loader(
+                s.parts.unlabelled, pair_views(weak, strong), global_batch=ratio * labelled, hide_labels=True
+            ),
         }
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
@@ -96,5 +100,9 @@ def run(config: SemiConfig) -> None:
         task = s.train(model, lambda engine: SemiTask(engine, teacher, config), streams, evaluate)
         measured = s.measured | s.test({"student": s.engine.model, "teacher": teacher}, size)
         student_weights = s.engine.full_weights()
-        weights = student_weights if config.export == "student" else {k: v.cpu() for k, v in task.teacher.state_dict().items()}
+        weights = (
+            student_weights
+            if config.export == "student"
+            else {k: v.cpu() for k, v in task.teacher.state_dict().items()}
+        )
         s.export(weights, model=shape, uses_labels=True, measured=measured)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.transforms import eval_views
+from pipeline.data.transforms import View, eval_views
 from pipeline.errors import HandoverError, Interrupted, PipelineError
 from pipeline.evaluate import metrics
 from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, positions_seen
@@ -49,7 +49,9 @@ class Setting:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             # No collective here: other ranks may be in the middle of one.
             if not isinstance(error, Interrupted):
@@ -95,7 +97,7 @@ class Setting:
         self._labels[name] = (seen, None)
         self._marked = True
 
-    def loader(self, positions: np.ndarray, views: Callable[..., Any], *, global_batch: int, hide_labels: bool = False) -> Loader:
+    def loader(self, positions: np.ndarray, views: View, *, global_batch: int, hide_labels: bool = False) -> Loader:
         """An endless stream over manifest positions. Every stream shares the seed: their orders differ by their samples.
 
         A stream without labels is sampled uniformly: balancing its classes would tell them.
@@ -115,11 +117,15 @@ class Setting:
             hide_labels=hide_labels,
         )
 
-    def train(self, model: nn.Module, task_of: Callable[[Engine], T], streams: Mapping[str, Loader], evaluate: Evaluate) -> T:
+    def train(
+        self, model: nn.Module, task_of: Callable[[Engine], T], streams: Mapping[str, Loader], evaluate: Evaluate
+    ) -> T:
         """Run the loop to its last step; the engine lives on for the export."""
         c = self.config
         micro_batch, accumulation = derive_batches(c.loop.global_batch, self.world.size, c.engine.micro_batch)
-        self._engine = Engine(model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation)
+        self._engine = Engine(
+            model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation
+        )
         task = task_of(self.engine)
         fit(
             task,
@@ -139,17 +145,26 @@ class Setting:
         """Every sample once over the ranks, as many batches on each."""
         views = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
         return evaluation_batches(
-            manifest, positions, batch_size=self.config.data.eval_batch, rank=self.world.rank, world_size=self.world.size, views=views
+            manifest,
+            positions,
+            batch_size=self.config.data.eval_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            views=views,
         )
 
-    def confusion(self, model: nn.Module, manifest: Manifest, positions: np.ndarray, image_size: tuple[int, int]) -> Tensor:
+    def confusion(
+        self, model: nn.Module, manifest: Manifest, positions: np.ndarray, image_size: tuple[int, int]
+    ) -> Tensor:
         """Counts of a classifier over samples of a manifest (collective), in fp32: what an export will say."""
         batches = self.evaluation(manifest, positions, image_size)
         return metrics.confusion(model, batches, len(manifest.classes), self.world.device)
 
     def groups(self) -> dict[str, np.ndarray]:
         """Head, medium and tail by the labels this stage trains on."""
-        return metrics.thirds(np.bincount(self.manifest.labels[self.parts.labelled], minlength=len(self.manifest.classes)))
+        return metrics.thirds(
+            np.bincount(self.manifest.labels[self.parts.labelled], minlength=len(self.manifest.classes))
+        )
 
     def validate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
         """val/top1, val/tail, ... of each model on the validation part; names other than `student` are prefixed."""
@@ -171,7 +186,11 @@ class Setting:
             name: metrics.report(self.confusion(model, test, everything, image_size), self.groups(), test.classes)
             for name, model in models.items()
         }
-        protocol = {"dataset": test.hash, "split": self.split.hash if self.split else None, "protocol": self.split.protocol if self.split else "all labelled"}
+        protocol = {
+            "dataset": test.hash,
+            "split": self.split.hash if self.split else None,
+            "protocol": self.split.protocol if self.split else "all labelled",
+        }
         self.run.write_json("evaluation.json", {**protocol, "models": results})
         return {f"test/{name}_top1": result["top1"] for name, result in results.items()}
 
@@ -205,14 +224,18 @@ class Setting:
                     commit=self.run.commit,
                     dataset=self.manifest.hash,
                     split=self.split.hash if self.split else None,
-                    parents=tuple(Parent(role=role, path=str(p), weights_sha256=c.weights_sha256) for role, p, c in self._parents),  # type: ignore[arg-type]
+                    parents=tuple(
+                        Parent(role=role, path=str(p), weights_sha256=c.weights_sha256) for role, p, c in self._parents
+                    ),
                 ),
                 labels_seen=tuple(seen for seen, _ in self._labels.values()),
                 more_labels_than_claimed=self._marked,
                 metrics=measured,
             )
             labels = {name: positions for name, (_, positions) in self._labels.items() if positions is not None}
-            write_export(self.run.export, card=card, weights=weights, probe_images=self._probe(model.image_size), labels=labels)
+            write_export(
+                self.run.export, card=card, weights=weights, probe_images=self._probe(model.image_size), labels=labels
+            )
             logger.info("exported %s", self.run.export)
         self.run.status("complete", step=self.config.loop.steps, steps=self.config.loop.steps)
 

@@ -29,7 +29,11 @@ class Stages:
         self.runs, self.digits = runs, digits
 
     def overrides(self, *more: str) -> list[str]:
-        data = [f"data.train={self.digits / 'train'}", f"data.test={self.digits / 'test'}", f"data.split={self.digits / 'split.json'}"]
+        data = [
+            f"data.train={self.digits / 'train'}",
+            f"data.test={self.digits / 'test'}",
+            f"data.split={self.digits / 'split.json'}",
+        ]
         return [f"run.root={self.runs}", *data, *more]
 
     def command(self, stage: str, *more: str, nproc: int = 1, config: str = "smoke") -> list[str]:
@@ -38,7 +42,14 @@ class Stages:
         return [sys.executable, *head, stage, f"configs/{stage}/{config}.yaml", *self.overrides(*more), *tail]
 
     def run(self, stage: str, *more: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(stage, *more, nproc=nproc), cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        return subprocess.run(
+            self.command(stage, *more, nproc=nproc),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            check=False,
+        )
 
     def complete(self, stage: str, *more: str, nproc: int = 1) -> Path:
         """Run to the end and return the run's folder."""

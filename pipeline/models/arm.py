@@ -17,7 +17,15 @@ from pipeline.models.config import DecoderConfig, VisionMambaConfig, check_clust
 from pipeline.models.vision_mamba import VisionMamba, cluster_order, sincos_positions
 
 # What fine-tuning builds anew: a pretrained backbone has no classifier, no final norm and no cls token.
-PRETRAINING_FORM = {"directions": 1, "order": "cluster", "cls_token": "none", "pool": "mean", "pos_embed": "sincos", "num_classes": 0, "drop_path": 0.0}
+PRETRAINING_FORM = {
+    "directions": 1,
+    "order": "cluster",
+    "cls_token": "none",
+    "pool": "mean",
+    "pos_embed": "sincos",
+    "num_classes": 0,
+    "drop_path": 0.0,
+}
 
 
 class CrossAttentionBlock(nn.Module):
@@ -36,7 +44,9 @@ class CrossAttentionBlock(nn.Module):
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         keys, values = self.kv(self.norm_kv(kv)).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(heads(self.q(self.norm_q(q))), heads(keys), heads(values), attn_mask=mask)
+        attended = F.scaled_dot_product_attention(
+            heads(self.q(self.norm_q(q))), heads(keys), heads(values), attn_mask=mask
+        )
         q = q + self.proj(attended.transpose(1, 2).flatten(2))
         return q + self.mlp(self.norm_mlp(q))
 
@@ -46,6 +56,7 @@ class ARM(nn.Module):
 
     mask: Tensor
     pixel_order: Tensor
+    positions: Tensor
 
     def __init__(self, backbone: VisionMambaConfig, decoder: DecoderConfig) -> None:
         super().__init__()
@@ -61,13 +72,19 @@ class ARM(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.taps)
         self.to_decoder = nn.Linear(len(self.taps) * dim, width * decoder.depth)
         self.query = nn.Parameter(torch.empty(1, 1, width))
-        self.blocks = nn.ModuleList(CrossAttentionBlock(width, decoder.num_heads, decoder.mlp_ratio) for _ in range(decoder.depth))
+        self.blocks = nn.ModuleList(
+            CrossAttentionBlock(width, decoder.num_heads, decoder.mlp_ratio) for _ in range(decoder.depth)
+        )
         self.norm = nn.LayerNorm(width)
         self.to_pixels = nn.Linear(width, backbone.patch_size**2 * backbone.in_chans)
         order = cluster_order(grid, side)
         self.register_buffer("pixel_order", order, persistent=False)
-        self.register_buffer("positions", sincos_positions(grid, width)[:, order[self.tokens_per_cluster :]], persistent=False)
-        self.register_buffer("mask", block_causal_mask(self.num_clusters - 1, self.tokens_per_cluster), persistent=False)
+        self.register_buffer(
+            "positions", sincos_positions(grid, width)[:, order[self.tokens_per_cluster :]], persistent=False
+        )
+        self.register_buffer(
+            "mask", block_causal_mask(self.num_clusters - 1, self.tokens_per_cluster), persistent=False
+        )
         self._reset_decoder()
 
     def _reset_decoder(self) -> None:

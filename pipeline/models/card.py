@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.config import Strict
 from pipeline.errors import HandoverError
@@ -39,7 +39,7 @@ class LabelsSeen(Strict):
 
 
 class Parent(Strict):
-    role: Literal["init_from", "teacher"]
+    role: str  # init_from or teacher
     path: str
     weights_sha256: str
 
@@ -65,7 +65,7 @@ class Card(Strict):
     lineage: Lineage
     labels_seen: tuple[LabelsSeen, ...]
     more_labels_than_claimed: bool = False
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, remedy: str = "") -> Self:
@@ -130,7 +130,9 @@ def positions_seen(folder: Path, seen: LabelsSeen) -> np.ndarray:
     try:
         positions = np.load(path, allow_pickle=False)
     except (OSError, ValueError):
-        raise HandoverError(f"{folder} names a label split but {path.name} is missing or damaged; export it again") from None
+        raise HandoverError(
+            f"{folder} names a label split but {path.name} is missing or damaged; export it again"
+        ) from None
     if len(positions) != seen.count:
         raise HandoverError(f"{path} holds {len(positions)} positions, the card says {seen.count}; export it again")
     return positions

@@ -32,7 +32,9 @@ class VisionMambaConfig(Strict):
     """A Vision Mamba. Fields left out take the value of the variant `name`, then the default below."""
 
     name: str
-    image_size: tuple[PositiveInt, PositiveInt] = Field((224, 224), description="(height, width) in pixels; a number means square")
+    image_size: tuple[PositiveInt, PositiveInt] = Field(
+        (224, 224), description="(height, width) in pixels; a number means square"
+    )
     patch_size: PositiveInt = Field(16, description="pixels")
     stride: PositiveInt | None = Field(None, description="pixels between patches; none = patch_size")
     in_chans: PositiveInt = 3
@@ -47,7 +49,9 @@ class VisionMambaConfig(Strict):
     mlp: Literal["none", "swiglu"] = "none"
     norm: Literal["rms", "layer"] = "rms"
     cls_token: Literal["middle", "none"] = "middle"
-    pool: Literal["cls", "mean"] = Field("cls", description="what the head reads: the cls token, or the mean of the patches")
+    pool: Literal["cls", "mean"] = Field(
+        "cls", description="what the head reads: the cls token, or the mean of the patches"
+    )
     pos_embed: Literal["learned", "sincos"] = "learned"
     drop_path: float = Field(0.0, ge=0, lt=1)
     num_classes: int = Field(1000, ge=0)
@@ -85,7 +89,10 @@ class VisionMambaConfig(Strict):
     def grid_size(self) -> tuple[int, int]:
         """Patches (down, across)."""
         stride = self.stride or self.patch_size
-        return ((self.image_size[0] - self.patch_size) // stride + 1, (self.image_size[1] - self.patch_size) // stride + 1)
+        return (
+            (self.image_size[0] - self.patch_size) // stride + 1,
+            (self.image_size[1] - self.patch_size) // stride + 1,
+        )
 
 
 class DecoderConfig(Strict):
@@ -95,7 +102,9 @@ class DecoderConfig(Strict):
     depth: PositiveInt = 4
     num_heads: PositiveInt = 8
     mlp_ratio: float = Field(4.0, gt=0)
-    taps: tuple[PositiveInt, ...] | None = Field(None, description="blocks read, counted from 1; none = 1/2, 2/3, 5/6, 1 of the depth")
+    taps: tuple[PositiveInt, ...] | None = Field(
+        None, description="blocks read, counted from 1; none = 1/2, 2/3, 5/6, 1 of the depth"
+    )
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -112,7 +121,9 @@ def default_taps(depth: int) -> tuple[int, ...]:
 def check_clusters(model: VisionMambaConfig) -> None:
     """Raises ValueError unless the grid of patches is a whole number (two at least) of whole clusters."""
     if model.stride not in (None, model.patch_size):
-        raise ValueError(f"clusters need patches that do not overlap; stride is {model.stride}, patch_size {model.patch_size}")
+        raise ValueError(
+            f"clusters need patches that do not overlap; stride is {model.stride}, patch_size {model.patch_size}"
+        )
     if model.cluster_size % model.patch_size:
         raise ValueError(f"cluster_size {model.cluster_size} must be a multiple of patch_size {model.patch_size}")
     if any(side % model.cluster_size for side in model.image_size):

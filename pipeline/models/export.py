@@ -102,24 +102,28 @@ class Transfer:
     dropped: list[str]
 
     def __str__(self) -> str:
-        fresh, dropped = ", ".join(sorted(self.fresh)) or "none", ", ".join(sorted({d.split(".")[0] for d in self.dropped})) or "none"
+        fresh, dropped = (
+            ", ".join(sorted(self.fresh)) or "none",
+            ", ".join(sorted({d.split(".")[0] for d in self.dropped})) or "none",
+        )
         return f"loaded {len(self.loaded)}/{len(self.loaded) + len(self.fresh)} tensors; new: {fresh}; left behind: {dropped}"
 
 
-def transfer(source: nn.Module, target: VisionMamba, where: Path) -> Transfer:
-    """Load `target` from an exported model: a classifier whole, or a pretrainer's backbone (ARM 2.4).
+def transfer(source: nn.Module, target: nn.Module, where: Path) -> Transfer:
+    """Load the Vision Mamba `target` from an exported model: a classifier whole, or a pretrainer's backbone (ARM 2.4).
 
     From a pretrainer, the one direction's parameters start all directions, positions are resized to the new grid
     with an empty slot for the cls token, and FRESH is left as initialised. Raises HandoverError for any other
     key or shape that does not fit.
     """
+    assert isinstance(target, VisionMamba)
     weights = source.state_dict()
     dropped: list[str] = []
     if isinstance(source, ARM):
         dropped = [k for k in weights if k.startswith(DROPPED)]
         weights = {k.removeprefix("backbone."): v for k, v in weights.items() if k not in dropped}
         weights["pos_embed"] = resize_positions(weights["pos_embed"], source.backbone.grid_size, target)
-        allowed = FRESH
+        allowed: tuple[str, ...] = FRESH
     else:
         allowed = ()
     wanted = target.state_dict()
@@ -127,7 +131,11 @@ def transfer(source: nn.Module, target: VisionMamba, where: Path) -> Transfer:
         origin = _first_direction(key)
         if isinstance(source, ARM) and key not in weights and origin in weights:
             weights[key] = weights[origin].clone()
-    problems = [f"{k} is {tuple(weights[k].shape)} there and {tuple(v.shape)} here" for k, v in wanted.items() if k in weights and weights[k].shape != v.shape]
+    problems = [
+        f"{k} is {tuple(weights[k].shape)} there and {tuple(v.shape)} here"
+        for k, v in wanted.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
     problems += [f"{k} is missing" for k in wanted if k not in weights and not k.startswith(allowed)]
     problems += [f"{k} has no place here" for k in weights if k not in wanted]
     if problems:
@@ -137,7 +145,9 @@ def transfer(source: nn.Module, target: VisionMamba, where: Path) -> Transfer:
             + "; set model.* as the export's model.json says, or start from another export"
         )
     target.load_state_dict(weights, strict=False)
-    report = Transfer(loaded=[k for k in wanted if k in weights], fresh=[k for k in wanted if k not in weights], dropped=dropped)
+    report = Transfer(
+        loaded=[k for k in wanted if k in weights], fresh=[k for k in wanted if k not in weights], dropped=dropped
+    )
     logger.info("init_from %s: %s", where, report)
     return report
 

@@ -1,6 +1,7 @@
 """Frozen teachers from timm. A teacher from one of our exports is simply `export.load_export`."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,11 +19,15 @@ def timm_teacher(name: str, weights: Path, num_classes: int) -> nn.Module:
         close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5])
         raise HandoverError(f"timm has no model {name!r}" + (f"; near it: {close}" if close else ""))
     if not weights.is_file():
-        raise HandoverError(f"no weights at {weights} for the teacher {name}; put the file there: nothing is downloaded")
+        raise HandoverError(
+            f"no weights at {weights} for the teacher {name}; put the file there: nothing is downloaded"
+        )
     model = timm.create_model(name, pretrained=False, num_classes=num_classes)
     try:
-        state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
+        state: Any = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
         model.load_state_dict(state.get("model", state))
     except Exception as error:  # three libraries, each with its own way to say that a file does not fit
-        raise HandoverError(f"{weights} does not fit timm's {name} with {num_classes} classes: {str(error).splitlines()[0]}") from error
+        raise HandoverError(
+            f"{weights} does not fit timm's {name} with {num_classes} classes: {str(error).splitlines()[0]}"
+        ) from error
     return model

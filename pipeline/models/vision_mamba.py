@@ -38,7 +38,9 @@ class Mixer(nn.Module):
         self.suffixes = DIRECTIONS[:directions]
         self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
         for s in self.suffixes:
-            self.add_module(f"conv1d{s}", nn.Conv1d(self.inner, self.inner, d_conv, groups=self.inner, padding=d_conv - 1))
+            self.add_module(
+                f"conv1d{s}", nn.Conv1d(self.inner, self.inner, d_conv, groups=self.inner, padding=d_conv - 1)
+            )
             self.add_module(f"x_proj{s}", nn.Linear(self.inner, self.rank + 2 * d_state, bias=False))
             self.add_module(f"dt_proj{s}", nn.Linear(self.rank, self.inner))
             self.register_parameter(f"A{s}_log", nn.Parameter(torch.empty(self.inner, d_state)))
@@ -71,18 +73,20 @@ class Mixer(nn.Module):
         return torch.stack([self._scan(x, z, s, reverse=i == 1) for i, s in enumerate(suffixes)]).sum(0)
 
     def _scan(self, x: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
-        conv, dt_proj = self.get_submodule(f"conv1d{suffix}"), self.get_submodule(f"dt_proj{suffix}")
-        x = causal_conv1d_silu(x, conv.weight, conv.bias, reverse=reverse)
-        dt, b, c = self.get_submodule(f"x_proj{suffix}")(x.transpose(1, 2)).split([self.rank, self.d_state, self.d_state], -1)
+        of = self.get_parameter
+        x = causal_conv1d_silu(x, of(f"conv1d{suffix}.weight"), of(f"conv1d{suffix}.bias"), reverse=reverse)
+        dt, b, c = self.get_submodule(f"x_proj{suffix}")(x.transpose(1, 2)).split(
+            [self.rank, self.d_state, self.d_state], -1
+        )
         return selective_scan(
             x,
-            F.linear(dt, dt_proj.weight).transpose(1, 2),  # the bias enters inside the softplus, in fp32
-            -torch.exp(self.get_parameter(f"A{suffix}_log").float()),
+            F.linear(dt, of(f"dt_proj{suffix}.weight")).transpose(1, 2),  # the bias enters inside the softplus, in fp32
+            -torch.exp(of(f"A{suffix}_log").float()),
             b.transpose(1, 2),
             c.transpose(1, 2),
-            self.get_parameter(f"D{suffix}"),
+            of(f"D{suffix}"),
             z,
-            dt_proj.bias,
+            of(f"dt_proj{suffix}.bias"),
             reverse=reverse,
         )
 
@@ -116,7 +120,18 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """x + Mixer(norm(x)), then x + SwiGLU(norm(x)) if there is an MLP; the stream x stays in its own dtype (fp32)."""
 
-    def __init__(self, dim: int, *, norm: str, mlp: str, drop_path: float, d_state: int, d_conv: int, expand: int, directions: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        norm: str,
+        mlp: str,
+        drop_path: float,
+        d_state: int,
+        d_conv: int,
+        expand: int,
+        directions: int,
+    ) -> None:
         super().__init__()
         self.mixer = Mixer(dim, d_state=d_state, d_conv=d_conv, expand=expand, directions=directions)
         self.drop_path = DropPath(drop_path)
@@ -182,13 +197,24 @@ class VisionMamba(nn.Module):
         self.depth, self.num_classes, self.pool = depth, num_classes, pool
         self.middle = self.num_patches // 2 if cls_token == "middle" else None
         self.patch_embed = PatchEmbed(patch_size, stride, in_chans, embed_dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + (cls_token == "middle"), embed_dim), pos_embed == "learned")
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.num_patches + (cls_token == "middle"), embed_dim), pos_embed == "learned"
+        )
         self.fixed_positions = pos_embed == "sincos"
         if cls_token == "middle":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.layers = nn.ModuleList(
-            Block(embed_dim, norm=norm, mlp=mlp, drop_path=r, d_state=d_state, d_conv=d_conv, expand=expand, directions=directions)
+            Block(
+                embed_dim,
+                norm=norm,
+                mlp=mlp,
+                drop_path=r,
+                d_state=d_state,
+                d_conv=d_conv,
+                expand=expand,
+                directions=directions,
+            )
             for r in rates
         )
         self.norm_f = NORMS[norm](embed_dim, eps=1e-5)
@@ -205,13 +231,14 @@ class VisionMamba(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in self.layers:
-            layer.mixer.reset_scan_parameters()
-            with torch.no_grad():
-                layer.mixer.out_proj.weight.div_(math.sqrt(self.depth))
+            if isinstance(module, Mixer):
+                module.reset_scan_parameters()
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.get_parameter("mixer.out_proj.weight").div_(math.sqrt(self.depth))
         fan_in = self.patch_embed.proj.weight[0].numel()
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in**-0.5)  # LeCun
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.get_parameter("proj.bias"))
         if self.fixed_positions:
             with torch.no_grad():
                 self.pos_embed.copy_(with_cls_slot(sincos_positions(self.grid_size, self.embed_dim), self.middle))
@@ -316,7 +343,9 @@ def sincos_positions(grid_size: tuple[int, int], dim: int) -> Tensor:
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, across = (torch.arange(n, dtype=torch.float64) for n in grid_size)
     y, x = torch.meshgrid(rows, across, indexing="ij")
-    halves = [torch.cat([(p.flatten()[:, None] * omega).sin(), (p.flatten()[:, None] * omega).cos()], 1) for p in (x, y)]
+    halves = [
+        torch.cat([(p.flatten()[:, None] * omega).sin(), (p.flatten()[:, None] * omega).cos()], 1) for p in (x, y)
+    ]
     return torch.cat(halves, dim=1).float().unsqueeze(0)
 
 

@@ -8,7 +8,17 @@ from collections.abc import Mapping
 logger = logging.getLogger(__name__)
 
 # In the line, in this order; everything else is in metrics.jsonl.
-_SHOWN = ("train/loss", "train/lr", "train/grad_norm", "ssl/mask_rate", "ema/alpha", "val/loss", "val/top1", "val/teacher_top1", "perf/images_per_second")
+_SHOWN = (
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "ssl/mask_rate",
+    "ema/alpha",
+    "val/loss",
+    "val/top1",
+    "val/teacher_top1",
+    "perf/images_per_second",
+)
 
 
 class Progress:

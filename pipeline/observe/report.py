@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 
 from pipeline.observe.results import METRICS, ROWS, mean_and_spread, read_result
 
@@ -24,8 +24,8 @@ CURVES = (
     ("semi", "Decay of the teacher", {"ema/alpha": "alpha", "ema/guard_hit": "guard active"}, "per step"),
     ("semi", "Energy V = |s - t|² / 2", {"ema/V": "V"}, "squared weights"),
 )
-# Okabe and Ito's colours are told apart by colour-blind readers; the text takes the page's colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+# After Okabe and Ito, told apart by colour-blind readers, at a lightness that suits both pages; text takes the page's colour.
+COLOURS = ("#1E88D2", "#E2741A", "#0FA37F", "#CC79A7")
 _TEXT = "#123456"
 
 
@@ -40,24 +40,40 @@ def write_report(experiments: Sequence[Path], path: Path) -> Path:
         metrics=METRICS,
         rows=rows,
         seeds=len(results),
-        results=results,
+        protocols=list(dict.fromkeys(r.protocol.rsplit("; seed", 1)[0] for r in results)),
+        splits=[(r.split or "none")[:12] for r in results],
         samples=first.get("samples", 0),
         groups=first.get("groups", {}),
-        per_class=[(name, [r.models[row]["per_class"][name] for r in results for row in judged]) for name in first.get("per_class", {})],
+        per_class=[
+            (name, [r.models[row]["per_class"][name] for r in results for row in judged])
+            for name in first.get("per_class", {})
+        ],
         columns=[f"{row}, {r.experiment.name}" if len(results) > 1 else row for r in results for row in judged],
-        stages=[(title, [f for s, *figure in CURVES if s == stage and (f := _figure(experiments, stage, *figure))]) for stage, title in STAGES.items()],
-        reconstructions=[(e.name, _picture(p)) for e in experiments if (p := e / "arm" / "report" / "reconstructions.png").is_file()],
-        lineage=[(e.name, [_card(e, stage) for stage in STAGES if (e / stage / "export" / "model.json").is_file()]) for e in experiments],
-        environment=_json(experiments[0] / next(s for s in STAGES if (experiments[0] / s).is_dir()) / "environment.json"),
+        stages=[
+            (title, [svg for curve in CURVES if curve[0] == stage and (svg := _figure(experiments, *curve))])
+            for stage, title in STAGES.items()
+        ],
+        reconstructions=[
+            (e.name, _picture(p)) for e in experiments if (p := e / "arm" / "report" / "reconstructions.png").is_file()
+        ],
+        lineage=[
+            (e.name, [_card(e, stage) for stage in STAGES if (e / stage / "export" / "model.json").is_file()])
+            for e in experiments
+        ],
+        environment=_json(
+            experiments[0] / next(s for s in STAGES if (experiments[0] / s).is_dir()) / "environment.json"
+        ),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
     return path
 
 
-def _template():  # type: ignore[no-untyped-def]
+def _template() -> Template:
     folder = Path(__file__).parent
-    return Environment(loader=FileSystemLoader(folder), autoescape=select_autoescape(["html"]), trim_blocks=True).get_template("report.html")
+    return Environment(
+        loader=FileSystemLoader(folder), autoescape=select_autoescape(["html"]), trim_blocks=True
+    ).get_template("report.html")
 
 
 def _figure(experiments: Sequence[Path], stage: str, title: str, names: dict[str, str], axis: str) -> str:
@@ -68,8 +84,8 @@ def _figure(experiments: Sequence[Path], stage: str, title: str, names: dict[str
     curves = [_curves(e / stage / "metrics.jsonl", names) for e in experiments]
     if not any(curves):
         return ""
-    style = {"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": title}
-    style |= {k: _TEXT for k in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": title}
+    style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT)
     with rc_context(style):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.subplots()
@@ -77,7 +93,16 @@ def _figure(experiments: Sequence[Path], stage: str, title: str, names: dict[str
             for i, name in enumerate(names):
                 steps, values = of_experiment.get(name, ([], []))
                 label = names[name] if of_experiment is curves[0] else None
-                axes.plot(steps, values, color=COLOURS[i], linestyle=("-", "--")[i % 2], marker="o" if len(steps) == 1 else "", linewidth=1.4, alpha=0.8, label=label)
+                axes.plot(
+                    steps,
+                    values,
+                    color=COLOURS[i],
+                    linestyle=("-", "--")[i % 2],
+                    marker="o" if len(steps) == 1 else "",
+                    linewidth=1.4,
+                    alpha=0.8,
+                    label=label,
+                )
         axes.set(title=title, xlabel="optimizer step", ylabel=axis)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -88,7 +113,7 @@ def _figure(experiments: Sequence[Path], stage: str, title: str, names: dict[str
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
     # Ids of several figures share one page.
-    return re.sub(r'(id="|#)', rf"\g<1>{stage}{abs(hash(title)) % 10**6}-", svg)
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{stage}-{re.sub(r'[^a-z]', '', title.lower())}-", svg)
 
 
 def _curves(path: Path, names: dict[str, str]) -> dict[str, tuple[list[int], list[float]]]:

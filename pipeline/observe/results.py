@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 
 METRICS = ("top1", "head", "medium", "tail")
 # Row of the table -> (stage, model in its evaluation.json).
-ROWS = {"stage 2": ("distill", "student"), "stage 3, student": ("semi", "student"), "stage 3, teacher": ("semi", "teacher")}
+ROWS = {
+    "stage 2": ("distill", "student"),
+    "stage 3, student": ("semi", "student"),
+    "stage 3, teacher": ("semi", "teacher"),
+}
 
 
 class Result(NamedTuple):
@@ -45,5 +49,7 @@ def table(results: Sequence[Result]) -> str:
     for row in rows:
         cells = (mean_and_spread(results, row, m) for m in METRICS)
         lines.append(f"{row:18s}" + "".join(f"{mean:9.2f} ±{spread:4.1f}" for mean, spread in cells))
-    lines.append(f"{len(results)} seed{'s' if len(results) > 1 else ''}; test set: {results[0].models[rows[0]]['samples']} images, balanced; {results[0].protocol}")
+    samples = results[0].models[rows[0]]["samples"]
+    protocol = results[0].protocol.rsplit("; seed", 1)[0]
+    lines.append(f"{len(results)} seed{'s' if len(results) > 1 else ''}; {samples} test images; {protocol}")
     return "\n".join(lines)

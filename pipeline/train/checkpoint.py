@@ -57,7 +57,12 @@ def save(folder: Path, *, step: int, engine: Engine, task: Task, fingerprint: st
     if "" in files:
         raise Diverged(f"step {step} is not saved: {files['']} is not finite; the checkpoints before it stand")
     if world.is_main:
-        state = {"step": step, "optimizer_step": engine.optimizer_step(), "task": task.state_dict(), "fingerprint": fingerprint}
+        state = {
+            "step": step,
+            "optimizer_step": engine.optimizer_step(),
+            "task": task.state_dict(),
+            "fingerprint": fingerprint,
+        }
         files["state.json"] = _write(temporary / "state.json", json.dumps(state, indent=1))
         _write(temporary / "COMPLETE", json.dumps(files, indent=1))
         _fsync(temporary)
@@ -80,7 +85,8 @@ def restore(folder: Path, *, engine: Engine, task: Task, fingerprint: str) -> in
         state = json.loads((path / "state.json").read_text())
         if state["fingerprint"] != fingerprint:
             raise HandoverError(
-                f"{path} was written by a run with another config or other data; choose another run.experiment, or remove {folder.parent}"
+                f"{path} was written by a run with another config or other data;"
+                f" choose another run.experiment, or remove {folder.parent}"
             )
         kinds = task.sharded_state()
         engine.restore(_reader(path), state["optimizer_step"], kinds)

@@ -45,8 +45,12 @@ class EngineConfig(Strict):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
-    micro_batch: PositiveInt | None = Field(None, description="most samples a process takes at once; none = all of its share")
-    bucket_bytes: PositiveInt = Field(64 * 2**20, description="gradients reduced at once; small models like small buckets")
+    micro_batch: PositiveInt | None = Field(
+        None, description="most samples a process takes at once; none = all of its share"
+    )
+    bucket_bytes: PositiveInt = Field(
+        64 * 2**20, description="gradients reduced at once; small models like small buckets"
+    )
     offload_optimizer: bool = False
 
 
@@ -54,7 +58,9 @@ class LoopConfig(Strict):
     """How long, and how often what happens; all in optimizer steps."""
 
     steps: PositiveInt
-    global_batch: PositiveInt = Field(description="samples of the stage's first stream per optimizer step, over all processes")
+    global_batch: PositiveInt = Field(
+        description="samples of the stage's first stream per optimizer step, over all processes"
+    )
     log_every: PositiveInt = 50
     eval_every: PositiveInt | None = Field(None, description="validation; none = only after the last step")
     save_every: PositiveInt = 500
@@ -70,12 +76,16 @@ class LyapEMAConfig(Strict):
         "lag", description="how |s-t| is measured; lag = in mean student steps, without dimension"
     )
     gamma: float = Field(0.01, ge=0, description="sensitivity of the decay to the discrepancy")
-    base_decay: float = Field(0.97, gt=0, lt=1, description="decay at no discrepancy (0.5 = the supplement); in mode ema, the decay")
+    base_decay: float = Field(
+        0.97, gt=0, lt=1, description="decay at no discrepancy (0.5 = the supplement); in mode ema, the decay"
+    )
     min_decay: float = Field(0.0, ge=0, lt=1)
     max_decay: float = Field(0.999, gt=0, lt=1)
     pull: float = Field(0.0, ge=0, lt=1, description="lambda: the student's step towards the teacher, not scaled by lr")
     warmup_steps: NonNegativeInt = Field(20, description="steps with decay (1+k)/(10+k) and no guard")
-    radius_steps: float = Field(50.0, gt=0, description="guard: smallest radius of the trust region, in mean student steps")
+    radius_steps: float = Field(
+        50.0, gt=0, description="guard: smallest radius of the trust region, in mean student steps"
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:

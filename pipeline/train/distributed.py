@@ -3,6 +3,7 @@
 import os
 import socket
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,10 @@ class World:
 
 
 def start() -> World:
-    """Join the process group through DeepSpeed (NCCL on GPUs, gloo elsewhere). Raises EnvironmentProblem for half an environment."""
+    """Join the process group through DeepSpeed: NCCL on GPUs, gloo elsewhere.
+
+    Raises EnvironmentProblem for half an environment.
+    """
     given = [name for name in _NAMES if name in os.environ]
     if given and len(given) < len(_NAMES):
         missing = [name for name in _NAMES if name not in given]
@@ -33,7 +37,9 @@ def start() -> World:
             " start with `python -m launchers local` or torchrun, or unset them for one process"
         )
     if not given:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     gpus = torch.cuda.is_available()
     if not gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -67,7 +73,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _import_deepspeed():  # type: ignore[no-untyped-def]
+def _import_deepspeed() -> ModuleType:
     import logging
     import warnings
 
@@ -76,7 +82,9 @@ def _import_deepspeed():  # type: ignore[no-untyped-def]
         try:
             import deepspeed
         except ImportError as error:
-            raise EnvironmentProblem(f"DeepSpeed cannot be imported ({error}); pip install -r requirements.txt") from None
+            raise EnvironmentProblem(
+                f"DeepSpeed cannot be imported ({error}); pip install -r requirements.txt"
+            ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its shared-memory all-reduce would be compiled at the first start (half a minute, and needs g++) for no gain here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -8,7 +8,7 @@ a stage or a world size.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.distributed import World
-from pipeline.train.optim import parameter_groups
+from pipeline.train.optim import Trainable, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,25 @@ class Engine:
     """A model under training. `model` is what a loss calls; gradients are averaged over ranks and micro-batches."""
 
     def __init__(
-        self, model: nn.Module, world: World, *, optim: OptimConfig, config: EngineConfig, micro_batch: int, accumulation: int
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        optim: OptimConfig,
+        config: EngineConfig,
+        micro_batch: int,
+        accumulation: int,
     ) -> None:
         import deepspeed
 
         self.world, self.config = world, config
-        optimizer = torch.optim.AdamW(parameter_groups(model, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(cast(Trainable, model), optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
+        )
         self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
-            model=model.to(world.device), optimizer=optimizer, config=deepspeed_config(optim, config, micro_batch, accumulation)
+            model=model.to(world.device),
+            optimizer=optimizer,
+            config=deepspeed_config(optim, config, micro_batch, accumulation),
         )
         self.model: nn.Module = self._deepspeed
         self.base_optimizer: torch.optim.Optimizer = optimizer
@@ -119,7 +130,7 @@ class Engine:
                     position += numel
 
     def copy_weights(self, tensors: Mapping[Tensor, Tensor], module: nn.Module) -> None:
-        """Write whole parameters, assembled as by `gather`, into a module of the same form; buffers from the model (collective)."""
+        """Write whole parameters, assembled as by `gather`, into a module of the same form; buffers from the model."""
         parameters = dict(module.named_parameters())
         self.gather(tensors, {name: parameters[name].data for name, _ in self.named_parameters})
         own = dict(self.module.named_buffers())
@@ -134,7 +145,12 @@ class Engine:
         state = {k: v.detach() for k, v in self.module.state_dict().items() if k not in shapes}
         return {k: v.cpu().clone() for k, v in {**state, **full}.items()}
 
-    def restore(self, read: Callable[[str, str, int, int], Tensor], optimizer_step: float, kinds: Mapping[str, Mapping[Tensor, Tensor]]) -> None:
+    def restore(
+        self,
+        read: Callable[[str, str, int, int], Tensor],
+        optimizer_step: float,
+        kinds: Mapping[str, Mapping[Tensor, Tensor]],
+    ) -> None:
         """Put saved shards in place. `read(kind, name, start, numel)` gives elements of a saved whole parameter.
 
         Restores masters, moments (with AdamW's step count), every extra kind, and the copies that compute.
@@ -173,14 +189,14 @@ class Engine:
             if stage == 0:
                 shards.append(Shard(name, 0, p.numel(), p, 0))
             elif stage in (1, 2):
-                if (mapping := p._hp_mapping) is not None:  # type: ignore[attr-defined]
+                if (mapping := p._hp_mapping) is not None:
                     flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
                     owned, lies = mapping.lp_fragment_address, mapping.hp_fragment_address
                     shards.append(Shard(name, owned.start, owned.numel, flat, lies.start))
             else:
                 group, offset, padded = zero.grad_position[zero.get_param_id(p)]
                 start = self.world.rank * padded  # every rank's partition has the same, padded, length
-                numel = min(padded, p.ds_numel - start)  # type: ignore[attr-defined]
+                numel = min(padded, p.ds_numel - start)
                 if numel > 0:
                     shards.append(Shard(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset))
         return shards
@@ -194,7 +210,7 @@ class Engine:
             own = {shard.name: shard for shard in self.shards}
             for name, p in self.named_parameters:
                 if name in own:
-                    p.ds_tensor.data[: own[name].numel].copy_(own[name].of(own[name].flat))  # type: ignore[attr-defined]
+                    p.ds_tensor.data[: own[name].numel].copy_(own[name].of(own[name].flat))
             persistent = self._optimizer.persistent_parameters
             if persistent:
                 persistent[0].partition(persistent)

@@ -58,7 +58,9 @@ def fit(
     last_save = step
 
     def save() -> int:
-        checkpoint.save(run.checkpoints, step=step, engine=engine, task=task, fingerprint=fingerprint, keep=loop.keep_checkpoints)
+        checkpoint.save(
+            run.checkpoints, step=step, engine=engine, task=task, fingerprint=fingerprint, keep=loop.keep_checkpoints
+        )
         return step
 
     run.status("running", step=step, steps=loop.steps)
@@ -100,7 +102,10 @@ def fit(
                 if last_save != step:
                     save()
                 run.status("interrupted", step=step, steps=loop.steps)
-                raise Interrupted(f"{run.folder} stopped by {stop.name or 'another rank'} at step {step} of {loop.steps}; all is saved, start it again to continue")
+                raise Interrupted(
+                    f"{run.folder} stopped by {stop.name or 'another rank'} at step {step} of {loop.steps};"
+                    " all is saved, start it again to continue"
+                )
     progress.close()
     board.close()
     for stream in streams.values():
@@ -121,7 +126,9 @@ def _micro_batches(drawn: dict[str, Batch], accumulation: int) -> list[dict[str,
 def _refuse_non_finite(row: dict[str, float], step: int) -> None:
     for name, value in row.items():
         if not math.isfinite(value):
-            raise Diverged(f"{name} is {value} by step {step}; lower optim.lr, lengthen optim.warmup_steps, or set engine.precision=fp32")
+            raise Diverged(
+                f"{name} is {value} by step {step}; lower optim.lr, lengthen optim.warmup_steps, or set engine.precision=fp32"
+            )
 
 
 class Meter:

@@ -41,7 +41,9 @@ class Run:
             try:
                 self._open()
             except OSError as error:
-                raise EnvironmentProblem(f"the run folder {folder} cannot be written ({error.strerror}); choose another run.root") from None
+                raise EnvironmentProblem(
+                    f"the run folder {folder} cannot be written ({error.strerror}); choose another run.root"
+                ) from None
 
     def _open(self) -> None:
         (self.folder / "report").mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ class Run:
 
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return {
-            "command": " ".join(sys.argv),
+            "command": " ".join(["python", *sys.orig_argv[1:]]),
             "commit": self.commit,
             "uncommitted_changes": bool(_git("status", "--porcelain")),
             "python": platform.python_version(),
@@ -130,7 +132,9 @@ def _replace(path: Path, text: str) -> None:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

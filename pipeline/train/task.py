@@ -18,7 +18,7 @@ class Mean(NamedTuple):
     """A mean that can be averaged further without error: averages over ranks and steps go by counts."""
 
     total: "Tensor"
-    count: "Tensor | float"
+    weight: "Tensor | float"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,11 @@ from tests.conftest import Stages
 
 FOLDER = Path(__file__).parent
 # What is compared: a number a step for every stage, all of which every operator of the stage has passed through.
-KEPT = {"arm": ("train/loss", "train/grad_norm"), "distill": ("train/loss", "train/grad_norm"), "semi": ("train/loss", "train/grad_norm", "ema/V", "ema/alpha")}
+KEPT = {
+    "arm": ("train/loss", "train/grad_norm"),
+    "distill": ("train/loss", "train/grad_norm"),
+    "semi": ("train/loss", "train/grad_norm", "ema/V", "ema/alpha"),
+}
 
 
 def losses(run: Path, stage: str) -> list[dict[str, float]]:

@@ -35,16 +35,30 @@ def test_a_wrong_value_ends_in_2(stages: Stages, override: str, sentence: str) -
 
 def test_a_wrong_value_is_refused_before_torch_is_loaded(stages: Stages) -> None:
     command = stages.command("arm", "optim.lrr=1")
-    done = subprocess.run([command[0], "-X", "importtime", *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [command[0], "-X", "importtime", *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert " torch\n" not in done.stderr
     assert "deepspeed" not in done.stderr
 
 
 def test_an_unknown_stage_or_config_lists_what_there_is(stages: Stages) -> None:
-    unknown = subprocess.run([sys.executable, "-m", "stages", "smi", "configs/semi/smoke.yaml"], cwd=ROOT, capture_output=True, text=True, check=False)
+    unknown = subprocess.run(
+        [sys.executable, "-m", "stages", "smi", "configs/semi/smoke.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     refuse(unknown, 2, "unknown stage 'smi'; known: semi")
-    absent = subprocess.run([sys.executable, "-m", "stages", "semi", "configs/semi/smok.yaml"], cwd=ROOT, capture_output=True, text=True, check=False)
+    absent = subprocess.run(
+        [sys.executable, "-m", "stages", "semi", "configs/semi/smok.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     refuse(absent, 2, "configs/semi/smok.yaml does not exist; there are")
 
 
@@ -65,13 +79,22 @@ def test_a_manifest_that_does_not_match_its_tars_ends_in_3(stages: Stages, digit
 
 
 def test_a_split_of_another_dataset_ends_in_3(stages: Stages, digits: Path) -> None:
-    refuse(stages.run("arm", "run.experiment=refused", f"data.train={digits / 'test'}"), 3, "was made for another dataset")
+    refuse(
+        stages.run("arm", "run.experiment=refused", f"data.train={digits / 'test'}"), 3, "was made for another dataset"
+    )
 
 
 def test_half_an_environment_ends_in_5(stages: Stages) -> None:
     from tests.conftest import ENVIRONMENT
 
-    done = subprocess.run(stages.command("arm", "run.experiment=half"), cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT | {"RANK": "0"}, check=False)
+    done = subprocess.run(
+        stages.command("arm", "run.experiment=half"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"RANK": "0"},
+        check=False,
+    )
     refuse(done, 5, "the environment gives RANK but not WORLD_SIZE")
 
 
@@ -97,7 +120,12 @@ def test_a_rank_that_is_killed_ends_the_others_in_7(stages: Stages) -> None:
     from tests.conftest import ENVIRONMENT
 
     process = subprocess.Popen(
-        stages.command("arm", "run.experiment=widow", "loop.steps=5000", nproc=2), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        stages.command("arm", "run.experiment=widow", "loop.steps=5000", nproc=2),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     metrics = stages.runs / "widow" / "arm" / "metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -16,10 +16,18 @@ def step_reached(run: Path) -> int:
     return sum("train/loss" in line for line in path.read_text().splitlines()) if path.exists() else 0
 
 
-def start_and_signal(stages: Stages, stage: str, *more: str, number: signal.Signals, after_steps: int, nproc: int = 1) -> int:
+def start_and_signal(
+    stages: Stages, stage: str, *more: str, number: signal.Signals, after_steps: int, nproc: int = 1
+) -> int:
     """Start, wait until `after_steps` rows are logged, send the signal, return the exit code."""
     run = stages.runs / next(m.split("=")[1] for m in more if m.startswith("run.experiment=")) / stage
-    process = subprocess.Popen(stages.command(stage, *more, nproc=nproc), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        stages.command(stage, *more, nproc=nproc),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while step_reached(run) < after_steps and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)

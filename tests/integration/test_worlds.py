@@ -13,7 +13,8 @@ SHORT = "loop.steps=5"
 def alone(chain: Stages) -> dict[str, list[dict[str, float]]]:
     """Five steps of every stage on one process."""
     return {
-        stage: losses(chain.complete(stage, *parents(chain, stage), "run.experiment=alone", SHORT), stage) for stage in KEPT
+        stage: losses(chain.complete(stage, *parents(chain, stage), "run.experiment=alone", SHORT), stage)
+        for stage in KEPT
     }
 
 

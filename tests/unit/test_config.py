@@ -36,7 +36,9 @@ def test_an_unknown_key_names_the_nearest_known_one() -> None:
 
 
 def test_an_unknown_key_inside_an_optional_section_is_explained_too() -> None:
-    assert "maybe.stepz: unknown key; did you mean 'steps'?" in refusal({"name": "a", "optim": {"lr": 1}, "maybe": {"lr": 1, "stepz": 3}})
+    assert "maybe.stepz: unknown key; did you mean 'steps'?" in refusal(
+        {"name": "a", "optim": {"lr": 1}, "maybe": {"lr": 1, "stepz": 3}}
+    )
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -47,7 +49,10 @@ def test_all_problems_are_told_at_once() -> None:
     assert "optim.steps = 'many'" in text
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1E5", 1e5), ("-2e-3", -2e-3), (".5e1", 5.0), ("1.5e-3", 1.5e-3), ("12", 12), ("1e", "1e")])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1E5", 1e5), ("-2e-3", -2e-3), (".5e1", 5.0), ("1.5e-3", 1.5e-3), ("12", 12), ("1e", "1e")],
+)
 def test_scientific_notation_is_a_number(text: str, value: object) -> None:
     assert parse_yaml(text, "here") == value
 
@@ -61,7 +66,11 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
 
 def test_overrides_reach_into_sections_and_leave_the_original_alone() -> None:
     values = {"optim": {"lr": 1}}
-    assert apply_overrides(values, ["optim.lr=1e-3", "name=x", "maybe.lr=2"]) == {"optim": {"lr": 1e-3}, "name": "x", "maybe": {"lr": 2}}
+    assert apply_overrides(values, ["optim.lr=1e-3", "name=x", "maybe.lr=2"]) == {
+        "optim": {"lr": 1e-3},
+        "name": "x",
+        "maybe": {"lr": 2},
+    }
     assert values == {"optim": {"lr": 1}}
 
 

@@ -43,9 +43,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 def test_imports_go_downward(path: Path) -> None:
     here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
     wrong = [
-        name
-        for name, _ in imports(path)
-        if (there := room(name)) and there != here and FLOORS[there] >= FLOORS[here]
+        name for name, _ in imports(path) if (there := room(name)) and there != here and FLOORS[there] >= FLOORS[here]
     ]
     assert wrong == []
 

@@ -20,18 +20,24 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_module_imports_without_deepspeed_mamba_and_submitit() -> None:
-    code = BLOCKED.format(blocked={"deepspeed", "mamba_ssm", "submitit", "triton", "fsspec"}) + """
+    code = (
+        BLOCKED.format(blocked={"deepspeed", "mamba_ssm", "submitit", "triton", "fsspec"})
+        + """
 import importlib, pkgutil, pipeline
 for module in pkgutil.walk_packages(pipeline.__path__, "pipeline."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 print("all")
 """
+    )
     done = python(code)
     assert done.stdout == "all\n", done.stderr
 
 
 def test_configs_checks_and_launchers_need_no_torch() -> None:
-    code = BLOCKED.format(blocked={"torch", "deepspeed"}) + "import stages.check, stages.configs, launchers.__main__, stages.__main__\nprint('light')"
+    code = (
+        BLOCKED.format(blocked={"torch", "deepspeed"})
+        + "import stages.check, stages.configs, launchers.__main__, stages.__main__\nprint('light')"
+    )
     done = python(code)
     assert done.stdout == "light\n", done.stderr

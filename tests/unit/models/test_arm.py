@@ -11,7 +11,9 @@ GEOMETRIES = [((32, 32), 4, 8), ((16, 48), 4, 8), ((24, 24), 2, 12), ((64, 32), 
 
 def build(image_size=(32, 32), patch_size=4, cluster_size=8) -> ARM:
     torch.manual_seed(0)
-    model = VisionMambaConfig(name="vim_nano", image_size=image_size, patch_size=patch_size, cluster_size=cluster_size, embed_dim=32, depth=3)
+    model = VisionMambaConfig(
+        name="vim_nano", image_size=image_size, patch_size=patch_size, cluster_size=cluster_size, embed_dim=32, depth=3
+    )
     return ARM(model, DecoderConfig(width=32, depth=2, num_heads=2)).eval()
 
 
@@ -24,7 +26,9 @@ def cluster_of_pixels(arm: ARM, images: torch.Tensor, cluster_size: int) -> torc
 
 
 @pytest.mark.parametrize(("image_size", "patch_size", "cluster_size"), GEOMETRIES)
-def test_changing_cluster_k_leaves_predictions_of_clusters_1_to_k_bit_identical(image_size, patch_size, cluster_size) -> None:
+def test_changing_cluster_k_leaves_predictions_of_clusters_1_to_k_bit_identical(
+    image_size, patch_size, cluster_size
+) -> None:
     arm = build(image_size, patch_size, cluster_size)
     images = torch.randn(2, 3, *image_size)
     which = cluster_of_pixels(arm, images, cluster_size)
@@ -41,7 +45,9 @@ def test_changing_cluster_k_leaves_predictions_of_clusters_1_to_k_bit_identical(
 
 
 @pytest.mark.parametrize(("image_size", "patch_size", "cluster_size"), GEOMETRIES)
-def test_targets_are_the_standardised_pixels_of_every_cluster_but_the_first(image_size, patch_size, cluster_size) -> None:
+def test_targets_are_the_standardised_pixels_of_every_cluster_but_the_first(
+    image_size, patch_size, cluster_size
+) -> None:
     arm = build(image_size, patch_size, cluster_size)
     images = torch.randn(1, 3, *image_size)
     expected = []
@@ -78,7 +84,9 @@ def test_true_predictions_reconstruct_the_image() -> None:
     torch.testing.assert_close(arm.reconstruct(images, arm.targets(images)), images, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("depth", "taps"), [(12, (6, 8, 10, 12)), (24, (12, 16, 20, 24)), (36, (18, 24, 30, 36)), (1, (1,))])
+@pytest.mark.parametrize(
+    ("depth", "taps"), [(12, (6, 8, 10, 12)), (24, (12, 16, 20, 24)), (36, (18, 24, 30, 36)), (1, (1,))]
+)
 def test_default_taps(depth: int, taps: tuple[int, ...]) -> None:
     assert default_taps(depth) == taps
 
@@ -87,4 +95,6 @@ def test_every_weight_learns() -> None:
     arm = build().train()
     images = torch.randn(2, 3, 32, 32)
     pixel_loss(arm(images), arm.targets(images)).mean().backward()
-    assert [n for n, p in arm.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)] == []
+    assert [
+        n for n, p in arm.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
+    ] == []

@@ -37,7 +37,9 @@ def exported(folder: Path, kind: str = "classifier") -> torch.nn.Module:
     torch.manual_seed(1)
     c = card(kind)
     model = ARM(c.model, c.decoder) if kind == "pretrainer" else build_model(**TINY, num_classes=3)
-    write_export(folder, card=c, weights=model.state_dict(), probe_images=torch.randn(2, 3, 32, 32), labels={"s": LABELLED})
+    write_export(
+        folder, card=c, weights=model.state_dict(), probe_images=torch.randn(2, 3, 32, 32), labels={"s": LABELLED}
+    )
     return model.eval()
 
 
@@ -71,7 +73,9 @@ def test_an_incomplete_export_names_what_is_missing_and_how_to_make_it(tmp_path:
         Card.read(tmp_path / "export", remedy="make stage-1")
 
 
-def test_other_code_that_answers_differently_is_found_by_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_code_that_answers_differently_is_found_by_the_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exported(tmp_path / "export")
     from pipeline.models.vision_mamba import VisionMamba
 
@@ -83,8 +87,14 @@ def test_other_code_that_answers_differently_is_found_by_the_probe(tmp_path: Pat
 def test_nothing_that_is_not_finite_is_written(tmp_path: Path) -> None:
     weights = build_model(**TINY, num_classes=3).state_dict()
     weights["head.bias"][0] = float("nan")
-    with pytest.raises(HandoverError, match="head.bias"):
-        write_export(tmp_path / "export", card=card("classifier"), weights=weights, probe_images=torch.zeros(1, 3, 32, 32), labels={})
+    with pytest.raises(HandoverError, match=r"head\.bias"):
+        write_export(
+            tmp_path / "export",
+            card=card("classifier"),
+            weights=weights,
+            probe_images=torch.zeros(1, 3, 32, 32),
+            labels={},
+        )
     assert not (tmp_path / "export").exists()
 
 

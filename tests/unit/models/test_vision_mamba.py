@@ -10,7 +10,15 @@ from pipeline.errors import ConfigError
 from pipeline.models import MODELS, build_model
 from pipeline.models.vision_mamba import cluster_order, sincos_positions
 
-MILLIONS = {"vim_tiny": 7.15, "vim_small": 25.8, "vim_base": 97.6, "arm_base": 85.03, "arm_large": 297.0, "arm_huge": 662.7, "semivim_base": 145.6}
+MILLIONS = {
+    "vim_tiny": 7.15,
+    "vim_small": 25.8,
+    "vim_base": 97.6,
+    "arm_base": 85.03,
+    "arm_large": 297.0,
+    "arm_huge": 662.7,
+    "semivim_base": 145.6,
+}
 SMALL = {"image_size": (16, 24), "patch_size": 4, "cluster_size": 8, "embed_dim": 16, "depth": 2, "num_classes": 5}
 
 
@@ -32,7 +40,9 @@ def test_shapes_and_gradients_of_every_variant(name: str, directions: int, order
     logits = model(images)
     assert logits.shape == (2, 5)
     logits.square().sum().backward()
-    silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    silent = [
+        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
     assert silent == []
 
 
@@ -59,7 +69,9 @@ def mixer_by_hand(mixer, x, orders):
         u, z = (x[order] @ mixer.in_proj.weight.T).split(mixer.inner, -1)
         conv = getattr(mixer, f"conv1d{s}")
         padded = F.pad(u.T, (conv.kernel_size[0] - 1, 0))
-        u = torch.stack([(padded[:, t : t + conv.kernel_size[0]] * conv.weight[:, 0]).sum(1) + conv.bias for t in range(len(x))])
+        u = torch.stack(
+            [(padded[:, t : t + conv.kernel_size[0]] * conv.weight[:, 0]).sum(1) + conv.bias for t in range(len(x))]
+        )
         u = u * torch.sigmoid(u)
         low, b, c = getattr(mixer, f"x_proj{s}")(u).split([mixer.rank, mixer.d_state, mixer.d_state], -1)
         dt = torch.log1p(torch.exp(getattr(mixer, f"dt_proj{s}")(low)))

@@ -52,7 +52,9 @@ def test_the_guard_keeps_its_certificate_against_an_adversary(dtype: torch.dtype
         generator = torch.Generator().manual_seed(1)
         before = 0.0
         for step in range(1000):
-            size = float(torch.rand((), generator=generator)) * 10 ** float(torch.randint(-3, 2, (), generator=generator))
+            size = float(torch.rand((), generator=generator)) * 10 ** float(
+                torch.randint(-3, 2, (), generator=generator)
+            )
             move(weights, optimizer, size, towards=None if step % 3 else list(ema.teacher.values()))
             ema.update()
             radius = 2.0 * float(ema.mean_step)
@@ -88,7 +90,11 @@ def test_the_supplements_rule_is_a_half_where_student_and_teacher_agree() -> Non
 def test_a_far_student_still_moves_the_teacher() -> None:
     """sigmoid(30) is one in fp32; one minus it must not be zero."""
     weights, optimizer = student()
-    ema = LyapEMA(weights, optimizer, LyapEMAConfig(mode="lyap", norm="l2", gamma=1.0, base_decay=0.5, max_decay=1 - 1e-16, **NO_WARMUP))
+    ema = LyapEMA(
+        weights,
+        optimizer,
+        LyapEMAConfig(mode="lyap", norm="l2", gamma=1.0, base_decay=0.5, max_decay=1 - 1e-16, **NO_WARMUP),
+    )
     move(weights, optimizer, 30.0)
     before = [t.clone() for t in ema.teacher.values()]
     ema.update()
