@@ -37,7 +37,7 @@ void load_padded(float* tile, const Strided& s, int64_t t0, int64_t steps, int64
   const int64_t before = std::min(steps, std::max<int64_t>(0, -t0));
   const int64_t inside = std::max<int64_t>(0, std::min(t0 + steps, length) - (t0 + before));
   std::fill_n(tile, before * W, 0.0f);
-  tiles::load(tile + before * W, s.from_step(t0 + before), channels, inside);
+  tiles::load({tile + before * W, 0, W}, s.from_step(t0 + before), channels, inside);
   std::fill_n(tile + (before + inside) * W, (steps - before - inside) * W, 0.0f);
 }
 
@@ -68,7 +68,7 @@ void forward_tile(const Conv& s, const ConvDirection& d, int64_t b, int64_t firs
       Float sum = convolve(rows, in.data() + t * W, s.taps);
       store(out.data() + t * W, sum * simd::sigmoid(sum));
     }
-    tiles::store(o.from_step(t0), out.data(), channels, steps);
+    tiles::store(o.from_step(t0), {out.data(), 0, W}, channels, steps);
   }
 }
 
@@ -84,7 +84,7 @@ void backward_tile(const Conv& s, const ConvDirection& d, int64_t b, int64_t fir
     const int64_t steps = std::min(chunk_steps, s.steps - t0);
     std::copy_backward(g.begin(), g.begin() + halo * W, g.begin() + (steps + halo) * W);
     load_padded(in.data(), x, t0 - halo, steps + halo, s.steps, channels);
-    tiles::load(g.data(), g_o.from_step(t0), channels, steps);
+    tiles::load({g.data(), 0, W}, g_o.from_step(t0), channels, steps);
     for (int64_t t = 0; t < steps; t++) {
       Float sum = convolve(rows, in.data() + t * W, s.taps), sigmoid = simd::sigmoid(sum);
       Float g_sum = load(g.data() + t * W) * sigmoid * (1.0f + sum * (1.0f - sigmoid));
@@ -98,7 +98,7 @@ void backward_tile(const Conv& s, const ConvDirection& d, int64_t b, int64_t fir
       for (int64_t k = 0; k < s.taps; k++) sum += load(rows.weight.data() + k * W) * load(g.data() + (t + halo - k) * W);
       store(out.data() + t * W, sum);
     }
-    tiles::store(g_x.from_step(t0), out.data(), channels, steps, add);
+    tiles::store(g_x.from_step(t0), {out.data(), 0, W}, channels, steps, add);
   }
   for (int64_t c = 0; c < channels; c++) {
     const int64_t row = b * s.channels + first + c;

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "tiles.h"
@@ -23,7 +24,7 @@ using simd::W;
 
 namespace {
 
-constexpr int64_t chunk_steps = 16;     // of W x W states twice: 32 KiB with AVX-512, a first-level cache
+constexpr int64_t chunk_steps = 32;     // a unit's inputs of a chunk, and a tile's states, fit the second-level cache
 constexpr int64_t unit_channels = 128;  // a multiple of every W
 constexpr int64_t unit_tiles = unit_channels / W;
 
@@ -110,39 +111,39 @@ struct Rows {
   }
 };
 
-// states of B or C: [step][width], zero beyond N.
+constexpr int64_t tile_floats = chunk_steps * W, block_floats = unit_tiles * tile_floats;
+
+// A unit's chunk of a tensor, tile after tile.
+Tiles block(float* at) { return {at, tile_floats, W}; }
+
+// A chunk of B or C: [step][width], zero beyond N.
 void load_states(float* out, const Plan& plan, const Strided& s, int64_t steps) {
-  for (int64_t n = 0; n < plan.width; n += W)
-    tiles::load(out + n, s.at(0, 0, n), std::clamp<int64_t>(plan.s.states - n, 0, W), steps, plan.width);
+  std::fill_n(out, steps * plan.width, 0.0f);
+  tiles::load({out, W, plan.width}, s, plan.s.states, steps);
 }
 
-struct Chunk {
-  alignas(64) float u[chunk_steps * W], dt[chunk_steps * W], dtu[chunk_steps * W], y[chunk_steps * W];
-  alignas(64) float slope[chunk_steps * W];  // d dt / d delta
+// What the recurrence needs of one tile and chunk besides the states.
+struct Tile {
+  alignas(64) float dt[tile_floats], dtu[tile_floats], y[tile_floats];
+  alignas(64) float slope[tile_floats];  // d dt / d delta
 };
 
-// The chunk's u, dt = softplus(delta + bias), dt * u; y = 0.
+// dt = softplus(delta + bias), dt * u; y = 0.
 template <bool with_slope>
-void prepare(Chunk& k, const Plan& plan, const Strided& u, const Strided& delta, Float bias, int64_t channels,
-             int64_t steps) {
-  tiles::load(k.u, u, channels, steps);
-  tiles::load(k.dt, delta, channels, steps);
-  for (int64_t t = 0; t < steps; t++) {
-    Float x = load(k.dt + t * W) + bias;
-    Float dt = plan.s.softplus ? simd::softplus(x) : x;
-    if (with_slope) {
-      Float sigmoid = simd::sigmoid(x);
-      store(k.slope + t * W, plan.s.softplus ? (x > 20.0f ? simd::splat(1.0f) : sigmoid) : simd::splat(1.0f));
-    }
-    store(k.dt + t * W, dt);
-    store(k.dtu + t * W, dt * load(k.u + t * W));
-    store(k.y + t * W, Float{});
+void prepare(Tile& k, bool softplus, const float* u, const float* delta, Float bias, int64_t steps) {
+  const Float one = simd::splat(1.0f);
+  for (int64_t t = 0; t < steps * W; t += W) {
+    const Float x = load(delta + t) + bias, dt = softplus ? simd::softplus(x) : x;
+    if (with_slope) store(k.slope + t, softplus ? (x > 20.0f ? one : simd::sigmoid(x)) : one);
+    store(k.dt + t, dt);
+    store(k.dtu + t, dt * load(u + t));
+    store(k.y + t, Float{});
   }
 }
 
 // h_t = 2^(dt rate) h_{t-1} + dt u B_t and y += C_t h_t for W states; with `keep`, all a_t and h_t (h_{-1} first).
 template <bool keep>
-void advance(Chunk& k, float* state, const float* rates, const float* B, const float* C, int64_t width, int64_t steps,
+void advance(Tile& k, float* state, const float* rates, const float* B, const float* C, int64_t width, int64_t steps,
              float* kept_h, float* kept_a) {
   Float h[W];
 #pragma GCC unroll 16
@@ -173,45 +174,52 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
   const Plan::Unit unit = plan.unit(index);
   const int64_t first = unit.g * plan.group_channels + unit.first;
   const int64_t unit_state = unit_tiles * plan.tile_state, chunk_states = chunk_steps * plan.width;
-  Arena arena(Rows::floats(plan) + unit_state + 2 * chunk_states);
+  Arena arena(Rows::floats(plan) + unit_state + 2 * chunk_states + 4 * block_floats);
   const Rows rows(arena, plan, d, first, unit.channels);
-  float* state = arena.take(unit_state);
-  float *B = arena.take(chunk_states), *C = arena.take(chunk_states);
+  float *state = arena.take(unit_state), *B = arena.take(chunk_states), *C = arena.take(chunk_states);
+  float *us = arena.take(block_floats), *deltas = arena.take(block_floats), *zs = arena.take(block_floats);
+  float* ps = arena.take(block_floats);
   std::fill_n(state, unit_state, 0.0f);
 
-  Chunk k;
-  alignas(64) float z[chunk_steps * W];
+  Tile k;
   for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
     const int64_t t0 = chunk * chunk_steps, steps = std::min(chunk_steps, plan.s.steps - t0);
+    auto here = [&](const Strided& s) { return s.at(unit.b, 0, first).from_step(t0); };
     if (d.carries) std::copy_n(state, unit.tiles * plan.tile_state, plan.carry(d, index, chunk));
     load_states(B, plan, d.B.at(unit.b, unit.g, 0).from_step(t0), steps);
     load_states(C, plan, d.C.at(unit.b, unit.g, 0).from_step(t0), steps);
+    tiles::load(block(us), here(d.u), unit.channels, steps);
+    tiles::load(block(deltas), here(d.delta), unit.channels, steps);
+    if (d.z) tiles::load(block(zs), here(d.z), unit.channels, steps);
     for (int64_t i = 0; i < unit.tiles; i++) {
-      const int64_t channels = std::min<int64_t>(W, unit.channels - i * W);
-      auto here = [&](const Strided& s) { return s.at(unit.b, 0, first + i * W).from_step(t0); };
-      prepare<false>(k, plan, here(d.u), here(d.delta), load(rows.bias + i * W), channels, steps);
+      const float *u = us + i * tile_floats, *z = zs + i * tile_floats;
+      float *y = deltas + i * tile_floats, *p = ps + i * tile_floats;
+      const int64_t ahead = std::min(chunk_steps, plan.s.steps - t0 - steps);
+      for (const Strided* s : {&d.u, &d.delta, &d.z})
+        if (*s) tiles::prefetch(here(*s).from_step(chunk_steps), unit.channels, ahead, i, unit.tiles);
+      prepare<false>(k, plan.s.softplus, u, y, load(rows.bias + i * W), steps);
       for (int64_t n = 0; n < plan.width; n += W) {
         const int64_t at = i * plan.tile_state + n * W;
         advance<false>(k, state + at, rows.rates + at, B + n, C + n, plan.width, steps, nullptr, nullptr);
       }
-      if (d.p) tiles::store(here(d.p), k.y, channels, steps);
-      if (d.z) tiles::load(z, here(d.z), channels, steps);
+      if (d.p) std::copy_n(k.y, steps * W, p);
       const Float skip = load(rows.skip + i * W);
-      for (int64_t t = 0; t < steps; t++) {
-        Float y = load(k.y + t * W);
-        if (d.D) y += skip * load(k.u + t * W);  // without D no 0 * u: a NaN in u reaches y through the state only
-        if (d.z) y *= load(z + t * W) * simd::sigmoid(load(z + t * W));
-        store(k.y + t * W, y);
+      for (int64_t t = 0; t < steps * W; t += W) {
+        Float out = load(k.y + t);
+        if (d.D) out += skip * load(u + t);
+        if (d.z) out *= load(z + t) * simd::sigmoid(load(z + t));
+        store(y + t, out);
       }
-      tiles::store(here(d.o), k.y, channels, steps, add);
     }
+    if (d.p) tiles::store(here(d.p), block(ps), unit.channels, steps);
+    tiles::store(here(d.o), block(deltas), unit.channels, steps, add);
   }
 }
 
 // From the last step of a chunk to its first, for W states:
 //   lam_t = C_t g_t + a_{t+1} lam_{t+1},  q_t = sum lam_t B_t,  r_t = sum A lam_t a_t h_{t-1}  (spec 4.2)
 // `carried` holds a_{t+1} lam_{t+1}. q and r are added to; g is the gradient at C h.
-void retreat(const Chunk& k, const float* g, float* carried, float* g_rates, const float* rates, const float* B,
+void retreat(const Tile& k, const float* g, float* carried, float* g_rates, const float* rates, const float* B,
              const float* C, int64_t width, int64_t steps, const float* kept_h, const float* kept_a, float* q, float* r,
              float* g_B, float* g_C, int64_t g_row) {
   for (int64_t t = steps - 1; t >= 0; t--) {
@@ -243,39 +251,46 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
   const int64_t first = unit.g * plan.group_channels + unit.first, row = unit.b * plan.s.channels + first;
   const int64_t unit_state = unit_tiles * plan.tile_state, chunk_states = chunk_steps * plan.width;
   Arena arena(Rows::floats(plan) + 2 * unit_state + 2 * chunk_states + plan.tile_state + (2 * chunk_steps + 1) * W * W +
-              2 * unit_channels);
+              2 * unit_channels + 5 * block_floats);
   const Rows rows(arena, plan, d, first, unit.channels);
   float *carried = arena.take(unit_state), *g_rates = arena.take(unit_state);
   float *g_skip = arena.take(unit_channels), *g_bias = arena.take(unit_channels);
   std::fill_n(carried, 2 * unit_state + 2 * unit_channels, 0.0f);
   float *B = arena.take(chunk_states), *C = arena.take(chunk_states), *state = arena.take(plan.tile_state);
   float *kept_h = arena.take((chunk_steps + 1) * W * W), *kept_a = arena.take(chunk_steps * W * W);
+  float *us = arena.take(block_floats), *deltas = arena.take(block_floats), *zs = arena.take(block_floats);
+  float *g_os = arena.take(block_floats), *g_ps = arena.take(block_floats);
   float *g_B = d.part_B + index * plan.s.steps * plan.width, *g_C = d.part_C + index * plan.s.steps * plan.width;
   std::fill_n(g_B, plan.s.steps * plan.width, 0.0f);
   std::fill_n(g_C, plan.s.steps * plan.width, 0.0f);
   const int64_t g_row = d.reversed ? -plan.width : plan.width, g_first = d.reversed ? (plan.s.steps - 1) * plan.width : 0;
 
-  Chunk k;
-  alignas(64) float z[chunk_steps * W], g_o[chunk_steps * W], g_y[chunk_steps * W], g_Ch[chunk_steps * W];
-  alignas(64) float q[chunk_steps * W], r[chunk_steps * W];
+  Tile k;
+  alignas(64) float g_y[tile_floats], g_Ch[tile_floats], q[tile_floats], r[tile_floats];
   for (int64_t chunk = plan.chunks - 1; chunk >= 0; chunk--) {
     const int64_t t0 = chunk * chunk_steps, steps = std::min(chunk_steps, plan.s.steps - t0);
+    auto here = [&](const Strided& s) { return s.at(unit.b, 0, first).from_step(t0); };
     load_states(B, plan, d.B.at(unit.b, unit.g, 0).from_step(t0), steps);
     load_states(C, plan, d.C.at(unit.b, unit.g, 0).from_step(t0), steps);
+    tiles::load(block(us), here(d.u), unit.channels, steps);
+    tiles::load(block(deltas), here(d.delta), unit.channels, steps);
+    tiles::load(block(g_os), here(d.g_o), unit.channels, steps);
+    if (d.z) tiles::load(block(zs), here(d.z), unit.channels, steps);
+    if (d.g_p) tiles::load(block(g_ps), here(d.g_p), unit.channels, steps);
     for (int64_t i = 0; i < unit.tiles; i++) {
-      const int64_t channels = std::min<int64_t>(W, unit.channels - i * W);
-      auto here = [&](const Strided& s) { return s.at(unit.b, 0, first + i * W).from_step(t0); };
-      prepare<true>(k, plan, here(d.u), here(d.delta), load(rows.bias + i * W), channels, steps);
-      tiles::load(g_o, here(d.g_o), channels, steps);
-      if (d.z) tiles::load(z, here(d.z), channels, steps);
-      if (d.g_p) tiles::load(g_Ch, here(d.g_p), channels, steps);
-      for (int64_t t = 0; t < steps; t++) {
-        Float g = load(g_o + t * W);
-        if (d.z) g *= load(z + t * W) * simd::sigmoid(load(z + t * W));
-        store(g_y + t * W, g);
-        store(g_Ch + t * W, d.g_p ? g + load(g_Ch + t * W) : g);
-        store(q + t * W, Float{});
-        store(r + t * W, Float{});
+      float *u = us + i * tile_floats, *delta = deltas + i * tile_floats, *z = zs + i * tile_floats;
+      const float *g_o = g_os + i * tile_floats, *g_p = g_ps + i * tile_floats;
+      const int64_t ahead = std::min(chunk_steps, t0);
+      for (const Strided* s : {&d.u, &d.delta, &d.z, &d.g_o})
+        if (*s) tiles::prefetch(here(*s).from_step(-chunk_steps), unit.channels, ahead, i, unit.tiles);
+      prepare<true>(k, plan.s.softplus, u, delta, load(rows.bias + i * W), steps);
+      for (int64_t t = 0; t < steps * W; t += W) {
+        Float g = load(g_o + t);
+        if (d.z) g *= load(z + t) * simd::sigmoid(load(z + t));
+        store(g_y + t, g);
+        store(g_Ch + t, d.g_p ? g + load(g_p + t) : g);
+        store(q + t, Float{});
+        store(r + t, Float{});
       }
 
       std::copy_n(plan.carry(d, index, chunk) + i * plan.tile_state, plan.tile_state, state);
@@ -286,31 +301,32 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
                 q, r, g_B + g_first + t0 * g_row + n, g_C + g_first + t0 * g_row + n, g_row);
       }
 
+      // The inputs of this tile have served: their places take the gradients.
       const Float skip = load(rows.skip + i * W);
       Float sum_skip = load(g_skip + i * W), sum_bias = load(g_bias + i * W);
-      for (int64_t t = steps - 1; t >= 0; t--) {
-        const Float u = load(k.u + t * W), g = load(g_y + t * W), q_t = load(q + t * W);
-        Float y = load(k.y + t * W), g_u = load(k.dt + t * W) * q_t;
+      for (int64_t t = (steps - 1) * W; t >= 0; t -= W) {
+        const Float u_t = load(u + t), g = load(g_y + t), q_t = load(q + t);
+        Float y = load(k.y + t), g_u = load(k.dt + t) * q_t;
         if (d.D) {
-          y += skip * u;
+          y += skip * u_t;
           g_u += skip * g;
-          sum_skip += g * u;
+          sum_skip += g * u_t;
         }
-        Float g_delta = (u * q_t + load(r + t * W) * simd::ln_2) * load(k.slope + t * W);
+        const Float g_delta = (u_t * q_t + load(r + t) * simd::ln_2) * load(k.slope + t);
         sum_bias += g_delta;
-        store(q + t * W, g_u);
-        store(r + t * W, g_delta);
+        store(u + t, g_u);
+        store(delta + t, g_delta);
         if (d.z) {
-          Float gate = load(z + t * W), s = simd::sigmoid(gate);
-          store(z + t * W, load(g_o + t * W) * y * s * (1.0f + gate * (1.0f - s)));
+          const Float gate = load(z + t), s = simd::sigmoid(gate);
+          store(z + t, load(g_o + t) * y * s * (1.0f + gate * (1.0f - s)));
         }
       }
       store(g_skip + i * W, sum_skip);
       store(g_bias + i * W, sum_bias);
-      tiles::store(here(d.g_u), q, channels, steps);
-      tiles::store(here(d.g_delta), r, channels, steps);
-      if (d.z) tiles::store(here(d.g_z), z, channels, steps, add);
     }
+    tiles::store(here(d.g_u), block(us), unit.channels, steps);
+    tiles::store(here(d.g_delta), block(deltas), unit.channels, steps);
+    if (d.z) tiles::store(here(d.g_z), block(zs), unit.channels, steps, add);
   }
   for (int64_t c = 0; c < unit.channels; c++) {
     d.part_D[row + c] = g_skip[c];

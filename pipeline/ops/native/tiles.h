@@ -25,68 +25,98 @@ struct Strided {
   }
 };
 
+// Where float (channel c, step t) lies: at[c / W * tile + t * row + c % W].
+struct Tiles {
+  float* at;
+  int64_t tile, row;
+};
+
 namespace tiles {
 
 using simd::Float;
 using simd::W;
 
+// The W x W corner at channel c: W steps from t on, of a tensor whose steps are neighbours (step 1 or -1).
 template <class T>
-void load_as(float* tile, int64_t row, const Strided& s, int64_t channels, int64_t steps) {
+T* corner(const Strided& s, int64_t c, int64_t t) {
+  return static_cast<T*>(s.data) + c * s.channel + (s.step == 1 ? t : -t - (W - 1));
+}
+
+template <class T>
+void load_as(Tiles to, const Strided& s, int64_t channels, int64_t steps) {
   const T* p = static_cast<const T*>(s.data);
-  int64_t t = 0;
-  if (channels == W && s.channel == 1) {
-    for (; t < steps; t++) simd::store(tile + t * row, simd::load(p + t * s.step));
-  } else if (channels == W && (s.step == 1 || s.step == -1)) {
-    for (; t + W <= steps; t += W) {
-      Float rows[W];
-      const T* first = s.step == 1 ? p + t : p - t - (W - 1);
-      for (int c = 0; c < W; c++) rows[c] = simd::load(first + c * s.channel);
-      simd::transpose(rows);
-      for (int i = 0; i < W; i++) simd::store(tile + (t + (s.step == 1 ? i : W - 1 - i)) * row, rows[i]);
-    }
+  const int64_t whole = channels / W * W, blocks = steps / W * W;
+  int64_t loaded = 0;  // steps that the fast paths bring for the whole tiles
+  if (s.channel == 1) {
+    loaded = steps;
+    for (int64_t t = 0; t < steps; t++)  // long runs: what the processor prefetches well
+      for (int64_t c = 0; c < whole; c += W) simd::store(to.at + c / W * to.tile + t * to.row, simd::load(p + t * s.step + c));
+  } else if (s.step == 1 || s.step == -1) {
+    loaded = blocks;
+    for (int64_t c = 0; c < whole; c += W)
+      for (int64_t t = 0; t < blocks; t += W) {
+        Float rows[W];
+        const T* from = corner<const T>(s, c, t);
+        for (int i = 0; i < W; i++) rows[i] = simd::load(from + i * s.channel);
+        simd::transpose(rows);
+        float* tile = to.at + c / W * to.tile + t * to.row;
+        for (int i = 0; i < W; i++) simd::store(tile + (s.step == 1 ? i : W - 1 - i) * to.row, rows[i]);
+      }
   }
-  for (; t < steps; t++)
-    for (int64_t c = 0; c < W; c++)
-      tile[t * row + c] = c < channels ? simd::widen(p[c * s.channel + t * s.step]) : 0.0f;
+  for (int64_t c = 0; c < (channels + W - 1) / W * W; c++)
+    for (int64_t t = c < whole ? loaded : 0; t < steps; t++)
+      to.at[c / W * to.tile + t * to.row + c % W] = c < channels ? simd::widen(p[c * s.channel + t * s.step]) : 0.0f;
 }
 
-// tile[t * row + c] for `steps` steps and W channels, of which those from `channels` on are zero.
-inline void load(float* tile, const Strided& s, int64_t channels, int64_t steps, int64_t row = W) {
-  s.bf16 ? load_as<uint16_t>(tile, row, s, channels, steps) : load_as<float>(tile, row, s, channels, steps);
+// Read `steps` steps of `channels` channels; the lanes of the last tile that have no channel become zero.
+inline void load(Tiles to, const Strided& s, int64_t channels, int64_t steps) {
+  s.bf16 ? load_as<uint16_t>(to, s, channels, steps) : load_as<float>(to, s, channels, steps);
+}
+
+// Ask for part `part` of `parts` of a block of channels and steps, ahead of need: a scan computes on one chunk for
+// microseconds, in which memory would idle. always_inline, because GCC takes a function that only prefetches to be
+// without effect and removes its calls.
+__attribute__((always_inline)) inline void prefetch(const Strided& s, int64_t channels, int64_t steps, int64_t part,
+                                                    int64_t parts) {
+  const int64_t size = s.bf16 ? 2 : 4, count = s.channel == 1 ? steps : channels;
+  const int64_t run = (s.channel == 1 ? channels : steps) * size, stride = (s.channel == 1 ? s.step : s.channel) * size;
+  const char* p = static_cast<const char*>(s.data) - (s.channel != 1 && s.step < 0 ? run : 0);
+  for (int64_t i = count * part / parts; i < count * (part + 1) / parts; i++)
+    for (int64_t at = 0; at < run; at += 64) __builtin_prefetch(p + i * stride + at, 0, 2);
 }
 
 template <class T>
-void store_as(const Strided& s, const float* tile, int64_t channels, int64_t steps, bool add) {
+void store_as(const Strided& s, Tiles from, int64_t channels, int64_t steps, bool add) {
   T* p = static_cast<T*>(s.data);
-  int64_t t = 0;
-  if (channels == W && s.channel == 1) {
-    for (; t < steps; t++) {
-      T* q = p + t * s.step;
-      Float v = simd::load(tile + t * W);
-      simd::store(q, add ? simd::load(q) + v : v);
-    }
-  } else if (channels == W && (s.step == 1 || s.step == -1)) {
-    for (; t + W <= steps; t += W) {
-      Float rows[W];
-      for (int i = 0; i < W; i++) rows[i] = simd::load(tile + (t + (s.step == 1 ? i : W - 1 - i)) * W);
-      simd::transpose(rows);
-      T* first = s.step == 1 ? p + t : p - t - (W - 1);
-      for (int c = 0; c < W; c++) {
-        T* q = first + c * s.channel;
-        simd::store(q, add ? simd::load(q) + rows[c] : rows[c]);
+  const int64_t whole = channels / W * W, blocks = steps / W * W;
+  int64_t stored = 0;
+  auto put = [add](T* q, Float v) { simd::store(q, add ? simd::load(q) + v : v); };
+  if (s.channel == 1) {
+    stored = steps;
+    for (int64_t t = 0; t < steps; t++)
+      for (int64_t c = 0; c < whole; c += W) put(p + t * s.step + c, simd::load(from.at + c / W * from.tile + t * from.row));
+  } else if (s.step == 1 || s.step == -1) {
+    stored = blocks;
+    for (int64_t c = 0; c < whole; c += W)
+      for (int64_t t = 0; t < blocks; t += W) {
+        Float rows[W];
+        const float* tile = from.at + c / W * from.tile + t * from.row;
+        for (int i = 0; i < W; i++) rows[i] = simd::load(tile + (s.step == 1 ? i : W - 1 - i) * from.row);
+        simd::transpose(rows);
+        T* to = corner<T>(s, c, t);
+        for (int i = 0; i < W; i++) put(to + i * s.channel, rows[i]);
       }
-    }
   }
-  for (; t < steps; t++)
-    for (int64_t c = 0; c < channels; c++) {
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t t = c < whole ? stored : 0; t < steps; t++) {
       T* q = p + c * s.channel + t * s.step;
-      simd::narrow(q, tile[t * W + c] + (add ? simd::widen(*q) : 0.0f));
+      simd::narrow(q, from.at[c / W * from.tile + t * from.row + c % W] + (add ? simd::widen(*q) : 0.0f));
     }
 }
 
-// Write, or with `add` add to, the first `channels` channels of a tile.
-inline void store(const Strided& s, const float* tile, int64_t channels, int64_t steps, bool add = false) {
-  s.bf16 ? store_as<uint16_t>(s, tile, channels, steps, add) : store_as<float>(s, tile, channels, steps, add);
+// Write, or with `add` add to, `steps` steps of `channels` channels.
+inline void store(const Strided& s, Tiles from, int64_t channels, int64_t steps, bool add = false) {
+  s.bf16 ? store_as<uint16_t>(s, from, channels, steps, add) : store_as<float>(s, from, channels, steps, add);
 }
 
 }  // namespace tiles
