@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.config import VISION_MAMBA_VARIANTS as VARIANTS
-from pipeline.ops.scan import causal_conv1d_silu, selective_scan
+from pipeline.ops.scan import Direction, mixer_scan
 
 __all__ = ["VARIANTS", "VisionMamba"]
 
@@ -60,34 +60,29 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, columns: Tensor | None) -> Tensor:
         """(B, L, D) -> (B, L, D); `columns` (2, L) is the column-major order and its inverse, for four directions."""
-        xz = self.in_proj(x).transpose(1, 2)  # (B, 2E, L)
+        xz = self.in_proj(x)  # (B, L, 2E)
         y = self._both_ways(xz, self.suffixes[:2])
         if columns is not None:
             # One gather in and one out serve both column directions.
             order, inverse = columns
-            y = y + self._both_ways(xz[..., order], self.suffixes[2:])[..., inverse]
-        return self.out_proj((y / len(self.suffixes)).transpose(1, 2))
+            y = y + self._both_ways(xz[:, order], self.suffixes[2:])[:, inverse]
+        # The mean over the directions, taken on the weight: it is smaller than y.
+        return F.linear(y, self.out_proj.weight / len(self.suffixes))
 
     def _both_ways(self, xz: Tensor, suffixes: tuple[str, ...]) -> Tensor:
-        x, z = xz.chunk(2, dim=1)
-        return torch.stack([self._scan(x, z, s, reverse=i == 1) for i, s in enumerate(suffixes)]).sum(0)
+        """The sum of one or two directions of a sequence, (B, L, 2E) -> (B, L, E)."""
+        return mixer_scan(xz, [self._direction(s) for s in suffixes])
 
-    def _scan(self, x: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
-        of = self.get_parameter
-        x = causal_conv1d_silu(x, of(f"conv1d{suffix}.weight"), of(f"conv1d{suffix}.bias"), reverse=reverse)
-        dt, b, c = self.get_submodule(f"x_proj{suffix}")(x.transpose(1, 2)).split(
-            [self.rank, self.d_state, self.d_state], -1
-        )
-        return selective_scan(
-            x,
-            F.linear(dt, of(f"dt_proj{suffix}.weight")).transpose(1, 2),  # the bias enters inside the softplus, in fp32
-            -torch.exp(of(f"A{suffix}_log").float()),
-            b.transpose(1, 2),
-            c.transpose(1, 2),
-            of(f"D{suffix}"),
-            z,
-            of(f"dt_proj{suffix}.bias"),
-            reverse=reverse,
+    def _direction(self, suffix: str) -> Direction:
+        own = self.get_parameter
+        return Direction(
+            own(f"conv1d{suffix}.weight"),
+            own(f"conv1d{suffix}.bias"),
+            own(f"x_proj{suffix}.weight"),
+            own(f"dt_proj{suffix}.weight"),
+            own(f"dt_proj{suffix}.bias"),  # enters inside the softplus, in fp32
+            -torch.exp(own(f"A{suffix}_log").float()),
+            own(f"D{suffix}"),
         )
 
 

@@ -5,9 +5,23 @@ that every released Mamba uses. Shapes as in `pipeline.ops.scan`, which checks t
 Bt batch, E channels, L steps, N states, G groups of channels that share B and C, K taps of the convolution.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Direction(NamedTuple):
+    """What a mixer owns for one direction. R rank of the step size; weights as nn.Linear and nn.Conv1d keep them."""
+
+    conv_weight: Tensor  # (E, 1, K)
+    conv_bias: Tensor | None  # (E,)
+    x_proj: Tensor  # (R + 2 N, E): rows for the low-rank step size, B, C
+    dt_proj: Tensor  # (E, R)
+    dt_bias: Tensor | None  # (E,), added inside the softplus
+    A: Tensor  # (E, N), negative
+    D: Tensor | None  # (E,)
 
 
 def selective_scan(

@@ -1,24 +1,28 @@
-"""The selective scan and its convolution: one signature, several implementations, chosen once and loudly.
+"""The selective scan, its convolution, and a mixer's whole chain: one signature each, computed by what is here.
 
-`selective_scan` and `causal_conv1d_silu` are what models call. Who computes them is decided at the first call on a
-device, or earlier by `choose_scan`: every candidate is probed against the reference before it may serve, and one log
-line says which runs and why the better ones do not. A package that is absent (`Missing`) and a kernel that is there
-and fails (`Failing`) are different errors: the first is news, the second is alarming.
+`selective_scan` and `causal_conv1d_silu` are the operators; `mixer_scan` is the chain of both that a mixer runs between
+its two projections, which a kernel may fuse. Who computes them is decided once per type of device, at the first call or
+by `choose_scan`: every candidate is probed against the reference before it may serve, and the log says which runs and
+why the better ones do not. A package or compiler that is absent (`Missing`) and a kernel that is there and fails
+(`Failing`) are different errors: the first is news, the second is alarming.
 
-Bt batch, E channels, L steps, N states, G groups of channels that share B and C, K taps.
+Bt batch, E channels, L steps, N states, G groups of channels that share B and C, K taps, R rank of the step size.
 """
 
 import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.ops import reference
+from pipeline.ops import closed_form, reference
+from pipeline.ops.reference import Direction
+from pipeline.ops.shapes import check_conv, check_mixer, check_scan
 
 logger = logging.getLogger(__name__)
 
@@ -33,36 +37,48 @@ class Failing(EnvironmentProblem):
 
 @dataclass(frozen=True, kw_only=True)
 class Operators:
-    """The two operators of one implementation; the functions have the signatures of `pipeline.ops.reference`."""
+    """One implementation; `scan` and `conv` have the signatures of `pipeline.ops.reference`."""
 
     name: str
     scan: Callable[..., Tensor | tuple[Tensor, Tensor]]
-    conv: Callable[..., Tensor]
-
-
-def _reference(device: torch.device) -> Operators:
-    return Operators(name="reference", scan=reference.selective_scan, conv=reference.causal_conv1d_silu)
-
-
-def _native(device: torch.device) -> Operators:
-    from pipeline.ops.native.build import BuildError
-    from pipeline.ops.native.operators import Kernels
-
-    if device.type != "cpu":
-        raise Missing(f"the native kernel runs on the CPU, not on {device.type}")
-    try:
-        kernels = Kernels()
-    except BuildError as error:
-        raise Missing(str(error)) from error
-    return Operators(name="native", scan=kernels.scan, conv=kernels.conv)
+    conv: Callable[..., Tensor] = reference.causal_conv1d_silu
+    mixer: Callable[..., tuple[Tensor, ...]] | None = None  # `mixer_scan` always as a tuple; None: composed
 
 
 def _cuda(device: torch.device) -> Operators:
     raise Missing("no CUDA kernel is wired yet")
 
 
-# In the order of preference. Each loads late, so that importing this file needs torch alone; a loader raises Missing.
-SCANS: dict[str, Callable[[torch.device], Operators]] = {"cuda": _cuda, "native": _native, "reference": _reference}
+def _native(device: torch.device) -> Operators:
+    if device.type != "cpu":
+        raise Missing(f"it runs on the CPU, not on {device.type}")
+    from pipeline.ops.native.build import BuildError
+    from pipeline.ops.native.library import Library
+    from pipeline.ops.native.operators import Native
+
+    try:
+        native = Native(Library())
+    except BuildError as error:
+        raise Missing(str(error)) from error
+    return Operators(name="native", scan=native.scan, conv=native.conv, mixer=native.mixer)
+
+
+def _closed_form(device: torch.device) -> Operators:
+    return Operators(name="torch", scan=closed_form.selective_scan)
+
+
+def _reference(device: torch.device) -> Operators:
+    return Operators(name="reference", scan=reference.selective_scan)
+
+
+# In the order of preference. Each imports what it needs when called, so this file needs torch alone; a loader raises
+# Missing. `torch` is the closed form in plain torch; `reference` is the oracle of the tests.
+SCANS: dict[str, Callable[[torch.device], Operators]] = {
+    "cuda": _cuda,
+    "native": _native,
+    "torch": _closed_form,
+    "reference": _reference,
+}
 _chosen: dict[str, Operators] = {}  # by device type
 
 
@@ -118,8 +134,24 @@ def probe(operators: Operators, device: torch.device) -> float:
     return worst
 
 
-def _operators(device: torch.device) -> Operators:
-    return _chosen.get(device.type) or choose_scan("auto", device)
+def report(device: torch.device | str = "cpu") -> list[tuple[str, float | None, str]]:
+    """For a doctor: each implementation with its relative error to the reference, or None and the reason."""
+    device = torch.device(device)
+    rows: list[tuple[str, float | None, str]] = []
+    for name, load in SCANS.items():
+        try:
+            rows.append((name, probe(load(device), device), "works"))
+        except Missing as reason:
+            rows.append((name, None, f"not available: {reason}"))
+        except Failing as reason:
+            rows.append((name, None, f"FAILS: {reason}"))
+    return rows
+
+
+def _operators(tensor: Tensor) -> Operators:
+    if tensor.dtype == torch.float64:  # the kernels compute in fp32
+        return _closed_form(tensor.device)
+    return _chosen.get(tensor.device.type) or choose_scan("auto", tensor.device)
 
 
 @overload
@@ -178,8 +210,8 @@ def selective_scan(
     p = C·h (Bt, E, L): no gate, no skip, which SSMixup blends. `reverse` scans from L-1 to 0 with the outputs in the
     original order: flip-scan-flip without the flips. Differentiable in every tensor.
     """
-    _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    return _operators(u.device).scan(
+    check_scan(u, delta, A, B, C, D, z, delta_bias)
+    return _operators(u).scan(
         u,
         delta,
         A,
@@ -200,58 +232,55 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     x: (Bt, E, L), any strides; weight: (E, 1, K); bias: (E,). Returns (Bt, E, L) in x's dtype.
     `reverse` equals flip-conv-flip. Differentiable in every tensor.
     """
-    _check_conv(x, weight, bias)
-    return _operators(x.device).conv(x, weight, bias, reverse=reverse)
+    check_conv(x, weight, bias)
+    return _operators(x).conv(x, weight, bias, reverse=reverse)
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
+@overload
+def mixer_scan(xz: Tensor, directions: Sequence[Direction], *, return_ungated: Literal[False] = ...) -> Tensor: ...
 
 
-def _check_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> None:
-    if u.dim() != 3 or u.shape[2] == 0 or not u.is_floating_point():
-        raise ValueError(f"u must be floating point of shape (batch, channels, steps >= 1), got {_shape(u)} {u.dtype}")
-    for name, tensor in (("delta", delta), ("z", z)):
-        if tensor is not None and tensor.shape != u.shape:
-            raise ValueError(f"{name} must have the shape of u, {_shape(u)}, got {_shape(tensor)}")
-    batch, channels, steps = u.shape
-    if A.dim() != 2 or A.shape[0] != channels or A.shape[1] == 0:
-        raise ValueError(f"A must have shape (channels, states) = ({channels}, N >= 1), got {_shape(A)}")
-    states = A.shape[1]
-    for name, tensor in (("B", B), ("C", C)):
-        plain = tensor.shape == (batch, states, steps)
-        grouped = (
-            tensor.dim() == 4
-            and tensor.shape[1] > 0
-            and channels % tensor.shape[1] == 0
-            and tensor.shape == (batch, tensor.shape[1], states, steps)
-        )
-        if not plain and not grouped:
-            raise ValueError(
-                f"{name} must have shape {(batch, states, steps)}, or {(batch, 'G', states, steps)} with G dividing "
-                f"the {channels} channels, got {_shape(tensor)}"
-            )
-    if B.shape != C.shape:
-        raise ValueError(f"B and C must be grouped alike, got {_shape(B)} and {_shape(C)}")
-    for name, tensor in (("D", D), ("delta_bias", delta_bias)):
-        if tensor is not None and tensor.shape != (channels,):
-            raise ValueError(f"{name} must have shape ({channels},), got {_shape(tensor)}")
+@overload
+def mixer_scan(xz: Tensor, directions: Sequence[Direction], *, return_ungated: Literal[True]) -> tuple[Tensor, ...]: ...
 
 
-def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 3 or x.shape[2] == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point of shape (batch, channels, steps >= 1), got {_shape(x)} {x.dtype}")
-    channels = x.shape[1]
-    if weight.dim() != 3 or weight.shape[:2] != (channels, 1) or weight.shape[2] == 0:
-        raise ValueError(f"weight must have shape (channels, 1, taps) = ({channels}, 1, K >= 1), got {_shape(weight)}")
-    if bias is not None and bias.shape != (channels,):
-        raise ValueError(f"bias must have shape ({channels},), got {_shape(bias)}")
+def mixer_scan(
+    xz: Tensor, directions: Sequence[Direction], *, return_ungated: bool = False
+) -> Tensor | tuple[Tensor, ...]:
+    """SiLU(z) * (y_forward [+ y_backward]): all of a mixer between in_proj and out_proj, in one differentiable call.
+
+    For each direction: v = causal_conv1d_silu(x), (low, B, C) = x_proj v, y = scan(v, dt_proj low, A, B, C, D).
+    xz: (Bt, L, 2 E) as in_proj gives it, x first; `directions`: one, or two of which the second runs from the last
+    step to the first. Returns o (Bt, L, E), the sum over the directions (Vim divides it by their number); with
+    `return_ungated` (o, p_forward[, p_backward]), each p = C·h (Bt, L, E) without gate and skip. Four directions are
+    two calls, the second on reordered steps.
+
+    Both directions share x, z and o, so a kernel that takes them together reads and writes those once, and the
+    gradients of x, z and of each v need no sums: that is why this call exists beside the operators it is made of.
+    """
+    check_mixer(xz, directions)
+    operators = _operators(xz)
+    results = (operators.mixer or _composed(operators))(xz, directions, return_ungated=return_ungated)
+    return results if return_ungated else results[0]
+
+
+def _composed(operators: Operators) -> Callable[..., tuple[Tensor, ...]]:
+    """The mixer's chain out of the two operators."""
+
+    def mixer(xz: Tensor, directions: Sequence[Direction], *, return_ungated: bool) -> tuple[Tensor, ...]:
+        x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (Bt, E, L)
+        outs, ungated = [], []
+        for k, d in enumerate(directions):
+            v = operators.conv(x, d.conv_weight, d.conv_bias, reverse=k == 1)
+            rank, states = d.dt_proj.shape[1], d.A.shape[1]
+            low, B, C = F.linear(v.transpose(1, 2), d.x_proj).split([rank, states, states], dim=2)
+            delta = F.linear(low, d.dt_proj).transpose(1, 2)
+            inputs = v, delta, d.A, B.transpose(1, 2), C.transpose(1, 2), d.D, z, d.dt_bias
+            result = operators.scan(*inputs, reverse=k == 1, return_ungated=return_ungated)
+            out, *p = result if isinstance(result, tuple) else (result,)
+            outs.append(out)
+            ungated += p
+        total = outs[0] if len(outs) == 1 else outs[0] + outs[1]
+        return tuple(t.transpose(1, 2) for t in (total, *ungated))
+
+    return mixer
