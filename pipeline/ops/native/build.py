@@ -15,14 +15,16 @@ import shutil
 import subprocess
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("scan.cpp", "conv.cpp")
-HEADERS = ("simd.h", "tiles.h")
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "scan.cpp", FOLDER / "conv.cpp")
+HEADERS = (FOLDER / "simd.h", FOLDER / "tiles.h")
 # No -ffast-math: a NaN must stay a NaN. Contraction (fused multiply-add) rounds once instead of twice, nothing else.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")
 SIMD = {
@@ -57,7 +59,7 @@ def find_compiler() -> str:
     raise BuildError("no C++ compiler (g++ or clang++) on the PATH")
 
 
-def load_library(simd: str | None = None, cache: Path | None = None) -> ctypes.CDLL:
+def load_library(simd: str | None = None, cache: Path | None = None, sources: Sequence[Path] = SOURCES) -> ctypes.CDLL:
     """The kernels for `simd` (default: the best), built if the cache has none. BuildError if that fails.
 
     Processes that start together wait for the first one's build: a file lock per key, and a rename at the end, so a
@@ -65,14 +67,14 @@ def load_library(simd: str | None = None, cache: Path | None = None) -> ctypes.C
     """
     flags = (*FLAGS, *SIMD[simd or best_simd()])
     compiler = find_compiler()
-    library = (cache or cache_folder()) / f"ops-{_key(compiler, flags)}.so"
+    library = (cache or cache_folder()) / f"ops-{_key(compiler, flags, sources)}.so"
     if not library.exists():
         try:
             library.parent.mkdir(parents=True, exist_ok=True)
             with open(library.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not library.exists():
-                    _compile(compiler, flags, library)
+                    _compile(compiler, flags, sources, library)
         except OSError as error:
             raise BuildError(f"cannot build in {library.parent}: {error}") from error
     try:
@@ -81,20 +83,18 @@ def load_library(simd: str | None = None, cache: Path | None = None) -> ctypes.C
         raise BuildError(f"cannot load {library}: {error}") from error
 
 
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
-    folder = Path(__file__).parent
+def _key(compiler: str, flags: Sequence[str], sources: Sequence[Path]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256(repr((flags, torch.__version__, version, platform.machine())).encode())
-    for name in (*SOURCES, *HEADERS):
-        digest.update((folder / name).read_bytes())
+    for path in (*sources, *HEADERS):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
 
 
-def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
-    folder = Path(__file__).parent
+def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], library: Path) -> None:
     site = Path(torch.__file__).parent
     unfinished = library.with_suffix(f".{os.getpid()}.tmp")
-    command = [compiler, *flags, f"-I{site / 'include'}", *(str(folder / name) for name in SOURCES)]
+    command = [compiler, *flags, f"-I{site / 'include'}", f"-I{FOLDER}", *map(str, sources)]
     command += [f"-L{site / 'lib'}", f"-Wl,-rpath,{site / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(unfinished)]
     if sysconfig.get_platform().startswith("macosx"):
         command.remove("-fopenmp")  # Apple's clang has none; at::parallel_for is then serial here
