@@ -42,8 +42,8 @@ def selective_scan(
         dt = F.softplus(dt)
 
     def by_step(x: Tensor) -> Tensor:  # (Bt, E, L) or (Bt, [G,] N, L) -> (L, Bt, G, E/G or N)
-        x = x.movedim(-1, 0).to(inner).reshape(x.shape[-1], x.shape[0], groups, -1)
-        return x.flip(0) if reverse else x
+        x = x.to(inner) if x.dim() == 4 else x.to(inner).unflatten(1, (groups, x.shape[1] // groups))
+        return x.movedim(-1, 0).flip(0) if reverse else x.movedim(-1, 0)
 
     ungated = _Recurrence.apply(
         by_step(dt * inputs), by_step(dt), A.to(inner).unflatten(0, (groups, -1)), by_step(B), by_step(C)
