@@ -1,6 +1,7 @@
 """Endless batches for one rank; the loader's whole state is the optimizer step."""
 
 import itertools
+import math
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data import seeds
 from pipeline.data.batch import Batch
+from pipeline.data.buffers import Buffers
 from pipeline.data.config import LoaderConfig
 from pipeline.data.decode import UnreadableImage, decode
 from pipeline.data.manifest import Manifest
@@ -54,8 +56,8 @@ class _Source(Dataset[Part]):
         raise NotImplementedError
 
     def empty(self, count: int) -> Part:
-        height, width = self.views.image_size
-        views = {name: torch.zeros(count, 3, height, width, dtype=torch.uint8) for name in self.views.names}
+        shape = (count, 3, *self.views.image_size)
+        views = {name: _shared_pixels(shape) for name in self.views.names}
         return Part(views=views, indices=torch.full((count,), -1))
 
 
@@ -170,6 +172,7 @@ class Loader:
         self._source = _TrainSource(manifest, views, order, self._lanes)
         self._labels = None if hide_labels else manifest.labels
         self._quarantine = Quarantine(manifest, quarantine, int(config.max_unreadable * len(positions) / world_size))
+        self._buffers = Buffers()
         self._running: list[Generator[Part, None, None]] = []
 
     @property
@@ -183,7 +186,7 @@ class Loader:
         self._running.append(parts)
         for part in parts:
             self._quarantine.add(part.unreadable)
-            yield _batch(part, self.views, self._labels, len(self._lanes))
+            yield _batch(part, self.views, self._labels, len(self._lanes), self._buffers)
 
     def close(self) -> None:
         """Ends the worker processes; iterators handed out before end too."""
@@ -206,11 +209,12 @@ def evaluation_batches(
 
     `batch_size` is per rank. DataError for a sample that cannot be decoded: a score must not skip any.
     """
+    buffers = Buffers()
     source = _EvalSource(manifest, views, np.asarray(positions, np.int64), batch_size, rank, world_size)
     parts = _parts(source, range(len(source)), workers, prefetch=2)
     try:
         for part in parts:
-            yield _batch(part, views, manifest.labels, 1)
+            yield _batch(part, views, manifest.labels, 1, buffers)
     finally:
         parts.close()
         source.reader.close()
@@ -235,19 +239,27 @@ def _parts(source: _Source, numbers: Iterable[int], workers: int, prefetch: int)
         yield part
 
 
+def _shared_pixels(shape: tuple[int, ...]) -> Tensor:
+    """Zeroed uint8; in a worker already in the shared memory that carries it over, which saves a copy."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)  # new shared pages are zero
+
+
 def _unchanged(part: Any) -> Any:
     return part
 
 
-def _batch(part: Part, views: View, labels: NDArray[np.int64] | None, lanes: int) -> Batch:
+def _batch(part: Part, views: View, labels: NDArray[np.int64] | None, lanes: int, buffers: Buffers) -> Batch:
     hidden = torch.full_like(part.indices, -1)
     if labels is not None:
         known = torch.from_numpy(labels[part.indices.numpy()])
         hidden = torch.where(part.indices >= 0, known, hidden)
-    strong = part.views.get("strong")
+    images = {name: views.normalise(view, buffers.take(view.shape)) for name, view in part.views.items()}
     return Batch(
-        images=views.normalise(part.views["images"]),
-        strong=None if strong is None else views.normalise(strong),
+        images=images["images"],
+        strong=images.get("strong"),
         labels=hidden,
         indices=part.indices,
         lanes=lanes,
