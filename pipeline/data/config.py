@@ -40,6 +40,16 @@ WEAK = AugmentConfig(color_jitter=0.4)
 STRONG = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25)
 
 
+class RemoteConfig(Strict):
+    """How shards behind http(s) or s3 are fetched; without effect on local ones."""
+
+    cache: str = ""  # folder on a local disk, shared by the processes of a node
+    cache_gb: Annotated[float, Field(gt=0.0)] = 50.0  # 10^9 bytes
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 30.0  # without a byte
+    attempts: Positive = 8  # in a row that bring no byte
+    backoff_seconds: Annotated[float, Field(ge=0.0)] = 0.5  # before the second attempt; doubles up to 30 s
+
+
 class LoaderConfig(Strict):
     """How an epoch is ordered, and by how many hands it is read."""
 
@@ -50,6 +60,7 @@ class LoaderConfig(Strict):
     sampling: Literal["uniform", "class_balanced", "repeat_factor"] = "uniform"
     repeat_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.001  # repeat_factor: classes rarer than this repeat
     max_unreadable: Fraction = 0.001  # of the samples, before the run stops; those below it are replaced and named
+    remote: RemoteConfig = RemoteConfig()
 
 
 class SplitConfig(Strict):
