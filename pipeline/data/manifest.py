@@ -202,6 +202,8 @@ def _check_content(path: Path, sha256: str) -> None:
 def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
     """What contradicts itself in a manifest whose checksums hold; empty if nothing does."""
     samples, shards = manifest.samples, manifest.shards
+    if not isinstance(header["classes"], list) or not all(isinstance(name, str) for name in header["classes"]):
+        return "has no list of class names"
     if samples.dtype != SAMPLE or samples.ndim != 1:
         return "has a sample table of another form"
     if not shards or not len(samples):
