@@ -32,14 +32,12 @@ def serve(folder: Path, faults: tuple[str, ...] = ()) -> Iterator[tuple[str, Log
             if fault.isdigit() or not path.is_file():
                 self.send_error(int(fault or 404))
                 return
-            content = path.read_bytes()
-            part = content[int(first) : int(last) + 1]
-            if fault == "no ranges":
-                self.send_response(200)
-                part = content
-            else:
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            with path.open("rb") as file:
+                file.seek(int(first))
+                part = file.read(int(last) + 1 - int(first))
+            self.send_response(200 if fault == "no ranges" else 206)
+            if fault != "no ranges":
+                self.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
             self.send_header("Content-Length", str(len(part)))
             self.end_headers()
             if fault in ("drop", "stall", "truncate"):
