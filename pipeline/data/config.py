@@ -40,6 +40,16 @@ WEAK = AugmentConfig(color_jitter=0.4)
 STRONG = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25)
 
 
+class RemoteConfig(Strict):
+    """How shards behind http(s) or s3 are fetched; without effect on local ones."""
+
+    cache: str = ""  # folder on a local disk, shared by the processes of a node
+    cache_gb: Annotated[float, Field(gt=0.0)] = 50.0  # 10^9 bytes
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 30.0  # without a byte
+    attempts: Positive = 8  # in a row that bring no byte
+    backoff_seconds: Annotated[float, Field(ge=0.0)] = 0.5  # before the second attempt; doubles up to 30 s
+
+
 class LoaderConfig(Strict):
     """How an epoch is ordered, and by how many hands it is read."""
 
@@ -50,13 +60,34 @@ class LoaderConfig(Strict):
     sampling: Literal["uniform", "class_balanced", "repeat_factor"] = "uniform"
     repeat_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.001  # repeat_factor: classes rarer than this repeat
     max_unreadable: Fraction = 0.001  # of the samples, before the run stops; those below it are replaced and named
+    remote: RemoteConfig = RemoteConfig()
 
 
 class SplitConfig(Strict):
-    """Which samples are labelled, unlabelled and held out; `semivim.md` section 4 names the open choices."""
+    """Which samples are labelled, unlabelled and held out; semi-supervised papers leave most of this unsaid.
+
+    Validation is taken first, then the imbalance, then the label fraction. Validation is for thresholds and the
+    choice of models; a test set is a dataset of its own.
+    """
 
     imbalance: Annotated[float, Field(ge=1.0)] = 1.0  # head class / tail class; 1 keeps every sample
-    class_order: Literal["index", "frequency", "random"] = "index"  # which classes are head, which tail
+    profile: Literal["exponential", "supplement"] = "exponential"  # the paper's formula, or its wording (10, 100, 1000)
+    relative_to: Literal["largest", "own"] = "largest"  # what n_max is: the largest class, or each class's own size
+    class_order: Literal["index", "frequency", "random"] = "index"  # head to tail
+    scope: Literal["both", "labelled"] = "both"  # labelled: whatever is not labelled stays, as unlabelled
+    ood_classes: Annotated[int, Field(ge=0)] = 0  # the last of the order, never labelled and not in validation
+    ood_scope: Literal["all", "labelled"] = "all"  # all: not among the unlabelled either
     labelled: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # fraction of each class that keeps its label
     min_labelled_per_class: Annotated[int, Field(ge=0)] = 1
-    validation_per_class: Annotated[int, Field(ge=0)] = 0  # balanced, taken first, in neither training part
+    rounding: Literal["random", "nearest"] = "random"  # of counts; random keeps their mean, seeded per class
+    validation_per_class: Annotated[int, Field(ge=0)] = 0  # balanced
+    labelled_list: str = ""  # file naming exactly the labelled samples, as ImageNet's published 1 % and 10 %
+    pool_list: str = ""  # file naming all that may be trained on, as ImageNet-LT's
+
+    @model_validator(mode="after")
+    def _lists_stand_alone(self) -> "SplitConfig":
+        if self.labelled_list and (self.imbalance > 1 or self.labelled < 1 or self.ood_classes):
+            raise ValueError("labelled_list alone says which samples are labelled; leave out imbalance, labelled, ood")
+        if self.profile == "supplement" and self.imbalance not in (1, 10, 100, 1000):
+            raise ValueError(f"profile = supplement describes imbalance 10, 100 and 1000, not {self.imbalance:g}")
+        return self

@@ -5,6 +5,7 @@ Shards are written by webdataset's TarWriter, so every WebDataset reader opens t
 """
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -14,7 +15,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+from PIL import Image
+
 from pipeline.data import seeds
+from pipeline.data.decode import decode
 from pipeline.data.manifest import HEADER, Manifest, ShardIndex, read_manifest, write_manifest
 from pipeline.data.sources import Source
 from pipeline.data.tars import scan_shard
@@ -28,23 +33,31 @@ R = TypeVar("R")
 
 
 def convert(
-    source: Source, out: Path, *, seed: int = 0, samples_per_shard: int = 2_000, processes: int = 1
+    source: Source,
+    out: Path,
+    *,
+    seed: int = 0,
+    samples_per_shard: int = 2_000,
+    shorter_side: int = 0,
+    processes: int = 1,
 ) -> tuple[Manifest, bool]:
     """The dataset in `out` and whether it was there already. Samples are shuffled over the shards with `seed`.
+
+    Image bytes are kept as they are; with `shorter_side` in pixels, larger images are reduced to it as JPEG.
 
     DataError if `out` holds anything but an equal conversion, finished or begun.
     """
     count = len(source.keys)
     if not count:
         raise DataError(f"{source.name} has no images; nothing to convert")
-    order = seeds.permutation(count, seed, _SHUFFLE)
+    order = np.arange(count) if source.in_order else seeds.permutation(count, seed, _SHUFFLE)
     chunks = [order[first : first + samples_per_shard].tolist() for first in range(0, count, samples_per_shard)]
-    plan = _plan(source, seed, samples_per_shard)
+    plan = _plan(source, seed, samples_per_shard, shorter_side)
     out.mkdir(parents=True, exist_ok=True)
     _check_plan(out, plan, source.name)
     if (out / HEADER).exists():
         return read_manifest(out), True
-    jobs = [(source, chunk, out / f"{k:06d}.tar") for k, chunk in enumerate(chunks)]
+    jobs = [(source, chunk, out / f"{k:06d}.tar", shorter_side) for k, chunk in enumerate(chunks)]
     indices = list(run_parallel(_write_shard, jobs, processes, "shards"))
     return write_manifest(out, source.classes, indices), False
 
@@ -66,9 +79,9 @@ def run_parallel(work: Callable[[T], R], jobs: list[T], processes: int, unit: st
             raise
 
 
-def _plan(source: Source, seed: int, samples_per_shard: int) -> str:
+def _plan(source: Source, *options: int) -> str:
     """What an equal conversion has in common."""
-    digest = hashlib.sha256(json.dumps([list(source.classes), seed, samples_per_shard]).encode())
+    digest = hashlib.sha256(json.dumps([list(source.classes), *options]).encode())
     for key, label in zip(source.keys, source.labels, strict=True):
         digest.update(f"{key}\0{label}\n".encode())
     return digest.hexdigest()
@@ -87,8 +100,8 @@ def _check_plan(out: Path, plan: str, name: str) -> None:
         )
 
 
-def _write_shard(job: tuple[Source, list[int], Path]) -> ShardIndex:
-    source, items, path = job
+def _write_shard(job: tuple[Source, list[int], Path, int]) -> ShardIndex:
+    source, items, path, shorter_side = job
     if not path.exists():
         from webdataset import TarWriter
 
@@ -98,6 +111,8 @@ def _write_shard(job: tuple[Source, list[int], Path]) -> ShardIndex:
             with TarWriter(file, encoder=False, mtime=0) as writer:
                 for item in items:
                     extension, data = source.read(item)
+                    if shorter_side:
+                        extension, data = _reduce(extension, data, shorter_side)
                     sample = {"__key__": source.keys[item], extension: data}
                     if source.labels[item] >= 0:
                         sample["cls"] = str(source.labels[item]).encode()
@@ -106,3 +121,15 @@ def _write_shard(job: tuple[Source, list[int], Path]) -> ShardIndex:
             os.fsync(file.fileno())
         partial.replace(path)
     return scan_shard(path, len(source.classes))
+
+
+def _reduce(extension: str, data: bytes, shorter_side: int) -> tuple[str, bytes]:
+    with Image.open(io.BytesIO(data)) as image:
+        if min(image.size) <= shorter_side:
+            return extension, data
+    picture = Image.fromarray(decode(data))
+    factor = shorter_side / min(picture.size)
+    size = (round(picture.width * factor), round(picture.height * factor))
+    buffer = io.BytesIO()
+    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return "jpg", buffer.getvalue()

@@ -1,13 +1,24 @@
-"""Image bytes to pixels, with limits: what does not decode, or would fill the memory, is a sentence."""
+"""Image bytes to pixels, with limits: what does not decode, or would fill the memory, is a sentence.
 
+JPEG goes through simplejpeg where it is installed: the same libjpeg-turbo as Pillow's, bit-equal pixels, 2.4 times as
+fast (500 x 375, one core: 0.70 against 1.65 ms). Its fast flags gain 5 % and cost up to 4 levels of 255 in the mean;
+torchcodec's wheels load only beside the one torch they were linked to.
+"""
+
+import functools
+import importlib.util
 import io
+import logging
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 64_000_000  # three bytes each; ImageNet's largest image has a third of this
 
@@ -20,11 +31,42 @@ class UnreadableImage(DataError):
 
 def decode(data: bytes) -> Pixels:
     """RGB pixels of any image that Pillow reads; UnreadableImage with the reason otherwise."""
+    return choose_decoder()(data)
+
+
+@functools.cache
+def choose_decoder() -> Callable[[bytes], Pixels]:
+    """Decided once per process, and said."""
+    if importlib.util.find_spec("simplejpeg") is None:
+        logger.info("decoding JPEG with Pillow; simplejpeg is not installed and would be about twice as fast")
+        return decode_with_pillow
+    return decode_with_simplejpeg
+
+
+def decode_with_simplejpeg(data: bytes) -> Pixels:
+    """Whatever it declines (CMYK, PNG, damage that can be decoded in part) is Pillow's to judge."""
+    import simplejpeg
+
+    if data[:2] != b"\xff\xd8":
+        return decode_with_pillow(data)
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(width, height)
+        return simplejpeg.decode_jpeg(data)
+    except ValueError:
+        return decode_with_pillow(data)
+
+
+def decode_with_pillow(data: bytes) -> Pixels:
     try:
         # Warnings about odd metadata say nothing about the pixels.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded")
-            return np.asarray(image.convert("RGB"))
+            _check_size(image.width, image.height)
+            return np.array(image.convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
         raise UnreadableImage(f"not a readable image ({type(error).__name__}: {error})") from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UnreadableImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")

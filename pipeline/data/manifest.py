@@ -57,7 +57,7 @@ class Manifest:
         names: NDArray[np.uint8],
     ) -> None:
         self.folder = folder
-        self.hash = digest  # sha256 of manifest.json, which itself holds the checksums of everything else
+        self.hash = digest  # of everything but the location: a copy elsewhere is the same dataset
         self.location: str = header["location"]  # empty: the shards lie in `folder`; else a URL
         self.classes: tuple[str, ...] = tuple(header["classes"])
         self.shards = tuple(Shard(**shard) for shard in header["shards"])
@@ -120,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
         _check_content(folder / NAMES, header["names_sha256"])
         names = np.memmap(folder / NAMES, np.uint8, "r") if header["num_samples"] else np.zeros(0, np.uint8)
         samples = np.load(folder / SAMPLES, mmap_mode="r" if header["num_samples"] else None, allow_pickle=False)
-        manifest = Manifest(folder, header, hashlib.sha256(raw).hexdigest(), samples, names)
+        manifest = Manifest(folder, header, _identity(header), samples, names)
         problem = _problem(manifest, header)
     except (KeyError, TypeError, ValueError, OSError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -187,6 +187,12 @@ def _write(path: Path, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _identity(header: dict[str, Any]) -> str:
+    """sha256 of the header without its location; the header itself holds the checksums of everything else."""
+    content = {name: value for name, value in header.items() if name != "location"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _check_content(path: Path, sha256: str) -> None:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
@@ -196,6 +202,8 @@ def _check_content(path: Path, sha256: str) -> None:
 def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
     """What contradicts itself in a manifest whose checksums hold; empty if nothing does."""
     samples, shards = manifest.samples, manifest.shards
+    if not isinstance(header["classes"], list) or not all(isinstance(name, str) for name in header["classes"]):
+        return "has no list of class names"
     if samples.dtype != SAMPLE or samples.ndim != 1:
         return "has a sample table of another form"
     if not shards or not len(samples):

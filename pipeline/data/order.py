@@ -27,19 +27,24 @@ MAX_GAP_BYTES = 256 * 2**10  # unselected bytes that are cheaper to read over th
 BLOCKS_PER_LANE = 16  # below this many, the lanes would be mixed too little: see `cut_blocks`
 
 
-def cut_blocks(manifest: Manifest, positions: Positions, lanes: int, block_bytes: int = BLOCK_BYTES) -> Positions:
-    """First index into `positions` of each block, and the end: what is read and shuffled as one.
+def cut_blocks(manifest: Manifest, positions: Positions, lanes: int) -> tuple[Positions, Positions]:
+    """What is shuffled as one, and what is read as one: first index into `positions` of each, and the end.
 
-    A block lies in one shard and spans up to `block_bytes`, less where that would leave a lane fewer than
-    BLOCKS_PER_LANE. A dataset too small for that even with blocks of 1/8 of the size is shuffled sample by sample.
+    They are the same unless the dataset is so small that blocks of 1/8 BLOCK_BYTES would leave a lane fewer than
+    BLOCKS_PER_LANE: then samples are shuffled one by one, and every node reads about everything anyway.
     """
+    wanted = int(manifest.samples["length"][positions].astype(np.int64).sum()) // (lanes * BLOCKS_PER_LANE)
+    if wanted < BLOCK_BYTES // 8:
+        return np.arange(len(positions) + 1), cut_runs(manifest, positions)
+    runs = cut_runs(manifest, positions, min(BLOCK_BYTES, wanted))
+    return runs, runs
+
+
+def cut_runs(manifest: Manifest, positions: Positions, span: int = BLOCK_BYTES) -> Positions:
+    """First index into `positions` of each stretch of one shard, about `span` bytes without large gaps; and the end."""
     samples = manifest.samples[positions]
     starts = samples["offset"].astype(np.int64)
     lengths = samples["length"].astype(np.int64)
-    wanted = int(lengths.sum()) // (lanes * BLOCKS_PER_LANE)
-    if wanted < block_bytes // 8:
-        return np.arange(len(positions) + 1)
-    span = min(block_bytes, wanted)
     shards = manifest.shard_of(positions)
     gaps = starts[1:] - (starts[:-1] + lengths[:-1])
     fresh = np.ones(len(positions), bool)  # whether a sample begins a run without holes

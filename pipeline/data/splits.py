@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pipeline.config import choose
 from pipeline.data import seeds
 from pipeline.data.config import SplitConfig
-from pipeline.data.imbalance import class_ranks, round_randomly, target_counts
+from pipeline.data.imbalance import class_ranks, round_count, target_counts
+from pipeline.data.lists import read_list
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
 
@@ -55,54 +56,105 @@ class Split:
 
 
 def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
-    """Validation first, then the imbalance, then the label fraction; each class on its own random stream."""
+    """Validation first, then the imbalance, then the label fraction; each class on its own random streams."""
     labels, num_classes = manifest.labels, len(manifest.classes)
     if (labels < 0).any() or num_classes < 2:
         raise DataError(f"{manifest.folder} has samples without a label, or a single class: nothing to split by class")
-    pools = []
+    pool, pool_hash = _listed(config.pool_list, manifest, default=True)
+    listed, listed_hash = _listed(config.labelled_list, manifest, default=False)
+    sizes = np.bincount(labels[pool], minlength=num_classes)
+    ranks = class_ranks(sizes, config.class_order, seed)
+    outside = ranks >= num_classes - config.ood_classes
     letters = np.full(manifest.num_samples, LETTERS["unused"])
-    for c in range(num_classes):
-        members = np.flatnonzero(labels == c)
-        members = members[seeds.permutation(len(members), seed, c, _SHUFFLE)]
-        held_out, pool = np.split(members, [config.validation_per_class])
-        if len(held_out) < config.validation_per_class or not len(pool):
-            raise ConfigError(
-                f"validation_per_class = {config.validation_per_class} leaves nothing to train on in class "
-                f"{manifest.classes[c]!r}, which has {len(members)} samples; lower it"
-            )
+    members = [_shuffled_members(c, labels, pool, listed, seed) for c in range(num_classes)]
+    for c in np.flatnonzero(~outside).tolist():
+        held_out, members[c] = _hold_out(members[c], listed, config, manifest.classes[c])
         letters[held_out] = LETTERS["validation"]
-        pools.append(pool)
-    available = np.array([len(pool) for pool in pools])
-    ranks = class_ranks(available, config.class_order, seed)
-    targets = target_counts(available, ranks, config.imbalance)
-    for c, pool in enumerate(pools):
-        rng = seeds.uniforms(2, seed, c, _ROUND)
-        kept = min(len(pool), max(1, round_randomly(targets[c], rng[0])))
-        known = min(kept, max(config.min_labelled_per_class, round_randomly(config.labelled * kept, rng[1])))
-        letters[pool[:known]] = LETTERS["labelled"]
-        letters[pool[known:kept]] = LETTERS["unlabelled"]
+    targets = target_counts(np.array([len(m) for m in members]), ranks, config)
+    for c in range(num_classes):
+        draws = seeds.uniforms(2, seed, c, _ROUND)
+        kept = min(len(members[c]), max(1, round_count(targets[c], config.rounding, draws[0])))
+        if outside[c]:
+            known, kept = 0, 0 if config.ood_scope == "all" else kept
+        elif config.labelled_list:
+            known = int(listed[members[c]].sum())
+        else:
+            wanted = round_count(config.labelled * kept, config.rounding, draws[1])
+            known = min(kept, max(config.min_labelled_per_class, wanted))
+        letters[members[c][:known]] = LETTERS["labelled"]
+        letters[members[c][known:kept]] = LETTERS["unlabelled"]
+    if config.scope == "labelled":
+        barred = outside[labels] & (config.ood_scope == "all")
+        letters[(letters == LETTERS["unused"]) & ~barred] = LETTERS["unlabelled"]
     header = {
         "version": VERSION,
         "manifest": manifest.hash,
         "num_classes": num_classes,
         "protocol": describe(config, num_classes, seed),
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json") | {"pool_list": pool_hash, "labelled_list": listed_hash},
         "seed": seed,
         "class_ranks": ranks.tolist(),
+        "ood_classes": np.flatnonzero(outside).tolist(),
     }
     return Split(header, letters, labels)
+
+
+def _listed(path: str, manifest: Manifest, default: bool) -> tuple[NDArray[np.bool_], str]:
+    """(num_samples,) whether a sample is in the list, and the list's sha256; all `default` without a list."""
+    mask = np.full(manifest.num_samples, default)
+    if not path:
+        return mask, ""
+    positions, digest = read_list(Path(path), manifest)
+    mask[:] = False
+    mask[positions] = True
+    return mask, digest
+
+
+def _shuffled_members(
+    c: int, labels: NDArray[np.int64], pool: NDArray[np.bool_], listed: NDArray[np.bool_], seed: int
+) -> NDArray[np.int64]:
+    """The positions of class `c` in random order, those of a published list in front."""
+    members = np.flatnonzero((labels == c) & pool)
+    members = members[seeds.permutation(len(members), seed, c, _SHUFFLE)]
+    return members[np.argsort(~listed[members], kind="stable")]
+
+
+def _hold_out(
+    members: NDArray[np.int64], listed: NDArray[np.bool_], config: SplitConfig, name: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Validation samples, never listed ones, and the rest."""
+    free = members[~listed[members]]
+    held_out = free[: config.validation_per_class]
+    rest = members[~np.isin(members, held_out)]
+    if len(held_out) < config.validation_per_class or (len(held_out) and not len(rest)):
+        raise ConfigError(
+            f"validation_per_class = {config.validation_per_class} leaves nothing to train on in class {name!r}, "
+            f"which has {len(free)} samples to choose from; lower it"
+        )
+    return held_out, rest
 
 
 def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
     """The protocol as a sentence."""
     parts = []
+    if config.pool_list:
+        parts.append(f"only the samples of {Path(config.pool_list).name}")
     if config.imbalance > 1:
+        scope = "labelled and unlabelled alike" if config.scope == "both" else "the labelled part only"
+        size = "the largest class" if config.relative_to == "largest" else "each class's own size"
         parts.append(
-            f"exponential imbalance {config.imbalance:g} over {num_classes} classes, head to tail by "
-            f"{config.class_order}, labelled and unlabelled alike"
+            f"{config.profile} imbalance {config.imbalance:g} of {size} over {num_classes} classes, head to tail by "
+            f"{config.class_order}, {scope}"
         )
-    least = config.min_labelled_per_class
-    parts.append(f"{config.labelled:.4g} of each class labelled, at least {least}, rounded at random")
+    if config.ood_classes:
+        where = "labelled nor unlabelled" if config.ood_scope == "all" else "labelled, though unlabelled,"
+        parts.append(f"the last {config.ood_classes} classes neither {where} nor in validation")
+    if config.labelled_list:
+        parts.append(f"labelled as in {Path(config.labelled_list).name}")
+    else:
+        least = config.min_labelled_per_class
+        how = "at random" if config.rounding == "random" else "to the nearest"
+        parts.append(f"{config.labelled:.4g} of each class labelled, at least {least}, rounded {how}")
     if config.validation_per_class:
         parts.append(f"{config.validation_per_class} per class held out for validation")
     return "; ".join([*parts, f"seed {seed}"])

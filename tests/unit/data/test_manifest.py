@@ -7,8 +7,10 @@ import pytest
 import webdataset as wds
 
 from pipeline.data.__main__ import main
+from pipeline.data.config import RemoteConfig
 from pipeline.data.decode import decode
 from pipeline.data.manifest import HEADER, SAMPLES, Manifest, read_manifest
+from pipeline.data.order import cut_runs
 from pipeline.data.reader import Reader
 from pipeline.errors import DataError
 
@@ -21,7 +23,8 @@ def test_digits_are_real_disjoint_and_balanced_in_test(digits_folder: Path, trai
     assert np.bincount(test.labels).tolist() == [40] * 10
     keys = {train.key(i) for i in range(1397)} | {test.key(i) for i in range(400)}
     assert len(keys) == 1797
-    scans, reader = load_digits(), Reader(train)
+    everything = np.arange(train.num_samples)
+    scans, reader = load_digits(), Reader(train, everything, cut_runs(train, everything), RemoteConfig())
     for position in range(0, 1397, 100):
         number = int(train.key(position).removeprefix("digit-"))
         pixels = decode(reader.read(position))

@@ -1,0 +1,92 @@
+"""A Hugging Face style folder of parquet files as a source; needs the optional pyarrow."""
+
+import functools
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import DataError, EnvironmentProblem
+
+
+@dataclass
+class Parquet:
+    """A Hugging Face style folder: an image column of bytes (or struct with `bytes`), and a label column."""
+
+    name: str
+    classes: Sequence[str]
+    keys: Sequence[str]
+    labels: Sequence[int]
+    column: str
+    groups: Sequence[tuple[str, int, int]]  # file, row group, first item
+    in_order: bool = True  # a row group is read as a whole
+
+    def read(self, item: int) -> tuple[str, bytes]:
+        from PIL import Image
+
+        firsts = [first for _, _, first in self.groups]
+        path, group, first = self.groups[int(np.searchsorted(firsts, item, side="right")) - 1]
+        value = _row_group(path, group, self.column)[item - first].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise DataError(f"{path}: row {item - first} of row group {group} has no image bytes in {self.column!r}")
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return (image.format or "").lower().replace("jpeg", "jpg"), data
+        except OSError as error:
+            raise DataError(f"{path}: row {item - first} of row group {group} is no image ({error})") from None
+
+
+def parquet_folder(root: Path, image_column: str, label_column: str) -> Parquet:
+    """All parquet files below `root`, in order of name; needs pyarrow."""
+    pq = _pyarrow_parquet()
+    paths = sorted(root.rglob("*.parquet"))
+    if not paths:
+        raise DataError(f"{root} has no .parquet files")
+    groups: list[tuple[str, int, int]] = []
+    labels: list[int] = []
+    keys: list[str] = []
+    classes: list[str] = []
+    for path in paths:
+        file = pq.ParquetFile(path)
+        known = file.schema_arrow.names
+        for column in (image_column, label_column):
+            if column not in known:
+                raise DataError(f"{path} has no column {column!r}; it has {', '.join(known)}")
+        classes = classes or _label_names(file.schema_arrow.metadata, label_column)
+        stem = path.relative_to(root).with_suffix("").as_posix().replace(".", "_")
+        for group in range(file.num_row_groups):
+            groups.append((str(path), group, len(labels)))
+            labels += file.read_row_group(group, [label_column]).column(0).to_pylist()
+        keys += [f"{stem}/{row:07d}" for row in range(len(labels) - len(keys))]
+    if any(not isinstance(label, int) or label < -1 for label in labels):
+        raise DataError(f"{root}: column {label_column!r} holds other things than class numbers")
+    classes = classes or [str(c) for c in range(max(labels) + 1)]
+    return Parquet(str(root), classes, keys, labels, image_column, groups)
+
+
+def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
+    """The class names that the datasets library stores in the schema, if any."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[column]["names"]]
+    except (KeyError, ValueError, TypeError):
+        return []
+
+
+@functools.lru_cache(maxsize=1)
+def _row_group(path: str, group: int, column: str) -> Any:
+    return _pyarrow_parquet().ParquetFile(path).read_row_group(group, [column]).column(0)
+
+
+def _pyarrow_parquet() -> Any:
+    try:
+        import pyarrow.parquet
+
+        return pyarrow.parquet
+    except ImportError:
+        raise EnvironmentProblem("reading parquet needs pyarrow; pip install pyarrow==26.0.1") from None

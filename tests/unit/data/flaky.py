@@ -1,0 +1,68 @@
+"""A local http server that serves byte ranges, and misbehaves on demand."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Log:
+    """What was asked for and how many bytes were sent."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[str, int, int]] = []
+        self.bytes_sent = 0
+        self.lock = threading.Lock()
+
+
+@contextmanager
+def serve(folder: Path, faults: tuple[str, ...] = ()) -> Iterator[tuple[str, Log]]:
+    """The address of `folder` and its log. `faults` are dealt to the requests in turn; "" is an honest answer."""
+    log = Log()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = folder / self.path.lstrip("/")
+            with log.lock:
+                fault = faults[len(log.ranges) % len(faults)] if faults else ""
+                first, last = self.headers.get("Range", "bytes=0-0").removeprefix("bytes=").split("-")
+                log.ranges.append((path.name, int(first), int(last) + 1))
+            if fault.isdigit() or not path.is_file():
+                self.send_error(int(fault or 404))
+                return
+            with path.open("rb") as file:
+                file.seek(int(first))
+                part = file.read(int(last) + 1 - int(first))
+            self.send_response(200 if fault == "no ranges" else 206)
+            if fault != "no ranges":
+                self.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            if fault in ("drop", "stall", "truncate"):
+                part = part[: len(part) // 2]
+            self.wfile.write(part)
+            with log.lock:
+                log.bytes_sent += len(part)
+            if fault == "stall":
+                time.sleep(0.6)  # longer than the tests' time-out
+            if fault == "drop":
+                self.connection.shutdown(2)
+
+        def log_message(self, *_: object) -> None: ...
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None: ...
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", log
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
