@@ -226,11 +226,12 @@ class VisionMamba(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        # In a second pass: the first one has zeroed the biases of the step sizes with all others.
+        for module in self.modules():
             if isinstance(module, Mixer):
                 module.reset_scan_parameters()
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.get_parameter("mixer.out_proj.weight").div_(math.sqrt(self.depth))
+                with torch.no_grad():
+                    module.out_proj.weight.div_(math.sqrt(self.depth))
         fan_in = self.patch_embed.proj.weight[0].numel()
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in**-0.5)  # LeCun
         nn.init.zeros_(self.patch_embed.get_parameter("proj.bias"))
