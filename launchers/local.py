@@ -21,6 +21,8 @@ from stages.check import check, is_complete
 
 GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
+# When several have failed within a glance: a reason comes before a kill, a bug, and the loss of a peer.
+_BLAME = {1: 2, DistributedFailure.exit_code: 3}
 
 
 def run_stage(stage: str, config_path: Path, overrides: Sequence[str], nproc: int) -> int:
@@ -70,8 +72,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         codes = [rank.poll() for rank in ranks]
         failed = [(i, code) for i, code in enumerate(codes) if code]
         if failed:
-            # A rank that lost its peer fails a moment after it: prefer the code of whoever has a reason.
-            rank, code = next(((i, c) for i, c in failed if c > 1), failed[0])
+            rank, code = min(failed, key=lambda f: _BLAME.get(f[1], 0 if f[1] > 0 else 1))
             if code == Interrupted.exit_code:
                 _wait_all(ranks, GRACE_SECONDS)
                 return code

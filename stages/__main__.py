@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from pipeline.config import choose, load_config
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.errors import DistributedFailure, Interrupted, PipelineError
 from stages import STAGES
 from stages.check import check, is_complete
 
@@ -46,9 +46,14 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped at once; the newest checkpoint stands, start it again to continue", file=sys.stderr, flush=True)
         return 130
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        from pipeline.train.distributed import is_communication_failure
+
+        if not is_communication_failure(error):
+            traceback.print_exc()
+            return 1
+        print(f"error: rank {rank} lost another rank: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return DistributedFailure.exit_code
     return 0
 
 

@@ -60,7 +60,7 @@ def run(config: ArmConfig) -> None:
                 )
             return {"val/loss": loss}
 
-        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate)
+        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size)
         s.export(
             s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured
         )

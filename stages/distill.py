@@ -59,7 +59,7 @@ def run(config: DistillConfig) -> None:
         def evaluate(step: int, board: Board) -> dict[str, float]:
             return s.validate({"student": s.engine.model}, size)
 
-        s.train(model, lambda engine: DistillTask(config, teacher), streams, evaluate)
+        s.train(model, lambda engine: DistillTask(config, teacher), streams, evaluate, size)
         measured = s.measured | s.test({"student": s.engine.model}, size)
         s.export(s.engine.full_weights(), model=config.model, uses_labels=True, measured=measured)
 

@@ -22,7 +22,7 @@ from pipeline.models.losses import pseudo_labels
 from pipeline.observe.tensorboard import Board
 from pipeline.train.engine import Engine
 from pipeline.train.lyapema import LyapEMA
-from pipeline.train.task import Mean, StepOutput, Task, mean_of
+from pipeline.train.task import Mean, StepOutput, Task, mean_of, probe_answer
 from stages.configs import SemiConfig
 from stages.setting import Setting
 
@@ -64,6 +64,9 @@ class SemiTask(Task):
         engine.copy_weights(self.ema.teacher, self.teacher)
         return report
 
+    def probe(self, model: nn.Module, images: Tensor) -> float:
+        return probe_answer(model, images) + probe_answer(self.teacher, images)
+
     def sharded_state(self) -> dict[str, dict[Tensor, Tensor]]:
         return {"teacher": self.ema.teacher}
 
@@ -97,7 +100,7 @@ def run(config: SemiConfig) -> None:
         def evaluate(step: int, board: Board) -> dict[str, float]:
             return s.validate({"student": s.engine.model, "teacher": teacher}, size)
 
-        task = s.train(model, lambda engine: SemiTask(engine, teacher, config), streams, evaluate)
+        task = s.train(model, lambda engine: SemiTask(engine, teacher, config), streams, evaluate, size)
         measured = s.measured | s.test({"student": s.engine.model, "teacher": teacher}, size)
         student_weights = s.engine.full_weights()
         weights = (

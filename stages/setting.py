@@ -21,6 +21,7 @@ from pipeline.models.export import load_export, write_export
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
+from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
 from pipeline.train.task import Task
 from stages.check import check_parent, derive_batches, open_data
@@ -37,7 +38,7 @@ class Setting:
 
     def __init__(self, stage: str, config: StageConfig) -> None:
         self.stage, self.config = stage, config
-        self.world = distributed.start()
+        self.world = distributed.start(config.engine.timeout_seconds)
         self.run = Run(config.run.folder(stage), config, self.world)
         self.manifest, self.split, self.parts = open_data(config)
         self._engine: Engine | None = None
@@ -118,11 +119,18 @@ class Setting:
         )
 
     def train(
-        self, model: nn.Module, task_of: Callable[[Engine], T], streams: Mapping[str, Loader], evaluate: Evaluate
+        self,
+        model: nn.Module,
+        task_of: Callable[[Engine], T],
+        streams: Mapping[str, Loader],
+        evaluate: Evaluate,
+        image_size: tuple[int, int],
     ) -> T:
         """Run the loop to its last step; the engine lives on for the export."""
         c = self.config
         micro_batch, accumulation = derive_batches(c.loop.global_batch, self.world.size, c.engine.micro_batch)
+        recorder = Recorder()
+        recorder.watch(model.to(self.world.device))
         self._engine = Engine(
             model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation
         )
@@ -138,6 +146,8 @@ class Setting:
             fingerprint=f"{self.run.config_sha256} {self.manifest.hash} {self.split.hash if self.split else ''}",
             seed=c.run.seed,
             evaluate=evaluate,
+            recorder=recorder,
+            probe_images=self._probe(image_size).to(self.world.device),
         )
         return task
 

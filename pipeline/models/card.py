@@ -7,7 +7,6 @@ EXPORT/
   labels/HASH.npy     for every label split seen by the model, its parents or its teacher: the labelled positions
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Literal, Self
@@ -17,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from pipeline.config import Strict
 from pipeline.errors import HandoverError
+from pipeline.files import sha256_of
 from pipeline.models.config import DecoderConfig, VisionMambaConfig
 
 WEIGHTS, PROBE, CARD = "model.safetensors", "probe.safetensors", "model.json"
@@ -136,11 +136,6 @@ def positions_seen(folder: Path, seen: LabelsSeen) -> np.ndarray:
     if len(positions) != seen.count:
         raise HandoverError(f"{path} holds {len(positions)} positions, the card says {seen.count}; export it again")
     return positions
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import HandoverError
+from pipeline.files import fsync, sha256_of
 from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
-from pipeline.models.card import CARD, PROBE, WEIGHTS, Card, sha256_of
+from pipeline.models.card import CARD, PROBE, WEIGHTS, Card
 from pipeline.models.vision_mamba import DIRECTIONS, VisionMamba, with_cls_slot
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,10 @@ def write_export(
     card = card.model_copy(update=hashes)
     (temporary / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=1) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
-        _fsync(path)
+        fsync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
     return card
 
 
@@ -177,11 +178,3 @@ def _first_direction(key: str) -> str:
 
 def _first(names: list[str]) -> str:
     return names[0] if names else "none"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

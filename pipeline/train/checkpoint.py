@@ -2,10 +2,11 @@
 
 checkpoints/step_00000500/
   shards_00000.safetensors   "KIND/NAME@START": elements of the flattened parameter NAME (master, exp_avg, ..., teacher)
-  state.json                 step, AdamW's count, the task's numbers, a fingerprint of config and data
+  state.json                 step, AdamW's count, the task's and the loop's numbers, the probe's answer, a fingerprint
   COMPLETE                   sha256 of every file; a folder without it does not exist for anyone
 
-A save is collective: every rank writes its shards into a temporary folder, then rank 0 marks it complete and renames.
+A save is collective. Every rank copies its shards (the only stall), a thread of its own writes them into a temporary
+folder, and at a later step boundary, when all have finished, rank 0 marks the folder complete and renames it.
 """
 
 import json
@@ -15,72 +16,141 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import Diverged, HandoverError
-from pipeline.models.card import sha256_of
+from pipeline.errors import Diverged, EnvironmentProblem, HandoverError
+from pipeline.files import fsync, sha256_of, write_text
+from pipeline.train.distributed import any_rank
 from pipeline.train.engine import Engine
+from pipeline.train.shardfile import write_shards
 from pipeline.train.task import Task
 
 logger = logging.getLogger(__name__)
 
 
-def save(folder: Path, *, step: int, engine: Engine, task: Task, fingerprint: str, keep: int) -> Path:
-    """Write `folder`/step_N whole or not at all (collective); keep the newest `keep`. Refuses what is not finite."""
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".step_{step:08d}.tmp"
-    world = engine.world
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier(world.size)
-    digests: list[dict[str, str] | None] = [None] * world.size
-    digest: dict[str, str] = {}
-    tensors = {} if engine.replicated and not world.is_main else _shards(engine, task)
-    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-    if tensors and not bad:
-        path = temporary / f"shards_{world.rank:05d}.safetensors"
-        save_file(tensors, path)
-        _fsync(path)
-        digest[path.name] = sha256_of(path)
-    if world.size > 1:
-        dist.all_gather_object(digests, digest if not bad else {"": bad[0]})
-    else:
-        digests = [digest if not bad else {"": bad[0]}]
-    files = {name: value for part in digests if part for name, value in part.items()}
-    if "" in files:
-        raise Diverged(f"step {step} is not saved: {files['']} is not finite; the checkpoints before it stand")
-    if world.is_main:
+class Saver:
+    """Writes the checkpoints of one run: the newest `keep`, and every `keep_every`-th step for ever."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        engine: Engine,
+        task: Task,
+        fingerprint: str,
+        keep: int,
+        keep_every: int | None,
+        background: bool,
+    ) -> None:
+        self.folder, self.engine, self.task, self.fingerprint = folder, engine, task, fingerprint
+        self.keep, self.keep_every, self.background = keep, keep_every, background
+        self.last_step = -1  # of the newest save begun
+        self._writing: _Writing | None = None
+
+    def save(self, step: int, loop_state: dict[str, Any]) -> None:
+        """Begin a save, after the one before has ended (collective). Raises Diverged for a value that is not finite."""
+        self.finish()
+        world = self.engine.world
+        temporary = self.folder / f".step_{step:08d}.tmp"
+        tensors = {} if self.engine.replicated and not world.is_main else _shards(self.engine, self.task)
+        bad = next((name for name, value in tensors.items() if not torch.isfinite(value).all()), "")
+        problem = "" if not world.is_main else _make_empty(temporary)
+        if any_rank(bool(bad), world):
+            raise Diverged(
+                f"step {step} is not saved: {bad or 'a shard of another rank'} is not finite; the checkpoints before it stand"
+            )
+        if any_rank(bool(problem), world):
+            raise EnvironmentProblem(f"no checkpoint can be written: {problem or 'rank 0 cannot make its folder'}")
         state = {
             "step": step,
-            "optimizer_step": engine.optimizer_step(),
-            "task": task.state_dict(),
-            "fingerprint": fingerprint,
+            "optimizer_step": self.engine.optimizer_step(),
+            "task": self.task.state_dict(),
+            "loop": loop_state,
+            "fingerprint": self.fingerprint,
         }
-        files["state.json"] = _write(temporary / "state.json", json.dumps(state, indent=1))
-        _write(temporary / "COMPLETE", json.dumps(files, indent=1))
-        _fsync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        _fsync(folder)
-        for old in complete(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    _barrier(world.size)
-    return final
+        self.last_step = step
+        self._writing = _Writing(temporary, self.folder / f"step_{step:08d}", world.rank, tensors, state)
+        self._writing.start()
+        if not self.background:
+            self.finish()
+
+    def finish(self, wait: bool = True) -> None:
+        """Complete a save whose writing has ended on all ranks, waiting for it if asked (collective).
+
+        Raises EnvironmentProblem where a rank could not write; the checkpoints before it stand.
+        """
+        writing, world = self._writing, self.engine.world
+        if writing is None:
+            return
+        if wait:
+            writing.join()
+        if any_rank(writing.is_alive(), world):
+            return
+        self._writing = None
+        if any_rank(bool(writing.problem), world):
+            if world.is_main:
+                shutil.rmtree(writing.temporary, ignore_errors=True)
+            raise EnvironmentProblem(
+                f"checkpoint {writing.final.name} could not be written: {writing.problem or 'another rank failed'};"
+                " make room and start again: the checkpoints before it stand"
+            )
+        digests: list[dict[str, str]] = [writing.digests]
+        if world.size > 1:
+            digests = [{} for _ in range(world.size)]
+            dist.all_gather_object(digests, writing.digests)
+        if world.is_main:
+            _complete(writing, {name: digest for part in digests for name, digest in part.items()})
+            for old in complete(self.folder)[self.keep :]:
+                if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
+                    shutil.rmtree(old, ignore_errors=True)
+        any_rank(False, world)  # nobody goes on before the folder is there
 
 
-def restore(folder: Path, *, engine: Engine, task: Task, fingerprint: str) -> int:
-    """Continue from the newest sound checkpoint, walking back over damaged ones; returns its step, 0 if there is none."""
-    for path in complete(folder):
-        damage = _damage(path)
-        if damage:
-            logger.warning("%s is damaged (%s); going back to the one before", path, damage)
+class _Writing(Thread):
+    """One rank's part of one save."""
+
+    def __init__(
+        self, temporary: Path, final: Path, rank: int, tensors: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        super().__init__(daemon=True)
+        self.temporary, self.final, self.rank, self.tensors, self.state = temporary, final, rank, tensors, state
+        self.digests: dict[str, str] = {}
+        self.problem = ""
+
+    def run(self) -> None:
+        try:
+            if self.tensors:
+                path = self.temporary / f"shards_{self.rank:05d}.safetensors"
+                self.digests[path.name] = write_shards(path, self.tensors)
+            if self.rank == 0:
+                path = self.temporary / "state.json"
+                self.digests[path.name] = write_text(path, json.dumps(self.state, indent=1))
+        except OSError as error:
+            self.problem = f"{error.strerror} ({path})"
+        finally:
+            self.tensors = {}
+
+
+def restore(folder: Path, *, engine: Engine, task: Task, fingerprint: str) -> tuple[int, dict[str, Any]]:
+    """Continue from the newest sound checkpoint, walking back over damaged ones (collective).
+
+    Returns its step and the loop's numbers; (0, {}) if there is none. The ranks share the reading of hashes and go by
+    the list of rank 0, so they cannot disagree.
+    """
+    world = engine.world
+    found: list[list[Path]] = [complete(folder)]
+    if world.size > 1:
+        dist.broadcast_object_list(found, src=0)
+    for path in found[0]:
+        damage = _damage(path, world.rank, world.size)
+        if any_rank(bool(damage), world):
+            logger.warning("%s is damaged (%s); going back to the one before", path, damage or "seen by another rank")
             continue
         state = json.loads((path / "state.json").read_text())
         if state["fingerprint"] != fingerprint:
@@ -92,8 +162,8 @@ def restore(folder: Path, *, engine: Engine, task: Task, fingerprint: str) -> in
         engine.restore(_reader(path), state["optimizer_step"], kinds)
         task.load_state_dict(state["task"], engine)
         logger.info("resumed from %s", path)
-        return int(state["step"])
-    return 0
+        return int(state["step"]), state["loop"]
+    return 0, {}
 
 
 def complete(folder: Path) -> list[Path]:
@@ -102,15 +172,35 @@ def complete(folder: Path) -> list[Path]:
 
 
 def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
+    """Copies of all that this rank owns: training goes on while they are written."""
     moments = engine.base_optimizer.state
+    extra = task.sharded_state()
     tensors = {}
     for shard in engine.shards:
         kinds = {"master": shard.flat}
         kinds.update({k: moments[shard.flat][k] for k in ("exp_avg", "exp_avg_sq") if k in moments.get(shard.flat, {})})
-        kinds.update({kind: by_flat[shard.flat] for kind, by_flat in task.sharded_state().items()})
+        kinds.update({kind: by_flat[shard.flat] for kind, by_flat in extra.items()})
         for kind, tensor in kinds.items():
-            tensors[f"{kind}/{shard.name}@{shard.start}"] = shard.of(tensor).cpu().clone()
+            tensors[f"{kind}/{shard.name}@{shard.start}"] = shard.of(tensor).to("cpu", copy=True)
     return tensors
+
+
+def _complete(writing: _Writing, files: dict[str, str]) -> None:
+    write_text(writing.temporary / "COMPLETE", json.dumps(files, indent=1))
+    fsync(writing.temporary)
+    shutil.rmtree(writing.final, ignore_errors=True)
+    os.rename(writing.temporary, writing.final)
+    fsync(writing.final.parent)
+
+
+def _make_empty(folder: Path) -> str:
+    try:
+        for leftover in folder.parent.glob(".step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return f"{error.strerror} ({folder})"
+    return ""
 
 
 def _reader(path: Path) -> Callable[[str, str, int, int], Tensor]:
@@ -138,34 +228,16 @@ def _reader(path: Path) -> Callable[[str, str, int, int], Tensor]:
     return read
 
 
-def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint, or nothing."""
+def _damage(path: Path, rank: int, world_size: int) -> str:
+    """What is wrong with this rank's share of the files of a checkpoint, or nothing."""
     try:
         files = json.loads((path / "COMPLETE").read_text())
-    except (OSError, ValueError):
+        share = sorted(files.items())[rank::world_size]
+    except (OSError, ValueError, AttributeError):
         return "COMPLETE cannot be read"
-    for name, digest in files.items():
+    for name, digest in share:
         if not (path / name).is_file():
             return f"{name} is missing"
         if sha256_of(path / name) != digest:
             return f"{name} has other bytes than were written"
-    return ""
-
-
-def _write(path: Path, text: str) -> str:
-    path.write_text(text)
-    _fsync(path)
-    return sha256_of(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        dist.barrier()
+    return "" if "state.json" in files else "COMPLETE does not name state.json"

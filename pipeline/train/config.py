@@ -51,7 +51,10 @@ class EngineConfig(Strict):
     bucket_bytes: PositiveInt = Field(
         64 * 2**20, description="gradients reduced at once; small models like small buckets"
     )
-    offload_optimizer: bool = False
+    offload_optimizer: bool = Field(False, description="keep masters and moments in the memory of the host")
+    timeout_seconds: float = Field(
+        600.0, gt=0, description="of a collective: longer, and a rank counts as dead (exit 7)"
+    )
 
 
 class LoopConfig(Strict):
@@ -64,7 +67,24 @@ class LoopConfig(Strict):
     log_every: PositiveInt = 50
     eval_every: PositiveInt | None = Field(None, description="validation; none = only after the last step")
     save_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
+    keep_every: PositiveInt | None = Field(None, description="checkpoints of these steps are kept for ever")
+    background_save: bool = Field(True, description="write checkpoints beside the training")
+    time_limit_minutes: float | None = Field(
+        None, gt=0, description="of this start; then as after a signal: save, exit 75"
+    )
+    on_divergence: Literal["stop", "rewind"] = Field(
+        "stop", description="rewind: back to the newest checkpoint, never to see the first bad step's data again"
+    )
+    max_rewinds: NonNegativeInt = 3
+    spike_mads: float | None = Field(
+        None,
+        gt=0,
+        description="a logged loss this many median absolute deviations above the recorded ones is a divergence",
+    )
+    max_skipped_steps: PositiveInt = Field(
+        10, description="updates skipped in a row by the engine that are a divergence"
+    )
     vote_every: PositiveInt = Field(4, description="steps between the ranks' votes on stopping (one tiny all-reduce)")
 
 

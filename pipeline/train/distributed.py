@@ -1,8 +1,18 @@
-"""The process group, from the environment: torchrun's names, or a world of one. Environment variables are read here only."""
+"""The process group, from the environment. Environment variables are read in this file only.
 
+torchrun, DeepSpeed's launcher, `python -m launchers` and submitit name RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT; plain srun names SLURM_PROCID and the like, from which the same follow, the port from the job's id. None of
+either is a world of one. Contradictions are refused: sixteen tasks that each believe to be alone train sixteen models.
+"""
+
+import logging
 import os
+import re
 import socket
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from types import ModuleType
 
 import torch
@@ -10,7 +20,10 @@ import torch.distributed as dist
 
 from pipeline.errors import EnvironmentProblem
 
-_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+logger = logging.getLogger(__name__)
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
 
 @dataclass(frozen=True)
@@ -24,33 +37,77 @@ class World:
         return self.rank == 0
 
 
-def start() -> World:
-    """Join the process group through DeepSpeed: NCCL on GPUs, gloo elsewhere.
-
-    Raises EnvironmentProblem for half an environment.
-    """
-    given = [name for name in _NAMES if name in os.environ]
-    if given and len(given) < len(_NAMES):
-        missing = [name for name in _NAMES if name not in given]
+def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process. Raises EnvironmentProblem if they contradict."""
+    given = {name: environment[name] for name in NAMES if name in environment}
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))  # of the srun step, not of the allocation around a shell
+    if len(given) == len(NAMES):
+        if tasks > 1 and int(given["WORLD_SIZE"]) % tasks:
+            raise EnvironmentProblem(
+                f"srun started {tasks} tasks but WORLD_SIZE is {given['WORLD_SIZE']}: every task would train alone or wait for"
+                " ever; unset RANK and WORLD_SIZE, or start one task per node with torchrun inside"
+            )
+        return given
+    if given and tasks == 1:
+        missing = [name for name in NAMES if name not in given]
         raise EnvironmentProblem(
             f"the environment gives {', '.join(given)} but not {', '.join(missing)};"
             " start with `python -m launchers local` or torchrun, or unset them for one process"
         )
-    if not given:
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
-        )
+    if tasks > 1:
+        absent = [name for name in _SLURM if name not in environment]
+        if absent:
+            raise EnvironmentProblem(
+                f"srun started {tasks} tasks but {', '.join(absent)} is not set; start with srun or torchrun"
+            )
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_NTASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+        }
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first name of SLURM's node list: `gpu[003-007,9],cpu1` -> `gpu003`."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
+    if match is None:
+        raise EnvironmentProblem(f"{nodes!r} is no node list of SLURM")
+    return match.group(1) + (match.group(2) or "")
+
+
+def start(timeout_seconds: float) -> World:
+    """Join the process group through DeepSpeed: NCCL on GPUs, gloo elsewhere; a collective may take `timeout_seconds`."""
+    found = rendezvous(os.environ)
+    os.environ.update(found)
     gpus = torch.cuda.is_available()
     if not gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     deepspeed = _import_deepspeed()
-    deepspeed.init_distributed(dist_backend="nccl" if gpus else "gloo", verbose=False)
-    local_rank = int(os.environ["LOCAL_RANK"])
+    backend = "nccl" if gpus else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
+    local_rank = int(found["LOCAL_RANK"])
     if gpus:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    world = World(dist.get_rank(), dist.get_world_size(), device)
+    _log_table(world, backend, found)
+    return world
+
+
+def limit_collectives(timeout_seconds: float) -> None:
+    """Give every process group the time-out: DeepSpeed makes groups of its own, with torch's half hour."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def stop() -> None:
@@ -67,16 +124,34 @@ def any_rank(flag: bool, world: World) -> bool:
     return bool(vote.item())
 
 
+def is_communication_failure(error: BaseException) -> bool:
+    """Whether an exception says that another rank is gone or silent. Gloo raises plain RuntimeErrors."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "NCCL", "Connection closed by peer")
+    )
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def _import_deepspeed() -> ModuleType:
-    import logging
-    import warnings
+def _log_table(world: World, backend: str, found: Mapping[str, str]) -> None:
+    """One line a rank, on rank 0: who is where."""
+    if world.size == 1:
+        return
+    places: list[str] = [""] * world.size
+    dist.all_gather_object(places, f"{socket.gethostname()} {world.device} pid {os.getpid()}")
+    logger.info("%d processes, %s, %s:%s", world.size, backend, found["MASTER_ADDR"], found["MASTER_PORT"])
+    for rank, place in enumerate(places):
+        logger.info("  rank %d: %s", rank, place)
 
+
+def _import_deepspeed() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FutureWarnings of its own imports
         try:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.train.config import EngineConfig, OptimConfig
-from pipeline.train.distributed import World
+from pipeline.train.distributed import World, limit_collectives
 from pipeline.train.optim import Trainable, parameter_groups
 
 
@@ -58,6 +58,7 @@ class Engine:
             optimizer=optimizer,
             config=deepspeed_config(optim, config, micro_batch, accumulation),
         )
+        limit_collectives(config.timeout_seconds)
         self.model: nn.Module = self._deepspeed
         self.base_optimizer: torch.optim.Optimizer = optimizer
         self.named_parameters = [(n, p) for n, p in self._deepspeed.module.named_parameters() if p.requires_grad]
@@ -157,6 +158,7 @@ class Engine:
         """
         state = self.base_optimizer.state
         for flat in self.masters:
+            state.pop(flat, None)
             if optimizer_step:
                 state[flat] = {
                     "step": torch.tensor(optimizer_step),

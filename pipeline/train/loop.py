@@ -7,19 +7,25 @@ randomness. So resuming is restoring the weights and seeking the loaders.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from pipeline.data.loader import Batch, Loader
-from pipeline.errors import Diverged, Interrupted
+from pipeline.errors import Diverged, HandoverError, Interrupted
 from pipeline.observe.progress import Progress
 from pipeline.observe.tensorboard import Board
 from pipeline.train import checkpoint
+from pipeline.train.checkpoint import Saver
 from pipeline.train.config import LoopConfig, OptimConfig
 from pipeline.train.distributed import World, any_rank
+from pipeline.train.divergence import Trouble, find_trouble, position_of
 from pipeline.train.engine import Engine
+from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
 from pipeline.train.schedules import warmup_cosine
 from pipeline.train.signals import stop_flag
@@ -27,6 +33,8 @@ from pipeline.train.task import Mean, Task
 
 # (step, board) -> numbers for the log; called by all ranks at the same steps.
 Evaluate = Callable[[int, Board], dict[str, float]]
+
+PROBE_TOLERANCE = 1e-3  # relative; another world size or ZeRO stage sums in another order
 
 
 def fit(
@@ -41,43 +49,71 @@ def fit(
     fingerprint: str,
     seed: int,
     evaluate: Evaluate,
+    recorder: Recorder,
+    probe_images: torch.Tensor,
 ) -> None:
     """Train for `loop.steps` optimizer steps, continuing from the run's newest sound checkpoint.
 
     `streams` yield this rank's samples of each step; `accumulation` cuts them into equal micro-batches.
-    Raises Interrupted (everything saved) after a signal, and Diverged at the first logged number that is not finite.
+    Raises Interrupted (everything saved) after a signal or the time limit, and Diverged for numbers that are not finite
+    or leap, once its rewinds are used up.
     """
-    world = engine.world
-    step = checkpoint.restore(run.checkpoints, engine=engine, task=task, fingerprint=fingerprint)
-    run.truncate_metrics(step)
+    world, deadline = engine.world, time.monotonic() + 60 * (loop.time_limit_minutes or math.inf)
+    saver = Saver(
+        run.checkpoints,
+        engine=engine,
+        task=task,
+        fingerprint=fingerprint,
+        keep=loop.keep_checkpoints,
+        keep_every=loop.keep_every,
+        background=loop.background_save,
+    )
+    left_out: list[int] = []  # places in the data that a rewind has closed
+    rewinds = 0
+
+    def save() -> None:
+        saver.save(step, {"left_out": left_out, "rewinds": rewinds, "probe": task.probe(engine.model, probe_images)})
+
+    def restore() -> tuple[int, dict[str, Any]]:
+        restored, state = checkpoint.restore(run.checkpoints, engine=engine, task=task, fingerprint=fingerprint)
+        if state:
+            _prove(task.probe(engine.model, probe_images), state["probe"], run, restored)
+        run.truncate_metrics(restored)
+        return restored, state
+
+    step, state = restore()
+    left_out, rewinds = state.get("left_out", left_out), state.get("rewinds", rewinds)
     board = Board(run.folder / "tb" if world.is_main else None, step)
     progress = Progress(run.folder.name, done=step, total=loop.steps, shown=world.is_main)
     lr_at = warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps)
-    batches = {name: stream.batches(step) for name, stream in streams.items()}
     meter = Meter(world)
-    last_save = step
-
-    def save() -> int:
-        checkpoint.save(
-            run.checkpoints, step=step, engine=engine, task=task, fingerprint=fingerprint, keep=loop.keep_checkpoints
-        )
-        return step
+    next_position, skipped_updates = -1, 0
+    if step == 0 and loop.on_divergence == "rewind":
+        save()
 
     run.status("running", step=step, steps=loop.steps)
     with stop_flag() as stop:
         while step < loop.steps:
-            drawn = {name: next(stream).to(world.device) for name, stream in batches.items()}
-            generator = torch.manual_seed(step_seed(seed, step, world.rank))
-            lr = lr_at(step)
-            moved = False
+            position = position_of(step, left_out)
+            if position != next_position:
+                batches = {name: stream.batches(position) for name, stream in streams.items()}
+            next_position = position + 1
+            with meter.waiting():
+                drawn = {name: next(stream).to(world.device, non_blocking=True) for name, stream in batches.items()}
+            generator = torch.manual_seed(step_seed(seed, position, world.rank))
+            lr, loss = lr_at(step), torch.zeros((), device=world.device)
             for micro in _micro_batches(drawn, accumulation):
                 with engine.precision():
                     output = task.loss(engine.model, micro, generator)
                 engine.backward(output.loss)
                 moved = engine.step(lr)
-                meter.add(output.metrics | {"train/loss": Mean(output.loss.detach(), 1.0)})
+                loss += output.loss.detach() / accumulation
+                meter.add(output.metrics)
+            meter.add({"train/loss": Mean(loss, 1.0)})
+            skipped_updates = 0 if moved else skipped_updates + 1
             if moved:
                 meter.add(task.after_step(engine, step))
+            recorder.note(step, position, drawn, loss)
             step += 1
             meter.count(sum(map(len, drawn.values())))
             progress.advance()
@@ -85,8 +121,19 @@ def fit(
 
             if step % loop.log_every == 0 or last:
                 row = meter.flush() | {"train/lr": lr, "train/grad_norm": engine.grad_norm()}
+                trouble = find_trouble(row, recorder, loop, skipped_updates, world)
+                if trouble:
+                    rewinds += 1
+                    _report(trouble, run, recorder, step, rewinds)
+                    if loop.on_divergence == "stop" or rewinds > loop.max_rewinds:
+                        raise Diverged(_advice(trouble, run, step, rewinds - 1))
+                    saver.finish()
+                    closed = [*left_out, trouble.position]
+                    step, _ = restore()
+                    left_out, next_position, skipped_updates = closed, -1, 0
+                    recorder.forget_from(step)
+                    continue
                 row |= {"step": step, "samples": step * loop.global_batch}
-                _refuse_non_finite(row, step)
                 run.append_metrics(row)
                 board.scalars(row, step)
                 progress.line(step, row)
@@ -97,19 +144,47 @@ def fit(
                 board.scalars(row, step)
                 progress.line(step, row)
             if last or step % loop.save_every == 0:
-                last_save = save()
-            if (step % loop.vote_every == 0 or last) and any_rank(bool(stop), world) and not last:
-                if last_save != step:
-                    save()
-                run.status("interrupted", step=step, steps=loop.steps)
-                raise Interrupted(
-                    f"{run.folder} stopped by {stop.name or 'another rank'} at step {step} of {loop.steps};"
-                    " all is saved, start it again to continue"
-                )
+                save()
+            if step % loop.vote_every == 0 and not last:
+                run.beat()
+                saver.finish(wait=False)
+                if any_rank(bool(stop) or time.monotonic() > deadline, world):
+                    if saver.last_step != step:
+                        save()
+                    saver.finish()
+                    run.status("interrupted", step=step, steps=loop.steps)
+                    reason = stop.name or ("its time limit" if time.monotonic() > deadline else "another rank")
+                    raise Interrupted(
+                        f"{run.folder} stopped by {reason} at step {step} of {loop.steps};"
+                        " all is saved, start it again to continue"
+                    )
+    saver.finish()
     progress.close()
     board.close()
     for stream in streams.values():
         stream.close()
+
+
+def _prove(answer: float, saved: float, run: Run, step: int) -> None:
+    """A restored model must answer the probe as it did when it was saved: no resume that trains as from scratch."""
+    if not abs(answer - saved) <= PROBE_TOLERANCE * max(abs(saved), 1e-6):
+        raise HandoverError(
+            f"step {step} of {run.checkpoints} was restored but answers the probe with {answer:.6g}, where it answered"
+            f" {saved:.6g} when it was saved; its code or kernels have changed: start a new experiment"
+        )
+
+
+def _report(trouble: Trouble, run: Run, recorder: Recorder, step: int, rewinds: int) -> None:
+    run.incident({"step": step, "reason": trouble.reason, "position": trouble.position, "number": rewinds})
+    recorder.dump(run.folder / "report" / f"flight_step_{step:08d}_rank_{run.world.rank:05d}.jsonl")
+
+
+def _advice(trouble: Trouble, run: Run, step: int, rewinds: int) -> str:
+    tried = f" after {rewinds} rewinds" if rewinds else ""
+    return (
+        f"{trouble.reason} by step {step}{tried}, first at position {trouble.position} of the data; the last steps are in"
+        f" {run.folder / 'report'}; lower optim.lr, lengthen optim.warmup_steps, or set loop.on_divergence=rewind"
+    )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -123,14 +198,6 @@ def _micro_batches(drawn: dict[str, Batch], accumulation: int) -> list[dict[str,
     return [{name: part[i] for name, part in parts.items()} for i in range(accumulation)]
 
 
-def _refuse_non_finite(row: dict[str, float], step: int) -> None:
-    for name, value in row.items():
-        if not math.isfinite(value):
-            raise Diverged(
-                f"{name} is {value} by step {step}; lower optim.lr, lengthen optim.warmup_steps, or set engine.precision=fp32"
-            )
-
-
 class Meter:
     """Means since the last flush, over all ranks, by counts. Nothing is read from the device before `flush`."""
 
@@ -140,12 +207,19 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._started, self._steps, self._images = time.monotonic(), 0, 0
+        self._started, self._waited, self._steps, self._images = time.monotonic(), 0.0, 0, 0
 
     def add(self, metrics: dict[str, Mean]) -> None:
         for name, mean in metrics.items():
             pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.world.device) for x in mean])
             self._sums[name] = self._sums.get(name, 0) + pair
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent here is time without data."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
 
     def count(self, images: int) -> None:
         """A step is done, for which this rank read so many images (of all streams)."""
@@ -163,5 +237,12 @@ class Meter:
         means = {name: total / count for name, (total, count) in zip(names, rows, strict=True) if count}
         means["perf/step_seconds"] = seconds / self._steps
         means["perf/images_per_second"] = self._images * self.world.size / seconds
+        means["perf/data_wait_share"] = self._waited / seconds
+        means["perf/memory_gib"] = memory_bytes(self.world.device) / 2**30
         self._reset()
         return means
+
+
+def memory_bytes(device: torch.device) -> int:
+    """This rank's peak on its GPU since the start, or what its process holds now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

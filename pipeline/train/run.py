@@ -22,10 +22,34 @@ from pydantic import BaseModel
 
 from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, EnvironmentProblem
+from pipeline.files import replace_text
 
 if TYPE_CHECKING:
     from pipeline.train.distributed import World
 
+# Keys that may differ between two starts of one run.
+_FREE = (
+    "run.root",
+    "engine.zero_stage",
+    "engine.micro_batch",
+    "engine.bucket_bytes",
+    "engine.offload_optimizer",
+    "engine.timeout_seconds",
+    "loop.log_every",
+    "loop.eval_every",
+    "loop.save_every",
+    "loop.keep_",
+    "loop.background_save",
+    "loop.time_limit_minutes",
+    "loop.vote_every",
+    "loop.on_divergence",
+    "loop.max_rewinds",
+    "loop.spike_mads",
+    "loop.max_skipped_steps",
+    "data.eval_batch",
+    "data.loader.workers",
+    "data.loader.prefetch",
+)
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "safetensors")
 
 
@@ -35,7 +59,7 @@ class Run:
     def __init__(self, folder: Path, config: BaseModel, world: "World") -> None:
         self.folder, self.world, self.config = folder, world, config
         self.checkpoints, self.export = folder / "checkpoints", folder / "export"
-        self.config_sha256 = hashlib.sha256(dump_yaml(config).encode()).hexdigest()
+        self.config_sha256 = hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()
         self.commit = _git("rev-parse", "HEAD") or "unknown"
         if world.is_main:
             try:
@@ -49,22 +73,32 @@ class Run:
         (self.folder / "report").mkdir(parents=True, exist_ok=True)
         saved = self.folder / "config.yaml"
         refuse_other_config(self.folder, self.config)
-        if not saved.exists():
-            _replace(saved, dump_yaml(self.config))
-        _replace(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
+        replace_text(saved, dump_yaml(self.config))
+        replace_text(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
         logging.getLogger().addHandler(_file_handler(self.folder / "log.txt"))
 
     def status(self, state: str, **more: Any) -> None:
         """What `state` the run is in (running, interrupted, failed, complete), for people and `status`."""
         if self.world.is_main:
-            _replace(self.folder / "status.json", json.dumps({"state": state, "time": time.time(), **more}))
+            replace_text(self.folder / "status.json", json.dumps({"state": state, "time": time.time(), **more}))
 
     def truncate_metrics(self, step: int) -> None:
         """Forget rows after `step`: a resumed run writes them again."""
         path = self.folder / "metrics.jsonl"
         if self.world.is_main and path.exists():
             rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            _replace(path, "".join(f"{row}\n" for row in rows))
+            replace_text(path, "".join(f"{row}\n" for row in rows))
+
+    def incident(self, what: dict[str, Any]) -> None:
+        """Something that was not as planned, for the report."""
+        if self.world.is_main:
+            with (self.folder / "incidents.jsonl").open("a") as file:
+                file.write(json.dumps({"time": time.time(), **what}) + "\n")
+
+    def beat(self) -> None:
+        """This rank is alive: the time of its heartbeat file says when it last was."""
+        (self.folder / "heartbeat").mkdir(exist_ok=True)
+        (self.folder / "heartbeat" / f"rank_{self.world.rank:05d}").touch()
 
     def append_metrics(self, row: dict[str, float]) -> None:
         if self.world.is_main:
@@ -81,7 +115,7 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> None:
         if self.world.is_main:
-            _replace(self.folder / name, json.dumps(value, indent=1))
+            replace_text(self.folder / name, json.dumps(value, indent=1))
 
     def _environment(self) -> dict[str, Any]:
         import torch
@@ -102,12 +136,19 @@ class Run:
         }
 
 
+def identity(config: BaseModel) -> dict[str, Any]:
+    """The values that decide the numbers of a run, flattened. What only decides where, how fast and how it is watched may
+    change between two starts of the same run: machines differ."""
+    return {k: v for k, v in _flat(yaml.safe_load(dump_yaml(config))).items() if not k.startswith(_FREE)}
+
+
 def refuse_other_config(folder: Path, config: BaseModel) -> None:
     """Raises ConfigError if `folder` belongs to a run with other values: one name means one run."""
     saved = folder / "config.yaml"
     if not saved.exists():
         return
-    there, here = _flat(yaml.safe_load(saved.read_text())), _flat(yaml.safe_load(dump_yaml(config)))
+    here = identity(config)
+    there = {k: v for k, v in _flat(yaml.safe_load(saved.read_text())).items() if not k.startswith(_FREE)}
     different = [k for k in here if there.get(k) != here[k]] + [k for k in there if k not in here]
     if different:
         key = different[0]
@@ -121,13 +162,6 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix: node}
     return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _git(*arguments: str) -> str:

@@ -37,6 +37,18 @@ def mean_of(values: "Tensor", weights: "Tensor | None" = None) -> Mean:
     return Mean((values * weights).sum(), weights.sum())
 
 
+def probe_answer(model: "nn.Module", images: "Tensor") -> float:
+    """The mean magnitude of a model's output on images (n, 3, H, W), in eval mode."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        answer = float(model(images).float().abs().mean())
+    model.train(was_training)
+    return answer
+
+
 class Task:
     """What differs between stages. Only `loss` must be given."""
 
@@ -47,6 +59,10 @@ class Task:
     def after_step(self, engine: "Engine", step: int) -> dict[str, Mean]:
         """After a real optimizer step (never after a skipped one): the teacher moves here."""
         return {}
+
+    def probe(self, model: "nn.Module", images: "Tensor") -> float:
+        """One number that the weights, of the companions too, decide: a restored run must give it again (collective)."""
+        return probe_answer(model, images)
 
     def sharded_state(self) -> "dict[str, dict[Tensor, Tensor]]":
         """name -> {optimizer's flat parameter: a tensor of its shape}: saved and restored with the optimizer's shards."""

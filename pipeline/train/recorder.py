@@ -1,0 +1,105 @@
+"""The flight recorder: the last steps as sample positions and numbers, so that a bad one can be named and replayed.
+
+It keeps ids instead of tensors, since the stream is exact: the batch of a position can be drawn again at any time.
+Everything stays on the device until `dump` or a question is asked.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.loader import Batch
+
+STEPS_KEPT = 256
+
+
+@dataclass
+class Record:
+    """One optimizer step on this rank. `position`: its place in the data, which differs from `step` after a rewind."""
+
+    step: int
+    position: int
+    samples: dict[str, Tensor]
+    loss: Tensor
+    block_squares: Tensor | None
+
+    def is_bad(self) -> bool:
+        """Whether the loss, or a gradient of it, is not finite."""
+        squares = self.block_squares
+        return not math.isfinite(float(self.loss)) or (squares is not None and not bool(torch.isfinite(squares).all()))
+
+
+class Recorder:
+    """Of one rank. `watch` sees the gradients of a model before the engine reduces and frees them."""
+
+    def __init__(self) -> None:
+        self.records: deque[Record] = deque(maxlen=STEPS_KEPT)
+        self.blocks: list[str] = []
+        self._squares: Tensor | None = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Before the engine wraps the model. The norms are of this rank's gradients, over its own micro-batches."""
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.blocks = list(dict.fromkeys(block_of(name) for name, _ in named))
+        self._squares = torch.zeros(len(self.blocks))
+
+        def hook(index: int) -> Any:
+            def add(gradient: Tensor) -> None:
+                assert self._squares is not None
+                self._squares[index] += torch.linalg.vector_norm(gradient.detach().float()).square()
+
+            return add
+
+        for name, parameter in named:
+            parameter.register_hook(hook(self.blocks.index(block_of(name))))
+
+    def note(self, step: int, position: int, drawn: Mapping[str, Batch], loss: Tensor) -> None:
+        """A step is over."""
+        squares = None
+        if self._squares is not None:
+            squares = self._squares.clone()
+            self._squares.zero_()
+        self.records.append(Record(step, position, {k: b.indices for k, b in drawn.items()}, loss, squares))
+
+    def first_bad(self) -> Record | None:
+        """The oldest kept step with a number that is not finite."""
+        return next((record for record in self.records if record.is_bad()), None)
+
+    def is_spike(self, loss: float, mads: float) -> bool:
+        """Whether `loss` lies that many median absolute deviations above the median of the kept losses."""
+        kept = torch.stack([r.loss.double().cpu() for r in self.records])
+        kept = kept[kept.isfinite()]
+        if len(kept) < 20:
+            return False
+        deviation = (kept - kept.median()).abs().median().clamp(min=1e-8)
+        return bool(loss > kept.median() + mads * deviation)
+
+    def forget_from(self, step: int) -> None:
+        """Steps that a rewind undoes."""
+        self.records = deque((r for r in self.records if r.step < step), maxlen=STEPS_KEPT)
+
+    def dump(self, path: Path) -> None:
+        """One JSON object a step: samples, loss, gradient norm of every block."""
+        lines = []
+        for r in self.records:
+            squares = [] if r.block_squares is None else r.block_squares.sqrt().tolist()
+            row: dict[str, Any] = {"step": r.step, "position": r.position, "loss": float(r.loss)}
+            row |= {"gradient_norms": dict(zip(self.blocks, squares, strict=False))}
+            row |= {"samples": {k: v.tolist() for k, v in r.samples.items()}}
+            lines.append(json.dumps(row) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines))
+
+
+def block_of(name: str) -> str:
+    """The block a parameter belongs to: `backbone.layers.3.mixer.D` -> `backbone.layers.3`."""
+    parts = name.split(".")
+    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[: numbered + 1])

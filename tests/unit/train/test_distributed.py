@@ -1,0 +1,50 @@
+"""Where a process finds itself: torchrun, srun, alone, or in a contradiction."""
+
+import pytest
+
+from pipeline.errors import EnvironmentProblem
+from pipeline.train.distributed import NAMES, first_host, rendezvous
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_JOB_ID": "1234567",
+}
+
+
+def test_torchruns_names_are_taken_as_they_are() -> None:
+    assert rendezvous({**TORCHRUN, "HOME": "/"}) == TORCHRUN
+
+
+def test_srun_alone_is_enough_and_the_port_follows_from_the_job() -> None:
+    found = rendezvous(SRUN)
+    assert found == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu03", "MASTER_PORT": "34567"}
+
+
+def test_nothing_is_a_world_of_one() -> None:
+    assert {k: rendezvous({})[k] for k in NAMES[:3]} == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def test_a_shell_inside_an_allocation_is_a_world_of_one() -> None:
+    assert rendezvous({"SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"})["WORLD_SIZE"] == "1"
+
+
+def test_sixteen_tasks_that_each_believe_to_be_alone_are_refused() -> None:
+    with pytest.raises(EnvironmentProblem, match="srun started 16 tasks but WORLD_SIZE is 1"):
+        rendezvous({**SRUN, **TORCHRUN, "WORLD_SIZE": "1"})
+
+
+def test_half_of_torchruns_names_is_refused() -> None:
+    with pytest.raises(EnvironmentProblem, match="gives RANK but not WORLD_SIZE"):
+        rendezvous({"RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-007,9],cpu1", "gpu003"), ("a-b[2,4]", "a-b2")]
+)
+def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
