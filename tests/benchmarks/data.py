@@ -67,7 +67,7 @@ def photographs(count: int = 128) -> Photographs:
         photo = photos[k % 2]
         left, top = rng.integers(0, photo.width - 500), rng.integers(0, photo.height - 375)
         buffer = io.BytesIO()
-        photo.crop((left, top, left + 500, top + 375)).save(buffer, "JPEG", quality=93)
+        photo.crop((left, top, left + 500, top + 375)).save(buffer, "JPEG", quality=97)
         jpegs.append(buffer.getvalue())
     return Photographs(jpegs)
 

@@ -1,4 +1,7 @@
 import itertools
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from pipeline.data.config import STRONG, WEAK, AugmentConfig, LoaderConfig
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.data.manifest import Manifest
 from pipeline.data.transforms import eval_views, pair_views, train_views
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EnvironmentProblem
 
 SIZE, MEAN, STD = (32, 32), (0.3,) * 3, (0.35,) * 3
 VIEWS = train_views(SIZE, AugmentConfig(crop_scale=(0.5, 1.0)), MEAN, STD)
@@ -113,3 +116,31 @@ def test_steps_per_epoch_and_a_seek_far_ahead(train):
     assert loader.steps_per_epoch == 200 / 32
     (batch,) = take(loader, 1, start=10**6)
     assert len(batch) == 32
+
+
+def test_lanes_are_checked_against_the_samples_before_the_start(train):
+    with pytest.raises(ConfigError, match="lanes = 8 but only 5 samples"):
+        loader_of(train, positions=np.arange(5))
+    with pytest.raises(ConfigError, match="lanes = 8 does not divide the global batch of 12"):
+        loader_of(train, global_batch=12)
+    with pytest.raises(ConfigError, match="cannot be shared evenly by 3 processes"):
+        loader_of(train, world_size=3)
+
+
+def test_a_signal_to_the_whole_job_leaves_the_workers_at_work_and_a_killed_one_is_a_sentence(train):
+    loader = loader_of(train, workers=1)
+    batches = loader.batches()
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    for _ in range(5):
+        next(batches)
+
+    def kill_and_go_on() -> None:
+        os.kill(worker.pid, signal.SIGKILL)
+        list(itertools.islice(batches, 50))
+
+    with pytest.raises(EnvironmentProblem, match="a data worker died"):
+        kill_and_go_on()
+    loader.close()
