@@ -1,0 +1,64 @@
+# Every target is one line of `make help`. Set-up is done by the targets that need it: nothing else to type.
+SHELL := bash
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+NPROC ?= 1
+SEEDS ?= 0 1 2
+RUNS ?= runs
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format golden tensorboard stage-1 stage-2 stage-3 clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP)  ## make .venv with the pinned packages (the other targets do it when needed)
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "$(PYTHON) is $$($(PYTHON) -V): Python 3.11 or 3.12 is needed; give PYTHON=python3.12" >&2; exit 5; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: $(STAMP)  ## the three stages on bundled digits, SEEDS="0 1 2", and a report (continues where it stopped)
+	@$(PY) -m launchers demo --seeds $(SEEDS) --nproc 2
+
+stage-1: $(STAMP)  ## ARM pretraining: CONFIG=configs/arm/NAME.yaml ARGS="a.b=1 ..." NPROC=2
+	@$(call stage,arm)
+
+stage-2: $(STAMP)  ## supervised training or distillation: CONFIG=configs/distill/NAME.yaml ARGS= NPROC=
+	@$(call stage,distill)
+
+stage-3: $(STAMP)  ## semi-supervised fine-tuning: CONFIG=configs/semi/NAME.yaml ARGS= NPROC=
+	@$(call stage,semi)
+
+# One process runs in place; several are started and relayed by the launcher.
+CONFIG ?= configs/$(1)/demo.yaml
+define stage
+$(if $(filter 1,$(NPROC)),$(PY) -m stages $(1) $(CONFIG) $(ARGS),$(PY) -m launchers local $(1) $(CONFIG) $(ARGS) --nproc $(NPROC))
+endef
+
+tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
+	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
+
+test: $(STAMP)  ## all tests; warnings are errors
+	$(PY) -m pytest tests
+
+check: $(STAMP)  ## format, lint, types, floors
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest tests/unit/test_floors.py
+
+format: $(STAMP)  ## rewrite the code in the house's format
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+golden: $(STAMP)  ## write the golden losses anew (say why in the commit)
+	$(PY) -m tests.golden.write
+
+clean:  ## remove caches (never runs/ or data/)
+	rm -rf .mypy_cache .ruff_cache .hypothesis build
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,42 @@
+"""python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
+python -m launchers demo [--seeds 0 1 2] [--nproc N]                  the three stages on the bundled digits, and a report
+
+Config and parents are checked once, before any process starts. Exit codes: those of `python -m stages`, relayed from
+the first rank that failed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from launchers import demo, local
+from pipeline.errors import PipelineError
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launchers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("local", help="one stage on this machine")
+    one.add_argument("stage", metavar="STAGE")
+    one.add_argument("config", type=Path, metavar="CONFIG")
+    one.add_argument("overrides", nargs="*", metavar="key=value")
+    one.add_argument("--nproc", type=int, default=1)
+    chain = commands.add_parser("demo", help="the three stages on the bundled digits")
+    chain.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    chain.add_argument("--nproc", type=int, default=2)
+    given = parser.parse_args(arguments)
+    if given.nproc < 1:
+        parser.error(f"--nproc {given.nproc}: at least one process is needed")
+    try:
+        if given.command == "demo":
+            return demo.run(given.seeds, given.nproc)
+        return local.run_stage(given.stage, given.config, given.overrides, given.nproc)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

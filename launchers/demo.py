@@ -1,0 +1,55 @@
+"""The whole chain on the bundled digits: shards, three stages for each seed, a table and a report.
+
+Everything is a run like any other, so whatever is done already is reused and whatever was interrupted continues.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launchers import local
+from pipeline.observe.report import write_report
+from pipeline.observe.results import Result, read_result, table
+
+DATA = Path("data/digits")
+RUNS = Path("runs")
+
+
+def run(seeds: Sequence[int], nproc: int) -> int:
+    """Returns 0, or the exit code of the stage that did not complete."""
+    from pipeline.data.__main__ import main as data
+
+    started = time.monotonic()
+    data(["convert", "digits", "--out", str(DATA)])
+    experiments = []
+    for seed in seeds:
+        split = DATA / f"split-seed{seed}.json"
+        data(
+            [
+                "split",
+                str(DATA / "train"),
+                "--out",
+                str(split),
+                *"--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed".split(),
+                str(seed),
+            ]
+        )
+        experiments.append(f"demo-seed{seed}")
+        for stage in ("arm", "distill", "semi"):
+            print(f"\n== seed {seed}, stage {stage} ==", flush=True)
+            overrides = [f"run.experiment={experiments[-1]}", f"run.seed={seed}", f"data.split={split}"]
+            code = local.run_stage(stage, Path(f"configs/{stage}/demo.yaml"), overrides, nproc)
+            if code:
+                return code
+    results = [read_result(RUNS / name) for name in experiments]
+    print(f"\n{table(results)}\n")
+    print(json.dumps({"stage3_minus_stage2_top1": round(_gain(results), 2), "seeds": list(seeds)}))
+    report = write_report([RUNS / name for name in experiments], RUNS / "demo" / "report.html")
+    print(f"report: {report}   ({time.monotonic() - started:.0f} s)")
+    return 0
+
+
+def _gain(results: Sequence[Result]) -> float:
+    """Points of top-1 that stage 3's teacher adds to stage 2, mean over the seeds."""
+    return sum(r.models["stage 3, teacher"]["top1"] - r.models["stage 2"]["top1"] for r in results) / len(results)

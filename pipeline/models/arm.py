@@ -1,0 +1,158 @@
+"""ARM: autoregressive pretraining of a Vision Mamba (Ren et al., "Autoregressive Pretraining with Mamba in Vision").
+
+The backbone reads all clusters but the last, in one direction; a decoder of cross-attention blocks predicts each
+next cluster's pixels from the clusters before it. Every size follows from the geometry: with K clusters of T tokens
+the backbone sees (K-1)T tokens and (K-1)T are predicted, whatever K and T are.
+
+Shapes: B images, K clusters, T tokens a cluster, S = (K-1)T, D backbone width, W decoder width, P pixels a patch x 3.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.config import DecoderConfig, VisionMambaConfig, check_clusters, default_taps
+from pipeline.models.vision_mamba import VisionMamba, cluster_order, sincos_positions
+
+# What fine-tuning builds anew: a pretrained backbone has no classifier, no final norm and no cls token.
+PRETRAINING_FORM = {
+    "directions": 1,
+    "order": "cluster",
+    "cls_token": "none",
+    "pool": "mean",
+    "pos_embed": "sincos",
+    "num_classes": 0,
+    "drop_path": 0.0,
+}
+
+
+class CrossAttentionBlock(nn.Module):
+    """q + Attention(LN(q), LN(kv)), then q + MLP(LN(q)): no attention among the queries (ARM 1.5)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_q, self.norm_kv, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        hidden = int(mlp_ratio * width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        keys, values = self.kv(self.norm_kv(kv)).chunk(2, dim=-1)
+        attended = F.scaled_dot_product_attention(
+            heads(self.q(self.norm_q(q))), heads(keys), heads(values), attn_mask=mask
+        )
+        q = q + self.proj(attended.transpose(1, 2).flatten(2))
+        return q + self.mlp(self.norm_mlp(q))
+
+
+class ARM(nn.Module):
+    """Backbone in its pretraining form, with decoder. `forward` gives the predictions, `targets` what they should be."""
+
+    mask: Tensor
+    pixel_order: Tensor
+    positions: Tensor
+
+    def __init__(self, backbone: VisionMambaConfig, decoder: DecoderConfig) -> None:
+        super().__init__()
+        check_clusters(backbone)
+        self.backbone = VisionMamba(**{**backbone.model_dump(exclude={"name"}), **PRETRAINING_FORM})
+        self.backbone.norm_f = nn.Identity()  # the taps below have norms of their own
+        width, dim, grid = decoder.width, backbone.embed_dim, backbone.grid_size
+        side = backbone.cluster_size // backbone.patch_size
+        self.patch_size = backbone.patch_size
+        self.tokens_per_cluster = side * side
+        self.num_clusters = grid[0] * grid[1] // self.tokens_per_cluster
+        self.taps = decoder.taps or default_taps(backbone.depth)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.taps)
+        self.to_decoder = nn.Linear(len(self.taps) * dim, width * decoder.depth)
+        self.query = nn.Parameter(torch.empty(1, 1, width))
+        self.blocks = nn.ModuleList(
+            CrossAttentionBlock(width, decoder.num_heads, decoder.mlp_ratio) for _ in range(decoder.depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.to_pixels = nn.Linear(width, backbone.patch_size**2 * backbone.in_chans)
+        order = cluster_order(grid, side)
+        self.register_buffer("pixel_order", order, persistent=False)
+        self.register_buffer(
+            "positions", sincos_positions(grid, width)[:, order[self.tokens_per_cluster :]], persistent=False
+        )
+        self.register_buffer(
+            "mask", block_causal_mask(self.num_clusters - 1, self.tokens_per_cluster), persistent=False
+        )
+        self._reset_decoder()
+
+    def _reset_decoder(self) -> None:
+        for module in [self.to_decoder, self.to_pixels]:
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            nn.init.zeros_(module.bias)
+        for linear in self.blocks.modules():
+            if isinstance(linear, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> predictions (B, S, P) of clusters 1..K-1, in cluster order, in standardised pixels."""
+        tokens = self.backbone.embed(images)[:, : -self.tokens_per_cluster]
+        _, taps = self.backbone.encode(tokens, self.taps)
+        features = torch.cat([norm(tap) for norm, tap in zip(self.norms, taps, strict=True)], dim=-1)
+        # Interleaved, as in the released weights: block j reads channels j, j + depth, j + 2 depth, ...
+        mixtures = self.to_decoder(features).unflatten(-1, (-1, len(self.blocks))).unbind(-1)
+        x = (self.query + self.positions).expand(len(images), -1, -1)
+        for block, mixture in zip(self.blocks, mixtures, strict=True):
+            x = block(x, mixture, self.mask)
+        return self.to_pixels(self.norm(x))
+
+    def targets(self, images: Tensor) -> Tensor:
+        """Pixels of clusters 1..K-1, (B, S, P), each patch standardised by its own mean and unbiased variance."""
+        return standardise(self.patches(images))[0][:, self.tokens_per_cluster :]
+
+    def patches(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K T, P), patches in cluster order, a patch's values as (row, column, channel)."""
+        p = self.patch_size
+        x = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, rows, across, p, p)
+        return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)[:, self.pixel_order]
+
+    def reconstruct(self, images: Tensor, predictions: Tensor) -> Tensor:
+        """(B, C, H, W): predictions with the mean and spread of the true patches; cluster 0, never predicted, is the true one."""
+        patches = self.patches(images)
+        _, mean, spread = standardise(patches)
+        first = self.tokens_per_cluster
+        drawn = patches.clone()
+        drawn[:, first:] = predictions.float() * spread[:, first:] + mean[:, first:]
+        rows, across = self.backbone.grid_size
+        p = self.patch_size
+        x = drawn[:, self.pixel_order.argsort()].unflatten(1, (rows, across)).unflatten(3, (p, p, -1))
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(images.shape)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"query"} | {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def layer_of(self, name: str) -> int:
+        inside = name.removeprefix("backbone.")
+        return self.backbone.layer_of(inside) if inside != name else self.backbone.depth + 1
+
+
+def standardise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(standardised, mean, spread) along the last axis, in fp32; unbiased variance + 1e-6 under the root (ARM 1.6)."""
+    patches = patches.float()
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    spread = (variance + 1e-6).sqrt()
+    return (patches - mean) / spread, mean, spread
+
+
+def pixel_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Squared error in fp32, the mean of each image (B,) over tokens and pixels. Zeros give (P-1)/P on patches that vary."""
+    return F.mse_loss(predictions.float(), targets, reduction="none").mean((1, 2))
+
+
+def block_causal_mask(num_groups: int, tokens_per_group: int) -> Tensor:
+    """(S, S) bool: query group i, which predicts cluster i + 1, may attend to feature clusters 0..i."""
+    group = torch.arange(num_groups).repeat_interleave(tokens_per_group)
+    return group[:, None] >= group[None, :]

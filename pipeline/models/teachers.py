@@ -1,0 +1,33 @@
+"""Frozen teachers from timm. A teacher from one of our exports is simply `export.load_export`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pipeline.errors import HandoverError
+
+
+def timm_teacher(name: str, weights: Path, num_classes: int) -> nn.Module:
+    """The timm model `name` with a weights file from disk (nothing is downloaded): safetensors, or a plain state dict
+    that torch loads with weights_only. Raises HandoverError if the file does not fit."""
+    import timm
+
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5])
+        raise HandoverError(f"timm has no model {name!r}" + (f"; near it: {close}" if close else ""))
+    if not weights.is_file():
+        raise HandoverError(
+            f"no weights at {weights} for the teacher {name}; put the file there: nothing is downloaded"
+        )
+    model = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    try:
+        state: Any = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
+        model.load_state_dict(state.get("model", state))
+    except Exception as error:  # three libraries, each with its own way to say that a file does not fit
+        raise HandoverError(
+            f"{weights} does not fit timm's {name} with {num_classes} classes: {str(error).splitlines()[0]}"
+        ) from error
+    return model

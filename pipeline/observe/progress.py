@@ -1,0 +1,56 @@
+"""What a person sees while a stage runs: a bar on a terminal, one plain line per interval elsewhere."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+# In the line, in this order; everything else is in metrics.jsonl.
+_SHOWN = (
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "ssl/mask_rate",
+    "ema/alpha",
+    "val/loss",
+    "val/top1",
+    "val/teacher_top1",
+    "perf/images_per_second",
+)
+
+
+class Progress:
+    """Of `total` steps; silent unless `shown` (rank 0)."""
+
+    def __init__(self, name: str, *, done: int, total: int, shown: bool) -> None:
+        self.name, self.total, self.shown = name, total, shown
+        self._started, self._start = time.monotonic(), done
+        self._bar = None
+        if shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=name, unit="step", dynamic_ncols=True, leave=True)
+
+    def advance(self) -> None:
+        if self._bar:
+            self._bar.update()
+
+    def line(self, step: int, row: Mapping[str, float]) -> None:
+        shown = [f"{key.split('/')[1]} {row[key]:.4g}" for key in _SHOWN if key in row]
+        if self._bar:
+            self._bar.set_postfix_str("  ".join(shown))
+        elif self.shown:
+            elapsed = time.monotonic() - self._started
+            left = elapsed / max(1, step - self._start) * (self.total - step)
+            logger.info("%s step %d/%d  %s  eta %s", self.name, step, self.total, "  ".join(shown), _clock(left))
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

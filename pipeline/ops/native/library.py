@@ -1,0 +1,247 @@
+"""The compiled kernels as functions on tensors: memory comes from torch, pointers and strides go through ctypes.
+
+Tensors are fp32 or bf16, each in its own dtype and with its own strides; A, D, biases and convolution weights are
+contiguous fp32. Outputs follow the layout of their input: channels last in memory if it has them so (what lies between
+a mixer's matrix products), else steps last. Sums over units are taken in a fixed order, so nothing depends on the
+number of threads. Nothing here knows autograd; see operators.py.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_int64, c_void_p
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.ops.native.build import load_library
+
+
+class Strided(Structure):
+    """tiles.h: a tensor (batch, group, channel, step)."""
+
+    _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("batch", "group", "channel", "step", "bf16"))]
+
+
+class _ScanDirection(Structure):
+    """scan.cpp: Direction."""
+
+    _fields_ = [
+        *((name, Strided) for name in ("u", "delta", "B", "C", "z", "o", "p", "g_o", "g_p", "g_u", "g_delta", "g_z")),
+        *((name, c_void_p) for name in ("A", "D", "bias", "carries")),
+        *((name, c_void_p) for name in ("part_A", "part_D", "part_bias", "part_B", "part_C")),
+        ("reversed", c_int64),
+    ]
+
+
+class _ScanCall(Structure):
+    """scan.cpp: Scan."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "groups", "channels", "states", "steps", "softplus", "directions")),
+        ("direction", _ScanDirection * 2),
+    ]
+
+
+class _ConvDirection(Structure):
+    """conv.cpp: ConvDirection."""
+
+    _fields_ = [
+        *((name, Strided) for name in ("x", "o", "g_o", "g_x")),
+        *((name, c_void_p) for name in ("weight", "bias", "part_weight", "part_bias")),
+    ]
+
+
+class _ConvCall(Structure):
+    """conv.cpp: Conv."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "channels", "taps", "steps", "directions")),
+        ("direction", _ConvDirection * 2),
+    ]
+
+
+class ScanInputs(NamedTuple):
+    """One direction's own inputs, or their gradients; the second of two directions runs in `reverse` as told."""
+
+    u: Tensor  # (Bt, E, L)
+    delta: Tensor  # (Bt, E, L)
+    A: Tensor  # (E, N)
+    B: Tensor  # (Bt, N, L) or (Bt, G, N, L)
+    C: Tensor
+    D: Tensor | None  # (E,)
+    bias: Tensor | None  # (E,)
+
+
+def _strided(tensor: Tensor | None, reverse: bool) -> Strided:
+    if tensor is None:
+        return Strided()
+    strides = tensor.stride() if tensor.dim() == 4 else (tensor.stride(0), 0, tensor.stride(1), tensor.stride(2))
+    data, step = tensor.data_ptr(), strides[3]
+    if reverse:  # from the last step to the first
+        data += (tensor.shape[-1] - 1) * step * tensor.element_size()
+        step = -step
+    return Strided(data, *strides[:3], step, tensor.dtype == torch.bfloat16)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
+
+
+class Library:
+    """The loaded library with its argument types declared."""
+
+    def __init__(self, simd: str | None = None, cache: Path | None = None) -> None:
+        self._lib = load_library(simd, cache)
+        for name in ("scan_struct_bytes", "conv_struct_bytes", "scan_carry_floats", "scan_blocks", "scan_width"):
+            getattr(self._lib, name).restype = c_int64
+        for name in ("scan_carry_floats", "scan_blocks", "scan_width", "scan_forward", "scan_backward"):
+            getattr(self._lib, name).argtypes = [POINTER(_ScanCall)]
+        for name in ("conv_forward", "conv_backward"):
+            getattr(self._lib, name).argtypes = [POINTER(_ConvCall)]
+        self._lib.sum_parts.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
+        sizes = self._lib.scan_struct_bytes(), self._lib.conv_struct_bytes()
+        assert sizes == (ctypes.sizeof(_ScanCall), ctypes.sizeof(_ConvCall)), "the structures here and in C++ differ"
+
+    def scan_forward(
+        self,
+        inputs: Sequence[ScanInputs],
+        reverses: Sequence[bool],
+        z: Tensor | None,
+        *,
+        softplus: bool,
+        ungated: bool,
+        keep: bool,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """o, summed over the directions; p of each, if `ungated`; the states that the backward wants, if `keep`."""
+        call = _scan_call(inputs, reverses, z, softplus)
+        o = torch.empty_like(inputs[0].u)
+        ps = [torch.empty_like(o) for _ in inputs if ungated]
+        carries = [_floats(self._lib.scan_carry_floats(call)) for _ in inputs if keep]
+        for k, reverse in enumerate(reverses):
+            direction = call.direction[k]
+            direction.o = _strided(o, reverse)
+            direction.p = _strided(ps[k] if ungated else None, reverse)
+            direction.carries = _pointer(carries[k] if keep else None)
+        self._lib.scan_forward(call)
+        return o, ps, carries
+
+    def scan_backward(
+        self,
+        inputs: Sequence[ScanInputs],
+        reverses: Sequence[bool],
+        z: Tensor | None,
+        carries: Sequence[Tensor],
+        g_o: Tensor,
+        g_ps: Sequence[Tensor],
+        g_z: Tensor | None,
+        *,
+        softplus: bool,
+    ) -> list[ScanInputs]:
+        """The gradients of each direction's inputs, of A, B, C, D and bias in fp32; z's is written into `g_z`."""
+        call = _scan_call(inputs, reverses, z, softplus)
+        (batch, channels, steps), states = inputs[0].u.shape, inputs[0].A.shape[1]
+        outer, blocks, width = batch * call.groups, self._lib.scan_blocks(call), self._lib.scan_width(call)
+        grads, parts = [], []
+        for k, reverse in enumerate(reverses):
+            g_u, g_delta = torch.empty_like(inputs[k].u), torch.empty_like(inputs[k].delta)
+            part_A, part_D, part_bias = (_floats(1, batch, channels * n) for n in (states, 1, 1))
+            part_B, part_C = (_floats(outer, blocks, steps * width) for _ in range(2))
+            direction = call.direction[k]
+            direction.g_o, direction.g_z = _strided(g_o, reverse), _strided(g_z, reverse)
+            direction.g_p = _strided(g_ps[k] if g_ps else None, reverse)
+            direction.g_u, direction.g_delta = _strided(g_u, reverse), _strided(g_delta, reverse)
+            direction.carries = carries[k].data_ptr()
+            direction.part_A, direction.part_D, direction.part_bias = map(_pointer, (part_A, part_D, part_bias))
+            direction.part_B, direction.part_C = part_B.data_ptr(), part_C.data_ptr()
+            grads.append((g_u, g_delta))
+            parts.append((part_A, part_B, part_C, part_D, part_bias))
+        self._lib.scan_backward(call)
+
+        results = []
+        for given, (g_u, g_delta), (part_A, part_B, part_C, part_D, part_bias) in zip(
+            inputs, grads, parts, strict=True
+        ):
+            g_B, g_C = (
+                self._sum(part)
+                .view(batch, call.groups, steps, width)[..., :states]
+                .transpose(2, 3)
+                .reshape(given.B.shape)
+                for part in (part_B, part_C)
+            )
+            g_D = None if given.D is None else self._sum(part_D)[0]
+            g_bias = None if given.bias is None else self._sum(part_bias)[0]
+            g_A = self._sum(part_A).view(channels, states)
+            results.append(ScanInputs(g_u, g_delta, g_A, g_B, g_C, g_D, g_bias))
+        return results
+
+    def conv_forward(
+        self, x: Tensor, filters: Sequence[tuple[Tensor, Tensor | None]], reverses: Sequence[bool]
+    ) -> list[Tensor]:
+        """SiLU(conv(x)) for each (weight (E, 1, K), bias)."""
+        call = _conv_call(x, filters, reverses)
+        outs = [torch.empty_like(x) for _ in filters]
+        for k, reverse in enumerate(reverses):
+            call.direction[k].o = _strided(outs[k], reverse)
+        self._lib.conv_forward(call)
+        return outs
+
+    def conv_backward(
+        self,
+        x: Tensor,
+        filters: Sequence[tuple[Tensor, Tensor | None]],
+        reverses: Sequence[bool],
+        g_outs: Sequence[Tensor],
+        g_x: Tensor,
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Gradients of each (weight, bias), in fp32; x's, summed over the directions, is written into `g_x`."""
+        call = _conv_call(x, filters, reverses)
+        parts = []
+        for k, reverse in enumerate(reverses):
+            part_weight = _floats(1, x.shape[0], x.shape[1] * call.taps)
+            part_bias = _floats(1, x.shape[0], x.shape[1])
+            direction = call.direction[k]
+            direction.g_o, direction.g_x = _strided(g_outs[k], reverse), _strided(g_x, reverse)
+            direction.part_weight, direction.part_bias = part_weight.data_ptr(), part_bias.data_ptr()
+            parts.append((part_weight, part_bias))
+        self._lib.conv_backward(call)
+        return [
+            (self._sum(part_weight).view(weight.shape), None if bias is None else self._sum(part_bias)[0])
+            for (weight, bias), (part_weight, part_bias) in zip(filters, parts, strict=True)
+        ]
+
+    def _sum(self, parts: Tensor) -> Tensor:
+        """(outer, parts, size) summed over the parts, in their order."""
+        outer, count, size = parts.shape
+        out = _floats(outer, size)
+        self._lib.sum_parts(out.data_ptr(), parts.data_ptr(), outer, count, size)
+        return out
+
+
+def _scan_call(inputs: Sequence[ScanInputs], reverses: Sequence[bool], z: Tensor | None, softplus: bool) -> _ScanCall:
+    first = inputs[0]
+    groups = first.B.shape[1] if first.B.dim() == 4 else 1
+    batch, channels, steps = first.u.shape
+    call = _ScanCall(batch, groups, channels, first.A.shape[1], steps, softplus, len(inputs))
+    for k, (given, reverse) in enumerate(zip(inputs, reverses, strict=True)):
+        direction = call.direction[k]
+        direction.u, direction.delta = _strided(given.u, reverse), _strided(given.delta, reverse)
+        direction.B, direction.C = _strided(given.B, reverse), _strided(given.C, reverse)
+        direction.z = _strided(z, reverse)
+        direction.A, direction.D, direction.bias = map(_pointer, (given.A, given.D, given.bias))
+        direction.reversed = reverse
+    return call
+
+
+def _conv_call(x: Tensor, filters: Sequence[tuple[Tensor, Tensor | None]], reverses: Sequence[bool]) -> _ConvCall:
+    call = _ConvCall(x.shape[0], x.shape[1], filters[0][0].shape[2], x.shape[2], len(filters))
+    for k, ((weight, bias), reverse) in enumerate(zip(filters, reverses, strict=True)):
+        direction = call.direction[k]
+        direction.x = _strided(x, reverse)
+        direction.weight, direction.bias = _pointer(weight), _pointer(bias)
+    return call

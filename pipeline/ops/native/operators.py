@@ -1,0 +1,194 @@
+"""The native kernels under autograd: scan, convolution, and the mixer's whole chain in one node.
+
+fp32 and bf16 run as they are, other dtypes are converted to fp32 and back (fp64 is served by the closed form in torch,
+see `pipeline.ops.scan`). The chain's backward is written by hand, so that gradients are accumulated where they lie:
+no split, concatenation or sum passes over (Bt, L, E) tensors remain between the matrix products.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.ops.native.library import Library, ScanInputs
+from pipeline.ops.reference import Direction
+
+
+def _loadable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.float()
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _inputs(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, bias: Tensor | None
+) -> ScanInputs:
+    return ScanInputs(
+        _loadable(u), _loadable(delta), A.float().contiguous(), _loadable(B), _loadable(C), _plain(D), _plain(bias)
+    )
+
+
+def _like(grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+    return [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+
+
+def _dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
+    return [None if t is None else t.dtype for t in tensors]
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, library: Library, softplus: bool, reverse: bool, ungated: bool, z: Tensor | None, *tensors: Any
+    ) -> Any:
+        """`tensors`: u, delta, A, B, C, D, delta_bias."""
+        ctx.library, ctx.softplus, ctx.reverse, ctx.dtypes = library, softplus, reverse, _dtypes((z, *tensors))
+        gate = None if z is None else _loadable(z)
+        inputs = _inputs(*tensors)
+        keep = any(ctx.needs_input_grad)
+        o, ps, carries = library.scan_forward([inputs], [reverse], gate, softplus=softplus, ungated=ungated, keep=keep)
+        ctx.save_for_backward(gate, *inputs, *carries)
+        return tuple(t.to(tensors[0].dtype) for t in (o, *ps))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_o: Tensor, *g_ps: Tensor) -> Any:
+        gate, *saved, carries = ctx.saved_tensors
+        g_z = None if gate is None else torch.empty_like(gate)
+        (grads,) = ctx.library.scan_backward(
+            [ScanInputs(*saved)],
+            [ctx.reverse],
+            gate,
+            [carries],
+            _loadable(g_o),
+            [_loadable(g) for g in g_ps],
+            g_z,
+            softplus=ctx.softplus,
+        )
+        return None, None, None, None, *_like((g_z, *grads), ctx.dtypes)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, library: Library, reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.library, ctx.reverse, ctx.dtypes = library, reverse, _dtypes((x, weight, bias))
+        x, weight, bias = _loadable(x), weight.float().contiguous(), _plain(bias)
+        ctx.save_for_backward(x, weight, bias)
+        return library.conv_forward(x, [(weight, bias)], [reverse])[0].to(ctx.dtypes[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_out: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        g_x = torch.empty_like(x)
+        (grads,) = ctx.library.conv_backward(x, [(weight, bias)], [ctx.reverse], [_loadable(g_out)], g_x)
+        return None, None, *_like((g_x, *grads), ctx.dtypes)
+
+
+class _Mixer(torch.autograd.Function):
+    """Convolutions, projections, scans and gate of one or two directions; memory as plain autograd would keep it."""
+
+    @staticmethod
+    def forward(ctx: Any, library: Library, ungated: bool, xz: Tensor, *tensors: Tensor | None) -> Any:
+        """`tensors`: the fields of each Direction, one direction after another."""
+        ctx.library, ctx.dtypes = library, _dtypes((xz, *tensors))
+        directions = [Direction(*fields) for fields in zip(*[iter(tensors)] * len(Direction._fields), strict=True)]
+        ctx.reverses = reverses = [k == 1 for k in range(len(directions))]
+        xz = _loadable(xz)
+        filters = [(d.conv_weight.float().contiguous(), _plain(d.conv_bias)) for d in directions]
+        x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (Bt, E, L), views
+        with torch.autocast("cpu", enabled=False):
+            convolved = library.conv_forward(x, filters, reverses)
+            inputs, matrices = [], []
+            for d, u in zip(directions, convolved, strict=True):
+                x_proj, dt_proj = d.x_proj.to(xz.dtype), d.dt_proj.to(xz.dtype)
+                rank, states = dt_proj.shape[1], d.A.shape[1]
+                projected = u.transpose(1, 2) @ x_proj.t()  # (Bt, L, R + 2 N)
+                low, B, C = projected.split([rank, states, states], dim=2)
+                delta = low @ dt_proj.t()  # (Bt, L, E)
+                inputs.append(
+                    _inputs(u, delta.transpose(1, 2), d.A, B.transpose(1, 2), C.transpose(1, 2), d.D, d.dt_bias)
+                )
+                matrices += [x_proj, dt_proj, projected]
+            keep = any(ctx.needs_input_grad)
+            o, ps, carries = library.scan_forward(inputs, reverses, z, softplus=True, ungated=ungated, keep=keep)
+        flat = [t for pair in filters for t in pair] + [t for direction in inputs for t in direction]
+        ctx.save_for_backward(xz, *flat, *matrices, *carries)
+        return tuple(t.transpose(1, 2).to(ctx.dtypes[0]) for t in (o, *ps))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_o: Tensor, *g_ps: Tensor) -> Any:
+        library, reverses, count = ctx.library, ctx.reverses, len(ctx.reverses)
+        saved = iter(ctx.saved_tensors)
+        xz = next(saved)
+        filters = [(next(saved), next(saved)) for _ in range(count)]
+        inputs = [ScanInputs(*(next(saved) for _ in ScanInputs._fields)) for _ in range(count)]
+        matrices = [(next(saved), next(saved), next(saved)) for _ in range(count)]
+        g_xz = torch.empty_like(xz, memory_format=torch.contiguous_format)
+        (x, z), (g_x, g_z) = xz.transpose(1, 2).chunk(2, dim=1), g_xz.transpose(1, 2).chunk(2, dim=1)
+        scans = library.scan_backward(
+            inputs,
+            reverses,
+            z,
+            list(saved),
+            _loadable(g_o).transpose(1, 2),
+            [_loadable(g).transpose(1, 2) for g in g_ps],
+            g_z,
+            softplus=True,
+        )
+        g_projections = []
+        for given, grads, (x_proj, dt_proj, projected) in zip(inputs, scans, matrices, strict=True):
+            g_delta, g_u = (t.transpose(1, 2).flatten(0, 1) for t in (grads.delta, grads.u))  # (Bt L, E), views
+            g_B, g_C = (t.transpose(1, 2).flatten(0, 1).to(xz.dtype) for t in (grads.B, grads.C))
+            projected = projected.flatten(0, 1)
+            g_projected = torch.cat([g_delta @ dt_proj, g_B, g_C], dim=1)
+            g_u.addmm_(g_projected, x_proj)  # u feeds the scan and the projection
+            g_projections.append(
+                (
+                    g_projected.t() @ given.u.transpose(1, 2).flatten(0, 1),
+                    g_delta.t() @ projected[:, : dt_proj.shape[1]],
+                )
+            )
+        convs = library.conv_backward(x, filters, reverses, [grads.u for grads in scans], g_x)
+        flat: list[Tensor | None] = [g_xz]
+        for (g_weight, g_bias), (g_x_proj, g_dt_proj), scan in zip(convs, g_projections, scans, strict=True):
+            flat += Direction(g_weight, g_bias, g_x_proj, g_dt_proj, scan.bias, scan.A, scan.D)
+        return None, None, *_like(flat, ctx.dtypes)
+
+
+class Native:
+    """The operators of `pipeline.ops.scan` on one loaded library."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def scan(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        *,
+        delta_softplus: bool = True,
+        reverse: bool = False,
+        return_ungated: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        results = _Scan.apply(
+            self.library, delta_softplus, reverse, return_ungated, z, u, delta, A, B, C, D, delta_bias
+        )
+        return results if return_ungated else results[0]
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+        return _Conv.apply(self.library, reverse, x, weight, bias)
+
+    def mixer(self, xz: Tensor, directions: Sequence[Direction], *, return_ungated: bool = False) -> tuple[Tensor, ...]:
+        return _Mixer.apply(self.library, return_ungated, xz, *(t for d in directions for t in d))

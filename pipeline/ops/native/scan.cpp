@@ -1,0 +1,375 @@
+// The selective scan and its closed-form backward; one or two directions in one call.
+//
+// Work is cut into units of one batch item and at most `unit_channels` channels of one group: a fixed cut, and sums over
+// units are taken in a fixed order, so the bits do not depend on the number of threads. A unit walks time in chunks and,
+// inside a chunk, its tiles of W channels; the states go in blocks of W, so that sums over channels (the gradients of B
+// and C) are W x W transposes. The forward keeps the state at the beginning of each chunk; the backward recomputes one
+// chunk at a time, so no (Bt, E, L, N) tensor exists.
+//
+// Two directions share z and o: the second adds to what the first has written, while it is still in the cache.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "tiles.h"
+
+using simd::Float;
+using simd::load;
+using simd::store;
+using simd::W;
+
+namespace {
+
+constexpr int64_t chunk_steps = 32;     // a unit's inputs of a chunk, and a tile's states, fit the second-level cache
+constexpr int64_t unit_channels = 128;  // a multiple of every W
+constexpr int64_t unit_tiles = unit_channels / W;
+
+int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
+
+}  // namespace
+
+// Mirrored field by field in operators.py.
+struct Direction {
+  Strided u, delta, B, C, z, o, p;                     // p: ungated output, may be absent
+  Strided g_o, g_p, g_u, g_delta, g_z;                 // backward only; g_p may be absent
+  const float *A, *D, *bias;                           // (E, N), (E), (E) contiguous; D and bias may be absent
+  float* carries;                                      // scan_carries() floats; may be absent in the forward
+  float *part_A, *part_D, *part_bias;                  // (Bt, E, N), (Bt, E), (Bt, E)
+  float *part_B, *part_C;                              // (Bt, G, blocks, L, width): sums over a unit's channels
+  int64_t reversed;                                    // the Strided run backwards in time; part_B and part_C do not
+};
+
+struct Scan {
+  int64_t batch, groups, channels, states, steps;  // channels: of all groups
+  int64_t softplus, directions;
+  Direction direction[2];
+};
+
+namespace {
+
+// What all units of a call share.
+struct Plan {
+  const Scan& s;
+  int64_t group_channels = s.channels / s.groups;
+  int64_t blocks = up(group_channels, unit_channels);
+  int64_t units = s.batch * s.groups * blocks;
+  int64_t width = up(s.states, W) * W;  // states, padded
+  int64_t chunks = up(s.steps, chunk_steps);
+  int64_t tile_state = width * W;
+
+  struct Unit {
+    int64_t b, g, block, first, channels, tiles;
+  };
+  Unit unit(int64_t i) const {
+    int64_t block = i % blocks, g = i / blocks % s.groups, b = i / blocks / s.groups;
+    int64_t count = std::min(unit_channels, group_channels - block * unit_channels);
+    return {b, g, block, block * unit_channels, count, up(count, W)};
+  }
+  float* carry(const Direction& d, int64_t unit, int64_t chunk) const {
+    return d.carries + (unit * chunks + chunk) * unit_tiles * tile_state;
+  }
+};
+
+// Scratch of one thread, cut into 64-byte aligned pieces; grown once, kept for the thread's life.
+class Arena {
+ public:
+  explicit Arena(int64_t floats) {
+    thread_local std::vector<float> memory;
+    memory.resize(std::max<size_t>(memory.size(), floats + 16));
+    next_ = (float*)((uintptr_t(memory.data()) + 63) & ~uintptr_t(63));
+  }
+  float* take(int64_t floats) {  // a multiple of 16, or alignment is lost
+    float* piece = next_;
+    next_ += floats;
+    return piece;
+  }
+
+ private:
+  float* next_;
+};
+
+// What a unit knows of its channels: a row of W per tile, zero beyond its last channel.
+struct Rows {
+  float *rates, *bias, *skip;  // rates: [tile][state][lane], A in units of log 2
+
+  static int64_t floats(const Plan& plan) { return unit_tiles * (plan.tile_state + 2 * W); }
+  Rows(Arena& arena, const Plan& plan, const Direction& d, int64_t first, int64_t channels)
+      : rates(arena.take(unit_tiles * plan.tile_state)),
+        bias(arena.take(unit_channels)),
+        skip(arena.take(unit_channels)) {
+    std::fill_n(rates, floats(plan), 0.0f);
+    for (int64_t c = 0; c < channels; c++) {
+      for (int64_t n = 0; n < plan.s.states; n++)
+        rates[c / W * plan.tile_state + n * W + c % W] = d.A[(first + c) * plan.s.states + n] * simd::log2_e;
+      if (d.bias) bias[c] = d.bias[first + c];
+      if (d.D) skip[c] = d.D[first + c];
+    }
+  }
+};
+
+constexpr int64_t tile_floats = chunk_steps * W, block_floats = unit_tiles * tile_floats;
+
+// A unit's chunk of a tensor, tile after tile.
+Tiles block(float* at) { return {at, tile_floats, W}; }
+
+// A chunk of B or C: [step][width], zero beyond N.
+void load_states(float* out, const Plan& plan, const Strided& s, int64_t steps) {
+  std::fill_n(out, steps * plan.width, 0.0f);
+  tiles::load({out, W, plan.width}, s, plan.s.states, steps);
+}
+
+// What the recurrence needs of one tile and chunk besides the states.
+struct Tile {
+  alignas(64) float dt[tile_floats], dtu[tile_floats], y[tile_floats];
+  alignas(64) float slope[tile_floats];  // d dt / d delta
+};
+
+// dt = softplus(delta + bias), dt * u; y = 0.
+template <bool with_slope>
+void prepare(Tile& k, bool softplus, const float* u, const float* delta, Float bias, int64_t steps) {
+  const Float one = simd::splat(1.0f);
+  for (int64_t t = 0; t < steps * W; t += W) {
+    const Float x = load(delta + t) + bias, dt = softplus ? simd::softplus(x) : x;
+    if (with_slope) store(k.slope + t, softplus ? (x > 20.0f ? one : simd::sigmoid(x)) : one);
+    store(k.dt + t, dt);
+    store(k.dtu + t, dt * load(u + t));
+    store(k.y + t, Float{});
+  }
+}
+
+// h_t = 2^(dt rate) h_{t-1} + dt u B_t and y += C_t h_t for W states; with `keep`, all a_t and h_t (h_{-1} first).
+template <bool keep>
+void advance(Tile& k, float* state, const float* rates, const float* B, const float* C, int64_t width, int64_t steps,
+             float* kept_h, float* kept_a) {
+  Float h[W];
+#pragma GCC unroll 16
+  for (int n = 0; n < W; n++) {
+    h[n] = load(state + n * W);
+    if (keep) store(kept_h + n * W, h[n]);
+  }
+  for (int64_t t = 0; t < steps; t++) {
+    Float dt = load(k.dt + t * W), dtu = load(k.dtu + t * W);
+    Float y[2] = {load(k.y + t * W), Float{}};
+#pragma GCC unroll 16
+    for (int n = 0; n < W; n++) {
+      Float a = simd::exp2(dt * load(rates + n * W));
+      h[n] = a * h[n] + dtu * B[t * width + n];
+      y[n % 2] += h[n] * C[t * width + n];
+      if (keep) {
+        store(kept_a + (t * W + n) * W, a);
+        store(kept_h + ((t + 1) * W + n) * W, h[n]);
+      }
+    }
+    store(k.y + t * W, y[0] + y[1]);
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < W; n++) store(state + n * W, h[n]);
+}
+
+void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add) {
+  const Plan::Unit unit = plan.unit(index);
+  const int64_t first = unit.g * plan.group_channels + unit.first;
+  const int64_t unit_state = unit_tiles * plan.tile_state, chunk_states = chunk_steps * plan.width;
+  Arena arena(Rows::floats(plan) + unit_state + 2 * chunk_states + 4 * block_floats);
+  const Rows rows(arena, plan, d, first, unit.channels);
+  float *state = arena.take(unit_state), *B = arena.take(chunk_states), *C = arena.take(chunk_states);
+  float *us = arena.take(block_floats), *deltas = arena.take(block_floats), *zs = arena.take(block_floats);
+  float* ps = arena.take(block_floats);
+  std::fill_n(state, unit_state, 0.0f);
+
+  Tile k;
+  for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
+    const int64_t t0 = chunk * chunk_steps, steps = std::min(chunk_steps, plan.s.steps - t0);
+    auto here = [&](const Strided& s) { return s.at(unit.b, 0, first).from_step(t0); };
+    if (d.carries) std::copy_n(state, unit.tiles * plan.tile_state, plan.carry(d, index, chunk));
+    load_states(B, plan, d.B.at(unit.b, unit.g, 0).from_step(t0), steps);
+    load_states(C, plan, d.C.at(unit.b, unit.g, 0).from_step(t0), steps);
+    tiles::load(block(us), here(d.u), unit.channels, steps);
+    tiles::load(block(deltas), here(d.delta), unit.channels, steps);
+    if (d.z) tiles::load(block(zs), here(d.z), unit.channels, steps);
+    for (int64_t i = 0; i < unit.tiles; i++) {
+      const float *u = us + i * tile_floats, *z = zs + i * tile_floats;
+      float *y = deltas + i * tile_floats, *p = ps + i * tile_floats;
+      const int64_t ahead = std::min(chunk_steps, plan.s.steps - t0 - steps);
+      for (const Strided* s : {&d.u, &d.delta, &d.z})
+        if (*s) tiles::prefetch(here(*s).from_step(chunk_steps), unit.channels, ahead, i, unit.tiles);
+      prepare<false>(k, plan.s.softplus, u, y, load(rows.bias + i * W), steps);
+      for (int64_t n = 0; n < plan.width; n += W) {
+        const int64_t at = i * plan.tile_state + n * W;
+        advance<false>(k, state + at, rows.rates + at, B + n, C + n, plan.width, steps, nullptr, nullptr);
+      }
+      if (d.p) std::copy_n(k.y, steps * W, p);
+      const Float skip = load(rows.skip + i * W);
+      for (int64_t t = 0; t < steps * W; t += W) {
+        Float out = load(k.y + t);
+        if (d.D) out += skip * load(u + t);
+        if (d.z) out *= load(z + t) * simd::sigmoid(load(z + t));
+        store(y + t, out);
+      }
+    }
+    if (d.p) tiles::store(here(d.p), block(ps), unit.channels, steps);
+    tiles::store(here(d.o), block(deltas), unit.channels, steps, add);
+  }
+}
+
+// From the last step of a chunk to its first, for W states:
+//   lam_t = C_t g_t + a_{t+1} lam_{t+1},  q_t = sum lam_t B_t,  r_t = sum A lam_t a_t h_{t-1}  (spec 4.2)
+// `carried` holds a_{t+1} lam_{t+1}. q and r are added to; g is the gradient at C h.
+void retreat(const Tile& k, const float* g, float* carried, float* g_rates, const float* rates, const float* B,
+             const float* C, int64_t width, int64_t steps, const float* kept_h, const float* kept_a, float* q, float* r,
+             float* g_B, float* g_C, int64_t g_row) {
+  for (int64_t t = steps - 1; t >= 0; t--) {
+    const Float dt = load(k.dt + t * W), dtu = load(k.dtu + t * W), g_t = load(g + t * W);
+    Float q_t[2] = {load(q + t * W), Float{}}, r_t[2] = {load(r + t * W), Float{}};
+    Float to_B[W], to_C[W];
+#pragma GCC unroll 16
+    for (int n = 0; n < W; n++) {
+      Float lam = g_t * C[t * width + n] + load(carried + n * W);
+      q_t[n % 2] += lam * B[t * width + n];
+      to_B[n] = lam * dtu;
+      to_C[n] = g_t * load(kept_h + ((t + 1) * W + n) * W);
+      Float passed = lam * load(kept_a + (t * W + n) * W);
+      store(carried + n * W, passed);
+      Float decay = passed * load(kept_h + (t * W + n) * W);
+      r_t[n % 2] += decay * load(rates + n * W);
+      store(g_rates + n * W, load(g_rates + n * W) + decay * dt);
+    }
+    store(q + t * W, q_t[0] + q_t[1]);
+    store(r + t * W, r_t[0] + r_t[1]);
+    Float sum_B = simd::sum_lanes(to_B), sum_C = simd::sum_lanes(to_C);
+    store(g_B + t * g_row, load(g_B + t * g_row) + sum_B);
+    store(g_C + t * g_row, load(g_C + t * g_row) + sum_C);
+  }
+}
+
+void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add) {
+  const Plan::Unit unit = plan.unit(index);
+  const int64_t first = unit.g * plan.group_channels + unit.first, row = unit.b * plan.s.channels + first;
+  const int64_t unit_state = unit_tiles * plan.tile_state, chunk_states = chunk_steps * plan.width;
+  Arena arena(Rows::floats(plan) + 2 * unit_state + 2 * chunk_states + plan.tile_state + (2 * chunk_steps + 1) * W * W +
+              2 * unit_channels + 5 * block_floats);
+  const Rows rows(arena, plan, d, first, unit.channels);
+  float *carried = arena.take(unit_state), *g_rates = arena.take(unit_state);
+  float *g_skip = arena.take(unit_channels), *g_bias = arena.take(unit_channels);
+  std::fill_n(carried, 2 * unit_state + 2 * unit_channels, 0.0f);
+  float *B = arena.take(chunk_states), *C = arena.take(chunk_states), *state = arena.take(plan.tile_state);
+  float *kept_h = arena.take((chunk_steps + 1) * W * W), *kept_a = arena.take(chunk_steps * W * W);
+  float *us = arena.take(block_floats), *deltas = arena.take(block_floats), *zs = arena.take(block_floats);
+  float *g_os = arena.take(block_floats), *g_ps = arena.take(block_floats);
+  float *g_B = d.part_B + index * plan.s.steps * plan.width, *g_C = d.part_C + index * plan.s.steps * plan.width;
+  std::fill_n(g_B, plan.s.steps * plan.width, 0.0f);
+  std::fill_n(g_C, plan.s.steps * plan.width, 0.0f);
+  const int64_t g_row = d.reversed ? -plan.width : plan.width, g_first = d.reversed ? (plan.s.steps - 1) * plan.width : 0;
+
+  Tile k;
+  alignas(64) float g_y[tile_floats], g_Ch[tile_floats], q[tile_floats], r[tile_floats];
+  for (int64_t chunk = plan.chunks - 1; chunk >= 0; chunk--) {
+    const int64_t t0 = chunk * chunk_steps, steps = std::min(chunk_steps, plan.s.steps - t0);
+    auto here = [&](const Strided& s) { return s.at(unit.b, 0, first).from_step(t0); };
+    load_states(B, plan, d.B.at(unit.b, unit.g, 0).from_step(t0), steps);
+    load_states(C, plan, d.C.at(unit.b, unit.g, 0).from_step(t0), steps);
+    tiles::load(block(us), here(d.u), unit.channels, steps);
+    tiles::load(block(deltas), here(d.delta), unit.channels, steps);
+    tiles::load(block(g_os), here(d.g_o), unit.channels, steps);
+    if (d.z) tiles::load(block(zs), here(d.z), unit.channels, steps);
+    if (d.g_p) tiles::load(block(g_ps), here(d.g_p), unit.channels, steps);
+    for (int64_t i = 0; i < unit.tiles; i++) {
+      float *u = us + i * tile_floats, *delta = deltas + i * tile_floats, *z = zs + i * tile_floats;
+      const float *g_o = g_os + i * tile_floats, *g_p = g_ps + i * tile_floats;
+      const int64_t ahead = std::min(chunk_steps, t0);
+      for (const Strided* s : {&d.u, &d.delta, &d.z, &d.g_o})
+        if (*s) tiles::prefetch(here(*s).from_step(-chunk_steps), unit.channels, ahead, i, unit.tiles);
+      prepare<true>(k, plan.s.softplus, u, delta, load(rows.bias + i * W), steps);
+      for (int64_t t = 0; t < steps * W; t += W) {
+        Float g = load(g_o + t);
+        if (d.z) g *= load(z + t) * simd::sigmoid(load(z + t));
+        store(g_y + t, g);
+        store(g_Ch + t, d.g_p ? g + load(g_p + t) : g);
+        store(q + t, Float{});
+        store(r + t, Float{});
+      }
+
+      std::copy_n(plan.carry(d, index, chunk) + i * plan.tile_state, plan.tile_state, state);
+      for (int64_t n = 0; n < plan.width; n += W) {
+        const int64_t at = i * plan.tile_state + n * W;
+        advance<true>(k, state + n * W, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a);
+        retreat(k, g_Ch, carried + at, g_rates + at, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a,
+                q, r, g_B + g_first + t0 * g_row + n, g_C + g_first + t0 * g_row + n, g_row);
+      }
+
+      // The inputs of this tile have served: their places take the gradients.
+      const Float skip = load(rows.skip + i * W);
+      Float sum_skip = load(g_skip + i * W), sum_bias = load(g_bias + i * W);
+      for (int64_t t = (steps - 1) * W; t >= 0; t -= W) {
+        const Float u_t = load(u + t), g = load(g_y + t), q_t = load(q + t);
+        Float y = load(k.y + t), g_u = load(k.dt + t) * q_t;
+        if (d.D) {
+          y += skip * u_t;
+          g_u += skip * g;
+          sum_skip += g * u_t;
+        }
+        const Float g_delta = (u_t * q_t + load(r + t) * simd::ln_2) * load(k.slope + t);
+        sum_bias += g_delta;
+        store(u + t, g_u);
+        store(delta + t, g_delta);
+        if (d.z) {
+          const Float gate = load(z + t), s = simd::sigmoid(gate);
+          store(z + t, load(g_o + t) * y * s * (1.0f + gate * (1.0f - s)));
+        }
+      }
+      store(g_skip + i * W, sum_skip);
+      store(g_bias + i * W, sum_bias);
+    }
+    tiles::store(here(d.g_u), block(us), unit.channels, steps);
+    tiles::store(here(d.g_delta), block(deltas), unit.channels, steps);
+    if (d.z) tiles::store(here(d.g_z), block(zs), unit.channels, steps, add);
+  }
+  for (int64_t c = 0; c < unit.channels; c++) {
+    d.part_D[row + c] = g_skip[c];
+    d.part_bias[row + c] = g_bias[c];
+    for (int64_t n = 0; n < plan.s.states; n++)
+      d.part_A[(row + c) * plan.s.states + n] = g_rates[c / W * plan.tile_state + n * W + c % W];
+  }
+}
+
+void for_units(const Scan& s, void (*work)(const Plan&, const Direction&, int64_t, bool)) {
+  const Plan plan{s};
+  at::parallel_for(0, plan.units, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      for (int64_t k = 0; k < s.directions; k++) work(plan, s.direction[k], i, k > 0);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t scan_struct_bytes() { return sizeof(Scan); }
+int64_t scan_carry_floats(const Scan* s) {
+  const Plan plan{*s};
+  return plan.units * plan.chunks * unit_tiles * plan.tile_state;
+}
+int64_t scan_blocks(const Scan* s) { return Plan{*s}.blocks; }
+int64_t scan_width(const Scan* s) { return Plan{*s}.width; }
+void scan_forward(const Scan* s) { for_units(*s, forward_unit); }
+void scan_backward(const Scan* s) { for_units(*s, backward_unit); }
+
+// out[o][i] = sum over k of parts[o][k][i], in the order of k; 0 where there are no parts.
+void sum_parts(float* out, const float* parts, int64_t outer, int64_t count, int64_t size) {
+  at::parallel_for(0, outer * size, 4096, [&](int64_t begin, int64_t end) {
+    std::fill(out + begin, out + end, 0.0f);
+    for (int64_t o = begin / size; o * size < end; o++) {
+      const int64_t from = std::max(begin, o * size), to = std::min(end, (o + 1) * size);
+      for (int64_t k = 0; k < count; k++) {
+        const float* part = parts + (o * count + k) * size - o * size;
+        for (int64_t i = from; i < to; i++) out[i] += part[i];
+      }
+    }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,157 @@
+// A vector of W floats on GCC/Clang vector extensions, and the few functions the kernels need of it.
+//
+// W is 16 with AVX-512, 8 with AVX2, 4 elsewhere (SSE, NEON); one source serves all. Lanes are channels. No fast-math:
+// a NaN in gives a NaN out in every function below, and each of them is accurate to a few units in the last place.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace simd {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Float __attribute__((vector_size(4 * W)));
+typedef int32_t Int __attribute__((vector_size(4 * W)));
+typedef uint32_t Uint __attribute__((vector_size(4 * W)));
+typedef uint16_t Half __attribute__((vector_size(2 * W)));
+
+inline Float splat(float x) { return x - Float{}; }
+
+inline Float load(const float* p) {
+  Float v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
+
+// bf16 is the upper half of a float; rounding is to nearest even, and a NaN must not round to infinity.
+inline Float load(const uint16_t* p) {
+  Half v;
+  std::memcpy(&v, p, sizeof v);
+  return (Float)(__builtin_convertvector(v, Uint) << 16);
+}
+inline void store(uint16_t* p, Float v) {
+  Uint bits = (Uint)v;
+  Uint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  Uint quiet = (bits >> 16) | 0x40u;
+  Half h = __builtin_convertvector((v == v) ? rounded : quiet, Half);
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline void narrow(float* p, float x) { *p = x; }
+inline void narrow(uint16_t* p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  *p = x == x ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t((bits >> 16) | 0x40u);
+}
+
+// 2^x, relative error 1e-7: a power of two times a polynomial of degree 6 on [-1/2, 1/2]. Its constant term is exactly
+// 1: a scan multiplies hundreds of factors near 1, where an error of one sign, however small, would add up.
+// 0 (2^-126 without AVX-512) below -126, infinity from 128 on.
+inline Float exp2(Float x) {
+#if defined(__AVX512F__)
+  Float whole = (Float)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  Float f = x - whole;
+#else
+  x = x < -126.0f ? splat(-126.0f) : x;  // written so that a NaN passes
+  x = x > 128.0f ? splat(128.0f) : x;
+  Float shifted = x + 12582912.0f;  // 1.5 * 2^23: the lowest bits of the mantissa become round(x)
+  Float f = x - (shifted - 12582912.0f);
+#endif
+  Float p = f * 1.559467751e-4f + 1.340664390e-3f;
+  p = p * f + 9.617692975e-3f;
+  p = p * f + 5.550310551e-2f;
+  p = p * f + 2.402265278e-1f;
+  p = p * f + 6.931472150e-1f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return (Float)_mm512_scalef_ps((__m512)p, (__m512)whole);  // passes NaN, infinity and underflow through by itself
+#else
+  return p * (Float)(((Int)shifted - 0x4b400000 + 127) << 23);
+#endif
+}
+
+constexpr float log2_e = 1.44269504f, ln_2 = 0.69314718f;
+
+inline Float exp(Float x) { return exp2(x * log2_e); }
+
+inline Float sigmoid(Float x) { return 1.0f / (1.0f + exp(-x)); }
+
+// log(1 + e^x), x itself above 20 as in torch: max(x, 0) + log1p(e^-|x|), the latter as 2 artanh(e / (2 + e)).
+inline Float softplus(Float x) {
+  Float e = exp(x > 0.0f ? -x : x);
+  Float s = e / (2.0f + e);  // in [0, 1/3]
+  Float q = s * s;
+  Float p = q * (1.0f / 15) + 1.0f / 13;
+  p = p * q + 1.0f / 11;
+  p = p * q + 1.0f / 9;
+  p = p * q + 1.0f / 7;
+  p = p * q + 1.0f / 5;
+  p = p * q + 1.0f / 3;
+  p = p * q + 1.0f;
+  Float y = 2.0f * s * p;
+  y = x > 0.0f ? x + y : y;
+  return x > 20.0f ? x : y;
+}
+
+#if defined(__clang__)
+#define SIMD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SIMD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int{__VA_ARGS__})
+#endif
+
+// One step of a transpose: swap the off-diagonal S x S blocks of each 2S x 2S block of the rows a and b.
+template <int S, int... I>
+inline void swap_blocks(Float& a, Float& b, std::integer_sequence<int, I...>) {
+  Float low = SIMD_SHUFFLE(a, b, ((I & S) ? W + I - S : I)...);
+  Float high = SIMD_SHUFFLE(a, b, ((I & S) ? W + I : I + S)...);
+  a = low;
+  b = high;
+}
+
+template <int S>
+inline void transpose_from(Float* rows) {
+  if constexpr (S < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+      if (!(i & S)) swap_blocks<S>(rows[i], rows[i | S], std::make_integer_sequence<int, W>{});
+    transpose_from<2 * S>(rows);
+  }
+}
+inline void transpose(Float* rows) { transpose_from<1>(rows); }
+
+// Lane n of the result is the sum over the lanes of rows[n]: a transpose that adds as it goes (destroys rows).
+template <int S = W / 2>
+inline Float sum_lanes(Float* rows) {
+  if constexpr (S == 0) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < S; i++) {
+      swap_blocks<S>(rows[i], rows[i + S], std::make_integer_sequence<int, W>{});
+      rows[i] += rows[i + S];
+    }
+    return sum_lanes<S / 2>(rows);
+  }
+}
+
+}  // namespace simd

@@ -1,0 +1,122 @@
+// Strided tensors in, tiles of [step][W channels] floats out: the only place that knows layouts and dtypes.
+//
+// A tensor (batch, group, channel, step) is a pointer and four strides in elements. The caller turns a direction round
+// by pointing at the last step with a negative step stride, so no kernel knows about reversal.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+struct Strided {
+  void* data;  // null: absent
+  int64_t batch, group, channel, step;
+  int64_t bf16;  // else fp32
+
+  Strided at(int64_t b, int64_t g, int64_t c) const { return moved(b * batch + g * group + c * channel); }
+  Strided from_step(int64_t t) const { return moved(t * step); }
+  explicit operator bool() const { return data != nullptr; }
+
+ private:
+  Strided moved(int64_t elements) const {
+    Strided s = *this;
+    s.data = static_cast<char*>(data) + elements * (bf16 ? 2 : 4);
+    return s;
+  }
+};
+
+// Where float (channel c, step t) lies: at[c / W * tile + t * row + c % W].
+struct Tiles {
+  float* at;
+  int64_t tile, row;
+};
+
+namespace tiles {
+
+using simd::Float;
+using simd::W;
+
+// The W x W corner at channel c: W steps from t on, of a tensor whose steps are neighbours (step 1 or -1).
+template <class T>
+T* corner(const Strided& s, int64_t c, int64_t t) {
+  return static_cast<T*>(s.data) + c * s.channel + (s.step == 1 ? t : -t - (W - 1));
+}
+
+template <class T>
+void load_as(Tiles to, const Strided& s, int64_t channels, int64_t steps) {
+  const T* p = static_cast<const T*>(s.data);
+  const int64_t whole = channels / W * W, blocks = steps / W * W;
+  int64_t loaded = 0;  // steps that the fast paths bring for the whole tiles
+  if (s.channel == 1) {
+    loaded = steps;
+    for (int64_t t = 0; t < steps; t++)  // long runs: what the processor prefetches well
+      for (int64_t c = 0; c < whole; c += W) simd::store(to.at + c / W * to.tile + t * to.row, simd::load(p + t * s.step + c));
+  } else if (s.step == 1 || s.step == -1) {
+    loaded = blocks;
+    for (int64_t c = 0; c < whole; c += W)
+      for (int64_t t = 0; t < blocks; t += W) {
+        Float rows[W];
+        const T* from = corner<const T>(s, c, t);
+        for (int i = 0; i < W; i++) rows[i] = simd::load(from + i * s.channel);
+        simd::transpose(rows);
+        float* tile = to.at + c / W * to.tile + t * to.row;
+        for (int i = 0; i < W; i++) simd::store(tile + (s.step == 1 ? i : W - 1 - i) * to.row, rows[i]);
+      }
+  }
+  for (int64_t c = 0; c < (channels + W - 1) / W * W; c++)
+    for (int64_t t = c < whole ? loaded : 0; t < steps; t++)
+      to.at[c / W * to.tile + t * to.row + c % W] = c < channels ? simd::widen(p[c * s.channel + t * s.step]) : 0.0f;
+}
+
+// Read `steps` steps of `channels` channels; the lanes of the last tile that have no channel become zero.
+inline void load(Tiles to, const Strided& s, int64_t channels, int64_t steps) {
+  s.bf16 ? load_as<uint16_t>(to, s, channels, steps) : load_as<float>(to, s, channels, steps);
+}
+
+// Ask for part `part` of `parts` of a block of channels and steps, ahead of need: a scan computes on one chunk for
+// microseconds, in which memory would idle. always_inline, because GCC takes a function that only prefetches to be
+// without effect and removes its calls.
+__attribute__((always_inline)) inline void prefetch(const Strided& s, int64_t channels, int64_t steps, int64_t part,
+                                                    int64_t parts) {
+  const int64_t size = s.bf16 ? 2 : 4, count = s.channel == 1 ? steps : channels;
+  const int64_t run = (s.channel == 1 ? channels : steps) * size, stride = (s.channel == 1 ? s.step : s.channel) * size;
+  const char* p = static_cast<const char*>(s.data) - (s.channel != 1 && s.step < 0 ? run : 0);
+  for (int64_t i = count * part / parts; i < count * (part + 1) / parts; i++)
+    for (int64_t at = 0; at < run; at += 64) __builtin_prefetch(p + i * stride + at, 0, 2);
+}
+
+template <class T>
+void store_as(const Strided& s, Tiles from, int64_t channels, int64_t steps, bool add) {
+  T* p = static_cast<T*>(s.data);
+  const int64_t whole = channels / W * W, blocks = steps / W * W;
+  int64_t stored = 0;
+  auto put = [add](T* q, Float v) { simd::store(q, add ? simd::load(q) + v : v); };
+  if (s.channel == 1) {
+    stored = steps;
+    for (int64_t t = 0; t < steps; t++)
+      for (int64_t c = 0; c < whole; c += W) put(p + t * s.step + c, simd::load(from.at + c / W * from.tile + t * from.row));
+  } else if (s.step == 1 || s.step == -1) {
+    stored = blocks;
+    for (int64_t c = 0; c < whole; c += W)
+      for (int64_t t = 0; t < blocks; t += W) {
+        Float rows[W];
+        const float* tile = from.at + c / W * from.tile + t * from.row;
+        for (int i = 0; i < W; i++) rows[i] = simd::load(tile + (s.step == 1 ? i : W - 1 - i) * from.row);
+        simd::transpose(rows);
+        T* to = corner<T>(s, c, t);
+        for (int i = 0; i < W; i++) put(to + i * s.channel, rows[i]);
+      }
+  }
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t t = c < whole ? stored : 0; t < steps; t++) {
+      T* q = p + c * s.channel + t * s.step;
+      simd::narrow(q, from.at[c / W * from.tile + t * from.row + c % W] + (add ? simd::widen(*q) : 0.0f));
+    }
+}
+
+// Write, or with `add` add to, `steps` steps of `channels` channels.
+inline void store(const Strided& s, Tiles from, int64_t channels, int64_t steps, bool add = false) {
+  s.bf16 ? store_as<uint16_t>(s, from, channels, steps, add) : store_as<float>(s, from, channels, steps, add);
+}
+
+}  // namespace tiles

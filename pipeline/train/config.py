@@ -1,0 +1,94 @@
+"""What training is, as values (torch-free). Steps are optimizer steps; batches are counted over all processes."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from pipeline.config import Strict
+
+
+class RunConfig(Strict):
+    """Where a run lives: ROOT/EXPERIMENT/STAGE. The name is the identity: starting it again continues it."""
+
+    root: Path = Path("runs")
+    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: NonNegativeInt = 0
+
+    def folder(self, stage: str) -> Path:
+        return self.root / self.experiment / stage
+
+
+class OptimConfig(Strict):
+    """AdamW with a linear rise over `warmup_steps`, then half a cosine down to `min_lr` at the last step."""
+
+    lr: float = Field(gt=0, description="at the peak, for the global batch as configured (no hidden scaling)")
+    min_lr: float = Field(0.0, ge=0)
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: float = Field(0.05, ge=0, description="not applied to vectors, A, tokens and positions")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    layer_decay: float = Field(1.0, gt=0, le=1, description="lr of a layer over the lr of the layer above it")
+    clip_norm: float = Field(0.0, ge=0, description="global gradient norm; 0 = no clipping")
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        return self
+
+
+class EngineConfig(Strict):
+    """DeepSpeed's part. bf16 is autocast over fp32 weights: a scan whose A and steps are rounded to bf16 drifts."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    micro_batch: PositiveInt | None = Field(
+        None, description="most samples a process takes at once; none = all of its share"
+    )
+    bucket_bytes: PositiveInt = Field(
+        64 * 2**20, description="gradients reduced at once; small models like small buckets"
+    )
+    offload_optimizer: bool = False
+
+
+class LoopConfig(Strict):
+    """How long, and how often what happens; all in optimizer steps."""
+
+    steps: PositiveInt
+    global_batch: PositiveInt = Field(
+        description="samples of the stage's first stream per optimizer step, over all processes"
+    )
+    log_every: PositiveInt = 50
+    eval_every: PositiveInt | None = Field(None, description="validation; none = only after the last step")
+    save_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    vote_every: PositiveInt = Field(4, description="steps between the ranks' votes on stopping (one tiny all-reduce)")
+
+
+class LyapEMAConfig(Strict):
+    """The teacher's rule. The source names gamma and lambda but gives no values: every default here is ours."""
+
+    mode: Literal["ema", "lyap", "guarded"] = "guarded"
+    norm: Literal["l2", "rms", "relative", "lag"] = Field(
+        "lag", description="how |s-t| is measured; lag = in mean student steps, without dimension"
+    )
+    gamma: float = Field(0.01, ge=0, description="sensitivity of the decay to the discrepancy")
+    base_decay: float = Field(
+        0.97, gt=0, lt=1, description="decay at no discrepancy (0.5 = the supplement); in mode ema, the decay"
+    )
+    min_decay: float = Field(0.0, ge=0, lt=1)
+    max_decay: float = Field(0.999, gt=0, lt=1)
+    pull: float = Field(0.0, ge=0, lt=1, description="lambda: the student's step towards the teacher, not scaled by lr")
+    warmup_steps: NonNegativeInt = Field(20, description="steps with decay (1+k)/(10+k) and no guard")
+    radius_steps: float = Field(
+        50.0, gt=0, description="guard: smallest radius of the trust region, in mean student steps"
+    )
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min_decay > self.max_decay:
+            raise ValueError(f"min_decay {self.min_decay} is above max_decay {self.max_decay}")
+        return self

@@ -1,0 +1,254 @@
+"""DeepSpeed behind a handful of calls. The only file that knows how ZeRO cuts the weights.
+
+`Engine.shards` says, at every ZeRO stage, which slice of which parameter's fp32 master this rank owns and where it
+lies in the optimizer. The teacher, the checkpoints and the export are written against shards, so none of them knows
+a stage or a world size.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.train.config import EngineConfig, OptimConfig
+from pipeline.train.distributed import World
+from pipeline.train.optim import Trainable, parameter_groups
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Elements [start, start + numel) of the flattened parameter `name`; they lie at `offset` of the optimizer's `flat`."""
+
+    name: str
+    start: int
+    numel: int
+    flat: Tensor
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This shard's view (numel,) of a tensor laid out like `flat` (the master itself, a moment, a teacher)."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+class Engine:
+    """A model under training. `model` is what a loss calls; gradients are averaged over ranks and micro-batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        optim: OptimConfig,
+        config: EngineConfig,
+        micro_batch: int,
+        accumulation: int,
+    ) -> None:
+        import deepspeed
+
+        self.world, self.config = world, config
+        optimizer = torch.optim.AdamW(
+            parameter_groups(cast(Trainable, model), optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
+        )
+        self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
+            model=model.to(world.device),
+            optimizer=optimizer,
+            config=deepspeed_config(optim, config, micro_batch, accumulation),
+        )
+        self.model: nn.Module = self._deepspeed
+        self.base_optimizer: torch.optim.Optimizer = optimizer
+        self.named_parameters = [(n, p) for n, p in self._deepspeed.module.named_parameters() if p.requires_grad]
+        self.shards = self._find_shards()
+        self.replicated = config.zero_stage == 0 or world.size == 1
+        self._norm = torch.zeros(())
+        self._layout: list[list[tuple[str, int, int]]] | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare module: its methods that use no weights, its buffers, its mode."""
+        return self._deepspeed.module
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The fp32 tensors this rank's optimizer steps: flat partitions under ZeRO, whole parameters without."""
+        return list({id(shard.flat): shard.flat for shard in self.shards}.values())
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The compute precision, for forward passes outside of `model` too."""
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def backward(self, loss: Tensor) -> None:
+        self._deepspeed.backward(loss)
+
+    def step(self, lr: float) -> bool:
+        """Count one micro-batch; at the last one of the accumulation, update with `lr`. True if weights moved."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        before = self._deepspeed.skipped_steps
+        boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        if boundary and self.config.zero_stage == 0:  # where DeepSpeed keeps no norm
+            self._norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.named_parameters if p.grad is not None])
+        self._deepspeed.step()
+        return bool(boundary) and self._deepspeed.skipped_steps == before
+
+    def grad_norm(self) -> float:
+        """Global norm of the gradient, before clipping, at the last update."""
+        return float(self._norm if self.config.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """Sum over the owners of shards: over ranks, or as it is where every rank holds everything."""
+        if not self.replicated:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, tensors: Mapping[Tensor, Tensor] | None, into: Mapping[str, Tensor]) -> None:
+        """Assemble whole parameters from the ranks' shards (collective).
+
+        `tensors` maps each of `masters` to a tensor of its layout (none: the masters themselves); `into` maps every
+        parameter's name to the tensor that receives it. What travels has the dtype of the receiver.
+        """
+        dtype = next(iter(into.values())).dtype
+        own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]).to(dtype) for shard in self.shards]
+        if self.replicated:
+            parts = [torch.cat(own)]
+            layout = [[(s.name, s.start, s.numel) for s in self.shards]]
+        else:
+            layout = self._gathered_layout()
+            longest = max(sum(numel for *_, numel in rank) for rank in layout)
+            flat = torch.zeros(longest, dtype=dtype, device=self.world.device)
+            torch.cat(own, out=flat[: sum(len(o) for o in own)])
+            parts = [torch.empty_like(flat) for _ in layout]
+            dist.all_gather(parts, flat)
+        with torch.no_grad():
+            for part, rank in zip(parts, layout, strict=True):
+                position = 0
+                for name, start, numel in rank:
+                    into[name].view(-1)[start : start + numel].copy_(part[position : position + numel])
+                    position += numel
+
+    def copy_weights(self, tensors: Mapping[Tensor, Tensor], module: nn.Module) -> None:
+        """Write whole parameters, assembled as by `gather`, into a module of the same form; buffers from the model."""
+        parameters = dict(module.named_parameters())
+        self.gather(tensors, {name: parameters[name].data for name, _ in self.named_parameters})
+        own = dict(self.module.named_buffers())
+        for name, buffer in module.named_buffers():
+            buffer.copy_(own[name])
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The whole state dict on the CPU, parameters from the fp32 masters (collective; all ranks get it)."""
+        shapes = {name: _full_shape(p) for name, p in self.named_parameters}
+        full = {name: torch.empty(shape, device=self.world.device) for name, shape in shapes.items()}
+        self.gather(None, full)
+        state = {k: v.detach() for k, v in self.module.state_dict().items() if k not in shapes}
+        return {k: v.cpu().clone() for k, v in {**state, **full}.items()}
+
+    def restore(
+        self,
+        read: Callable[[str, str, int, int], Tensor],
+        optimizer_step: float,
+        kinds: Mapping[str, Mapping[Tensor, Tensor]],
+    ) -> None:
+        """Put saved shards in place. `read(kind, name, start, numel)` gives elements of a saved whole parameter.
+
+        Restores masters, moments (with AdamW's step count), every extra kind, and the copies that compute.
+        """
+        state = self.base_optimizer.state
+        for flat in self.masters:
+            if optimizer_step:
+                state[flat] = {
+                    "step": torch.tensor(optimizer_step),
+                    "exp_avg": torch.zeros_like(flat.detach()),
+                    "exp_avg_sq": torch.zeros_like(flat.detach()),
+                }
+        for shard in self.shards:
+            where = (shard.name, shard.start, shard.numel)
+            shard.of(shard.flat).copy_(read("master", *where))
+            if optimizer_step:
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    shard.of(state[shard.flat][moment]).copy_(read(moment, *where))
+            for kind, tensors in kinds.items():
+                shard.of(tensors[shard.flat]).copy_(read(kind, *where))
+        self._refresh_compute_copies(read)
+
+    def optimizer_step(self) -> float:
+        """AdamW's own count of updates (skipped ones do not count)."""
+        first = self.base_optimizer.state.get(self.masters[0], {})
+        return float(first["step"]) if "step" in first else 0.0
+
+    def close(self) -> None:
+        """Must run before the process group goes: ZeRO-3 may abort at exit otherwise."""
+        self._deepspeed.destroy()
+
+    def _find_shards(self) -> list[Shard]:
+        stage, zero = self.config.zero_stage, self._optimizer
+        shards = []
+        for name, p in self.named_parameters:
+            if stage == 0:
+                shards.append(Shard(name, 0, p.numel(), p, 0))
+            elif stage in (1, 2):
+                if (mapping := p._hp_mapping) is not None:
+                    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                    owned, lies = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    shards.append(Shard(name, owned.start, owned.numel, flat, lies.start))
+            else:
+                group, offset, padded = zero.grad_position[zero.get_param_id(p)]
+                start = self.world.rank * padded  # every rank's partition has the same, padded, length
+                numel = min(padded, p.ds_numel - start)
+                if numel > 0:
+                    shards.append(Shard(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset))
+        return shards
+
+    def _refresh_compute_copies(self, read: Callable[[str, str, int, int], Tensor]) -> None:
+        """Under ZeRO the weights that compute are copies of the masters: bring them up to date."""
+        if self.config.zero_stage in (1, 2):
+            for name, p in self.named_parameters:
+                p.data.copy_(read("master", name, 0, p.numel()).view(p.shape))
+        elif self.config.zero_stage == 3:
+            own = {shard.name: shard for shard in self.shards}
+            for name, p in self.named_parameters:
+                if name in own:
+                    p.ds_tensor.data[: own[name].numel].copy_(own[name].of(own[name].flat))
+            persistent = self._optimizer.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+
+    def _gathered_layout(self) -> list[list[tuple[str, int, int]]]:
+        if self._layout is None:
+            self._layout = [[] for _ in range(self.world.size)]
+            dist.all_gather_object(self._layout, [(s.name, s.start, s.numel) for s in self.shards])
+        return self._layout
+
+
+def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """The whole DeepSpeed dictionary; what matters is stated, since its defaults surprise (it clips at 1.0, for one)."""
+    elements = config.bucket_bytes // 4
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": elements,
+        "allgather_bucket_size": elements,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "round_robin_gradients": False,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)

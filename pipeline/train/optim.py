@@ -1,0 +1,36 @@
+"""Parameter groups: what decays, and how fast each layer learns."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import nn
+
+from pipeline.train.config import OptimConfig
+
+
+class Trainable(Protocol):
+    """What training asks of a model beside `forward`."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def no_weight_decay(self) -> set[str]: ...
+    def layer_of(self, name: str) -> int: ...
+
+
+def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups with `weight_decay` and `lr_scale` = layer_decay^(layers above), in a fixed order.
+
+    Vectors (biases, norms, D) never decay, nor what the model's `no_weight_decay()` names. `layer_of(name)` of the
+    model counts layers from 0 at the input.
+    """
+    exempt = model.no_weight_decay()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    top = max(model.layer_of(name) for name, _ in named)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in named:
+        decay = 0.0 if parameter.ndim <= 1 or name in exempt else config.weight_decay
+        groups[decay, config.layer_decay ** (top - model.layer_of(name))].append(parameter)
+    return [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), params in sorted(groups.items(), key=lambda g: g[0])
+    ]

@@ -1,0 +1,146 @@
+"""A run's folder: its identity, its provenance, its numbers.
+
+runs/EXPERIMENT/STAGE/
+  config.yaml  environment.json  status.json  metrics.jsonl  evaluation.json  log.txt  tb/  checkpoints/  export/  report/
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import yaml
+from pydantic import BaseModel
+
+from pipeline.config import dump_yaml
+from pipeline.errors import ConfigError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    from pipeline.train.distributed import World
+
+_PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "safetensors")
+
+
+class Run:
+    """The folder of one stage of one experiment. Rank 0 writes; the others only know the paths."""
+
+    def __init__(self, folder: Path, config: BaseModel, world: "World") -> None:
+        self.folder, self.world, self.config = folder, world, config
+        self.checkpoints, self.export = folder / "checkpoints", folder / "export"
+        self.config_sha256 = hashlib.sha256(dump_yaml(config).encode()).hexdigest()
+        self.commit = _git("rev-parse", "HEAD") or "unknown"
+        if world.is_main:
+            try:
+                self._open()
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"the run folder {folder} cannot be written ({error.strerror}); choose another run.root"
+                ) from None
+
+    def _open(self) -> None:
+        (self.folder / "report").mkdir(parents=True, exist_ok=True)
+        saved = self.folder / "config.yaml"
+        refuse_other_config(self.folder, self.config)
+        if not saved.exists():
+            _replace(saved, dump_yaml(self.config))
+        _replace(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
+        logging.getLogger().addHandler(_file_handler(self.folder / "log.txt"))
+
+    def status(self, state: str, **more: Any) -> None:
+        """What `state` the run is in (running, interrupted, failed, complete), for people and `status`."""
+        if self.world.is_main:
+            _replace(self.folder / "status.json", json.dumps({"state": state, "time": time.time(), **more}))
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget rows after `step`: a resumed run writes them again."""
+        path = self.folder / "metrics.jsonl"
+        if self.world.is_main and path.exists():
+            rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            _replace(path, "".join(f"{row}\n" for row in rows))
+
+    def append_metrics(self, row: dict[str, float]) -> None:
+        if self.world.is_main:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def last_row(self, prefix: str) -> dict[str, float]:
+        """The newest values whose names start with `prefix`, on rank 0; nothing elsewhere."""
+        path = self.folder / "metrics.jsonl"
+        if not self.world.is_main or not path.exists():
+            return {}
+        rows = (json.loads(line) for line in reversed(path.read_text().splitlines()))
+        return next((found for row in rows if (found := {k: v for k, v in row.items() if k.startswith(prefix)})), {})
+
+    def write_json(self, name: str, value: Any) -> None:
+        if self.world.is_main:
+            _replace(self.folder / name, json.dumps(value, indent=1))
+
+    def _environment(self) -> dict[str, Any]:
+        import torch
+
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return {
+            "command": " ".join(["python", *sys.orig_argv[1:]]),
+            "commit": self.commit,
+            "uncommitted_changes": bool(_git("status", "--porcelain")),
+            "python": platform.python_version(),
+            "packages": {name: metadata.version(name) for name in _PACKAGES},
+            "world_size": self.world.size,
+            "threads": torch.get_num_threads(),
+            "cpu": platform.processor() or platform.machine(),
+            "cpu_count": os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpus": gpus,
+        }
+
+
+def refuse_other_config(folder: Path, config: BaseModel) -> None:
+    """Raises ConfigError if `folder` belongs to a run with other values: one name means one run."""
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        return
+    there, here = _flat(yaml.safe_load(saved.read_text())), _flat(yaml.safe_load(dump_yaml(config)))
+    different = [k for k in here if there.get(k) != here[k]] + [k for k in there if k not in here]
+    if different:
+        key = different[0]
+        raise ConfigError(
+            f"{folder} holds a run with another config ({len(different)} keys differ; {key} was {there.get(key)!r}, is now"
+            f" {here.get(key)!r}); give run.experiment=NEW_NAME, or remove that folder"
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _file_handler(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    return handler

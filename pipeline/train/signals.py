@@ -1,0 +1,35 @@
+"""Signals set a flag; the loop reads it at a step boundary, where all ranks can act together."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopFlag:
+    """The name of the signal that asked to stop, or empty."""
+
+    name = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.name)
+
+
+@contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """While inside, signals only set the flag; a second SIGINT is a person's last word and interrupts at once."""
+    flag = StopFlag()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if flag and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag.name = signal.Signals(number).name
+
+    previous = {number: signal.signal(number, note) for number in STOPPING}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,60 @@
+"""The seam between a stage and the loop: a Task is the loss of a stage plus its companions (a teacher).
+
+A plain object and not an nn.Module, so that nothing frozen leaks into the engine, the optimizer or a checkpoint.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from pipeline.data.loader import Batch
+    from pipeline.train.engine import Engine
+
+
+class Mean(NamedTuple):
+    """A mean that can be averaged further without error: averages over ranks and steps go by counts."""
+
+    total: "Tensor"
+    weight: "Tensor | float"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """`loss`: scalar, a mean over the micro-batch.  `metrics`: name -> Mean, detached, read only when logged."""
+
+    loss: "Tensor"
+    metrics: dict[str, Mean] = field(default_factory=dict)
+
+
+def mean_of(values: "Tensor", weights: "Tensor | None" = None) -> Mean:
+    """The Mean of the values (B,), or of those that `weights` (B,) lets count."""
+    values = values.detach().float()
+    if weights is None:
+        return Mean(values.sum(), float(values.numel()))
+    return Mean((values * weights).sum(), weights.sum())
+
+
+class Task:
+    """What differs between stages. Only `loss` must be given."""
+
+    def loss(self, model: "nn.Module", batch: "Mapping[str, Batch]", generator: "Generator") -> StepOutput:
+        """Loss and metrics of one micro-batch, stream by stream; no side effects. `generator`: from (seed, step, rank)."""
+        raise TypeError(f"{type(self).__name__} gives no loss")
+
+    def after_step(self, engine: "Engine", step: int) -> dict[str, Mean]:
+        """After a real optimizer step (never after a skipped one): the teacher moves here."""
+        return {}
+
+    def sharded_state(self) -> "dict[str, dict[Tensor, Tensor]]":
+        """name -> {optimizer's flat parameter: a tensor of its shape}: saved and restored with the optimizer's shards."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Small numbers, equal on all ranks."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], engine: "Engine") -> None:
+        """Called after `sharded_state` has been restored."""

@@ -1,0 +1,75 @@
+"""Stage 1, ARM: autoregressive pretraining of a Vision Mamba on unlabelled images.
+
+Method: Ren et al., "Autoregressive Pretraining with Mamba in Vision": predict the pixels of each next cluster of patches
+from the clusters before it.
+Command: python -m stages arm configs/arm/demo.yaml
+Input: shards (labels are not read).  Output: a pretrainer's export, from which stage 2 takes the backbone.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from pipeline.data.loader import Batch
+from pipeline.data.transforms import train_views
+from pipeline.evaluate.metrics import mean_loss
+from pipeline.models.arm import ARM, pixel_loss
+from pipeline.observe.pictures import write_grid
+from pipeline.observe.tensorboard import Board
+from pipeline.train.task import StepOutput, Task
+from stages.configs import ArmConfig
+from stages.setting import Setting
+
+NUM_PICTURES = 8
+
+
+class ArmTask(Task):
+    """Squared error of the predicted clusters against their standardised pixels."""
+
+    def __init__(self, arm: ARM) -> None:
+        self.arm = arm  # for its targets, which use no weights
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Batch], generator: Generator) -> StepOutput:
+        images = batch["unlabelled"].images
+        return StepOutput(loss=pixel_loss(model(images), self.arm.targets(images)).mean())
+
+
+def run(config: ArmConfig) -> None:
+    with Setting("arm", config) as s:
+        arm, size = ARM(config.model, config.decoder), config.model.image_size
+        everything = np.sort(np.concatenate([s.parts.labelled, s.parts.unlabelled]))
+        views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
+        streams = {"unlabelled": s.loader(everything, views, global_batch=config.loop.global_batch, hide_labels=True)}
+        held_out = s.parts.validation if len(s.parts.validation) else everything[: config.data.eval_batch]
+
+        def evaluate(step: int, board: Board) -> dict[str, float]:
+            model = s.engine.model
+            loss = mean_loss(
+                model,
+                s.evaluation(s.manifest, held_out, size),
+                lambda p, x: pixel_loss(p, arm.targets(x)),
+                s.world.device,
+            )
+            pictures = reconstructions(model, arm, s.pictures(held_out, NUM_PICTURES, size))
+            if s.world.is_main:
+                path = s.run.folder / "report" / "reconstructions.png"
+                board.image(
+                    "reconstructions", write_grid(path, pictures, mean=config.data.mean, std=config.data.std), step
+                )
+            return {"val/loss": loss}
+
+        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate)
+        s.export(
+            s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured
+        )
+
+
+@torch.no_grad()
+def reconstructions(model: nn.Module, arm: ARM, images: Tensor) -> Tensor:
+    """(2, n, 3, H, W): images, and what the model predicts of every cluster but the first."""
+    model.eval()
+    predicted = arm.reconstruct(images, model(images))
+    model.train()
+    return torch.stack([images, predicted])

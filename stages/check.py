@@ -1,0 +1,112 @@
+"""What can be known before any process starts and without torch: the data is there, the parents fit, the numbers divide."""
+
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.splits import Split, read_split
+from pipeline.errors import ConfigError, HandoverError
+from pipeline.models.card import CARD, Card
+from pipeline.train.run import refuse_other_config
+from stages.configs import DistillConfig, SemiConfig, StageConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    """Positions in the training manifest."""
+
+    labelled: np.ndarray
+    unlabelled: np.ndarray
+    validation: np.ndarray
+
+
+def check(stage: str, config: StageConfig, world_size: int) -> None:
+    """Raises the error that the stage would end in, before it costs anything."""
+    derive_batches(config.loop.global_batch, world_size, config.engine.micro_batch)
+    if config.data.loader.lanes % world_size:
+        raise ConfigError(
+            f"data.loader.lanes {config.data.loader.lanes} must be a multiple of the {world_size} processes; change either"
+        )
+    refuse_other_config(config.run.folder(stage), config)
+    manifest, _, parts = open_data(config)
+    if config.data.test is not None:
+        test = read_manifest(config.data.test)
+        if test.classes != manifest.classes:
+            raise HandoverError(
+                f"{config.data.test} and {config.data.train} name different classes; convert them with the same class list"
+            )
+    for role, folder in config.parents().items():
+        card = Card.read(folder, remedy=_remedy(config, folder))
+        card.verify(folder)
+        check_parent(config, role, folder, card, manifest, parts)
+
+
+def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manifest: Manifest, parts: Parts) -> bool:
+    """Whether an export may feed this stage in that role; returns whether it saw more labels than this stage claims."""
+    card.check_preprocessing(config.data.preprocessing, folder)
+    card.check_classes(manifest.classes, folder)
+    if card.kind != "classifier" and (role == "teacher" or isinstance(config, SemiConfig)):
+        raise HandoverError(
+            f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill"
+        )
+    if isinstance(config, DistillConfig) and role == "init_from":
+        for name in ("embed_dim", "depth", "d_state", "d_conv", "expand", "mlp", "norm", "patch_size", "in_chans"):
+            there, here = getattr(card.model, name), getattr(config.model, name)
+            if there != here:
+                raise HandoverError(
+                    f"{folder} has model.{name} = {there!r}, this config {here!r}; make them alike, or start from another export"
+                )
+    return card.check_labels(folder, manifest.hash, parts.labelled, allow_more=not config.claimed_labels())
+
+
+def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Parts]:
+    """The training manifest, its split, and the parts: without a split every sample is labelled."""
+    manifest = read_manifest(config.data.train)
+    if config.data.split is None:
+        nothing = np.empty(0, np.int64)
+        return manifest, None, Parts(np.arange(manifest.num_samples), nothing, nothing)
+    split = read_split(config.data.split, manifest)
+    return manifest, split, Parts(*(split.part(name) for name in Parts._fields))
+
+
+def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:
+    """(samples per process and micro-batch, micro-batches per step). The global batch is the config's; the rest follows."""
+    if global_batch % world_size:
+        raise ConfigError(
+            f"loop.global_batch {global_batch} must be a multiple of the {world_size} processes; change either"
+        )
+    share = global_batch // world_size
+    accumulation = -(-share // (micro_batch or share))
+    if share % accumulation:
+        raise ConfigError(
+            f"each of {world_size} processes takes {share} samples a step, which engine.micro_batch {micro_batch} would cut into"
+            f" {accumulation} unequal parts; choose a divisor of {share}"
+        )
+    return share // accumulation, accumulation
+
+
+def is_complete(stage: str, config: StageConfig) -> bool:
+    """Whether this very run has been finished; says so. Raises ConfigError if the folder holds another run."""
+    folder = config.run.folder(stage)
+    status = folder / "status.json"
+    if (
+        not (folder / "export" / CARD).is_file()
+        or not status.is_file()
+        or json.loads(status.read_text())["state"] != "complete"
+    ):
+        return False
+    refuse_other_config(folder, config)
+    print(f"{folder}: complete already, its export is reused", flush=True)
+    return True
+
+
+def _remedy(config: StageConfig, folder: Path) -> str:
+    for stage, number in (("arm", 1), ("distill", 2), ("semi", 3)):
+        if folder == config.run.folder(stage) / "export":
+            return f"make stage-{number} CONFIG=configs/{stage}/NAME.yaml ARGS=run.experiment={config.run.experiment}"
+    return ""

@@ -1,0 +1,153 @@
+"""The stages' configs side by side (torch-free, so that a typing error costs a blink).
+
+A parent (`init_from`, `teacher.export`) is a folder, or the name of a stage: its export in the same experiment.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from pipeline.config import Strict
+from pipeline.data.config import AugmentConfig, LoaderConfig
+from pipeline.models.card import Preprocessing
+from pipeline.models.config import DecoderConfig, VisionMambaConfig, check_clusters
+from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
+
+
+class DataConfig(Strict):
+    """Which images. `split` says which of `train` are labelled, unlabelled and for validation; without one all are labelled."""
+
+    train: Path = Field(description="folder of shards with a manifest")
+    split: Path | None = None
+    test: Path | None = Field(None, description="folder with a manifest; evaluated once, after the last step")
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    loader: LoaderConfig = LoaderConfig()
+    eval_batch: PositiveInt = Field(256, description="samples per process and step of an evaluation")
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(mean=self.mean, std=self.std)
+
+
+class StageConfig(Strict):
+    run: RunConfig
+    data: DataConfig
+    optim: OptimConfig
+    engine: EngineConfig = EngineConfig()
+    loop: LoopConfig
+
+    @model_validator(mode="after")
+    def _batches(self) -> Self:
+        if self.loop.global_batch % self.data.loader.lanes:
+            raise ValueError(
+                f"loop.global_batch {self.loop.global_batch} must be a multiple of data.loader.lanes {self.data.loader.lanes}"
+            )
+        if self.optim.warmup_steps >= self.loop.steps:
+            raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} must be below loop.steps {self.loop.steps}")
+        return self
+
+    def parents(self) -> dict[str, Path]:
+        """role -> folder of the export that this stage consumes."""
+        return {}
+
+    def claimed_labels(self) -> bool:
+        """Whether the result may only have seen the labels of `data.split`."""
+        return True
+
+    def _parent(self, name: str) -> Path:
+        return self.run.folder(name) / "export" if name in ("arm", "distill", "semi") else Path(name)
+
+
+class ArmConfig(StageConfig):
+    """Stage 1: autoregressive pretraining; labels are not read. The first stream is `unlabelled`: all training images."""
+
+    model: VisionMambaConfig
+    decoder: DecoderConfig = DecoderConfig()
+    augment: AugmentConfig = AugmentConfig(crop_scale=(0.2, 1.0))
+
+    @model_validator(mode="after")
+    def _clusters(self) -> Self:
+        check_clusters(self.model)
+        taps = self.decoder.taps or ()
+        if taps and (max(taps) > self.model.depth or list(taps) != sorted(set(taps))):
+            raise ValueError(f"decoder.taps {taps} must rise and end at model.depth {self.model.depth} at most")
+        return self
+
+
+class TeacherConfig(Strict):
+    """A frozen network whose answers the student also learns from: an export of ours, or a timm model."""
+
+    export: str | None = Field(None, description="folder, or stage name")
+    timm: str | None = Field(None, description="timm model name, for example regnety_160.deit_in1k")
+    weights: Path | None = Field(
+        None, description="its weights file (safetensors or a plain state dict): nothing is downloaded"
+    )
+    kind: Literal["hard", "soft"] = "hard"
+    weight: float = Field(0.5, ge=0, le=1, description="share of the teacher's loss; the labels have the rest")
+    temperature: float = Field(1.0, gt=0, description="of soft targets")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.export is None) == (self.timm is None):
+            raise ValueError("give exactly one of teacher.export and teacher.timm")
+        if (self.timm is None) != (self.weights is None):
+            raise ValueError("teacher.timm and teacher.weights belong together: give the path of the weights file")
+        return self
+
+
+class DistillConfig(StageConfig):
+    """Stage 2: supervised training on the `labelled` stream, from an export or from scratch, with or without a teacher."""
+
+    model: VisionMambaConfig
+    init_from: str | None = Field(None, description="folder, or stage name; none = from scratch")
+    teacher: TeacherConfig | None = None
+    augment: AugmentConfig = AugmentConfig()
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    allow_more_labels: bool = Field(
+        False, description="accept parents that saw labels outside data.split; marks the result"
+    )
+
+    def parents(self) -> dict[str, Path]:
+        found = {}
+        if self.init_from:
+            found["init_from"] = self._parent(self.init_from)
+        if self.teacher and self.teacher.export:
+            found["teacher"] = self._parent(self.teacher.export)
+        return found
+
+    def claimed_labels(self) -> bool:
+        return not self.allow_more_labels
+
+
+class SemiConfig(StageConfig):
+    """Stage 3: the parent's model, on `labelled` and `unlabelled` streams, with a LyapEMA teacher (Semi-ViM)."""
+
+    init_from: str = Field(description="folder, or stage name, of a classifier's export")
+    ema: LyapEMAConfig = LyapEMAConfig()
+    weak: AugmentConfig = AugmentConfig(color_jitter=0.4)
+    strong: AugmentConfig = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25)
+    drop_path: float | None = Field(None, ge=0, lt=1, description="none = the parent's")
+    threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label counts (tau)")
+    unlabelled_ratio: PositiveInt = Field(5, description="unlabelled samples per labelled one in a step (mu)")
+    unlabelled_weight: float = Field(
+        5.0, ge=0, description="of the unlabelled loss, a mean over the whole unlabelled batch"
+    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    export: Literal["teacher", "student"] = "teacher"
+    allow_more_labels: bool = Field(
+        False, description="accept parents that saw labels outside data.split; marks the result"
+    )
+
+    @model_validator(mode="after")
+    def _split(self) -> Self:
+        if self.data.split is None:
+            raise ValueError("data.split is missing: stage 3 needs to know which samples are unlabelled")
+        return self
+
+    def parents(self) -> dict[str, Path]:
+        return {"init_from": self._parent(self.init_from)}
+
+    def claimed_labels(self) -> bool:
+        return not self.allow_more_labels

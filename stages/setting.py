@@ -1,0 +1,251 @@
+"""What every stage needs around its Task: world, run folder, data, engine, loop, export. A stage says only what differs."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.loader import Batch, Loader, evaluation_batches
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.transforms import View, eval_views
+from pipeline.errors import HandoverError, Interrupted, PipelineError
+from pipeline.evaluate import metrics
+from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, positions_seen
+from pipeline.models.config import DecoderConfig, VisionMambaConfig
+from pipeline.models.export import load_export, write_export
+from pipeline.train import distributed
+from pipeline.train.engine import Engine
+from pipeline.train.loop import Evaluate, fit
+from pipeline.train.run import Run
+from pipeline.train.task import Task
+from stages.check import check_parent, derive_batches, open_data
+from stages.configs import StageConfig
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Task)
+NUM_PROBE_IMAGES = 4
+
+
+class Setting:
+    """`with Setting("arm", config) as setting:` joins the processes, opens the run, and closes both whatever happens."""
+
+    def __init__(self, stage: str, config: StageConfig) -> None:
+        self.stage, self.config = stage, config
+        self.world = distributed.start()
+        self.run = Run(config.run.folder(stage), config, self.world)
+        self.manifest, self.split, self.parts = open_data(config)
+        self._engine: Engine | None = None
+        self._parents: list[tuple[str, Path, Card]] = []
+        self._labels: dict[str, tuple[LabelsSeen, np.ndarray | None]] = {}
+        self._marked = False
+        torch.manual_seed(config.run.seed)  # equal weights on all ranks
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            # No collective here: other ranks may be in the middle of one.
+            if not isinstance(error, Interrupted):
+                reason = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+                self.run.status("failed", reason=reason)
+            return
+        if self._engine is not None:
+            self._engine.close()
+        distributed.stop()
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The last validation row."""
+        return self.run.last_row("val/")
+
+    @property
+    def engine(self) -> Engine:
+        """There from the start of training on."""
+        assert self._engine is not None
+        return self._engine
+
+    def parent(self, role: str) -> nn.Module:
+        """The verified model of a parent; its labels are ours from now on."""
+        folder = self.config.parents()[role]
+        model, card = load_export(folder)
+        self._marked |= check_parent(self.config, role, folder, card, self.manifest, self.parts)
+        self._parents.append((role, folder, card))
+        for seen in card.labels_seen:
+            self._labels[seen.split] = (seen, positions_seen(folder, seen) if seen.dataset else None)
+        return model
+
+    def parent_card(self, role: str) -> Card:
+        return next(card for known, _, card in self._parents if known == role)
+
+    def saw_external_labels(self, name: str) -> None:
+        """Weights from outside were trained on labels nobody here can enumerate. Raises HandoverError unless allowed."""
+        seen = LabelsSeen(split=name, protocol=f"whatever {name} was trained on", count=0, dataset=None)
+        if self.config.claimed_labels() and self.split is not None:
+            raise HandoverError(
+                f"the teacher {name} was trained on labels outside this stage's {len(self.parts.labelled)};"
+                " set allow_more_labels=true to mark the result"
+            )
+        self._labels[name] = (seen, None)
+        self._marked = True
+
+    def loader(self, positions: np.ndarray, views: View, *, global_batch: int, hide_labels: bool = False) -> Loader:
+        """An endless stream over manifest positions. Every stream shares the seed: their orders differ by their samples.
+
+        A stream without labels is sampled uniformly: balancing its classes would tell them.
+        """
+        config = self.config.data.loader
+        if hide_labels:
+            config = config.model_copy(update={"sampling": "uniform"})
+        return Loader(
+            self.manifest,
+            positions,
+            global_batch=global_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=self.config.run.seed,
+            views=views,
+            config=config,
+            hide_labels=hide_labels,
+        )
+
+    def train(
+        self, model: nn.Module, task_of: Callable[[Engine], T], streams: Mapping[str, Loader], evaluate: Evaluate
+    ) -> T:
+        """Run the loop to its last step; the engine lives on for the export."""
+        c = self.config
+        micro_batch, accumulation = derive_batches(c.loop.global_batch, self.world.size, c.engine.micro_batch)
+        self._engine = Engine(
+            model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation
+        )
+        task = task_of(self.engine)
+        fit(
+            task,
+            self.engine,
+            streams,
+            self.run,
+            loop=c.loop,
+            optim=c.optim,
+            accumulation=accumulation,
+            fingerprint=f"{self.run.config_sha256} {self.manifest.hash} {self.split.hash if self.split else ''}",
+            seed=c.run.seed,
+            evaluate=evaluate,
+        )
+        return task
+
+    def evaluation(self, manifest: Manifest, positions: np.ndarray, image_size: tuple[int, int]) -> Iterator[Batch]:
+        """Every sample once over the ranks, as many batches on each."""
+        views = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
+        return evaluation_batches(
+            manifest,
+            positions,
+            batch_size=self.config.data.eval_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            views=views,
+        )
+
+    def confusion(
+        self, model: nn.Module, manifest: Manifest, positions: np.ndarray, image_size: tuple[int, int]
+    ) -> Tensor:
+        """Counts of a classifier over samples of a manifest (collective), in fp32: what an export will say."""
+        batches = self.evaluation(manifest, positions, image_size)
+        return metrics.confusion(model, batches, len(manifest.classes), self.world.device)
+
+    def groups(self) -> dict[str, np.ndarray]:
+        """Head, medium and tail by the labels this stage trains on."""
+        return metrics.thirds(
+            np.bincount(self.manifest.labels[self.parts.labelled], minlength=len(self.manifest.classes))
+        )
+
+    def validate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
+        """val/top1, val/tail, ... of each model on the validation part; names other than `student` are prefixed."""
+        row = {}
+        if len(self.parts.validation):
+            for name, model in models.items():
+                counts = self.confusion(model, self.manifest, self.parts.validation, image_size)
+                prefix = "" if name == "student" else f"{name}_"
+                row.update({f"val/{prefix}{k}": v for k, v in metrics.summary(counts, self.groups()).items()})
+        return row
+
+    def test(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
+        """Judge on the test set once; writes evaluation.json, returns top1 of each model for the card."""
+        if self.config.data.test is None:
+            return {}
+        test = read_manifest(self.config.data.test)
+        everything = np.arange(test.num_samples)
+        results = {
+            name: metrics.report(self.confusion(model, test, everything, image_size), self.groups(), test.classes)
+            for name, model in models.items()
+        }
+        protocol = {
+            "dataset": test.hash,
+            "split": self.split.hash if self.split else None,
+            "protocol": self.split.protocol if self.split else "all labelled",
+        }
+        self.run.write_json("evaluation.json", {**protocol, "models": results})
+        return {f"test/{name}_top1": result["top1"] for name, result in results.items()}
+
+    def export(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        model: VisionMambaConfig,
+        decoder: DecoderConfig | None = None,
+        uses_labels: bool,
+        measured: dict[str, float],
+    ) -> None:
+        """Write the hand-over (rank 0) and mark the run complete."""
+        if uses_labels:
+            name = self.split.hash if self.split else f"all-{self.manifest.hash}"
+            protocol = self.split.protocol if self.split else "all labels"
+            seen = LabelsSeen(split=name, protocol=protocol, count=len(self.parts.labelled), dataset=self.manifest.hash)
+            self._labels[name] = (seen, self.parts.labelled)
+        if self.world.is_main:
+            card = Card(
+                kind="pretrainer" if decoder else "classifier",
+                model=model,
+                decoder=decoder,
+                classes=() if decoder else self.manifest.classes,
+                preprocessing=self.config.data.preprocessing,
+                weights_sha256="",
+                probe_sha256="",
+                lineage=Lineage(
+                    stage=self.stage,
+                    config_sha256=self.run.config_sha256,
+                    commit=self.run.commit,
+                    dataset=self.manifest.hash,
+                    split=self.split.hash if self.split else None,
+                    parents=tuple(
+                        Parent(role=role, path=str(p), weights_sha256=c.weights_sha256) for role, p, c in self._parents
+                    ),
+                ),
+                labels_seen=tuple(seen for seen, _ in self._labels.values()),
+                more_labels_than_claimed=self._marked,
+                metrics=measured,
+            )
+            labels = {name: positions for name, (_, positions) in self._labels.items() if positions is not None}
+            write_export(
+                self.run.export, card=card, weights=weights, probe_images=self._probe(model.image_size), labels=labels
+            )
+            logger.info("exported %s", self.run.export)
+        self.run.status("complete", step=self.config.loop.steps, steps=self.config.loop.steps)
+
+    def pictures(self, positions: np.ndarray, number: int, image_size: tuple[int, int]) -> Tensor:
+        """The same `number` images, spread over `positions`, on every rank: (number, 3, H, W)."""
+        spread = positions[np.linspace(0, len(positions) - 1, min(number, len(positions))).astype(int)]
+        views = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
+        batches = evaluation_batches(self.manifest, spread, batch_size=len(spread), rank=0, world_size=1, views=views)
+        return next(iter(batches)).images.to(self.world.device)
+
+    def _probe(self, image_size: tuple[int, int]) -> Tensor:
+        positions = self.parts.validation if len(self.parts.validation) else self.parts.labelled
+        return self.pictures(positions, NUM_PROBE_IMAGES, image_size).cpu()

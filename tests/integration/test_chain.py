@@ -1,0 +1,132 @@
+"""The three stages one after another, in real processes: losses, lineage, reuse, and what a parent must be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.models.card import Card
+from stages import STAGES
+from tests.conftest import Stages
+from tests.golden.write import FOLDER, losses
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_are_the_golden_ones(chain: Stages, stage: str) -> None:
+    golden = json.loads((FOLDER / f"{stage}.json").read_text())
+    found = losses(chain.runs / "smoke" / stage, stage)
+    assert len(found) == len(golden)
+    for got, want in zip(found, golden, strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
+
+
+def test_a_second_start_says_what_is_done_and_does_nothing(chain: Stages) -> None:
+    weights = chain.runs / "smoke" / "semi" / "export" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    for nproc in (1, 2):
+        done = chain.run("semi", nproc=nproc)
+        assert done.returncode == 0
+        assert "complete already, its export is reused" in done.stdout
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_every_export_names_its_parent_its_data_and_the_labels_it_has_seen(chain: Stages) -> None:
+    cards = {stage: Card.read(chain.runs / "smoke" / stage / "export") for stage in STAGES}
+    assert cards["arm"].labels_seen == ()
+    assert cards["distill"].lineage.parents[0].weights_sha256 == cards["arm"].weights_sha256
+    assert cards["semi"].lineage.parents[0].weights_sha256 == cards["distill"].weights_sha256
+    split = cards["semi"].lineage.split
+    assert [seen.split for seen in cards["semi"].labels_seen] == [split]
+    assert [seen.split for seen in cards["distill"].labels_seen] == [split]
+    assert not cards["semi"].more_labels_than_claimed
+
+
+def test_the_run_folder_tells_what_was_run(chain: Stages) -> None:
+    folder = chain.runs / "smoke" / "semi"
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["command"].startswith("python -m stages semi configs/semi/smoke.yaml")
+    assert {"commit", "packages", "world_size", "cpu_count"} <= set(environment)
+    assert "unlabelled_ratio: 2" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "status.json").read_text())["state"] == "complete"
+    assert list((folder / "tb").glob("events*"))
+    models = json.loads((folder / "evaluation.json").read_text())["models"]
+    assert {name: m["samples"] for name, m in models.items()} == {"student": 400, "teacher": 400}
+    assert {"top1", "head", "medium", "tail", "per_class"} <= set(models["teacher"])
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(chain: Stages, tmp_path: Path) -> None:
+    from pipeline.observe.report import write_report
+
+    page = write_report([chain.runs / "smoke"], tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 8
+    assert "data:image/png;base64," in page
+    assert "stage 3, teacher" in page
+    assert 'src="http' not in page
+    assert 'href="http' not in page.replace('xlink:href="http', "")
+
+
+class TestParents:
+    def test_a_missing_parent_is_named_with_the_command_that_makes_it(self, chain: Stages) -> None:
+        for nproc in (1, 2):
+            done = chain.run("semi", "run.experiment=orphan", nproc=nproc)
+            assert done.returncode == 4
+            assert "no export at" in done.stderr
+            assert "make stage-2" in done.stderr
+            assert "Traceback" not in done.stderr
+            assert not (chain.runs / "orphan").exists()
+
+    def test_a_flipped_byte_is_refused_before_any_work(self, chain: Stages, tmp_path: Path) -> None:
+        parent = tmp_path / "export"
+        shutil.copytree(chain.runs / "smoke" / "distill" / "export", parent)
+        weights = parent / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+        done = chain.run("semi", "run.experiment=flipped", f"init_from={parent}")
+        assert done.returncode == 4
+        assert "is damaged" in done.stderr
+
+    def test_a_pretrainer_cannot_feed_stage_3(self, chain: Stages) -> None:
+        done = chain.run("semi", "run.experiment=skipped", f"init_from={chain.runs / 'smoke/arm/export'}")
+        assert done.returncode == 4
+        assert "a classifier is needed" in done.stderr
+
+    def test_another_shape_is_refused(self, chain: Stages) -> None:
+        done = chain.run(
+            "distill", "run.experiment=wide", f"init_from={chain.runs / 'smoke/arm/export'}", "model.embed_dim=48"
+        )
+        assert done.returncode == 4
+        assert "model.embed_dim = 32, this config 48" in done.stderr
+
+    def test_a_parent_that_saw_more_labels_is_refused_or_marked(self, chain: Stages, digits: Path) -> None:
+        """Stage 3 on one seed's tenth, from a parent trained on another's."""
+        from pipeline.data.__main__ import main
+
+        other = digits / "other.json"
+        main(
+            [
+                "split",
+                str(digits / "train"),
+                "--out",
+                str(other),
+                *"--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed 7".split(),
+            ]
+        )
+        more = ["run.experiment=leaky", f"init_from={chain.runs / 'smoke/distill/export'}", f"data.split={other}"]
+        done = chain.run("semi", *more)
+        assert done.returncode == 4
+        assert "has seen labels outside this stage's" in done.stderr
+        folder = chain.complete("semi", *more, "allow_more_labels=true", "loop.steps=4")
+        card = Card.read(folder / "export")
+        assert card.more_labels_than_claimed
+        assert len(card.labels_seen) == 2
+
+
+def test_stage_2_learns_from_a_teacher_of_ours(chain: Stages) -> None:
+    teacher = f"teacher={{export: {chain.runs / 'smoke/semi/export'}, kind: soft, weight: 0.5, temperature: 2.0}}"
+    folder = chain.complete("distill", "run.experiment=taught", f"init_from={chain.runs / 'smoke/arm/export'}", teacher)
+    card = Card.read(folder / "export")
+    assert [p.role for p in card.lineage.parents] == ["init_from", "teacher"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["train/teacher_loss"] > 0 for row in rows if "train/loss" in row)

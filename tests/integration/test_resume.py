@@ -1,0 +1,87 @@
+"""Runs that are killed or stopped, and continue: the end must be the end of a run that never was."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from stages import STAGES
+from tests.conftest import ENVIRONMENT, ROOT, Stages
+
+
+def step_reached(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return sum("train/loss" in line for line in path.read_text().splitlines()) if path.exists() else 0
+
+
+def start_and_signal(
+    stages: Stages, stage: str, *more: str, number: signal.Signals, after_steps: int, nproc: int = 1
+) -> int:
+    """Start, wait until `after_steps` rows are logged, send the signal, return the exit code."""
+    run = stages.runs / next(m.split("=")[1] for m in more if m.startswith("run.experiment=")) / stage
+    process = subprocess.Popen(
+        stages.command(stage, *more, nproc=nproc),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while step_reached(run) < after_steps and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert step_reached(run) >= after_steps
+    process.send_signal(number)
+    return process.wait(60)
+
+
+def parents(chain: Stages, stage: str) -> list[str]:
+    before = {"distill": "arm", "semi": "distill"}.get(stage)
+    return [f"init_from={chain.runs / 'smoke' / before / 'export'}"] if before else []
+
+
+@pytest.mark.parametrize(("stage", "killed_after"), [("arm", 3), ("distill", 5), ("semi", 7), ("semi", 2)])
+def test_kill_9_and_resume_gives_the_same_weights_bit_for_bit(chain: Stages, stage: str, killed_after: int) -> None:
+    name = f"run.experiment=killed{killed_after}"
+    code = start_and_signal(chain, stage, name, *parents(chain, stage), number=signal.SIGKILL, after_steps=killed_after)
+    assert code == -signal.SIGKILL
+    run = chain.complete(stage, *parents(chain, stage), name)
+    straight = chain.runs / "smoke" / stage / "export" / "model.safetensors"
+    assert (run / "export" / "model.safetensors").read_bytes() == straight.read_bytes()
+    assert step_reached(run) == 8
+
+
+def test_ctrl_c_on_the_launcher_saves_on_all_ranks_and_continues(chain: Stages) -> None:
+    more = ["run.experiment=stopped", *parents(chain, "semi"), "loop.steps=400", "loop.save_every=400"]
+    code = start_and_signal(chain, "semi", *more, number=signal.SIGINT, after_steps=2, nproc=2)
+    assert code == 75
+    run = chain.runs / "stopped" / "semi"
+    assert '"interrupted"' in (run / "status.json").read_text()
+    saved = list((run / "checkpoints").glob("step_*/COMPLETE"))
+    assert len(saved) == 1
+    assert 0 < int(saved[0].parent.name.removeprefix("step_")) < 400
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_another_config_refused(chain: Stages) -> None:
+    more = ["run.experiment=damaged", *parents(chain, "distill")]
+    start_and_signal(chain, "distill", *more, number=signal.SIGKILL, after_steps=7)
+    run = chain.runs / "damaged" / "distill"
+    newest = max((run / "checkpoints").glob("step_*"))
+    weights = next(newest.glob("shards_*"))
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    other = chain.run("distill", *more, "optim.lr=1e-5")
+    assert other.returncode == 2
+    assert "optim.lr was 0.002, is now 1e-05" in other.stderr
+    done = chain.run("distill", *more)
+    assert done.returncode == 0
+    assert f"{newest.name} is damaged" in done.stderr
+    straight = chain.runs / "smoke" / "distill" / "export" / "model.safetensors"
+    assert (run / "export" / "model.safetensors").read_bytes() == straight.read_bytes()
+
+
+def test_every_stage_has_a_kill_test() -> None:
+    marks = test_kill_9_and_resume_gives_the_same_weights_bit_for_bit.pytestmark
+    assert {case[0] for case in marks[0].args[1]} == set(STAGES)

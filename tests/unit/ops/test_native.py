@@ -1,0 +1,92 @@
+"""What only the compiled kernels must hold: threads, memory, the build and its cache."""
+
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.ops import scan
+from pipeline.ops.native import build
+from tests.unit.ops.implementations import NAMES, operators, outputs_and_gradients, scan_inputs
+
+NATIVE = [name for name in NAMES if name.startswith("native")]
+
+
+@pytest.fixture
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("channels", [40, 300])
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.usefixtures("_threads")
+def test_any_number_of_threads_gives_the_same_bits(name, channels):
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(outputs_and_gradients(operators(name).scan, scan_inputs(3, channels, 40, 16)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_outputs_keep_the_layout_of_u(name):
+    last = operators(name).scan(*scan_inputs(2, 20, 23, 5, channels_last=True))
+    first = operators(name).scan(*scan_inputs(2, 20, 23, 5))
+    assert last.transpose(1, 2).is_contiguous()
+    assert first.is_contiguous()
+
+
+def test_a_missing_compiler_is_one_line_and_the_closed_form_serves(monkeypatch, caplog):
+    monkeypatch.setattr(scan, "_chosen", {})
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with caplog.at_level("INFO"):
+        assert scan.choose_scan("auto").name == "torch"
+    assert "native is not available: no C++ compiler (g++ or clang++) on the PATH" in caplog.text
+
+
+def test_a_failed_build_is_one_line_and_leaves_nothing_to_load(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int f() { return no_such_name; }")
+    with pytest.raises(build.BuildError, match=r"failed: .*no_such_name") as error:
+        build.load_library(cache=tmp_path / "cache", sources=[broken])
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_an_unwritable_cache_is_a_build_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(build.BuildError, match="cannot build in"):
+        build.load_library(cache=tmp_path / "file" / "cache")
+
+
+def test_two_processes_that_start_together_build_once(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    # A compiler that leaves a line for each build it is asked for.
+    log, wrapper = tmp_path / "builds", tmp_path / "bin" / "g++"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo build >> {log}\nexec {shutil.which("g++")} "$@"\n')
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IEXEC)
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    code = (
+        "import sys, pathlib; from pipeline.ops.native import build; cache, source = map(pathlib.Path, sys.argv[1:])\n"
+        "sys.exit(build.load_library(cache=cache, sources=[source]).answer() != 42)"
+    )
+    environment = {"PATH": f"{wrapper.parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    folder = Path(__file__).parents[3]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "cache"), str(source)], env=environment, cwd=folder
+        )
+        for _ in range(2)
+    ]
+    assert [process.wait() for process in started] == [0, 0]
+    assert log.read_text() == "build\n"

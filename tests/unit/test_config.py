@@ -1,0 +1,100 @@
+"""Configs: what is refused, and with which words."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from pipeline.config import Strict, apply_overrides, choose, dump_yaml, load_config, parse_yaml, validate
+from pipeline.errors import ConfigError
+from stages import STAGES
+from tests.conftest import ROOT
+
+
+class Optim(Strict):
+    lr: float = Field(gt=0)
+    steps: int = 10
+
+
+class Whole(Strict):
+    name: str
+    optim: Optim
+    maybe: Optim | None = None
+
+
+def refusal(values: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(Whole, values, "here")
+    return str(caught.value)
+
+
+def test_an_unknown_key_names_the_nearest_known_one() -> None:
+    text = refusal({"name": "a", "optim": {"lr": 1, "stepz": 3}})
+    assert "optim.stepz: unknown key; did you mean 'steps'?" in text
+
+
+def test_an_unknown_key_inside_an_optional_section_is_explained_too() -> None:
+    assert "maybe.stepz: unknown key; did you mean 'steps'?" in refusal(
+        {"name": "a", "optim": {"lr": 1}, "maybe": {"lr": 1, "stepz": 3}}
+    )
+
+
+def test_all_problems_are_told_at_once() -> None:
+    text = refusal({"optim": {"lr": -1, "steps": "many"}})
+    assert "3 problems" in text
+    assert "name: missing" in text
+    assert "optim.lr = -1: input should be greater than 0" in text
+    assert "optim.steps = 'many'" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1E5", 1e5), ("-2e-3", -2e-3), (".5e1", 5.0), ("1.5e-3", 1.5e-3), ("12", 12), ("1e", "1e")],
+)
+def test_scientific_notation_is_a_number(text: str, value: object) -> None:
+    assert parse_yaml(text, "here") == value
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("a: 1\na: 2\n")
+    with pytest.raises(ConfigError, match="line 2: key 'a' is given twice"):
+        load_config(Whole, path)
+
+
+def test_overrides_reach_into_sections_and_leave_the_original_alone() -> None:
+    values = {"optim": {"lr": 1}}
+    assert apply_overrides(values, ["optim.lr=1e-3", "name=x", "maybe.lr=2"]) == {
+        "optim": {"lr": 1e-3},
+        "name": "x",
+        "maybe": {"lr": 2},
+    }
+    assert values == {"optim": {"lr": 1}}
+
+
+@pytest.mark.parametrize("override", ["lr", "=1", "a..b=1"])
+def test_an_override_that_is_none_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="expected key=value"):
+        apply_overrides({}, [override])
+
+
+@given(st.floats(min_value=1e-300, max_value=1e300))
+def test_what_is_dumped_reads_back_equal(lr: float) -> None:
+    config = Whole(name="a", optim=Optim(lr=lr))
+    assert validate(Whole, parse_yaml(dump_yaml(config), "dump"), "dump") == config
+
+
+def test_choose_lists_the_known_names_nearest_first() -> None:
+    with pytest.raises(ConfigError, match="unknown optimizer 'adam'; known: adamw, lamb"):
+        choose("optimizer", "adam", {"lamb": 1, "adamw": 2})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_config_in_the_house_is_valid_and_tells_its_story(path: Path) -> None:
+    config = load_config(STAGES[path.parent.name].config, path)
+    assert config.loop.steps > 0
+    header = path.read_text().split("\n\n")[0] if "\n\n" in path.read_text() else path.read_text()
+    assert "# Command" in header
+    assert "# Expected" in header

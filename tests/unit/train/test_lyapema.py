@@ -1,0 +1,135 @@
+"""LyapEMA: the identity, the certificate against an adversary, and the limits where it is something known."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.train.config import LyapEMAConfig
+from pipeline.train.lyapema import LyapEMA
+
+NO_WARMUP = {"warmup_steps": 0}
+
+
+def student(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], torch.optim.SGD]:
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(n, dtype=dtype)) for n in (7, 100, 1)]
+    return weights, torch.optim.SGD(weights, lr=1.0)
+
+
+def move(weights: list[Tensor], optimizer: torch.optim.SGD, size: float, towards: list[Tensor] | None = None) -> None:
+    """One optimizer step of length about `size`: at random, or straight away from `towards`."""
+    for i, w in enumerate(weights):
+        away = torch.randn_like(w) if towards is None else (w - towards[i]).detach() + 1e-12 * torch.randn_like(w)
+        w.grad = -size * away / away.norm().clamp(min=1e-30) / math.sqrt(len(weights))
+    optimizer.step()
+
+
+def energy(ema: LyapEMA) -> float:
+    return sum(float((s.detach() - t).double().square().sum()) for s, t in ema.teacher.items()) / 2
+
+
+@pytest.mark.parametrize("mode", ["ema", "lyap", "guarded"])
+def test_energy_after_is_half_alpha_squared_distance_squared(mode: str) -> None:
+    weights, optimizer = student()
+    ema = LyapEMA(weights, optimizer, LyapEMAConfig(mode=mode, **NO_WARMUP))
+    for step in range(50):
+        move(weights, optimizer, 0.1 * (1 + step % 7))
+        report = ema.update()
+        expected = 0.5 * (report["ema/alpha"].total * report["ema/distance"].total) ** 2
+        assert energy(ema) == pytest.approx(float(expected), rel=1e-9)
+        assert float(report["ema/V"].total) == pytest.approx(energy(ema), rel=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float64, 1e-12), (torch.float32, 1e-12)])
+def test_the_guard_keeps_its_certificate_against_an_adversary(dtype: torch.dtype, slack: float) -> None:
+    """V' <= max(V, R²/2) at every step, whatever the student does; the plain rule on the same moves breaks it."""
+    violations = {"lyap": 0, "guarded": 0}
+    for mode in violations:
+        weights, optimizer = student(dtype)
+        ema = LyapEMA(weights, optimizer, LyapEMAConfig(mode=mode, radius_steps=2.0, **NO_WARMUP))
+        generator = torch.Generator().manual_seed(1)
+        before = 0.0
+        for step in range(1000):
+            size = float(torch.rand((), generator=generator)) * 10 ** float(
+                torch.randint(-3, 2, (), generator=generator)
+            )
+            move(weights, optimizer, size, towards=None if step % 3 else list(ema.teacher.values()))
+            ema.update()
+            radius = 2.0 * float(ema.mean_step)
+            violations[mode] += energy(ema) > max(before, radius**2 / 2) * (1 + slack)
+            before = energy(ema)
+    assert violations["guarded"] == 0
+    assert violations["lyap"] > 0
+
+
+def test_without_sensitivity_and_pull_it_is_a_plain_average() -> None:
+    weights, optimizer = student()
+    ema = LyapEMA(weights, optimizer, LyapEMAConfig(mode="lyap", gamma=0.0, base_decay=0.9, **NO_WARMUP))
+    plain = [w.detach().clone() for w in weights]
+    for _ in range(20):
+        move(weights, optimizer, 1.0)
+        ema.update()
+        plain = [0.9 * p + 0.1 * w.detach() for p, w in zip(plain, weights, strict=True)]
+    for teacher, expected in zip(ema.teacher.values(), plain, strict=True):
+        torch.testing.assert_close(teacher, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_supplements_rule_is_a_half_where_student_and_teacher_agree() -> None:
+    weights, optimizer = student()
+    paper = LyapEMAConfig(mode="lyap", norm="l2", gamma=1.0, base_decay=0.5, max_decay=1 - 1e-15, **NO_WARMUP)
+    ema = LyapEMA(weights, optimizer, paper)
+    assert float(ema.update()["ema/alpha"].total) == 0.5
+    move(weights, optimizer, 2.0)
+    report = ema.update()
+    distance = float(report["ema/distance"].total)
+    assert float(report["ema/alpha"].total) == pytest.approx(1 / (1 + math.exp(-distance)), rel=1e-9)
+
+
+def test_a_far_student_still_moves_the_teacher() -> None:
+    """sigmoid(30) is one in fp32; one minus it must not be zero."""
+    weights, optimizer = student()
+    ema = LyapEMA(
+        weights,
+        optimizer,
+        LyapEMAConfig(mode="lyap", norm="l2", gamma=1.0, base_decay=0.5, max_decay=1 - 1e-16, **NO_WARMUP),
+    )
+    move(weights, optimizer, 30.0)
+    before = [t.clone() for t in ema.teacher.values()]
+    ema.update()
+    assert sum(float((t - b).abs().sum()) for t, b in zip(ema.teacher.values(), before, strict=True)) > 0
+
+
+def test_the_pull_moves_the_student_by_lambda_towards_the_teacher() -> None:
+    weights, optimizer = student()
+    ema = LyapEMA(weights, optimizer, LyapEMAConfig(pull=0.25))
+    for t in ema.teacher.values():
+        t.add_(1.0)
+    start = [w.detach().clone() for w in weights]
+    for w in weights:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    for w, s in zip(weights, start, strict=True):
+        torch.testing.assert_close(w.detach(), s + 0.25)
+
+
+def test_a_restored_teacher_takes_the_very_same_next_step() -> None:
+    weights, optimizer = student(torch.float32)
+    ema = LyapEMA(weights, optimizer, LyapEMAConfig(warmup_steps=3))
+    for _ in range(10):
+        move(weights, optimizer, 1.0)
+        ema.update()
+    twin_weights = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    twin_optimizer = torch.optim.SGD(twin_weights, lr=1.0)
+    twin = LyapEMA(twin_weights, twin_optimizer, LyapEMAConfig(warmup_steps=3))
+    for new, old in zip(twin.teacher.values(), ema.teacher.values(), strict=True):
+        new.copy_(old)
+    twin.load_state_dict(ema.state_dict())
+    torch.manual_seed(5)
+    move(weights, optimizer, 1.0)
+    torch.manual_seed(5)
+    move(twin_weights, twin_optimizer, 1.0)
+    first, second = ema.update(), twin.update()
+    assert {k: float(v.total) for k, v in first.items()} == {k: float(v.total) for k, v in second.items()}
+    assert all(torch.equal(a, b) for a, b in zip(ema.teacher.values(), twin.teacher.values(), strict=True))
