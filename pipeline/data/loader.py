@@ -59,6 +59,10 @@ class Loader:
                 f"lanes = {config.lanes} but only {len(positions)} samples of {manifest.folder}; lower lanes to a "
                 f"multiple of {world_size} that divides the global batch of {global_batch}"
             )
+        if hide_labels and config.sampling != "uniform":
+            raise ConfigError(
+                f"sampling = {config.sampling} of a stream whose labels are hidden would tell them; use uniform"
+            )
         _check_cache(manifest, positions, config, world_size)
         blocks, runs = cut_blocks(manifest, positions, config.lanes)
         order = Order(

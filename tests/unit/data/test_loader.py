@@ -1,7 +1,6 @@
 import itertools
-import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from pipeline.data.config import STRONG, WEAK, AugmentConfig, LoaderConfig
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.data.manifest import Manifest
 from pipeline.data.transforms import eval_views, pair_views, train_views
-from pipeline.errors import ConfigError, EnvironmentProblem
+from pipeline.errors import ConfigError
 
 SIZE, MEAN, STD = (32, 32), (0.3,) * 3, (0.35,) * 3
 VIEWS = train_views(SIZE, AugmentConfig(crop_scale=(0.5, 1.0)), MEAN, STD)
@@ -127,20 +126,43 @@ def test_lanes_are_checked_against_the_samples_before_the_start(train):
         loader_of(train, world_size=3)
 
 
+JOB = """
+import itertools, multiprocessing, os, signal, sys
+from pathlib import Path
+import numpy as np
+from pipeline.data.config import AugmentConfig, LoaderConfig
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import read_manifest
+from pipeline.data.transforms import train_views
+from pipeline.errors import EnvironmentProblem
+
+views = train_views((16, 16), AugmentConfig(), (0.5,) * 3, (0.5,) * 3)
+config = LoaderConfig(lanes=8, workers=1)
+options = dict(global_batch=32, rank=0, world_size=1, seed=0, views=views, config=config)
+batches = Loader(read_manifest(Path(sys.argv[1])), np.arange(200), **options).batches()
+next(batches)
+(worker,) = multiprocessing.active_children()
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    os.kill(worker.pid, number)
+for _ in itertools.islice(batches, 5):
+    pass
+print("still there", flush=True)
+try:
+    os.kill(worker.pid, signal.SIGKILL)
+    for _ in itertools.islice(batches, 1000):
+        pass
+except EnvironmentProblem as error:
+    print(error)
+"""
+
+
 def test_a_signal_to_the_whole_job_leaves_the_workers_at_work_and_a_killed_one_is_a_sentence(train):
-    loader = loader_of(train, workers=1)
-    batches = loader.batches()
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        os.kill(worker.pid, number)
-    for _ in range(5):
-        next(batches)
+    command = [sys.executable, "-c", JOB, str(train.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("still there\na data worker died (DataLoader worker"), done.stderr
+    assert "lower workers or prefetch" in done.stdout
 
-    def kill_and_go_on() -> None:
-        os.kill(worker.pid, signal.SIGKILL)
-        list(itertools.islice(batches, 50))
 
-    with pytest.raises(EnvironmentProblem, match="a data worker died"):
-        kill_and_go_on()
-    loader.close()
+def test_a_stream_with_hidden_labels_is_not_sampled_by_them(train):
+    with pytest.raises(ConfigError, match="sampling = class_balanced of a stream whose labels are hidden"):
+        loader_of(train, hide_labels=True, config={"sampling": "class_balanced"})
