@@ -2,29 +2,25 @@
 
 import itertools
 import logging
-import signal
-import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from pipeline.data.batch import Batch
 from pipeline.data.buffers import Buffers
 from pipeline.data.config import LoaderConfig, RemoteConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Order, Positions, cut_blocks, cut_runs, rank_lanes
-from pipeline.data.parts import EvalParts, Part, Parts, TrainParts
+from pipeline.data.parts import EvalParts, Part, TrainParts
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.reader import Reader
 from pipeline.data.sampling import sample_weights
 from pipeline.data.transforms import View
-from pipeline.errors import ConfigError, EnvironmentProblem
+from pipeline.data.workers import make_parts
+from pipeline.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +97,7 @@ class Loader:
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """This rank's part of global batch `start_step` and of all that follow; never ends."""
-        parts = _parts(self._source, itertools.count(start_step), self.config.workers, self.config.prefetch)
+        parts = make_parts(self._source, itertools.count(start_step), self.config.workers, self.config.prefetch)
         self._running.append(parts)
         for part in parts:
             self._quarantine.add(part.unreadable)
@@ -133,7 +129,7 @@ def evaluation_batches(
     positions = np.sort(np.asarray(positions, np.int64))
     reader = Reader(manifest, positions, cut_runs(manifest, positions), remote)
     source = EvalParts(manifest, views, reader, positions, batch_size, rank, world_size)
-    parts = _parts(source, range(len(source)), workers, prefetch=2)
+    parts = make_parts(source, range(len(source)), workers, prefetch=2)
     try:
         for part in parts:
             yield _batch(part, views, manifest.labels, 1, buffers)
@@ -152,69 +148,6 @@ def _check_cache(manifest: Manifest, positions: Positions, config: LoaderConfig,
                 f"remote.cache_gb = {config.remote.cache_gb:g} is less than the {needed:.3g} GB that window = "
                 f"{config.window} keeps in use on one rank; raise it or lower window"
             )
-
-
-def _parts(source: Parts, numbers: Iterable[int], workers: int, prefetch: int) -> Generator[Part, None, None]:
-    """source[k] for each number, in order, by `workers` processes."""
-    parts = _worker_parts(source, numbers, workers, prefetch) if workers else map(source.__getitem__, numbers)
-    try:
-        for part in parts:
-            if part.failure:
-                raise part.failure
-            yield part
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise EnvironmentProblem(_death(error)) from None
-
-
-def _worker_parts(source: Parts, numbers: Iterable[int], workers: int, prefetch: int) -> Iterator[Part]:
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        collate_fn=_unchanged,
-        worker_init_fn=_ignore_signals,
-    )
-    parts = iter(loader)
-    _name_dead_workers()
-    return parts
-
-
-def _name_dead_workers() -> None:
-    """A killed worker may have cut its last message short, so torch does not wait for it: its SIGCHLD handler raises
-    in whatever line is running. The same exception, but as a sentence with an exit code.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or not callable(handler) or getattr(handler, "names_dead_workers", False):
-        return
-
-    def raise_sentence(number: int, frame: FrameType | None) -> None:
-        try:
-            handler(number, frame)
-        except RuntimeError as error:
-            raise EnvironmentProblem(_death(error)) from None
-
-    raise_sentence.names_dead_workers = True  # type: ignore[attr-defined]
-    signal.signal(signal.SIGCHLD, raise_sentence)
-
-
-def _death(error: RuntimeError) -> str:
-    reason = str(error).splitlines()[0]
-    return f"a data worker died ({reason}); most often memory or /dev/shm is full: lower workers or prefetch"
-
-
-def _ignore_signals(worker: int) -> None:
-    """Schedulers signal every process of a job; who reacts is the training process, which then ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _unchanged(part: Any) -> Any:
-    return part
 
 
 def _batch(part: Part, views: View, labels: NDArray[np.int64] | None, lanes: int, buffers: Buffers) -> Batch:

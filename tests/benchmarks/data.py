@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -156,10 +157,12 @@ def seek(folder: Path) -> dict[str, float]:
     views = train_views((224, 224), AugmentConfig(), MEAN, STD)
     config = LoaderConfig(lanes=64, remote=RemoteConfig(cache=str(folder / "cache")))
     options = {"global_batch": 1024, "rank": 0, "world_size": 1, "seed": 0, "views": views, "config": config}
+    resident = psutil.Process().memory_info().rss
     start = time.perf_counter()
     manifest = read_manifest(folder)
     opened = time.perf_counter()
     everything = np.arange(manifest.num_samples)
+    more = psutil.Process().memory_info().rss - resident
     built = time.perf_counter()
     loader = Loader(manifest, everything, **options)
     step = int(0.9 * loader.steps_per_epoch)
@@ -170,6 +173,7 @@ def seek(folder: Path) -> dict[str, float]:
         "seek_seconds_at_90_percent": stop - built + opened - start,
         "manifest_open_seconds": opened - start,
         "manifest_megabytes": files / 1e6,
+        "manifest_resident_megabytes": more / 1e6,
         "shuffle_quality": shuffle_quality(loader.order, manifest),
     }
 

@@ -126,7 +126,7 @@ def test_lanes_are_checked_against_the_samples_before_the_start(train):
         loader_of(train, world_size=3)
 
 
-JOB = """
+START = """
 import itertools, multiprocessing, os, signal, sys
 from pathlib import Path
 import numpy as np
@@ -141,6 +141,9 @@ config = LoaderConfig(lanes=8, workers=1)
 options = dict(global_batch=32, rank=0, world_size=1, seed=0, views=views, config=config)
 batches = Loader(read_manifest(Path(sys.argv[1])), np.arange(200), **options).batches()
 next(batches)
+"""
+
+KILL = """
 (worker,) = multiprocessing.active_children()
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     os.kill(worker.pid, number)
@@ -157,10 +160,16 @@ except EnvironmentProblem as error:
 
 
 def test_a_signal_to_the_whole_job_leaves_the_workers_at_work_and_a_killed_one_is_a_sentence(train):
-    command = [sys.executable, "-c", JOB, str(train.folder)]
+    command = [sys.executable, "-c", START + KILL, str(train.folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.startswith("still there\na data worker died (DataLoader worker"), done.stderr
     assert "lower workers or prefetch" in done.stdout
+
+
+def test_a_process_that_leaves_its_loader_open_ends(train):
+    command = [sys.executable, "-c", START, str(train.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_stream_with_hidden_labels_is_not_sampled_by_them(train):
