@@ -11,37 +11,31 @@ from pathlib import Path
 from launchers import local
 from pipeline.observe.report import write_report
 from pipeline.observe.results import Result, read_result, table
+from stages import STAGES
 
 DATA = Path("data/digits")
 RUNS = Path("runs")
+PROTOCOL = "--imbalance 10 --labelled 0.1 --validation-per-class 15".split()
 
 
 def run(seeds: Sequence[int], nproc: int) -> int:
-    """Returns 0, or the exit code of the stage that did not complete."""
+    """Returns 0, or the exit code of the first step that did not complete."""
     from pipeline.data.__main__ import main as data
 
     started = time.monotonic()
-    data(["convert", "digits", "--out", str(DATA)])
-    experiments = []
-    for seed in seeds:
+    experiments = [f"demo-seed{seed}" for seed in seeds]
+    code = data(["convert", "digits", "--out", str(DATA)])
+    for seed, experiment in zip(seeds, experiments, strict=True):
         split = DATA / f"split-seed{seed}.json"
-        data(
-            [
-                "split",
-                str(DATA / "train"),
-                "--out",
-                str(split),
-                *"--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed".split(),
-                str(seed),
-            ]
-        )
-        experiments.append(f"demo-seed{seed}")
-        for stage in ("arm", "distill", "semi"):
-            print(f"\n== seed {seed}, stage {stage} ==", flush=True)
-            overrides = [f"run.experiment={experiments[-1]}", f"run.seed={seed}", f"data.split={split}"]
-            code = local.run_stage(stage, Path(f"configs/{stage}/demo.yaml"), overrides, nproc)
+        code = code or data(["split", str(DATA / "train"), "--out", str(split), *PROTOCOL, "--seed", str(seed)])
+        for stage in STAGES:
             if code:
                 return code
+            print(f"\n== seed {seed}, stage {stage} ==", flush=True)
+            overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
+            code = local.run_stage(stage, Path(f"configs/{stage}/demo.yaml"), overrides, nproc)
+    if code:
+        return code
     results = [read_result(RUNS / name) for name in experiments]
     print(f"\n{table(results)}\n")
     print(json.dumps({"stage3_minus_stage2_top1": round(_gain(results), 2), "seeds": list(seeds)}))

@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from pipeline.config import choose, load_config
@@ -42,6 +43,12 @@ def main(arguments: list[str]) -> int:
         if rank == "0" or not isinstance(error, Interrupted):
             print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped at once; the newest checkpoint stands, start it again to continue", file=sys.stderr, flush=True)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0
 
 
