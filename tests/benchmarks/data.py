@@ -26,11 +26,12 @@ from PIL import Image
 
 from pipeline.data.config import AugmentConfig, LoaderConfig, RemoteConfig
 from pipeline.data.convert import convert
+from pipeline.data.decode import decode_with_pillow, decode_with_simplejpeg
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import HEADER, Manifest, Shard, ShardIndex, read_manifest, write_manifest
 from pipeline.data.order import Order, cut_blocks, rank_lanes, shuffle_quality
 from pipeline.data.reader import Reader
-from pipeline.data.transforms import train_views
+from pipeline.data.transforms import crop_resize, train_views
 from pipeline.ops.torchvision_cpu import allow_torchvision
 from tests.unit.data.flaky import serve
 
@@ -134,6 +135,44 @@ def throughput(manifest: Manifest, rounds: int) -> dict[str, float]:
         found[f"images_per_second{name}"] = statistics.median(a for a, _ in pairs)
         found[f"images_per_second_timm{name}"] = statistics.median(b for _, b in pairs)
     return found
+
+
+def decoders(jpegs: list[bytes]) -> dict[str, float]:
+    """Milliseconds a picture on one core, turn by turn, and levels of 255 by which the fast flags differ."""
+    import simplejpeg
+
+    def fast(data: bytes) -> np.ndarray:
+        return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
+
+    size, box = (224, 224), (40, 60, 250, 300)
+    pixels, picture = decode_with_pillow(jpegs[0]), Image.open(io.BytesIO(jpegs[0])).convert("RGB")
+    corners = (box[1], box[0], box[1] + box[3], box[0] + box[2])
+    work: dict[str, Callable[[bytes], object]] = {
+        "decode_ms_pillow": decode_with_pillow,
+        "decode_ms_simplejpeg": decode_with_simplejpeg,
+        "decode_ms_simplejpeg_fast_flags": fast,
+        "resize_ms_pillow": lambda _: picture.resize(size, Image.Resampling.BICUBIC, box=corners),
+        "resize_ms_torch": lambda _: crop_resize(pixels, box, size, "bicubic"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for data in jpegs:
+        for name, function in work.items():
+            start = time.perf_counter()
+            function(data)
+            times[name].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+
+    def levels(function: Callable[[bytes], np.ndarray]) -> float:
+        found = [np.abs(function(data).astype(int) - decode_with_pillow(data)).mean() for data in jpegs[:16]]
+        return float(np.mean(found))
+
+    found = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    return found | {
+        "levels_off_simplejpeg": levels(decode_with_simplejpeg),
+        "levels_off_simplejpeg_fast_flags": levels(fast),
+    }
 
 
 def seek(folder: Path) -> dict[str, float]:
@@ -262,6 +301,7 @@ def main() -> None:
         source = photographs()
         manifest, _ = convert(source, folder / "photographs", samples_per_shard=256)
         found: dict[str, float] = {"mean_jpeg_kilobytes": float(np.mean([len(jpeg) for jpeg in source.jpegs])) / 1e3}
+        found |= decoders(source.jpegs)
         found |= throughput(manifest, rounds)
         found |= first_epoch(manifest)
         found |= seek(folder / "large")
