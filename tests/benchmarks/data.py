@@ -20,16 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
 from pipeline.data.config import AugmentConfig, LoaderConfig, RemoteConfig
 from pipeline.data.convert import convert
+from pipeline.data.decode import decode_with_pillow, decode_with_simplejpeg
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import HEADER, Manifest, Shard, ShardIndex, read_manifest, write_manifest
 from pipeline.data.order import Order, cut_blocks, rank_lanes, shuffle_quality
 from pipeline.data.reader import Reader
-from pipeline.data.transforms import train_views
+from pipeline.data.transforms import crop_resize, train_views
 from pipeline.ops.torchvision_cpu import allow_torchvision
 from tests.unit.data.flaky import serve
 
@@ -67,7 +69,7 @@ def photographs(count: int = 128) -> Photographs:
         photo = photos[k % 2]
         left, top = rng.integers(0, photo.width - 500), rng.integers(0, photo.height - 375)
         buffer = io.BytesIO()
-        photo.crop((left, top, left + 500, top + 375)).save(buffer, "JPEG", quality=93)
+        photo.crop((left, top, left + 500, top + 375)).save(buffer, "JPEG", quality=97)
         jpegs.append(buffer.getvalue())
     return Photographs(jpegs)
 
@@ -135,6 +137,44 @@ def throughput(manifest: Manifest, rounds: int) -> dict[str, float]:
     return found
 
 
+def decoders(jpegs: list[bytes]) -> dict[str, float]:
+    """Milliseconds a picture on one core, turn by turn, and levels of 255 by which the fast flags differ."""
+    import simplejpeg
+
+    def fast(data: bytes) -> np.ndarray:
+        return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
+
+    size, box = (224, 224), (40, 60, 250, 300)
+    pixels, picture = decode_with_pillow(jpegs[0]), Image.open(io.BytesIO(jpegs[0])).convert("RGB")
+    corners = (box[1], box[0], box[1] + box[3], box[0] + box[2])
+    work: dict[str, Callable[[bytes], object]] = {
+        "decode_ms_pillow": decode_with_pillow,
+        "decode_ms_simplejpeg": decode_with_simplejpeg,
+        "decode_ms_simplejpeg_fast_flags": fast,
+        "resize_ms_pillow": lambda _: picture.resize(size, Image.Resampling.BICUBIC, box=corners),
+        "resize_ms_torch": lambda _: crop_resize(pixels, box, size, "bicubic"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for data in jpegs:
+        for name, function in work.items():
+            start = time.perf_counter()
+            function(data)
+            times[name].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+
+    def levels(function: Callable[[bytes], np.ndarray]) -> float:
+        found = [np.abs(function(data).astype(int) - decode_with_pillow(data)).mean() for data in jpegs[:16]]
+        return float(np.mean(found))
+
+    found = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    return found | {
+        "levels_off_simplejpeg": levels(decode_with_simplejpeg),
+        "levels_off_simplejpeg_fast_flags": levels(fast),
+    }
+
+
 def seek(folder: Path) -> dict[str, float]:
     """ImageNet's size: open the manifest, build the loader, find the step at 90 % of an epoch; no images exist."""
     shards, per_shard, image = 641, 2000, 110_000
@@ -156,10 +196,12 @@ def seek(folder: Path) -> dict[str, float]:
     views = train_views((224, 224), AugmentConfig(), MEAN, STD)
     config = LoaderConfig(lanes=64, remote=RemoteConfig(cache=str(folder / "cache")))
     options = {"global_batch": 1024, "rank": 0, "world_size": 1, "seed": 0, "views": views, "config": config}
+    resident = psutil.Process().memory_info().rss
     start = time.perf_counter()
     manifest = read_manifest(folder)
     opened = time.perf_counter()
     everything = np.arange(manifest.num_samples)
+    more = psutil.Process().memory_info().rss - resident
     built = time.perf_counter()
     loader = Loader(manifest, everything, **options)
     step = int(0.9 * loader.steps_per_epoch)
@@ -170,6 +212,7 @@ def seek(folder: Path) -> dict[str, float]:
         "seek_seconds_at_90_percent": stop - built + opened - start,
         "manifest_open_seconds": opened - start,
         "manifest_megabytes": files / 1e6,
+        "manifest_resident_megabytes": more / 1e6,
         "shuffle_quality": shuffle_quality(loader.order, manifest),
     }
 
@@ -258,6 +301,7 @@ def main() -> None:
         source = photographs()
         manifest, _ = convert(source, folder / "photographs", samples_per_shard=256)
         found: dict[str, float] = {"mean_jpeg_kilobytes": float(np.mean([len(jpeg) for jpeg in source.jpegs])) / 1e3}
+        found |= decoders(source.jpegs)
         found |= throughput(manifest, rounds)
         found |= first_epoch(manifest)
         found |= seek(folder / "large")

@@ -46,7 +46,7 @@ def serve(folder: Path, faults: tuple[str, ...] = ()) -> Iterator[tuple[str, Log
             with log.lock:
                 log.bytes_sent += len(part)
             if fault == "stall":
-                time.sleep(0.6)  # longer than the tests' time-out
+                time.sleep(2.5)  # longer than the tests' time-out
             if fault == "drop":
                 self.connection.shutdown(2)
 

@@ -184,12 +184,9 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(tmp_path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg(k, 200, 200))
 
-    def start(out: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "pipeline.data", "convert", "imagefolder", str(tmp_path / "tree")]
-        options = ["--out", str(out), "--samples-per-shard", "10", "--processes", "1", "--resize", "100"]
-        return subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    process = start(tmp_path / "killed")
+    options = ["--samples-per-shard", "10", "--processes", "1", "--resize", "100"]
+    command = ["convert", "imagefolder", str(tmp_path / "tree"), *options, "--out"]
+    process = subprocess.Popen([sys.executable, "-m", "pipeline.data", *command, str(tmp_path / "killed")])
     deadline = time.monotonic() + 30
     while len(list((tmp_path / "killed").glob("*.tar"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -197,8 +194,8 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(tmp_path: Path):
     process.wait()
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.tar")}
     assert not (tmp_path / "killed" / "manifest.json").exists()
-    assert start(tmp_path / "killed").wait() == 0
-    assert start(tmp_path / "straight").wait() == 0
+    assert main([*command, str(tmp_path / "killed")]) == 0
+    assert main([*command, str(tmp_path / "straight")]) == 0
     assert {path: path.stat().st_mtime_ns for path in done} == done  # whole shards were kept
     for path in (tmp_path / "straight").iterdir():
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()

@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -113,3 +115,63 @@ def test_steps_per_epoch_and_a_seek_far_ahead(train):
     assert loader.steps_per_epoch == 200 / 32
     (batch,) = take(loader, 1, start=10**6)
     assert len(batch) == 32
+
+
+def test_lanes_are_checked_against_the_samples_before_the_start(train):
+    with pytest.raises(ConfigError, match="lanes = 8 but only 5 samples"):
+        loader_of(train, positions=np.arange(5))
+    with pytest.raises(ConfigError, match="lanes = 8 does not divide the global batch of 12"):
+        loader_of(train, global_batch=12)
+    with pytest.raises(ConfigError, match="cannot be shared evenly by 3 processes"):
+        loader_of(train, world_size=3)
+
+
+START = """
+import itertools, multiprocessing, os, signal, sys
+from pathlib import Path
+import numpy as np
+from pipeline.data.config import AugmentConfig, LoaderConfig
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import read_manifest
+from pipeline.data.transforms import train_views
+from pipeline.errors import EnvironmentProblem
+
+views = train_views((16, 16), AugmentConfig(), (0.5,) * 3, (0.5,) * 3)
+config = LoaderConfig(lanes=8, workers=1)
+options = dict(global_batch=32, rank=0, world_size=1, seed=0, views=views, config=config)
+batches = Loader(read_manifest(Path(sys.argv[1])), np.arange(200), **options).batches()
+next(batches)
+"""
+
+KILL = """
+(worker,) = multiprocessing.active_children()
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    os.kill(worker.pid, number)
+for _ in itertools.islice(batches, 5):
+    pass
+print("still there", flush=True)
+try:
+    os.kill(worker.pid, signal.SIGKILL)
+    for _ in itertools.islice(batches, 1000):
+        pass
+except EnvironmentProblem as error:
+    print(error)
+"""
+
+
+def test_a_signal_to_the_whole_job_leaves_the_workers_at_work_and_a_killed_one_is_a_sentence(train):
+    command = [sys.executable, "-c", START + KILL, str(train.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("still there\na data worker died (DataLoader worker"), done.stderr
+    assert "lower workers or prefetch" in done.stdout
+
+
+def test_a_process_that_leaves_its_loader_open_ends(train):
+    command = [sys.executable, "-c", START, str(train.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_stream_with_hidden_labels_is_not_sampled_by_them(train):
+    with pytest.raises(ConfigError, match="sampling = class_balanced of a stream whose labels are hidden"):
+        loader_of(train, hide_labels=True, config={"sampling": "class_balanced"})

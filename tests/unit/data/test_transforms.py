@@ -1,3 +1,4 @@
+import io
 import random
 import time
 
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline.data.config import STRONG, WEAK, AugmentConfig
+from pipeline.data.decode import UnreadableImage, decode_with_pillow, decode_with_simplejpeg
 from pipeline.data.transforms import crop_resize, eval_views, pair_views, random_box, train_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -88,3 +90,27 @@ def test_a_batch_of_digits_is_fast():
         return time.perf_counter() - start
 
     assert min(batch() for _ in range(5)) < 0.06
+
+
+def test_every_decoder_gives_pillows_pixels(photo):
+    def encode(image: Image.Image, kind: str, **options) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    picture = Image.fromarray(photo)
+    files = [
+        *(encode(picture, "JPEG", quality=q, subsampling=s) for q in (50, 95) for s in (0, 1, 2)),
+        encode(picture, "JPEG", progressive=True),
+        encode(picture.convert("L"), "JPEG"),
+        encode(picture.convert("CMYK"), "JPEG"),
+        encode(picture.convert("P"), "PNG", transparency=bytes(range(200))),
+        encode(picture.convert("RGBA"), "WEBP", lossless=True),
+    ]
+    for data in files:
+        pixels = decode_with_simplejpeg(data)
+        assert pixels.shape == (375, 500, 3)
+        assert np.abs(pixels.astype(int) - decode_with_pillow(data)).mean() <= 2
+    for damaged in (files[0][:5000], b"\xff\xd8\xff", b""):
+        with pytest.raises(UnreadableImage, match="not a readable image"):
+            decode_with_simplejpeg(damaged)

@@ -1,0 +1,51 @@
+"""Labels of unlabelled samples never reach a loss: whatever stands there, the weights are the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.manifest import ShardIndex, read_manifest, write_manifest
+from pipeline.data.splits import read_split
+from tests.conftest import Stages
+
+
+def poisoned(digits: Path, folder: Path) -> Path:
+    """The digits with random labels on all but the labelled and validation samples, and the same split of them."""
+    shutil.copytree(digits / "train", folder / "train")
+    manifest = read_manifest(digits / "train")
+    split = read_split(digits / "split.json", manifest)
+    hidden = np.concatenate([split.part("unlabelled"), split.part("unused")])
+    labels = manifest.labels.copy()
+    labels[hidden] = np.random.default_rng(0).permutation(labels[hidden])
+    indices, first = [], 0
+    for shard in manifest.shards:
+        rows = slice(first, first + shard.count)
+        index = ShardIndex(
+            shard=shard,
+            members=[manifest.member(position) for position in range(rows.start, rows.stop)],
+            offsets=manifest.samples["offset"][rows].tolist(),
+            lengths=manifest.samples["length"][rows].tolist(),
+            labels=labels[rows].tolist(),
+        )
+        indices.append(index)
+        first = rows.stop
+    changed = write_manifest(folder / "train", manifest.classes, indices)
+    assert (read_manifest(folder / "train").labels != manifest.labels).sum() > 0.7 * len(hidden)
+    header, _, letters = (digits / "split.json").read_bytes().partition(b"\n")
+    text = json.dumps(json.loads(header) | {"manifest": changed.hash}).encode() + b"\n" + letters
+    (folder / "split.json").write_bytes(text)
+    return folder
+
+
+def test_random_labels_on_unlabelled_samples_leave_every_weight_of_stage_3_identical(chain: Stages, tmp_path: Path):
+    folder = poisoned(chain.digits, tmp_path / "poisoned")
+    parent = f"init_from={chain.runs / 'smoke' / 'distill' / 'export'}"
+    # To the lineage this is another dataset, so the parent's labels count as foreign ones.
+    data = [f"data.train={folder / 'train'}", f"data.split={folder / 'split.json'}", "allow_more_labels=true"]
+    run = chain.complete("semi", parent, *data, "run.experiment=poisoned")
+    straight = chain.runs / "smoke" / "semi" / "export" / "model.safetensors"
+    assert (run / "export" / "model.safetensors").read_bytes() == straight.read_bytes()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("ssl/mask_rate", 0) for row in rows) > 0  # unlabelled samples did take part
