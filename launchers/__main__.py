@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launchers import demo, local
 from pipeline.errors import PipelineError
+from pipeline.train.signals import interrupt_on_signals
 
 
 def main(arguments: list[str]) -> int:
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.nproc < 1:
         parser.error(f"--nproc {given.nproc}: at least one process is needed")
+    interrupt_on_signals()
     try:
         if given.command == "demo":
             return demo.run(given.seeds, given.nproc)

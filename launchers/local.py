@@ -7,6 +7,7 @@ ended within seconds. Signals are passed on, once, and the ranks save together. 
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from types import FrameType
 
 from pipeline.config import choose, load_config
 from pipeline.errors import DistributedFailure, Interrupted
+from pipeline.train.signals import STOPPING
 from stages import STAGES
 from stages.check import check, is_complete
 
@@ -37,37 +39,37 @@ def run_stage(stage: str, config_path: Path, overrides: Sequence[str], nproc: in
 
 def spawn(command: Sequence[str], nproc: int) -> int:
     """Run `command` as `nproc` ranks and return the exit code of the first that failed, or 0."""
-    from pipeline.train.distributed import free_port
-
     threads = max(1, (os.cpu_count() or 1) // nproc)
     shared = {
         "WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
     }
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
-            preexec_fn=_die_with_parent,
-        )
-        for rank in range(nproc)
-    ]
-    previous = {
-        s: signal.signal(s, _relay(ranks)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    }
+    ranks: list[subprocess.Popen[bytes]] = []
+    relayed: list[int] = []
+    relay = _relay(ranks, relayed)
+    previous = {number: signal.signal(number, relay) for number in STOPPING}
     try:
-        return _wait(ranks)
+        for rank in range(nproc):
+            started = subprocess.Popen(
+                command,
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
+                preexec_fn=_die_with_parent,
+            )
+            ranks.append(started)
+        for number in tuple(relayed):  # it came while the ranks were being started
+            relay(number, None)
+        return _wait(ranks, relayed)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _end(ranks)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], relayed: list[int]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
         failed = [(i, code) for i, code in enumerate(codes) if code]
@@ -76,6 +78,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
             if code == Interrupted.exit_code:
                 _wait_all(ranks, GRACE_SECONDS)
                 return code
+            if -code in relayed:  # it was too young to have a handler
+                return Interrupted.exit_code
             if code < 0:
                 print(
                     f"error: rank {rank} was killed by {signal.Signals(-code).name}; the others are ended",
@@ -89,8 +93,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
 
 
-def _relay(ranks: list[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
+def _relay(ranks: list[subprocess.Popen[bytes]], relayed: list[int]) -> Callable[[int, FrameType | None], None]:
     def relay(number: int, frame: FrameType | None) -> None:
+        relayed.append(number)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
@@ -114,6 +119,12 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         if rank.poll() is None:
             os.killpg(rank.pid, signal.SIGKILL)
         rank.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def _die_with_parent() -> None:

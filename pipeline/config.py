@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import ConfigError
@@ -21,7 +21,20 @@ from pipeline.errors import ConfigError
 class Strict(BaseModel):
     """A value: unknown keys refused, frozen after validation, defaults validated like given values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and YAML takes `off` for false."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError(
+                f"{str(value).lower()} is no value for it; give a number or a name (YAML reads on, off, yes, no as these)"
+            )
+        return value
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -34,6 +47,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool):
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: a key must be a word, got {key!r}")
             if key in seen:
                 raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one")
             seen.add(key)
@@ -83,7 +98,11 @@ def load_config(schema: type[M], path: Path, overrides: Sequence[str] = ()) -> M
         near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         known = f"; there are {', '.join(str(p) for p in near)}" if near else ""
         raise ConfigError(f"config {path} does not exist{known}")
-    values = parse_yaml(path.read_text(), str(path)) or {}
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} cannot be read as text: {error}") from None
+    values = parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
     return validate(schema, apply_overrides(values, overrides), str(path))

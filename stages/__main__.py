@@ -2,7 +2,7 @@
 
 Runs one stage in this process (one rank of it, if torchrun's environment variables say so).
 Exit codes: 0 complete; 2 config; 3 data; 4 hand-over or checkpoint; 5 environment; 6 diverged; 7 distributed failure;
-75 interrupted and saved, start again to continue.
+75 interrupted and saved, start again to continue; 130 a second Ctrl-C ended it without saving.
 """
 
 import argparse
@@ -14,7 +14,8 @@ import traceback
 from pathlib import Path
 
 from pipeline.config import choose, load_config
-from pipeline.errors import DistributedFailure, Interrupted, PipelineError
+from pipeline.errors import DistributedFailure, EnvironmentProblem, Interrupted, PipelineError
+from pipeline.train.signals import interrupt_on_signals
 from stages import STAGES
 from stages.check import check, is_complete
 
@@ -28,12 +29,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")
     given = parser.parse_args(arguments)
     rank = os.environ.get("RANK", "0")
+    interrupt_on_signals()
     try:
         stage = choose("stage", given.stage, STAGES)
         config = load_config(stage.config, given.config, given.overrides)
         if is_complete(given.stage, config):
             return 0
-        check(given.stage, config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        if rank == "0":  # the launcher has checked already; the other ranks need not again
+            check(given.stage, config, world_size=_world_size())
         logging.basicConfig(
             level=logging.INFO if rank == "0" else logging.WARNING, format="%(message)s", stream=sys.stderr
         )
@@ -55,6 +58,13 @@ def main(arguments: list[str]) -> int:
         print(f"error: rank {rank} lost another rank: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         return DistributedFailure.exit_code
     return 0
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise EnvironmentProblem(f"WORLD_SIZE is {text!r}; it must be the number of processes, or unset for one")
+    return int(text)
 
 
 if __name__ == "__main__":

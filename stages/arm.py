@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from pipeline.data.loader import Batch
 from pipeline.data.transforms import train_views
@@ -31,7 +31,7 @@ class ArmTask(Task):
     def __init__(self, arm: ARM) -> None:
         self.arm = arm  # for its targets, which use no weights
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Batch], generator: Generator) -> StepOutput:
+    def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
         images = batch["unlabelled"].images
         return StepOutput(loss=pixel_loss(model(images), self.arm.targets(images)).mean())
 
@@ -42,22 +42,21 @@ def run(config: ArmConfig) -> None:
         everything = np.sort(np.concatenate([s.parts.labelled, s.parts.unlabelled]))
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
         streams = {"unlabelled": s.loader(everything, views, global_batch=config.loop.global_batch, hide_labels=True)}
-        held_out = s.parts.validation if len(s.parts.validation) else everything[: config.data.eval_batch]
+        held_out = s.parts.validation
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
-            model = s.engine.model
-            loss = mean_loss(
-                model,
-                s.evaluation(s.manifest, held_out, size),
-                lambda p, x: pixel_loss(p, arm.targets(x)),
-                s.world.device,
+            pictures = reconstructions(
+                s.engine.model, arm, s.pictures(held_out if len(held_out) else everything, NUM_PICTURES, size)
             )
-            pictures = reconstructions(model, arm, s.pictures(held_out, NUM_PICTURES, size))
             if s.world.is_main:
                 path = s.run.folder / "report" / "reconstructions.png"
                 board.image(
                     "reconstructions", write_grid(path, pictures, mean=config.data.mean, std=config.data.std), step
                 )
+            if not len(held_out):
+                return {}
+            batches = s.evaluation(s.manifest, held_out, size)
+            loss = mean_loss(s.engine.model, batches, lambda p, x: pixel_loss(p, arm.targets(x)), s.world.device)
             return {"val/loss": loss}
 
         s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size)

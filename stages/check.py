@@ -1,7 +1,7 @@
 """What can be known before any process starts and without torch: the data is there, the parents fit, the numbers divide."""
 
-import json
 import logging
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.models.card import CARD, Card
+from pipeline.models.config import VisionMambaConfig
 from pipeline.train.run import refuse_other_config
 from stages.configs import DistillConfig, SemiConfig, StageConfig
 
@@ -40,10 +41,30 @@ def check(stage: str, config: StageConfig, world_size: int) -> None:
             raise HandoverError(
                 f"{config.data.test} and {config.data.train} name different classes; convert them with the same class list"
             )
+    if isinstance(config, DistillConfig):
+        _check_distill(config, len(manifest.classes))
     for role, folder in config.parents().items():
         card = Card.read(folder, remedy=_remedy(config, folder))
         card.verify(folder)
         check_parent(config, role, folder, card, manifest, parts)
+
+
+def _check_distill(config: DistillConfig, num_classes: int) -> None:
+    if "num_classes" in config.model.model_fields_set and config.model.num_classes != num_classes:
+        raise ConfigError(
+            f"model.num_classes is {config.model.num_classes}, {config.data.train} has {num_classes} classes; leave it out"
+        )
+    if config.teacher and config.teacher.weights is not None:
+        if not config.teacher.weights.is_file():
+            raise HandoverError(
+                f"no weights at {config.teacher.weights} for the teacher {config.teacher.timm};"
+                " put the file there: nothing is downloaded"
+            )
+        if config.data.split is not None and not config.allow_more_labels:
+            raise HandoverError(
+                f"the teacher {config.teacher.timm} was trained on labels outside those of {config.data.split};"
+                " set allow_more_labels=true to mark the result"
+            )
 
 
 def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manifest: Manifest, parts: Parts) -> bool:
@@ -54,14 +75,26 @@ def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manif
         raise HandoverError(
             f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill"
         )
-    if isinstance(config, DistillConfig) and role == "init_from":
-        for name in ("embed_dim", "depth", "d_state", "d_conv", "expand", "mlp", "norm", "patch_size", "in_chans"):
+    if isinstance(config, DistillConfig):
+        for name in _must_agree(role, card):
             there, here = getattr(card.model, name), getattr(config.model, name)
             if there != here:
                 raise HandoverError(
-                    f"{folder} has model.{name} = {there!r}, this config {here!r}; make them alike, or start from another export"
+                    f"{folder} has model.{name} = {there!r}, this config {here!r};"
+                    " make them alike, or start from another export"
                 )
     return card.check_labels(folder, manifest.hash, parts.labelled, allow_more=not config.claimed_labels())
+
+
+def _must_agree(role: str, card: Card) -> tuple[str, ...]:
+    """Fields of the model in which a parent and a student must not differ."""
+    if role == "teacher":
+        return ("image_size", "in_chans")  # it sees the student's images
+    if card.kind == "classifier":
+        return tuple(
+            name for name in VisionMambaConfig.model_fields if name not in ("name", "drop_path", "num_classes")
+        )
+    return ("embed_dim", "depth", "d_state", "d_conv", "expand", "mlp", "norm", "patch_size", "in_chans")
 
 
 def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Parts]:
@@ -91,16 +124,16 @@ def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) 
 
 
 def is_complete(stage: str, config: StageConfig) -> bool:
-    """Whether this very run has been finished; says so. Raises ConfigError if the folder holds another run."""
+    """Whether this very run has been finished, its export still sound; says so. Raises ConfigError for another run's folder."""
     folder = config.run.folder(stage)
-    status = folder / "status.json"
-    if (
-        not (folder / "export" / CARD).is_file()
-        or not status.is_file()
-        or json.loads(status.read_text())["state"] != "complete"
-    ):
+    if not (folder / "export" / CARD).is_file():
         return False
     refuse_other_config(folder, config)
+    try:
+        Card.read(folder / "export").verify(folder / "export")
+    except HandoverError as error:
+        print(f"{error}: it is written again from the last checkpoint", file=sys.stderr, flush=True)
+        return False
     print(f"{folder}: complete already, its export is reused", flush=True)
     return True
 

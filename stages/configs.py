@@ -4,14 +4,14 @@ A parent (`init_from`, `teacher.export`) is a folder, or the name of a stage: it
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config import Strict
 from pipeline.data.config import AugmentConfig, LoaderConfig
 from pipeline.models.card import Preprocessing
-from pipeline.models.config import DecoderConfig, VisionMambaConfig, check_clusters
+from pipeline.models.config import PRETRAINING_FORM, DecoderConfig, VisionMambaConfig, check_clusters
 from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
 
 
@@ -66,6 +66,19 @@ class ArmConfig(StageConfig):
     model: VisionMambaConfig
     decoder: DecoderConfig = DecoderConfig()
     augment: AugmentConfig = AugmentConfig(crop_scale=(0.2, 1.0))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _form(cls, values: Any) -> Any:
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict):
+            return values
+        for name, decided in PRETRAINING_FORM.items():
+            if model.get(name, decided) != decided:
+                raise ValueError(
+                    f"model.{name} = {model[name]!r}: pretraining decides it ({decided!r}); leave it out here"
+                )
+        return {**values, "model": {**model, **PRETRAINING_FORM}}
 
     @model_validator(mode="after")
     def _clusters(self) -> Self:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, nn
+from torch import nn
 
 from pipeline.data.loader import Batch
 from pipeline.data.transforms import train_views
@@ -29,7 +29,7 @@ class DistillTask(Task):
     def __init__(self, config: DistillConfig, teacher: nn.Module | None) -> None:
         self.label_smoothing, self.teacher, self.teaching = config.label_smoothing, teacher, config.teacher
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Batch], generator: Generator) -> StepOutput:
+    def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
         images, labels = batch["labelled"].images, batch["labelled"].labels
         logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
@@ -52,7 +52,7 @@ def run(config: DistillConfig) -> None:
         model = build_from_config(config.model)
         if config.init_from:
             transfer(s.parent("init_from"), model, config.parents()["init_from"])
-        teacher = frozen_teacher(s, config.teacher) if config.teacher else None
+        teacher = frozen_teacher(s, config.teacher, size) if config.teacher else None
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
         streams = {"labelled": s.loader(s.parts.labelled, views, global_batch=config.loop.global_batch)}
 
@@ -64,10 +64,10 @@ def run(config: DistillConfig) -> None:
         s.export(s.engine.full_weights(), model=config.model, uses_labels=True, measured=measured)
 
 
-def frozen_teacher(s: Setting, config: TeacherConfig) -> nn.Module:
+def frozen_teacher(s: Setting, config: TeacherConfig, image_size: tuple[int, int]) -> nn.Module:
     """In eval mode, without gradients, on this rank's device; its labels count as seen."""
     if config.timm is not None and config.weights is not None:
-        teacher = timm_teacher(config.timm, config.weights, len(s.manifest.classes))
+        teacher = timm_teacher(config.timm, config.weights, len(s.manifest.classes), image_size)
         s.saw_external_labels(config.timm)
     else:
         teacher = s.parent("teacher")

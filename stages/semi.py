@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from pipeline.data.loader import Batch
 from pipeline.data.transforms import pair_views, train_views
@@ -37,7 +37,7 @@ class SemiTask(Task):
         self.teacher = teacher.to(engine.world.device).eval().requires_grad_(False)
         engine.copy_weights(self.ema.teacher, self.teacher)
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Batch], generator: Generator) -> StepOutput:
+    def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
         assert unlabelled.strong is not None
         with torch.no_grad():

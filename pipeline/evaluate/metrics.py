@@ -58,15 +58,6 @@ def _sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def thirds(train_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Head, medium and tail: classes by falling count in the training labels, cut in three (the first parts larger).
-
-    The papers' grouping is not stated; thirds are ours. Ties keep the order of the classes.
-    """
-    order = np.argsort(-train_counts, kind="stable")
-    return dict(zip(("head", "medium", "tail"), np.array_split(order, 3), strict=True))
-
-
 def summary(counts: Tensor, groups: dict[str, np.ndarray]) -> dict[str, float]:
     """Accuracies in percent: top1 over samples, balanced over classes, and the mean class of each group."""
     table = counts.numpy()

@@ -13,19 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.config import DecoderConfig, VisionMambaConfig, check_clusters, default_taps
+from pipeline.models.config import PRETRAINING_FORM, DecoderConfig, VisionMambaConfig, check_clusters, default_taps
 from pipeline.models.vision_mamba import VisionMamba, cluster_order, sincos_positions
-
-# What fine-tuning builds anew: a pretrained backbone has no classifier, no final norm and no cls token.
-PRETRAINING_FORM = {
-    "directions": 1,
-    "order": "cluster",
-    "cls_token": "none",
-    "pool": "mean",
-    "pos_embed": "sincos",
-    "num_classes": 0,
-    "drop_path": 0.0,
-}
 
 
 class CrossAttentionBlock(nn.Module):

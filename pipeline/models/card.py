@@ -7,6 +7,7 @@ EXPORT/
   labels/HASH.npy     for every label split seen by the model, its parents or its teacher: the labelled positions
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Literal, Self
@@ -36,6 +37,7 @@ class LabelsSeen(Strict):
     protocol: str
     count: int
     dataset: str | None
+    positions_sha256: str = Field("", description="of labels/SPLIT.npy")
 
 
 class Parent(Strict):
@@ -66,6 +68,7 @@ class Card(Strict):
     labels_seen: tuple[LabelsSeen, ...]
     more_labels_than_claimed: bool = False
     metrics: dict[str, float] = Field(default_factory=dict)
+    card_sha256: str = Field("", description="of all the above: a card that was edited says so")
 
     @classmethod
     def read(cls, folder: Path, remedy: str = "") -> Self:
@@ -82,18 +85,30 @@ class Card(Strict):
         except (json.JSONDecodeError, ValidationError, UnicodeDecodeError) as error:
             raise HandoverError(f"{path} is not a model card: {str(error).splitlines()[0]}{hint}") from None
 
+    def sealed(self) -> Self:
+        """The card with its own hash."""
+        return self.model_copy(update={"card_sha256": self._digest()})
+
+    def _digest(self) -> str:
+        values = self.model_dump(mode="json", exclude={"card_sha256"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
     def verify(self, folder: Path) -> None:
-        """Raises HandoverError unless every file's bytes are those that were exported."""
+        """Raises HandoverError unless the card and every file's bytes are those that were exported."""
+        if self.card_sha256 != self._digest():
+            raise HandoverError(
+                f"{folder / CARD} is damaged or was edited: its values do not match its own hash; export it again"
+            )
         expected = {WEIGHTS: self.weights_sha256, PROBE: self.probe_sha256}
+        expected |= {f"labels/{seen.split}.npy": seen.positions_sha256 for seen in self.labels_seen if seen.dataset}
         for name, digest in expected.items():
+            if not (folder / name).is_file():
+                raise HandoverError(f"the export {folder} is incomplete: {name} is missing; export it again")
             found = sha256_of(folder / name)
             if found != digest:
                 raise HandoverError(
                     f"{folder / name} is damaged: its sha256 is {found[:12]}…, the card says {digest[:12]}…; export it again"
                 )
-        for seen in self.labels_seen:
-            if seen.dataset is not None:
-                positions_seen(folder, seen)
 
     def check_preprocessing(self, wanted: Preprocessing, folder: Path) -> None:
         if self.preprocessing != wanted:
@@ -125,17 +140,8 @@ class Card(Strict):
 
 
 def positions_seen(folder: Path, seen: LabelsSeen) -> np.ndarray:
-    """The labelled positions of one split that an export has seen."""
-    path = folder / "labels" / f"{seen.split}.npy"
-    try:
-        positions = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
-        raise HandoverError(
-            f"{folder} names a label split but {path.name} is missing or damaged; export it again"
-        ) from None
-    if len(positions) != seen.count:
-        raise HandoverError(f"{path} holds {len(positions)} positions, the card says {seen.count}; export it again")
-    return positions
+    """The labelled positions of one split that a verified export has seen."""
+    return np.load(folder / "labels" / f"{seen.split}.npy", allow_pickle=False)
 
 
 def _some(names: tuple[str, ...]) -> str:

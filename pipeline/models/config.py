@@ -28,6 +28,18 @@ VISION_MAMBA_VARIANTS: dict[str, dict[str, Any]] = {
 _ARM = {"expand": 1, "norm": "layer", "mlp": "swiglu", "directions": 4, "pool": "mean"}
 
 
+# ARM pretrains a backbone in this form. What fine-tuning builds anew: a classifier, a final norm and a cls token.
+PRETRAINING_FORM: dict[str, Any] = {
+    "directions": 1,
+    "order": "cluster",
+    "cls_token": "none",
+    "pool": "mean",
+    "pos_embed": "sincos",
+    "num_classes": 0,
+    "drop_path": 0.0,
+}
+
+
 class VisionMambaConfig(Strict):
     """A Vision Mamba. Fields left out take the value of the variant `name`, then the default below."""
 

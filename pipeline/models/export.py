@@ -59,8 +59,18 @@ def write_export(
     save_file({"images": probe_images.float().contiguous(), "answer": answer.contiguous()}, temporary / PROBE)
     for split, positions in labels.items():
         np.save(temporary / "labels" / f"{split}.npy", positions)
-    hashes = {"weights_sha256": sha256_of(temporary / WEIGHTS), "probe_sha256": sha256_of(temporary / PROBE)}
-    card = card.model_copy(update=hashes)
+    seen = tuple(
+        s.model_copy(update={"positions_sha256": sha256_of(temporary / "labels" / f"{s.split}.npy")})
+        if s.dataset
+        else s
+        for s in card.labels_seen
+    )
+    hashes = {
+        "labels_seen": seen,
+        "weights_sha256": sha256_of(temporary / WEIGHTS),
+        "probe_sha256": sha256_of(temporary / PROBE),
+    }
+    card = card.model_copy(update=hashes).sealed()
     (temporary / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=1) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
         fsync(path)

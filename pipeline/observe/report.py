@@ -45,10 +45,15 @@ def write_report(experiments: Sequence[Path], path: Path) -> Path:
         samples=first.get("samples", 0),
         groups=first.get("groups", {}),
         per_class=[
-            (name, [r.models[row]["per_class"][name] for r in results for row in judged])
+            (name, [r.models[row]["per_class"][name] for r in results for row in judged if row in r.models])
             for name in first.get("per_class", {})
         ],
-        columns=[f"{row}, {r.experiment.name}" if len(results) > 1 else row for r in results for row in judged],
+        columns=[
+            f"{row}, {r.experiment.name}" if len(results) > 1 else row
+            for r in results
+            for row in judged
+            if row in r.models
+        ],
         stages=[
             (title, [svg for curve in CURVES if curve[0] == stage and (svg := _figure(experiments, *curve))])
             for stage, title in STAGES.items()

@@ -46,12 +46,11 @@ class EngineConfig(Strict):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     micro_batch: PositiveInt | None = Field(
-        None, description="most samples a process takes at once; none = all of its share"
+        None, description="most samples of the first stream a process takes at once; none = all of its share"
     )
     bucket_bytes: PositiveInt = Field(
         64 * 2**20, description="gradients reduced at once; small models like small buckets"
     )
-    offload_optimizer: bool = Field(False, description="keep masters and moments in the memory of the host")
     timeout_seconds: float = Field(
         600.0, gt=0, description="of a collective: longer, and a rank counts as dead (exit 7)"
     )

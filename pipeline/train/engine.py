@@ -236,15 +236,19 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
         "overlap_comm": False,
         "round_robin_gradients": False,
     }
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed switches an autocast around its forward off unless it is told of it here; no module is on the list of
+        # those whose gradients travel in bf16.
+        "torch_autocast": {
+            "enabled": config.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "steps_per_print": 2**31,

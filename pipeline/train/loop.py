@@ -100,11 +100,11 @@ def fit(
             next_position = position + 1
             with meter.waiting():
                 drawn = {name: next(stream).to(world.device, non_blocking=True) for name, stream in batches.items()}
-            generator = torch.manual_seed(step_seed(seed, position, world.rank))
+            torch.manual_seed(step_seed(seed, position, world.rank))  # of drop path
             lr, loss = lr_at(step), torch.zeros((), device=world.device)
             for micro in _micro_batches(drawn, accumulation):
                 with engine.precision():
-                    output = task.loss(engine.model, micro, generator)
+                    output = task.loss(engine.model, micro)
                 engine.backward(output.loss)
                 moved = engine.step(lr)
                 loss += output.loss.detach() / accumulation
@@ -206,13 +206,13 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {}
         self._started, self._waited, self._steps, self._images = time.monotonic(), 0.0, 0, 0
 
     def add(self, metrics: dict[str, Mean]) -> None:
         for name, mean in metrics.items():
-            pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.world.device) for x in mean])
-            self._sums[name] = self._sums.get(name, 0) + pair
+            total, weight = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + mean.total.double(), weight + mean.weight)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -229,7 +229,9 @@ class Meter:
     def flush(self) -> dict[str, float]:
         """name -> mean (collective: all ranks have metered the same names); a mean of nothing is left out."""
         names = sorted(self._sums)
-        table = torch.stack([self._sums[name] for name in names])
+        device = self.world.device
+        pairs = [[torch.as_tensor(x, dtype=torch.float64, device=device) for x in self._sums[name]] for name in names]
+        table = torch.stack([torch.stack(pair) for pair in pairs])
         if self.world.size > 1:
             dist.all_reduce(table)
         rows = table.tolist()

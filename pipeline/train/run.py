@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, EnvironmentProblem
@@ -33,7 +33,6 @@ _FREE = (
     "engine.zero_stage",
     "engine.micro_batch",
     "engine.bucket_bytes",
-    "engine.offload_optimizer",
     "engine.timeout_seconds",
     "loop.log_every",
     "loop.eval_every",
@@ -86,8 +85,8 @@ class Run:
         """Forget rows after `step`: a resumed run writes them again."""
         path = self.folder / "metrics.jsonl"
         if self.world.is_main and path.exists():
-            rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            replace_text(path, "".join(f"{row}\n" for row in rows))
+            rows = [row for row in _rows(path) if row["step"] <= step]
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def incident(self, what: dict[str, Any]) -> None:
         """Something that was not as planned, for the report."""
@@ -110,7 +109,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not self.world.is_main or not path.exists():
             return {}
-        rows = (json.loads(line) for line in reversed(path.read_text().splitlines()))
+        rows = reversed(_rows(path))
         return next((found for row in rows if (found := {k: v for k, v in row.items() if k.startswith(prefix)})), {})
 
     def write_json(self, name: str, value: Any) -> None:
@@ -136,6 +135,12 @@ class Run:
         }
 
 
+def _rows(path: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl; a last line that a kill has cut is left out."""
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def identity(config: BaseModel) -> dict[str, Any]:
     """The values that decide the numbers of a run, flattened. What only decides where, how fast and how it is watched may
     change between two starts of the same run: machines differ."""
@@ -147,9 +152,13 @@ def refuse_other_config(folder: Path, config: BaseModel) -> None:
     saved = folder / "config.yaml"
     if not saved.exists():
         return
+    values = yaml.safe_load(saved.read_text())
+    try:  # so that fields that are newer than the run take their defaults
+        there = identity(type(config).model_validate(values))
+    except ValidationError:
+        there = _flat(values)
     here = identity(config)
-    there = {k: v for k, v in _flat(yaml.safe_load(saved.read_text())).items() if not k.startswith(_FREE)}
-    different = [k for k in here if there.get(k) != here[k]] + [k for k in there if k not in here]
+    different = [k for k in here if there.get(k) != here[k]]
     if different:
         key = different[0]
         raise ConfigError(

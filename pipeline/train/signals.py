@@ -1,9 +1,11 @@
-"""Signals set a flag; the loop reads it at a step boundary, where all ranks can act together."""
+"""Signals set a flag; the loop reads it at a step boundary, where all ranks can act together. Torch-free."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from pipeline.errors import Interrupted
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -33,3 +35,15 @@ def stop_flag() -> Iterator[StopFlag]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def interrupt_on_signals() -> None:
+    """Before and after the loop a signal ends the process at once: nothing is in flight that a restart would miss."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name} outside the training loop; start it again to continue"
+        )
+
+    for number in STOPPING:
+        signal.signal(number, stop)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor, nn
+    from torch import Tensor, nn
 
     from pipeline.data.loader import Batch
     from pipeline.train.engine import Engine
@@ -52,8 +52,8 @@ def probe_answer(model: "nn.Module", images: "Tensor") -> float:
 class Task:
     """What differs between stages. Only `loss` must be given."""
 
-    def loss(self, model: "nn.Module", batch: "Mapping[str, Batch]", generator: "Generator") -> StepOutput:
-        """Loss and metrics of one micro-batch, stream by stream; no side effects. `generator`: from (seed, step, rank)."""
+    def loss(self, model: "nn.Module", batch: "Mapping[str, Batch]") -> StepOutput:
+        """Loss and metrics of one micro-batch, stream by stream; no side effects."""
         raise TypeError(f"{type(self).__name__} gives no loss")
 
     def after_step(self, engine: "Engine", step: int) -> dict[str, Mean]:

@@ -1,10 +1,12 @@
 """Runs that are killed or stopped, and continue: the end must be the end of a run that never was."""
 
+import json
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stages import STAGES
@@ -60,7 +62,51 @@ def test_ctrl_c_on_the_launcher_saves_on_all_ranks_and_continues(chain: Stages) 
     assert '"interrupted"' in (run / "status.json").read_text()
     saved = list((run / "checkpoints").glob("step_*/COMPLETE"))
     assert len(saved) == 1
-    assert 0 < int(saved[0].parent.name.removeprefix("step_")) < 400
+    step = int(saved[0].parent.name.removeprefix("step_"))
+    assert 0 < step < 400
+    code = start_and_signal(chain, "semi", *more, number=signal.SIGINT, after_steps=step + 3, nproc=2)
+    assert code == 75
+    rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows == sorted(rows)  # it went on from there, and no step is told twice
+    assert len(set(rows)) >= step + 3
+
+
+def test_a_stop_before_the_first_step_is_an_interruption(chain: Stages) -> None:
+    more = ["run.experiment=early", *parents(chain, "semi")]
+    process = subprocess.Popen(
+        chain.command("semi", *more, nproc=2),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(psutil.Process(process.pid).children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert "Traceback" not in text
+
+
+def test_a_finished_run_whose_export_was_damaged_writes_it_again(chain: Stages) -> None:
+    run = chain.complete("distill", "run.experiment=mended", *parents(chain, "distill"))
+    weights = run / "export" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    done = chain.run("distill", "run.experiment=mended", *parents(chain, "distill"))
+    assert done.returncode == 0
+    assert "written again from the last checkpoint" in done.stderr
+    assert weights.read_bytes() == before
+
+
+def test_a_row_that_a_kill_has_cut_does_not_stop_a_resume(chain: Stages) -> None:
+    more = ["run.experiment=torn", *parents(chain, "distill")]
+    start_and_signal(chain, "distill", *more, number=signal.SIGKILL, after_steps=5)
+    with (chain.runs / "torn/distill/metrics.jsonl").open("a") as file:
+        file.write('{"train/loss": 2.1, "st')
+    assert chain.run("distill", *more).returncode == 0
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_another_config_refused(chain: Stages) -> None:

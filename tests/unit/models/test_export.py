@@ -1,5 +1,6 @@
 """The hand-over: what goes out comes in, and what is damaged, missing or foreign is refused with a sentence."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -53,15 +54,25 @@ def test_a_model_comes_back_with_equal_weights_and_answers(tmp_path: Path, kind:
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "probe.safetensors"])
-@pytest.mark.parametrize("place", [0, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["model.safetensors", "probe.safetensors", "labels/s.npy", "model.json"])
+@pytest.mark.parametrize("place", [0, 0.25, 0.5, 0.75, 0.99])
 def test_a_flipped_byte_is_refused(tmp_path: Path, name: str, place: float) -> None:
     exported(tmp_path / "export")
     path = tmp_path / "export" / name
     data = bytearray(path.read_bytes())
     data[int(place * len(data))] ^= 1
     path.write_bytes(data)
-    with pytest.raises(HandoverError, match=f"{name} is damaged"):
+    with pytest.raises(HandoverError, match=f"{name} is (damaged|not a model card)"):
+        load_export(tmp_path / "export")
+
+
+def test_a_card_that_was_edited_is_refused(tmp_path: Path) -> None:
+    """Labels seen cannot be taken out of the lineage by hand."""
+    exported(tmp_path / "export")
+    path = tmp_path / "export" / "model.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "labels_seen": []}))
+    with pytest.raises(HandoverError, match="was edited"):
         load_export(tmp_path / "export")
 
 

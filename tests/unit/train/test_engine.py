@@ -1,0 +1,31 @@
+"""The seam with DeepSpeed, in one process of its own: it takes hold of the process group and of autocast."""
+
+import subprocess
+import sys
+
+from tests.conftest import ENVIRONMENT, ROOT
+
+CODE = """
+import torch
+from pipeline.models import build_model
+from pipeline.train import distributed
+from pipeline.train.config import EngineConfig, OptimConfig
+from pipeline.train.engine import Engine
+
+world = distributed.start(60)
+model = build_model("vim_nano", num_classes=4, depth=1)
+engine = Engine(model, world, optim=OptimConfig(lr=1e-3), config=EngineConfig(precision="bf16"), micro_batch=2, accumulation=1)
+# DeepSpeed asks this, which knows CUDA alone: answer as a GPU would.
+torch.is_autocast_enabled = lambda *_: True
+with engine.precision():
+    print(engine.model(torch.randn(2, 3, 32, 32)).dtype, next(engine.module.parameters()).dtype)
+engine.close()
+distributed.stop()
+"""
+
+
+def test_bf16_reaches_the_forward_of_the_engine_while_the_weights_stay_fp32() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["torch.bfloat16", "torch.float32"], done.stderr
