@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.errors import EnvironmentProblem
 from pipeline.ops import closed_form, reference
+from pipeline.ops.fused import Fused
 from pipeline.ops.reference import Direction
 from pipeline.ops.shapes import check_conv, check_mixer, check_scan
 
@@ -54,13 +55,12 @@ def _native(device: torch.device) -> Operators:
         raise Missing(f"it runs on the CPU, not on {device.type}")
     from pipeline.ops.native.build import BuildError
     from pipeline.ops.native.library import Library
-    from pipeline.ops.native.operators import Native
 
     try:
-        native = Native(Library())
+        fused = Fused(Library())
     except BuildError as error:
         raise Missing(str(error)) from error
-    return Operators(name="native", scan=native.scan, conv=native.conv, mixer=native.mixer)
+    return Operators(name="native", scan=fused.scan, conv=fused.conv, mixer=fused.mixer)
 
 
 def _closed_form(device: torch.device) -> Operators:
@@ -237,15 +237,19 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
 
 
 @overload
-def mixer_scan(xz: Tensor, directions: Sequence[Direction], *, return_ungated: Literal[False] = ...) -> Tensor: ...
+def mixer_scan(
+    xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None = ..., return_ungated: Literal[False] = ...
+) -> Tensor: ...
 
 
 @overload
-def mixer_scan(xz: Tensor, directions: Sequence[Direction], *, return_ungated: Literal[True]) -> tuple[Tensor, ...]: ...
+def mixer_scan(
+    xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None = ..., return_ungated: Literal[True]
+) -> tuple[Tensor, ...]: ...
 
 
 def mixer_scan(
-    xz: Tensor, directions: Sequence[Direction], *, return_ungated: bool = False
+    xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None = None, return_ungated: bool = False
 ) -> Tensor | tuple[Tensor, ...]:
     """SiLU(z) * (y_forward [+ y_backward]): all of a mixer between in_proj and out_proj, in one differentiable call.
 
@@ -253,21 +257,24 @@ def mixer_scan(
     xz: (Bt, L, 2 E) as in_proj gives it, x first; `directions`: one, or two of which the second runs from the last
     step to the first. Returns o (Bt, L, E), the sum over the directions (Vim divides it by their number); with
     `return_ungated` (o, p_forward[, p_backward]), each p = C·h (Bt, L, E) without gate and skip. Four directions are
-    two calls, the second on reordered steps.
+    two calls, the second on reordered steps. `blend` (Bt, directions) adds blend[:, k] p_k to o, ungated: SSMixup with
+    nu psi and nu (1 - psi); it gets no gradient.
 
     Both directions share x, z and o, so a kernel that takes them together reads and writes those once, and the
     gradients of x, z and of each v need no sums: that is why this call exists beside the operators it is made of.
     """
-    check_mixer(xz, directions)
+    check_mixer(xz, directions, blend)
     operators = _operators(xz)
-    results = (operators.mixer or _composed(operators))(xz, directions, return_ungated=return_ungated)
+    results = (operators.mixer or _composed(operators))(xz, directions, blend=blend, return_ungated=return_ungated)
     return results if return_ungated else results[0]
 
 
 def _composed(operators: Operators) -> Callable[..., tuple[Tensor, ...]]:
     """The mixer's chain out of the two operators."""
 
-    def mixer(xz: Tensor, directions: Sequence[Direction], *, return_ungated: bool) -> tuple[Tensor, ...]:
+    def mixer(
+        xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None, return_ungated: bool
+    ) -> tuple[Tensor, ...]:
         x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (Bt, E, L)
         outs, ungated = [], []
         for k, d in enumerate(directions):
@@ -276,11 +283,13 @@ def _composed(operators: Operators) -> Callable[..., tuple[Tensor, ...]]:
             low, B, C = F.linear(v.transpose(1, 2), d.x_proj).split([rank, states, states], dim=2)
             delta = F.linear(low, d.dt_proj).transpose(1, 2)
             inputs = v, delta, d.A, B.transpose(1, 2), C.transpose(1, 2), d.D, z, d.dt_bias
-            result = operators.scan(*inputs, reverse=k == 1, return_ungated=return_ungated)
-            out, *p = result if isinstance(result, tuple) else (result,)
-            outs.append(out)
-            ungated += p
+            if return_ungated or blend is not None:
+                out, p = operators.scan(*inputs, reverse=k == 1, return_ungated=True)
+                ungated.append(p)
+                outs.append(out if blend is None else out + blend[:, k, None, None].to(out.dtype).detach() * p)
+            else:
+                outs.append(operators.scan(*inputs, reverse=k == 1))
         total = outs[0] if len(outs) == 1 else outs[0] + outs[1]
-        return tuple(t.transpose(1, 2) for t in (total, *ungated))
+        return tuple(t.transpose(1, 2) for t in ((total, *ungated) if return_ungated else (total,)))
 
     return mixer

@@ -60,7 +60,7 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must have shape ({channels},), got {_shape(bias)}")
 
 
-def check_mixer(xz: Tensor, directions: Sequence[Direction]) -> None:
+def check_mixer(xz: Tensor, directions: Sequence[Direction], blend: Tensor | None) -> None:
     if xz.dim() != 3 or xz.shape[1] == 0 or xz.shape[2] % 2 or not xz.is_floating_point():
         raise ValueError(
             f"xz must be floating point of shape (batch, steps >= 1, 2 x channels), got {_shape(xz)} {xz.dtype}"
@@ -82,3 +82,6 @@ def check_mixer(xz: Tensor, directions: Sequence[Direction]) -> None:
         for name, tensor in (("D", d.D), ("dt_bias", d.dt_bias)):
             if tensor is not None and tensor.shape != (channels,):
                 raise ValueError(f"{name} must have shape ({channels},), got {_shape(tensor)}")
+    if blend is not None and blend.shape != (xz.shape[0], len(directions)):
+        expected = (xz.shape[0], len(directions))
+        raise ValueError(f"blend must have shape (batch, directions) = {expected}, got {_shape(blend)}")

@@ -36,7 +36,7 @@ int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
 struct Direction {
   Strided u, delta, B, C, z, o, p;                     // p: ungated output, may be absent
   Strided g_o, g_p, g_u, g_delta, g_z;                 // backward only; g_p may be absent
-  const float *A, *D, *bias;                           // (E, N), (E), (E) contiguous; D and bias may be absent
+  const float *A, *D, *bias, *blend;                   // (E, N), (E), (E), (Bt) contiguous; all but A may be absent
   float* carries;                                      // scan_carries() floats; may be absent in the forward
   float *part_A, *part_D, *part_bias;                  // (Bt, E, N), (Bt, E), (Bt, E)
   float *part_B, *part_C;                              // (Bt, G, blocks, L, width): sums over a unit's channels
@@ -208,6 +208,7 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
         Float out = load(k.y + t);
         if (d.D) out += skip * load(u + t);
         if (d.z) out *= load(z + t) * simd::sigmoid(load(z + t));
+        if (d.blend) out += d.blend[unit.b] * load(k.y + t);
         store(y + t, out);
       }
     }
@@ -288,6 +289,7 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
         Float g = load(g_o + t);
         if (d.z) g *= load(z + t) * simd::sigmoid(load(z + t));
         store(g_y + t, g);
+        if (d.blend) g += d.blend[unit.b] * load(g_o + t);
         store(g_Ch + t, d.g_p ? g + load(g_p + t) : g);
         store(q + t, Float{});
         store(r + t, Float{});

@@ -28,20 +28,22 @@ def flat_inputs(count):
     return inputs
 
 
-def chain(operators_, ungated=True):
+def chain(operators_, ungated=True, blend=None):
     mixer = operators_.mixer or _composed(operators_)
     return lambda xz, *fields: mixer(
-        xz, [Direction(*fields[k : k + 7]) for k in range(0, len(fields), 7)], return_ungated=ungated
+        xz, [Direction(*fields[k : k + 7]) for k in range(0, len(fields), 7)], blend=blend, return_ungated=ungated
     )
 
 
 @pytest.mark.parametrize("ungated", [False, True])
+@pytest.mark.parametrize("blended", [False, True])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_mixer_equals_the_reference_in_value_and_gradient(name, count, ungated):
+def test_mixer_equals_the_reference_in_value_and_gradient(name, count, blended, ungated):
     inputs = flat_inputs(count)
-    got = outputs_and_gradients(chain(operators(name), ungated), inputs)
-    want = outputs_and_gradients(chain(ORACLE, ungated), [x.double() for x in inputs])
+    blend = torch.rand(BATCH, count) if blended else None
+    got = outputs_and_gradients(chain(operators(name), ungated, blend), inputs)
+    want = outputs_and_gradients(chain(ORACLE, ungated, blend), [x.double() for x in inputs])
     assert len(got) == len(want)
     assert max(relative_errors(got, want)) < 1e-5
 
@@ -75,3 +77,5 @@ def test_wrong_shapes_are_sentences():
         mixer_scan(xz, [])
     with pytest.raises(ValueError, match=r"x_proj must have shape \(R \+ 2 N, channels\) = \(13, 40\), got \(12, 40\)"):
         mixer_scan(xz, [Direction(*fields)._replace(x_proj=fields[2][1:])])
+    with pytest.raises(ValueError, match=r"blend must have shape \(batch, directions\) = \(2, 1\), got \(2,\)"):
+        mixer_scan(xz, [Direction(*fields)], blend=torch.ones(2))
