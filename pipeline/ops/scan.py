@@ -10,6 +10,7 @@ Bt batch, E channels, L steps, N states, G groups of channels that share B and C
 """
 
 import difflib
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,33 @@ class Operators:
 
 
 def _cuda(device: torch.device) -> Operators:
-    raise Missing("no CUDA kernel is wired yet")
+    if device.type != "cuda":
+        raise Missing(f"mamba-ssm runs on CUDA, not on {device.type}")
+    for package, remedy in (
+        ("mamba_ssm", "mamba-ssm is not installed"),
+        (
+            "selective_scan_cuda",
+            "mamba-ssm is built without its Mamba-1 kernel; build it with MAMBA_KEEP_CUDA_BUILD=TRUE",
+        ),
+    ):
+        if importlib.util.find_spec(package) is None:
+            raise Missing(remedy)
+    try:
+        from pipeline.ops import mamba_cuda
+    except ImportError as error:  # installed, and built for another torch or Python
+        raise Failing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    return Operators(name="cuda", scan=mamba_cuda.selective_scan)
+
+
+def _triton(device: torch.device) -> Operators:
+    if device.type != "cuda":
+        raise Missing(f"Triton compiles for a GPU, not for {device.type}")
+    if importlib.util.find_spec("triton") is None:
+        raise Missing("triton is not installed")
+    from pipeline.ops.triton_library import TritonLibrary
+
+    fused = Fused(TritonLibrary())
+    return Operators(name="triton", scan=fused.scan, conv=fused.conv, mixer=fused.mixer)
 
 
 def _native(device: torch.device) -> Operators:
@@ -72,9 +99,10 @@ def _reference(device: torch.device) -> Operators:
 
 
 # In the order of preference. Each imports what it needs when called, so this file needs torch alone; a loader raises
-# Missing. `torch` is the closed form in plain torch; `reference` is the oracle of the tests.
+# Missing. `cuda` is mamba-ssm's kernel, `triton` ours, `native` C++, `torch` the closed form in plain torch.
 SCANS: dict[str, Callable[[torch.device], Operators]] = {
     "cuda": _cuda,
+    "triton": _triton,
     "native": _native,
     "torch": _closed_form,
     "reference": _reference,
