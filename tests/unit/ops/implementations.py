@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pipeline.ops import closed_form, reference
+from pipeline.ops.choice import Operators
 from pipeline.ops.fused import Fused
 from pipeline.ops.native.build import SIMD, BuildError, best_simd
 from pipeline.ops.native.library import Library
-from pipeline.ops.scan import Operators
 
 NAMES = ("torch", *(f"native-{simd}" for simd in SIMD))
 

@@ -69,6 +69,31 @@ def test_the_ungated_outputs_make_the_gated_one():
     assert torch.allclose(o, gate * (p_forward + p_backward), atol=1e-5)
 
 
+def test_one_rate_per_head_equals_the_rates_repeated_over_its_channels():
+    xz, *fields = flat_inputs(2)
+    heads = 5
+    for k in (0, 7):
+        fields[k + 3 : k + 7] = (
+            fields[k + 3][:heads],
+            fields[k + 4][:heads],
+            fields[k + 5][:heads, 0],
+            fields[k + 6][:heads],
+        )
+    directions = [Direction(*fields[k : k + 7]) for k in (0, 7)]
+    spread = [
+        Direction(
+            d.conv_weight,
+            d.conv_bias,
+            d.x_proj,
+            *(t.repeat_interleave(CHANNELS // heads, dim=0) for t in (d.dt_proj, d.dt_bias)),
+            d.A.repeat_interleave(CHANNELS // heads)[:, None].expand(-1, STATES),
+            d.D.repeat_interleave(CHANNELS // heads),
+        )
+        for d in directions
+    ]
+    assert max(relative_errors([mixer_scan(xz, directions)], [mixer_scan(xz, spread)])) < 1e-5
+
+
 def test_wrong_shapes_are_sentences():
     xz, *fields = flat_inputs(1)
     with pytest.raises(ValueError, match=r"xz must be floating point of shape \(batch, steps >= 1, 2 x channels\)"):

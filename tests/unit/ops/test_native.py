@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.ops import scan
+from pipeline.ops import choice
 from pipeline.ops.native import build
 from tests.unit.ops.implementations import NAMES, operators, outputs_and_gradients, scan_inputs
 
@@ -44,10 +44,10 @@ def test_outputs_keep_the_layout_of_u(name):
 
 
 def test_a_missing_compiler_is_one_line_and_the_closed_form_serves(monkeypatch, caplog):
-    monkeypatch.setattr(scan, "_chosen", {})
+    monkeypatch.setattr(choice, "_chosen", {})
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with caplog.at_level("INFO"):
-        assert scan.choose_scan("auto").name == "torch"
+        assert choice.choose_scan("auto").name == "torch"
     assert "native is not available: no C++ compiler (g++ or clang++) on the PATH" in caplog.text
 
 
