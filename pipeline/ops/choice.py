@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.ops import closed_form, reference
+from pipeline.ops import closed_form, mamba_cuda, reference
 from pipeline.ops.fused import Fused
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,6 @@ def _cuda(device: torch.device) -> Operators:
     ):
         if importlib.util.find_spec(package) is None:
             raise Missing(remedy)
-    try:
-        from pipeline.ops import mamba_cuda
-    except ImportError as error:  # installed, and built for another torch or Python
-        raise Failing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     return Operators(name="cuda", scan=mamba_cuda.selective_scan)
 
 
@@ -145,7 +141,7 @@ def probe(operators: Operators, device: torch.device) -> float:
             with torch.enable_grad():
                 out, ungated = scan(*inputs, reverse=True, return_ungated=True)
                 results.append([out, ungated, *torch.autograd.grad((out * ungated.cos()).sum(), inputs)])
-        except Exception as error:  # whatever a foreign kernel raises is the finding itself, and is re-raised by name
+        except Exception as error:  # whatever a foreign kernel raises at import or launch is the finding itself
             raise Failing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     worst = max(
         float(((got - want).abs().max() / want.abs().max()).detach()) for got, want in zip(*results, strict=True)

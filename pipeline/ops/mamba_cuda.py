@@ -1,4 +1,4 @@
-"""mamba-ssm's CUDA kernel behind our signature. Imported only when that kernel is asked for.
+"""mamba-ssm's CUDA kernel behind our signature.
 
 The kernel knows one direction, one dtype for u, delta, B, C and z, steps last and contiguous, and gives gated outputs
 only: so a reversed scan flips here, and the ungated output is taken by gating outside. It is compiled with fast math
@@ -6,7 +6,6 @@ and its backward adds with atomics: compare at 1e-3, and do not expect the same 
 """
 
 import torch.nn.functional as F
-from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
 
@@ -25,6 +24,7 @@ def selective_scan(
     return_ungated: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`pipeline.ops.scan.selective_scan`."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     def turn(x: Tensor) -> Tensor:
         return x.flip(-1) if reverse else x

@@ -1,4 +1,5 @@
-"""Our Triton kernels: what mamba-ssm's do not do. Imported only by triton_library.py.
+"""Our Triton kernels: what mamba-ssm's do not do. The file imports without
+triton: `compiled` turns its functions into kernels.
 
 One launch runs both directions, adds them, gates, and blends the ungated outputs; the backward has no atomics: sums
 over channels go to one partial result per block of channels, added up in a fixed order, so it is deterministic.
@@ -13,11 +14,25 @@ Shapes in comments: E channels of a block, T steps of a chunk, N states (padded 
 
 # Triton types the arguments of a kernel itself.
 # mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations  # `tl.constexpr` stays text until Triton reads it
 
+import functools
 from typing import Any, NamedTuple
 
-import triton
-import triton.language as tl
+tl: Any = None  # triton.language, set by `compiled`
+
+
+@functools.cache
+def compiled() -> tuple[Any, Any]:
+    """`scan_forward` and `scan_backward` as kernels. Triton looks up what a kernel calls in the kernel's own module."""
+    import triton
+    import triton.language
+
+    module = globals()
+    module["tl"] = triton.language
+    for function in _DEVICE_FUNCTIONS:
+        module[function.__name__] = triton.jit(function)
+    return module["scan_forward"], module["scan_backward"]
 
 
 class View(NamedTuple):
@@ -50,12 +65,10 @@ class Way(NamedTuple):
     parts: tuple[Any, ...] | None = None  # of A, B, C, D, bias
 
 
-@triton.jit
 def _compose(a1, b1, a2, b2):
     return a1 * a2, a2 * b1 + b2
 
 
-@triton.jit
 def _softplus(x):
     # log1p(e) = log(s) e / (s - 1) with s = 1 + e in floating point: the rounding of s cancels (Kahan).
     e = tl.exp(-tl.abs(x))
@@ -64,30 +77,25 @@ def _softplus(x):
     return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + log1p)
 
 
-@triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit
 def _at(x, b, channel, position):
     """Pointers (E, T) into a View."""
     return x.p + b * x.b + channel[:, None] * x.c + position[None, :] * x.t
 
 
-@triton.jit
 def _tile(x, b, channel, position, mask):
     return tl.load(_at(x, b, channel, position), mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
 def _states(x, b, g, state, position, mask):
     """(T, N) of B or C."""
     at = x.p + b * x.b + g * x.g + state[None, :] * x.c + position[:, None] * x.t
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
 def _step_size(delta, shift, SOFTPLUS: tl.constexpr, mask):
     """dt, 0 where masked, so that the state passes through."""
     dt = delta + shift[:, None]
@@ -96,7 +104,6 @@ def _step_size(delta, shift, SOFTPLUS: tl.constexpr, mask):
     return tl.where(mask, dt, 0.0)
 
 
-@triton.jit
 def _place(E_all, G, blocks, E: tl.constexpr):
     """This program's batch item, group, index among all blocks of channels, channels (E,), and which of them exist."""
     index = tl.program_id(0) % (G * blocks)
@@ -105,7 +112,6 @@ def _place(E_all, G, blocks, E: tl.constexpr):
     return b, g, index, g * (E_all // G) + within, within < E_all // G
 
 
-@triton.jit
 def _forward_one(
     w, o, L, E_all, N_all, G, blocks,
     REVERSE: tl.constexpr, ADD: tl.constexpr, SOFTPLUS: tl.constexpr, E: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
@@ -151,7 +157,6 @@ def _forward_one(
             tl.store(_at(w.p, b, channel, position), p.to(w.p.p.dtype.element_ty), mask=mask)
 
 
-@triton.jit
 def scan_forward(
     first, second, o, L, E_all, N_all, G, blocks, REVERSE_FIRST: tl.constexpr, REVERSE_SECOND: tl.constexpr,
     SOFTPLUS: tl.constexpr, E: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
@@ -162,7 +167,6 @@ def scan_forward(
         _forward_one(second, o, L, E_all, N_all, G, blocks, REVERSE_SECOND, True, SOFTPLUS, E, T, N)
 
 
-@triton.jit
 def _backward_one(
     w, g_o, g_z, L, E_all, N_all, G, blocks,
     REVERSE: tl.constexpr, ADD: tl.constexpr, SOFTPLUS: tl.constexpr, E: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
@@ -245,7 +249,6 @@ def _backward_one(
     tl.store(w.parts[4] + own, g_shift, mask=inside)
 
 
-@triton.jit
 def scan_backward(
     first, second, g_o, g_z, L, E_all, N_all, G, blocks, REVERSE_FIRST: tl.constexpr, REVERSE_SECOND: tl.constexpr,
     SOFTPLUS: tl.constexpr, E: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
@@ -254,3 +257,19 @@ def scan_backward(
     if second is not None:
         tl.debug_barrier()
         _backward_one(second, g_o, g_z, L, E_all, N_all, G, blocks, REVERSE_SECOND, True, SOFTPLUS, E, T, N)
+
+
+_DEVICE_FUNCTIONS = (
+    _compose,
+    _softplus,
+    _sigmoid,
+    _at,
+    _tile,
+    _states,
+    _step_size,
+    _place,
+    _forward_one,
+    scan_forward,
+    _backward_one,
+    scan_backward,
+)

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from pipeline.ops import reference, triton_kernels
+from pipeline.ops import reference
 from pipeline.ops.kernels import Filter, ScanInputs, ScanProblem
-from pipeline.ops.triton_kernels import View, Way
+from pipeline.ops.triton_kernels import View, Way, compiled
 
 BLOCK_CHANNELS, CHUNK_STEPS, WARPS = 16, 16, 8  # the widest block whose backward spills little on sm_90
 
@@ -30,6 +29,9 @@ def _view_or_none(tensor: Tensor | None) -> View | None:
 
 class TritonLibrary:
     """Sums over channels are taken per block of channels and then in a fixed order: the backward is deterministic."""
+
+    def __init__(self) -> None:
+        self._forward, self._backward = compiled()
 
     def scan_forward(
         self, problem: ScanProblem, *, ungated: bool, keep: bool
@@ -48,7 +50,7 @@ class TritonLibrary:
             for k in range(len(problem.inputs))
         ]
         if u.numel():
-            triton_kernels.scan_forward[(sizes.programs,)](*_two(ways), _view(o), **sizes.arguments)
+            self._forward[(sizes.programs,)](*_two(ways), _view(o), **sizes.arguments)
         return o, ps, carries
 
     def scan_backward(
@@ -71,9 +73,7 @@ class TritonLibrary:
             g_p = _view_or_none(g_ps[k] if g_ps else None)
             ways.append(_way(problem, k, carries[k], g_p=g_p, g_u=_view(g_u), g_delta=_view(g_delta), parts=parts[-1]))
         if g_o.numel():
-            triton_kernels.scan_backward[(sizes.programs,)](
-                *_two(ways), _view(g_o), _view_or_none(g_z), **sizes.arguments
-            )
+            self._backward[(sizes.programs,)](*_two(ways), _view(g_o), _view_or_none(g_z), **sizes.arguments)
         results = []
         for given, (g_u, g_delta), (part_A, part_B, part_C, part_D, part_bias) in zip(
             problem.inputs, grads, parts, strict=True
@@ -117,10 +117,10 @@ class _Sizes:
         self.batch, self.channels, self.steps = first.u.shape
         self.states = first.A.shape[1]
         self.groups = first.B.shape[1] if first.B.dim() == 4 else 1
-        self.blocks = triton.cdiv(self.channels // self.groups, BLOCK_CHANNELS)
+        self.blocks = -(-self.channels // (self.groups * BLOCK_CHANNELS))
         self.programs = self.batch * self.groups * self.blocks
-        self.chunks = triton.cdiv(self.steps, CHUNK_STEPS)
-        self.padded = triton.next_power_of_2(self.states)
+        self.chunks = -(-self.steps // CHUNK_STEPS)
+        self.padded = 1 << (self.states - 1).bit_length()
         self.arguments: dict[str, Any] = {
             "L": self.steps,
             "E_all": self.channels,
