@@ -96,7 +96,7 @@ def selective_scan(
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """SiLU(depthwise causal convolution + bias): output t sees steps t-K+1..t, or t..t+K-1 with `reverse`.
 
-    x: (Bt, E, L), any strides; weight: (E, 1, K); bias: (E,). Returns (Bt, E, L) in x's dtype.
+    x: (Bt, E, L), any strides; weight: (E, 1, K), K up to 8; bias: (E,). Returns (Bt, E, L) in x's dtype.
     `reverse` equals flip-conv-flip. Differentiable in every tensor.
     """
     check_conv(x, weight, bias)

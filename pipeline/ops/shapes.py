@@ -6,6 +6,8 @@ from torch import Tensor
 
 from pipeline.ops.reference import Direction
 
+MAX_TAPS = 8  # conv.cpp compiles a kernel for each; Mamba uses 4
+
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
@@ -54,8 +56,10 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() != 3 or x.shape[2] == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating point of shape (batch, channels, steps >= 1), got {_shape(x)} {x.dtype}")
     channels = x.shape[1]
-    if weight.dim() != 3 or weight.shape[:2] != (channels, 1) or weight.shape[2] == 0:
-        raise ValueError(f"weight must have shape (channels, 1, taps) = ({channels}, 1, K >= 1), got {_shape(weight)}")
+    if weight.dim() != 3 or weight.shape[:2] != (channels, 1) or not 1 <= weight.shape[2] <= MAX_TAPS:
+        raise ValueError(
+            f"weight must have shape (channels, 1, taps) = ({channels}, 1, K from 1 to {MAX_TAPS}), got {_shape(weight)}"
+        )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must have shape ({channels},), got {_shape(bias)}")
 

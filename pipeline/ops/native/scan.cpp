@@ -287,7 +287,11 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
       prepare<true>(k, plan.s.softplus, u, delta, load(rows.bias + i * W), steps);
       for (int64_t t = 0; t < steps * W; t += W) {
         Float g = load(g_o + t);
-        if (d.z) g *= load(z + t) * simd::sigmoid(load(z + t));
+        if (d.z) {
+          const Float gate = load(z + t), s = simd::sigmoid(gate);
+          store(z + t, g * s * (1.0f + gate * (1.0f - s)));  // times y, once that is known, the gradient of z
+          g *= gate * s;
+        }
         store(g_y + t, g);
         if (d.blend) g += d.blend[unit.b] * load(g_o + t);
         store(g_Ch + t, d.g_p ? g + load(g_p + t) : g);
@@ -318,10 +322,7 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
         sum_bias += g_delta;
         store(u + t, g_u);
         store(delta + t, g_delta);
-        if (d.z) {
-          const Float gate = load(z + t), s = simd::sigmoid(gate);
-          store(z + t, load(g_o + t) * y * s * (1.0f + gate * (1.0f - s)));
-        }
+        if (d.z) store(z + t, load(z + t) * y);
       }
       store(g_skip + i * W, sum_skip);
       store(g_bias + i * W, sum_bias);

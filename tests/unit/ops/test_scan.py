@@ -67,7 +67,7 @@ def test_wrong_shapes_are_sentences(replaced, sentence):
 
 
 def test_wrong_convolution_shapes_are_sentences():
-    with pytest.raises(ValueError, match=r"weight must have shape \(channels, 1, taps\) = \(6, 1, K >= 1\)"):
+    with pytest.raises(ValueError, match=r"weight must have shape \(channels, 1, taps\) = \(6, 1, K from 1 to 8\)"):
         causal_conv1d_silu(torch.ones(2, 6, 5), torch.ones(6, 4))
     with pytest.raises(ValueError, match=r"bias must have shape \(6,\), got \(5,\)"):
         causal_conv1d_silu(torch.ones(2, 6, 5), torch.ones(6, 1, 4), torch.ones(5))
