@@ -43,13 +43,20 @@ def _dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, softplus: bool, reverse: bool, ungated: bool, z: Tensor | None, *tensors: Any
+        ctx: Any,
+        kernels: Kernels,
+        keep: bool,
+        softplus: bool,
+        reverse: bool,
+        ungated: bool,
+        z: Tensor | None,
+        *tensors: Any,
     ) -> Any:
         """`tensors`: u, delta, A, B, C, D, delta_bias."""
         ctx.kernels, ctx.softplus, ctx.reverse, ctx.dtypes = kernels, softplus, reverse, _dtypes((z, *tensors))
         gate = None if z is None else _loadable(z)
         problem = ScanProblem(inputs=[_inputs(*tensors)], reverses=[reverse], z=gate, blend=None, softplus=softplus)
-        o, ps, carries = kernels.scan_forward(problem, ungated=ungated, keep=any(ctx.needs_input_grad))
+        o, ps, carries = kernels.scan_forward(problem, ungated=ungated, keep=keep and any(ctx.needs_input_grad))
         ctx.save_for_backward(gate, *problem.inputs[0], *carries)
         return tuple(t.to(tensors[0].dtype) for t in (o, *ps))
 
@@ -62,7 +69,7 @@ class _Scan(torch.autograd.Function):
         )
         g_z = None if gate is None else torch.empty_like(gate)
         (grads,) = ctx.kernels.scan_backward(problem, [carries], _loadable(g_o), [_loadable(g) for g in g_ps], g_z)
-        return None, None, None, None, *_like((g_z, *grads), ctx.dtypes)
+        return None, None, None, None, None, *_like((g_z, *grads), ctx.dtypes)
 
 
 class _Conv(torch.autograd.Function):
@@ -87,7 +94,7 @@ class _Mixer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, ungated: bool, blend: Tensor | None, xz: Tensor, *tensors: Tensor | None
+        ctx: Any, kernels: Kernels, keep: bool, ungated: bool, blend: Tensor | None, xz: Tensor, *tensors: Tensor | None
     ) -> Any:
         """`tensors`: the fields of each Direction, one direction after another."""
         ctx.kernels, ctx.dtypes = kernels, _dtypes((xz, *tensors))
@@ -111,7 +118,7 @@ class _Mixer(torch.autograd.Function):
                 matrices += [x_proj, dt_proj, projected]
             weights = None if blend is None else blend.detach().float().t().contiguous()
             problem = ScanProblem(inputs=inputs, reverses=reverses, z=z, blend=weights, softplus=True)
-            o, ps, carries = kernels.scan_forward(problem, ungated=ungated, keep=any(ctx.needs_input_grad))
+            o, ps, carries = kernels.scan_forward(problem, ungated=ungated, keep=keep and any(ctx.needs_input_grad))
         flat = [t for pair in filters for t in pair] + [t for direction in inputs for t in direction]
         ctx.save_for_backward(xz, weights, *flat, *matrices, *carries)
         return tuple(t.transpose(1, 2).to(ctx.dtypes[0]) for t in (o, *ps))
@@ -130,28 +137,33 @@ class _Mixer(torch.autograd.Function):
         problem = ScanProblem(inputs=inputs, reverses=reverses, z=z, blend=weights, softplus=True)
         g_ps = tuple(_loadable(g).transpose(1, 2) for g in g_ps)
         scans = kernels.scan_backward(problem, list(saved), _loadable(g_o).transpose(1, 2), g_ps, g_z)
-        g_projections = []
+        g_projections, g_convolved = [], []
         for given, grads, (x_proj, dt_proj, projected) in zip(inputs, scans, matrices, strict=True):
-            g_delta, g_u = (t.transpose(1, 2).flatten(0, 1) for t in (grads.delta, grads.u))  # (Bt L, E), views
+            g_delta, g_u = (t.transpose(1, 2).flatten(0, 1) for t in (grads.delta, grads.u))  # (Bt L, E)
             g_B, g_C = (t.transpose(1, 2).flatten(0, 1).to(xz.dtype) for t in (grads.B, grads.C))
             projected = projected.flatten(0, 1)
             g_projected = torch.cat([g_delta @ dt_proj, g_B, g_C], dim=1)
             g_u.addmm_(g_projected, x_proj)  # u feeds the scan and the projection
+            g_convolved.append(g_u.view(*xz.shape[:2], x.shape[1]).transpose(1, 2))
             g_projections.append(
                 (
                     g_projected.t() @ given.u.transpose(1, 2).flatten(0, 1),
                     g_delta.t() @ projected[:, : dt_proj.shape[1]],
                 )
             )
-        convs = kernels.conv_backward(x, filters, reverses, [grads.u for grads in scans], g_x)
+        convs = kernels.conv_backward(x, filters, reverses, g_convolved, g_x)
         flat: list[Tensor | None] = [g_xz]
         for (g_weight, g_bias), (g_x_proj, g_dt_proj), scan in zip(convs, g_projections, scans, strict=True):
             flat += Direction(g_weight, g_bias, g_x_proj, g_dt_proj, scan.bias, scan.A, scan.D)
-        return None, None, None, *_like(flat, ctx.dtypes)
+        return None, None, None, None, *_like(flat, ctx.dtypes)
 
 
 class Fused:
-    """The operators of `pipeline.ops.scan` on one set of kernels."""
+    """The operators of `pipeline.ops.scan` on one set of kernels.
+
+    Whether a backward may follow is asked here: inside a Function's forward autograd is always off, and
+    `needs_input_grad` is true for parameters even under `no_grad`.
+    """
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -172,7 +184,19 @@ class Fused:
         return_ungated: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         results = _Scan.apply(
-            self.kernels, delta_softplus, reverse, return_ungated, z, u, delta, A, B, C, D, delta_bias
+            self.kernels,
+            torch.is_grad_enabled(),
+            delta_softplus,
+            reverse,
+            return_ungated,
+            z,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            delta_bias,
         )
         return results if return_ungated else results[0]
 
@@ -187,4 +211,6 @@ class Fused:
         blend: Tensor | None = None,
         return_ungated: bool = False,
     ) -> tuple[Tensor, ...]:
-        return _Mixer.apply(self.kernels, return_ungated, blend, xz, *(t for d in directions for t in d))
+        return _Mixer.apply(
+            self.kernels, torch.is_grad_enabled(), return_ungated, blend, xz, *(t for d in directions for t in d)
+        )

@@ -17,7 +17,7 @@ using simd::load;
 using simd::store;
 using simd::W;
 
-// Mirrored field by field in operators.py.
+// Mirrored field by field in library.py.
 struct ConvDirection {
   Strided x, o, g_o, g_x;
   const float *weight, *bias;      // (E, K), (E) contiguous; bias may be absent
@@ -32,6 +32,7 @@ struct Conv {
 namespace {
 
 constexpr int64_t chunk_steps = 32, unit_channels = 128, unit_tiles = unit_channels / W;
+constexpr int64_t thread_work = 1 << 16;  // outputs that are worth waking a thread for
 constexpr int64_t max_taps = 8;  // shapes.py refuses more
 constexpr int64_t tile_rows = chunk_steps + max_taps - 1, tile_floats = tile_rows * W;
 
@@ -139,7 +140,8 @@ Work pick(bool backward, int64_t taps, std::integer_sequence<int, K...>) {
 void for_units(const Conv& s, bool backward) {
   const Work work = pick(backward, s.taps, std::make_integer_sequence<int, max_taps>{});
   const int64_t blocks = (s.channels + unit_channels - 1) / unit_channels;
-  at::parallel_for(0, s.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t unit_work = std::min(unit_channels, s.channels) * s.steps + 1;
+  at::parallel_for(0, s.batch * blocks, (thread_work + unit_work - 1) / unit_work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       for (int64_t k = 0; k < s.directions; k++) {
         const int64_t first = i % blocks * unit_channels;

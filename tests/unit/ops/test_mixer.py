@@ -9,14 +9,14 @@ from tests.unit.ops.implementations import NAMES, ORACLE, operators, outputs_and
 BATCH, STEPS, CHANNELS, STATES, RANK = 2, 37, 40, 5, 3
 
 
-def flat_inputs(count):
+def flat_inputs(count, batch=None, steps=None):
     """xz, then the fields of each direction."""
     generator = torch.Generator().manual_seed(count)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator)
 
-    inputs = [normal(BATCH, STEPS, 2 * CHANNELS)]
+    inputs = [normal(BATCH if batch is None else batch, steps or STEPS, 2 * CHANNELS)]
     for _ in range(count):
         inputs += [normal(CHANNELS, 1, 4) * 0.5, normal(CHANNELS) * 0.1, normal(RANK + 2 * STATES, CHANNELS) * 0.2]
         inputs += [
@@ -46,6 +46,15 @@ def test_mixer_equals_the_reference_in_value_and_gradient(name, count, blended, 
     want = outputs_and_gradients(chain(ORACLE, ungated, blend), [x.double() for x in inputs])
     assert len(got) == len(want)
     assert max(relative_errors(got, want)) < 1e-5
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 1), (3, 1), (1, 5), (0, 5)])
+@pytest.mark.parametrize("name", NAMES)
+def test_mixer_of_one_step_or_one_image(name, batch, steps):
+    inputs = flat_inputs(2, batch, steps)
+    got = outputs_and_gradients(chain(operators(name)), inputs)
+    want = outputs_and_gradients(chain(ORACLE), [x.double() for x in inputs])
+    assert max(relative_errors(got, want), default=0.0) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -23,14 +23,15 @@ def _threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("channels", [40, 300])
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.usefixtures("_threads")
-def test_any_number_of_threads_gives_the_same_bits(name, channels):
+def test_any_number_of_threads_gives_the_same_bits(name):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(outputs_and_gradients(operators(name).scan, scan_inputs(3, channels, 40, 16)))
+        inputs = scan_inputs(3, 600, 150, 16)  # large enough to be shared out
+        results.append(outputs_and_gradients(operators(name).scan, inputs))
+        results[-1] += outputs_and_gradients(operators(name).conv, [inputs[0], inputs[2][:, None, :4], inputs[5]])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
