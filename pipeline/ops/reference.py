@@ -20,7 +20,7 @@ class Direction(NamedTuple):
     x_proj: Tensor  # (R + 2 N, E): rows for the low-rank step size, B, C
     dt_proj: Tensor  # (E, R)
     dt_bias: Tensor | None  # (E,), added inside the softplus
-    A: Tensor  # (E, N), negative
+    A: Tensor  # (E, N), negative; or (H,), one rate per head, and then dt_proj, dt_bias and D have H rows too
     D: Tensor | None  # (E,)
 
 

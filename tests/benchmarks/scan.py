@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from pipeline.ops.choice import choose_scan
 from pipeline.ops.native.build import load_library
-from pipeline.ops.scan import choose_scan, selective_scan
+from pipeline.ops.scan import selective_scan
 
 SHAPE = (8, 768, 197, 16)  # batch, channels, steps, states
 
@@ -162,7 +163,7 @@ def model_rows(rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scan", default="auto", help="which implementation (see pipeline.ops.scan.SCANS)")
+    parser.add_argument("--scan", default="auto", help="which implementation (see pipeline.ops.choice.SCANS)")
     parser.add_argument("--rounds", type=int, default=40, help="of the operator; the models take a quarter as many")
     arguments = parser.parse_args()
     torch.set_num_threads(2)

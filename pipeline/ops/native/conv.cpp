@@ -1,13 +1,14 @@
 // Depthwise causal convolution with SiLU, and its backward; one or two directions of one input in one call.
 //
-// Units, tiles and reversal as in scan.cpp. Output t sees inputs t-K+1..t; `x` is read once from memory and a second time
-// from the cache. The backward recomputes the convolution instead of keeping it, walks from the last chunk to the first
-// and adds the second direction's input gradient to the first one's.
+// Units, tiles, staging and reversal as in scan.cpp. Output t sees inputs t-K+1..t; the second direction reads x from the
+// cache. The backward recomputes the convolution instead of keeping it, walks from the last chunk to the first and adds
+// the second direction's input gradient to the first one's.
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <vector>
+#include <cstring>
+#include <utility>
 
 #include "tiles.h"
 
@@ -16,7 +17,7 @@ using simd::load;
 using simd::store;
 using simd::W;
 
-// Mirrored field by field in operators.py.
+// Mirrored field by field in library.py.
 struct ConvDirection {
   Strided x, o, g_o, g_x;
   const float *weight, *bias;      // (E, K), (E) contiguous; bias may be absent
@@ -30,90 +31,121 @@ struct Conv {
 
 namespace {
 
-constexpr int64_t chunk_steps = 64;
+constexpr int64_t chunk_steps = 32, unit_channels = 128, unit_tiles = unit_channels / W;
+constexpr int64_t thread_work = 1 << 16;  // outputs that are worth waking a thread for
+constexpr int64_t max_taps = 8;  // shapes.py refuses more
+constexpr int64_t tile_rows = chunk_steps + max_taps - 1, tile_floats = tile_rows * W;
 
-// The first `steps` rows of a tile from step t0 on, zero where t0 + row is outside [0, L).
-void load_padded(float* tile, const Strided& s, int64_t t0, int64_t steps, int64_t length, int64_t channels) {
-  const int64_t before = std::min(steps, std::max<int64_t>(0, -t0));
-  const int64_t inside = std::max<int64_t>(0, std::min(t0 + steps, length) - (t0 + before));
-  std::fill_n(tile, before * W, 0.0f);
-  tiles::load({tile + before * W, 0, W}, s.from_step(t0 + before), channels, inside);
-  std::fill_n(tile + (before + inside) * W, (steps - before - inside) * W, 0.0f);
-}
+// Inputs of a chunk with the halo before it; gradients of a chunk with the halo after it; rows of W, tile after tile.
+struct Scratch {
+  alignas(64) float x[unit_tiles * tile_floats], g[unit_tiles * tile_floats], out[unit_tiles * tile_floats];
+  alignas(64) float weight[unit_tiles][max_taps * W], bias[unit_tiles][W];
+  alignas(64) float g_weight[unit_tiles][max_taps * W], g_bias[unit_tiles][W];
 
-struct Rows {
-  std::vector<float> weight, bias;  // [tap][lane], [lane]
-  Rows(const Conv& s, const ConvDirection& d, int64_t first, int64_t channels) : weight(s.taps * W), bias(W) {
+  void load_filter(const Conv& s, const ConvDirection& d, int64_t first, int64_t channels) {
+    std::memset(weight, 0, sizeof weight + sizeof bias + sizeof g_weight + sizeof g_bias);
     for (int64_t c = 0; c < channels; c++) {
-      for (int64_t k = 0; k < s.taps; k++) weight[k * W + c] = d.weight[(first + c) * s.taps + k];
-      if (d.bias) bias[c] = d.bias[first + c];
+      for (int64_t k = 0; k < s.taps; k++) weight[c / W][k * W + c % W] = d.weight[(first + c) * s.taps + k];
+      if (d.bias) bias[c / W][c % W] = d.bias[first + c];
     }
+  }
+  // x from step t0 - halo on, zero before the first step.
+  void load_inputs(const Strided& s, int64_t t0, int64_t halo, int64_t steps, int64_t channels) {
+    const int64_t missing = std::max<int64_t>(0, halo - t0);
+    for (int64_t i = 0; i < unit_tiles; i++) std::fill_n(x + i * tile_floats, missing * W, 0.0f);
+    tiles::load({x + missing * W, tile_floats, W}, s.from_step(t0 - halo + missing), channels, steps + halo - missing);
   }
 };
 
-Float convolve(const Rows& rows, const float* x, int64_t taps) {
-  Float sum = load(rows.bias.data());
-  for (int64_t k = 0; k < taps; k++) sum += load(rows.weight.data() + k * W) * load(x + k * W);
-  return sum;
-}
-
-void forward_tile(const Conv& s, const ConvDirection& d, int64_t b, int64_t first, int64_t channels, bool) {
-  const Rows rows(s, d, first, channels);
-  const Strided x = d.x.at(b, 0, first), o = d.o.at(b, 0, first);
-  std::vector<float> in((chunk_steps + s.taps - 1) * W), out(chunk_steps * W);
+// K taps, known when compiled so that the filter stays in registers.
+template <int K>
+void forward_unit(const Conv& s, const ConvDirection& d, int64_t b, int64_t first, int64_t channels, bool) {
+  thread_local Scratch m;
+  m.load_filter(s, d, first, channels);
   for (int64_t t0 = 0; t0 < s.steps; t0 += chunk_steps) {
     const int64_t steps = std::min(chunk_steps, s.steps - t0);
-    load_padded(in.data(), x, t0 - s.taps + 1, steps + s.taps - 1, s.steps, channels);
-    for (int64_t t = 0; t < steps; t++) {
-      Float sum = convolve(rows, in.data() + t * W, s.taps);
-      store(out.data() + t * W, sum * simd::sigmoid(sum));
+    m.load_inputs(d.x.at(b, 0, first), t0, K - 1, steps, channels);
+    for (int64_t i = 0; i * W < channels; i++) {
+      const float* x = m.x + i * tile_floats;
+      float* out = m.out + i * tile_floats;
+      Float w[K];
+      for (int k = 0; k < K; k++) w[k] = load(m.weight[i] + k * W);
+      const Float bias = load(m.bias[i]);
+      for (int64_t t = 0; t < steps; t++) {
+        Float sum = bias;
+        for (int k = 0; k < K; k++) sum += w[k] * load(x + (t + k) * W);
+        store(out + t * W, sum * simd::sigmoid(sum));
+      }
     }
-    tiles::store(o.from_step(t0), {out.data(), 0, W}, channels, steps);
+    tiles::store(d.o.at(b, 0, first).from_step(t0), {m.out, tile_floats, W}, channels, steps);
   }
 }
 
-void backward_tile(const Conv& s, const ConvDirection& d, int64_t b, int64_t first, int64_t channels, bool add) {
-  const Rows rows(s, d, first, channels);
-  const Strided x = d.x.at(b, 0, first), g_o = d.g_o.at(b, 0, first), g_x = d.g_x.at(b, 0, first);
-  const int64_t halo = s.taps - 1;
-  std::vector<float> in((chunk_steps + halo) * W), g((chunk_steps + halo) * W), out(chunk_steps * W);
-  std::vector<float> g_weight(s.taps * W);
-  Float g_bias{};
-  // g holds the gradient at the convolution's output: `steps` rows of this chunk, then `halo` rows of the later one.
+template <int K>
+void backward_unit(const Conv& s, const ConvDirection& d, int64_t b, int64_t first, int64_t channels, bool add) {
+  thread_local Scratch m;
+  m.load_filter(s, d, first, channels);
+  std::memset(m.g, 0, sizeof m.g);
+  constexpr int64_t halo = K - 1;
   for (int64_t t0 = (s.steps - 1) / chunk_steps * chunk_steps; t0 >= 0; t0 -= chunk_steps) {
     const int64_t steps = std::min(chunk_steps, s.steps - t0);
-    std::copy_backward(g.begin(), g.begin() + halo * W, g.begin() + (steps + halo) * W);
-    load_padded(in.data(), x, t0 - halo, steps + halo, s.steps, channels);
-    tiles::load({g.data(), 0, W}, g_o.from_step(t0), channels, steps);
-    for (int64_t t = 0; t < steps; t++) {
-      Float sum = convolve(rows, in.data() + t * W, s.taps), sigmoid = simd::sigmoid(sum);
-      Float g_sum = load(g.data() + t * W) * sigmoid * (1.0f + sum * (1.0f - sigmoid));
-      store(g.data() + t * W, g_sum);
-      g_bias += g_sum;
-      for (int64_t k = 0; k < s.taps; k++)
-        store(g_weight.data() + k * W, load(g_weight.data() + k * W) + g_sum * load(in.data() + (t + k) * W));
+    m.load_inputs(d.x.at(b, 0, first), t0, halo, steps, channels);
+    for (int64_t i = 0; i < unit_tiles; i++) {  // the first rows of the later chunk become the halo of this one
+      float* g = m.g + i * tile_floats;
+      std::memmove(g + steps * W, g, halo * W * sizeof(float));
     }
-    for (int64_t t = 0; t < steps; t++) {
-      Float sum{};
-      for (int64_t k = 0; k < s.taps; k++) sum += load(rows.weight.data() + k * W) * load(g.data() + (t + halo - k) * W);
-      store(out.data() + t * W, sum);
+    tiles::load({m.g, tile_floats, W}, d.g_o.at(b, 0, first).from_step(t0), channels, steps);
+    for (int64_t i = 0; i * W < channels; i++) {
+      const float* x = m.x + i * tile_floats;
+      float *g = m.g + i * tile_floats, *out = m.out + i * tile_floats;
+      Float w[K], g_w[K];
+      for (int k = 0; k < K; k++) w[k] = load(m.weight[i] + k * W), g_w[k] = load(m.g_weight[i] + k * W);
+      const Float bias = load(m.bias[i]);
+      Float g_bias = load(m.g_bias[i]);
+      for (int64_t t = 0; t < steps; t++) {
+        Float sum = bias;
+        for (int k = 0; k < K; k++) sum += w[k] * load(x + (t + k) * W);
+        const Float sigmoid = simd::sigmoid(sum);
+        const Float g_sum = load(g + t * W) * sigmoid * (1.0f + sum * (1.0f - sigmoid));
+        store(g + t * W, g_sum);
+        g_bias += g_sum;
+        for (int k = 0; k < K; k++) g_w[k] += g_sum * load(x + (t + k) * W);
+      }
+      for (int64_t t = 0; t < steps; t++) {
+        Float sum{};
+        for (int k = 0; k < K; k++) sum += w[k] * load(g + (t + halo - k) * W);
+        store(out + t * W, sum);
+      }
+      for (int k = 0; k < K; k++) store(m.g_weight[i] + k * W, g_w[k]);
+      store(m.g_bias[i], g_bias);
     }
-    tiles::store(g_x.from_step(t0), {out.data(), 0, W}, channels, steps, add);
+    tiles::store(d.g_x.at(b, 0, first).from_step(t0), {m.out, tile_floats, W}, channels, steps, add);
   }
   for (int64_t c = 0; c < channels; c++) {
     const int64_t row = b * s.channels + first + c;
-    d.part_bias[row] = g_bias[c];
-    for (int64_t k = 0; k < s.taps; k++) d.part_weight[row * s.taps + k] = g_weight[k * W + c];
+    d.part_bias[row] = m.g_bias[c / W][c % W];
+    for (int64_t k = 0; k < K; k++) d.part_weight[row * K + k] = m.g_weight[c / W][k * W + c % W];
   }
 }
 
-void for_tiles(const Conv& s, void (*work)(const Conv&, const ConvDirection&, int64_t, int64_t, int64_t, bool)) {
-  const int64_t tiles = (s.channels + W - 1) / W;
-  at::parallel_for(0, s.batch * tiles, 1, [&](int64_t begin, int64_t end) {
+using Work = void (*)(const Conv&, const ConvDirection&, int64_t, int64_t, int64_t, bool);
+
+template <int... K>
+Work pick(bool backward, int64_t taps, std::integer_sequence<int, K...>) {
+  Work work = nullptr;
+  ((taps == K + 1 ? void(work = backward ? backward_unit<K + 1> : forward_unit<K + 1>) : void()), ...);
+  return work;
+}
+
+void for_units(const Conv& s, bool backward) {
+  const Work work = pick(backward, s.taps, std::make_integer_sequence<int, max_taps>{});
+  const int64_t blocks = (s.channels + unit_channels - 1) / unit_channels;
+  const int64_t unit_work = std::min(unit_channels, s.channels) * s.steps + 1;
+  at::parallel_for(0, s.batch * blocks, (thread_work + unit_work - 1) / unit_work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       for (int64_t k = 0; k < s.directions; k++) {
-        const int64_t first = i % tiles * W;
-        work(s, s.direction[k], i / tiles, first, std::min<int64_t>(W, s.channels - first), k > 0);
+        const int64_t first = i % blocks * unit_channels;
+        work(s, s.direction[k], i / blocks, first, std::min(unit_channels, s.channels - first), k > 0);
       }
   });
 }
@@ -122,6 +154,6 @@ void for_tiles(const Conv& s, void (*work)(const Conv&, const ConvDirection&, in
 
 extern "C" {
 int64_t conv_struct_bytes() { return sizeof(Conv); }
-void conv_forward(const Conv* s) { for_tiles(*s, forward_tile); }
-void conv_backward(const Conv* s) { for_tiles(*s, backward_tile); }
+void conv_forward(const Conv* s) { for_units(*s, false); }
+void conv_backward(const Conv* s) { for_units(*s, true); }
 }

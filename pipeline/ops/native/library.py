@@ -3,18 +3,18 @@
 Tensors are fp32 or bf16, each in its own dtype and with its own strides; A, D, biases and convolution weights are
 contiguous fp32. Outputs follow the layout of their input: channels last in memory if it has them so (what lies between
 a mixer's matrix products), else steps last. Sums over units are taken in a fixed order, so nothing depends on the
-number of threads. Nothing here knows autograd; see operators.py.
+number of threads. Nothing here knows autograd; this is a `pipeline.ops.kernels.Kernels`.
 """
 
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_int64, c_void_p
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeline.ops.kernels import Filter, ScanInputs, ScanProblem
 from pipeline.ops.native.build import load_library
 
 
@@ -29,7 +29,7 @@ class _ScanDirection(Structure):
 
     _fields_ = [
         *((name, Strided) for name in ("u", "delta", "B", "C", "z", "o", "p", "g_o", "g_p", "g_u", "g_delta", "g_z")),
-        *((name, c_void_p) for name in ("A", "D", "bias", "carries")),
+        *((name, c_void_p) for name in ("A", "D", "bias", "blend", "carries")),
         *((name, c_void_p) for name in ("part_A", "part_D", "part_bias", "part_B", "part_C")),
         ("reversed", c_int64),
     ]
@@ -60,18 +60,6 @@ class _ConvCall(Structure):
         *((name, c_int64) for name in ("batch", "channels", "taps", "steps", "directions")),
         ("direction", _ConvDirection * 2),
     ]
-
-
-class ScanInputs(NamedTuple):
-    """One direction's own inputs, or their gradients; the second of two directions runs in `reverse` as told."""
-
-    u: Tensor  # (Bt, E, L)
-    delta: Tensor  # (Bt, E, L)
-    A: Tensor  # (E, N)
-    B: Tensor  # (Bt, N, L) or (Bt, G, N, L)
-    C: Tensor
-    D: Tensor | None  # (E,)
-    bias: Tensor | None  # (E,)
 
 
 def _strided(tensor: Tensor | None, reverse: bool) -> Strided:
@@ -109,17 +97,10 @@ class Library:
         assert sizes == (ctypes.sizeof(_ScanCall), ctypes.sizeof(_ConvCall)), "the structures here and in C++ differ"
 
     def scan_forward(
-        self,
-        inputs: Sequence[ScanInputs],
-        reverses: Sequence[bool],
-        z: Tensor | None,
-        *,
-        softplus: bool,
-        ungated: bool,
-        keep: bool,
+        self, problem: ScanProblem, *, ungated: bool, keep: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """o, summed over the directions; p of each, if `ungated`; the states that the backward wants, if `keep`."""
-        call = _scan_call(inputs, reverses, z, softplus)
+        call = _scan_call(problem)
+        inputs, reverses = problem.inputs, problem.reverses
         o = torch.empty_like(inputs[0].u)
         ps = [torch.empty_like(o) for _ in inputs if ungated]
         carries = [_floats(self._lib.scan_carry_floats(call)) for _ in inputs if keep]
@@ -133,18 +114,14 @@ class Library:
 
     def scan_backward(
         self,
-        inputs: Sequence[ScanInputs],
-        reverses: Sequence[bool],
-        z: Tensor | None,
+        problem: ScanProblem,
         carries: Sequence[Tensor],
         g_o: Tensor,
         g_ps: Sequence[Tensor],
         g_z: Tensor | None,
-        *,
-        softplus: bool,
     ) -> list[ScanInputs]:
-        """The gradients of each direction's inputs, of A, B, C, D and bias in fp32; z's is written into `g_z`."""
-        call = _scan_call(inputs, reverses, z, softplus)
+        call = _scan_call(problem)
+        inputs, reverses = problem.inputs, problem.reverses
         (batch, channels, steps), states = inputs[0].u.shape, inputs[0].A.shape[1]
         outer, blocks, width = batch * call.groups, self._lib.scan_blocks(call), self._lib.scan_width(call)
         grads, parts = [], []
@@ -180,10 +157,7 @@ class Library:
             results.append(ScanInputs(g_u, g_delta, g_A, g_B, g_C, g_D, g_bias))
         return results
 
-    def conv_forward(
-        self, x: Tensor, filters: Sequence[tuple[Tensor, Tensor | None]], reverses: Sequence[bool]
-    ) -> list[Tensor]:
-        """SiLU(conv(x)) for each (weight (E, 1, K), bias)."""
+    def conv_forward(self, x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool]) -> list[Tensor]:
         call = _conv_call(x, filters, reverses)
         outs = [torch.empty_like(x) for _ in filters]
         for k, reverse in enumerate(reverses):
@@ -194,12 +168,11 @@ class Library:
     def conv_backward(
         self,
         x: Tensor,
-        filters: Sequence[tuple[Tensor, Tensor | None]],
+        filters: Sequence[Filter],
         reverses: Sequence[bool],
         g_outs: Sequence[Tensor],
         g_x: Tensor,
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Gradients of each (weight, bias), in fp32; x's, summed over the directions, is written into `g_x`."""
+    ) -> list[Filter]:
         call = _conv_call(x, filters, reverses)
         parts = []
         for k, reverse in enumerate(reverses):
@@ -223,22 +196,24 @@ class Library:
         return out
 
 
-def _scan_call(inputs: Sequence[ScanInputs], reverses: Sequence[bool], z: Tensor | None, softplus: bool) -> _ScanCall:
+def _scan_call(problem: ScanProblem) -> _ScanCall:
+    inputs = problem.inputs
     first = inputs[0]
     groups = first.B.shape[1] if first.B.dim() == 4 else 1
     batch, channels, steps = first.u.shape
-    call = _ScanCall(batch, groups, channels, first.A.shape[1], steps, softplus, len(inputs))
-    for k, (given, reverse) in enumerate(zip(inputs, reverses, strict=True)):
+    call = _ScanCall(batch, groups, channels, first.A.shape[1], steps, problem.softplus, len(inputs))
+    for k, (given, reverse) in enumerate(zip(inputs, problem.reverses, strict=True)):
         direction = call.direction[k]
         direction.u, direction.delta = _strided(given.u, reverse), _strided(given.delta, reverse)
         direction.B, direction.C = _strided(given.B, reverse), _strided(given.C, reverse)
-        direction.z = _strided(z, reverse)
+        direction.z = _strided(problem.z, reverse)
         direction.A, direction.D, direction.bias = map(_pointer, (given.A, given.D, given.bias))
+        direction.blend = _pointer(None if problem.blend is None else problem.blend[k])
         direction.reversed = reverse
     return call
 
 
-def _conv_call(x: Tensor, filters: Sequence[tuple[Tensor, Tensor | None]], reverses: Sequence[bool]) -> _ConvCall:
+def _conv_call(x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool]) -> _ConvCall:
     call = _ConvCall(x.shape[0], x.shape[1], filters[0][0].shape[2], x.shape[2], len(filters))
     for k, ((weight, bias), reverse) in enumerate(zip(filters, reverses, strict=True)):
         direction = call.direction[k]

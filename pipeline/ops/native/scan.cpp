@@ -28,16 +28,18 @@ constexpr int64_t chunk_steps = 32;     // a unit's inputs of a chunk, and a til
 constexpr int64_t unit_channels = 128;  // a multiple of every W
 constexpr int64_t unit_tiles = unit_channels / W;
 
+constexpr int64_t thread_work = 1 << 18;  // steps of states that are worth waking a thread for: about 50 microseconds
+
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
 
 }  // namespace
 
-// Mirrored field by field in operators.py.
+// Mirrored field by field in library.py.
 struct Direction {
   Strided u, delta, B, C, z, o, p;                     // p: ungated output, may be absent
   Strided g_o, g_p, g_u, g_delta, g_z;                 // backward only; g_p may be absent
-  const float *A, *D, *bias;                           // (E, N), (E), (E) contiguous; D and bias may be absent
-  float* carries;                                      // scan_carries() floats; may be absent in the forward
+  const float *A, *D, *bias, *blend;                   // (E, N), (E), (E), (Bt) contiguous; all but A may be absent
+  float* carries;                                      // scan_carry_floats() of them; may be absent in the forward
   float *part_A, *part_D, *part_bias;                  // (Bt, E, N), (Bt, E), (Bt, E)
   float *part_B, *part_C;                              // (Bt, G, blocks, L, width): sums over a unit's channels
   int64_t reversed;                                    // the Strided run backwards in time; part_B and part_C do not
@@ -208,6 +210,7 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
         Float out = load(k.y + t);
         if (d.D) out += skip * load(u + t);
         if (d.z) out *= load(z + t) * simd::sigmoid(load(z + t));
+        if (d.blend) out += d.blend[unit.b] * load(k.y + t);
         store(y + t, out);
       }
     }
@@ -286,8 +289,13 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
       prepare<true>(k, plan.s.softplus, u, delta, load(rows.bias + i * W), steps);
       for (int64_t t = 0; t < steps * W; t += W) {
         Float g = load(g_o + t);
-        if (d.z) g *= load(z + t) * simd::sigmoid(load(z + t));
+        if (d.z) {
+          const Float gate = load(z + t), s = simd::sigmoid(gate);
+          store(z + t, g * s * (1.0f + gate * (1.0f - s)));  // times y, once that is known, the gradient of z
+          g *= gate * s;
+        }
         store(g_y + t, g);
+        if (d.blend) g += d.blend[unit.b] * load(g_o + t);
         store(g_Ch + t, d.g_p ? g + load(g_p + t) : g);
         store(q + t, Float{});
         store(r + t, Float{});
@@ -316,10 +324,7 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
         sum_bias += g_delta;
         store(u + t, g_u);
         store(delta + t, g_delta);
-        if (d.z) {
-          const Float gate = load(z + t), s = simd::sigmoid(gate);
-          store(z + t, load(g_o + t) * y * s * (1.0f + gate * (1.0f - s)));
-        }
+        if (d.z) store(z + t, load(z + t) * y);
       }
       store(g_skip + i * W, sum_skip);
       store(g_bias + i * W, sum_bias);
@@ -338,7 +343,8 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
 
 void for_units(const Scan& s, void (*work)(const Plan&, const Direction&, int64_t, bool)) {
   const Plan plan{s};
-  at::parallel_for(0, plan.units, 1, [&](int64_t begin, int64_t end) {
+  const int64_t unit_work = std::min(unit_channels, plan.group_channels) * s.steps * plan.width + 1;
+  at::parallel_for(0, plan.units, up(thread_work, unit_work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       for (int64_t k = 0; k < s.directions; k++) work(plan, s.direction[k], i, k > 0);
   });
@@ -360,7 +366,7 @@ void scan_backward(const Scan* s) { for_units(*s, backward_unit); }
 
 // out[o][i] = sum over k of parts[o][k][i], in the order of k; 0 where there are no parts.
 void sum_parts(float* out, const float* parts, int64_t outer, int64_t count, int64_t size) {
-  at::parallel_for(0, outer * size, 4096, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, outer * size, 1 << 15, [&](int64_t begin, int64_t end) {
     std::fill(out + begin, out + end, 0.0f);
     for (int64_t o = begin / size; o * size < end; o++) {
       const int64_t from = std::max(begin, o * size), to = std::min(end, (o + 1) * size);

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pipeline.ops import closed_form, reference
+from pipeline.ops.choice import Operators
+from pipeline.ops.fused import Fused
 from pipeline.ops.native.build import SIMD, BuildError, best_simd
 from pipeline.ops.native.library import Library
-from pipeline.ops.native.operators import Native
-from pipeline.ops.scan import Operators
 
 NAMES = ("torch", *(f"native-{simd}" for simd in SIMD))
 
@@ -24,10 +24,10 @@ def operators(name: str) -> Operators:
     if list(SIMD).index(simd) < list(SIMD).index(best_simd()):
         pytest.skip(f"this processor has no {simd}")
     try:
-        native = Native(Library(simd))
+        fused = Fused(Library(simd))
     except BuildError as error:
         pytest.skip(str(error))
-    return Operators(name=name, scan=native.scan, conv=native.conv, mixer=native.mixer)
+    return Operators(name=name, scan=fused.scan, conv=fused.conv, mixer=fused.mixer)
 
 
 ORACLE = Operators(name="reference", scan=reference.selective_scan)

@@ -9,14 +9,14 @@ from tests.unit.ops.implementations import NAMES, ORACLE, operators, outputs_and
 BATCH, STEPS, CHANNELS, STATES, RANK = 2, 37, 40, 5, 3
 
 
-def flat_inputs(count):
+def flat_inputs(count, batch=None, steps=None):
     """xz, then the fields of each direction."""
     generator = torch.Generator().manual_seed(count)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator)
 
-    inputs = [normal(BATCH, STEPS, 2 * CHANNELS)]
+    inputs = [normal(BATCH if batch is None else batch, steps or STEPS, 2 * CHANNELS)]
     for _ in range(count):
         inputs += [normal(CHANNELS, 1, 4) * 0.5, normal(CHANNELS) * 0.1, normal(RANK + 2 * STATES, CHANNELS) * 0.2]
         inputs += [
@@ -28,22 +28,33 @@ def flat_inputs(count):
     return inputs
 
 
-def chain(operators_, ungated=True):
+def chain(operators_, ungated=True, blend=None):
     mixer = operators_.mixer or _composed(operators_)
     return lambda xz, *fields: mixer(
-        xz, [Direction(*fields[k : k + 7]) for k in range(0, len(fields), 7)], return_ungated=ungated
+        xz, [Direction(*fields[k : k + 7]) for k in range(0, len(fields), 7)], blend=blend, return_ungated=ungated
     )
 
 
 @pytest.mark.parametrize("ungated", [False, True])
+@pytest.mark.parametrize("blended", [False, True])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_mixer_equals_the_reference_in_value_and_gradient(name, count, ungated):
+def test_mixer_equals_the_reference_in_value_and_gradient(name, count, blended, ungated):
     inputs = flat_inputs(count)
-    got = outputs_and_gradients(chain(operators(name), ungated), inputs)
-    want = outputs_and_gradients(chain(ORACLE, ungated), [x.double() for x in inputs])
+    blend = torch.rand(BATCH, count) if blended else None
+    got = outputs_and_gradients(chain(operators(name), ungated, blend), inputs)
+    want = outputs_and_gradients(chain(ORACLE, ungated, blend), [x.double() for x in inputs])
     assert len(got) == len(want)
     assert max(relative_errors(got, want)) < 1e-5
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 1), (3, 1), (1, 5), (0, 5)])
+@pytest.mark.parametrize("name", NAMES)
+def test_mixer_of_one_step_or_one_image(name, batch, steps):
+    inputs = flat_inputs(2, batch, steps)
+    got = outputs_and_gradients(chain(operators(name)), inputs)
+    want = outputs_and_gradients(chain(ORACLE), [x.double() for x in inputs])
+    assert max(relative_errors(got, want), default=0.0) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,6 +78,31 @@ def test_the_ungated_outputs_make_the_gated_one():
     assert torch.allclose(o, gate * (p_forward + p_backward), atol=1e-5)
 
 
+def test_one_rate_per_head_equals_the_rates_repeated_over_its_channels():
+    xz, *fields = flat_inputs(2)
+    heads = 5
+    for k in (0, 7):
+        fields[k + 3 : k + 7] = (
+            fields[k + 3][:heads],
+            fields[k + 4][:heads],
+            fields[k + 5][:heads, 0],
+            fields[k + 6][:heads],
+        )
+    directions = [Direction(*fields[k : k + 7]) for k in (0, 7)]
+    spread = [
+        Direction(
+            d.conv_weight,
+            d.conv_bias,
+            d.x_proj,
+            *(t.repeat_interleave(CHANNELS // heads, dim=0) for t in (d.dt_proj, d.dt_bias)),
+            d.A.repeat_interleave(CHANNELS // heads)[:, None].expand(-1, STATES),
+            d.D.repeat_interleave(CHANNELS // heads),
+        )
+        for d in directions
+    ]
+    assert max(relative_errors([mixer_scan(xz, directions)], [mixer_scan(xz, spread)])) < 1e-5
+
+
 def test_wrong_shapes_are_sentences():
     xz, *fields = flat_inputs(1)
     with pytest.raises(ValueError, match=r"xz must be floating point of shape \(batch, steps >= 1, 2 x channels\)"):
@@ -75,3 +111,5 @@ def test_wrong_shapes_are_sentences():
         mixer_scan(xz, [])
     with pytest.raises(ValueError, match=r"x_proj must have shape \(R \+ 2 N, channels\) = \(13, 40\), got \(12, 40\)"):
         mixer_scan(xz, [Direction(*fields)._replace(x_proj=fields[2][1:])])
+    with pytest.raises(ValueError, match=r"blend must have shape \(batch, directions\) = \(2, 1\), got \(2,\)"):
+        mixer_scan(xz, [Direction(*fields)], blend=torch.ones(2))

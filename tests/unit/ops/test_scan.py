@@ -1,6 +1,5 @@
-"""The face of the operators: definition by hand, refusals, and the choice of an implementation."""
+"""The face of the operators: the definition by hand, and refusals."""
 
-import logging
 import math
 import subprocess
 import sys
@@ -8,16 +7,7 @@ import sys
 import pytest
 import torch
 
-from pipeline.ops import scan
-from pipeline.ops.scan import causal_conv1d_silu, choose_scan, selective_scan
-
-
-@pytest.fixture(autouse=True)
-def _choice_is_restored():
-    before = dict(scan._chosen)
-    yield
-    scan._chosen.clear()
-    scan._chosen.update(before)
+from pipeline.ops.scan import causal_conv1d_silu, selective_scan
 
 
 def test_two_steps_by_hand():
@@ -77,41 +67,10 @@ def test_wrong_shapes_are_sentences(replaced, sentence):
 
 
 def test_wrong_convolution_shapes_are_sentences():
-    with pytest.raises(ValueError, match=r"weight must have shape \(channels, 1, taps\) = \(6, 1, K >= 1\)"):
+    with pytest.raises(ValueError, match=r"weight must have shape \(channels, 1, taps\) = \(6, 1, K from 1 to 8\)"):
         causal_conv1d_silu(torch.ones(2, 6, 5), torch.ones(6, 4))
     with pytest.raises(ValueError, match=r"bias must have shape \(6,\), got \(5,\)"):
         causal_conv1d_silu(torch.ones(2, 6, 5), torch.ones(6, 1, 4), torch.ones(5))
-
-
-def test_unknown_kind_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'natve' is not one of auto, cuda, .* did you mean 'native'"):
-        choose_scan("natve")
-
-
-def test_the_choice_is_logged_with_its_error(caplog):
-    with caplog.at_level(logging.INFO):
-        assert choose_scan("auto").name in scan.SCANS
-    assert "runs (relative error to the reference" in caplog.text
-
-
-def test_a_missing_implementation_is_passed_over_and_a_failing_one_is_an_alarm(caplog, monkeypatch):
-    def missing(device):
-        raise scan.Missing("no wheel")
-
-    def failing(device):
-        wrong = scan.Operators(name="wrong", scan=lambda *a, **k: (a[0] * 2, a[0]), conv=causal_conv1d_silu)
-        return wrong
-
-    monkeypatch.setattr(scan, "SCANS", {"absent": missing, "wrong": failing, "reference": scan.SCANS["reference"]})
-    with caplog.at_level(logging.INFO):
-        assert choose_scan("auto").name == "reference"
-    levels = {record.levelname: record.message for record in caplog.records[:2]}
-    assert "no wheel" in levels["INFO"]
-    assert "FAILS" in levels["ERROR"]
-    with pytest.raises(scan.Missing):
-        choose_scan("absent")
-    with pytest.raises(scan.Failing):
-        choose_scan("wrong")
 
 
 def test_import_needs_torch_alone():

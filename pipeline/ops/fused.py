@@ -1,4 +1,4 @@
-"""The native kernels under autograd: scan, convolution, and the mixer's whole chain in one node.
+"""Compiled kernels under autograd: scan, convolution, and the mixer's whole chain in one node.
 
 fp32 and bf16 run as they are, other dtypes are converted to fp32 and back (fp64 is served by the closed form in torch,
 see `pipeline.ops.scan`). The chain's backward is written by hand, so that gradients are accumulated where they lie:
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.ops.native.library import Library, ScanInputs
+from pipeline.ops.kernels import Kernels, ScanInputs, ScanProblem
 from pipeline.ops.reference import Direction
 
 
@@ -43,49 +43,49 @@ def _dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, library: Library, softplus: bool, reverse: bool, ungated: bool, z: Tensor | None, *tensors: Any
+        ctx: Any,
+        kernels: Kernels,
+        keep: bool,
+        softplus: bool,
+        reverse: bool,
+        ungated: bool,
+        z: Tensor | None,
+        *tensors: Any,
     ) -> Any:
         """`tensors`: u, delta, A, B, C, D, delta_bias."""
-        ctx.library, ctx.softplus, ctx.reverse, ctx.dtypes = library, softplus, reverse, _dtypes((z, *tensors))
+        ctx.kernels, ctx.softplus, ctx.reverse, ctx.dtypes = kernels, softplus, reverse, _dtypes((z, *tensors))
         gate = None if z is None else _loadable(z)
-        inputs = _inputs(*tensors)
-        keep = any(ctx.needs_input_grad)
-        o, ps, carries = library.scan_forward([inputs], [reverse], gate, softplus=softplus, ungated=ungated, keep=keep)
-        ctx.save_for_backward(gate, *inputs, *carries)
+        problem = ScanProblem(inputs=[_inputs(*tensors)], reverses=[reverse], z=gate, blend=None, softplus=softplus)
+        o, ps, carries = kernels.scan_forward(problem, ungated=ungated, keep=keep and any(ctx.needs_input_grad))
+        ctx.save_for_backward(gate, *problem.inputs[0], *carries)
         return tuple(t.to(tensors[0].dtype) for t in (o, *ps))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_o: Tensor, *g_ps: Tensor) -> Any:
         gate, *saved, carries = ctx.saved_tensors
-        g_z = None if gate is None else torch.empty_like(gate)
-        (grads,) = ctx.library.scan_backward(
-            [ScanInputs(*saved)],
-            [ctx.reverse],
-            gate,
-            [carries],
-            _loadable(g_o),
-            [_loadable(g) for g in g_ps],
-            g_z,
-            softplus=ctx.softplus,
+        problem = ScanProblem(
+            inputs=[ScanInputs(*saved)], reverses=[ctx.reverse], z=gate, blend=None, softplus=ctx.softplus
         )
-        return None, None, None, None, *_like((g_z, *grads), ctx.dtypes)
+        g_z = None if gate is None else torch.empty_like(gate)
+        (grads,) = ctx.kernels.scan_backward(problem, [carries], _loadable(g_o), [_loadable(g) for g in g_ps], g_z)
+        return None, None, None, None, None, *_like((g_z, *grads), ctx.dtypes)
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, library: Library, reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.library, ctx.reverse, ctx.dtypes = library, reverse, _dtypes((x, weight, bias))
+    def forward(ctx: Any, kernels: Kernels, reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.kernels, ctx.reverse, ctx.dtypes = kernels, reverse, _dtypes((x, weight, bias))
         x, weight, bias = _loadable(x), weight.float().contiguous(), _plain(bias)
         ctx.save_for_backward(x, weight, bias)
-        return library.conv_forward(x, [(weight, bias)], [reverse])[0].to(ctx.dtypes[0])
+        return kernels.conv_forward(x, [(weight, bias)], [reverse])[0].to(ctx.dtypes[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_out: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         g_x = torch.empty_like(x)
-        (grads,) = ctx.library.conv_backward(x, [(weight, bias)], [ctx.reverse], [_loadable(g_out)], g_x)
+        (grads,) = ctx.kernels.conv_backward(x, [(weight, bias)], [ctx.reverse], [_loadable(g_out)], g_x)
         return None, None, *_like((g_x, *grads), ctx.dtypes)
 
 
@@ -93,16 +93,18 @@ class _Mixer(torch.autograd.Function):
     """Convolutions, projections, scans and gate of one or two directions; memory as plain autograd would keep it."""
 
     @staticmethod
-    def forward(ctx: Any, library: Library, ungated: bool, xz: Tensor, *tensors: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, kernels: Kernels, keep: bool, ungated: bool, blend: Tensor | None, xz: Tensor, *tensors: Tensor | None
+    ) -> Any:
         """`tensors`: the fields of each Direction, one direction after another."""
-        ctx.library, ctx.dtypes = library, _dtypes((xz, *tensors))
+        ctx.kernels, ctx.dtypes = kernels, _dtypes((xz, *tensors))
         directions = [Direction(*fields) for fields in zip(*[iter(tensors)] * len(Direction._fields), strict=True)]
         ctx.reverses = reverses = [k == 1 for k in range(len(directions))]
         xz = _loadable(xz)
         filters = [(d.conv_weight.float().contiguous(), _plain(d.conv_bias)) for d in directions]
         x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (Bt, E, L), views
-        with torch.autocast("cpu", enabled=False):
-            convolved = library.conv_forward(x, filters, reverses)
+        with torch.autocast(xz.device.type, enabled=False):
+            convolved = kernels.conv_forward(x, filters, reverses)
             inputs, matrices = [], []
             for d, u in zip(directions, convolved, strict=True):
                 x_proj, dt_proj = d.x_proj.to(xz.dtype), d.dt_proj.to(xz.dtype)
@@ -114,58 +116,57 @@ class _Mixer(torch.autograd.Function):
                     _inputs(u, delta.transpose(1, 2), d.A, B.transpose(1, 2), C.transpose(1, 2), d.D, d.dt_bias)
                 )
                 matrices += [x_proj, dt_proj, projected]
-            keep = any(ctx.needs_input_grad)
-            o, ps, carries = library.scan_forward(inputs, reverses, z, softplus=True, ungated=ungated, keep=keep)
+            weights = None if blend is None else blend.detach().float().t().contiguous()
+            problem = ScanProblem(inputs=inputs, reverses=reverses, z=z, blend=weights, softplus=True)
+            o, ps, carries = kernels.scan_forward(problem, ungated=ungated, keep=keep and any(ctx.needs_input_grad))
         flat = [t for pair in filters for t in pair] + [t for direction in inputs for t in direction]
-        ctx.save_for_backward(xz, *flat, *matrices, *carries)
+        ctx.save_for_backward(xz, weights, *flat, *matrices, *carries)
         return tuple(t.transpose(1, 2).to(ctx.dtypes[0]) for t in (o, *ps))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_o: Tensor, *g_ps: Tensor) -> Any:
-        library, reverses, count = ctx.library, ctx.reverses, len(ctx.reverses)
+        kernels, reverses, count = ctx.kernels, ctx.reverses, len(ctx.reverses)
         saved = iter(ctx.saved_tensors)
-        xz = next(saved)
+        xz, weights = next(saved), next(saved)
         filters = [(next(saved), next(saved)) for _ in range(count)]
         inputs = [ScanInputs(*(next(saved) for _ in ScanInputs._fields)) for _ in range(count)]
         matrices = [(next(saved), next(saved), next(saved)) for _ in range(count)]
         g_xz = torch.empty_like(xz, memory_format=torch.contiguous_format)
         (x, z), (g_x, g_z) = xz.transpose(1, 2).chunk(2, dim=1), g_xz.transpose(1, 2).chunk(2, dim=1)
-        scans = library.scan_backward(
-            inputs,
-            reverses,
-            z,
-            list(saved),
-            _loadable(g_o).transpose(1, 2),
-            [_loadable(g).transpose(1, 2) for g in g_ps],
-            g_z,
-            softplus=True,
-        )
-        g_projections = []
+        problem = ScanProblem(inputs=inputs, reverses=reverses, z=z, blend=weights, softplus=True)
+        g_ps = tuple(_loadable(g).transpose(1, 2) for g in g_ps)
+        scans = kernels.scan_backward(problem, list(saved), _loadable(g_o).transpose(1, 2), g_ps, g_z)
+        g_projections, g_convolved = [], []
         for given, grads, (x_proj, dt_proj, projected) in zip(inputs, scans, matrices, strict=True):
-            g_delta, g_u = (t.transpose(1, 2).flatten(0, 1) for t in (grads.delta, grads.u))  # (Bt L, E), views
+            g_delta, g_u = (t.transpose(1, 2).flatten(0, 1) for t in (grads.delta, grads.u))  # (Bt L, E)
             g_B, g_C = (t.transpose(1, 2).flatten(0, 1).to(xz.dtype) for t in (grads.B, grads.C))
             projected = projected.flatten(0, 1)
             g_projected = torch.cat([g_delta @ dt_proj, g_B, g_C], dim=1)
             g_u.addmm_(g_projected, x_proj)  # u feeds the scan and the projection
+            g_convolved.append(g_u.view(*xz.shape[:2], x.shape[1]).transpose(1, 2))
             g_projections.append(
                 (
                     g_projected.t() @ given.u.transpose(1, 2).flatten(0, 1),
                     g_delta.t() @ projected[:, : dt_proj.shape[1]],
                 )
             )
-        convs = library.conv_backward(x, filters, reverses, [grads.u for grads in scans], g_x)
+        convs = kernels.conv_backward(x, filters, reverses, g_convolved, g_x)
         flat: list[Tensor | None] = [g_xz]
         for (g_weight, g_bias), (g_x_proj, g_dt_proj), scan in zip(convs, g_projections, scans, strict=True):
             flat += Direction(g_weight, g_bias, g_x_proj, g_dt_proj, scan.bias, scan.A, scan.D)
-        return None, None, *_like(flat, ctx.dtypes)
+        return None, None, None, None, *_like(flat, ctx.dtypes)
 
 
-class Native:
-    """The operators of `pipeline.ops.scan` on one loaded library."""
+class Fused:
+    """The operators of `pipeline.ops.scan` on one set of kernels.
 
-    def __init__(self, library: Library) -> None:
-        self.library = library
+    Whether a backward may follow is asked here: inside a Function's forward autograd is always off, and
+    `needs_input_grad` is true for parameters even under `no_grad`.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
 
     def scan(
         self,
@@ -183,12 +184,33 @@ class Native:
         return_ungated: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         results = _Scan.apply(
-            self.library, delta_softplus, reverse, return_ungated, z, u, delta, A, B, C, D, delta_bias
+            self.kernels,
+            torch.is_grad_enabled(),
+            delta_softplus,
+            reverse,
+            return_ungated,
+            z,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            delta_bias,
         )
         return results if return_ungated else results[0]
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-        return _Conv.apply(self.library, reverse, x, weight, bias)
+        return _Conv.apply(self.kernels, reverse, x, weight, bias)
 
-    def mixer(self, xz: Tensor, directions: Sequence[Direction], *, return_ungated: bool = False) -> tuple[Tensor, ...]:
-        return _Mixer.apply(self.library, return_ungated, xz, *(t for d in directions for t in d))
+    def mixer(
+        self,
+        xz: Tensor,
+        directions: Sequence[Direction],
+        *,
+        blend: Tensor | None = None,
+        return_ungated: bool = False,
+    ) -> tuple[Tensor, ...]:
+        return _Mixer.apply(
+            self.kernels, torch.is_grad_enabled(), return_ungated, blend, xz, *(t for d in directions for t in d)
+        )

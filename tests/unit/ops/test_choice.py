@@ -1,0 +1,62 @@
+"""The choice of an implementation: what it logs, what it passes over, what it refuses."""
+
+import logging
+
+import pytest
+import torch
+
+from pipeline.ops import choice
+from pipeline.ops.choice import choose_scan
+from pipeline.ops.reference import causal_conv1d_silu
+
+
+@pytest.fixture(autouse=True)
+def _choice_is_restored():
+    before = dict(choice._chosen)
+    yield
+    choice._chosen.clear()
+    choice._chosen.update(before)
+
+
+def test_unknown_kind_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'natve' is not one of auto, cuda, .* did you mean 'native'"):
+        choose_scan("natve")
+
+
+def test_the_choice_is_logged_with_its_error(caplog):
+    with caplog.at_level(logging.INFO):
+        assert choose_scan("auto").name in choice.SCANS
+    assert "runs (relative error to the reference" in caplog.text
+
+
+def test_a_missing_implementation_is_passed_over_and_a_failing_one_is_an_alarm(caplog, monkeypatch):
+    def missing(device):
+        raise choice.Missing("no wheel")
+
+    def failing(device):
+        wrong = choice.Operators(name="wrong", scan=lambda *a, **k: (a[0] * 2, a[0]), conv=causal_conv1d_silu)
+        return wrong
+
+    monkeypatch.setattr(choice, "SCANS", {"absent": missing, "wrong": failing, "reference": choice.SCANS["reference"]})
+    with caplog.at_level(logging.INFO):
+        assert choose_scan("auto").name == "reference"
+    levels = {record.levelname: record.message for record in caplog.records[:2]}
+    assert "no wheel" in levels["INFO"]
+    assert "FAILS" in levels["ERROR"]
+    with pytest.raises(choice.Missing):
+        choose_scan("absent")
+    with pytest.raises(choice.Failing):
+        choose_scan("wrong")
+
+
+def test_report_names_every_implementation_with_its_error_or_reason():
+    rows = {name: (error, reason) for name, error, reason in choice.report("cpu")}
+    assert list(rows) == list(choice.SCANS)
+    assert rows["reference"] == (0.0, "works")
+    assert rows["torch"][0] < 1e-5
+    assert rows["cuda"] == (None, "not available: mamba-ssm runs on CUDA, not on cpu")
+
+
+def test_fp64_is_never_computed_in_fp32():
+    choose_scan("auto")
+    assert choice.operators_for(torch.ones(1, dtype=torch.float64)).name == "torch"
