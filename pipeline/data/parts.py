@@ -1,6 +1,7 @@
 """Batch number k of one rank, as the worker processes make it: bytes, pixels, views."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +31,7 @@ class Part:
     failure: PipelineError | None = None  # a value: DataLoader would bury its sentence in a stack trace
 
 
-class Parts(Dataset[Part]):
+class Parts(ABC, Dataset[Part]):
     """Batch number k of one rank; what DataLoader's workers index. Subclasses say which samples it has."""
 
     def __init__(self, manifest: Manifest, views: View, reader: Reader) -> None:
@@ -44,12 +45,13 @@ class Parts(Dataset[Part]):
         except PipelineError as error:
             return Part(views={}, indices=torch.empty(0), failure=error)
 
+    @abstractmethod
     def part(self, k: int) -> Part:
-        raise NotImplementedError
+        """Batch k, read and decoded."""
 
+    @abstractmethod
     def needs(self, k: int) -> Positions:
         """The manifest positions of part(k)."""
-        raise NotImplementedError
 
     def _prefetch(self, k: int) -> None:
         """This worker's own next parts; within the window, each needs only a few ranges not yet there."""

@@ -1,12 +1,13 @@
 """How fast the CPU scan is: python -m tests.benchmarks.scan prints one JSON line last.
 
 All at (8, 768, 197, 16), fp32, softplus and gate included, on 2 threads, every rival in the same rounds: a machine with
-other work on it slows them together, and the minimum over the rounds is what is compared.
+other work on it slows them together, and the medians over the rounds are what is compared.
 """
 
 import argparse
 import ctypes
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,15 +58,17 @@ def scan_inputs() -> list[Tensor]:
     ]
 
 
-def minima(rivals: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of the best of `rounds` for each rival, all of them taking turns."""
-    best = dict.fromkeys(rivals, float("inf"))
+def medians(rivals: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds over `rounds` of each rival, all of them taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for run in rivals.values():
+        run()  # what is built or allocated once
     for _ in range(rounds):
         for name, run in rivals.items():
             begin = time.perf_counter()
             run()
-            best[name] = min(best[name], time.perf_counter() - begin)
-    return best
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def train(scan: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
@@ -105,7 +108,7 @@ def scan_rows(rounds: int) -> dict[str, float]:
     def without_grad(scan: Callable[..., Tensor]) -> Callable[[], Tensor]:
         return torch.no_grad()(lambda: scan(*inputs))
 
-    best = minima(
+    typical = medians(
         {
             "forward": without_grad(selective_scan),
             "limit": least,
@@ -120,11 +123,11 @@ def scan_rows(rounds: int) -> dict[str, float]:
     want = plain_loop(*exact), *train(plain_loop, exact, gradient.double())
     io = sum(x.numel() * x.element_size() for x in (*inputs, u))  # the output is as large as u
     return {
-        "forward_ms": best["forward"] * 1e3,
-        "train_ms": best["train"] * 1e3,
-        "forward_vs_reference": best["loop"] / best["forward"],
-        "train_vs_reference": best["loop train"] / best["train"],
-        "forward_vs_limit": best["forward"] / best["limit"],
+        "forward_ms": typical["forward"] * 1e3,
+        "train_ms": typical["train"] * 1e3,
+        "forward_vs_reference": typical["loop"] / typical["forward"],
+        "train_vs_reference": typical["loop train"] / typical["train"],
+        "forward_vs_limit": typical["forward"] / typical["limit"],
         "relative_error": relative_error(got, want),
         "peak_bytes_vs_io": peak_bytes(lambda: train(selective_scan, inputs, gradient)) / io,
     }
@@ -152,9 +155,9 @@ def model_rows(rounds: int) -> dict[str, float]:
 
     rows = {}
     for bf16, suffix in ((False, ""), (True, "_bf16")):
-        best = minima({name: lambda name=name, bf16=bf16: step(name, bf16) for name in models}, rounds)
-        rows[f"vim_small_vs_vit_small{suffix}"] = best["vim"] / best["vit"]
-        rows[f"vim_small_step_s{suffix}"] = best["vim"]
+        typical = medians({name: lambda name=name, bf16=bf16: step(name, bf16) for name in models}, rounds)
+        rows[f"vim_small_vs_vit_small{suffix}"] = typical["vim"] / typical["vit"]
+        rows[f"vim_small_step_s{suffix}"] = typical["vim"]
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step("vim", False)
     print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=40))

@@ -21,7 +21,7 @@ CONFIG = {
 }
 
 
-def refuse(done: subprocess.CompletedProcess[str], code: int, sentence: str) -> None:
+def assert_refused(done: subprocess.CompletedProcess[str], code: int, sentence: str) -> None:
     assert done.returncode == code, done.stderr
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
@@ -29,7 +29,7 @@ def refuse(done: subprocess.CompletedProcess[str], code: int, sentence: str) -> 
 
 @pytest.mark.parametrize(("override", "sentence"), CONFIG.items())
 def test_a_wrong_value_ends_in_2(stages: Stages, override: str, sentence: str) -> None:
-    refuse(stages.run("arm", "run.experiment=refused", override), 2, sentence)
+    assert_refused(stages.run("arm", "run.experiment=refused", override), 2, sentence)
     assert not (stages.runs / "refused").exists()
 
 
@@ -51,7 +51,7 @@ def test_an_unknown_stage_or_config_lists_what_there_is(stages: Stages) -> None:
         text=True,
         check=False,
     )
-    refuse(unknown, 2, "unknown stage 'smi'; known: semi")
+    assert_refused(unknown, 2, "unknown stage 'smi'; known: semi")
     absent = subprocess.run(
         [sys.executable, "-m", "stages", "semi", "configs/semi/smok.yaml"],
         cwd=ROOT,
@@ -59,15 +59,15 @@ def test_an_unknown_stage_or_config_lists_what_there_is(stages: Stages) -> None:
         text=True,
         check=False,
     )
-    refuse(absent, 2, "configs/semi/smok.yaml does not exist; there are")
+    assert_refused(absent, 2, "configs/semi/smok.yaml does not exist; there are")
 
 
 def test_processes_that_do_not_divide_the_lanes_end_in_2_before_any_starts(stages: Stages) -> None:
-    refuse(stages.run("arm", "run.experiment=refused", nproc=3), 2, "multiple of the 3 processes")
+    assert_refused(stages.run("arm", "run.experiment=refused", nproc=3), 2, "multiple of the 3 processes")
 
 
 def test_no_shards_end_in_3(stages: Stages, tmp_path: Path) -> None:
-    refuse(stages.run("arm", "run.experiment=refused", f"data.train={tmp_path}"), 3, str(tmp_path))
+    assert_refused(stages.run("arm", "run.experiment=refused", f"data.train={tmp_path}"), 3, str(tmp_path))
 
 
 def test_a_manifest_that_does_not_match_its_tars_ends_in_3(stages: Stages, digits: Path, tmp_path: Path) -> None:
@@ -75,11 +75,11 @@ def test_a_manifest_that_does_not_match_its_tars_ends_in_3(stages: Stages, digit
     shard = sorted((tmp_path / "train").glob("*.tar"))[0]
     with shard.open("ab") as file:
         file.write(b"x")
-    refuse(stages.run("arm", "run.experiment=refused", f"data.train={tmp_path / 'train'}"), 3, shard.name)
+    assert_refused(stages.run("arm", "run.experiment=refused", f"data.train={tmp_path / 'train'}"), 3, shard.name)
 
 
 def test_a_split_of_another_dataset_ends_in_3(stages: Stages, digits: Path) -> None:
-    refuse(
+    assert_refused(
         stages.run("arm", "run.experiment=refused", f"data.train={digits / 'test'}"), 3, "was made for another dataset"
     )
 
@@ -95,18 +95,18 @@ def test_half_an_environment_ends_in_5(stages: Stages) -> None:
         env=ENVIRONMENT | {"RANK": "0"},
         check=False,
     )
-    refuse(done, 5, "the environment gives RANK but not WORLD_SIZE")
+    assert_refused(done, 5, "the environment gives RANK but not WORLD_SIZE")
 
 
 def test_a_run_folder_that_cannot_be_written_ends_in_5(stages: Stages, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = stages.run("arm", f"run.root={tmp_path / 'file'}")
-    refuse(done, 5, "cannot be written")
+    assert_refused(done, 5, "cannot be written")
 
 
 def test_divergence_ends_in_6_and_leaves_nothing_that_is_not_finite(stages: Stages) -> None:
     done = stages.run("arm", "run.experiment=wild", "optim.lr=1e30", "optim.clip_norm=0", "optim.warmup_steps=0")
-    refuse(done, 6, "by step")
+    assert_refused(done, 6, "by step")
     assert json.loads((stages.runs / "wild" / "arm" / "status.json").read_text())["state"] == "failed"
 
 
