@@ -9,7 +9,7 @@ RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format golden tensorboard stage-1 stage-2 stage-3 clean
+.PHONY: help install data demo test check format golden tensorboard stage-1 stage-2 stage-3 clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,11 @@ $(STAMP): requirements.txt
 
 demo: $(STAMP)  ## the three stages on bundled digits, SEEDS="0 1 2", and a report (continues where it stopped)
 	@$(PY) -m launchers demo --seeds $(SEEDS) --nproc 2
+
+data: $(STAMP)  ## the bundled digits as shards, and the split of the smoke and demo configs
+	@$(PY) -m pipeline.data convert digits --out data/digits
+	@$(PY) -m pipeline.data split data/digits/train --out data/digits/split-seed0.json \
+		--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed 0
 
 stage-1: $(STAMP)  ## ARM pretraining: CONFIG=configs/arm/NAME.yaml ARGS="a.b=1 ..." NPROC=2
 	@$(call stage,arm)

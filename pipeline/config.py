@@ -113,9 +113,9 @@ def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(schema, detail) for detail in error.errors()]
+        lines = list(dict.fromkeys(_explain(schema, detail) for detail in error.errors()))
         head = f"{where}: {len(lines)} problem{'s' if len(lines) > 1 else ''}"
-        raise ConfigError("\n  ".join([head, *dict.fromkeys(lines)])) from None
+        raise ConfigError("\n  ".join([head, *lines])) from None
 
 
 def dump_yaml(config: BaseModel) -> str:

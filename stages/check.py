@@ -1,6 +1,6 @@
 """What can be known before any process starts and without torch: the data is there, the parents fit, the numbers divide."""
 
-import logging
+import difflib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from pipeline.models.config import VisionMambaConfig
 from pipeline.train.run import refuse_other_config
 from stages.configs import DistillConfig, SemiConfig, StageConfig
 
-logger = logging.getLogger(__name__)
+STAGE_NUMBERS = {"arm": 1, "distill": 2, "semi": 3}
 
 
 class Parts(NamedTuple):
@@ -139,7 +139,8 @@ def is_complete(stage: str, config: StageConfig) -> bool:
 
 
 def _remedy(config: StageConfig, folder: Path) -> str:
-    for stage, number in (("arm", 1), ("distill", 2), ("semi", 3)):
+    for stage, number in STAGE_NUMBERS.items():
         if folder == config.run.folder(stage) / "export":
             return f"make stage-{number} CONFIG=configs/{stage}/NAME.yaml ARGS=run.experiment={config.run.experiment}"
-    return ""
+    meant = difflib.get_close_matches(folder.name, STAGE_NUMBERS, n=1)
+    return f"init_from={meant[0]} names the export of that stage in the same experiment" if meant else ""

@@ -57,7 +57,11 @@ class Setting:
         if error is not None:
             # No collective here: other ranks may be in the middle of one.
             if not isinstance(error, Interrupted):
-                reason = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+                reason = (
+                    str(error)
+                    if isinstance(error, PipelineError)
+                    else f"{type(error).__name__}: {error}".splitlines()[0]
+                )
                 self.run.status("failed", reason=reason)
             return
         if self._engine is not None:

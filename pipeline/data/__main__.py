@@ -218,4 +218,8 @@ def _split(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped; what is complete stays, start it again to continue", file=sys.stderr)
+        sys.exit(75)

@@ -38,7 +38,7 @@ class Progress:
             self._bar.update()
 
     def line(self, step: int, row: Mapping[str, float]) -> None:
-        shown = [f"{key.split('/')[1]} {row[key]:.4g}" for key in _SHOWN if key in row]
+        shown = [f"{key.removeprefix('train/').replace('/', ' ')} {row[key]:.4g}" for key in _SHOWN if key in row]
         if self._bar:
             self._bar.set_postfix_str("  ".join(shown))
         elif self.shown:

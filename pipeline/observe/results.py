@@ -48,7 +48,8 @@ def table(results: Sequence[Result]) -> str:
     lines = [f"{'':18s}" + "".join(f"{m:>15s}" for m in METRICS)]
     for row in rows:
         cells = (mean_and_spread(results, row, m) for m in METRICS)
-        lines.append(f"{row:18s}" + "".join(f"{mean:9.2f} ±{spread:4.1f}" for mean, spread in cells))
+        alone = len(results) == 1
+        lines.append(f"{row:18s}" + "".join(f"{m:15.2f}" if alone else f"{m:9.2f} ±{s:4.1f}" for m, s in cells))
     samples = results[0].models[rows[0]]["samples"]
     protocol = results[0].protocol.rsplit("; seed", 1)[0]
     lines.append(f"{len(results)} seed{'s' if len(results) > 1 else ''}; {samples} test images; {protocol}")

@@ -159,6 +159,7 @@ def fit(
                         " all is saved, start it again to continue"
                     )
     saver.finish()
+    recorder.dump(run.folder / "report" / f"flight_rank_{world.rank:05d}.jsonl")
     progress.close()
     board.close()
     for stream in streams.values():

@@ -4,6 +4,7 @@ runs/EXPERIMENT/STAGE/
   config.yaml  environment.json  status.json  metrics.jsonl  evaluation.json  log.txt  tb/  checkpoints/  export/  report/
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -70,6 +71,13 @@ class Run:
 
     def _open(self) -> None:
         (self.folder / "report").mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")  # held by the system while this process lives
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EnvironmentProblem(
+                f"another process is working in {self.folder}; wait for it, or give run.experiment=NEW_NAME"
+            ) from None
         saved = self.folder / "config.yaml"
         refuse_other_config(self.folder, self.config)
         replace_text(saved, dump_yaml(self.config))
@@ -148,9 +156,13 @@ def identity(config: BaseModel) -> dict[str, Any]:
 
 
 def refuse_other_config(folder: Path, config: BaseModel) -> None:
-    """Raises ConfigError if `folder` belongs to a run with other values: one name means one run."""
+    """Raises ConfigError if `folder` belongs to a run with other values: one name means one run.
+
+    A start that came to no checkpoint and no export has not taken the name.
+    """
     saved = folder / "config.yaml"
-    if not saved.exists():
+    taken = any(folder.glob("checkpoints/step_*/COMPLETE")) or (folder / "export").is_dir()
+    if not saved.exists() or not taken:
         return
     values = yaml.safe_load(saved.read_text())
     try:  # so that fields that are newer than the run take their defaults

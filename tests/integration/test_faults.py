@@ -45,6 +45,19 @@ def test_a_run_continues_on_other_processes_and_another_zero_stage(chain: Stages
     straight = losses(chain.runs / "smoke" / "semi", "semi")
     for got, want in zip(losses(run, "semi"), straight, strict=True):
         assert got == pytest.approx(want, rel=1e-3, abs=1e-4)
+    whole, rest = samples(chain.runs / "smoke" / "semi"), samples(run)
+    assert 0 < len(rest) < len(whole)
+    assert rest == {step: whole[step] for step in rest}  # the very sequence, in the middle of an epoch
+
+
+def samples(run: Path) -> dict[int, dict[str, list[int]]]:
+    """step -> stream -> manifest positions in the order of the lanes, all ranks together."""
+    found: dict[int, dict[str, list[int]]] = {}
+    for path in sorted((run / "report").glob("flight_rank_*.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            for stream, positions in row["samples"].items():
+                found.setdefault(row["step"], {}).setdefault(stream, []).extend(positions)
+    return found
 
 
 def test_a_disk_that_takes_no_more_ends_in_5_and_the_checkpoints_before_stand(chain: Stages) -> None:
@@ -117,7 +130,7 @@ def test_an_infinity_on_one_rank_rewinds_all_and_the_end_never_saw_that_batch(ch
     incident = json.loads((run / "incidents.jsonl").read_text().splitlines()[0])
     assert incident["position"] == 3
     assert (run / "export/model.safetensors").read_bytes() == (twin / "export/model.safetensors").read_bytes()
-    flight = sorted((run / "report").glob("flight_*_rank_00001.jsonl"))[0]
+    flight = sorted((run / "report").glob("flight_step_*_rank_00001.jsonl"))[0]
     rows = [json.loads(line) for line in flight.read_text().splitlines()]
     assert [row["position"] for row in rows if row["loss"] == float("inf")] == [3]
     assert rows[0]["gradient_norms"]["backbone.layers.0"] > 0

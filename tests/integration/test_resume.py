@@ -101,6 +101,21 @@ def test_a_finished_run_whose_export_was_damaged_writes_it_again(chain: Stages) 
     assert weights.read_bytes() == before
 
 
+def test_two_processes_may_not_work_in_one_folder(chain: Stages) -> None:
+    more = ["run.experiment=shared", "loop.steps=100000"]
+    first = subprocess.Popen(
+        chain.command("arm", *more), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while step_reached(chain.runs / "shared" / "arm") < 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = chain.run("arm", *more)
+    first.kill()
+    first.wait()
+    assert second.returncode == 5
+    assert "another process is working in" in second.stderr
+
+
 def test_a_row_that_a_kill_has_cut_does_not_stop_a_resume(chain: Stages) -> None:
     more = ["run.experiment=torn", *parents(chain, "distill")]
     start_and_signal(chain, "distill", *more, number=signal.SIGKILL, after_steps=5)
