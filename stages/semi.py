@@ -102,10 +102,9 @@ def run(config: SemiConfig) -> None:
 
         task = s.train(model, lambda engine: SemiTask(engine, teacher, config), streams, evaluate, size)
         measured = s.measured | s.test({"student": s.engine.model, "teacher": teacher}, size)
-        student_weights = s.engine.full_weights()
-        weights = (
-            student_weights
-            if config.export == "student"
-            else {k: v.cpu() for k, v in task.teacher.state_dict().items()}
-        )
-        s.export(weights, model=shape, uses_labels=True, measured=measured)
+        weights = {
+            "student": s.engine.full_weights(),
+            "teacher": {k: v.cpu() for k, v in task.teacher.state_dict().items()},
+        }
+        chosen = weights.pop(config.export)
+        s.export(chosen, model=shape, uses_labels=True, measured=measured, companions=weights)
