@@ -1,11 +1,11 @@
 """How much of a number is the luck of the test set: bootstrap intervals, and paired ones for two models.
 
 Samples are redrawn inside each class, since a test set fixes how many images a class has. The number of right answers of
-a class is then binomial, and the outcomes of two models on it are multinomial (both, the first alone, the second alone,
-none), so a redraw costs a draw a class and not a draw a sample.
+a class is then binomial, and what one model gains over another on them is multinomial, so a redraw costs a draw a class and not a
+draw a sample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,29 +47,37 @@ def intervals(
 
 
 def paired(
-    first: Answers, second: Answers, num_classes: int, groups: Mapping[str, NDArray[np.int64]], seed: int = 0
+    first: Sequence[Answers],
+    second: Sequence[Answers],
+    num_classes: int,
+    groups: Mapping[str, NDArray[np.int64]],
+    seed: int = 0,
 ) -> dict[str, Difference]:
-    """Of top1, balanced and every group. Both must have answered the same samples, in the order of positions.
+    """Of top1, balanced and every group: the mean gain of `second` over `first`, pair by pair (of seeds, say).
 
-    Raises ValueError if they have not: there is nothing to pair.
+    Redrawn are the test images, alike for all pairs; the pairs stay as they are. Raises ValueError unless all have
+    answered the same samples: there is nothing to pair.
     """
-    if not np.array_equal(first.positions, second.positions) or not np.array_equal(first.labels, second.labels):
-        raise ValueError("the two models were not asked the same samples")
-    right = [(a.predicted == a.labels).astype(np.int64) for a in (first, second)]
-    outcome = right[0] + 2 * right[1]  # 0 none, 1 the first alone, 2 the second alone, 3 both
-    cells = np.bincount(first.labels * 4 + outcome, minlength=4 * num_classes).reshape(num_classes, 4)
+    pairs = list(zip(first, second, strict=True))
+    labels = pairs[0][0].labels
+    for answers in (*first, *second):
+        if not np.array_equal(answers.positions, first[0].positions) or not np.array_equal(answers.labels, labels):
+            raise ValueError("the models were not asked the same samples")
+    # An image's gain, summed over n pairs, is one of -n..n: a class is redrawn as counts of these.
+    n = len(pairs)
+    gain = sum((b.predicted == labels).astype(np.int64) - (a.predicted == labels) for a, b in pairs)
+    width = 2 * n + 1
+    cells = np.bincount(labels * width + gain + n, minlength=num_classes * width).reshape(num_classes, width)
+    worth = np.arange(-n, n + 1) / n
     total = cells.sum(1)
-    rng = np.random.default_rng(seed)
-    shares = np.where(total[:, None] > 0, cells / np.maximum(total, 1)[:, None], 0.25)
-    drawn = rng.multinomial(total, shares, (DRAWS, num_classes))  # (draws, C, 4)
-    gains = drawn[..., 2] - drawn[..., 1]
-    observed = cells[:, 2] - cells[:, 1]
+    shares = np.where(total[:, None] > 0, cells / np.maximum(total, 1)[:, None], 1 / width)
+    drawn = np.random.default_rng(seed).multinomial(total, shares, (DRAWS, num_classes)) @ worth  # (draws, C)
     result = {}
     for name, w in _weights(total, groups).items():
         if w.any():
-            means = 100 * gains @ w
+            means = 100 * drawn @ w
             tail = min(np.mean(means <= 0), np.mean(means >= 0))
-            result[name] = Difference(float(100 * w @ observed), *_quantiles(means), min(1.0, 2 * float(tail)))
+            result[name] = Difference(float(100 * w @ (cells @ worth)), *_quantiles(means), min(1.0, 2 * float(tail)))
     return result
 
 

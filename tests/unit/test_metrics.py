@@ -155,17 +155,23 @@ class TestBootstrap:
         labels = [0] * 200
         first = answers_of(labels, [0] * 100 + [1] * 100)
         second = answers_of(labels, [0] * 110 + [1] * 90)  # ten more right, none lost
-        found = paired(first, second, 2, {})["top1"]
+        found = paired([first], [second], 2, {})["top1"]
         assert found.value == pytest.approx(5.0)
         assert found.low > 0
         assert found.p < 2 / DRAWS * 50
         alone = intervals(np.array([110, 0]), np.array([200, 0]), {})["top1"]
         assert alone.low < 50
 
+    def test_pairs_of_seeds_are_averaged_and_redrawn_together(self) -> None:
+        labels = [0] * 100
+        none, all_right = answers_of(labels, [1] * 100), answers_of(labels, [0] * 100)
+        found = paired([none, none], [all_right, none], 2, {})["top1"]
+        assert (found.value, found.low, found.high) == (50.0, 50.0, 50.0)
+
     def test_a_model_does_not_differ_from_itself(self) -> None:
-        found = paired(FOURTEEN, FOURTEEN, 3, GROUPS)
+        found = paired([FOURTEEN] * 2, [FOURTEEN] * 2, 3, GROUPS)
         assert {(d.value, d.low, d.high, d.p) for d in found.values()} == {(0.0, 0.0, 0.0, 1.0)}
 
     def test_other_samples_cannot_be_paired(self) -> None:
         with pytest.raises(ValueError, match="not asked the same samples"):
-            paired(FOURTEEN, answers_of([0], [0]), 3, GROUPS)
+            paired([FOURTEEN], [answers_of([0], [0])], 3, GROUPS)
