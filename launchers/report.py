@@ -68,7 +68,6 @@ def _panels(result: Result) -> list[Panel]:
 
 def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
     import numpy as np
-    import torch
 
     from pipeline.data.loader import evaluation_batches
     from pipeline.data.manifest import read_manifest
@@ -102,7 +101,6 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
         field = receptive_field(model, [batch.images])
         fields.append(for_display(field))
         sides.append(", ".join(f"{100 * s:.0f} % in {side_of_share(field, s)} px" for s in (0.5, 0.95)))
-        torch.manual_seed(0)
     width = len(shown)
     cam = Panel(
         "gradcam",
@@ -117,7 +115,7 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
         f"Of the central output pixel, over {len(chosen)} test images; (gradient / largest) to the power 0.2. In words: the "
         "centred squares that hold half and 95 % of it.",
         picture_grid([fields], [""], [[f"{name}: {side}" for name, side in zip(exports, sides, strict=True)]]),
-        (2.6 * max(2, len(fields)), 2.6),
+        (7.6, 7.6 / max(2, len(fields)) * 0.9),
     )
     return [cam, erf]
 

@@ -54,9 +54,7 @@ def ablation_table(designs: Sequence[Design], compare: Compare) -> Table:
     gains = [f"Δ {m} [95 %], p" for m in _COMPARED]
     rows = []
     for i, (design, different) in enumerate(zip(designs, named, strict=True)):
-        name = ", ".join(f"{key.removeprefix('semi.')}={value}" for key, value in different.items())
-        if len(name) > 120:
-            name = f"{design.results[0].name}: {len(different)} keys differ"
+        name = _named(different, list(design.results[0].stages))
         cells = [mean_and_spread(design.results, row, m) for m in METRICS]
         found = compare(designs[0].results, design.results, row) if i else {}
         rows.append(
@@ -81,6 +79,18 @@ def ablation_table(designs: Sequence[Design], compare: Compare) -> Table:
         rows=rows,
         note=note,
     )
+
+
+def _named(different: dict[str, str], stages: Sequence[str]) -> str:
+    """`semi.threshold=0.9, loop.steps=60`: a stage stands before what is not alike in all stages that have the key."""
+    words = []
+    for key, value in different.items():
+        stage, _, rest = key.partition(".")
+        alike = [s for s in stages if different.get(f"{s}.{rest}") == value]
+        everywhere = len(stages) > 1 and alike == list(stages)
+        if not everywhere or stage == stages[0]:
+            words.append(f"{rest if everywhere else key}={value}")
+    return ", ".join(words)
 
 
 def _gain(found: tuple[float, float, float, float] | None) -> str:

@@ -10,12 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 COLOURS = ("#1E88D2", "#E2741A", "#0FA37F", "#CC79A7", "#8C6BB1", "#B8860B")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
@@ -24,6 +21,7 @@ MAP = "cividis"
 _TEXT = "#123456"  # becomes the page's colour of text
 _NAMES = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
+Paint = Callable[[Any], None]  # draws into an empty matplotlib figure
 Curve = tuple[list[float], list[float]]  # x, y
 
 
@@ -42,7 +40,7 @@ def draw(
     folder: Path,
     name: str,
     title: str,
-    paint: "Callable[[Any], None]",
+    paint: Paint,
     *,
     note: str = "",
     size: tuple[float, float] = (4.6, 2.9),
@@ -58,7 +56,7 @@ def draw(
     return Figure(name, title, note, text, wide)
 
 
-def _render(paint: "Callable[[Any], None]", size: tuple[float, float], colour: str, suffix: str, salt: str) -> bytes:
+def _render(paint: Paint, size: tuple[float, float], colour: str, suffix: str, salt: str) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
@@ -75,7 +73,7 @@ def _render(paint: "Callable[[Any], None]", size: tuple[float, float], colour: s
     return out.getvalue()
 
 
-def lines(series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: bool = False) -> "Callable[[Any], None]":
+def lines(series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: bool = False) -> Paint:
     """One colour and dash a quantity; several runs of it are thin lines about their mean, where they share the steps."""
 
     def paint(canvas: Any) -> None:
@@ -98,9 +96,7 @@ def lines(series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: boo
     return paint
 
 
-def accuracy_against_frequency(
-    labelled: dict[str, int], models: dict[str, dict[str, float | None]]
-) -> "Callable[[Any], None]":
+def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[str, float | None]]) -> Paint:
     """Accuracy of each class against its labelled images; what a later model gains over the first is a line between."""
 
     def paint(canvas: Any) -> None:
@@ -136,7 +132,7 @@ def accuracy_against_frequency(
     return paint
 
 
-def group_intervals(models: dict[str, dict[str, Any]], groups: Sequence[str]) -> "Callable[[Any], None]":
+def group_intervals(models: dict[str, dict[str, Any]], groups: Sequence[str]) -> Paint:
     """Accuracy of each group with its bootstrap interval."""
 
     def paint(canvas: Any) -> None:
@@ -158,7 +154,7 @@ def group_intervals(models: dict[str, dict[str, Any]], groups: Sequence[str]) ->
     return paint
 
 
-def reliability_diagram(models: dict[str, list[dict[str, float]]]) -> "Callable[[Any], None]":
+def reliability_diagram(models: dict[str, list[dict[str, float]]]) -> Paint:
     """Accuracy against confidence, a point's area by its images; on the diagonal a classifier knows how sure it may be."""
 
     def paint(canvas: Any) -> None:
@@ -179,7 +175,7 @@ def reliability_diagram(models: dict[str, list[dict[str, float]]]) -> "Callable[
     return paint
 
 
-def confusion_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> "Callable[[Any], None]":
+def confusion_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Paint:
     """Percent of each true class (rows) that is called by each name (columns)."""
 
     def paint(canvas: Any) -> None:
@@ -202,16 +198,16 @@ def confusion_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]
 
 def picture_grid(
     pictures: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[Sequence[str]]
-) -> "Callable[[Any], None]":
+) -> Paint:
     """Pictures (H, W, 3) or maps (H, W), both in [0, 1], row by row; `columns` gives a title to each picture of each row."""
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots(len(pictures), len(pictures[0]), squeeze=False)
         for r, row in enumerate(pictures):
             for c, picture in enumerate(row):
-                place: Axes = axes[r, c]
+                place = axes[r, c]
                 colours = {"cmap": MAP, "vmin": 0, "vmax": 1} if picture.ndim == 2 else {}
-                place.imshow(picture, interpolation="nearest", **colours)  # type: ignore[arg-type]
+                place.imshow(picture, interpolation="nearest", **colours)
                 place.set_xticks([])
                 place.set_yticks([])
                 place.grid(visible=False)

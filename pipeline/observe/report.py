@@ -59,7 +59,13 @@ def write_report(
         "running": running,
         "judged": judged.figures(shown, rows, figures) if rows else [],
         "stages": [
-            (title, sections.curves(shown, stage, figures), _pictures(shown, stage)) for stage, title in STAGES.items()
+            (
+                title,
+                sections.curves(shown, stage, sections.CURVES, figures),
+                sections.curves(shown, stage, sections.ENGINE, figures),
+                _pictures(shown, stage),
+            )
+            for stage, title in STAGES.items()
         ],
         "panels": [draw(figures, p.name, p.title, p.paint, note=p.note, size=p.size, wide=True) for p in panels],
         "lineage": [(r.name, sections.lineage(r)) for r in results],

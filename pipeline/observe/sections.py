@@ -45,21 +45,25 @@ CURVES = (
     Curve("semi", "energy", "Energy V = |s - t|² / 2", {"ema/V": "V"}, "squared weights", logy=True),
     Curve("semi", "decay", "The teacher's decay", {"ema/alpha": "α", "ema/guard_hit": "guard hits"}, "α; share of steps"),
 )  # fmt: skip
-# Of every stage.
-_COMMON = (
-    ("rate", "Learning rate", {"train/lr": "learning rate"}, "per step"),
-    ("gradient", "Gradient norm before clipping", {"train/grad_norm": "norm"}, "norm"),
-    ("speed", "Throughput", {"perf/images_per_second": "images per second"}, "images per second"),
+# What every stage logs of its engine.
+ENGINE = tuple(
+    Curve(stage, name, title, names, axis)
+    for stage in STAGES
+    for name, title, names, axis in (
+        ("rate", "Learning rate", {"train/lr": "learning rate"}, "per step"),
+        ("gradient", "Gradient norm before clipping", {"train/grad_norm": "norm"}, "norm"),
+        ("speed", "Throughput", {"perf/images_per_second": "images per second"}, "images per second"),
+    )
 )
 
 
-def curves(results: Sequence[Result], stage: str, folder: Path) -> list[Figure]:
-    """Of one stage, over all experiments of a design."""
+def curves(results: Sequence[Result], stage: str, wanted: Sequence[Curve], folder: Path) -> list[Figure]:
+    """Those of `wanted` that one stage has logged, over all experiments of a design."""
     runs = [r.stages[stage] for r in results if stage in r.stages]
-    wanted = [c for c in CURVES if c.stage == stage]
-    wanted += [Curve(stage, name, title, names, axis) for name, title, names, axis in _COMMON]
     drawn = []
     for curve in wanted:
+        if curve.stage != stage:
+            continue
         series = {label: [p for r in runs if (p := r.curve(name))[0]] for name, label in curve.names.items()}
         series = {label: points for label, points in series.items() if points}
         if series:
