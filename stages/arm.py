@@ -16,8 +16,10 @@ from pipeline.data.loader import Batch
 from pipeline.data.transforms import train_views
 from pipeline.evaluate.metrics import mean_loss
 from pipeline.models.arm import ARM, pixel_loss
+from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.observe.pictures import write_grid
 from pipeline.observe.tensorboard import Board
+from pipeline.train.replay import Replay
 from pipeline.train.task import StepOutput, Task
 from stages.configs import ArmConfig
 from stages.setting import Setting
@@ -36,8 +38,8 @@ class ArmTask(Task):
         return StepOutput(loss=pixel_loss(model(images), self.arm.targets(images)).mean())
 
 
-def run(config: ArmConfig) -> None:
-    with Setting("arm", config) as s:
+def run(config: ArmConfig, replay: Replay | None = None) -> None:
+    with Setting("arm", config, replay) as s:
         arm, size = ARM(config.model, config.decoder), config.model.image_size
         everything = np.sort(np.concatenate([s.parts.labelled, s.parts.unlabelled]))
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
@@ -59,7 +61,7 @@ def run(config: ArmConfig) -> None:
             loss = mean_loss(s.engine.model, batches, lambda p, x: pixel_loss(p, arm.targets(x)), s.world.device)
             return {"val/loss": loss}
 
-        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size)
+        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, flops=TRAINING * forward_flops(arm, size))
         s.export(
             s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured
         )
