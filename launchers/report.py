@@ -76,6 +76,7 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
     from pipeline.evaluate.gradcam import gradcam, overlay
     from pipeline.models.export import load_export
     from pipeline.observe.figures import picture_grid
+    from pipeline.observe.pictures import to_pixels
 
     manifest = read_manifest(test)
     by_class = np.argsort(manifest.labels, kind="stable")
@@ -92,7 +93,7 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
         batch = next(iter(batches))
         images, labels = batch.images[shown], batch.labels[shown]
         if not seen:
-            seen.append(_pictures(_pixels(images, card.preprocessing.mean, card.preprocessing.std)))
+            seen.append(_pictures(to_pixels(images, card.preprocessing.mean, card.preprocessing.std)))
             titles.append([card.classes[c] for c in labels.tolist()])
         maps, answers = gradcam(model, images)
         seen.append(_pictures(overlay(images, maps, card.preprocessing.mean, card.preprocessing.std)))
@@ -118,11 +119,6 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
         (7.6, 7.6 / max(2, len(fields)) * 0.9),
     )
     return [cam, erf]
-
-
-def _pixels(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    shape = (3, 1, 1)
-    return (images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)).clamp(0, 1)
 
 
 def _pictures(pixels: Any) -> list[Any]:
