@@ -69,6 +69,17 @@ class SemiTask(Task):
     def probe(self, model: nn.Module, images: Tensor) -> float:
         return probe_answer(model, images) + probe_answer(self.teacher, images)
 
+    def captions(self, model: nn.Module, batch: Batch) -> list[str] | None:
+        """The teacher's label of each weak view, its confidence, and whether it counts."""
+        if batch.strong is None:
+            return None
+        with torch.no_grad():
+            labels, confidence, accepted = pseudo_labels(
+                self.teacher(batch.images.to(next(self.teacher.parameters()).device)), self.config.threshold
+            )
+        rows = zip(labels.tolist(), confidence.tolist(), accepted.tolist(), strict=True)
+        return [f"{c} {100 * share:.0f}% {'✓' if counts else '–'}" for c, share, counts in rows]
+
     def sharded_state(self) -> dict[str, dict[Tensor, Tensor]]:
         return {"teacher": self.ema.teacher}
 

@@ -1,7 +1,8 @@
 """TensorBoard: the same rows as metrics.jsonl, one folder a run, continuous over resumes and rewinds.
 
-Names are those of the log and do not change; the axis is the optimizer step, and under `samples/` the same curve of what
-matters most over the samples seen (in a folder of its own: a reader forgets by the axis). CUSTOM SCALARS opens on a layout, HPARAMS compares runs by their last numbers.
+Names are those of the log and do not change; the axis is the optimizer step. What matters most is also drawn over the
+samples seen, as `samples/NAME` (in a folder of its own, since a reader forgets what is behind by the axis). CUSTOM SCALARS
+has a layout, HPARAMS compares runs by their last numbers.
 """
 
 from collections.abc import Mapping
@@ -72,9 +73,13 @@ class Board:
             self._writer.add_histogram(name, values, step)
 
     def rewind(self, step: int) -> None:
-        """What was written after `step` is undone: readers forget it."""
-        self.close()
-        self._open(step)
+        """What was written after `step` is undone: readers forget it. In the same file: a second one could sort before it."""
+        if self._writer and self._by_samples:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            for writer, first in ((self._writer, step + 1), (self._by_samples, step * self.global_batch + 1)):
+                start = Event(step=first, session_log=SessionLog(status=SessionLog.START))
+                writer._get_file_writer().add_event(start, first)
 
     def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
         """The run's settings beside its last numbers, in the run itself and not in a folder of its own."""
