@@ -34,7 +34,7 @@ class ArmTask(Task):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
         errors = arm_loss(self.arm, model(batch["unlabelled"].images), batch["unlabelled"].images)
-        clusters = {f"cluster_loss/{k}": mean_of(error) for k, error in enumerate(errors.unbind(1), start=1)}
+        clusters = {f"cluster_loss/{k:02d}": mean_of(error) for k, error in enumerate(errors.unbind(1), start=1)}
         return StepOutput(loss=errors.mean(), metrics=clusters)
 
 
