@@ -17,8 +17,10 @@ from pipeline.data.transforms import train_views
 from pipeline.evaluate.metrics import mean_loss
 from pipeline.evaluate.probes import features_of, probe
 from pipeline.models.arm import ARM, pixel_loss
+from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.observe.pictures import write_grid
 from pipeline.observe.tensorboard import Board
+from pipeline.train.replay import Replay
 from pipeline.train.task import StepOutput, Task, mean_of
 from stages.configs import ArmConfig
 from stages.setting import Setting
@@ -43,8 +45,8 @@ def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
     return pixel_loss(predictions, arm.targets(images), arm.num_clusters - 1)
 
 
-def run(config: ArmConfig) -> None:
-    with Setting("arm", config) as s:
+def run(config: ArmConfig, replay: Replay | None = None) -> None:
+    with Setting("arm", config, replay) as s:
         arm, size = ARM(config.model, config.decoder), config.model.image_size
         everything = np.sort(np.concatenate([s.parts.labelled, s.parts.unlabelled]))
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
@@ -64,7 +66,7 @@ def run(config: ArmConfig) -> None:
             loss = mean_loss(s.engine.model, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
             return {"val/loss": loss} | probes(s, arm, config, step)
 
-        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size)
+        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, flops=TRAINING * forward_flops(arm, size))
         s.export(
             s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured
         )
