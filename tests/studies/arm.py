@@ -42,7 +42,6 @@ ROWS = (
     Row("raster", "  raster order in both phases", "raster"),
     Row("cluster", "  cluster order in both phases", "arm", ["model.order=cluster"]),
     Row("four", "  four directions in fine-tuning", "arm", ["model.directions=4"]),
-    Row("one", "  one direction in fine-tuning", "arm", ["model.directions=1", "model.pool=mean"]),
 )
 JUDGED = {"linear": "linear probe", "knn": "neighbours", "top1": "fine-tuned"}
 
@@ -57,10 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         split = ["split", str(DIGITS / "train"), "--out", str(_split(seed)), "--seed", str(seed)]
         data([*split, "--labelled", "0.1", "--validation-per-class", "15"])
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: _run(*job), [(s, "arm", name, name) for s in args.seeds for name in PRETRAINING]))
-        list(
-            pool.map(lambda job: _run(*job), [(s, "distill", r.name, r.pretraining) for s in args.seeds for r in ROWS])
-        )
+        for seed in args.seeds:
+            for jobs in ([("arm", n, n) for n in PRETRAINING], [("distill", r.name, r.pretraining) for r in ROWS]):
+                list(pool.map(lambda job, seed=seed: _run(seed, *job), jobs))
     found = {row.name: [_judge(seed, row) for seed in args.seeds] for row in ROWS}
     print(table(found))
     print(json.dumps({"study": "arm", "seeds": args.seeds, "percent": found}))
