@@ -25,7 +25,13 @@ PRETRAINING = {
     "raster": ["model.order=raster"],
     "last-tap": ["decoder.taps=[4]"],
 }
-SHORT = {"arm": ["loop.steps=200", "probe.neighbours=5"], "distill": ["loop.steps=150", "data.loader.sampling=uniform"]}
+SHORT = {
+    "arm": ["loop.steps=200", "probe.neighbours=5"],
+    "distill": ["loop.steps=150", "optim.lr=5e-3", "data.loader.sampling=uniform"],
+}
+
+
+_AS_PRETRAINED = ["model.directions=1", "model.order=cluster", "model.pool=mean"]
 
 
 class Row(NamedTuple):
@@ -42,6 +48,8 @@ ROWS = (
     Row("raster", "  raster order in both phases", "raster"),
     Row("cluster", "  cluster order in both phases", "arm", ["model.order=cluster"]),
     Row("four", "  four directions in fine-tuning", "arm", ["model.directions=4"]),
+    Row("one", "  one direction, as pretrained: clusters, mean", "arm", [*_AS_PRETRAINED]),
+    Row("random-one", "  the same from random weights", "random", [*_AS_PRETRAINED]),
 )
 JUDGED = {"linear": "linear probe", "knn": "neighbours", "top1": "fine-tuned"}
 
@@ -70,12 +78,17 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
     lines = [f"{'':54s}" + "".join(f"{title:>16s}" for title in JUDGED.values()) + f"{'fine-tuned gain':>20s}"]
     for row in ROWS:
         cells = "".join(f"{_summary([seed[name] for seed in found[row.name]]):>16s}" for name in JUDGED)
-        base = {"random": None, "arm": "random"}.get(row.name, "arm")
+        base = {"random": None, "arm": "random", "one": "random-one", "random-one": None}.get(row.name, "arm")
         gain = ""
         if base:
             gain = _summary([a["top1"] - b["top1"] for a, b in zip(found[row.name], found[base], strict=True)], "+")
         lines.append(f"{row.title:54s}{cells}{gain:>20s}")
-    return "\n".join([*lines, f"{len(found['arm'])} seeds; gain of ARM over random weights, of the others over ARM"])
+    return "\n".join(
+        [
+            *lines,
+            f"{len(found['arm'])} seeds; gains of both forms of ARM over random weights in that form, of the others over ARM",
+        ]
+    )
 
 
 def _summary(values: list[float], sign: str = "") -> str:
