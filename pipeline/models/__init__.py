@@ -26,4 +26,4 @@ def build_from_config(config: VisionMambaConfig) -> "nn.Module":
     """The model that a validated config describes."""
     from pipeline.models.vision_mamba import VisionMamba
 
-    return VisionMamba(**config.model_dump(exclude={"name"}))
+    return VisionMamba(**{name: value for name, value in config if name != "name"})

@@ -40,6 +40,27 @@ PRETRAINING_FORM: dict[str, Any] = {
 }
 
 
+class SSMixupConfig(Strict):
+    """SSMixup's part in a model: nu C h_mix beside the two directions' outputs, h_mix = psi h_forward + (1 - psi) h_backward."""
+
+    nu: float | Literal["learned"] = Field("learned", description="learned: one a block, from 0 on; or a fixed number")
+    layers: Literal["all"] | PositiveInt | tuple[PositiveInt, ...] = Field(
+        "all", description="all blocks, the last so many, or blocks counted from 1"
+    )
+    readout: Literal["own_C", "shared_C"] = Field(
+        "own_C", description="own_C: each direction's own C, no extra scan; shared_C: the forward one's, one extra scan"
+    )
+    everywhere: bool = Field(
+        False, description="part of the model: psi = 1/2 where no confidence is given; else only where one is given"
+    )
+
+    def blocks(self, depth: int) -> set[int]:
+        """Blocks, counted from 1, that have the term."""
+        if self.layers == "all":
+            return set(range(1, depth + 1))
+        return set(range(depth - self.layers + 1, depth + 1) if isinstance(self.layers, int) else self.layers)
+
+
 class VisionMambaConfig(Strict):
     """A Vision Mamba. Fields left out take the value of the variant `name`, then the default below."""
 
@@ -67,6 +88,7 @@ class VisionMambaConfig(Strict):
     pos_embed: Literal["learned", "sincos"] = "learned"
     drop_path: float = Field(0.0, ge=0, lt=1)
     num_classes: int = Field(1000, ge=0)
+    ssmixup: SSMixupConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -95,6 +117,10 @@ class VisionMambaConfig(Strict):
             raise ValueError("pool=cls needs cls_token=middle; set pool=mean")
         if self.order == "cluster":
             check_clusters(self)
+        if self.ssmixup and self.directions == 1:
+            raise ValueError("ssmixup blends opposite directions: it needs directions 2 or 4, not 1")
+        if self.ssmixup and not self.ssmixup.blocks(self.depth) <= set(range(1, self.depth + 1)):
+            raise ValueError(f"ssmixup.layers {self.ssmixup.layers} must lie in 1 to depth {self.depth}")
         return self
 
     @property

@@ -108,19 +108,21 @@ class Engine:
     def gather(self, tensors: Mapping[Tensor, Tensor] | None, into: Mapping[str, Tensor]) -> None:
         """Assemble whole parameters from the ranks' shards (collective).
 
-        `tensors` maps each of `masters` to a tensor of its layout (none: the masters themselves); `into` maps every
-        parameter's name to the tensor that receives it. What travels has the dtype of the receiver.
+        `tensors` maps each of `masters` to a tensor of its layout (none: the masters themselves); `into` maps the names
+        of some parameters, or of all, to the tensors that receive them. What travels has the dtype of the receiver.
         """
         dtype = next(iter(into.values())).dtype
-        own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]).to(dtype) for shard in self.shards]
+        shards = [shard for shard in self.shards if shard.name in into]
+        own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]).to(dtype) for shard in shards]
         if self.replicated:
             parts = [torch.cat(own)]
-            layout = [[(s.name, s.start, s.numel) for s in self.shards]]
+            layout = [[(s.name, s.start, s.numel) for s in shards]]
         else:
-            layout = self._gathered_layout()
+            layout = [[piece for piece in rank if piece[0] in into] for rank in self._gathered_layout()]
             longest = max(sum(numel for *_, numel in rank) for rank in layout)
             flat = torch.zeros(longest, dtype=dtype, device=self.world.device)
-            torch.cat(own, out=flat[: sum(len(o) for o in own)])
+            if own:
+                torch.cat(own, out=flat[: sum(len(o) for o in own)])
             parts = [torch.empty_like(flat) for _ in layout]
             dist.all_gather(parts, flat)
         with torch.no_grad():
@@ -129,14 +131,6 @@ class Engine:
                 for name, start, numel in rank:
                     into[name].view(-1)[start : start + numel].copy_(part[position : position + numel])
                     position += numel
-
-    def copy_weights(self, tensors: Mapping[Tensor, Tensor], module: nn.Module) -> None:
-        """Write whole parameters, assembled as by `gather`, into a module of the same form; buffers from the model."""
-        parameters = dict(module.named_parameters())
-        self.gather(tensors, {name: parameters[name].data for name, _ in self.named_parameters})
-        own = dict(self.module.named_buffers())
-        for name, buffer in module.named_buffers():
-            buffer.copy_(own[name])
 
     def full_weights(self) -> dict[str, Tensor]:
         """The whole state dict on the CPU, parameters from the fp32 masters (collective; all ranks get it)."""
