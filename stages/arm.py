@@ -16,6 +16,7 @@ from pipeline.data.loader import Batch
 from pipeline.data.transforms import train_views
 from pipeline.evaluate.metrics import mean_loss
 from pipeline.models.arm import ARM, pixel_loss
+from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.observe.pictures import write_grid
 from pipeline.observe.tensorboard import Board
 from pipeline.train.task import StepOutput, Task
@@ -59,7 +60,7 @@ def run(config: ArmConfig) -> None:
             loss = mean_loss(s.engine.model, batches, lambda p, x: pixel_loss(p, arm.targets(x)), s.world.device)
             return {"val/loss": loss}
 
-        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size)
+        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, flops=TRAINING * forward_flops(arm, size))
         s.export(
             s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured
         )

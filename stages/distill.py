@@ -15,6 +15,7 @@ from pipeline.data.loader import Batch
 from pipeline.data.transforms import train_views
 from pipeline.models import build_from_config
 from pipeline.models.export import transfer
+from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import distillation_loss
 from pipeline.models.teachers import timm_teacher
 from pipeline.observe.tensorboard import Board
@@ -59,7 +60,8 @@ def run(config: DistillConfig) -> None:
         def evaluate(step: int, board: Board) -> dict[str, float]:
             return s.validate({"student": s.engine.model}, size)
 
-        s.train(model, lambda engine: DistillTask(config, teacher), streams, evaluate, size)
+        flops = TRAINING * forward_flops(model, size) + (forward_flops(teacher, size) if teacher else 0)
+        s.train(model, lambda engine: DistillTask(config, teacher), streams, evaluate, size, flops)
         measured = s.measured | s.test({"student": s.engine.model}, size)
         s.export(s.engine.full_weights(), model=config.model, uses_labels=True, measured=measured)
 

@@ -18,6 +18,7 @@ from pipeline.data.loader import Batch
 from pipeline.data.transforms import pair_views, train_views
 from pipeline.models import build_from_config
 from pipeline.models.export import transfer
+from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import pseudo_labels
 from pipeline.observe.tensorboard import Board
 from pipeline.train.engine import Engine
@@ -100,7 +101,8 @@ def run(config: SemiConfig) -> None:
         def evaluate(step: int, board: Board) -> dict[str, float]:
             return s.validate({"student": s.engine.model, "teacher": teacher}, size)
 
-        task = s.train(model, lambda engine: SemiTask(engine, teacher, config), streams, evaluate, size)
+        flops = (TRAINING * (1 + ratio) + ratio) * forward_flops(model, size)  # the teacher sees the unlabelled
+        task = s.train(model, lambda engine: SemiTask(engine, teacher, config), streams, evaluate, size, flops)
         measured = s.measured | s.test({"student": s.engine.model, "teacher": teacher}, size)
         student_weights = s.engine.full_weights()
         weights = (

@@ -128,8 +128,12 @@ class Setting:
         streams: Mapping[str, Loader],
         evaluate: Evaluate,
         image_size: tuple[int, int],
+        flops: float,
     ) -> T:
-        """Run the loop to its last step; the engine lives on for the export."""
+        """Run the loop to its last step; the engine lives on for the export.
+
+        `flops`: what a step computes per sample of the first stream, backward included.
+        """
         c = self.config
         micro_batch, accumulation = derive_batches(c.loop.global_batch, self.world.size, c.engine.micro_batch)
         recorder = Recorder()
@@ -151,6 +155,7 @@ class Setting:
             evaluate=evaluate,
             recorder=recorder,
             probe_images=self._probe(image_size).to(self.world.device),
+            flops=flops * c.loop.global_batch,
         )
         return task
 

@@ -18,6 +18,9 @@ _SHOWN = (
     "val/top1",
     "val/teacher_top1",
     "perf/images_per_second",
+    "perf/data_wait_share",
+    "perf/mfu",
+    "perf/memory_gib",
 )
 
 

@@ -25,6 +25,7 @@ from pipeline.train.config import LoopConfig, OptimConfig
 from pipeline.train.distributed import World, any_rank
 from pipeline.train.divergence import Trouble, find_trouble, position_of
 from pipeline.train.engine import Engine
+from pipeline.train.peak import peak_flops
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
 from pipeline.train.schedules import warmup_cosine
@@ -51,10 +52,12 @@ def fit(
     evaluate: Evaluate,
     recorder: Recorder,
     probe_images: torch.Tensor,
+    flops: float,
 ) -> None:
     """Train for `loop.steps` optimizer steps, continuing from the run's newest sound checkpoint.
 
-    `streams` yield this rank's samples of each step; `accumulation` cuts them into equal micro-batches.
+    `streams` yield this rank's samples of each step; `accumulation` cuts them into equal micro-batches; `flops` is what a
+    step must compute, over all ranks (for MFU: nothing that is computed twice counts twice).
     Raises Interrupted (everything saved) after a signal or the time limit, and Diverged for numbers that are not finite
     or leap, once its rewinds are used up.
     """
@@ -86,7 +89,7 @@ def fit(
     board = Board(run.folder / "tb" if world.is_main else None, step)
     progress = Progress(run.folder.name, done=step, total=loop.steps, shown=world.is_main)
     lr_at = warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps)
-    meter = Meter(world)
+    meter = Meter(world, flops, peak_flops(world.device, engine.config.precision))
     next_position, skipped_updates = -1, 0
     if step == 0 and loop.on_divergence == "rewind":
         save()
@@ -202,8 +205,9 @@ def _micro_batches(drawn: dict[str, Batch], accumulation: int) -> list[dict[str,
 class Meter:
     """Means since the last flush, over all ranks, by counts. Nothing is read from the device before `flush`."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, flops: float, peak: float) -> None:
+        """`flops` of a step over all ranks; `peak`: FLOP/s of one rank's device."""
+        self.world, self.flops, self.peak = world, flops, peak
         self._reset()
 
     def _reset(self) -> None:
@@ -241,6 +245,8 @@ class Meter:
         means["perf/step_seconds"] = seconds / self._steps
         means["perf/images_per_second"] = self._images * self.world.size / seconds
         means["perf/data_wait_share"] = self._waited / seconds
+        means["perf/tflops"] = self.flops * self._steps / seconds / 1e12
+        means["perf/mfu"] = self.flops * self._steps / seconds / (self.peak * self.world.size)
         means["perf/memory_gib"] = memory_bytes(self.world.device) / 2**30
         self._reset()
         return means
