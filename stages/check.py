@@ -11,7 +11,7 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.models.card import CARD, Card
-from pipeline.models.config import VisionMambaConfig
+from pipeline.models.config import TimmConfig
 from pipeline.train.run import refuse_other_config
 from stages.configs import DistillConfig, SemiConfig, StageConfig
 
@@ -54,15 +54,18 @@ def _check_distill(config: DistillConfig, num_classes: int) -> None:
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, {config.data.train} has {num_classes} classes; leave it out"
         )
-    if config.teacher and config.teacher.weights is not None:
-        if not config.teacher.weights.is_file():
+    foreign = [("the teacher " + str(config.teacher.timm), config.teacher.weights)] if config.teacher else []
+    if config.weights:
+        foreign.append((config.model.name, config.weights.path))
+    for name, path in foreign:
+        if path is None:
+            continue
+        if not path.is_file():
+            raise HandoverError(f"no weights at {path} for {name}; put the file there: nothing is downloaded")
+        without_labels = config.weights is not None and path == config.weights.path and not config.weights.saw_labels
+        if config.data.split is not None and not config.allow_more_labels and not without_labels:
             raise HandoverError(
-                f"no weights at {config.teacher.weights} for the teacher {config.teacher.timm};"
-                " put the file there: nothing is downloaded"
-            )
-        if config.data.split is not None and not config.allow_more_labels:
-            raise HandoverError(
-                f"the teacher {config.teacher.timm} was trained on labels outside those of {config.data.split};"
+                f"{name} was trained on labels outside those of {config.data.split};"
                 " set allow_more_labels=true to mark the result"
             )
 
@@ -76,8 +79,8 @@ def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manif
             f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill"
         )
     if isinstance(config, DistillConfig):
-        for name in _must_agree(role, card):
-            there, here = getattr(card.model, name), getattr(config.model, name)
+        for name in _must_agree(role, card, config):
+            there, here = getattr(card.model, name, None), getattr(config.model, name, None)
             if there != here:
                 raise HandoverError(
                     f"{folder} has model.{name} = {there!r}, this config {here!r};"
@@ -86,14 +89,16 @@ def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manif
     return card.check_labels(folder, manifest.hash, parts.labelled, allow_more=not config.claimed_labels())
 
 
-def _must_agree(role: str, card: Card) -> tuple[str, ...]:
+def _must_agree(role: str, card: Card, config: DistillConfig) -> tuple[str, ...]:
     """Fields of the model in which a parent and a student must not differ."""
     if role == "teacher":
         return ("image_size", "in_chans")  # it sees the student's images
+    if type(card.model) is not type(config.model):
+        return ("name",)
     if card.kind == "classifier":
-        return tuple(
-            name for name in VisionMambaConfig.model_fields if name not in ("name", "drop_path", "num_classes")
-        )
+        # Every timm name is a model of its own; the other families say what they are in their fields.
+        free = set(card.model.free) - ({"name"} if isinstance(card.model, TimmConfig) else set())
+        return tuple(name for name in type(card.model).model_fields if name not in free)
     return ("embed_dim", "depth", "d_state", "d_conv", "expand", "mlp", "norm", "patch_size", "in_chans")
 
 

@@ -17,7 +17,7 @@ from pipeline.data.transforms import View, eval_views
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.evaluate import metrics
 from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, positions_seen
-from pipeline.models.config import DecoderConfig, VisionMambaConfig
+from pipeline.models.config import DecoderConfig, FamilyConfig
 from pipeline.models.export import load_export, write_export
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
@@ -218,7 +218,7 @@ class Setting:
         self,
         weights: Mapping[str, Tensor],
         *,
-        model: VisionMambaConfig,
+        model: FamilyConfig,
         decoder: DecoderConfig | None = None,
         uses_labels: bool,
         measured: dict[str, float],
