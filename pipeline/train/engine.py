@@ -77,6 +77,11 @@ class Engine:
         return self._deepspeed.module
 
     @property
+    def num_weights(self) -> int:
+        """Trained weights of the whole model, each once, however they are cut."""
+        return sum(full_shape(p).numel() for _, p in self.named_parameters)
+
+    @property
     def masters(self) -> list[Tensor]:
         """The fp32 tensors this rank's optimizer steps: flat partitions under ZeRO, whole parameters without."""
         return list({id(shard.flat): shard.flat for shard in self.shards}.values())
@@ -140,7 +145,7 @@ class Engine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """The whole state dict on the CPU, parameters from the fp32 masters (collective; all ranks get it)."""
-        shapes = {name: _full_shape(p) for name, p in self.named_parameters}
+        shapes = {name: full_shape(p) for name, p in self.named_parameters}
         full = {name: torch.empty(shape, device=self.world.device) for name, shape in shapes.items()}
         self.gather(None, full)
         state = {k: v.detach() for k, v in self.module.state_dict().items() if k not in shapes}
@@ -259,5 +264,6 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
     }
 
 
-def _full_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, of which ZeRO-3 may have left this rank a part."""
     return getattr(parameter, "ds_shape", parameter.shape)

@@ -5,6 +5,7 @@ randomness. So resuming is restoring the weights and seeking the loaders.
 """
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,8 @@ from pipeline.train.run import Run
 from pipeline.train.schedules import warmup_cosine
 from pipeline.train.signals import stop_flag
 from pipeline.train.task import Mean, Task
+
+logger = logging.getLogger(__name__)
 
 # (step, board) -> numbers for the log; called by all ranks at the same steps.
 Evaluate = Callable[[int, Board], dict[str, float]]
@@ -115,7 +118,7 @@ def fit(
             meter.add({"train/loss": Mean(loss, 1.0)})
             skipped_updates = 0 if moved else skipped_updates + 1
             if moved:
-                meter.add(task.after_step(engine, step))
+                meter.add(task.after_step(engine, loss))
             recorder.note(step, position, drawn, loss)
             step += 1
             meter.count(sum(map(len, drawn.values())))
@@ -137,6 +140,9 @@ def fit(
                     recorder.forget_from(step)
                     continue
                 row |= {"step": step, "samples": step * loop.global_batch}
+                for alarm in task.alarms(row):
+                    run.incident({"step": step, "reason": alarm})
+                    logger.log(logging.WARNING if world.is_main else logging.DEBUG, "step %d: %s", step, alarm)
                 run.append_metrics(row)
                 board.scalars(row, step)
                 progress.line(step, row)
