@@ -20,6 +20,7 @@ from pipeline.models.losses import distillation_loss
 from pipeline.models.teachers import timm_teacher
 from pipeline.models.weights import load_weights
 from pipeline.observe.tensorboard import Board
+from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of
 from stages.configs import DistillConfig, TeacherConfig
 from stages.setting import Setting
@@ -45,8 +46,8 @@ class DistillTask(Task):
         return StepOutput(loss=loss, metrics=metrics)
 
 
-def run(config: DistillConfig) -> None:
-    with Setting("distill", config) as s:
+def run(config: DistillConfig, replay: Replay | None = None) -> None:
+    with Setting("distill", config, replay) as s:
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"num_classes": len(s.manifest.classes)})}
         )

@@ -30,6 +30,7 @@ from pipeline.models.pseudo_labels import PseudoLabeller, PseudoLabels, soft_cro
 from pipeline.observe.tensorboard import Board
 from pipeline.train.engine import Engine
 from pipeline.train.lyapema import LyapEMA
+from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of, probe_answer
 from pipeline.train.working_copy import WorkingCopy
 from stages.configs import SemiConfig
@@ -172,8 +173,8 @@ def _supervised_metrics(loss: Tensor, logits: Tensor, labelled: Batch) -> dict[s
     return {"train/supervised": mean_of(loss[None]), "train/top1": mean_of(100.0 * right)}
 
 
-def run(config: SemiConfig) -> None:
-    with Setting("semi", config) as s:
+def run(config: SemiConfig, replay: Replay | None = None) -> None:
+    with Setting("semi", config, replay) as s:
         parent, card = s.parent("init_from"), s.parent_card("init_from")
         shape = student_of(card.model, config)
         size, data = shape.image_size, config.data
