@@ -213,10 +213,12 @@ def run(config: SemiConfig, replay: Replay | None = None) -> None:
         flops = (TRAINING * (1 + ratio) + ratio) * forward_flops(model, size)  # the teacher sees the unlabelled
         task = s.train(model, lambda e: SemiTask(e, teacher, labeller, config, prior), streams, evaluate, size, flops)
         measured = s.measured | s.test({"student": s.engine.model, "teacher": teacher}, size)
-        weights = task.copy.full_weights() if config.export == "teacher" else s.engine.full_weights()
         lasting = lasting_form(shape)
         kept = build_from_config(lasting).state_dict()
-        s.export({k: v for k, v in weights.items() if k in kept}, model=lasting, uses_labels=True, measured=measured)
+        weights = {"student": s.engine.full_weights(), "teacher": task.copy.full_weights()}
+        weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in weights.items()}
+        chosen = weights.pop(config.export)
+        s.export(chosen, model=lasting, uses_labels=True, measured=measured, companions=weights)
 
 
 def student_of(parent: FamilyConfig, config: SemiConfig) -> FamilyConfig:
