@@ -15,10 +15,12 @@ from pipeline.data.loader import Batch
 from pipeline.data.transforms import train_views
 from pipeline.models import build_from_config
 from pipeline.models.export import transfer
+from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import distillation_loss
 from pipeline.models.teachers import timm_teacher
 from pipeline.models.weights import load_weights
 from pipeline.observe.tensorboard import Board
+from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of
 from stages.configs import DistillConfig, TeacherConfig
 from stages.setting import Setting
@@ -44,8 +46,8 @@ class DistillTask(Task):
         return StepOutput(loss=loss, metrics=metrics)
 
 
-def run(config: DistillConfig) -> None:
-    with Setting("distill", config) as s:
+def run(config: DistillConfig, replay: Replay | None = None) -> None:
+    with Setting("distill", config, replay) as s:
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"num_classes": len(s.manifest.classes)})}
         )
@@ -64,7 +66,8 @@ def run(config: DistillConfig) -> None:
         def evaluate(step: int, board: Board) -> dict[str, float]:
             return s.validate({"student": s.engine.model}, size)
 
-        s.train(model, lambda engine: DistillTask(config, teacher), streams, evaluate, size)
+        flops = TRAINING * forward_flops(model, size) + (forward_flops(teacher, size) if teacher else 0)
+        s.train(model, lambda engine: DistillTask(config, teacher), streams, evaluate, size, flops)
         measured = s.measured | s.test({"student": s.engine.model}, size)
         s.export(s.engine.full_weights(), model=config.model, uses_labels=True, measured=measured)
 

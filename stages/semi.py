@@ -18,10 +18,12 @@ from pipeline.data.loader import Batch
 from pipeline.data.transforms import pair_views, train_views
 from pipeline.models import build_from_config
 from pipeline.models.export import transfer
+from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import pseudo_labels
 from pipeline.observe.tensorboard import Board
 from pipeline.train.engine import Engine
 from pipeline.train.lyapema import LyapEMA
+from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of, probe_answer
 from stages.configs import SemiConfig
 from stages.setting import Setting
@@ -78,8 +80,8 @@ class SemiTask(Task):
         engine.copy_weights(self.ema.teacher, self.teacher)
 
 
-def run(config: SemiConfig) -> None:
-    with Setting("semi", config) as s:
+def run(config: SemiConfig, replay: Replay | None = None) -> None:
+    with Setting("semi", config, replay) as s:
         parent, card = s.parent("init_from"), s.parent_card("init_from")
         shape = (
             card.model if config.drop_path is None else card.model.model_copy(update={"drop_path": config.drop_path})
@@ -100,7 +102,8 @@ def run(config: SemiConfig) -> None:
         def evaluate(step: int, board: Board) -> dict[str, float]:
             return s.validate({"student": s.engine.model, "teacher": teacher}, size)
 
-        task = s.train(model, lambda engine: SemiTask(engine, teacher, config), streams, evaluate, size)
+        flops = (TRAINING * (1 + ratio) + ratio) * forward_flops(model, size)  # the teacher sees the unlabelled
+        task = s.train(model, lambda engine: SemiTask(engine, teacher, config), streams, evaluate, size, flops)
         measured = s.measured | s.test({"student": s.engine.model, "teacher": teacher}, size)
         student_weights = s.engine.full_weights()
         weights = (

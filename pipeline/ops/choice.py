@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.ops import closed_form, mamba_cuda, reference
+from pipeline.ops import closed_form, mamba_cuda, meta, reference
 from pipeline.ops.fused import Fused
 
 logger = logging.getLogger(__name__)
@@ -167,6 +167,8 @@ def report(device: torch.device | str = "cpu") -> list[tuple[str, float | None, 
 
 def operators_for(tensor: Tensor) -> Operators:
     """The chosen implementation for a tensor's device and dtype."""
+    if tensor.is_meta:
+        return Operators(name="meta", scan=meta.selective_scan)
     if tensor.dtype == torch.float64:  # the kernels compute in fp32
         return _closed_form(tensor.device)
     return _chosen.get(tensor.device.type) or choose_scan("auto", tensor.device)

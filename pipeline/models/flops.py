@@ -1,0 +1,24 @@
+"""What a forward pass costs, counted on the meta device: for MFU, for plans, for tables."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# A backward pass costs two forward passes: one for the gradients of the activations, one for those of the weights.
+TRAINING = 3
+
+
+def forward_flops(model: nn.Module, image_size: tuple[int, int], in_chans: int = 3) -> int:
+    """FLOPs of one image (height, width): 2 a multiply-add, convolutions and matrix products and the scan (papers
+    that print "FLOPs" mean multiply-adds, half of this). The model's weights are neither copied nor touched.
+    """
+    shapes: dict[str, Tensor] = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers()}
+    for name, p in model.named_parameters():
+        shapes[name] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    images = torch.empty(1, in_chans, *image_size, device="meta")
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, shapes, images)
+    model.train(was_training)
+    return counter.get_total_flops()

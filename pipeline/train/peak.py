@@ -1,0 +1,45 @@
+"""What a device could compute at best: the denominator of model FLOPs utilisation (MFU)."""
+
+import time
+
+import torch
+
+# Dense FLOP/s from the makers' data sheets: (bf16 tensor cores, fp32 without TF32).
+_GPUS: dict[str, tuple[float, float]] = {
+    "B200": (2250e12, 75e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "A40": (149.7e12, 37.4e12),
+    "A10": (125e12, 31.2e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165e12, 82.6e12),
+}
+_SIDE = 1024
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of one device in `precision` (fp32 | bf16): from the data sheet of a known GPU, else of a matrix product
+    measured here and now, so that MFU on a CPU reads "as fast as its own matmul"."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((peaks for part, peaks in _GPUS.items() if part in name), None)
+        if known:
+            return known[0] if precision == "bf16" else known[1]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.ones(_SIDE, _SIDE, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * _SIDE**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
