@@ -1,8 +1,10 @@
 """Vision Mamba: a plain backbone whose mixer is the selective scan in one, two or four directions.
 
 Vim (Zhu et al. 2024): no MLP, RMSNorm, two directions, cls token in the middle.  ARM (Ren et al. 2024), in
-fine-tuning: LayerNorm, SwiGLU, expand 1, four directions, mean of the patches.  Semi-ViM: Vim, 36 blocks (inferred).
-Parameter names follow the released checkpoints, so that a converter is a renaming.
+fine-tuning: LayerNorm, SwiGLU, expand 1, four directions, mean of the patches.  Semi-ViM: its sources give no
+architecture but "146 M" for Base, which Vim at 768 x 36 has (145.6 M); that, and Vim's own Tiny and Small under its
+name, are inferences of ours.
+Parameter names follow the released checkpoints, so that a converter (`pipeline.models.convert`) is a renaming.
 
 Deviations, on purpose: every direction gets the step-size initialisation (the released code leaves the reversed
 one at softplus(0)); drop path reaches its stated maximum in the last block; grids need not be square.
@@ -11,13 +13,17 @@ Shapes: B images, L tokens, D width, E = expand x D inner width, N states, R ran
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.config import VISION_MAMBA_VARIANTS as VARIANTS
+from pipeline.models.config import SSMixupConfig
+from pipeline.models.ssmixup import mixed_scan
 from pipeline.ops.scan import Direction, mixer_scan
 
 __all__ = ["VARIANTS", "VisionMamba"]
@@ -30,8 +36,13 @@ NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 class Mixer(nn.Module):
     """One in- and out-projection shared by all directions; convolution, projections, A and D of each its own."""
 
-    def __init__(self, dim: int, *, d_state: int, d_conv: int, expand: int, directions: int) -> None:
+    def __init__(
+        self, dim: int, *, d_state: int, d_conv: int, expand: int, directions: int, ssmixup: SSMixupConfig | None = None
+    ) -> None:
         super().__init__()
+        self.ssmixup = ssmixup
+        if ssmixup and ssmixup.nu == "learned":
+            self.nu = nn.Parameter(torch.zeros(1))
         self.inner = expand * dim
         self.rank = math.ceil(dim / 16)
         self.d_state = d_state
@@ -58,20 +69,25 @@ class Mixer(nn.Module):
                 self.get_parameter(f"dt_proj{s}.bias").copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
             nn.init.uniform_(self.get_parameter(f"dt_proj{s}.weight"), -(self.rank**-0.5), self.rank**-0.5)
 
-    def forward(self, x: Tensor, columns: Tensor | None) -> Tensor:
-        """(B, L, D) -> (B, L, D); `columns` (2, L) is the column-major order and its inverse, for four directions."""
+    def forward(self, x: Tensor, columns: Tensor | None, blend: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); `columns` (2, L) is the column-major order and its inverse, for four directions;
+        `blend` (B, 2) is SSMixup's psi and 1 - psi of each image, zeros for one without the term."""
         xz = self.in_proj(x)  # (B, L, 2E)
-        y = self._both_ways(xz, self.suffixes[:2])
+        y = self._both_ways(xz, self.suffixes[:2], blend)
         if columns is not None:
             # One gather in and one out serve both column directions.
             order, inverse = columns
-            y = y + self._both_ways(xz[:, order], self.suffixes[2:])[:, inverse]
+            y = y + self._both_ways(xz[:, order], self.suffixes[2:], blend)[:, inverse]
         # The mean over the directions, taken on the weight: it is smaller than y.
         return F.linear(y, self.out_proj.weight / len(self.suffixes))
 
-    def _both_ways(self, xz: Tensor, suffixes: tuple[str, ...]) -> Tensor:
-        """The sum of one or two directions of a sequence, (B, L, 2E) -> (B, L, E)."""
-        return mixer_scan(xz, [self._direction(s) for s in suffixes])
+    def _both_ways(self, xz: Tensor, suffixes: tuple[str, ...], blend: Tensor | None) -> Tensor:
+        """The sum of one or two directions of a sequence, (B, L, 2E) -> (B, L, E), with their SSMixup if there is one."""
+        directions = [self._direction(s) for s in suffixes]
+        if self.ssmixup is None or blend is None:
+            return mixer_scan(xz, directions)
+        nu = self.nu if self.ssmixup.nu == "learned" else self.ssmixup.nu
+        return mixed_scan(xz, directions, blend, nu, shared_C=self.ssmixup.readout == "shared_C")
 
     def _direction(self, suffix: str) -> Direction:
         own = self.get_parameter
@@ -126,9 +142,10 @@ class Block(nn.Module):
         d_conv: int,
         expand: int,
         directions: int,
+        ssmixup: SSMixupConfig | None = None,
     ) -> None:
         super().__init__()
-        self.mixer = Mixer(dim, d_state=d_state, d_conv=d_conv, expand=expand, directions=directions)
+        self.mixer = Mixer(dim, d_state=d_state, d_conv=d_conv, expand=expand, directions=directions, ssmixup=ssmixup)
         self.drop_path = DropPath(drop_path)
         # Vim's one norm is called `norm`, ARM's two `norm1` and `norm2`, in the released files.
         if mlp == "none":
@@ -137,11 +154,11 @@ class Block(nn.Module):
             self.norm1, self.norm2 = NORMS[norm](dim, eps=1e-5), NORMS[norm](dim, eps=1e-5)
             self.mlp = SwiGLU(dim)
 
-    def forward(self, x: Tensor, columns: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, columns: Tensor | None, blend: Tensor | None = None) -> Tensor:
         if hasattr(self, "mlp"):
-            x = x + self.drop_path(self.mixer(self.norm1(x), columns))
+            x = x + self.drop_path(self.mixer(self.norm1(x), columns, blend))
             return x + self.drop_path(self.mlp(self.norm2(x)))
-        return x + self.drop_path(self.mixer(self.norm(x), columns))
+        return x + self.drop_path(self.mixer(self.norm(x), columns, blend))
 
 
 class PatchEmbed(nn.Module):
@@ -182,14 +199,17 @@ class VisionMamba(nn.Module):
         pos_embed: Literal["learned", "sincos"],
         drop_path: float,
         num_classes: int,
+        ssmixup: SSMixupConfig | None = None,
     ) -> None:
         super().__init__()
+        self.ssmixup = ssmixup
         stride = stride or patch_size
         self.image_size, self.patch_size = image_size, patch_size
         self.grid_size = ((image_size[0] - patch_size) // stride + 1, (image_size[1] - patch_size) // stride + 1)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.num_features = self.embed_dim = embed_dim
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.depth, self.num_classes, self.pool = depth, num_classes, pool
+        self.grad_checkpointing = False
         self.middle = self.num_patches // 2 if cls_token == "middle" else None
         self.patch_embed = PatchEmbed(patch_size, stride, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(
@@ -209,14 +229,16 @@ class VisionMamba(nn.Module):
                 d_conv=d_conv,
                 expand=expand,
                 directions=directions,
+                ssmixup=ssmixup if ssmixup and i in ssmixup.blocks(depth) else None,
             )
-            for r in rates
+            for i, r in enumerate(rates, start=1)
         )
         self.norm_f = NORMS[norm](embed_dim, eps=1e-5)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         side = cluster_size // patch_size if order == "cluster" else None
-        self.register_buffer("order", cluster_order(self.grid_size, side) if side else None, persistent=False)
-        self.register_buffer("columns", self._column_order(side) if directions == 4 else None, persistent=False)
+        with torch.device("cpu"):  # real on the meta device too: no state dict would bring them
+            self.register_buffer("order", cluster_order(self.grid_size, side) if side else None, persistent=False)
+            self.register_buffer("columns", self._column_order(side) if directions == 4 else None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -237,7 +259,9 @@ class VisionMamba(nn.Module):
         nn.init.zeros_(self.patch_embed.get_parameter("proj.bias"))
         if self.fixed_positions:
             with torch.no_grad():
-                self.pos_embed.copy_(with_cls_slot(sincos_positions(self.grid_size, self.embed_dim), self.middle))
+                self.pos_embed.copy_(
+                    resize_positions(sincos_positions(self.grid_size, self.embed_dim), self.grid_size, self)
+                )
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.middle is not None:
@@ -257,22 +281,58 @@ class VisionMamba(nn.Module):
         x = self.patch_embed(images) + positions
         return x if self.order is None else x[:, self.order]
 
-    def encode(self, x: Tensor, taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, x: Tensor, taps: tuple[int, ...] = (), blend: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """All blocks over the tokens x (B, L, D); also the streams after the blocks `taps`, counted from 1."""
         tapped = []
         for i, layer in enumerate(self.layers, start=1):
-            x = layer(x, self.columns)
+            x = self._through(layer, x, blend)
             if i in taps:
                 tapped.append(x)
         return x, tapped
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, L, D): normalised tokens in the order of the scan, cls (if any) in the middle."""
-        return self.norm_f(self.encode(self._tokens(images))[0])
+    def forward_features(self, images: Tensor, blend: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, L, D): normalised tokens in the order of the scan, cls (if any) in the middle.
 
-    def forward_intermediates(self, images: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """The streams (B, L, D) after the blocks `indices`, counted from 1, not normalised."""
-        return self.encode(self._tokens(images), indices)[1]
+        `blend` (B, 2): SSMixup's psi and 1 - psi of each image, in a model that has it; zeros leave an image without.
+        """
+        if blend is None and self.ssmixup and self.ssmixup.everywhere:
+            blend = images.new_full((len(images), 2), 0.5)
+        return self.norm_f(self.encode(self._tokens(images), blend=blend)[0])
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The patches' stream after the blocks `indices`, as timm's models give it; before it, unless
+        `intermediates_only`, what `forward_features` gives.
+
+        `indices` count from 0, or from the end if negative; n means the last n, None all. Maps (B, D, rows, across), or
+        tokens (B, rows x across, D) for "NLC", row-major whatever the scan's order. `norm` applies the final norm;
+        `stop_early` leaves out the blocks after the last index. Raises ValueError for a block that does not exist.
+        """
+        if indices is None:
+            indices = self.depth
+        if isinstance(indices, int):
+            indices = range(-indices, 0)
+        if not all(-self.depth <= i < self.depth for i in indices):
+            raise ValueError(f"indices {list(indices)} name blocks outside 0..{self.depth - 1}")
+        wanted = [i % self.depth for i in indices]
+        if stop_early and not intermediates_only:
+            raise ValueError("stop_early leaves no final features; set intermediates_only=True")
+        x, found = self._tokens(images), []
+        for i, layer in enumerate(self.layers[: max(wanted) + 1] if stop_early else self.layers):
+            x = self._through(layer, x)
+            if i in wanted:
+                patches = self._row_major(self.norm_f(x) if norm else x)
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, self.grid_size)
+                found.append(patches)
+        return found if intermediates_only else (self.norm_f(x), found)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool == "cls":
@@ -281,14 +341,40 @@ class VisionMamba(nn.Module):
             x = (x if self.middle is None else drop_slot(x, self.middle)).mean(1)
         return x if pre_logits else self.head(x)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, blend: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> logits (B, num_classes); `blend` as in `forward_features`."""
+        return self.forward_head(self.forward_features(images, blend))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Literal["cls", "mean"] | None = None) -> None:
+        """A fresh head where the old weights are; 0 classes: none. `global_pool` also changes what the head reads."""
+        if global_pool == "cls" and self.middle is None:
+            raise ValueError("this model has no cls token to read; use global_pool='mean'")
+        self.num_classes, self.pool = num_classes, global_pool or self.pool
+        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = head.to(self.pos_embed)
         self._reset_head()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass and compute the block again there: less memory, more time."""
+        self.grad_checkpointing = enable
+
+    def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A released Vim, or ARM in its fine-tuning form, at this model's grid; positions are taken for those of a square."""
+        positions, slot = weights.get("pos_embed", self.pos_embed), None
+        patches = positions.shape[1] - ("cls_token" in weights)
+        if "cls_token" in weights:
+            slot = patches // 2
+        side = math.isqrt(patches)
+        if patches == self.num_patches or side * side != patches:
+            return weights
+        return {**weights, "pos_embed": resize_positions(positions, (side, side), self, slot)}
+
+    def fresh(self) -> tuple[str, ...]:
+        """Prefixes of what fine-tuning may make anew."""
+        return ("head.",)
 
     def no_weight_decay(self) -> set[str]:
         """Names exempt from decay though they are matrices: A (a 2-D log), tokens and positions."""
@@ -300,6 +386,16 @@ class VisionMamba(nn.Module):
         if name.startswith("layers."):
             return int(name.split(".")[1]) + 1
         return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else self.depth + 1
+
+    def _through(self, layer: nn.Module, x: Tensor, blend: Tensor | None = None) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x, self.columns, blend, use_reentrant=False)
+        return layer(x, self.columns, blend)
+
+    def _row_major(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, D) in the order of the scan -> the patches (B, num_patches, D), row by row."""
+        x = x if self.middle is None else drop_slot(x, self.middle)
+        return x if self.order is None else x[:, self.order.argsort()]
 
     def _tokens(self, images: Tensor) -> Tensor:
         x = self.embed(images)
@@ -350,8 +446,19 @@ def drop_slot(x: Tensor, slot: int) -> Tensor:
     return torch.cat([x[:, :slot], x[:, slot + 1 :]], dim=1)
 
 
-def with_cls_slot(positions: Tensor, slot: int | None) -> Tensor:
-    """Positions (1, L, D) with a zero vector inserted at `slot` for the cls token, if there is one."""
-    if slot is None:
-        return positions
-    return torch.cat([positions[:, :slot], torch.zeros_like(positions[:, :1]), positions[:, slot:]], dim=1)
+def resize_positions(
+    positions: Tensor, grid_size: tuple[int, int], target: VisionMamba, slot: int | None = None
+) -> Tensor:
+    """Positions (1, rows x across, D) of a grid, bicubic onto the target's grid, with a slot for the target's cls token.
+
+    `slot`: where among them a cls token stands, which is no place of the grid; its position goes over as it is, into a slot
+    that is zero otherwise.
+    """
+    cls = torch.zeros_like(positions[:, :1]) if slot is None else positions[:, slot : slot + 1]
+    positions = positions if slot is None else drop_slot(positions, slot)
+    if grid_size != target.grid_size:
+        grid = positions.unflatten(1, grid_size).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=target.grid_size, mode="bicubic", align_corners=False)
+        positions = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    middle = target.middle
+    return positions if middle is None else torch.cat([positions[:, :middle], cls, positions[:, middle:]], dim=1)
