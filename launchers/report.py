@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.models.card import CARD
+from pipeline.observe.extras import read_section
 from pipeline.observe.report import Panel, write_report
 from pipeline.observe.results import ROWS, Result, read_result
 
@@ -20,13 +21,19 @@ NUM_PICTURES = 8
 NUM_FIELD_IMAGES = 32
 
 
-def run(experiments: Sequence[Path], out: Path | None) -> Path:
-    """Write the report of `experiments` at `out` (default: report.html in the first one's folder); where it is."""
+def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = ()) -> Path:
+    """Write the report of `experiments` at `out` (default: report.html in the first one's folder); where it is.
+
+    `extras`: folders of `extras.write_section`.
+    """
     if out is not None and out.suffix != ".html":
         raise ConfigError(f"--out {out}: the report is a page; give a name that ends in .html")
     results = [read_result(e) for e in experiments]
+    measured = [read_section(folder) for folder in extras]
     panels = _panels(results[0])
-    return write_report(experiments, out or experiments[0] / "report.html", panels=panels, compare=compare)
+    return write_report(
+        experiments, out or experiments[0] / "report.html", panels=panels, compare=compare, extras=measured
+    )
 
 
 def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> dict[str, tuple[float, float, float, float]]:
