@@ -64,9 +64,9 @@ def efficiency(configs: Sequence[Path], overrides: Sequence[str], steps: int, ou
         title="A semi-supervised step, side by side",
         header=["config", "model", "ms/step", "images/s", "epoch", "TFLOPs/step", "GFLOPs/image", "peak GiB"],
         rows=rows,
-        note=f"Medians of {ROUNDS} turns of {steps} steps of one process each, the first {LEFT_OUT} left out. An epoch is one pass over the "
-        "unlabelled images. FLOPs (2 a multiply-add) of student and teacher, backward included. Peak: what the process held "
-        "at most, or on a GPU what was allocated.",
+        note=f"Medians of {ROUNDS} turns of {steps} steps of one process each, the first {LEFT_OUT} left out. An epoch is one "
+        "pass over the unlabelled images. FLOPs (2 a multiply-add) of student and teacher, backward included. "
+        "Peak: what the process held at most, or on a GPU what was allocated.",
     )
     return write_section(out, Section("Efficiency of training", [table], []))
 
@@ -154,16 +154,20 @@ def inference(names: Sequence[str], sizes: Sequence[int], batch: int, rounds: in
              f"{c.parameters / 1e6:.2f}", f"{c.gmacs:.3f}", "–" if c.memory_gib is None else f"{c.memory_gib:.2f}"]
             for c in costs
         ],
-        note=f"{where}; fp32; the models take turns, medians of {rounds} rounds after 2 of warm-up; a batch that does not fit is halved. "
+        note=f"{where}; fp32; the models take turns, medians of {rounds} rounds after 2 of warm-up; a batch that does not "
+        "fit is halved. "
         "GMACs are what papers print as FLOPs.",
     )  # fmt: skip
     series = {n: [([float(c.size) for c in costs if c.model == n], [c.images_per_second for c in costs if c.model == n])]
               for n in dict.fromkeys(names)}  # fmt: skip
     latency = {n: [(x, [1000 / v for v in y]) for x, y in curve] for n, curve in series.items()}
     figures = [
-        draw(out / "figures", "throughput", "Throughput against resolution", lines(series, "pixels a side", "images per second", logy=True)),
-        draw(out / "figures", "latency", "Time an image against resolution", lines(latency, "pixels a side", "milliseconds", logy=True)),
-    ]  # fmt: skip
+        draw(out / "figures", name, title, lines(curves, "pixels a side", axis, logy=True))
+        for name, title, curves, axis in (
+            ("throughput", "Throughput against resolution", series, "images per second"),
+            ("latency", "Time an image against resolution", latency, "milliseconds"),
+        )
+    ]
     return write_section(out, Section("Efficiency of inference", [table], figures))
 
 
@@ -210,7 +214,8 @@ def fields(names: Sequence[str], data: Path, size: int, images: int, weights: di
         title="Effective receptive fields",
         header=["model", "weights", "pixels", "20 % in", "50 % in", "95 % in"],
         rows=rows,
-        note="Sides, in pixels, of the smallest centred squares that hold a share of the field. Fresh weights show the architecture only.",
+        note="Sides, in pixels, of the smallest centred squares that hold a share of the field. Fresh weights show the "
+        "architecture only.",
     )
     note = (
         f"Of the central pixel of the last map, mean over {len(chosen)} images; (gradient / largest) to the power 0.2."

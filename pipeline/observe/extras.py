@@ -43,5 +43,4 @@ def read_section(folder: Path) -> Section:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a folder that efficiency, inference or fields has written")
     values = json.loads(path.read_text())
-    tables, figures = ([kind(**v) for v in values[name]] for kind, name in ((Table, "tables"), (Figure, "figures")))
-    return Section(values["title"], tables, figures)
+    return Section(values["title"], [Table(**v) for v in values["tables"]], [Figure(**v) for v in values["figures"]])
