@@ -123,7 +123,7 @@ def test_tensorboard_holds_the_log_row_for_row_and_pictures(chain: Stages, stage
         assert [step for step, _ in shown] == [step for step, _ in logged], name
         assert [v for _, v in shown] == pytest.approx([v for _, v in logged], rel=1e-6, abs=1e-9), name
     images = events.Tags()["images"]
-    expected = {"arm": "reconstructions", "distill": "attribution", "semi": "views/unlabelled"}
+    expected = {"arm": "input, target, prediction", "distill": "attribution", "semi": "views/unlabelled"}
     assert expected[stage] in images
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
