@@ -19,7 +19,7 @@ FLOORS = {
     "pipeline.ops": 1,
     "pipeline": 0,
 }
-LATE = ("deepspeed", "mamba_ssm", "submitit", "fsspec", "timm", "sklearn", "matplotlib", "triton")
+LATE = ("deepspeed", "mamba_ssm", "submitit", "fsspec", "timm", "sklearn", "matplotlib", "triton", "onnx")
 ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "fsspec")
 FILES = sorted(p for top in ("pipeline", "stages", "launchers") for p in (ROOT / top).rglob("*.py"))
 
