@@ -11,7 +11,7 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.models.card import CARD, Card
-from pipeline.models.config import TimmConfig
+from pipeline.models.config import TimmConfig, VisionMambaConfig
 from pipeline.train.run import refuse_other_config
 from stages.configs import DistillConfig, SemiConfig, StageConfig
 
@@ -78,6 +78,8 @@ def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manif
         raise HandoverError(
             f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill"
         )
+    if isinstance(config, SemiConfig) and config.ssmixup:
+        _check_ssmixup(card, folder)
     if isinstance(config, DistillConfig):
         for name in _must_agree(role, card, config):
             there, here = getattr(card.model, name, None), getattr(config.model, name, None)
@@ -87,6 +89,14 @@ def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manif
                     " make them alike, or start from another export"
                 )
     return card.check_labels(folder, manifest.hash, parts.labelled, allow_more=not config.claimed_labels())
+
+
+def _check_ssmixup(card: Card, folder: Path) -> None:
+    if not isinstance(card.model, VisionMambaConfig) or card.model.directions == 1:
+        raise ConfigError(
+            f"ssmixup blends the opposite directions of a Vision Mamba, and {card.model.name} of {folder} has none;"
+            " leave ssmixup out (LyapEMA works with every model), or set mixup.pseudo=true to mix images instead"
+        )
 
 
 def _must_agree(role: str, card: Card, config: DistillConfig) -> tuple[str, ...]:

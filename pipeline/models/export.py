@@ -153,7 +153,10 @@ def transfer(source: nn.Module, target: nn.Module, where: Path) -> Transfer:
         for k, v in wanted.items()
         if k in weights and weights[k].shape != v.shape
     ]
-    problems += [f"{k} is missing" for k in wanted if k not in weights and not k.startswith(allowed)]
+    # SSMixup's strength begins at 0, where it changes nothing.
+    problems += [
+        f"{k} is missing" for k in wanted if k not in weights and not k.startswith(allowed) and not k.endswith(".nu")
+    ]
     problems += [f"{k} has no place here" for k in weights if k not in wanted]
     if problems:
         raise HandoverError(

@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     "launchers": 6,
     "stages": 5,
+    "pipeline.evaluate.__main__": 5,
+    "pipeline.predict": 5,
     "pipeline.train": 4,
     "pipeline.evaluate": 3,
     "pipeline.observe": 3,
