@@ -146,6 +146,9 @@ class SemiTask(Task):
     def probe(self, model: nn.Module, images: Tensor) -> float:
         return probe_answer(model, images) + probe_answer(self.copy.module, images)
 
+    def buffers(self) -> dict[str, Tensor]:
+        return dict(self.copy.module.named_buffers())
+
     def sharded_state(self) -> dict[str, dict[Tensor, Tensor]]:
         return {"teacher": self.ema.teacher}
 

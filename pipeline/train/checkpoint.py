@@ -170,6 +170,8 @@ def restore(
         kinds = task.sharded_state()
         engine.restore(_reader(path), state["optimizer_step"], kinds)
         task.load_state_dict(state["task"], engine)
+        for name, buffer in _buffers(engine, task).items():
+            buffer.copy_(_reader(path)("buffer", name, 0, buffer.numel()).view(buffer.shape))
         logger.info("resumed from %s", path)
         return int(state["step"]), state["loop"]
     return 0, {}
@@ -178,6 +180,11 @@ def restore(
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
     return sorted((p.parent for p in folder.glob("step_*/COMPLETE")), reverse=True)
+
+
+def _buffers(engine: Engine, task: Task) -> dict[str, Tensor]:
+    """Whole tensors beside the weights, which rank 0 saves for all: counters fit fp32 up to 16 million steps."""
+    return engine.buffers() | {f"task.{name}": value for name, value in task.buffers().items()}
 
 
 def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
@@ -191,6 +198,9 @@ def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
         kinds.update({kind: by_flat[shard.flat] for kind, by_flat in extra.items()})
         for kind, tensor in kinds.items():
             tensors[f"{kind}/{shard.name}@{shard.start}"] = shard.of(tensor).to("cpu", copy=True)
+    if engine.world.is_main:
+        for name, buffer in _buffers(engine, task).items():
+            tensors[f"buffer/{name}@0"] = buffer.detach().flatten().to("cpu", torch.float32, copy=True)
     return tensors
 
 

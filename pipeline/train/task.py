@@ -72,6 +72,10 @@ class Task:
         """name -> {optimizer's flat parameter: a tensor of its shape}: saved and restored with the optimizer's shards."""
         return {}
 
+    def buffers(self) -> "dict[str, Tensor]":
+        """name -> whole tensors, equal on all ranks (a companion's running statistics): saved, and restored in place."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Small numbers, equal on all ranks."""
         return {}
