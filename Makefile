@@ -9,7 +9,7 @@ RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test check format golden tensorboard stage-1 stage-2 stage-3 clean
+.PHONY: help install data demo test soak check format golden tensorboard stage-1 stage-2 stage-3 clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
 
 test: $(STAMP)  ## all tests; warnings are errors
 	$(PY) -m pytest tests
+
+soak: $(STAMP)  ## what takes longer: thirty kill -9 in turn, fifty steps at every ZeRO stage (a quarter of an hour)
+	$(PY) -m pytest tests -m soak -s
 
 check: $(STAMP)  ## format, lint, types, floors
 	$(PY) -m ruff format --check .

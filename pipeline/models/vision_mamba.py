@@ -259,7 +259,9 @@ class VisionMamba(nn.Module):
         nn.init.zeros_(self.patch_embed.get_parameter("proj.bias"))
         if self.fixed_positions:
             with torch.no_grad():
-                self.pos_embed.copy_(with_cls_slot(sincos_positions(self.grid_size, self.embed_dim), self.middle))
+                self.pos_embed.copy_(
+                    resize_positions(sincos_positions(self.grid_size, self.embed_dim), self.grid_size, self)
+                )
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.middle is not None:
@@ -359,6 +361,21 @@ class VisionMamba(nn.Module):
         """Keep only each block's input for the backward pass and compute the block again there: less memory, more time."""
         self.grad_checkpointing = enable
 
+    def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A released Vim, or ARM in its fine-tuning form, at this model's grid; positions are taken for those of a square."""
+        positions, slot = weights.get("pos_embed", self.pos_embed), None
+        patches = positions.shape[1] - ("cls_token" in weights)
+        if "cls_token" in weights:
+            slot = patches // 2
+        side = math.isqrt(patches)
+        if patches == self.num_patches or side * side != patches:
+            return weights
+        return {**weights, "pos_embed": resize_positions(positions, (side, side), self, slot)}
+
+    def fresh(self) -> tuple[str, ...]:
+        """Prefixes of what fine-tuning may make anew."""
+        return ("head.",)
+
     def no_weight_decay(self) -> set[str]:
         """Names exempt from decay though they are matrices: A (a 2-D log), tokens and positions."""
         exempt = ("_log", "pos_embed", "cls_token")
@@ -429,8 +446,19 @@ def drop_slot(x: Tensor, slot: int) -> Tensor:
     return torch.cat([x[:, :slot], x[:, slot + 1 :]], dim=1)
 
 
-def with_cls_slot(positions: Tensor, slot: int | None) -> Tensor:
-    """Positions (1, L, D) with a zero vector inserted at `slot` for the cls token, if there is one."""
-    if slot is None:
-        return positions
-    return torch.cat([positions[:, :slot], torch.zeros_like(positions[:, :1]), positions[:, slot:]], dim=1)
+def resize_positions(
+    positions: Tensor, grid_size: tuple[int, int], target: VisionMamba, slot: int | None = None
+) -> Tensor:
+    """Positions (1, rows x across, D) of a grid, bicubic onto the target's grid, with a slot for the target's cls token.
+
+    `slot`: where among them a cls token stands, which is no place of the grid; its position goes over as it is, into a slot
+    that is zero otherwise.
+    """
+    cls = torch.zeros_like(positions[:, :1]) if slot is None else positions[:, slot : slot + 1]
+    positions = positions if slot is None else drop_slot(positions, slot)
+    if grid_size != target.grid_size:
+        grid = positions.unflatten(1, grid_size).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=target.grid_size, mode="bicubic", align_corners=False)
+        positions = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    middle = target.middle
+    return positions if middle is None else torch.cat([positions[:, :middle], cls, positions[:, middle:]], dim=1)

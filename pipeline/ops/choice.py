@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,10 @@ def choose_scan(kind: str = "auto", device: torch.device | str = "cpu") -> Opera
     for name in SCANS if kind == "auto" else (kind,):
         try:
             operators = SCANS[name](device)
-            error = probe(operators, device)
+            # In a thread of its own: the first call may come from inside activation checkpointing, whose hooks would
+            # take the probe's tensors for the block's, or from under an autocast.
+            with ThreadPoolExecutor(1) as thread:
+                error = thread.submit(probe, operators, device).result()
         except Missing as reason:
             if kind != "auto":
                 raise

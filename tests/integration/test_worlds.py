@@ -70,3 +70,25 @@ def test_a_compiled_model_trains_alike(chain: Stages, alone) -> None:
     run = chain.complete("arm", "run.experiment=compiled", SHORT, "engine.compile=true")
     for got, want in zip(losses(run, "arm"), alone["arm"], strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
+
+
+def test_blocks_computed_twice_give_the_same_losses(chain: Stages, alone) -> None:
+    for stage in ("arm", "semi"):
+        more = [*parents(chain, stage), "run.experiment=twice", SHORT, "engine.activation_checkpointing=true"]
+        for got, want in zip(losses(chain.complete(stage, *more), stage), alone[stage], strict=True):
+            assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", KEPT)
+def test_zero_stages_agree_over_fifty_steps(chain: Stages, stage: str) -> None:
+    """To 1e-4 in fp32, on two processes; the largest difference is printed (pytest -s)."""
+    found = []
+    for zero in range(4):
+        more = [f"run.experiment=fifty{zero}", "loop.steps=50", f"engine.zero_stage={zero}"]
+        found.append(losses(chain.complete(stage, *parents(chain, stage), *more, nproc=2), stage))
+    loss = [[row["train/loss"] for row in rows] for rows in found]
+    worst = max(abs(a - b) for other in loss[1:] for a, b in zip(loss[0], other, strict=True))
+    print(f"{stage}: ZeRO 1, 2, 3 differ from 0 by at most {worst:.1e} in the loss over {len(loss[0])} steps")
+    assert len(loss[0]) == 50
+    assert worst <= 1e-4
