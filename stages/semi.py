@@ -150,7 +150,7 @@ class SemiTask(Task):
         return {"teacher": self.ema.teacher}
 
     def buffers(self) -> dict[str, Tensor]:
-        return {f"teacher/{name}": buffer for name, buffer in self.copy.averaged_buffers().items()}
+        return self.copy.averaged_buffers()
 
     def state_dict(self) -> dict[str, Any]:
         return {"ema": self.ema.state_dict(), "labeller": self.labeller.state_dict()}

@@ -30,6 +30,7 @@ from pipeline.train.recorder import Recorder
 from pipeline.train.replay import Replay, Replayed, replay
 from pipeline.train.run import Run
 from pipeline.train.schedules import warmup_cosine
+from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
 from stages.check import check_parent, derive_batches, open_data
 from stages.configs import StageConfig
@@ -152,13 +153,15 @@ class Setting:
         c = self.config
         micro_batch, accumulation = derive_batches(c.loop.global_batch, self.world.size, c.engine.micro_batch)
         recorder = Recorder()
+        if self.world.size > 1:
+            synchronise_batch_norms(model)
         recorder.watch(model.to(self.world.device))
         self._engine = Engine(
             model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation
         )
         task = task_of(self.engine)
         fingerprint = f"{self.run.config_sha256} {self.manifest.hash} {self.split.hash if self.split else ''}"
-        lr_at = warmup_cosine(c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps)
+        lr_at = warmup_cosine(c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps - c.optim.cooldown_steps)
         if self._replay:
             raise Replayed(
                 replay(
