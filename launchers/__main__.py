@@ -1,17 +1,22 @@
 """python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
+python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
+python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml of all stages, each after the other
 python -m launchers demo [--seeds 0 1 2] [--nproc N]                  the three stages on the bundled digits, and a report
 
-Config and parents are checked once, before any process starts. Exit codes: those of `python -m stages`, relayed from
-the first rank that failed.
+With slurm, `arm:key=value` overrides in that stage only and `cluster:key=value` in the cluster's preset. Config and parents
+are checked once, before any process starts or job is submitted. Exit codes: those of `python -m stages`; `local` relays
+that of the first rank that failed.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from launchers import demo, local
 from pipeline.errors import PipelineError
 from pipeline.train.signals import interrupt_on_signals
+
+CLUSTER = Path("configs/cluster/cpu.yaml")
 
 
 def main(arguments: list[str]) -> int:
@@ -27,17 +32,48 @@ def main(arguments: list[str]) -> int:
     chain = commands.add_parser("demo", help="the three stages on the bundled digits")
     chain.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chain.add_argument("--nproc", type=int, default=2)
+    jobs = commands.add_parser("slurm", help="a stage, or the chain, as jobs of SLURM")
+    jobs.add_argument("stage", metavar="STAGE", help="arm | distill | semi | chain")
+    jobs.add_argument("config", metavar="CONFIG", help="a file; for the chain a name: configs/STAGE/NAME.yaml")
+    jobs.add_argument("overrides", nargs="*", metavar="key=value")
+    jobs.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FILE")
+    jobs.add_argument("--sweep", action="append", default=[], metavar="key=a,b", help="a grid; may be given again")
     given = parser.parse_args(arguments)
-    if given.nproc < 1:
+    if getattr(given, "nproc", 1) < 1:
         parser.error(f"--nproc {given.nproc}: at least one process is needed")
     interrupt_on_signals()
     try:
-        if given.command == "demo":
-            return demo.run(given.seeds, given.nproc)
-        return local.run_stage(given.stage, given.config, given.overrides, given.nproc)
+        return COMMANDS[given.command](given)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _local(given: argparse.Namespace) -> int:
+    from launchers import local
+
+    return local.run_stage(given.stage, given.config, given.overrides, given.nproc)
+
+
+def _demo(given: argparse.Namespace) -> int:
+    from launchers import demo
+
+    return demo.run(given.seeds, given.nproc)
+
+
+def _slurm(given: argparse.Namespace) -> int:
+    from launchers import chain, slurm
+
+    cluster, overrides = chain.read_cluster(given.cluster, given.overrides)
+    jobs = slurm.run(chain.read_points(given.stage, given.config, overrides, given.sweep), cluster)
+    for job in jobs:
+        print(f"{job.experiment} {job.stage}: job {job.job_id} {job.state}")
+    if not jobs:
+        print("nothing to submit: all is complete")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"local": _local, "demo": _demo, "slurm": _slurm}
 
 
 if __name__ == "__main__":
