@@ -1,6 +1,7 @@
 """python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
 python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
-python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml of all stages, each after the other
+python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml, stage after stage
+python -m launchers status [EXPERIMENT ...] [--root runs]             where every stage stands
 python -m launchers demo [--seeds 0 1 2] [--nproc N]                  the three stages on the bundled digits, and a report
 
 With slurm, `arm:key=value` overrides in that stage only and `cluster:key=value` in the cluster's preset. Config and parents
@@ -38,6 +39,9 @@ def main(arguments: list[str]) -> int:
     jobs.add_argument("overrides", nargs="*", metavar="key=value")
     jobs.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FILE")
     jobs.add_argument("--sweep", action="append", default=[], metavar="key=a,b", help="a grid; may be given again")
+    where = commands.add_parser("status", help="where every stage of an experiment stands")
+    where.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="all, if none is given")
+    where.add_argument("--root", type=Path, default=Path("runs"))
     given = parser.parse_args(arguments)
     if getattr(given, "nproc", 1) < 1:
         parser.error(f"--nproc {given.nproc}: at least one process is needed")
@@ -65,7 +69,9 @@ def _slurm(given: argparse.Namespace) -> int:
     from launchers import chain, slurm
 
     cluster, overrides = chain.read_cluster(given.cluster, given.overrides)
-    jobs = slurm.run(chain.read_points(given.stage, given.config, overrides, given.sweep), cluster)
+    points = chain.read_points(given.stage, given.config, overrides, given.sweep)
+    name = chain.read_steps(given.stage, given.config, overrides)[0].folder.parent
+    jobs = slurm.run(points, cluster, name.with_name(f"{name.name}-sweep") if given.sweep else name)
     for job in jobs:
         print(f"{job.experiment} {job.stage}: job {job.job_id} {job.state}")
     if not jobs:
@@ -73,7 +79,18 @@ def _slurm(given: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"local": _local, "demo": _demo, "slurm": _slurm}
+def _status(given: argparse.Namespace) -> int:
+    from launchers import status
+
+    return status.show(given.root, given.experiments)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "local": _local,
+    "slurm": _slurm,
+    "status": _status,
+    "demo": _demo,
+}
 
 
 if __name__ == "__main__":

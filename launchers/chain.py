@@ -39,17 +39,23 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
     for override in overrides:
         head = re.match(r"([a-z]+):", override)
         if head and (head[1] not in STAGES):
-            raise ConfigError(f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}) or `cluster`")
+            raise ConfigError(
+                f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}) or `cluster`"
+            )
     steps = []
     for name in names:
         entry = choose("stage", name, {**STAGES} if stage == CHAIN else STAGES)
         path = Path(f"configs/{name}/{config}.yaml") if stage == CHAIN else Path(config)
-        own = tuple(o.removeprefix(f"{name}:") for o in overrides if ":" not in o.partition("=")[0] or o.startswith(f"{name}:"))
+        own = tuple(
+            o.removeprefix(f"{name}:") for o in overrides if ":" not in o.partition("=")[0] or o.startswith(f"{name}:")
+        )
         loaded = load_config(entry.config, path, own)
         steps.append(Step(name, path, own, loaded, apply_overrides(parse_yaml(path.read_text(), str(path)), own)))
     if len({step.folder.parent for step in steps}) > 1:
         places = ", ".join(f"{step.path}: {step.folder.parent}" for step in steps)
-        raise ConfigError(f"the stages of a chain must share run.root and run.experiment ({places}); give run.experiment=NAME")
+        raise ConfigError(
+            f"the stages of a chain must share run.root and run.experiment ({places}); give run.experiment=NAME"
+        )
     return steps
 
 

@@ -48,7 +48,8 @@ class ClusterConfig(Strict):
     max_requeues: NonNegativeInt = Field(30, description="starts of one job beyond the first; then it ends with 75")
     array_parallel: PositiveInt = Field(8, description="points of a sweep that run at once")
     shared: tuple[Path, ...] = Field(
-        (), description="folders that every node sees; run.root and the data must lie below one. None given: not checked"
+        (),
+        description="folders that every node sees; run.root and the data must lie below one. None given: not checked",
     )
     setup: tuple[str, ...] = Field((), description="shell lines before the ranks start, for example module load cuda")
     extra: dict[str, str] = Field(default_factory=dict, description="further options of sbatch, name: value")

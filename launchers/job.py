@@ -25,6 +25,7 @@ from pipeline.errors import DistributedFailure, Interrupted, PipelineError
 from pipeline.files import replace_text
 from pipeline.train.signals import STOPPING, interrupt_on_signals
 
+REQUEUED = "back into the queue"
 LOST, SAVED = DistributedFailure.exit_code, Interrupted.exit_code
 # A reason comes before a bug, a bug before an interruption, and all before the loss of a peer, which they cause.
 _BLAME = {1: 1, SAVED: 2, LOST: 3}
@@ -95,7 +96,7 @@ def blame(codes: Sequence[int], srun_code: int) -> int:
 
 
 def worth_a_requeue(code: int, checkpoint: int, before: Sequence[Mapping[str, Any]]) -> bool:
-    """An interrupted start is. A lost rank is too, unless the last start was lost at the same checkpoint: then it is no accident."""
+    """An interrupted start is. So is a lost rank, unless the start before was lost at the same checkpoint: no accident then."""
     if code == LOST:
         return not before or before[-1]["code"] != LOST or before[-1]["checkpoint"] != checkpoint
     return code == SAVED
@@ -116,20 +117,30 @@ def conclude(logs: Path, srun_code: int, max_requeues: int) -> int:
     path = folder / "verdicts.jsonl"
     before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     checkpoint = newest_checkpoint(run)
-    again = worth_a_requeue(code, checkpoint, before) and restarts < max_requeues
-    row = {"time": time.time(), "start": restarts, "code": code, "checkpoint": checkpoint, "requeue": again}
+    then = _then(code, checkpoint, before, restarts, max_requeues)
+    row = {"time": time.time(), "start": restarts, "code": code, "checkpoint": checkpoint, "then": then}
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     if code == 0 and told:
         _write_report(run.parent)
-    words = "complete" if code == 0 else f"ended with {code}; requeue {restarts + 1} of {max_requeues}"
-    if code and not again:
-        words = f"ended with {code}; not requeued after {restarts} of {max_requeues} requeues"
-    print(f"{told.get('stage', 'job')}: {words}", flush=True)
-    if again:
+    print(f"{told.get('stage', 'job')}: start {restarts + 1} ended with {code}; {then}", flush=True)
+    if then == REQUEUED:
         queue.requeue(job_id(os.environ))
     return code
+
+
+def _then(code: int, checkpoint: int, before: Sequence[Mapping[str, Any]], restarts: int, max_requeues: int) -> str:
+    """What follows from a start's code, in words; REQUEUED is one of them."""
+    if code == 0:
+        return "complete"
+    if not worth_a_requeue(code, checkpoint, before):
+        return "no requeue would help"
+    if restarts >= max_requeues:
+        return f"no requeue is left of {max_requeues}"
+    state = queue.job_state(job_id(os.environ)).state
+    # A cancelled job would rise from the dead; one that SLURM preempts is in the queue already.
+    return REQUEUED if state == "RUNNING" else f"left to SLURM, which has it as {state}"
 
 
 def _write_report(experiment: Path) -> None:

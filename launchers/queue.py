@@ -34,7 +34,9 @@ def ask(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise EnvironmentProblem(f"{command[0]} cannot be asked ({error}); is this a login node of the cluster?") from None
+        raise EnvironmentProblem(
+            f"{command[0]} cannot be asked ({error}); is this a login node of the cluster?"
+        ) from None
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         raise EnvironmentProblem(f"{' '.join(command[:3])}: {words[-1]}")
@@ -70,15 +72,6 @@ def _from_accounting(job_id: str) -> JobState:
     return JobState(state=state.split()[0], exit_code=int(code.split(":")[0]))
 
 
-def requeue(job_id: str) -> bool:
-    """Back into the queue under the same id, so that jobs that depend on it keep waiting.
-
-    Only a running job: a cancelled one would rise from the dead, and one that SLURM has preempted is queued already.
-    """
-    if job_state(job_id).state != "RUNNING":
-        return False
-    try:
-        ask("scontrol", "requeue", job_id)
-    except EnvironmentProblem:
-        return False
-    return True
+def requeue(job_id: str) -> None:
+    """Back into the queue under the same id, so that jobs that depend on it keep waiting."""
+    ask("scontrol", "requeue", job_id)

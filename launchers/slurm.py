@@ -36,8 +36,11 @@ class Submitted(NamedTuple):
     state: str  # submitted, or queued already
 
 
-def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig) -> list[Submitted]:
-    """Submit what is open of every point; returns all jobs that are in the queue for it, in the order of the stages."""
+def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig, folder: Path) -> list[Submitted]:
+    """Submit what is open of every point; returns all jobs that are in the queue for it, in the order of the stages.
+
+    The logs lie in `folder`: that of the experiment, or for a sweep one beside its points'.
+    """
     refuse(points, cluster)
     todo = [open_steps(point, cluster.world_size) for point in points]
     jobs: list[Submitted] = []
@@ -50,16 +53,8 @@ def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig) -> list[Submit
     # Arrays whose tasks wait for one another must be of the same points: group by what is open.
     for stages in dict.fromkeys(tuple(step.stage for step in point) for point in free):
         together = [point for point in free if tuple(step.stage for step in point) == stages]
-        jobs += _submit(together, cluster, base_folder(points))
+        jobs += _submit(together, cluster, (folder / FOLDER).absolute())
     return jobs
-
-
-def base_folder(points: Sequence[Sequence[Step]]) -> Path:
-    """Where the logs go: the experiment's own folder, or for a sweep one beside its points'."""
-    first = points[0][0].config.run
-    names = [point[0].config.run.experiment for point in points]
-    name = first.experiment if len(points) == 1 else os.path.commonprefix(names).rpartition("-")[0] + "-sweep"
-    return (first.root / name / FOLDER).absolute()
 
 
 def _submit(points: Sequence[Sequence[Step]], cluster: ClusterConfig, logs: Path) -> list[Submitted]:
@@ -86,7 +81,9 @@ def _submit(points: Sequence[Sequence[Step]], cluster: ClusterConfig, logs: Path
         for job in {submitted.job_id.split("_")[0] for submitted in done}:
             queue.ask("scancel", job)
         words = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
-        raise EnvironmentProblem(f"SLURM refuses the job: {words[-1] if words else error}; nothing is submitted") from None
+        raise EnvironmentProblem(
+            f"SLURM refuses the job: {words[-1] if words else error}; nothing is submitted"
+        ) from None
     return done
 
 
@@ -153,7 +150,9 @@ def check_partition(cluster: ClusterConfig) -> None:
     default = next((name for name, row in known.items() if row.get("Default") == "YES"), None)
     name = cluster.partition or default
     if name is None:
-        raise ConfigError(f"the cluster has no default partition; give cluster:partition=NAME, one of {', '.join(known)}")
+        raise ConfigError(
+            f"the cluster has no default partition; give cluster:partition=NAME, one of {', '.join(known)}"
+        )
     if name not in known:
         raise ConfigError(f"partition {name!r} is unknown to this cluster; it has {', '.join(known)}")
     limit, nodes = known[name].get("MaxTime", "UNLIMITED"), known[name].get("TotalNodes", "")
@@ -163,7 +162,9 @@ def check_partition(cluster: ClusterConfig) -> None:
             f" give cluster:time={limit} or less, requeues do the rest"
         )
     if nodes.isdigit() and cluster.nodes > int(nodes):
-        raise ConfigError(f"{cluster.nodes} nodes are asked of partition {name}, which has {nodes}; lower cluster:nodes")
+        raise ConfigError(
+            f"{cluster.nodes} nodes are asked of partition {name}, which has {nodes}; lower cluster:nodes"
+        )
 
 
 def check_shared(step: Step, cluster: ClusterConfig) -> None:
@@ -171,7 +172,12 @@ def check_shared(step: Step, cluster: ClusterConfig) -> None:
     if not cluster.shared:
         return
     data = step.config.data
-    places = {"run.root": step.config.run.root, "data.train": data.train, "data.split": data.split, "data.test": data.test}
+    places = {
+        "run.root": step.config.run.root,
+        "data.train": data.train,
+        "data.split": data.split,
+        "data.test": data.test,
+    }
     shared = [folder.resolve() for folder in cluster.shared]
     for name, path in places.items():
         if path is not None and "://" not in str(path) and not any(path.resolve().is_relative_to(s) for s in shared):

@@ -59,7 +59,7 @@ def check(
     for role, folder in config.parents().items():
         if folder in pending:
             parent = pending[folder]
-            if not isinstance(parent, SemiConfig):
+            if isinstance(parent, ArmConfig | DistillConfig):
                 kind = "pretrainer" if isinstance(parent, ArmConfig) else "classifier"
                 _check_form(config, role, folder, kind, parent.model)
             continue

@@ -66,7 +66,8 @@ _NODE = (
     " CoresPerSocket=2 ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN"
 )
 # In a namespace: its name, its own view of /etc/hosts and /proc, then slurmd; children that slurmd leaves are reaped.
-_BOOT = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; slurmd -D -c -N "$1" -f "$2/slurm.conf" & wait; while wait -n; do :; done'
+_BOOT = """hostname "$1"; mount --bind "$2/hosts" /etc/hosts
+slurmd -D -c -N "$1" -f "$2/slurm.conf" & wait; while wait -n; do :; done"""
 
 
 def missing() -> str:
@@ -153,12 +154,16 @@ class Cluster:
         return done.stdout + "\n".join(log.read_text().splitlines()[-15:])
 
     def _idle(self) -> set[str]:
-        done = subprocess.run(["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"], capture_output=True, text=True, check=False
+        )
         return set(done.stdout.split())
 
     def _start(self, name: str, command: list[str]) -> None:
         log = (self.folder / f"{name}.out").open("ab")
-        self._daemons[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        self._daemons[name] = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
         log.close()
 
 

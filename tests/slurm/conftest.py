@@ -29,7 +29,11 @@ class Person:
     def __init__(self, cluster: Cluster, runs: Path, digits: Path) -> None:
         self.cluster, self.runs = cluster, runs
         self.overrides = [f"run.root={runs}", f"data.train={digits / 'train'}", f"data.split={digits / 'split.json'}"]
-        self.overrides += [f"data.test={digits / 'test'}", f"cluster:shared=[{runs}, {digits}]", "cluster:partition=main"]
+        self.overrides += [
+            f"data.test={digits / 'test'}",
+            f"cluster:shared=[{runs}, {digits}]",
+            "cluster:partition=main",
+        ]
 
     def type(self, *command: str) -> subprocess.CompletedProcess[str]:
         environment = ENVIRONMENT | {"SLURM_CONF": os.environ["SLURM_CONF"]}
@@ -65,6 +69,9 @@ class Person:
         state = self.cluster.ended(job_id, seconds)
         assert state.state == "COMPLETED", f"{state}\n{self.logs(job_id)}"
         return state
+
+    def weights(self, experiment: str, stage: str) -> bytes:
+        return (self.runs / experiment / stage / "export/model.safetensors").read_bytes()
 
     def verdicts(self, experiment: str, job_id: str) -> list[dict[str, Any]]:
         """How each start ended."""
