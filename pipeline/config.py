@@ -146,10 +146,11 @@ def _copy(node: Any) -> Any:
 def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
     """One line that names the key, the value and the remedy."""
     # Tags of unions appear in the location; they are no keys of the file.
-    path = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
+    location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
+    path = [part for part in location if not part.startswith("tagged-")]
     name = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        known = _keys_at(schema, path[:-1])
+        known = _keys_at(schema, location[:-1])
         close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{name}: unknown key; {hint}(known: {', '.join(nearest(path[-1], known))})"
@@ -167,6 +168,9 @@ def _keys_at(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
     """The field names of every schema that may stand at `path`."""
     schemas: list[type[BaseModel]] = [schema]
     for part in path:
+        if part.startswith("tagged-"):  # a union by name: the tag says which of its schemas was chosen
+            schemas = [model for model in schemas if model.__name__ == part.removeprefix("tagged-")]
+            continue
         found: list[type[BaseModel]] = []
         for model in schemas:
             if part in model.model_fields:

@@ -7,7 +7,7 @@ from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
 
 class Stage(NamedTuple):
     config: type[StageConfig]
-    module: str  # holds `run(config)`; imported only to run, since it loads torch
+    module: str  # holds `run(config, replay=None)`; imported only to run, since it loads torch
 
 
 STAGES = {

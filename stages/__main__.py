@@ -1,11 +1,14 @@
 """python -m stages <arm|distill|semi> CONFIG [key=value ...]
+python -m stages <arm|distill|semi> --replay RUN POSITION
 
-Runs one stage in this process (one rank of it, if torchrun's environment variables say so).
+Runs one stage in this process (one rank of it, if torchrun's environment variables say so); or takes the step of a run
+folder again that stands at that position of its data, on one CPU process, and names the first value that is not finite.
 Exit codes: 0 complete; 2 config; 3 data; 4 hand-over or checkpoint; 5 environment; 6 diverged; 7 distributed failure;
 75 interrupted and saved, start again to continue; 130 a second Ctrl-C ended it without saving.
 """
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -14,10 +17,13 @@ import traceback
 from pathlib import Path
 
 from pipeline.config import choose, load_config
-from pipeline.errors import DistributedFailure, EnvironmentProblem, Interrupted, PipelineError
+from pipeline.errors import ConfigError, DistributedFailure, EnvironmentProblem, Interrupted, PipelineError
 from pipeline.train.signals import interrupt_on_signals
-from stages import STAGES
+from stages import STAGES, Stage
 from stages.check import check, is_complete
+
+# What a disk can do to any write at any moment.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def main(arguments: list[str]) -> int:
@@ -25,13 +31,18 @@ def main(arguments: list[str]) -> int:
         prog="python -m stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", metavar="STAGE", help=" | ".join(STAGES))
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="for example configs/arm/demo.yaml")
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="for example configs/arm/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")
+    parser.add_argument("--replay", nargs=2, metavar=("RUN", "POSITION"), help="for example runs/demo/arm 1234")
     given = parser.parse_args(arguments)
+    if (given.config is None) == (given.replay is None):
+        parser.error("give a CONFIG, or --replay RUN POSITION alone")
     rank = os.environ.get("RANK", "0")
     interrupt_on_signals()
     try:
         stage = choose("stage", given.stage, STAGES)
+        if given.replay:
+            return _replay(stage, Path(given.replay[0]), given.replay[1])
         config = load_config(stage.config, given.config, given.overrides)
         if is_complete(given.stage, config):
             return 0
@@ -49,6 +60,17 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped at once; the newest checkpoint stands, start it again to continue", file=sys.stderr, flush=True)
         return 130
+    except OSError as error:
+        if error.errno not in _DISK:
+            traceback.print_exc()
+            return 1
+        print(
+            f"error: {error.filename or 'the run folder'}: {os.strerror(error.errno)}; make room or mend the disk, and start"
+            " again: the newest checkpoint stands",
+            file=sys.stderr,
+            flush=True,
+        )
+        return EnvironmentProblem.exit_code
     except Exception as error:
         from pipeline.train.distributed import is_communication_failure
 
@@ -57,6 +79,25 @@ def main(arguments: list[str]) -> int:
             return 1
         print(f"error: rank {rank} lost another rank: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         return DistributedFailure.exit_code
+    return 0
+
+
+def _replay(stage: Stage, folder: Path, position: str) -> int:
+    """One process on the CPU takes a step of a run again. Returns 0 whatever it finds; the run is not touched."""
+    if not position.isdigit():
+        raise ConfigError(f"--replay: POSITION is {position!r}; it must be a number, as in {folder}/incidents.jsonl")
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"--replay: {folder} is no run folder, it has no config.yaml; give runs/EXPERIMENT/STAGE")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    alone = ("zero_stage=0", "micro_batch=null", "offload_optimizer=false", "compile=false")
+    config = load_config(stage.config, folder / "config.yaml", [f"engine.{value}" for value in alone])
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    from pipeline.train.replay import Replay, Replayed
+
+    try:
+        importlib.import_module(stage.module).run(config, Replay(folder, int(position)))
+    except Replayed as found:
+        print(found)
     return 0
 
 

@@ -19,6 +19,7 @@ from pipeline.models.arm import ARM, pixel_loss
 from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.observe.pictures import write_grid
 from pipeline.observe.tensorboard import Board
+from pipeline.train.replay import Replay
 from pipeline.train.task import StepOutput, Task
 from stages.configs import ArmConfig
 from stages.setting import Setting
@@ -37,8 +38,8 @@ class ArmTask(Task):
         return StepOutput(loss=pixel_loss(model(images), self.arm.targets(images)).mean())
 
 
-def run(config: ArmConfig) -> None:
-    with Setting("arm", config) as s:
+def run(config: ArmConfig, replay: Replay | None = None) -> None:
+    with Setting("arm", config, replay) as s:
         arm, size = ARM(config.model, config.decoder), config.model.image_size
         everything = np.sort(np.concatenate([s.parts.labelled, s.parts.unlabelled]))
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)

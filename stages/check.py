@@ -13,7 +13,7 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.models.card import CARD, Card
-from pipeline.models.config import VisionMambaConfig
+from pipeline.models.config import FamilyConfig, TimmConfig
 from pipeline.train.run import refuse_other_config
 from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
 
@@ -73,15 +73,18 @@ def _check_distill(config: DistillConfig, num_classes: int) -> None:
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, {config.data.train} has {num_classes} classes; leave it out"
         )
-    if config.teacher and config.teacher.weights is not None:
-        if not config.teacher.weights.is_file():
+    foreign = [("the teacher " + str(config.teacher.timm), config.teacher.weights)] if config.teacher else []
+    if config.weights:
+        foreign.append((config.model.name, config.weights.path))
+    for name, path in foreign:
+        if path is None:
+            continue
+        if not path.is_file():
+            raise HandoverError(f"no weights at {path} for {name}; put the file there: nothing is downloaded")
+        without_labels = config.weights is not None and path == config.weights.path and not config.weights.saw_labels
+        if config.data.split is not None and not config.allow_more_labels and not without_labels:
             raise HandoverError(
-                f"no weights at {config.teacher.weights} for the teacher {config.teacher.timm};"
-                " put the file there: nothing is downloaded"
-            )
-        if config.data.split is not None and not config.allow_more_labels:
-            raise HandoverError(
-                f"the teacher {config.teacher.timm} was trained on labels outside those of {config.data.split};"
+                f"{name} was trained on labels outside those of {config.data.split};"
                 " set allow_more_labels=true to mark the result"
             )
 
@@ -94,15 +97,15 @@ def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manif
     return card.check_labels(folder, manifest.hash, parts.labelled, allow_more=not config.claimed_labels())
 
 
-def _check_form(config: StageConfig, role: str, folder: Path, kind: str, model: VisionMambaConfig) -> None:
+def _check_form(config: StageConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
     """Whether a parent of that kind and model, there already or still to come, fits."""
     if kind != "classifier" and (role == "teacher" or isinstance(config, SemiConfig)):
         raise HandoverError(
             f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill"
         )
     if isinstance(config, DistillConfig):
-        for name in _must_agree(role, kind):
-            there, here = getattr(model, name), getattr(config.model, name)
+        for name in _must_agree(role, kind, model, config):
+            there, here = getattr(model, name, None), getattr(config.model, name, None)
             if there != here:
                 raise HandoverError(
                     f"{folder} has model.{name} = {there!r}, this config {here!r};"
@@ -110,14 +113,16 @@ def _check_form(config: StageConfig, role: str, folder: Path, kind: str, model: 
                 )
 
 
-def _must_agree(role: str, kind: str) -> tuple[str, ...]:
+def _must_agree(role: str, kind: str, model: FamilyConfig, config: DistillConfig) -> tuple[str, ...]:
     """Fields of the model in which a parent and a student must not differ."""
     if role == "teacher":
         return ("image_size", "in_chans")  # it sees the student's images
+    if type(model) is not type(config.model):
+        return ("name",)
     if kind == "classifier":
-        return tuple(
-            name for name in VisionMambaConfig.model_fields if name not in ("name", "drop_path", "num_classes")
-        )
+        # Every timm name is a model of its own; the other families say what they are in their fields.
+        free = set(model.free) - ({"name"} if isinstance(model, TimmConfig) else set())
+        return tuple(name for name in type(model).model_fields if name not in free)
     return ("embed_dim", "depth", "d_state", "d_conv", "expand", "mlp", "norm", "patch_size", "in_chans")
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 from pipeline.config import Strict
 from pipeline.data.config import AugmentConfig, LoaderConfig
 from pipeline.models.card import Preprocessing
-from pipeline.models.config import PRETRAINING_FORM, DecoderConfig, VisionMambaConfig, check_clusters
+from pipeline.models.config import PRETRAINING_FORM, DecoderConfig, ModelConfig, VisionMambaConfig, check_clusters
 from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
 
 
@@ -110,17 +110,31 @@ class TeacherConfig(Strict):
         return self
 
 
-class DistillConfig(StageConfig):
-    """Stage 2: supervised training on the `labelled` stream, from an export or from scratch, with or without a teacher."""
+class WeightsConfig(Strict):
+    """A file of released weights to start from. Nothing is downloaded."""
 
-    model: VisionMambaConfig
+    path: Path = Field(description="safetensors, or a plain state dict; wrapped as released is fine")
+    saw_labels: bool = Field(True, description="false: pretrained without any label, as a masked autoencoder is")
+
+
+class DistillConfig(StageConfig):
+    """Stage 2: supervised training on the `labelled` stream, from an export, a file or nothing, with or without a teacher."""
+
+    model: ModelConfig
     init_from: str | None = Field(None, description="folder, or stage name; none = from scratch")
+    weights: WeightsConfig | None = Field(None, description="in place of init_from: a file from outside")
     teacher: TeacherConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     allow_more_labels: bool = Field(
         False, description="accept parents that saw labels outside data.split; marks the result"
     )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.init_from and self.weights:
+            raise ValueError("give init_from or weights, not both: a model starts from one place")
+        return self
 
     def parents(self) -> dict[str, Path]:
         found = {}

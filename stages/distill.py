@@ -18,7 +18,9 @@ from pipeline.models.export import transfer
 from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import distillation_loss
 from pipeline.models.teachers import timm_teacher
+from pipeline.models.weights import load_weights
 from pipeline.observe.tensorboard import Board
+from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of
 from stages.configs import DistillConfig, TeacherConfig
 from stages.setting import Setting
@@ -44,8 +46,8 @@ class DistillTask(Task):
         return StepOutput(loss=loss, metrics=metrics)
 
 
-def run(config: DistillConfig) -> None:
-    with Setting("distill", config) as s:
+def run(config: DistillConfig, replay: Replay | None = None) -> None:
+    with Setting("distill", config, replay) as s:
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"num_classes": len(s.manifest.classes)})}
         )
@@ -53,6 +55,10 @@ def run(config: DistillConfig) -> None:
         model = build_from_config(config.model)
         if config.init_from:
             transfer(s.parent("init_from"), model, config.parents()["init_from"])
+        if config.weights:
+            load_weights(model, config.weights.path)
+            if config.weights.saw_labels:
+                s.saw_external_labels(config.weights.path.name)
         teacher = frozen_teacher(s, config.teacher, size) if config.teacher else None
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
         streams = {"labelled": s.loader(s.parts.labelled, views, global_batch=config.loop.global_batch)}

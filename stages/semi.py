@@ -23,6 +23,7 @@ from pipeline.models.losses import pseudo_labels
 from pipeline.observe.tensorboard import Board
 from pipeline.train.engine import Engine
 from pipeline.train.lyapema import LyapEMA
+from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of, probe_answer
 from stages.configs import SemiConfig
 from stages.setting import Setting
@@ -79,8 +80,8 @@ class SemiTask(Task):
         engine.copy_weights(self.ema.teacher, self.teacher)
 
 
-def run(config: SemiConfig) -> None:
-    with Setting("semi", config) as s:
+def run(config: SemiConfig, replay: Replay | None = None) -> None:
+    with Setting("semi", config, replay) as s:
         parent, card = s.parent("init_from"), s.parent_card("init_from")
         shape = (
             card.model if config.drop_path is None else card.model.model_copy(update={"drop_path": config.drop_path})

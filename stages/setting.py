@@ -1,7 +1,9 @@
 """What every stage needs around its Task: world, run folder, data, engine, loop, export. A stage says only what differs."""
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -17,13 +19,15 @@ from pipeline.data.transforms import View, eval_views
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.evaluate import metrics
 from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, positions_seen
-from pipeline.models.config import DecoderConfig, VisionMambaConfig
+from pipeline.models.config import DecoderConfig, FamilyConfig
 from pipeline.models.export import load_export, write_export
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
 from pipeline.train.recorder import Recorder
+from pipeline.train.replay import Replay, Replayed, replay
 from pipeline.train.run import Run
+from pipeline.train.schedules import warmup_cosine
 from pipeline.train.task import Task
 from stages.check import check_parent, derive_batches, open_data
 from stages.configs import StageConfig
@@ -35,12 +39,17 @@ NUM_PROBE_IMAGES = 4
 
 
 class Setting:
-    """`with Setting("arm", config) as setting:` joins the processes, opens the run, and closes both whatever happens."""
+    """`with Setting("arm", config) as setting:` joins the processes, opens the run, and closes both whatever happens.
 
-    def __init__(self, stage: str, config: StageConfig) -> None:
-        self.stage, self.config = stage, config
+    With `replay` the run is only read: `train` ends in Replayed, and what is written goes to a temporary folder.
+    """
+
+    def __init__(self, stage: str, config: StageConfig, replay: Replay | None = None) -> None:
+        self.stage, self.config, self._replay = stage, config, replay
         self.world = distributed.start(config.engine.timeout_seconds)
-        self.run = Run(config.run.folder(stage), config, self.world)
+        self._scratch = tempfile.TemporaryDirectory() if replay else None
+        folder = Path(self._scratch.name) if self._scratch else config.run.folder(stage)
+        self.run = Run(folder, config, self.world)
         self.manifest, self.split, self.parts = open_data(config)
         self._engine: Engine | None = None
         self._parents: list[tuple[str, Path, Card]] = []
@@ -54,6 +63,9 @@ class Setting:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            return
         if error is not None:
             # No collective here: other ranks may be in the middle of one.
             if not isinstance(error, Interrupted):
@@ -62,7 +74,8 @@ class Setting:
                     if isinstance(error, PipelineError)
                     else f"{type(error).__name__}: {error}".splitlines()[0]
                 )
-                self.run.status("failed", reason=reason)
+                with suppress(OSError):  # of a full disk the reason is said on the screen
+                    self.run.status("failed", reason=reason)
             return
         if self._engine is not None:
             self._engine.close()
@@ -142,15 +155,30 @@ class Setting:
             model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation
         )
         task = task_of(self.engine)
+        fingerprint = f"{self.run.config_sha256} {self.manifest.hash} {self.split.hash if self.split else ''}"
+        lr_at = warmup_cosine(c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps)
+        if self._replay:
+            raise Replayed(
+                replay(
+                    self._replay,
+                    task,
+                    self.engine,
+                    streams,
+                    lr_at=lr_at,
+                    accumulation=accumulation,
+                    fingerprint=fingerprint,
+                    seed=c.run.seed,
+                )
+            )
         fit(
             task,
             self.engine,
             streams,
             self.run,
             loop=c.loop,
-            optim=c.optim,
+            lr_at=lr_at,
             accumulation=accumulation,
-            fingerprint=f"{self.run.config_sha256} {self.manifest.hash} {self.split.hash if self.split else ''}",
+            fingerprint=fingerprint,
             seed=c.run.seed,
             evaluate=evaluate,
             recorder=recorder,
@@ -218,7 +246,7 @@ class Setting:
         self,
         weights: Mapping[str, Tensor],
         *,
-        model: VisionMambaConfig,
+        model: FamilyConfig,
         decoder: DecoderConfig | None = None,
         uses_labels: bool,
         measured: dict[str, float],

@@ -2,13 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.models.config import VISION_MAMBA_VARIANTS, VisionMambaConfig
+from pipeline.models.config import (
+    FAMILIES,
+    EfficientViMConfig,
+    FamilyConfig,
+    TimmConfig,
+    VisionMambaConfig,
+    VSSDConfig,
+    family_of,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-# name -> the family's config; a family's module turns the config into a model.
-MODELS = dict.fromkeys(VISION_MAMBA_VARIANTS, VisionMambaConfig)
+# name -> the family's config; a family's module turns the config into a model. timm's names begin with `timm/`.
+MODELS = {name: family for family in FAMILIES for name in family.variants}
 
 
 def build_model(name: str, **overrides: Any) -> "nn.Module":
@@ -16,14 +24,34 @@ def build_model(name: str, **overrides: Any) -> "nn.Module":
 
     Runs under `torch.device("meta")` too. Raises ConfigError for an unknown name or field.
     """
-    from pipeline.config import choose, validate
+    from pipeline.config import validate
+    from pipeline.errors import ConfigError
 
-    config = validate(choose("model", name, MODELS), {"name": name, **overrides}, f"model {name}")
-    return build_from_config(config)
+    try:
+        family = family_of(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return build_from_config(validate(family, {"name": name, **overrides}, f"model {name}"))
 
 
-def build_from_config(config: VisionMambaConfig) -> "nn.Module":
+def build_from_config(config: FamilyConfig) -> "nn.Module":
     """The model that a validated config describes."""
-    from pipeline.models.vision_mamba import VisionMamba
+    values = config.model_dump(exclude={"name"})
+    match config:
+        case VisionMambaConfig():
+            from pipeline.models.vision_mamba import VisionMamba
 
-    return VisionMamba(**config.model_dump(exclude={"name"}))
+            return VisionMamba(**values)
+        case EfficientViMConfig():
+            from pipeline.models.efficientvim import EfficientViM
+
+            return EfficientViM(**values)
+        case VSSDConfig():
+            from pipeline.models.vssd import VSSD
+
+            return VSSD(**values)
+        case TimmConfig():
+            from pipeline.models.timm_model import TimmModel
+
+            return TimmModel(name=config.name, **values)
+    raise TypeError(f"no model is built from {type(config).__name__}")

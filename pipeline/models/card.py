@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from pipeline.config import Strict
 from pipeline.errors import HandoverError
 from pipeline.files import sha256_of
-from pipeline.models.config import DecoderConfig, VisionMambaConfig
+from pipeline.models.config import DecoderConfig, ModelConfig
 
 WEIGHTS, PROBE, CARD = "model.safetensors", "probe.safetensors", "model.json"
 
@@ -58,7 +58,7 @@ class Lineage(Strict):
 class Card(Strict):
     format: Literal[1] = 1
     kind: Literal["classifier", "pretrainer"]
-    model: VisionMambaConfig
+    model: ModelConfig
     decoder: DecoderConfig | None = None
     classes: tuple[str, ...]
     preprocessing: Preprocessing

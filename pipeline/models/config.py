@@ -1,13 +1,16 @@
 """What a model is, as values: no torch here, so that a plan or a refusal costs nothing.
 
-`VARIANTS` of a family give the values of a named model; a config names one and overrides what differs.
+`ModelConfig` is one family's config, chosen by `name`: a name of ours, or `timm/NAME` for any model of timm. The variants of
+a family give the values of a named model; a config names one and overrides what differs.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from pipeline.config import Strict, nearest
+
+_ARM = {"expand": 1, "norm": "layer", "mlp": "swiglu", "directions": 4, "pool": "mean"}
 
 VISION_MAMBA_VARIANTS: dict[str, dict[str, Any]] = {
     # Vision Mamba as released: RMSNorm, expand 2, no MLP, two directions, cls in the middle.
@@ -15,9 +18,9 @@ VISION_MAMBA_VARIANTS: dict[str, dict[str, Any]] = {
     "vim_small": {"embed_dim": 384, "depth": 24},
     "vim_base": {"embed_dim": 768, "depth": 24},
     # ARM in its fine-tuning form: LayerNorm, expand 1, SwiGLU, four directions, mean of the patches.
-    "arm_base": {"embed_dim": 768, "depth": 12, "_arm": True},
-    "arm_large": {"embed_dim": 1024, "depth": 24, "_arm": True},
-    "arm_huge": {"embed_dim": 1536, "depth": 24, "_arm": True},
+    "arm_base": {"embed_dim": 768, "depth": 12, **_ARM},
+    "arm_large": {"embed_dim": 1024, "depth": 24, **_ARM},
+    "arm_huge": {"embed_dim": 1536, "depth": 24, **_ARM},
     # Semi-ViM states only "146 M" for Base. Vim at 768 x 36 has 145.6 M: an inference, as are the two below it.
     "semivim_tiny": {"embed_dim": 192, "depth": 24},
     "semivim_small": {"embed_dim": 384, "depth": 24},
@@ -25,8 +28,6 @@ VISION_MAMBA_VARIANTS: dict[str, dict[str, Any]] = {
     # Ours: a laptop's CPU trains it in seconds.
     "vim_nano": {"embed_dim": 64, "depth": 4, "d_state": 8, "image_size": (32, 32), "patch_size": 4, "cluster_size": 8},
 }
-_ARM = {"expand": 1, "norm": "layer", "mlp": "swiglu", "directions": 4, "pool": "mean"}
-
 
 # ARM pretrains a backbone in this form. What fine-tuning builds anew: a classifier, a final norm and a cls token.
 PRETRAINING_FORM: dict[str, Any] = {
@@ -40,16 +41,48 @@ PRETRAINING_FORM: dict[str, Any] = {
 }
 
 
-class VisionMambaConfig(Strict):
-    """A Vision Mamba. Fields left out take the value of the variant `name`, then the default below."""
+class FamilyConfig(Strict):
+    """What every model says of itself. Fields left out take the value of the variant `name`, then their default."""
+
+    variants: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Fields that may differ between a classifier's export and the model that starts from it; the weights follow.
+    free: ClassVar[tuple[str, ...]] = ("name", "image_size", "drop_path", "num_classes")
 
     name: str
     image_size: tuple[PositiveInt, PositiveInt] = Field(
         (224, 224), description="(height, width) in pixels; a number means square"
     )
+    in_chans: PositiveInt = 3
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    num_classes: int = Field(1000, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_variant(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("name")
+        if name is not None and not cls.knows(str(name)):
+            raise ValueError(
+                f"model name {name!r} is unknown; known: {', '.join(nearest(str(name), list(cls.variants)))}"
+            )
+        values = {**cls.variants.get(str(name), {}), **values}
+        if isinstance(values.get("image_size"), int):
+            values["image_size"] = (values["image_size"], values["image_size"])
+        return values
+
+    @classmethod
+    def knows(cls, name: str) -> bool:
+        return name in cls.variants
+
+
+class VisionMambaConfig(FamilyConfig):
+    """A Vision Mamba."""
+
+    variants = VISION_MAMBA_VARIANTS
+
     patch_size: PositiveInt = Field(16, description="pixels")
     stride: PositiveInt | None = Field(None, description="pixels between patches; none = patch_size")
-    in_chans: PositiveInt = 3
     embed_dim: PositiveInt
     depth: PositiveInt
     d_state: PositiveInt = Field(16, description="N, states a channel")
@@ -65,26 +98,6 @@ class VisionMambaConfig(Strict):
         "cls", description="what the head reads: the cls token, or the mean of the patches"
     )
     pos_embed: Literal["learned", "sincos"] = "learned"
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    num_classes: int = Field(1000, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_variant(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
-        name = values.get("name")
-        if name in VISION_MAMBA_VARIANTS:
-            variant = VISION_MAMBA_VARIANTS[name]
-            arm = _ARM if "_arm" in variant else {}
-            values = {**arm, **{k: v for k, v in variant.items() if k != "_arm"}, **values}
-        elif name is not None:
-            known = nearest(str(name), list(VISION_MAMBA_VARIANTS))
-            raise ValueError(f"model name {name!r} is unknown; known: {', '.join(known)}")
-        if isinstance(values.get("image_size"), int):
-            values["image_size"] = (values["image_size"], values["image_size"])
-        return values
 
     @model_validator(mode="after")
     def _geometry(self) -> Self:
@@ -142,3 +155,139 @@ def check_clusters(model: VisionMambaConfig) -> None:
         raise ValueError(f"image_size {model.image_size} must be a multiple of cluster_size {model.cluster_size}")
     if model.image_size == (model.cluster_size, model.cluster_size):
         raise ValueError(f"image_size {model.image_size} is a single cluster; there is nothing to predict from")
+
+
+def _efficientvim(
+    widths: tuple[int, ...], depths: tuple[int, ...], states: tuple[int, ...], size: int
+) -> dict[str, Any]:
+    return {"widths": widths, "depths": depths, "states": states, "image_size": (size, size)}
+
+
+EFFICIENTVIM_VARIANTS: dict[str, dict[str, Any]] = {
+    "efficientvim_m1": _efficientvim((128, 192, 320), (2, 2, 2), (49, 25, 9), 224),
+    "efficientvim_m2": _efficientvim((128, 256, 512), (2, 2, 2), (49, 25, 9), 224),
+    "efficientvim_m3": _efficientvim((224, 320, 512), (2, 2, 2), (49, 25, 9), 224),
+    "efficientvim_m4": _efficientvim((224, 320, 512), (3, 4, 2), (64, 32, 16), 256),
+    # Ours, for the bundled digits: at 32 px the maps are 8, 4 and 2 a side, so the stem halves twice instead of four times.
+    "efficientvim_nano": {**_efficientvim((32, 48, 64), (1, 2, 1), (16, 9, 4), 32), "stem_stride": 4},
+}
+EFFICIENTVIM_VARIANTS |= {f"{name}_dist": {**v, "distilled": True} for name, v in EFFICIENTVIM_VARIANTS.items()}
+
+
+class EfficientViMConfig(FamilyConfig):
+    """EfficientViM (CVPR 2025) and every ablation of its Table C."""
+
+    variants = EFFICIENTVIM_VARIANTS
+
+    widths: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        description="channels of the three stages; multiples of 8"
+    )
+    depths: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="blocks of the three stages")
+    states: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="N, hidden states of the three stages")
+    stem_stride: Literal[4, 8, 16] = Field(16, description="pixels a side of the first map's cells; 16 = as published")
+    mlp_ratio: float = Field(4.0, gt=0)
+    expand: PositiveInt = Field(1, description="inner width of the mixer / width")
+    mixer: Literal["hsm", "ncssd", "attention"] = "hsm"
+    importance: Literal["state", "vector", "multihead"] = Field(
+        "state", description="a token's weight: for each state, one for all, or one a head (hsm only)"
+    )
+    heads: PositiveInt = Field(8, description="of importance=multihead")
+    fusion: Literal["hidden", "map", "none"] = Field(
+        "hidden", description="what the classifier reads beside the last map: hidden states, maps, nothing"
+    )
+    norm: Literal["partial_ln", "bn"] = Field(
+        "partial_ln", description="before the mixer and the heads; bn diverges in the paper"
+    )
+    distilled: bool = Field(
+        False, description="a second set of heads, which the teacher teaches; answers are the average"
+    )
+    gate_init: float = Field(1e-4, description="before the sigmoid: 1e-4 halves every branch, as released")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if any(width % 8 for width in self.widths):
+            raise ValueError(f"widths {self.widths} must be multiples of 8")
+        if self.mixer != "hsm" and self.fusion == "hidden":
+            raise ValueError(f"mixer={self.mixer} has no hidden states to fuse; set fusion=map or fusion=none")
+        if self.mixer != "hsm" and self.importance != "state":
+            raise ValueError(f"importance={self.importance} is of mixer=hsm, not of {self.mixer}")
+        if self.importance == "multihead" and any(width * self.expand % self.heads for width in self.widths):
+            raise ValueError(f"widths {self.widths} must be multiples of heads {self.heads}")
+        return self
+
+
+VSSD_VARIANTS: dict[str, dict[str, Any]] = {
+    "vssd_micro": {"width": 48, "depths": (2, 2, 8, 4), "heads": (2, 4, 8, 16), "states": 48},
+    "vssd_tiny": {"width": 64, "depths": (2, 4, 8, 4), "heads": (2, 4, 8, 16)},
+    "vssd_small": {"width": 64, "depths": (3, 4, 21, 5), "heads": (2, 4, 8, 16)},
+    "vssd_base": {"width": 96, "depths": (3, 4, 21, 5), "heads": (3, 6, 12, 24)},
+    # Table D of EfficientViM: its mixer in place of NC-SSD in the first three stages.
+    "vssd_tiny_hsm": {"width": 64, "depths": (2, 4, 8, 4), "heads": (2, 4, 8, 16), "mixer": "hsm"},
+}
+
+
+class VSSDConfig(FamilyConfig):
+    """VSSD: non-causal state space duality in stages 1 to 3, attention in stage 4."""
+
+    variants = VSSD_VARIANTS
+
+    width: PositiveInt = Field(description="channels of the first stage; they double from stage to stage")
+    depths: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+    heads: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+    states: PositiveInt = Field(64, description="N, states of a head")
+    expand: PositiveInt = Field(2, description="inner width of the mixer / width")
+    mlp_ratio: float = Field(4.0, gt=0)
+    mixer: Literal["ncssd", "hsm"] = "ncssd"
+
+
+TIMM_PREFIX = "timm/"
+
+
+class TimmConfig(FamilyConfig):
+    """Any model of timm, from scratch or from a file of weights: `name: timm/vit_small_patch16_224`."""
+
+    options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="further arguments of timm's create_model, for example {global_pool: avg}"
+    )
+
+    @classmethod
+    def knows(cls, name: str) -> bool:
+        return name.startswith(TIMM_PREFIX)
+
+
+FAMILIES: tuple[type[FamilyConfig], ...] = (VisionMambaConfig, EfficientViMConfig, VSSDConfig, TimmConfig)
+
+
+def family_of(name: str) -> type[FamilyConfig]:
+    """The family that knows the name. Raises ValueError that lists the nearest known names."""
+    for family in FAMILIES:
+        if family.knows(name):
+            return family
+    known = [variant for family in FAMILIES for variant in family.variants]
+    raise ValueError(f"model name {name!r} is unknown; known: {', '.join(nearest(name, known))}, {TIMM_PREFIX}NAME")
+
+
+def _tag(values: Any) -> str:
+    family = type(values) if isinstance(values, FamilyConfig) else family_of(str(values["name"]))
+    return f"tagged-{family.__name__}"
+
+
+def _has_a_name(values: Any) -> Any:
+    """Before the choice, which can only be made by name."""
+    if isinstance(values, dict) and "name" not in values:
+        raise ValueError("name is missing: which model? For example name: vim_nano")
+    if not isinstance(values, dict | FamilyConfig):
+        raise ValueError(f"expected a mapping with a name, for example {{name: vim_nano}}, got {values!r}")
+    if isinstance(values, dict):
+        family_of(str(values["name"]))
+    return values
+
+
+ModelConfig = Annotated[
+    Annotated[VisionMambaConfig, Tag("tagged-VisionMambaConfig")]
+    | Annotated[EfficientViMConfig, Tag("tagged-EfficientViMConfig")]
+    | Annotated[VSSDConfig, Tag("tagged-VSSDConfig")]
+    | Annotated[TimmConfig, Tag("tagged-TimmConfig")],
+    Discriminator(_tag),
+    BeforeValidator(_has_a_name),
+]

@@ -19,7 +19,9 @@ from pipeline.files import fsync, sha256_of
 from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
 from pipeline.models.card import CARD, PROBE, WEIGHTS, Card
-from pipeline.models.vision_mamba import DIRECTIONS, VisionMamba, with_cls_slot
+from pipeline.models.config import VisionMambaConfig
+from pipeline.models.timm_model import TimmModel
+from pipeline.models.vision_mamba import DIRECTIONS, VisionMamba, drop_slot, with_cls_slot
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ DROPPED = ("norms.", "to_decoder.", "query", "blocks.", "norm.", "to_pixels.")
 def build_from_card(card: Card) -> nn.Module:
     if card.kind == "pretrainer":
         assert card.decoder is not None
+        assert isinstance(card.model, VisionMambaConfig)
         return ARM(card.model, card.decoder)
     return build_from_config(card.model)
 
@@ -121,22 +124,25 @@ class Transfer:
 
 
 def transfer(source: nn.Module, target: nn.Module, where: Path) -> Transfer:
-    """Load the Vision Mamba `target` from an exported model: a classifier whole, or a pretrainer's backbone (ARM 2.4).
+    """Load `target` from an exported model: a classifier whole, or a pretrainer's backbone into a Vision Mamba (ARM 2.4).
 
     From a pretrainer, the one direction's parameters start all directions, positions are resized to the new grid
-    with an empty slot for the cls token, and FRESH is left as initialised. Raises HandoverError for any other
-    key or shape that does not fit.
+    with an empty slot for the cls token, and FRESH is left as initialised. A classifier may have been trained on images of
+    another size: its positions, if it has any, are resized. Raises HandoverError for any other key or shape that does
+    not fit.
     """
-    assert isinstance(target, VisionMamba)
     weights = source.state_dict()
     dropped: list[str] = []
     if isinstance(source, ARM):
+        if not isinstance(target, VisionMamba):
+            raise HandoverError(f"{where} is a pretrained Vision Mamba, which cannot start another kind of model")
         dropped = [k for k in weights if k.startswith(DROPPED)]
         weights = {k.removeprefix("backbone."): v for k, v in weights.items() if k not in dropped}
         weights["pos_embed"] = resize_positions(weights["pos_embed"], source.backbone.grid_size, target)
         allowed: tuple[str, ...] = FRESH
     else:
         allowed = ()
+        weights = _at_this_size(weights, source, target)
     wanted = target.state_dict()
     for key in wanted:
         origin = _first_direction(key)
@@ -161,6 +167,19 @@ def transfer(source: nn.Module, target: nn.Module, where: Path) -> Transfer:
     )
     logger.info("init_from %s: %s", where, report)
     return report
+
+
+def _at_this_size(weights: dict[str, Tensor], source: nn.Module, target: nn.Module) -> dict[str, Tensor]:
+    """A classifier's weights with positions for the target's images."""
+    if isinstance(source, VisionMamba) and isinstance(target, VisionMamba) and source.grid_size != target.grid_size:
+        positions, slot = weights["pos_embed"], source.middle
+        resized = resize_positions(positions if slot is None else drop_slot(positions, slot), source.grid_size, target)
+        if slot is not None and target.middle is not None:
+            resized[:, target.middle] = positions[:, slot]
+        return {**weights, "pos_embed": resized}
+    if isinstance(source, TimmModel) and isinstance(target, TimmModel):
+        return target.weights_of(source)
+    return weights
 
 
 def resize_positions(positions: Tensor, grid_size: tuple[int, int], target: VisionMamba) -> Tensor:

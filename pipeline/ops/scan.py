@@ -1,7 +1,8 @@
 """The selective scan, its convolution, and a mixer's whole chain: one signature each, computed by what is here.
 
 `selective_scan` and `causal_conv1d_silu` are the operators; `mixer_scan` is the chain of both that a mixer runs between
-its two projections, which a kernel may fuse. `pipeline.ops.choice` decides who computes them.
+its two projections, which a kernel may fuse. `pipeline.ops.choice` decides who computes them. torch.compile ends its
+graph before them and begins another behind: there is nothing in a kernel for it to fuse.
 
 Bt batch, E channels, L steps, N states, G groups of channels that share B and C, K taps, R rank of the step size.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,6 +57,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@torch.compiler.disable
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -93,6 +96,7 @@ def selective_scan(
     )
 
 
+@torch.compiler.disable
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """SiLU(depthwise causal convolution + bias): output t sees steps t-K+1..t, or t..t+K-1 with `reverse`.
 
@@ -115,6 +119,7 @@ def mixer_scan(
 ) -> tuple[Tensor, ...]: ...
 
 
+@torch.compiler.disable
 def mixer_scan(
     xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None = None, return_ungated: bool = False
 ) -> Tensor | tuple[Tensor, ...]:

@@ -137,8 +137,15 @@ class _Writing(Thread):
             self.tensors = {}
 
 
-def restore(folder: Path, *, engine: Engine, task: Task, fingerprint: str) -> tuple[int, dict[str, Any]]:
-    """Continue from the newest sound checkpoint, walking back over damaged ones (collective).
+def restore(
+    folder: Path,
+    *,
+    engine: Engine,
+    task: Task,
+    fingerprint: str,
+    accept: Callable[[dict[str, Any]], bool] = lambda state: True,
+) -> tuple[int, dict[str, Any]]:
+    """Continue from the newest sound checkpoint whose state is accepted, walking back over damaged ones (collective).
 
     Returns its step and the loop's numbers; (0, {}) if there is none. The ranks share the reading of hashes and go by
     the list of rank 0, so they cannot disagree.
@@ -158,6 +165,8 @@ def restore(folder: Path, *, engine: Engine, task: Task, fingerprint: str) -> tu
                 f"{path} was written by a run with another config or other data;"
                 f" choose another run.experiment, or remove {folder.parent}"
             )
+        if not accept(state):
+            continue
         kinds = task.sharded_state()
         engine.restore(_reader(path), state["optimizer_step"], kinds)
         task.load_state_dict(state["task"], engine)

@@ -51,9 +51,27 @@ class EngineConfig(Strict):
     bucket_bytes: PositiveInt = Field(
         64 * 2**20, description="gradients reduced at once; small models like small buckets"
     )
+    activation_checkpointing: bool = Field(
+        False, description="keep only the input of each block and compute the rest again in backward"
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="masters, moments and teacher in the host's memory (ZeRO 1 to 3); slower steps, larger models",
+    )
+    compile: bool = Field(
+        False, description="torch.compile: a minute at every start; for GPUs, on a CPU eager is as fast or faster"
+    )
     timeout_seconds: float = Field(
         600.0, gt=0, description="of a collective: longer, and a rank counts as dead (exit 7)"
     )
+
+    @model_validator(mode="after")
+    def _offload(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "offload_optimizer needs zero_stage 1, 2 or 3: at 0 there are no masters beside the weights"
+            )
+        return self
 
 
 class LoopConfig(Strict):

@@ -50,6 +50,10 @@ class Engine:
         import deepspeed
 
         self.world, self.config = world, config
+        if config.activation_checkpointing:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        if config.compile:
+            model.compile()  # in place: the names of the weights stay
         optimizer = torch.optim.AdamW(
             parameter_groups(cast(Trainable, model), optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
         )
@@ -101,9 +105,11 @@ class Engine:
 
     def all_reduce(self, value: Tensor) -> Tensor:
         """Sum over the owners of shards: over ranks, or as it is where every rank holds everything."""
-        if not self.replicated:
-            dist.all_reduce(value)
-        return value
+        if self.replicated:
+            return value
+        on_device = value.to(self.world.device)  # NCCL does not reduce what was offloaded
+        dist.all_reduce(on_device)
+        return on_device.to(value.device)
 
     def gather(self, tensors: Mapping[Tensor, Tensor] | None, into: Mapping[str, Tensor]) -> None:
         """Assemble whole parameters from the ranks' shards (collective).
@@ -120,7 +126,7 @@ class Engine:
             layout = self._gathered_layout()
             longest = max(sum(numel for *_, numel in rank) for rank in layout)
             flat = torch.zeros(longest, dtype=dtype, device=self.world.device)
-            torch.cat(own, out=flat[: sum(len(o) for o in own)])
+            flat[: sum(len(o) for o in own)].copy_(torch.cat(own))
             parts = [torch.empty_like(flat) for _ in layout]
             dist.all_gather(parts, flat)
         with torch.no_grad():
@@ -236,12 +242,15 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
         "overlap_comm": False,
         "round_robin_gradients": False,
     }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps what is offloaded too
         # DeepSpeed switches an autocast around its forward off unless it is told of it here; no module is on the list of
         # those whose gradients travel in bf16.
         "torch_autocast": {

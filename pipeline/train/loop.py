@@ -7,9 +7,9 @@ randomness. So resuming is restoring the weights and seeking the loaders.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -21,16 +21,17 @@ from pipeline.observe.progress import Progress
 from pipeline.observe.tensorboard import Board
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Saver
-from pipeline.train.config import LoopConfig, OptimConfig
+from pipeline.train.config import LoopConfig
 from pipeline.train.distributed import World, any_rank
 from pipeline.train.divergence import Trouble, find_trouble, position_of
 from pipeline.train.engine import Engine
 from pipeline.train.peak import peak_flops
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
-from pipeline.train.schedules import warmup_cosine
+from pipeline.train.schedules import Schedule
 from pipeline.train.signals import stop_flag
 from pipeline.train.task import Mean, Task
+from pipeline.train.tracer import Tracer
 
 # (step, board) -> numbers for the log; called by all ranks at the same steps.
 Evaluate = Callable[[int, Board], dict[str, float]]
@@ -45,7 +46,7 @@ def fit(
     run: Run,
     *,
     loop: LoopConfig,
-    optim: OptimConfig,
+    lr_at: Schedule,
     accumulation: int,
     fingerprint: str,
     seed: int,
@@ -56,8 +57,8 @@ def fit(
 ) -> None:
     """Train for `loop.steps` optimizer steps, continuing from the run's newest sound checkpoint.
 
-    `streams` yield this rank's samples of each step; `accumulation` cuts them into equal micro-batches; `flops` is what a
-    step must compute, over all ranks (for MFU: nothing that is computed twice counts twice).
+    `lr_at` gives the learning rate of a step; `streams` yield this rank's samples of each step; `accumulation` cuts them
+    into equal micro-batches; `flops` is what a step must compute, over all ranks (for MFU: nothing counts twice).
     Raises Interrupted (everything saved) after a signal or the time limit, and Diverged for numbers that are not finite
     or leap, once its rewinds are used up.
     """
@@ -88,8 +89,8 @@ def fit(
     left_out, rewinds = state.get("left_out", left_out), state.get("rewinds", rewinds)
     board = Board(run.folder / "tb" if world.is_main else None, step)
     progress = Progress(run.folder.name, done=step, total=loop.steps, shown=world.is_main)
-    lr_at = warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps)
     meter = Meter(world, flops, peak_flops(world.device, engine.config.precision))
+    tracer = Tracer(run.folder, world)
     next_position, skipped_updates = -1, 0
     if step == 0 and loop.on_divergence == "rewind":
         save()
@@ -103,20 +104,12 @@ def fit(
             next_position = position + 1
             with meter.waiting():
                 drawn = {name: next(stream).to(world.device, non_blocking=True) for name, stream in batches.items()}
+            lr = lr_at(step)
             torch.manual_seed(step_seed(seed, position, world.rank))  # of drop path
-            lr, loss = lr_at(step), torch.zeros((), device=world.device)
-            for micro in _micro_batches(drawn, accumulation):
-                with engine.precision():
-                    output = task.loss(engine.model, micro)
-                engine.backward(output.loss)
-                moved = engine.step(lr)
-                loss += output.loss.detach() / accumulation
-                meter.add(output.metrics)
-            meter.add({"train/loss": Mean(loss, 1.0)})
-            skipped_updates = 0 if moved else skipped_updates + 1
-            if moved:
-                meter.add(task.after_step(engine, step))
-            recorder.note(step, position, drawn, loss)
+            done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr, step=step)
+            meter.add(done.metrics)
+            skipped_updates = 0 if done.moved else skipped_updates + 1
+            recorder.note(step, position, drawn, done.loss)
             step += 1
             meter.count(sum(map(len, drawn.values())))
             progress.advance()
@@ -148,6 +141,7 @@ def fit(
                 progress.line(step, row)
             if last or step % loop.save_every == 0:
                 save()
+            tracer.advance(step, look=step % loop.vote_every == 0)
             if step % loop.vote_every == 0 and not last:
                 run.beat()
                 saver.finish(wait=False)
@@ -162,11 +156,38 @@ def fit(
                         " all is saved, start it again to continue"
                     )
     saver.finish()
+    tracer.close()
     recorder.dump(run.folder / "report" / f"flight_rank_{world.rank:05d}.jsonl")
     progress.close()
     board.close()
     for stream in streams.values():
         stream.close()
+
+
+class Done(NamedTuple):
+    """`moved`: whether the engine updated the weights; `loss`: the mean over the micro-batches, on the device."""
+
+    moved: bool
+    loss: torch.Tensor
+    metrics: list[tuple[str, Mean]]
+
+
+def train_step(
+    task: Task, engine: Engine, drawn: Mapping[str, Batch], *, accumulation: int, lr: float, step: int
+) -> Done:
+    """One optimizer step: the micro-batches' losses, the update, then the teacher. Reads nothing from the device."""
+    loss, moved = torch.zeros((), device=engine.world.device), False
+    metrics: list[tuple[str, Mean]] = []
+    for micro in _micro_batches(drawn, accumulation):
+        with engine.precision():
+            output = task.loss(engine.model, micro)
+        engine.backward(output.loss)
+        moved = engine.step(lr)
+        loss += output.loss.detach() / accumulation
+        metrics += output.metrics.items()
+    if moved:
+        metrics += task.after_step(engine, step).items()
+    return Done(moved, loss, [("train/loss", Mean(loss, 1.0)), *metrics])
 
 
 def _prove(answer: float, saved: float, run: Run, step: int) -> None:
@@ -187,7 +208,8 @@ def _advice(trouble: Trouble, run: Run, step: int, rewinds: int) -> str:
     tried = f" after {rewinds} rewinds" if rewinds else ""
     return (
         f"{trouble.reason} by step {step}{tried}, first at position {trouble.position} of the data; the last steps are in"
-        f" {run.folder / 'report'}; lower optim.lr, lengthen optim.warmup_steps, or set loop.on_divergence=rewind"
+        f" {run.folder / 'report'}, `python -m stages {run.folder.name} --replay {run.folder} {trouble.position}` names the"
+        " module; lower optim.lr, lengthen optim.warmup_steps, or set loop.on_divergence=rewind"
     )
 
 
@@ -197,7 +219,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _micro_batches(drawn: dict[str, Batch], accumulation: int) -> list[dict[str, Batch]]:
+def _micro_batches(drawn: Mapping[str, Batch], accumulation: int) -> list[dict[str, Batch]]:
     parts = {name: batch.chunks(accumulation) for name, batch in drawn.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(accumulation)]
 
@@ -214,8 +236,8 @@ class Meter:
         self._sums: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {}
         self._started, self._waited, self._steps, self._images = time.monotonic(), 0.0, 0, 0
 
-    def add(self, metrics: dict[str, Mean]) -> None:
-        for name, mean in metrics.items():
+    def add(self, metrics: Iterable[tuple[str, Mean]]) -> None:
+        for name, mean in metrics:
             total, weight = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (total + mean.total.double(), weight + mean.weight)
 

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable
 
+Schedule = Callable[[int], float]  # of the optimizer step
 
-def warmup_cosine(peak: float, final: float, warmup: int, total: int) -> Callable[[int], float]:
+
+def warmup_cosine(peak: float, final: float, warmup: int, total: int) -> Schedule:
     """Linear rise to `peak`, reached at step `warmup`, then half a cosine down to `final` at step `total`.
 
     Step 0 already moves (peak / (warmup + 1)): a first step of zero would only waste a batch.

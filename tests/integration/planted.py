@@ -1,18 +1,20 @@
-"""python -m tests.integration.planted POSITION RANK CONFIG [key=value ...]: stage 1 with an infinite loss planted once.
+"""python -m tests.integration.planted infinity POSITION RANK CONFIG [key=value ...]: an infinite loss, once
+python -m tests.integration.planted clock CONFIG [key=value ...]: the clock of the machine jumps two years back
 
-A rank of a real run; only the loss of one position of the data, on one rank, is not what the stage computed.
-POSITION -1 plants nothing.
+A rank of a real run of stage 1. Only what is named differs: the loss of one position of the data on one rank (-1 plants
+nothing), or what the wall clock says from the third step on.
 """
 
 import os
 import sys
-from pathlib import Path
+import time
 
 import stages.__main__ as entry
 from stages.arm import ArmTask
 
-position, rank = int(sys.argv[1]), sys.argv[2]
-real_loss, seen = ArmTask.loss, 0
+real_loss, real_time, seen = ArmTask.loss, time.time, 0
+fault, *rest = sys.argv[1:]
+position, rank = (int(rest.pop(0)), rest.pop(0)) if fault == "infinity" else (-1, "")
 
 
 def loss(self, model, batch):  # type: ignore[no-untyped-def]
@@ -24,7 +26,13 @@ def loss(self, model, batch):  # type: ignore[no-untyped-def]
     return output
 
 
+def jumped() -> float:
+    return real_time() - (2 * 365 * 86_400 if seen > 3 else 0)
+
+
 ArmTask.loss = loss  # type: ignore[method-assign]
-code = entry.main(["arm", str(Path(sys.argv[3])), *sys.argv[4:]])
+if fault == "clock":
+    time.time = jumped
+code = entry.main(["arm", *rest])
 sys.stderr.flush()
 os._exit(code)

@@ -1,7 +1,8 @@
 """Faults of machines: every one ends in its exit code with a sentence and a usable last checkpoint, or heals."""
 
 import json
-import resource
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -60,25 +61,47 @@ def samples(run: Path) -> dict[int, dict[str, list[int]]]:
     return found
 
 
-def test_a_disk_that_takes_no_more_ends_in_5_and_the_checkpoints_before_stand(chain: Stages) -> None:
-    """The system refuses to let files grow beyond what two steps of small files need: a real refusal of a write."""
-    more = ["run.experiment=full", "loop.steps=6"]
-    limit = 200_000
+def can_mount() -> bool:
+    return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="a file system of its own needs user namespaces (unshare -rm)")
+def test_a_full_disk_ends_in_5_and_the_newest_checkpoint_stands(chain: Stages, tmp_path: Path) -> None:
+    """A real file system of 3 MB fills up with checkpoints; with more room the run goes on from the newest of them."""
+    more = ["loop.steps=40", "loop.save_every=1", "loop.keep_checkpoints=100", f"run.root={tmp_path}"]
+    command = shlex.join(chain.command("arm", *more, nproc=2))
+    script = f"""
+        mount -t tmpfs -o size=3m tmpfs {tmp_path} || exit 99
+        {command}; echo code $?
+        mount -o remount,size=200m {tmp_path}
+        {command}; echo code $?
+        cp {tmp_path}/smoke/arm/metrics.jsonl /dev/stdout
+    """
     done = subprocess.run(
-        chain.command("arm", *more),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        ["unshare", "-rm", "bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 5, done.stderr
-    assert "could not be written: File too large" in done.stderr
+    codes = [line for line in done.stdout.splitlines() if line.startswith("code ")]
+    assert codes == ["code 5", "code 0"], done.stderr
+    assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
-    checkpoints = chain.runs / "full" / "arm" / "checkpoints"
-    assert not list(checkpoints.glob("*"))
-    assert chain.run("arm", *more).returncode == 0
+    resumed = int(re.findall(r"resumed from .*step_(\d+)", done.stderr)[0])
+    assert 0 < resumed < 40
+    steps = [row["step"] for row in map(json.loads, re.findall(r"^{.*}$", done.stdout, re.M)) if "train/loss" in row]
+    assert steps == list(range(1, 41))
+
+
+def test_a_clock_that_jumps_changes_nothing(chain: Stages) -> None:
+    """Two years back in the middle of a run with a time limit: time that decides is monotonic."""
+    command = [sys.executable, "-m", "tests.integration.planted", "clock", "configs/arm/smoke.yaml"]
+    overrides = chain.overrides("run.experiment=jumped", "loop.time_limit_minutes=30")
+    done = subprocess.run(
+        [*command, *overrides], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    run, straight = (chain.runs / name / "arm/export/model.safetensors" for name in ("jumped", "smoke"))
+    assert run.read_bytes() == straight.read_bytes()
+    status = json.loads((chain.runs / "jumped/arm/status.json").read_text())
+    assert status["time"] < time.time() - 365 * 86_400  # the clock did jump
 
 
 def test_a_frozen_rank_ends_all_in_7(chain: Stages) -> None:
@@ -113,6 +136,7 @@ def planted(chain: Stages, position: int, rank: int, *more: str) -> tuple[int, P
         sys.executable,
         "-m",
         "tests.integration.planted",
+        "infinity",
         str(position),
         str(rank),
         "configs/arm/smoke.yaml",
@@ -136,3 +160,37 @@ def test_an_infinity_on_one_rank_rewinds_all_and_the_end_never_saw_that_batch(ch
     assert rows[0]["gradient_norms"]["backbone.layers.0"] > 0
     state = json.loads((complete(run / "checkpoints")[0] / "state.json").read_text())
     assert state["loop"]["left_out"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("position", "finding"),
+    [(0, "every value is finite"), (1, r"forward, backbone\.layers\.0\.mixer \(Mixer\) is the first module")],
+)
+def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, position: int, finding: str) -> None:
+    """Two processes diverge by an absurd learning rate; one process takes the step again and leaves the run alone."""
+    more = ["run.experiment=diverged", "optim.lr=3e20", "optim.warmup_steps=0", "optim.clip_norm=0"]
+    run = chain.runs / "diverged" / "arm"
+    if not run.exists():
+        assert chain.run("arm", *more, nproc=2).returncode == 6
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = subprocess.run(
+        [sys.executable, "-m", "stages", "arm", "--replay", str(run), str(position)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(rf"position {position} \(step {position}\): {finding}", done.stdout), done.stdout
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_touched_file_gives_a_trace(chain: Stages) -> None:
+    run = chain.runs / "traced" / "arm"
+    run.mkdir(parents=True)
+    (run / "profile").touch()
+    chain.complete("arm", "run.experiment=traced", "loop.steps=12")
+    assert not (run / "profile").exists()
+    trace = json.loads(next((run / "report").glob("trace_step_*.json")).read_text())
+    assert any("Optimizer.step#AdamW" in event.get("name", "") for event in trace["traceEvents"])

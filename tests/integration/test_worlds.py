@@ -38,3 +38,17 @@ def test_every_zero_stage_gives_the_same_losses_and_the_same_teacher(chain: Stag
     run = chain.complete("semi", *parents(chain, "semi"), *more, nproc=2)
     for got, want in zip(losses(run, "semi"), alone["semi"], strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_an_optimizer_in_the_hosts_memory_steps_alike(chain: Stages, alone, zero: int) -> None:
+    more = [f"run.experiment=offload{zero}", SHORT, f"engine.zero_stage={zero}", "engine.offload_optimizer=true"]
+    run = chain.complete("semi", *parents(chain, "semi"), *more, nproc=2)
+    for got, want in zip(losses(run, "semi"), alone["semi"], strict=True):
+        assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
+
+
+def test_a_compiled_model_trains_alike(chain: Stages, alone) -> None:
+    run = chain.complete("arm", "run.experiment=compiled", SHORT, "engine.compile=true")
+    for got, want in zip(losses(run, "arm"), alone["arm"], strict=True):
+        assert got == pytest.approx(want, rel=1e-5, abs=1e-5)

@@ -1,0 +1,126 @@
+"""Any model of timm, saying what training asks of a model here: timm's own verbs, `layer_of`, and weights from a file.
+
+Nothing is ever downloaded. Parameters are timm's with the prefix `model.`.
+"""
+
+import inspect
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.models.config import TIMM_PREFIX
+from pipeline.ops.torchvision_cpu import allow_torchvision
+
+
+class TimmModel(nn.Module):
+    """timm's model `name` (with the prefix `timm/`). Raises ConfigError if timm knows no such model or option."""
+
+    model: Any
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        image_size: tuple[int, int],
+        in_chans: int,
+        drop_path: float,
+        num_classes: int,
+        options: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        allow_torchvision()
+        import timm
+
+        bare = name.removeprefix(TIMM_PREFIX)
+        if not timm.is_model(bare):
+            close = ", ".join(timm.list_models(f"*{bare.split('.')[0].split('_')[0]}*")[:5])
+            raise ConfigError(f"timm has no model {bare!r}" + (f"; near it: {close}" if close else ""))
+        arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **options}
+        try:
+            with torch.device("meta"):
+                known = inspect.signature(type(timm.create_model(bare, **arguments))).parameters
+            if "img_size" in known:  # the others take images of any size
+                arguments["img_size"] = image_size
+            if drop_path and "drop_path_rate" not in known:
+                raise ConfigError(f"timm's {bare} has no drop path; leave out model.drop_path")
+            if drop_path:
+                arguments["drop_path_rate"] = drop_path
+            self.model = timm.create_model(bare, **arguments)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise ConfigError(f"timm's {bare} at {image_size} with {options}: {str(error).splitlines()[0]}") from error
+        self.image_size, self.num_classes = image_size, num_classes
+        self._layers = self._layer_table()
+
+    @property
+    def num_features(self) -> int:
+        """What `forward_head` reads: channels of `forward_features`."""
+        return int(self.model.num_features)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> features as timm's model lays them out."""
+        return self.model.forward_features(images)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.model.forward_head(x, pre_logits=pre_logits)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, num_classes)."""
+        return self.model(images)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.model.reset_classifier(num_classes)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """As timm says."""
+        exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        return {f"model.{name}" for name in exempt}
+
+    def layer_of(self, name: str) -> int:
+        """For layer-wise decay, by timm's own grouping; all in one layer if timm has none for this model."""
+        return self._layers.get(name, 0)
+
+    def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict as released, under this model's names; positions are resized to its grid (timm's filter)."""
+        if any(name.startswith("decoder_") for name in weights):  # a whole masked autoencoder
+            weights = {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token"))}
+        convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
+        weights = dict(convert(weights, self.model)) if convert else weights
+        if not any(name.startswith("fc_norm.") for name in self.model.state_dict()):
+            return {f"model.{k}": v for k, v in weights.items()}
+        # Pooled by the mean, timm's ViT has a norm after the pool and none before: masked autoencoders train it anew.
+        return {f"model.{k}": v for k, v in weights.items() if not k.startswith("norm.")}
+
+    def weights_of(self, source: "TimmModel") -> dict[str, Tensor]:
+        """The state dict of another size's model of this name, its absolute positions resized to this grid."""
+        weights = source.state_dict()
+        if "model.pos_embed" in weights and hasattr(self.model, "patch_embed"):
+            from timm.layers import resample_abs_pos_embed
+
+            weights["model.pos_embed"] = resample_abs_pos_embed(
+                weights["model.pos_embed"],
+                new_size=self.model.patch_embed.grid_size,
+                old_size=source.model.patch_embed.grid_size,
+                num_prefix_tokens=getattr(self.model, "num_prefix_tokens", 0),
+            )
+        return weights
+
+    def fresh(self) -> tuple[str, ...]:
+        """Prefixes of what fine-tuning may make anew."""
+        heads = self.model.pretrained_cfg.get("classifier") or ()
+        return *(f"model.{head}." for head in ([heads] if isinstance(heads, str) else heads)), "model.fc_norm."
+
+    def _layer_table(self) -> dict[str, int]:
+        if not hasattr(self.model, "group_matcher"):
+            return {}
+        from timm.models import group_parameters
+
+        matcher = self.model.group_matcher(coarse=False)
+        found = cast(dict[str, int], group_parameters(self.model, matcher, reverse=True))
+        return {f"model.{name}": int(layer) for name, layer in found.items()}

@@ -1,0 +1,158 @@
+"""What happened at a step: its batch is drawn again, on weights restored from before it, under the eyes of hooks.
+
+The stream is exact and checkpoints know no world size, so one process on a CPU can take the steps of many. What it does
+not repeat bit for bit: the order of sums, other kernels than the run's, and with drop path the masks of other ranks.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.loader import Batch, Loader
+from pipeline.train import checkpoint
+from pipeline.train.divergence import position_of
+from pipeline.train.engine import Engine
+from pipeline.train.loop import step_seed, train_step
+from pipeline.train.schedules import Schedule
+from pipeline.train.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+class Replay(NamedTuple):
+    """A place in the data (the `position` of an incident or of a flight record) of the run in `folder`."""
+
+    folder: Path
+    position: int
+
+
+class Replayed(Exception):
+    """The stage ends here; the message says what was found."""
+
+
+def replay(
+    asked: Replay,
+    task: Task,
+    engine: Engine,
+    streams: Mapping[str, Loader],
+    *,
+    lr_at: Schedule,
+    accumulation: int,
+    fingerprint: str,
+    seed: int,
+) -> str:
+    """Continue from the newest sound checkpoint before that position, or from the start, and say in a sentence which
+    module or gradient first holds a value that is not finite."""
+
+    def is_before(state: Mapping[str, Any]) -> bool:
+        return position_of(state["step"], state["loop"]["left_out"]) <= asked.position
+
+    step, state = checkpoint.restore(
+        asked.folder / "checkpoints", engine=engine, task=task, fingerprint=fingerprint, accept=is_before
+    )
+    left_out = [hole for hole in state.get("left_out", []) if hole != asked.position]
+    logger.info("replaying from step %d to position %d", step, asked.position)
+    batches = {name: stream.batches(position_of(step, left_out)) for name, stream in streams.items()}
+    while True:
+        position = position_of(step, left_out)
+        drawn = {name: next(stream) for name, stream in batches.items()}
+        torch.manual_seed(step_seed(seed, position, engine.world.rank))
+        watch = Watch(engine.module) if position == asked.position else None
+        done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr_at(step), step=step)
+        if watch:
+            watch.close()
+            found = bad_images(drawn) or watch.found or _bad_loss(done.loss)
+            samples = {name: batch.indices.tolist() for name, batch in drawn.items()}
+            logger.info("its samples: %s", samples)
+            return f"position {position} (step {step}): {found}"
+        if position + 1 != position_of(step + 1, left_out):
+            batches = {name: stream.batches(position_of(step + 1, left_out)) for name, stream in streams.items()}
+        step += 1
+
+
+class Watch:
+    """Hooks on every module and weight of `model`; `found` names the first value that is not finite, in the order of
+    computation: forward from the input, backward from the loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found = ""
+        self._handles = [
+            module.register_forward_hook(self._forward(name or "the model", module))
+            for name, module in model.named_modules()
+        ]
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                self._handles.append(weight.register_hook(self._backward(f"the gradient of {name}")))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _forward(self, name: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._backward(f"the gradient of the output of {name} ({_kind(module)})"))
+                if not self.found and not _finite(tensor):
+                    self.found = f"forward, {name} ({_kind(module)}) is the first module to give {_what(tensor)};"
+                    self.found += f" its inputs {_range(inputs)}, its weights {_range(tuple(module.parameters()))}"
+
+        return hook
+
+    def _backward(self, what: str) -> Any:
+        def hook(gradient: Tensor) -> None:
+            if not self.found and not _finite(gradient):
+                self.found = f"backward, {what} is the first to hold {_what(gradient)}; forward all is finite"
+
+        return hook
+
+
+def bad_images(drawn: Mapping[str, Batch]) -> str:
+    """Which samples' images are not finite, or nothing."""
+    for name, batch in drawn.items():
+        finite = batch.images.flatten(1).isfinite().all(1)
+        if not finite.all():
+            return f"images of the stream {name} are not finite: samples {batch.indices[~finite].tolist()}"
+    return ""
+
+
+def _bad_loss(loss: Tensor) -> str:
+    if _finite(loss):
+        return (
+            f"every value is finite, the loss is {float(loss):.6g}: what went wrong in the run was its hardware,"
+            " a kernel of its device, or the masks of another rank's drop path"
+        )
+    return f"the loss is {float(loss)}, though every module and gradient is finite: it arises in the loss itself"
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    given = output if isinstance(output, tuple | list) else (output,)
+    return [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _what(tensor: Tensor) -> str:
+    nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    return f"{nan} nan and {infinite} infinities among {tensor.numel()} values"
+
+
+def _range(values: tuple[Any, ...]) -> str:
+    """The range of what is finite, and whether all is."""
+    tensors = _tensors(values)
+    if not tensors:
+        return "are none"
+    flat = torch.cat([t.detach().float().flatten() for t in tensors])
+    if not _finite(flat):
+        return "are not finite themselves"
+    return f"lie in [{float(flat.min()):.3g}, {float(flat.max()):.3g}]"
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__

@@ -1,0 +1,27 @@
+"""The loop adds nothing to a step: between two log lines only the engine's own step reads a value from a tensor."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from stages import STAGES
+from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests.integration.test_resume import parents
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_hidden_synchronisation(chain: Stages, stage: str) -> None:
+    overrides = chain.overrides("run.experiment=reads", *parents(chain, stage))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.reads", stage, f"configs/{stage}/smoke.yaml", *overrides],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts.pop("steps") == 4, done.stderr
+    assert set(counts) == {"engine.py:step"}, counts  # DeepSpeed's norm and AdamW's own counters
