@@ -1,6 +1,7 @@
 """python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
 python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
 python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml, stage after stage
+python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   what it will need, and the exact scripts
 python -m launchers status [EXPERIMENT ...] [--root runs]             where every stage stands
 python -m launchers demo [--seeds 0 1 2] [--nproc N]                  the three stages on the bundled digits, and a report
 
@@ -39,10 +40,19 @@ def main(arguments: list[str]) -> int:
     jobs.add_argument("overrides", nargs="*", metavar="key=value")
     jobs.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FILE")
     jobs.add_argument("--sweep", action="append", default=[], metavar="key=a,b", help="a grid; may be given again")
+    ahead = commands.add_parser("plan", help="what a stage or the chain will need, before it costs anything")
+    ahead.add_argument("stage", metavar="STAGE", help="arm | distill | semi | chain")
+    ahead.add_argument("config", metavar="CONFIG", help="a file; for the chain a name")
+    ahead.add_argument("overrides", nargs="*", metavar="key=value")
+    ahead.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FILE")
     where = commands.add_parser("status", help="where every stage of an experiment stands")
     where.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="all, if none is given")
     where.add_argument("--root", type=Path, default=Path("runs"))
-    given = parser.parse_args(arguments)
+    given, more = parser.parse_known_args(arguments)
+    if more and (not hasattr(given, "overrides") or any(word.startswith("-") or "=" not in word for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # key=value may stand behind an option too, which argparse does not allow
+        given.overrides += more
     if getattr(given, "nproc", 1) < 1:
         parser.error(f"--nproc {given.nproc}: at least one process is needed")
     interrupt_on_signals()
@@ -79,6 +89,13 @@ def _slurm(given: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(given: argparse.Namespace) -> int:
+    from launchers import chain, plan
+
+    cluster, overrides = chain.read_cluster(given.cluster, given.overrides)
+    return plan.run(chain.read_steps(given.stage, given.config, overrides), cluster)
+
+
 def _status(given: argparse.Namespace) -> int:
     from launchers import status
 
@@ -88,6 +105,7 @@ def _status(given: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "local": _local,
     "slurm": _slurm,
+    "plan": _plan,
     "status": _status,
     "demo": _demo,
 }

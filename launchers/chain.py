@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
-    """The steps of STAGE CONFIG, or of `chain NAME`: configs/STAGE/NAME.yaml of every stage.
+    """The steps of STAGE CONFIG, or of `chain NAME`: configs/STAGE/NAME.yaml of every stage (or a NAME for each, with commas).
 
     `arm:optim.lr=1e-3` overrides in that stage only.
     """
@@ -42,10 +42,13 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
             raise ConfigError(
                 f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}) or `cluster`"
             )
+    files = config.split(",") if "," in config and stage == CHAIN else [config] * len(names)
+    if len(files) != len(names):
+        raise ConfigError(f"chain {config}: give one name for all stages, or one for each of {', '.join(names)}")
     steps = []
-    for name in names:
-        entry = choose("stage", name, {**STAGES} if stage == CHAIN else STAGES)
-        path = Path(f"configs/{name}/{config}.yaml") if stage == CHAIN else Path(config)
+    for name, file in zip(names, files, strict=True):
+        entry = choose("stage", name, STAGES)
+        path = Path(f"configs/{name}/{file}.yaml") if stage == CHAIN else Path(file)
         own = tuple(
             o.removeprefix(f"{name}:") for o in overrides if ":" not in o.partition("=")[0] or o.startswith(f"{name}:")
         )
