@@ -3,7 +3,7 @@
 Method: Ren et al., "Autoregressive Pretraining with Mamba in Vision": predict the pixels of each next cluster of patches
 from the clusters before it.
 Command: python -m stages arm configs/arm/demo.yaml
-Input: shards (labels are not read).  Output: a pretrainer's export, from which stage 2 takes the backbone.
+Input: shards (only the probes, which report, read labels).  Output: a pretrainer's export, from which stage 2 takes the backbone.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from pipeline.data.loader import Batch
 from pipeline.data.transforms import train_views
 from pipeline.evaluate.metrics import mean_loss
+from pipeline.evaluate.probes import features_of, probe
 from pipeline.models.arm import ARM, pixel_loss
 from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.observe.pictures import write_grid
 from pipeline.observe.tensorboard import Board
 from pipeline.train.replay import Replay
-from pipeline.train.task import StepOutput, Task
+from pipeline.train.task import StepOutput, Task, mean_of
 from stages.configs import ArmConfig
 from stages.setting import Setting
 
@@ -34,8 +35,14 @@ class ArmTask(Task):
         self.arm = arm  # for its targets, which use no weights
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
-        images = batch["unlabelled"].images
-        return StepOutput(loss=pixel_loss(model(images), self.arm.targets(images)).mean())
+        errors = arm_loss(self.arm, model(batch["unlabelled"].images), batch["unlabelled"].images)
+        clusters = {f"cluster_loss/{k:02d}": mean_of(error) for k, error in enumerate(errors.unbind(1), start=1)}
+        return StepOutput(loss=errors.mean(), metrics=clusters)
+
+
+def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
+    """(B, K - 1): each image's loss on each predicted cluster."""
+    return pixel_loss(predictions, arm.targets(images), arm.num_clusters - 1)
 
 
 def run(config: ArmConfig, replay: Replay | None = None) -> None:
@@ -45,21 +52,19 @@ def run(config: ArmConfig, replay: Replay | None = None) -> None:
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
         streams = {"unlabelled": s.loader(everything, views, global_batch=config.loop.global_batch, hide_labels=True)}
         held_out = s.parts.validation
+        pictured = s.pictures(held_out if len(held_out) else everything, NUM_PICTURES, size)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
-            pictures = reconstructions(
-                s.engine.model, arm, s.pictures(held_out if len(held_out) else everything, NUM_PICTURES, size)
-            )
+            pictures = reconstructions(s.engine.model, arm, pictured)
             if s.world.is_main:
                 path = s.run.folder / "report" / "reconstructions.png"
-                board.image(
-                    "reconstructions", write_grid(path, pictures, mean=config.data.mean, std=config.data.std), step
-                )
+                grid = write_grid(path, pictures, mean=config.data.mean, std=config.data.std)
+                board.image("input, target, prediction", grid, step)
             if not len(held_out):
                 return {}
             batches = s.evaluation(s.manifest, held_out, size)
-            loss = mean_loss(s.engine.model, batches, lambda p, x: pixel_loss(p, arm.targets(x)), s.world.device)
-            return {"val/loss": loss}
+            loss = mean_loss(s.engine.model, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
+            return {"val/loss": loss} | probes(s, arm, config, step)
 
         s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, flops=TRAINING * forward_flops(arm, size))
         s.export(
@@ -67,10 +72,25 @@ def run(config: ArmConfig, replay: Replay | None = None) -> None:
         )
 
 
+def probes(s: Setting, arm: ARM, config: ArmConfig, step: int) -> dict[str, float]:
+    """val/linear and val/knn in percent, of what the decoder reads, at the steps that `probe.every` says and after the last."""
+    asked = config.probe
+    if asked is None or not len(s.parts.labelled) or (step % (asked.every or step) and step < config.loop.steps):
+        return {}
+    learnt_from = s.parts.labelled[:: -(-len(s.parts.labelled) // asked.samples)]
+    bank, queries = (
+        features_of(
+            s.engine.model, arm.to_decoder, s.evaluation(s.manifest, part, config.model.image_size), s.world.device
+        )
+        for part in (learnt_from, s.parts.validation)
+    )
+    return {f"val/{name}": accuracy for name, accuracy in probe(bank, queries, asked).items()}
+
+
 @torch.no_grad()
 def reconstructions(model: nn.Module, arm: ARM, images: Tensor) -> Tensor:
-    """(2, n, 3, H, W): images, and what the model predicts of every cluster but the first."""
+    """(3, n, C, H, W): images, targets, and what the model predicts; the latter two standardised patch by patch."""
     model.eval()
-    predicted = arm.reconstruct(images, model(images))
+    predicted = model(images)
     model.train()
-    return torch.stack([images, predicted])
+    return torch.stack([images, arm.draw(arm.targets(images)), arm.draw(predicted)])

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config import Strict
 from pipeline.data.config import AugmentConfig, LoaderConfig
+from pipeline.evaluate.config import ProbeConfig
 from pipeline.models.card import Preprocessing
 from pipeline.models.config import PRETRAINING_FORM, DecoderConfig, ModelConfig, VisionMambaConfig, check_clusters
 from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
@@ -61,11 +62,14 @@ class StageConfig(Strict):
 
 
 class ArmConfig(StageConfig):
-    """Stage 1: autoregressive pretraining; labels are not read. The first stream is `unlabelled`: all training images."""
+    """Stage 1: autoregressive pretraining; only `probe` reads labels. The first stream is `unlabelled`: all training images."""
 
     model: VisionMambaConfig
     decoder: DecoderConfig = DecoderConfig()
     augment: AugmentConfig = AugmentConfig(crop_scale=(0.2, 1.0))
+    probe: ProbeConfig | None = Field(
+        ProbeConfig(), description="needs data.split with labelled and validation parts; null = no probes"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -78,7 +82,7 @@ class ArmConfig(StageConfig):
                 raise ValueError(
                     f"model.{name} = {model[name]!r}: pretraining decides it ({decided!r}); leave it out here"
                 )
-        return {**values, "model": {**model, **PRETRAINING_FORM}}
+        return {**values, "model": {"order": "cluster", **model, **PRETRAINING_FORM}}
 
     @model_validator(mode="after")
     def _clusters(self) -> Self:
@@ -86,6 +90,15 @@ class ArmConfig(StageConfig):
         taps = self.decoder.taps or ()
         if taps and (max(taps) > self.model.depth or list(taps) != sorted(set(taps))):
             raise ValueError(f"decoder.taps {taps} must rise and end at model.depth {self.model.depth} at most")
+        return self
+
+    @model_validator(mode="after")
+    def _cadence(self) -> Self:
+        every = self.probe.every if self.probe else None
+        if every and every % (self.loop.eval_every or self.loop.steps):
+            raise ValueError(
+                f"probe.every {every} must be a multiple of loop.eval_every {self.loop.eval_every}: probes are evaluations"
+            )
         return self
 
 

@@ -2,7 +2,8 @@
 
 The backbone reads all clusters but the last, in one direction; a decoder of cross-attention blocks predicts each
 next cluster's pixels from the clusters before it. Every size follows from the geometry: with K clusters of T tokens
-the backbone sees (K-1)T tokens and (K-1)T are predicted, whatever K and T are.
+the backbone sees (K-1)T tokens and (K-1)T are predicted, whatever K and T are. With order=raster (ours) a cluster is
+T patches one after another along the rows, so that pretraining scans as fine-tuning does.
 
 Shapes: B images, K clusters, T tokens a cluster, S = (K-1)T, D backbone width, W decoder width, P pixels a patch x 3.
 """
@@ -66,14 +67,13 @@ class ARM(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.to_pixels = nn.Linear(width, backbone.patch_size**2 * backbone.in_chans)
-        order = cluster_order(grid, side)
+        with torch.device("cpu"):  # real on the meta device too: no state dict would bring them
+            order = cluster_order(grid, side if backbone.order == "cluster" else 1)
+            positions = sincos_positions(grid, width)[:, order[self.tokens_per_cluster :]]
+            mask = block_causal_mask(self.num_clusters - 1, self.tokens_per_cluster)
         self.register_buffer("pixel_order", order, persistent=False)
-        self.register_buffer(
-            "positions", sincos_positions(grid, width)[:, order[self.tokens_per_cluster :]], persistent=False
-        )
-        self.register_buffer(
-            "mask", block_causal_mask(self.num_clusters - 1, self.tokens_per_cluster), persistent=False
-        )
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
         self._reset_decoder()
 
     def _reset_decoder(self) -> None:
@@ -100,7 +100,7 @@ class ARM(nn.Module):
 
     def targets(self, images: Tensor) -> Tensor:
         """Pixels of clusters 1..K-1, (B, S, P), each patch standardised by its own mean and unbiased variance."""
-        return standardise(self.patches(images))[0][:, self.tokens_per_cluster :]
+        return standardise(self.patches(images))[:, self.tokens_per_cluster :]
 
     def patches(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K T, P), patches in cluster order, a patch's values as (row, column, channel)."""
@@ -108,17 +108,16 @@ class ARM(nn.Module):
         x = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, rows, across, p, p)
         return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)[:, self.pixel_order]
 
-    def reconstruct(self, images: Tensor, predictions: Tensor) -> Tensor:
-        """(B, C, H, W): predictions with the mean and spread of the true patches; cluster 0, never predicted, is the true one."""
-        patches = self.patches(images)
-        _, mean, spread = standardise(patches)
-        first = self.tokens_per_cluster
-        drawn = patches.clone()
-        drawn[:, first:] = predictions.float() * spread[:, first:] + mean[:, first:]
-        rows, across = self.backbone.grid_size
+    def draw(self, values: Tensor) -> Tensor:
+        """Targets or predictions (B, S, P) -> pictures (B, C, H, W), still standardised; cluster 0, never predicted, is 0."""
+        patches = F.pad(values.float(), (0, 0, self.tokens_per_cluster, 0))
         p = self.patch_size
-        x = drawn[:, self.pixel_order.argsort()].unflatten(1, (rows, across)).unflatten(3, (p, p, -1))
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(images.shape)
+        x = patches[:, self.pixel_order.argsort()].unflatten(1, self.backbone.grid_size).unflatten(3, (p, p, -1))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the backbone's; the decoder is small."""
+        self.backbone.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
         return {"query"} | {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
@@ -128,17 +127,19 @@ class ARM(nn.Module):
         return self.backbone.layer_of(inside) if inside != name else self.backbone.depth + 1
 
 
-def standardise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(standardised, mean, spread) along the last axis, in fp32; unbiased variance + 1e-6 under the root (ARM 1.6)."""
-    patches = patches.float()
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    spread = (variance + 1e-6).sqrt()
-    return (patches - mean) / spread, mean, spread
+def standardise(patches: Tensor) -> Tensor:
+    """By mean and spread along the last axis, in fp32; unbiased variance + 1e-6 under the root (ARM 1.6)."""
+    variance, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True)
+    return (patches.float() - mean) * (variance + 1e-6).rsqrt()
 
 
-def pixel_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Squared error in fp32, the mean of each image (B,) over tokens and pixels. Zeros give (P-1)/P on patches that vary."""
-    return F.mse_loss(predictions.float(), targets, reduction="none").mean((1, 2))
+def pixel_loss(predictions: Tensor, targets: Tensor, clusters: int) -> Tensor:
+    """Squared error in fp32, (B, clusters): means over pixels and each cluster's tokens. Their mean is ARM's loss.
+
+    Zeros give (P-1)/P on patches that vary, and flat patches ask for nothing.
+    """
+    errors = F.mse_loss(predictions.float(), targets, reduction="none").mean(2)
+    return errors.unflatten(1, (clusters, -1)).mean(2)
 
 
 def block_causal_mask(num_groups: int, tokens_per_group: int) -> Tensor:

@@ -32,7 +32,6 @@ VISION_MAMBA_VARIANTS: dict[str, dict[str, Any]] = {
 # ARM pretrains a backbone in this form. What fine-tuning builds anew: a classifier, a final norm and a cls token.
 PRETRAINING_FORM: dict[str, Any] = {
     "directions": 1,
-    "order": "cluster",
     "cls_token": "none",
     "pool": "mean",
     "pos_embed": "sincos",
@@ -89,7 +88,11 @@ class VisionMambaConfig(FamilyConfig):
     d_conv: PositiveInt = 4
     expand: PositiveInt = Field(2, description="inner width / embed_dim")
     directions: Literal[1, 2, 4] = 2
-    order: Literal["raster", "cluster"] = Field("raster", description="order in which the tokens are scanned")
+    order: Literal["raster", "cluster"] = Field(
+        "raster",
+        description="order of the scan. In pretraining (where cluster is the default) it also says what is predicted at once:"
+        " a square cluster, or as many patches one after another along the rows",
+    )
     cluster_size: PositiveInt = Field(64, description="pixels a side of a cluster (ARM's unit of prediction)")
     mlp: Literal["none", "swiglu"] = "none"
     norm: Literal["rms", "layer"] = "rms"

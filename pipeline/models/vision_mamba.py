@@ -1,8 +1,10 @@
 """Vision Mamba: a plain backbone whose mixer is the selective scan in one, two or four directions.
 
 Vim (Zhu et al. 2024): no MLP, RMSNorm, two directions, cls token in the middle.  ARM (Ren et al. 2024), in
-fine-tuning: LayerNorm, SwiGLU, expand 1, four directions, mean of the patches.  Semi-ViM: Vim, 36 blocks (inferred).
-Parameter names follow the released checkpoints, so that a converter is a renaming.
+fine-tuning: LayerNorm, SwiGLU, expand 1, four directions, mean of the patches.  Semi-ViM: its sources give no
+architecture but "146 M" for Base, which Vim at 768 x 36 has (145.6 M); that, and Vim's own Tiny and Small under its
+name, are inferences of ours.
+Parameter names follow the released checkpoints, so that a converter (`pipeline.models.convert`) is a renaming.
 
 Deviations, on purpose: every direction gets the step-size initialisation (the released code leaves the reversed
 one at softplus(0)); drop path reaches its stated maximum in the last block; grids need not be square.
@@ -11,11 +13,13 @@ Shapes: B images, L tokens, D width, E = expand x D inner width, N states, R ran
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.config import VISION_MAMBA_VARIANTS as VARIANTS
 from pipeline.ops.scan import Direction, mixer_scan
@@ -188,8 +192,9 @@ class VisionMamba(nn.Module):
         self.image_size, self.patch_size = image_size, patch_size
         self.grid_size = ((image_size[0] - patch_size) // stride + 1, (image_size[1] - patch_size) // stride + 1)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.num_features = self.embed_dim = embed_dim
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.depth, self.num_classes, self.pool = depth, num_classes, pool
+        self.grad_checkpointing = False
         self.middle = self.num_patches // 2 if cls_token == "middle" else None
         self.patch_embed = PatchEmbed(patch_size, stride, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(
@@ -215,8 +220,9 @@ class VisionMamba(nn.Module):
         self.norm_f = NORMS[norm](embed_dim, eps=1e-5)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         side = cluster_size // patch_size if order == "cluster" else None
-        self.register_buffer("order", cluster_order(self.grid_size, side) if side else None, persistent=False)
-        self.register_buffer("columns", self._column_order(side) if directions == 4 else None, persistent=False)
+        with torch.device("cpu"):  # real on the meta device too: no state dict would bring them
+            self.register_buffer("order", cluster_order(self.grid_size, side) if side else None, persistent=False)
+            self.register_buffer("columns", self._column_order(side) if directions == 4 else None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -261,7 +267,7 @@ class VisionMamba(nn.Module):
         """All blocks over the tokens x (B, L, D); also the streams after the blocks `taps`, counted from 1."""
         tapped = []
         for i, layer in enumerate(self.layers, start=1):
-            x = layer(x, self.columns)
+            x = self._through(layer, x)
             if i in taps:
                 tapped.append(x)
         return x, tapped
@@ -270,9 +276,40 @@ class VisionMamba(nn.Module):
         """(B, C, H, W) -> (B, L, D): normalised tokens in the order of the scan, cls (if any) in the middle."""
         return self.norm_f(self.encode(self._tokens(images))[0])
 
-    def forward_intermediates(self, images: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """The streams (B, L, D) after the blocks `indices`, counted from 1, not normalised."""
-        return self.encode(self._tokens(images), indices)[1]
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The patches' stream after the blocks `indices`, as timm's models give it; before it, unless
+        `intermediates_only`, what `forward_features` gives.
+
+        `indices` count from 0, or from the end if negative; n means the last n, None all. Maps (B, D, rows, across), or
+        tokens (B, rows x across, D) for "NLC", row-major whatever the scan's order. `norm` applies the final norm;
+        `stop_early` leaves out the blocks after the last index. Raises ValueError for a block that does not exist.
+        """
+        if indices is None:
+            indices = self.depth
+        if isinstance(indices, int):
+            indices = range(-indices, 0)
+        if not all(-self.depth <= i < self.depth for i in indices):
+            raise ValueError(f"indices {list(indices)} name blocks outside 0..{self.depth - 1}")
+        wanted = [i % self.depth for i in indices]
+        if stop_early and not intermediates_only:
+            raise ValueError("stop_early leaves no final features; set intermediates_only=True")
+        x, found = self._tokens(images), []
+        for i, layer in enumerate(self.layers[: max(wanted) + 1] if stop_early else self.layers):
+            x = self._through(layer, x)
+            if i in wanted:
+                patches = self._row_major(self.norm_f(x) if norm else x)
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, self.grid_size)
+                found.append(patches)
+        return found if intermediates_only else (self.norm_f(x), found)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool == "cls":
@@ -285,10 +322,21 @@ class VisionMamba(nn.Module):
         """(B, C, H, W) -> logits (B, num_classes)."""
         return self.forward_head(self.forward_features(images))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Literal["cls", "mean"] | None = None) -> None:
+        """A fresh head where the old weights are; 0 classes: none. `global_pool` also changes what the head reads."""
+        if global_pool == "cls" and self.middle is None:
+            raise ValueError("this model has no cls token to read; use global_pool='mean'")
+        self.num_classes, self.pool = num_classes, global_pool or self.pool
+        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = head.to(self.pos_embed)
         self._reset_head()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass and compute the block again there: less memory, more time."""
+        self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names exempt from decay though they are matrices: A (a 2-D log), tokens and positions."""
@@ -300,6 +348,16 @@ class VisionMamba(nn.Module):
         if name.startswith("layers."):
             return int(name.split(".")[1]) + 1
         return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else self.depth + 1
+
+    def _through(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x, self.columns, use_reentrant=False)
+        return layer(x, self.columns)
+
+    def _row_major(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, D) in the order of the scan -> the patches (B, num_patches, D), row by row."""
+        x = x if self.middle is None else drop_slot(x, self.middle)
+        return x if self.order is None else x[:, self.order.argsort()]
 
     def _tokens(self, images: Tensor) -> Tensor:
         x = self.embed(images)

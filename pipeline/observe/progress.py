@@ -15,6 +15,8 @@ _SHOWN = (
     "ssl/mask_rate",
     "ema/alpha",
     "val/loss",
+    "val/linear",
+    "val/knn",
     "val/top1",
     "val/teacher_top1",
     "perf/images_per_second",

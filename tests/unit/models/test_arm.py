@@ -5,33 +5,36 @@ import torch
 
 from pipeline.models.arm import ARM, block_causal_mask, pixel_loss
 from pipeline.models.config import DecoderConfig, VisionMambaConfig, default_taps
+from tests.unit.models import oracle, released
 
 GEOMETRIES = [((32, 32), 4, 8), ((16, 48), 4, 8), ((24, 24), 2, 12), ((64, 32), 8, 16)]
 
 
-def build(image_size=(32, 32), patch_size=4, cluster_size=8) -> ARM:
+def build(image_size=(32, 32), patch_size=4, cluster_size=8, order="cluster", **more) -> ARM:
     torch.manual_seed(0)
-    model = VisionMambaConfig(
-        name="vim_nano", image_size=image_size, patch_size=patch_size, cluster_size=cluster_size, embed_dim=32, depth=3
-    )
+    sizes = {"image_size": image_size, "patch_size": patch_size, "cluster_size": cluster_size, "order": order}
+    model = VisionMambaConfig(**({"name": "vim_nano", "embed_dim": 32, "depth": 3} | sizes | more))
     return ARM(model, DecoderConfig(width=32, depth=2, num_heads=2)).eval()
 
 
-def cluster_of_pixels(arm: ARM, images: torch.Tensor, cluster_size: int) -> torch.Tensor:
-    """(H, W): which cluster each pixel belongs to, row by row."""
-    height, width = images.shape[-2:]
-    rows = torch.arange(height) // cluster_size
-    columns = torch.arange(width) // cluster_size
-    return rows[:, None] * (width // cluster_size) + columns[None, :]
+def cluster_of_pixels(image_size: tuple[int, int], patch_size: int, cluster_size: int, order: str) -> torch.Tensor:
+    """(H, W): which cluster each pixel belongs to, row by row; or which run of as many patches in raster order."""
+    y, x = torch.meshgrid(*(torch.arange(n) for n in image_size), indexing="ij")
+    if order == "cluster":
+        return y // cluster_size * (image_size[1] // cluster_size) + x // cluster_size
+    patch = y // patch_size * (image_size[1] // patch_size) + x // patch_size
+    return patch // (cluster_size // patch_size) ** 2
 
 
+@pytest.mark.parametrize("order", ["cluster", "raster"])
 @pytest.mark.parametrize(("image_size", "patch_size", "cluster_size"), GEOMETRIES)
 def test_changing_cluster_k_leaves_predictions_of_clusters_1_to_k_bit_identical(
-    image_size, patch_size, cluster_size
+    image_size, patch_size, cluster_size, order
 ) -> None:
-    arm = build(image_size, patch_size, cluster_size)
+    """So the last cluster, which is only ever predicted, changes no prediction."""
+    arm = build(image_size, patch_size, cluster_size, order)
     images = torch.randn(2, 3, *image_size)
-    which = cluster_of_pixels(arm, images, cluster_size)
+    which = cluster_of_pixels(image_size, patch_size, cluster_size, order)
     t = arm.tokens_per_cluster
     with torch.no_grad():
         before = arm(images)
@@ -42,6 +45,32 @@ def test_changing_cluster_k_leaves_predictions_of_clusters_1_to_k_bit_identical(
             assert torch.equal(after[:, : k * t], before[:, : k * t])  # rows of clusters 1..k
             if k < arm.num_clusters - 1:
                 assert not torch.equal(after[:, k * t :], before[:, k * t :])
+
+
+def test_the_last_patch_of_a_cluster_moves_no_feature_of_the_patches_before_it() -> None:
+    """The backbone is causal by token, inside clusters too."""
+    arm = build()
+    images = torch.randn(1, 3, 32, 32)
+    changed = images.clone()
+    changed[..., 4:8, 4:8] += 1  # the fourth patch of cluster 0
+    with torch.no_grad():
+        before, after = (arm.backbone.forward_features(x) for x in (images, changed))
+    assert torch.equal(after[:, :3], before[:, :3])
+    assert not torch.equal(after[:, 3], before[:, 3])
+
+
+@pytest.mark.parametrize("order", ["cluster", "raster"])
+@pytest.mark.parametrize("name", ["vim_tiny", "arm_base"])
+@pytest.mark.parametrize("image_size", [(32, 32), (16, 48)])
+def test_predictions_equal_their_equations(name: str, image_size: tuple[int, int], order: str) -> None:
+    """In float64, from the weights under their released names."""
+    arm = build(image_size, 4, 8, order, name=name, embed_dim=16, depth=12).double()
+    arm.positions = arm.positions.double()
+    state = released.under_released_names(arm)
+    images = torch.randn(2, 3, *image_size, dtype=torch.float64)
+    side = 2 if order == "cluster" else None
+    expected = oracle.predict(state, images, side=side, group=4, heads=2, taps=(6, 8, 10, 12))
+    torch.testing.assert_close(arm(images), expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(("image_size", "patch_size", "cluster_size"), GEOMETRIES)
@@ -63,7 +92,9 @@ def test_targets_are_the_standardised_pixels_of_every_cluster_but_the_first(
 def test_predicting_nothing_scores_one_minus_one_over_the_values_of_a_patch() -> None:
     arm = build((48, 48), 16, 16)
     targets = arm.targets(torch.randn(4, 3, 48, 48))
-    assert pixel_loss(torch.zeros_like(targets), targets).mean().item() == pytest.approx(767 / 768, abs=1e-4)
+    loss = pixel_loss(torch.zeros_like(targets), targets, clusters=8)
+    assert loss.shape == (4, 8)
+    assert loss.mean().item() == pytest.approx(767 / 768, abs=1e-4)
 
 
 def test_flat_patches_ask_for_nothing() -> None:
@@ -78,10 +109,32 @@ def test_the_mask_of_eight_groups_has_36_of_64_blocks_open_and_no_empty_row() ->
     assert [int(n) for n in mask.sum(1)[::16]] == [16 * (i + 1) for i in range(8)]
 
 
-def test_true_predictions_reconstruct_the_image() -> None:
-    arm = build((16, 48), 4, 8)
+def test_the_loss_of_a_cluster_is_the_mean_over_its_tokens_and_pixels() -> None:
+    predictions, targets = torch.randn(2, 6, 5), torch.randn(2, 6, 5)
+    found = pixel_loss(predictions, targets, clusters=3)
+    for image in range(2):
+        for k in range(3):
+            own = slice(2 * k, 2 * k + 2)
+            torch.testing.assert_close(found[image, k], (predictions - targets)[image, own].square().mean())
+    torch.testing.assert_close(found.mean(), (predictions - targets).square().mean())
+
+
+@pytest.mark.parametrize("order", ["cluster", "raster"])
+def test_a_drawing_shows_each_target_in_its_place(order: str) -> None:
+    """A patch of a drawn target is the image's, standardised; cluster 0 is blank."""
+    arm = build((16, 48), 4, 8, order)
     images = torch.randn(2, 3, 16, 48)
-    torch.testing.assert_close(arm.reconstruct(images, arm.targets(images)), images, rtol=1e-4, atol=1e-5)
+    drawn = arm.draw(arm.targets(images))
+    which = cluster_of_pixels((16, 48), 4, 8, order)
+    assert drawn.shape == images.shape
+    assert drawn[..., which == 0].abs().max() == 0
+    for top in range(0, 16, 4):
+        for left in range(0, 48, 4):
+            own = (..., slice(top, top + 4), slice(left, left + 4))
+            if which[top, left] > 0:
+                patch = images[own].flatten(1)
+                expected = (patch - patch.mean(1, keepdim=True)) / patch.std(1, keepdim=True)
+                torch.testing.assert_close(drawn[own].flatten(1), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +147,7 @@ def test_default_taps(depth: int, taps: tuple[int, ...]) -> None:
 def test_every_weight_learns() -> None:
     arm = build().train()
     images = torch.randn(2, 3, 32, 32)
-    pixel_loss(arm(images), arm.targets(images)).mean().backward()
+    pixel_loss(arm(images), arm.targets(images), arm.num_clusters - 1).mean().backward()
     assert [
         n for n, p in arm.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
     ] == []

@@ -1,6 +1,7 @@
 """Vision Mamba: the counts that are published, laws for every variant, and an oracle written from the equations."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 
 from pipeline.errors import ConfigError
 from pipeline.models import build_model
-from pipeline.models.config import VISION_MAMBA_VARIANTS
-from pipeline.models.vision_mamba import cluster_order, sincos_positions
+from pipeline.models.arm import ARM
+from pipeline.models.config import VISION_MAMBA_VARIANTS, DecoderConfig, VisionMambaConfig
+from pipeline.models.vision_mamba import DropPath, cluster_order, sincos_positions
+from tests.unit.models import oracle
 
 MILLIONS = {
     "vim_tiny": 7.15,
@@ -37,7 +40,7 @@ def test_shapes_and_gradients_of_every_variant(name: str, directions: int, order
     model = build_model(name, **SMALL, directions=directions, order=order, drop_path=0.1)
     images = torch.randn(2, 3, 16, 24)
     assert model.forward_features(images).shape == (2, 4 * 6 + 1, 16)
-    assert [x.shape for x in model.forward_intermediates(images, (1, 2))] == [(2, 25, 16)] * 2
+    assert [x.shape for x in model.forward_intermediates(images, intermediates_only=True)] == [(2, 16, 4, 6)] * 2
     logits = model(images)
     assert logits.shape == (2, 5)
     logits.square().sum().backward()
@@ -47,6 +50,124 @@ def test_shapes_and_gradients_of_every_variant(name: str, directions: int, order
     assert silent == []
 
 
+ENCODER_MILLIONS = {"arm_base": 79.9, "arm_large": 282.3, "arm_huge": 633.5}
+
+
+@pytest.mark.parametrize(("name", "millions"), ENCODER_MILLIONS.items())
+def test_parameter_counts_of_pretraining_encoders_are_the_published_ones(name: str, millions: float) -> None:
+    config = VisionMambaConfig(name=name, image_size=192, order="cluster")
+    with torch.device("meta"):
+        backbone = ARM(config, DecoderConfig()).backbone
+    # The positions of pretraining are fixed, and not counted.
+    assert round(sum(p.numel() for p in backbone.parameters() if p.requires_grad) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("name", ["arm_base", "arm_large", "arm_huge"])
+def test_an_arm_name_is_the_fine_tuning_form(name: str) -> None:
+    with torch.device("meta"):
+        model = build_model(name)
+    assert len(model.layers[0].mixer.suffixes) == 4
+    assert (model.num_classes, model.image_size, model.pool, model.order) == (1000, (224, 224), "mean", None)
+
+
+def test_a_model_of_the_meta_device_is_whole_once_it_is_given_weights() -> None:
+    """What no state dict holds (orders of the scan, the mask) is real all along."""
+    for build in (
+        lambda: build_model("vim_nano", directions=4, order="cluster"),
+        lambda: ARM(VisionMambaConfig(name="vim_nano", order="cluster"), DecoderConfig(width=32, depth=2, num_heads=2)),
+    ):
+        model = build().eval()
+        with torch.device("meta"):
+            empty = build().eval()
+        empty.load_state_dict(model.state_dict(), assign=True)
+        images = torch.randn(1, 3, 32, 32)
+        assert torch.equal(empty(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("stride", "image_size", "grid"),
+    [(16, (224, 224), (14, 14)), (8, (224, 224), (27, 27)), (16, (64, 160), (4, 10)), (8, (40, 33), (4, 3))],
+)
+def test_grids_of_any_stride_and_shape(stride: int, image_size: tuple[int, int], grid: tuple[int, int]) -> None:
+    model = build_model("vim_tiny", image_size=image_size, stride=stride, embed_dim=16, depth=1, num_classes=2)
+    assert model.grid_size == grid
+    assert model.forward_features(torch.randn(1, 3, *image_size)).shape == (1, grid[0] * grid[1] + 1, 16)
+
+
+def test_images_of_another_size_are_refused_with_both_sizes() -> None:
+    with pytest.raises(ValueError, match=r"images are \(24, 16\), this model was built for \(16, 24\)"):
+        build_model("vim_tiny", **SMALL)(torch.zeros(1, 3, 24, 16))
+
+
+@pytest.mark.parametrize("order", ["raster", "cluster"])
+def test_intermediates_are_timms(order: str) -> None:
+    """Maps in raster order whatever the scan's, indices as timm counts them; the last block's, normed, are the features."""
+    model = build_model("vim_tiny", **{**SMALL, "depth": 3}, order=order).eval()
+    images = torch.randn(2, 3, 16, 24)
+    final, every = model.forward_intermediates(images, norm=True)
+    assert torch.equal(final, model.forward_features(images))
+    tokens = every[-1].flatten(2).transpose(1, 2)
+    in_raster = torch.cat([final[:, :12], final[:, 13:]], 1)
+    assert torch.equal(tokens if order == "raster" else tokens[:, cluster_order((4, 6), 2)], in_raster)
+    for indices, blocks in ((1, (2,)), (2, (1, 2)), ((0, -1), (0, 2)), ([1], (1,))):
+        found = model.forward_intermediates(images, indices, norm=True, intermediates_only=True, stop_early=True)
+        assert [torch.equal(f, every[b]) for f, b in zip(found, blocks, strict=True)] == [True] * len(blocks)
+    (flat,) = model.forward_intermediates(images, 1, norm=True, output_fmt="NLC", intermediates_only=True)
+    assert torch.equal(flat, tokens)
+    for wrong in ((3,), (-4,), 4):
+        with pytest.raises(ValueError, match=r"name blocks outside 0\.\.2"):
+            model.forward_intermediates(images, wrong)
+
+
+def test_the_classifier_can_be_exchanged() -> None:
+    model = build_model("arm_base", **SMALL).double()
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert torch.equal(model.get_classifier()(pooled), model(images))
+    model.reset_classifier(7)
+    assert model(images).shape == (2, 7)
+    model.reset_classifier(0)
+    assert torch.equal(model(images), pooled)
+    model.reset_classifier(3, global_pool="cls")
+    assert torch.equal(model(images), model.head(model.forward_features(images)[:, 12]))
+    assert model.num_features == model.head_hidden_size == 16
+
+
+@pytest.mark.parametrize("name", ["vim_tiny", "arm_base"])
+def test_activation_checkpointing_changes_memory_and_no_number(name: str) -> None:
+    """Loss and gradients bit for bit, drop path included; fewer bytes are kept for the backward pass."""
+
+    def train(enable: bool) -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        model = build_model(name, **SMALL, drop_path=0.5).train()
+        model.set_grad_checkpointing(enable)
+        own, kept = {p.data_ptr() for p in model.parameters()}, []
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            kept.append(0 if x.data_ptr() in own else x.numel() * x.element_size())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            loss = model(torch.randn(4, 3, 16, 24)).square().sum()
+        at_backward = sum(kept)
+        loss.backward()
+        return [loss, *(p.grad for p in model.parameters())], at_backward
+
+    (plain, many), (again, few) = train(False), train(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert few < many / 4
+
+
+def test_drop_path_rises_to_its_rate_and_keeps_the_mean() -> None:
+    model = build_model("vim_nano", drop_path=0.3)
+    assert [layer.drop_path.rate for layer in model.layers] == pytest.approx([0, 0.1, 0.2, 0.3])
+    torch.manual_seed(0)
+    drop, x = DropPath(0.3), torch.ones(20_000, 1, 1)
+    assert drop(x).mean().item() == pytest.approx(1, abs=0.02)
+    torch.testing.assert_close(drop(x).unique(), torch.tensor([0, 1 / 0.7]))
+    assert drop.eval()(x) is x
+
+
 def test_an_unknown_name_or_field_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="known: vim_small"):
         build_model("vim_smal")
@@ -54,54 +175,17 @@ def test_an_unknown_name_or_field_is_refused_with_the_nearest() -> None:
         build_model("vim_small", embed_dims=3)
 
 
-def scan_by_hand(x, dt, a, b, c, d):
-    """One image, tokens in order: x, dt (L, E), a (E, N), b, c (L, N), d (E)."""
-    h, out = torch.zeros_like(a), []
-    for t in range(len(x)):
-        h = torch.exp(dt[t][:, None] * a) * h + dt[t][:, None] * b[t] * x[t][:, None]
-        out.append((h * c[t]).sum(1) + d * x[t])
-    return torch.stack(out)
-
-
-def mixer_by_hand(mixer, x, orders):
-    """x (L, D): every direction as the definition has it, on the tokens taken in that order, mapped back, averaged."""
-    total = 0
-    for s, order in zip(mixer.suffixes, orders, strict=True):
-        u, z = (x[order] @ mixer.in_proj.weight.T).split(mixer.inner, -1)
-        conv = getattr(mixer, f"conv1d{s}")
-        padded = F.pad(u.T, (conv.kernel_size[0] - 1, 0))
-        u = torch.stack(
-            [(padded[:, t : t + conv.kernel_size[0]] * conv.weight[:, 0]).sum(1) + conv.bias for t in range(len(x))]
-        )
-        u = u * torch.sigmoid(u)
-        low, b, c = getattr(mixer, f"x_proj{s}")(u).split([mixer.rank, mixer.d_state, mixer.d_state], -1)
-        dt = torch.log1p(torch.exp(getattr(mixer, f"dt_proj{s}")(low)))
-        y = scan_by_hand(u, dt, -torch.exp(getattr(mixer, f"A{s}_log")), b, c, getattr(mixer, f"D{s}"))
-        y = y * z * torch.sigmoid(z)
-        back = torch.empty_like(y)
-        back[order] = y
-        total = total + back
-    return (total / len(orders)) @ mixer.out_proj.weight.T
-
-
+@pytest.mark.parametrize("order", ["raster", "cluster"])
 @pytest.mark.parametrize("directions", [1, 2, 4])
-def test_the_mixer_equals_its_definition(directions: int) -> None:
+@pytest.mark.parametrize("name", ["vim_tiny", "arm_base"])
+def test_the_forward_pass_equals_its_equations(name: str, directions: int, order: str) -> None:
+    """Images that are not square; both in float64, so that what is compared is the mathematics."""
     torch.manual_seed(0)
-    model = build_model("vim_nano", image_size=(8, 12), directions=directions, num_classes=3)
-    rows, across = 2, 3
-    middle = rows * across // 2
-    raster = list(range(rows * across))
-    columns = [r * across + c for c in range(across) for r in range(rows)]
-
-    def with_cls(order):
-        order = [i + (i >= middle) for i in order]
-        return [*order[:middle], middle, *order[middle:]]
-
-    forward, down = with_cls(raster), with_cls(columns)
-    orders = [forward, forward[::-1], down, down[::-1]][:directions]
-    x = torch.randn(1, rows * across + 1, 64)
-    expected = mixer_by_hand(model.layers[0].mixer, x[0], orders)
-    torch.testing.assert_close(model.layers[0].mixer(x, model.columns)[0], expected, rtol=1e-4, atol=1e-5)
+    model = build_model(name, **SMALL, directions=directions, order=order).double().eval()
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    expected = oracle.classify(model.state_dict(), images, pool=model.pool, side=2 if order == "cluster" else None)
+    torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.float()(images.float()).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_direction_never_looks_ahead() -> None:
@@ -140,10 +224,16 @@ def test_every_direction_starts_with_steps_between_a_thousandth_and_a_tenth() ->
 
 
 def test_decay_spares_vectors_tokens_positions_and_A() -> None:
-    model = build_model("vim_nano")
+    """In every direction; and what is left are the matrices that multiply."""
+    model = build_model("arm_base", **SMALL)
     exempt = model.no_weight_decay()
-    assert {"pos_embed", "cls_token", "layers.0.mixer.A_log", "layers.0.mixer.A_b_log"} <= exempt
-    assert "layers.0.mixer.in_proj.weight" not in exempt
+    decays = {re.sub(r"layers\.\d\.", "", n) for n, p in model.named_parameters() if p.ndim > 1 and n not in exempt}
+    projections = {
+        f"mixer.{kind}{s}.weight" for kind in ("conv1d", "x_proj", "dt_proj") for s in ("", "_b", "_c", "_c_b")
+    }
+    shared = {"mixer.in_proj.weight", "mixer.out_proj.weight", "mlp.w1.weight", "mlp.w2.weight", "mlp.w3.weight"}
+    assert decays == projections | shared | {"patch_embed.proj.weight", "head.weight"}
+    assert {"pos_embed", "cls_token", "layers.1.mixer.A_log", "layers.1.mixer.A_c_b_log"} <= exempt
 
 
 def test_cluster_order_by_hand() -> None:
