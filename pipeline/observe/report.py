@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 
+from pipeline.observe.planned import compare
 from pipeline.observe.results import METRICS, ROWS, mean_and_spread, read_result
 
 STAGES = {"arm": "Stage 1: ARM pretraining", "distill": "Stage 2: supervised", "semi": "Stage 3: semi-supervised"}
@@ -61,6 +62,7 @@ def write_report(experiments: Sequence[Path], path: Path) -> Path:
         reconstructions=[
             (e.name, _picture(p)) for e in experiments if (p := e / "arm" / "report" / "reconstructions.png").is_file()
         ],
+        plans=[(e.name, compared) for e in experiments if (compared := compare(e))],
         lineage=[
             (e.name, [_card(e, stage) for stage in STAGES if (e / stage / "export" / "model.json").is_file()])
             for e in experiments
