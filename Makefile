@@ -68,7 +68,7 @@ plan: $(STAMP)  ## what the chain will need, before it costs anything: NAME=demo
 	@$(PY) -m launchers plan chain $(NAME) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
 
 doctor: $(STAMP)  ## whether this machine (and cluster) can do it, each line OK or the remedy: NAME=demo
-	@$(PY) -m launchers doctor chain $(NAME) $(ARGS)
+	@$(PY) -m launchers doctor chain $(NAME) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
 
 status: $(STAMP)  ## where every stage stands: queued, running, failed and why, done: RUNS=runs
 	@$(PY) -m launchers status --root $(RUNS)

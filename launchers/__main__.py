@@ -2,6 +2,7 @@
 python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
 python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml, stage after stage
 python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   what it will need, and the exact scripts
+python -m launchers doctor STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   whether this machine and cluster can run it
 python -m launchers status [EXPERIMENT ...] [--root runs]             where every stage stands
 python -m launchers demo [--seeds 0 1 2] [--nproc N]                  the three stages on the bundled digits, and a report
 
@@ -40,11 +41,12 @@ def main(arguments: list[str]) -> int:
     jobs.add_argument("overrides", nargs="*", metavar="key=value")
     jobs.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FILE")
     jobs.add_argument("--sweep", action="append", default=[], metavar="key=a,b", help="a grid; may be given again")
-    ahead = commands.add_parser("plan", help="what a stage or the chain will need, before it costs anything")
-    ahead.add_argument("stage", metavar="STAGE", help="arm | distill | semi | chain")
-    ahead.add_argument("config", metavar="CONFIG", help="a file; for the chain a name")
-    ahead.add_argument("overrides", nargs="*", metavar="key=value")
-    ahead.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FILE")
+    for name, what in (("plan", "what it will need, before it costs anything"), ("doctor", "whether it can run here")):
+        ahead = commands.add_parser(name, help=what)
+        ahead.add_argument("stage", metavar="STAGE", help="arm | distill | semi | chain")
+        ahead.add_argument("config", metavar="CONFIG", help="a file; for the chain a name")
+        ahead.add_argument("overrides", nargs="*", metavar="key=value")
+        ahead.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FILE")
     where = commands.add_parser("status", help="where every stage of an experiment stands")
     where.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="all, if none is given")
     where.add_argument("--root", type=Path, default=Path("runs"))
@@ -96,6 +98,13 @@ def _plan(given: argparse.Namespace) -> int:
     return plan.run(chain.read_steps(given.stage, given.config, overrides), cluster)
 
 
+def _doctor(given: argparse.Namespace) -> int:
+    from launchers import chain, doctor
+
+    cluster, overrides = chain.read_cluster(given.cluster, given.overrides)
+    return doctor.run(chain.read_steps(given.stage, given.config, overrides), cluster)
+
+
 def _status(given: argparse.Namespace) -> int:
     from launchers import status
 
@@ -106,6 +115,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "local": _local,
     "slurm": _slurm,
     "plan": _plan,
+    "doctor": _doctor,
     "status": _status,
     "demo": _demo,
 }

@@ -192,7 +192,7 @@ def _commands(step: Step, cluster: ClusterConfig) -> dict[str, str]:
     return {
         "one machine": f"python -m launchers local {what} --nproc {cluster.world_size}",
         "torchrun, on every node": f"torchrun --nnodes {cluster.nodes} --nproc-per-node {ranks} {meeting} -m stages {what}",
-        "deepspeed, on the first node": f"deepspeed --hostfile HOSTS --module stages {what}",
+        "deepspeed, on the first node": f"deepspeed --hostfile HOSTS --no_local_rank --module stages {what}",
     }
 
 

@@ -3,6 +3,7 @@
 Read from the run folders (status.json, heartbeats, metrics, exports) and, where a job was submitted, from SLURM.
 """
 
+import fcntl
 import json
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pipeline.errors import ConfigError, HandoverError
 from pipeline.models.card import CARD, Card
 from stages import STAGES
 
-SILENT_SECONDS = 120.0  # without a heartbeat, beyond what its own steps take
+SILENT_SECONDS, BEATS = 120.0, 100  # without a heartbeat: this long, and this many of the run's own steps
 
 
 class Row(NamedTuple):
@@ -81,12 +82,14 @@ def _of_status(run: Path, status: dict[str, Any], told: dict[str, Any], job: Job
     step_seconds = _last(run, "perf/step_seconds")
     if status["state"] == "running" or job.active:
         eta = (status.get("steps", 0) - status.get("step", 0)) * step_seconds
-        alive = age < SILENT_SECONDS + 100 * step_seconds and (job.active or not told)
         words = f"{reached.removeprefix('; ')}, eta {_clock(eta)}, last heartbeat {_clock(age)} ago"
-        if alive:
-            return Row("running", f"{words}{', ' + where if where else ''}")
-        ended = f"; {where} is {job.state}" if told else ""
-        return Row("silent", f"{words}: ended without a word{ended}; start it again to continue")
+        words += f", {where}" if where else ""
+        if not (job.active if told else _held(run)):
+            ended = f", which is {job.state}" if told else ""
+            return Row("silent", f"{words}{ended}: ended without a word; start it again to continue")
+        if age > SILENT_SECONDS + BEATS * step_seconds:
+            return Row("silent", f"{words}: a rank hangs; after engine.timeout_seconds the run ends with 7")
+        return Row("running", words)
     ended = f"; {where} {_verdict(told)}" if told else ""
     return Row(status["state"], f"all is saved{reached}; start it again to continue{ended}")
 
@@ -120,6 +123,18 @@ def _heartbeat_age(run: Path, status: dict[str, Any]) -> float:
     """Of the rank that is silent longest: one that hangs holds all."""
     beats = [path.stat().st_mtime for path in (run / "heartbeat").glob("rank_*")]
     return time.time() - max(min(beats, default=0.0), status["time"])
+
+
+def _held(run: Path) -> bool:
+    """Whether a process works in the folder: it holds the lock."""
+    try:
+        with (run / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _last(run: Path, name: str) -> float:
