@@ -9,7 +9,7 @@ RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test test-slurm check format golden tensorboard stage-1 stage-2 stage-3
+.PHONY: help install data demo test test-slurm soak check format golden tensorboard stage-1 stage-2 stage-3
 .PHONY: submit submit-1 submit-2 submit-3 plan doctor status clean
 
 help:  ## list the targets
@@ -81,6 +81,9 @@ test: $(STAMP)  ## all tests but those that start a SLURM; warnings are errors
 
 test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm): under 5 minutes
 	$(PY) -m pytest tests/slurm -rs
+
+soak: $(STAMP)  ## what takes longer: thirty kill -9 in turn, fifty steps at every ZeRO stage (a quarter of an hour)
+	$(PY) -m pytest tests -m soak -s
 
 check: $(STAMP)  ## format, lint, types, floors
 	$(PY) -m ruff format --check .

@@ -5,6 +5,8 @@ python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE
 python -m launchers doctor STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   whether this machine and cluster can run it
 python -m launchers status [EXPERIMENT ...] [--root runs]             where every stage stands
 python -m launchers demo [--seeds 0 1 2] [--nproc N]                  the three stages on the bundled digits, and a report
+python -m launchers report RUNS/EXPERIMENT... [--out PAGE.html]       what happened and how good it is, on one page
+python -m launchers evaluate EXPORT DATA [...] [--nproc N]            python -m pipeline.evaluate in N processes
 
 With slurm, `arm:key=value` overrides in that stage only and `cluster:key=value` in the cluster's preset. Config and parents
 are checked once, before any process starts or job is submitted. Exit codes: those of `python -m stages`; `local` relays
@@ -50,11 +52,17 @@ def main(arguments: list[str]) -> int:
     where = commands.add_parser("status", help="where every stage of an experiment stands")
     where.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="all, if none is given")
     where.add_argument("--root", type=Path, default=Path("runs"))
+    page = commands.add_parser("report", help="what happened and how good it is, on one page")
+    page.add_argument("experiments", type=Path, nargs="+", metavar="RUNS/EXPERIMENT")
+    page.add_argument("--out", type=Path, help="default: report.html in the first experiment's folder")
+    judge = commands.add_parser("evaluate", help="python -m pipeline.evaluate in N processes", add_help=False)
+    judge.add_argument("--nproc", type=int, default=1)
     given, more = parser.parse_known_args(arguments)
-    if more and (not hasattr(given, "overrides") or any(word.startswith("-") or "=" not in word for word in more)):
+    # key=value may stand behind an option too, which argparse does not allow; `evaluate` passes everything on.
+    overrides = hasattr(given, "overrides") and all("=" in word and not word.startswith("-") for word in more)
+    if more and not overrides and given.command != "evaluate":
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    if more:  # key=value may stand behind an option too, which argparse does not allow
-        given.overrides += more
+    given.overrides = [*getattr(given, "overrides", []), *more]
     if getattr(given, "nproc", 1) < 1:
         parser.error(f"--nproc {given.nproc}: at least one process is needed")
     interrupt_on_signals()
@@ -75,6 +83,19 @@ def _demo(given: argparse.Namespace) -> int:
     from launchers import demo
 
     return demo.run(given.seeds, given.nproc)
+
+
+def _report(given: argparse.Namespace) -> int:
+    from launchers import report
+
+    print(f"report: {report.run(given.experiments, given.out)}")
+    return 0
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from launchers import local
+
+    return local.spawn([sys.executable, "-m", "pipeline.evaluate", *given.overrides], given.nproc)
 
 
 def _slurm(given: argparse.Namespace) -> int:
@@ -118,6 +139,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "status": _status,
     "demo": _demo,
+    "report": _report,
+    "evaluate": _evaluate,
 }
 
 

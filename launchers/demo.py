@@ -7,8 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import local
-from pipeline.observe.report import write_report
+from launchers import local, report
 from pipeline.observe.results import Result, read_result, table
 from stages import STAGES
 
@@ -40,8 +39,8 @@ def run(seeds: Sequence[int], nproc: int) -> int:
     names = ", ".join(map(str, seeds))
     print(f"stage 3's teacher gains {_gain(results):+.2f} points of top-1 over stage 2, mean over seeds {names}")
     folder = "demo" if len(seeds) > 1 else experiments[0]
-    report = write_report([RUNS / name for name in experiments], RUNS / folder / "report.html")
-    print(f"report: {report}   ({time.monotonic() - started:.0f} s)")
+    page = report.run([RUNS / name for name in experiments], RUNS / folder / "report.html")
+    print(f"report: {page}   ({time.monotonic() - started:.0f} s)")
     return 0
 
 

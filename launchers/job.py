@@ -24,6 +24,7 @@ from launchers import queue
 from pipeline.errors import DistributedFailure, Interrupted, PipelineError
 from pipeline.files import replace_text
 from pipeline.train.signals import STOPPING, interrupt_on_signals
+from stages import STAGES
 
 REQUEUED = "back into the queue"
 LOST, SAVED = DistributedFailure.exit_code, Interrupted.exit_code
@@ -123,7 +124,7 @@ def conclude(logs: Path, srun_code: int, max_requeues: int) -> int:
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     if code == 0 and told:
-        _write_report(run.parent)
+        _write_report(run.parent, told["stage"])
     print(f"{told.get('stage', 'job')}: start {restarts + 1} ended with {code}; {then}", flush=True)
     if then == REQUEUED:
         queue.requeue(job_id(os.environ))
@@ -143,11 +144,18 @@ def _then(code: int, checkpoint: int, before: Sequence[Mapping[str, Any]], resta
     return REQUEUED if state == "RUNNING" else f"left to SLURM, which has it as {state}"
 
 
-def _write_report(experiment: Path) -> None:
-    from pipeline.observe.report import write_report
-
+def _write_report(experiment: Path, stage: str) -> None:
+    """The experiment as far as it has come; with pictures of what the models see after the last stage."""
     try:
-        print(f"report: {write_report([experiment], experiment / 'report.html')}")
+        if stage == list(STAGES)[-1]:
+            from launchers import report
+
+            page = report.run([experiment], None)
+        else:
+            from pipeline.observe.report import write_report
+
+            page = write_report([experiment], experiment / "report.html")
+        print(f"report: {page}")
     except Exception as error:  # the stage is complete, whatever becomes of its page
         print(f"no report: {type(error).__name__}: {error}", file=sys.stderr)
 

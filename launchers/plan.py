@@ -51,6 +51,7 @@ def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
         "cluster": cluster.model_dump(mode="json"),
         "assumptions": _assumptions(hardware(steps[0].config, cluster, None)),
         "stages": stages,
+        "configs": {step.stage: step.config.model_dump(mode="json") for step in steps},
         "disk": {"needed": sum(s["disk_bytes"] for s in stages), "free": _free_bytes(folder)},
         "problems": [str(p) for p in problems],
     }
@@ -94,7 +95,6 @@ def _stage(
     job = f"{{{before[-1].stage}'s job}}" if before else ""
     return {
         "stage": step.stage,
-        "config": config.model_dump(mode="json"),
         "world_size": world,
         "steps": loop.steps,
         "micro_batch": micro_batch,
@@ -108,6 +108,7 @@ def _stage(
         "frozen_teacher": body.frozen_teacher,
         "zero_stage": config.engine.zero_stage,
         "memory": by_stage,
+        "memory_gib": by_stage[str(config.engine.zero_stage)]["device"] / 2**30,
         "checkpoint_bytes": size,
         "checkpoints_written": written,
         # One more than is kept stands beside them while it is written; exports hold the weights once.

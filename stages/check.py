@@ -13,7 +13,7 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.models.card import CARD, Card
-from pipeline.models.config import FamilyConfig, TimmConfig
+from pipeline.models.config import FamilyConfig, TimmConfig, VisionMambaConfig
 from pipeline.train.run import refuse_other_config
 from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
 
@@ -103,6 +103,8 @@ def _check_form(config: StageConfig, role: str, folder: Path, kind: str, model: 
         raise HandoverError(
             f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill"
         )
+    if isinstance(config, SemiConfig) and config.ssmixup:
+        _check_ssmixup(model, folder)
     if isinstance(config, DistillConfig):
         for name in _must_agree(role, kind, model, config):
             there, here = getattr(model, name, None), getattr(config.model, name, None)
@@ -111,6 +113,14 @@ def _check_form(config: StageConfig, role: str, folder: Path, kind: str, model: 
                     f"{folder} has model.{name} = {there!r}, this config {here!r};"
                     " make them alike, or start from another export"
                 )
+
+
+def _check_ssmixup(model: FamilyConfig, folder: Path) -> None:
+    if not isinstance(model, VisionMambaConfig) or model.directions == 1:
+        raise ConfigError(
+            f"ssmixup blends the opposite directions of a Vision Mamba, and {getattr(model, 'name', 'the model')} of {folder}"
+            " has none; leave ssmixup out (LyapEMA works with every model), or set mixup.pseudo=true to mix images instead"
+        )
 
 
 def _must_agree(role: str, kind: str, model: FamilyConfig, config: DistillConfig) -> tuple[str, ...]:

@@ -6,13 +6,21 @@ A parent (`init_from`, `teacher.export`) is a folder, or the name of a stage: it
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipeline.config import Strict
 from pipeline.data.config import AugmentConfig, LoaderConfig
 from pipeline.evaluate.config import ProbeConfig
 from pipeline.models.card import Preprocessing
-from pipeline.models.config import PRETRAINING_FORM, DecoderConfig, ModelConfig, VisionMambaConfig, check_clusters
+from pipeline.models.config import (
+    PRETRAINING_FORM,
+    DecoderConfig,
+    ModelConfig,
+    PseudoLabelRule,
+    SSMixupConfig,
+    VisionMambaConfig,
+    check_clusters,
+)
 from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
 
 
@@ -161,6 +169,56 @@ class DistillConfig(StageConfig):
         return not self.allow_more_labels
 
 
+class PseudoLabelConfig(PseudoLabelRule):
+    """Which answers of the teacher the student learns, and how much."""
+
+    labeller: Literal["teacher", "student"] = Field(
+        "teacher", description="who labels; student: FixMatch, the teacher is then only an average to be judged"
+    )
+    weight: float = Field(
+        5.0, ge=0, description="of the unlabelled loss; 0 = supervised only, without unlabelled images"
+    )
+    ramp_steps: NonNegativeInt = Field(0, description="steps over which the weight rises from 0 (half a cosine)")
+    normalise: Literal["batch", "accepted"] = Field(
+        "batch", description="mean over the whole unlabelled batch, or over what counts of a process's micro-batch"
+    )
+    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of pseudo-labels (Semi-ViT: 0.1)")
+
+
+class MixupConfig(Strict):
+    """Two images in one. Ratios of labelled pairs are drawn, those of unlabelled pairs follow the confidences."""
+
+    labelled_mixup: float = Field(0.0, ge=0, description="a of Beta(a, a); 0 = off (Semi-ViT: 0.8)")
+    labelled_cutmix: float = Field(0.0, ge=0, description="a of Beta(a, a); 0 = off (Semi-ViT: 1)")
+    pseudo: bool = Field(False, description="Semi-ViT's probabilistic pseudo-mixup of the strong views")
+    cut_share: float = Field(0.5, ge=0, le=1, description="of pseudo-mixed images that are cut instead of averaged")
+
+
+class StageSSMixupConfig(SSMixupConfig):
+    """SSMixup in this stage: what the model has of it, and where psi comes from. The sources leave most of it open."""
+
+    psi: Literal["pair", "self", "fixed"] = Field(
+        "pair", description="c / (c + c of the partner), c itself, or `fixed_psi`; c the pseudo-label's confidence"
+    )
+    fixed_psi: float = Field(0.5, ge=0, le=1)
+    axis: Literal["direction", "sample", "both"] = Field(
+        "direction", description="what psi mixes: the two directions in a block, the images with their targets, or both"
+    )
+
+
+class AlarmConfig(Strict):
+    """When a semi-supervised run is said to collapse; an alarm is told, counted as an incident, and stops nothing."""
+
+    after_steps: NonNegativeInt = 100
+    mask_rate: float = Field(0.005, ge=0, le=1, description="least share of pseudo-labels that count")
+    class_entropy: float = Field(
+        0.3, ge=0, le=1, description="least entropy of the mean answer, 1 = all classes alike, 0 = a single one"
+    )
+    agreement: float = Field(
+        0.1, ge=0, le=1, description="least share of accepted pseudo-labels that the student answers too"
+    )
+
+
 class SemiConfig(StageConfig):
     """Stage 3: the parent's model, on `labelled` and `unlabelled` streams, with a LyapEMA teacher (Semi-ViM)."""
 
@@ -168,13 +226,20 @@ class SemiConfig(StageConfig):
     ema: LyapEMAConfig = LyapEMAConfig()
     weak: AugmentConfig = AugmentConfig(color_jitter=0.4)
     strong: AugmentConfig = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25)
+    labelled: AugmentConfig | None = Field(None, description="views of labelled images; none = strong")
     drop_path: float | None = Field(None, ge=0, lt=1, description="none = the parent's")
-    threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label counts (tau)")
     unlabelled_ratio: PositiveInt = Field(5, description="unlabelled samples per labelled one in a step (mu)")
-    unlabelled_weight: float = Field(
-        5.0, ge=0, description="of the unlabelled loss, a mean over the whole unlabelled batch"
+    pseudo: PseudoLabelConfig = PseudoLabelConfig()
+    mixup: MixupConfig = MixupConfig()
+    ssmixup: StageSSMixupConfig | None = None
+    alarms: AlarmConfig = AlarmConfig()
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="of labels")
+    logit_adjustment: float = Field(
+        0.0, ge=0, description="tau of Menon et al.: both losses see logits + tau log(share of the class among labels)"
     )
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    watched_samples: NonNegativeInt = Field(
+        1024, description="unlabelled images whose pseudo-labels an evaluation compares with the hidden truth"
+    )
     export: Literal["teacher", "student"] = "teacher"
     allow_more_labels: bool = Field(
         False, description="accept parents that saw labels outside data.split; marks the result"
@@ -184,6 +249,18 @@ class SemiConfig(StageConfig):
     def _split(self) -> Self:
         if self.data.split is None:
             raise ValueError("data.split is missing: stage 3 needs to know which samples are unlabelled")
+        return self
+
+    @model_validator(mode="after")
+    def _one_remedy(self) -> Self:
+        if self.logit_adjustment and self.data.loader.sampling == "class_balanced":
+            raise ValueError(
+                "logit_adjustment and data.loader.sampling=class_balanced correct the same imbalance twice; choose one"
+            )
+        if self.ssmixup and self.ssmixup.axis != "direction" and self.mixup.pseudo:
+            raise ValueError(f"ssmixup.axis={self.ssmixup.axis} and mixup.pseudo both mix the images; choose one")
+        if self.ssmixup and not self.pseudo.weight:
+            raise ValueError("ssmixup works on unlabelled images, and pseudo.weight=0 leaves them out")
         return self
 
     def parents(self) -> dict[str, Path]:

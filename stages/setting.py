@@ -18,6 +18,7 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.transforms import View, eval_views
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.evaluate import metrics
+from pipeline.evaluate.answers import Answers, ask
 from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, positions_seen
 from pipeline.models.config import DecoderConfig, FamilyConfig
 from pipeline.models.export import load_export, write_export
@@ -201,45 +202,49 @@ class Setting:
             remote=self.config.data.loader.remote,
         )
 
-    def confusion(
+    def answers(
         self, model: nn.Module, manifest: Manifest, positions: np.ndarray, image_size: tuple[int, int]
-    ) -> Tensor:
-        """Counts of a classifier over samples of a manifest (collective), in fp32: what an export will say."""
-        batches = self.evaluation(manifest, positions, image_size)
-        return metrics.confusion(model, batches, len(manifest.classes), self.world.device)
+    ) -> Answers:
+        """Of a classifier to samples of a manifest (collective), in fp32: what an export will say."""
+        return ask(model, self.evaluation(manifest, positions, image_size), self.world.device)
 
     def groups(self) -> dict[str, np.ndarray]:
         """Head, medium and tail by the labels this stage trains on."""
-        return class_groups(
-            np.bincount(self.manifest.labels[self.parts.labelled], minlength=len(self.manifest.classes))
-        )
+        return class_groups(self.class_counts())
+
+    def class_counts(self) -> np.ndarray:
+        """(C,) labelled images of each class."""
+        return np.bincount(self.manifest.labels[self.parts.labelled], minlength=len(self.manifest.classes))
 
     def validate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
         """val/top1, val/tail, ... of each model on the validation part; names other than `student` are prefixed."""
         row = {}
         if len(self.parts.validation):
             for name, model in models.items():
-                counts = self.confusion(model, self.manifest, self.parts.validation, image_size)
+                answers = self.answers(model, self.manifest, self.parts.validation, image_size)
                 prefix = "" if name == "student" else f"{name}_"
-                row.update({f"val/{prefix}{k}": v for k, v in metrics.summary(counts, self.groups()).items()})
+                found = metrics.summary(answers, len(self.manifest.classes), self.groups())
+                row.update({f"val/{prefix}{k}": v for k, v in found.items()})
         return row
 
     def test(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
-        """Judge on the test set once; writes evaluation.json, returns top1 of each model for the card."""
+        """Judge on the test set once; writes evaluation.json and every answer, returns top1 of each model for the card."""
         if self.config.data.test is None:
             return {}
         test = read_manifest(self.config.data.test)
-        everything = np.arange(test.num_samples)
-        results = {
-            name: metrics.report(self.confusion(model, test, everything, image_size), self.groups(), test.classes)
-            for name, model in models.items()
-        }
+        results = {}
+        for name, model in models.items():
+            answers = self.answers(model, test, np.arange(test.num_samples), image_size)
+            results[name] = metrics.report(answers, self.groups(), test.classes)
+            if self.world.is_main:
+                answers.save(self.run.folder / f"answers-{name}.npz")
         protocol = {
             "dataset": test.hash,
             "split": self.split.hash if self.split else None,
             "protocol": self.split.protocol if self.split else "all labelled",
         }
-        self.run.write_json("evaluation.json", {**protocol, "models": results})
+        counts = dict(zip(self.manifest.classes, self.class_counts().tolist(), strict=True))
+        self.run.write_json("evaluation.json", {**protocol, "labelled_per_class": counts, "models": results})
         return {f"test/{name}_top1": result["top1"] for name, result in results.items()}
 
     def export(
@@ -250,8 +255,12 @@ class Setting:
         decoder: DecoderConfig | None = None,
         uses_labels: bool,
         measured: dict[str, float],
+        companions: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """Write the hand-over (rank 0) and mark the run complete."""
+        """Write the hand-over (rank 0) and mark the run complete.
+
+        `companions`: name -> weights of models that were trained beside it; each is exported into export-NAME.
+        """
         if uses_labels:
             name = self.split.hash if self.split else f"all-{self.manifest.hash}"
             protocol = self.split.protocol if self.split else "all labels"
@@ -263,6 +272,7 @@ class Setting:
                 model=model,
                 decoder=decoder,
                 classes=() if decoder else self.manifest.classes,
+                class_counts=() if decoder else tuple(self.class_counts().tolist()),
                 preprocessing=self.config.data.preprocessing,
                 weights_sha256="",
                 probe_sha256="",
@@ -281,9 +291,11 @@ class Setting:
                 metrics=measured,
             )
             labels = {name: positions for name, (_, positions) in self._labels.items() if positions is not None}
-            write_export(
-                self.run.export, card=card, weights=weights, probe_images=self._probe(model.image_size), labels=labels
-            )
+            probe_images = self._probe(model.image_size)
+            for name, others in (companions or {}).items():
+                folder = self.run.folder / f"export-{name}"
+                write_export(folder, card=card, weights=others, probe_images=probe_images, labels=labels)
+            write_export(self.run.export, card=card, weights=weights, probe_images=probe_images, labels=labels)
             logger.info("exported %s", self.run.export)
         self.run.status("complete", step=self.config.loop.steps, steps=self.config.loop.steps)
 

@@ -51,6 +51,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         return sub
 
     kind("digits", _convert_digits, "scikit-learn's scanned digits, into OUT/train and OUT/test")
+    kind(
+        "letters", _convert_letters, "coloured letters rendered on photographs, 26 classes, into OUT/train and OUT/test"
+    )
     kind("imagefolder", _convert_image_folder, "a folder per class", "the folder that holds the class folders")
     imagenet = kind(
         "imagenet", _convert_imagenet, "ImageNet's layouts, into OUT/train and OUT/val", "folder with train/ and val/"
@@ -86,6 +89,14 @@ def _convert_digits(args: argparse.Namespace) -> None:
 
     for part, source in zip(("train", "test"), digits(args.seed), strict=True):
         _say(*convert(source, args.out / part, seed=args.seed, samples_per_shard=256, processes=args.processes))
+
+
+def _convert_letters(args: argparse.Namespace) -> None:
+    from pipeline.data.convert import convert
+    from pipeline.data.letters import letters
+
+    for part, source in zip(("train", "test"), letters(args.seed), strict=True):
+        _say(*convert(source, args.out / part, seed=args.seed, samples_per_shard=520, processes=args.processes))
 
 
 def _options(args: argparse.Namespace) -> dict[str, int]:

@@ -1,38 +1,79 @@
-"""Accuracy from one table of counts, so that every grouping can be recomputed and every sample counts once."""
+"""Everything that is said of a classifier, from one table of its answers; and the mean of any loss over a set."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+import csv
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.evaluate.answers import Answers, LabelledBatch
+from pipeline.evaluate.bootstrap import intervals
+from pipeline.evaluate.calibration import expected_calibration_error, reliability
 
-class LabelledBatch(Protocol):
-    """Samples; an index below 0 is padding, there so that all ranks take equally many steps."""
-
-    @property
-    def images(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def indices(self) -> Tensor: ...
+Groups = Mapping[str, np.ndarray]
 
 
-@torch.no_grad()
-def confusion(model: nn.Module, batches: Iterable[LabelledBatch], num_classes: int, device: torch.device) -> Tensor:
-    """(C, C) counts, true class by predicted class, summed over all ranks (collective)."""
-    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        predicted = model(batch.images.to(device)).argmax(-1)
-        real = batch.indices.to(device) >= 0
-        labels = batch.labels.to(device)[real]
-        counts.view(-1).index_add_(0, labels * num_classes + predicted[real], torch.ones_like(labels))
-    model.train(was_training)
-    return _sum_over_ranks(counts).cpu()
+def summary(answers: Answers, num_classes: int, groups: Groups) -> dict[str, float]:
+    """In percent: top1 and top5 over samples, balanced over classes, the mean class of each group that has
+    samples, and the calibration error; the mean loss in nats."""
+    table = answers.confusion(num_classes)
+    per_class = per_class_accuracy(table)
+    right = answers.predicted == answers.labels
+    result = {
+        "top1": 100.0 * table.trace() / max(1, table.sum()),
+        "top5": 100.0 * float(np.mean(answers.place < 5)),
+        "balanced": _mean(per_class),
+    }
+    result |= {
+        name: _mean(found) for name, classes in groups.items() if not np.isnan(found := per_class[classes]).all()
+    }
+    result["ece"] = expected_calibration_error(reliability(answers.confidence, right))
+    result["nll"] = float(np.mean(answers.loss))
+    return result
+
+
+def per_class_accuracy(table: np.ndarray) -> np.ndarray:
+    """Percent of each class's samples that are called by their name; NaN for a class without samples."""
+    total = table.sum(1)
+    return np.where(total > 0, 100.0 * table.diagonal() / np.maximum(total, 1), np.nan)
+
+
+def report(answers: Answers, groups: Groups, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Everything about one model on one set, for evaluation.json. A class without samples has no accuracy (None)."""
+    table = answers.confusion(len(classes))
+    right = answers.predicted == answers.labels
+    bounds = intervals(table.diagonal(), table.sum(1), groups)
+    return {
+        **summary(answers, len(classes), groups),
+        "samples": len(answers.labels),
+        "intervals": {name: [round(i.low, 4), round(i.high, 4)] for name, i in bounds.items()},
+        "groups": {name: [classes[c] for c in members] for name, members in groups.items()},
+        "per_class": {
+            name: None if np.isnan(a) else round(float(a), 4)
+            for name, a in zip(classes, per_class_accuracy(table), strict=True)
+        },
+        "reliability": [b._asdict() for b in reliability(answers.confidence, right)],
+        "confusion": table.tolist(),
+    }
+
+
+def write_per_class(path: Path, answers: Answers, classes: tuple[str, ...], trained_on: tuple[int, ...]) -> None:
+    """A CSV, one line a class: samples, right answers, accuracy, the class it is most often mistaken for."""
+    table = answers.confusion(len(classes))
+    mistakes = table - np.diag(table.diagonal())
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "labelled_in_training", "samples", "right", "accuracy", "mistaken_for", "times"])
+        for c, name in enumerate(classes):
+            worst = int(mistakes[c].argmax())
+            total, times = int(table[c].sum()), int(mistakes[c, worst])
+            accuracy = f"{100 * table[c, c] / total:.4f}" if total else ""
+            labelled = trained_on[c] if trained_on else ""
+            writer.writerow([name, labelled, total, table[c, c], accuracy, classes[worst] if times else "", times])
 
 
 @torch.no_grad()
@@ -48,39 +89,11 @@ def mean_loss(
         values = loss(model(images), images)[batch.indices.to(device) >= 0]
         sums += torch.stack([values.double().sum(), sums.new_tensor(len(values))])
     model.train(was_training)
-    total, count = _sum_over_ranks(sums).tolist()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    total, count = sums.tolist()
     return total / max(1.0, count)
 
 
-def _sum_over_ranks(value: Tensor) -> Tensor:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(value)
-    return value
-
-
-def summary(counts: Tensor, groups: dict[str, np.ndarray]) -> dict[str, float]:
-    """Accuracies in percent: top1 over samples, balanced over classes, and the mean class of each group."""
-    table = counts.numpy()
-    per_class = per_class_accuracy(table)
-    result = {"top1": 100.0 * table.trace() / max(1, table.sum()), "balanced": float(np.nanmean(per_class))}
-    for name, classes in groups.items():
-        result[name] = float(np.nanmean(per_class[classes])) if len(classes) else float("nan")
-    return result
-
-
-def per_class_accuracy(table: np.ndarray) -> np.ndarray:
-    """Percent of each class's samples that are called by their name; NaN for a class without samples."""
-    total = table.sum(1)
-    return np.where(total > 0, 100.0 * table.diagonal() / np.maximum(total, 1), np.nan)
-
-
-def report(counts: Tensor, groups: dict[str, np.ndarray], classes: tuple[str, ...]) -> dict[str, Any]:
-    """Everything about one model on one set, for evaluation.json."""
-    per_class = per_class_accuracy(counts.numpy())
-    return {
-        **summary(counts, groups),
-        "samples": int(counts.sum()),
-        "groups": {name: [classes[c] for c in members] for name, members in groups.items()},
-        "per_class": dict(zip(classes, (round(float(a), 4) for a in per_class), strict=True)),
-        "confusion": counts.tolist(),
-    }
+def _mean(values: np.ndarray) -> float:
+    return float(values[~np.isnan(values)].mean())

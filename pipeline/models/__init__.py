@@ -36,7 +36,7 @@ def build_model(name: str, **overrides: Any) -> "nn.Module":
 
 def build_from_config(config: FamilyConfig) -> "nn.Module":
     """The model that a validated config describes."""
-    values = config.model_dump(exclude={"name"})
+    values = {field: value for field, value in config if field != "name"}
     match config:
         case VisionMambaConfig():
             from pipeline.models.vision_mamba import VisionMamba

@@ -27,7 +27,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = "Read a released checkpoint without running any of its code, and write an export of ours."
     parser.add_argument("file", type=Path, help="a torch checkpoint or a .safetensors file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the export, which must not exist")
-    parser.add_argument("--entry", default="model", help="of the checkpoint: model (default), model_ema, ...")
+    parser.add_argument(
+        "--entry", help="of the checkpoint: model, model_ema, ...; by default the averaged weights, if any"
+    )
     parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width")
     parser.add_argument("--classes", type=Path, help="class names, one a line; without it they are numbers")
     parser.set_defaults(run=_convert)

@@ -61,6 +61,7 @@ class Card(Strict):
     model: ModelConfig
     decoder: DecoderConfig | None = None
     classes: tuple[str, ...]
+    class_counts: tuple[int, ...] = Field((), description="labelled training images of each class: its head and tail")
     preprocessing: Preprocessing
     weights_sha256: str
     probe_sha256: str

@@ -75,6 +75,41 @@ class FamilyConfig(Strict):
         return name in cls.variants
 
 
+class PseudoLabelRule(Strict):
+    """From a teacher's answers to labels, and which of them count."""
+
+    kind: Literal["hard", "soft"] = "hard"
+    temperature: float = Field(1.0, gt=0, description="of the teacher's softmax; below 1 sharpens")
+    threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label counts (tau)")
+    thresholds: Literal["fixed", "class_balanced"] = Field(
+        "fixed", description="class_balanced: lower for classes that are rare among confident answers (FlexMatch)"
+    )
+    alignment: Literal["none", "uniform", "labelled"] = Field(
+        "none", description="distribution alignment: the mean answer is moved to uniform, or to the labels' shares"
+    )
+
+
+class SSMixupConfig(Strict):
+    """SSMixup's part in a model: nu C h_mix beside the two directions' outputs, h_mix = psi h_forward + (1 - psi) h_backward."""
+
+    nu: float | Literal["learned"] = Field("learned", description="learned: one a block, from 0 on; or a fixed number")
+    layers: Literal["all"] | PositiveInt | tuple[PositiveInt, ...] = Field(
+        "all", description="all blocks, the last so many, or blocks counted from 1"
+    )
+    readout: Literal["own_C", "shared_C"] = Field(
+        "own_C", description="own_C: each direction's own C, no extra scan; shared_C: the forward one's, one extra scan"
+    )
+    everywhere: bool = Field(
+        False, description="part of the model: psi = 1/2 where no confidence is given; else only where one is given"
+    )
+
+    def blocks(self, depth: int) -> set[int]:
+        """Blocks, counted from 1, that have the term."""
+        if self.layers == "all":
+            return set(range(1, depth + 1))
+        return set(range(depth - self.layers + 1, depth + 1) if isinstance(self.layers, int) else self.layers)
+
+
 class VisionMambaConfig(FamilyConfig):
     """A Vision Mamba."""
 
@@ -101,6 +136,7 @@ class VisionMambaConfig(FamilyConfig):
         "cls", description="what the head reads: the cls token, or the mean of the patches"
     )
     pos_embed: Literal["learned", "sincos"] = "learned"
+    ssmixup: SSMixupConfig | None = None
 
     @model_validator(mode="after")
     def _geometry(self) -> Self:
@@ -111,6 +147,10 @@ class VisionMambaConfig(FamilyConfig):
             raise ValueError("pool=cls needs cls_token=middle; set pool=mean")
         if self.order == "cluster":
             check_clusters(self)
+        if self.ssmixup and self.directions == 1:
+            raise ValueError("ssmixup blends opposite directions: it needs directions 2 or 4, not 1")
+        if self.ssmixup and not self.ssmixup.blocks(self.depth) <= set(range(1, self.depth + 1)):
+            raise ValueError(f"ssmixup.layers {self.ssmixup.layers} must lie in 1 to depth {self.depth}")
         return self
 
     @property

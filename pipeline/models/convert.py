@@ -1,21 +1,11 @@
-"""Released weights into an export of ours: read without running anything, every key in its place or named.
+"""Released weights into an export of ours: the model told by the shapes, every key in its place or named."""
 
-A pickle can run code when it is loaded, so torch's restricted unpickler reads it, which knows tensors and plain
-containers, and beside them only ALLOWED. No size that a file claims is made unless the file holds as many values.
-"""
-
-import argparse
 import logging
-import pickle
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import ConfigError, HandoverError
@@ -23,19 +13,18 @@ from pipeline.files import sha256_of
 from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, Preprocessing
 from pipeline.models.export import build_from_card, write_export
 from pipeline.models.released import ImageSize, Layout, layout_of, starred
+from pipeline.models.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
-# Classes a pickle may name beside torch's own. ARM's and Vim's files keep their command line in a Namespace: only attributes.
-ALLOWED = (argparse.Namespace,)
 IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 NUM_PROBE_IMAGES = 2
 
 
 def convert(
-    path: Path, folder: Path, *, entry: str = "model", image_size: ImageSize = None, classes: tuple[str, ...] = ()
+    path: Path, folder: Path, *, entry: str | None = None, image_size: ImageSize = None, classes: tuple[str, ...] = ()
 ) -> Card:
-    """Write the weights under `entry` of the released file `path` as an export; returns its card.
+    """Write the weights in the released file `path` (as `read_weights` finds them) as an export; returns its card.
 
     `image_size` (height, width) decides where positions do not (no square; patches that overlap). `classes` names the
     outputs of a classifier, in order; none: their numbers. Raises HandoverError for a file that is damaged, wants to
@@ -78,36 +67,12 @@ def convert(
     )
     card = write_export(folder, card=card, weights=ours, probe_images=pictures, labels={})
     count = sum(value.numel() for value in ours.values()) / 1e6
-    logger.info("%s: %s, read as %s, %.2f M values", path, layout.name, card.model.model_dump(), count)
+    spelt = ", ".join(f"{name} {value}" for name, value in model if value not in (None, "none", False))
+    logger.info("%s: %s, %.2f M values: %s", path, layout.name, count, spelt)
     logger.info(
         "%d keys in place, %d computed here and found equal; nothing left over", len(ours), len(weights) - len(ours)
     )
     return card
-
-
-def read_weights(path: Path, entry: str) -> dict[str, Tensor]:
-    """The tensors by name of a .safetensors file, or of `entry` in a torch checkpoint (or its whole, if it is the weights)."""
-    if not path.is_file():
-        raise HandoverError(f"no file at {path}")
-    content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    if not isinstance(content, dict) or not content:
-        raise HandoverError(f"{path} holds a {type(content).__name__}, not the weights by their names")
-    if not all(isinstance(value, Tensor) for value in content.values()):
-        if not isinstance(content.get(entry), dict):
-            raise HandoverError(
-                f"{path} has no weights under {entry!r}; give --entry one of: {', '.join(map(str, content))}"
-            )
-        content = content[entry]
-    odd = [str(name) for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-    if odd:
-        raise HandoverError(
-            f"{path}: {_list(odd)} under {entry!r} are no tensors; give --entry the one that holds weights"
-        )
-    hollow = [name for name, v in content.items() if v.untyped_storage().nbytes() < v.numel() * v.element_size()]
-    if hollow:
-        raise HandoverError(f"{path}: {_list(hollow)} claim more values than the file holds")
-    # DistributedDataParallel and torch.compile prefix every name.
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content.items()}
 
 
 def rename(weights: dict[str, Tensor], layout: Layout, card: Card, path: Path) -> dict[str, Tensor]:
@@ -124,12 +89,12 @@ def rename(weights: dict[str, Tensor], layout: Layout, card: Card, path: Path) -
                 wrong.append(f"{key} is not what our model computes")
         elif name not in wanted:
             unknown.append(key)
-        elif value.shape != wanted[name].shape:
+        elif _long_sides(value) != _long_sides(wanted[name]):
             wrong.append(f"{key} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}")
-        elif not value.is_floating_point():
+        elif value.is_floating_point() != wanted[name].is_floating_point():
             wrong.append(f"{key} holds {value.dtype}")
         else:
-            ours[name] = value.float()
+            ours[name] = value.reshape(wanted[name].shape).float()
     if unknown:
         wrong.append(f"no place for {_list(unknown)}")
     if len(ours) < len(wanted) and not wrong:
@@ -139,34 +104,16 @@ def rename(weights: dict[str, Tensor], layout: Layout, card: Card, path: Path) -
     return ours
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise HandoverError(f"{path} is no safetensors file: {error}") from None
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(list(ALLOWED)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text advises to load it all the same
-        allowed = ", ".join(f"{c.__module__}.{c.__qualname__}" for c in ALLOWED)
-        raise HandoverError(
-            f"{path} is not read: it holds {named.group(1) if named else 'an unknown instruction'}, and anything but tensors,"
-            f" plain containers and {allowed} could run code; ask its author for a file of weights alone"
-        ) from None
-    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
-        said = f"{type(error).__name__} {error}".splitlines()[0][:200]
-        raise HandoverError(f"{path} is no torch checkpoint, or damaged: {said}") from None
-
-
 def _labels_of(path: Path, digest: str) -> LabelsSeen:
     """Foreign weights have seen labels nobody can enumerate."""
     return LabelsSeen(
         split=f"released-{digest[:12]}", protocol=f"whatever {path.name} was trained on", count=0, dataset=None
     )
+
+
+def _long_sides(tensor: Tensor) -> list[int]:
+    """Its shape without sides of 1: EfficientViM's norms are (1, D, 1) as released."""
+    return [side for side in tensor.shape if side != 1]
 
 
 def _list(keys: Iterable[str]) -> str:

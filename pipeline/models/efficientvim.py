@@ -8,7 +8,7 @@ Shapes: B images, D channels, H x W positions, L = H W, N hidden states, E = exp
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.efficientvim_mixers import MIXERS, ChannelNorm, Mixer
 from pipeline.models.vision_mamba import DropPath
+
+if TYPE_CHECKING:
+    from pipeline.models.efficientvim_fused import FusedEfficientViM
 
 
 class ConvNorm(nn.Module):
@@ -257,6 +260,12 @@ class EfficientViM(nn.Module):
         for weight, answer in zip(weights[1:], answers[1:], strict=True):
             total = total + weight * answer
         return total
+
+    def fuse(self) -> "FusedEfficientViM":
+        """The same function for inference alone, equal to rounding; its batch norms must have been trained."""
+        from pipeline.models.efficientvim_fused import FusedEfficientViM
+
+        return FusedEfficientViM(self)
 
     def no_weight_decay(self) -> set[str]:
         """Nothing but vectors is spared, as in the released recipe (which decays the gates, and the norms' weights too)."""

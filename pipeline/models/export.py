@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from pipeline.models.arm import ARM
 from pipeline.models.card import CARD, PROBE, WEIGHTS, Card
 from pipeline.models.config import VisionMambaConfig
 from pipeline.models.timm_model import TimmModel
-from pipeline.models.vision_mamba import DIRECTIONS, VisionMamba, drop_slot, with_cls_slot
+from pipeline.models.vision_mamba import DIRECTIONS, VisionMamba, resize_positions
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +152,10 @@ def transfer(source: nn.Module, target: nn.Module, where: Path) -> Transfer:
         for k, v in wanted.items()
         if k in weights and weights[k].shape != v.shape
     ]
-    problems += [f"{k} is missing" for k in wanted if k not in weights and not k.startswith(allowed)]
+    # SSMixup's strength begins at 0, where it changes nothing.
+    problems += [
+        f"{k} is missing" for k in wanted if k not in weights and not k.startswith(allowed) and not k.endswith(".nu")
+    ]
     problems += [f"{k} has no place here" for k in weights if k not in wanted]
     if problems:
         raise HandoverError(
@@ -172,23 +174,11 @@ def transfer(source: nn.Module, target: nn.Module, where: Path) -> Transfer:
 def _at_this_size(weights: dict[str, Tensor], source: nn.Module, target: nn.Module) -> dict[str, Tensor]:
     """A classifier's weights with positions for the target's images."""
     if isinstance(source, VisionMamba) and isinstance(target, VisionMamba) and source.grid_size != target.grid_size:
-        positions, slot = weights["pos_embed"], source.middle
-        resized = resize_positions(positions if slot is None else drop_slot(positions, slot), source.grid_size, target)
-        if slot is not None and target.middle is not None:
-            resized[:, target.middle] = positions[:, slot]
+        resized = resize_positions(weights["pos_embed"], source.grid_size, target, slot=source.middle)
         return {**weights, "pos_embed": resized}
     if isinstance(source, TimmModel) and isinstance(target, TimmModel):
         return target.weights_of(source)
     return weights
-
-
-def resize_positions(positions: Tensor, grid_size: tuple[int, int], target: VisionMamba) -> Tensor:
-    """Positions (1, rows x across, D) of a grid, bicubic onto the target's grid, with a zero slot for its cls token."""
-    if grid_size != target.grid_size:
-        grid = positions.view(1, *grid_size, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=target.grid_size, mode="bicubic", align_corners=False)
-        positions = grid.permute(0, 2, 3, 1).flatten(1, 2)
-    return with_cls_slot(positions, target.middle)
 
 
 def _first_direction(key: str) -> str:

@@ -1,6 +1,5 @@
 """Losses that more than one stage may use. They return tensors; they neither log nor reduce over ranks."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,10 +11,3 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, kind: str, temperatur
         return F.cross_entropy(student, teacher.argmax(-1))
     log_p, log_q = (F.log_softmax(x.float() / temperature, dim=-1) for x in (student, teacher))
     return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean") * temperature**2
-
-
-def pseudo_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Teacher's logits (B, C) -> (labels (B,), confidences (B,), accepted (B,) as 0 or 1): hard labels, accepted from
-    `threshold` of softmax probability on (FixMatch; Semi-ViT)."""
-    confidence, labels = torch.softmax(logits.float(), dim=-1).max(-1)
-    return labels, confidence, (confidence >= threshold).float()

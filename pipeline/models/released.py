@@ -1,7 +1,7 @@
 """How others lay out their released weights: the names, and what the shapes say of the model.
 
 A layout is told by a key that only its files hold, and `LAYOUTS` lists all that `convert` reads. Names are given with `*`
-for a block's number. Sources: the released Vim and ARM checkpoints, as described in their authors' repositories.
+for a block's number. Sources: the released Vim, ARM and EfficientViM checkpoints, as their authors' repositories lay them out.
 
 Not in any shape, so assumed: the decoder's heads are 64 wide, and of its three norms `norm2_1` is the queries', `norm2_2`
 the features', `norm2` the MLP's.
@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from pipeline.errors import HandoverError
 from pipeline.models.arm import ARM
-from pipeline.models.config import PRETRAINING_FORM, VISION_MAMBA_VARIANTS, DecoderConfig, VisionMambaConfig
+from pipeline.models.config import (
+    EFFICIENTVIM_VARIANTS,
+    PRETRAINING_FORM,
+    VISION_MAMBA_VARIANTS,
+    DecoderConfig,
+    EfficientViMConfig,
+    FamilyConfig,
+    VisionMambaConfig,
+)
 from pipeline.models.vision_mamba import DIRECTIONS, sincos_positions
 
 Weights = Mapping[str, Tensor]
@@ -28,17 +36,19 @@ NUM_TAPS = 4
 
 
 class Layout(NamedTuple):
-    """`names`: released key -> ours. `describe`: the config that the shapes spell, at an image size if they leave it open.
-    `computed`: what a file holds beside weights, and what our model has there: compared, not loaded."""
+    """`describe`: the config that the shapes spell, at an image size if they leave it open. `names`: released key -> ours;
+    none: they are alike. `computed`: what a file holds beside weights, and what our model has there: compared, not loaded."""
 
     name: str
     told_by: str
-    names: Mapping[str, str]
-    describe: Callable[[Weights, ImageSize], tuple[VisionMambaConfig, DecoderConfig | None]]
-    computed: Callable[[nn.Module], dict[str, Tensor]]
+    describe: Callable[[Weights, ImageSize], tuple[FamilyConfig, DecoderConfig | None]]
+    names: Mapping[str, str] | None = None
+    computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
 
     def our_name(self, key: str) -> str | None:
         """What a released key is called here; none: it has no place."""
+        if self.names is None:
+            return key
         ours = self.names.get(starred(key))
         number = _NUMBER.search(key)
         return ours.replace("*", number.group()) if ours and number else ours
@@ -165,6 +175,30 @@ def _describe_arm_pretraining(weights: Weights, image_size: ImageSize) -> tuple[
     return VisionMambaConfig(**fields | PRETRAINING_FORM | {"order": "cluster", "cluster_size": cluster}), decoder
 
 
+def _describe_efficientvim(weights: Weights, image_size: ImageSize) -> tuple[EfficientViMConfig, None]:
+    first = [f"stages.{s}.blocks.0" for s in range(3)]
+    widths = [shape_of(weights, f"{block}.alpha", 2)[1] for block in first]
+    fields = {
+        "widths": widths,
+        "depths": [len({k.split(".")[3] for k in weights if k.startswith(f"stages.{s}.blocks.")}) for s in range(3)],
+        "states": [shape_of(weights, f"{block}.mixer.A", 1)[0] for block in first],
+        "distilled": "weights_dist" in weights,
+        "expand": max(1, shape_of(weights, f"{first[0]}.mixer.hz_proj.conv.weight", 3)[0] // (2 * widths[0])),
+        "mlp_ratio": shape_of(weights, f"{first[0]}.ffn.fc1.conv.weight", 4)[0] / widths[0],
+        "stem_stride": 2 ** len({k.split(".")[2] for k in weights if k.startswith("patch_embed.conv.")}),
+        "num_classes": shape_of(weights, "heads.0.weight", 2)[0],
+    }
+    variants = {name: EfficientViMConfig.model_validate({"name": name}).model_dump() for name in EFFICIENTVIM_VARIANTS}
+    shared = ("widths", "depths", "states", "distilled")
+    same = [name for name, v in variants.items() if all(_plain(v[f]) == _plain(fields[f]) for f in shared)]
+    fields["name"] = (same or list(variants))[0]
+    return EfficientViMConfig.model_validate(fields | ({"image_size": image_size} if image_size else {})), None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _computed_by_arm(model: nn.Module) -> dict[str, Tensor]:
     assert isinstance(model, ARM)
     width = model.positions.shape[-1]
@@ -189,15 +223,14 @@ LAYOUTS = (
         told_by="layers.0.mlp.w1.weight",
         names=_same("cls_token", *_TRUNK, *_SWIGLU, *_with_biases("norm_f", "head")),
         describe=_describe_arm,
-        computed=lambda model: {},
     ),
     Layout(
         name="Vim",
         told_by="layers.0.mixer.A_b_log",
         names=_same("cls_token", *_TRUNK, "layers.*.norm.weight", "norm_f.weight", *_with_biases("head")),
         describe=_describe_vim,
-        computed=lambda model: {},
     ),
+    Layout(name="EfficientViM", told_by="stages.0.blocks.0.mixer.hz_proj.conv.weight", describe=_describe_efficientvim),
 )
 
 

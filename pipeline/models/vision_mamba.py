@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.config import VISION_MAMBA_VARIANTS as VARIANTS
+from pipeline.models.config import SSMixupConfig
+from pipeline.models.ssmixup import mixed_scan
 from pipeline.ops.scan import Direction, mixer_scan
 
 __all__ = ["VARIANTS", "VisionMamba"]
@@ -34,8 +36,13 @@ NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 class Mixer(nn.Module):
     """One in- and out-projection shared by all directions; convolution, projections, A and D of each its own."""
 
-    def __init__(self, dim: int, *, d_state: int, d_conv: int, expand: int, directions: int) -> None:
+    def __init__(
+        self, dim: int, *, d_state: int, d_conv: int, expand: int, directions: int, ssmixup: SSMixupConfig | None = None
+    ) -> None:
         super().__init__()
+        self.ssmixup = ssmixup
+        if ssmixup and ssmixup.nu == "learned":
+            self.nu = nn.Parameter(torch.zeros(1))
         self.inner = expand * dim
         self.rank = math.ceil(dim / 16)
         self.d_state = d_state
@@ -62,20 +69,25 @@ class Mixer(nn.Module):
                 self.get_parameter(f"dt_proj{s}.bias").copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
             nn.init.uniform_(self.get_parameter(f"dt_proj{s}.weight"), -(self.rank**-0.5), self.rank**-0.5)
 
-    def forward(self, x: Tensor, columns: Tensor | None) -> Tensor:
-        """(B, L, D) -> (B, L, D); `columns` (2, L) is the column-major order and its inverse, for four directions."""
+    def forward(self, x: Tensor, columns: Tensor | None, blend: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); `columns` (2, L) is the column-major order and its inverse, for four directions;
+        `blend` (B, 2) is SSMixup's psi and 1 - psi of each image, zeros for one without the term."""
         xz = self.in_proj(x)  # (B, L, 2E)
-        y = self._both_ways(xz, self.suffixes[:2])
+        y = self._both_ways(xz, self.suffixes[:2], blend)
         if columns is not None:
             # One gather in and one out serve both column directions.
             order, inverse = columns
-            y = y + self._both_ways(xz[:, order], self.suffixes[2:])[:, inverse]
+            y = y + self._both_ways(xz[:, order], self.suffixes[2:], blend)[:, inverse]
         # The mean over the directions, taken on the weight: it is smaller than y.
         return F.linear(y, self.out_proj.weight / len(self.suffixes))
 
-    def _both_ways(self, xz: Tensor, suffixes: tuple[str, ...]) -> Tensor:
-        """The sum of one or two directions of a sequence, (B, L, 2E) -> (B, L, E)."""
-        return mixer_scan(xz, [self._direction(s) for s in suffixes])
+    def _both_ways(self, xz: Tensor, suffixes: tuple[str, ...], blend: Tensor | None) -> Tensor:
+        """The sum of one or two directions of a sequence, (B, L, 2E) -> (B, L, E), with their SSMixup if there is one."""
+        directions = [self._direction(s) for s in suffixes]
+        if self.ssmixup is None or blend is None:
+            return mixer_scan(xz, directions)
+        nu = self.nu if self.ssmixup.nu == "learned" else self.ssmixup.nu
+        return mixed_scan(xz, directions, blend, nu, shared_C=self.ssmixup.readout == "shared_C")
 
     def _direction(self, suffix: str) -> Direction:
         own = self.get_parameter
@@ -130,9 +142,10 @@ class Block(nn.Module):
         d_conv: int,
         expand: int,
         directions: int,
+        ssmixup: SSMixupConfig | None = None,
     ) -> None:
         super().__init__()
-        self.mixer = Mixer(dim, d_state=d_state, d_conv=d_conv, expand=expand, directions=directions)
+        self.mixer = Mixer(dim, d_state=d_state, d_conv=d_conv, expand=expand, directions=directions, ssmixup=ssmixup)
         self.drop_path = DropPath(drop_path)
         # Vim's one norm is called `norm`, ARM's two `norm1` and `norm2`, in the released files.
         if mlp == "none":
@@ -141,11 +154,11 @@ class Block(nn.Module):
             self.norm1, self.norm2 = NORMS[norm](dim, eps=1e-5), NORMS[norm](dim, eps=1e-5)
             self.mlp = SwiGLU(dim)
 
-    def forward(self, x: Tensor, columns: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, columns: Tensor | None, blend: Tensor | None = None) -> Tensor:
         if hasattr(self, "mlp"):
-            x = x + self.drop_path(self.mixer(self.norm1(x), columns))
+            x = x + self.drop_path(self.mixer(self.norm1(x), columns, blend))
             return x + self.drop_path(self.mlp(self.norm2(x)))
-        return x + self.drop_path(self.mixer(self.norm(x), columns))
+        return x + self.drop_path(self.mixer(self.norm(x), columns, blend))
 
 
 class PatchEmbed(nn.Module):
@@ -186,8 +199,10 @@ class VisionMamba(nn.Module):
         pos_embed: Literal["learned", "sincos"],
         drop_path: float,
         num_classes: int,
+        ssmixup: SSMixupConfig | None = None,
     ) -> None:
         super().__init__()
+        self.ssmixup = ssmixup
         stride = stride or patch_size
         self.image_size, self.patch_size = image_size, patch_size
         self.grid_size = ((image_size[0] - patch_size) // stride + 1, (image_size[1] - patch_size) // stride + 1)
@@ -214,8 +229,9 @@ class VisionMamba(nn.Module):
                 d_conv=d_conv,
                 expand=expand,
                 directions=directions,
+                ssmixup=ssmixup if ssmixup and i in ssmixup.blocks(depth) else None,
             )
-            for r in rates
+            for i, r in enumerate(rates, start=1)
         )
         self.norm_f = NORMS[norm](embed_dim, eps=1e-5)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -243,7 +259,9 @@ class VisionMamba(nn.Module):
         nn.init.zeros_(self.patch_embed.get_parameter("proj.bias"))
         if self.fixed_positions:
             with torch.no_grad():
-                self.pos_embed.copy_(with_cls_slot(sincos_positions(self.grid_size, self.embed_dim), self.middle))
+                self.pos_embed.copy_(
+                    resize_positions(sincos_positions(self.grid_size, self.embed_dim), self.grid_size, self)
+                )
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.middle is not None:
@@ -263,18 +281,23 @@ class VisionMamba(nn.Module):
         x = self.patch_embed(images) + positions
         return x if self.order is None else x[:, self.order]
 
-    def encode(self, x: Tensor, taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, x: Tensor, taps: tuple[int, ...] = (), blend: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """All blocks over the tokens x (B, L, D); also the streams after the blocks `taps`, counted from 1."""
         tapped = []
         for i, layer in enumerate(self.layers, start=1):
-            x = self._through(layer, x)
+            x = self._through(layer, x, blend)
             if i in taps:
                 tapped.append(x)
         return x, tapped
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, L, D): normalised tokens in the order of the scan, cls (if any) in the middle."""
-        return self.norm_f(self.encode(self._tokens(images))[0])
+    def forward_features(self, images: Tensor, blend: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, L, D): normalised tokens in the order of the scan, cls (if any) in the middle.
+
+        `blend` (B, 2): SSMixup's psi and 1 - psi of each image, in a model that has it; zeros leave an image without.
+        """
+        if blend is None and self.ssmixup and self.ssmixup.everywhere:
+            blend = images.new_full((len(images), 2), 0.5)
+        return self.norm_f(self.encode(self._tokens(images), blend=blend)[0])
 
     def forward_intermediates(
         self,
@@ -318,9 +341,9 @@ class VisionMamba(nn.Module):
             x = (x if self.middle is None else drop_slot(x, self.middle)).mean(1)
         return x if pre_logits else self.head(x)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, blend: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> logits (B, num_classes); `blend` as in `forward_features`."""
+        return self.forward_head(self.forward_features(images, blend))
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -338,6 +361,21 @@ class VisionMamba(nn.Module):
         """Keep only each block's input for the backward pass and compute the block again there: less memory, more time."""
         self.grad_checkpointing = enable
 
+    def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A released Vim, or ARM in its fine-tuning form, at this model's grid; positions are taken for those of a square."""
+        positions, slot = weights.get("pos_embed", self.pos_embed), None
+        patches = positions.shape[1] - ("cls_token" in weights)
+        if "cls_token" in weights:
+            slot = patches // 2
+        side = math.isqrt(patches)
+        if patches == self.num_patches or side * side != patches:
+            return weights
+        return {**weights, "pos_embed": resize_positions(positions, (side, side), self, slot)}
+
+    def fresh(self) -> tuple[str, ...]:
+        """Prefixes of what fine-tuning may make anew."""
+        return ("head.",)
+
     def no_weight_decay(self) -> set[str]:
         """Names exempt from decay though they are matrices: A (a 2-D log), tokens and positions."""
         exempt = ("_log", "pos_embed", "cls_token")
@@ -349,10 +387,10 @@ class VisionMamba(nn.Module):
             return int(name.split(".")[1]) + 1
         return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else self.depth + 1
 
-    def _through(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _through(self, layer: nn.Module, x: Tensor, blend: Tensor | None = None) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, self.columns, use_reentrant=False)
-        return layer(x, self.columns)
+            return checkpoint(layer, x, self.columns, blend, use_reentrant=False)
+        return layer(x, self.columns, blend)
 
     def _row_major(self, x: Tensor) -> Tensor:
         """Tokens (B, L, D) in the order of the scan -> the patches (B, num_patches, D), row by row."""
@@ -408,8 +446,19 @@ def drop_slot(x: Tensor, slot: int) -> Tensor:
     return torch.cat([x[:, :slot], x[:, slot + 1 :]], dim=1)
 
 
-def with_cls_slot(positions: Tensor, slot: int | None) -> Tensor:
-    """Positions (1, L, D) with a zero vector inserted at `slot` for the cls token, if there is one."""
-    if slot is None:
-        return positions
-    return torch.cat([positions[:, :slot], torch.zeros_like(positions[:, :1]), positions[:, slot:]], dim=1)
+def resize_positions(
+    positions: Tensor, grid_size: tuple[int, int], target: VisionMamba, slot: int | None = None
+) -> Tensor:
+    """Positions (1, rows x across, D) of a grid, bicubic onto the target's grid, with a slot for the target's cls token.
+
+    `slot`: where among them a cls token stands, which is no place of the grid; its position goes over as it is, into a slot
+    that is zero otherwise.
+    """
+    cls = torch.zeros_like(positions[:, :1]) if slot is None else positions[:, slot : slot + 1]
+    positions = positions if slot is None else drop_slot(positions, slot)
+    if grid_size != target.grid_size:
+        grid = positions.unflatten(1, grid_size).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=target.grid_size, mode="bicubic", align_corners=False)
+        positions = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    middle = target.middle
+    return positions if middle is None else torch.cat([positions[:, :middle], cls, positions[:, middle:]], dim=1)

@@ -1,10 +1,15 @@
 """Weights from outside: a file somebody released, into a model of ours or of timm. Nothing is ever downloaded.
 
+A pickle can run code when it is loaded, so torch's restricted unpickler reads it, which knows tensors and plain
+containers, and beside them only ALLOWED. No size that a file claims is made unless the file holds as many values.
 An export of ours is not read here but by `export.load_export`, which knows and proves more.
 """
 
+import argparse
 import logging
 import pickle
+import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +23,55 @@ from pipeline.models.export import Transfer
 
 logger = logging.getLogger(__name__)
 
+# What a pickle may name beside torch's own, and what is made of it: the command line that Vim and ARM keep (attributes, no
+# more), and the settings that EfficientViM keeps, read as the mapping they are.
+ALLOWED = ((argparse.Namespace, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode"))
 # Training checkpoints wrap the weights; the averaged ones are those that were reported.
 ENVELOPES = ("model_ema", "model", "state_dict")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a safetensors file or in one that torch loads with weights_only. Raises HandoverError."""
+def read_weights(path: Path, entry: str | None = None) -> dict[str, Tensor]:
+    """The tensors by name in a .safetensors file or a torch checkpoint, there under `entry`; none: the first of ENVELOPES,
+    or the whole. Nothing in the file is run. Raises HandoverError for anything but weights."""
     if not path.is_file():
         raise HandoverError(f"no weights at {path}; put the file there: nothing is downloaded")
-    try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise HandoverError(
-            f"{path} is no safetensors file and no plain state dict ({str(error).splitlines()[0]}); a checkpoint that holds"
-            " other objects must be opened where it is trusted and its state dict saved as safetensors"
-        ) from None
-    for envelope in ENVELOPES:
-        if isinstance(state, dict) and isinstance(state.get(envelope), dict):
-            state = state[envelope]
-            break
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    state: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    entries = {str(name): value for name, value in state.items()} if isinstance(state, dict) else {}
+    wrapped = entry or next((name for name in ENVELOPES if isinstance(entries.get(name), dict)), None)
+    if wrapped is not None:
+        if not isinstance(entries.get(wrapped), dict):
+            raise HandoverError(f"{path} has no weights under {wrapped!r}; it holds: {', '.join(entries)[:300]}")
+        state = entries[wrapped]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise HandoverError(f"{path} holds no state dict (names of tensors); known wrappings: {', '.join(ENVELOPES)}")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    hollow = [name for name, v in state.items() if v.untyped_storage().nbytes() < v.numel() * v.element_size()]
+    if hollow:
+        raise HandoverError(f"{path}: {hollow[0]} claims more values than the file holds")
+    # DistributedDataParallel and torch.compile prefix every name.
+    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise HandoverError(f"{path} is no safetensors file, or damaged: {error}") from None
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(list(ALLOWED)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text advises to load it all the same
+        known = ", ".join(name for _, name in ALLOWED)
+        raise HandoverError(
+            f"{path} is not read: it holds {named.group(1) if named else 'an unknown instruction'}, and anything but tensors,"
+            f" plain containers and {known} could run code; open it where it is trusted and save its state dict as safetensors"
+        ) from None
+    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
+        said = f"{type(error).__name__} {error}".splitlines()[0][:200]
+        raise HandoverError(f"{path} is no torch checkpoint, or damaged: {said}") from None
 
 
 def load_weights(model: nn.Module, path: Path) -> Transfer:

@@ -1,150 +1,97 @@
-"""One self-contained page for one or more experiments: how good, how it went, where it came from. No network needed."""
+"""The report of one or more experiments: one page that needs nothing else, the same in Markdown, every table as CSV and
+LaTeX, every figure as PDF and SVG.
 
-import base64
-import io
+NAME/report.html   NAME/report/{report.md, tables/*.csv|tex|md, figures/*.pdf|svg}
+"""
+
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 
-from pipeline.observe.planned import compare
-from pipeline.observe.results import METRICS, ROWS, mean_and_spread, read_result
-
-STAGES = {"arm": "Stage 1: ARM pretraining", "distill": "Stage 2: supervised", "semi": "Stage 3: semi-supervised"}
-# (stage, title, names of the lines in metrics.jsonl, axis)
-CURVES = (
-    ("arm", "Loss", {"train/loss": "training", "val/loss": "validation"}, "squared error"),
-    ("distill", "Loss", {"train/loss": "training"}, "cross-entropy"),
-    ("distill", "Accuracy", {"train/top1": "training", "val/top1": "validation"}, "percent"),
-    ("semi", "Loss", {"train/supervised": "labelled", "train/consistency": "accepted pseudo-labels"}, "cross-entropy"),
-    ("semi", "Accuracy on validation", {"val/top1": "student", "val/teacher_top1": "teacher"}, "percent"),
-    ("semi", "Pseudo-labels", {"ssl/mask_rate": "accepted", "ssl/confidence": "mean confidence"}, "share"),
-    ("semi", "Decay of the teacher", {"ema/alpha": "alpha", "ema/guard_hit": "guard active"}, "per step"),
-    ("semi", "Energy V = |s - t|² / 2", {"ema/V": "V"}, "squared weights"),
-)
-# After Okabe and Ito, told apart by colour-blind readers, at a lightness that suits both pages; text takes the page's colour.
-COLOURS = ("#1E88D2", "#E2741A", "#0FA37F", "#CC79A7")
-_TEXT = "#123456"
+from pipeline.observe import judged, sections
+from pipeline.observe.ablation import Compare, ablation_table, designs_of
+from pipeline.observe.figures import Figure, data_uri, draw
+from pipeline.observe.results import STAGES, Result, judged_rows, read_result
+from pipeline.observe.tables import Table
 
 
-def write_report(experiments: Sequence[Path], path: Path) -> Path:
-    """Write the page for `experiments` (folders of runs, seeds of one design) and return where it is."""
+class Panel(NamedTuple):
+    """Pictures that others have made of models: drawn by `paint` of `figures.picture_grid` and its like."""
+
+    name: str
+    title: str
+    note: str
+    paint: Callable[[Any], None]
+    size: tuple[float, float]
+
+
+def write_report(
+    experiments: Sequence[Path], path: Path, *, panels: Sequence[Panel] = (), compare: Compare | None = None
+) -> Path:
+    """Write the page at `path` (and what lies beside it) and return where it is.
+
+    Experiments that differ in seeds only are one design: means and spreads. Several designs are joined into a table of
+    what differs, with `compare` for the gains; curves and figures are of the first. Raises DataError for a folder that is
+    no experiment.
+    """
     results = [read_result(e) for e in experiments]
-    judged = [row for row in ROWS if any(row in r.models for r in results)]
-    rows = [(row, [mean_and_spread(results, row, m) for m in METRICS]) for row in judged]
-    first = results[0].models[judged[-1]] if judged else {}
-    page = _template().render(
-        title=path.parent.name,
-        metrics=METRICS,
-        rows=rows,
-        seeds=len(results),
-        protocols=list(dict.fromkeys(r.protocol.rsplit("; seed", 1)[0] for r in results)),
-        splits=[(r.split or "none")[:12] for r in results],
-        samples=first.get("samples", 0),
-        groups=first.get("groups", {}),
-        per_class=[
-            (name, [r.models[row]["per_class"][name] for r in results for row in judged if row in r.models])
-            for name in first.get("per_class", {})
-        ],
-        columns=[
-            f"{row}, {r.experiment.name}" if len(results) > 1 else row
-            for r in results
-            for row in judged
-            if row in r.models
-        ],
-        stages=[
-            (title, [svg for curve in CURVES if curve[0] == stage and (svg := _figure(experiments, *curve))])
+    designs = designs_of(results)
+    shown = designs[0].results
+    beside = path.with_suffix("")
+    figures = beside / "figures"
+    rows = judged_rows(shown)
+    tables: list[Table] = judged.tables(shown, rows) if rows else []
+    if len(designs) > 1 and compare and judged_rows(results):
+        tables.insert(0, ablation_table(designs, compare))
+    running = [sections.speed(shown), *sections.plans(shown), *sections.incidents(results)]
+    for table in [*tables, *running]:
+        table.write(beside / "tables")
+    page = {
+        "title": path.parent.name,
+        "results": results,
+        "designs": designs,
+        "headline": judged.headline(shown, rows) if rows else [],
+        "protocols": list(dict.fromkeys(r.protocol.rsplit("; seed", 1)[0] for r in results if r.protocol)),
+        "tables": {table.name: table for table in tables},
+        "running": running,
+        "judged": judged.figures(shown, rows, figures) if rows else [],
+        "stages": [
+            (
+                title,
+                sections.curves(shown, stage, sections.CURVES, figures),
+                sections.curves(shown, stage, sections.ENGINE, figures),
+                _pictures(shown, stage),
+            )
             for stage, title in STAGES.items()
         ],
-        reconstructions=[
-            (e.name, _picture(p)) for e in experiments if (p := e / "arm" / "report" / "reconstructions.png").is_file()
-        ],
-        plans=[(e.name, compared) for e in experiments if (compared := compare(e))],
-        lineage=[
-            (e.name, [_card(e, stage) for stage in STAGES if (e / stage / "export" / "model.json").is_file()])
-            for e in experiments
-        ],
-        environment=_json(
-            experiments[0] / next(s for s in STAGES if (experiments[0] / s).is_dir()) / "environment.json"
-        ),
-    )
+        "panels": [draw(figures, p.name, p.title, p.paint, note=p.note, size=p.size, wide=True) for p in panels],
+        "lineage": [(r.name, sections.lineage(r)) for r in results],
+        "environment": next((s.environment for s in shown[0].stages.values() if s.environment), {}),
+        "beside": beside.name,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    path.write_text(_template("report.html").render(page))
+    (beside / "report.md").write_text(_template("report.md").render(page))
     return path
 
 
-def _template() -> Template:
-    folder = Path(__file__).parent
-    return Environment(
-        loader=FileSystemLoader(folder), autoescape=select_autoescape(["html"]), trim_blocks=True
-    ).get_template("report.html")
+def _pictures(results: Sequence[Result], stage: str) -> list[tuple[str, str]]:
+    """(what it is, data URI) of the pictures that a stage has left in its report folder; of the first experiment."""
+    run = results[0].stages.get(stage)
+    found = sorted((run.folder / "report").glob("*.png")) if run else []
+    return [(p.stem.replace("_", " "), data_uri(p)) for p in found]
 
 
-def _figure(experiments: Sequence[Path], stage: str, title: str, names: dict[str, str], axis: str) -> str:
-    """An inline SVG with one line a quantity and experiment, or nothing if there are no numbers."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    curves = [_curves(e / stage / "metrics.jsonl", names) for e in experiments]
-    if not any(curves):
-        return ""
-    style: dict[Any, Any] = {"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": title}
-    style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT)
-    with rc_context(style):
-        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
-        axes = figure.subplots()
-        for of_experiment in curves:
-            for i, name in enumerate(names):
-                steps, values = of_experiment.get(name, ([], []))
-                label = names[name] if of_experiment is curves[0] else None
-                axes.plot(
-                    steps,
-                    values,
-                    color=COLOURS[i],
-                    linestyle=("-", "--")[i % 2],
-                    marker="o" if len(steps) == 1 else "",
-                    linewidth=1.4,
-                    alpha=0.8,
-                    label=label,
-                )
-        axes.set(title=title, xlabel="optimizer step", ylabel=axis)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(names) > 1:
-            axes.legend(frameon=False, fontsize=8)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
-    # Ids of several figures share one page.
-    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{stage}-{re.sub(r'[^a-z]', '', title.lower())}-", svg)
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]), trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["json"] = lambda value: json.dumps(value)
+    return environment.get_template(name)
 
 
-def _curves(path: Path, names: dict[str, str]) -> dict[str, tuple[list[int], list[float]]]:
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            for name in names:
-                if name in row:
-                    steps, values = found.setdefault(name, ([], []))
-                    steps.append(row["step"])
-                    values.append(row[name])
-    return found
-
-
-def _picture(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _card(experiment: Path, stage: str) -> dict[str, Any]:
-    card = _json(experiment / stage / "export" / "model.json")
-    command = _json(experiment / stage / "environment.json")["command"]
-    return {"title": STAGES[stage], "command": command, **card}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+__all__ = ["Figure", "Panel", "write_report"]

@@ -77,6 +77,11 @@ class Engine:
         return self._deepspeed.module
 
     @property
+    def num_weights(self) -> int:
+        """Trained weights of the whole model, each once, however they are cut."""
+        return sum(full_shape(p).numel() for _, p in self.named_parameters)
+
+    @property
     def masters(self) -> list[Tensor]:
         """The fp32 tensors this rank's optimizer steps: flat partitions under ZeRO, whole parameters without."""
         return list({id(shard.flat): shard.flat for shard in self.shards}.values())
@@ -114,19 +119,21 @@ class Engine:
     def gather(self, tensors: Mapping[Tensor, Tensor] | None, into: Mapping[str, Tensor]) -> None:
         """Assemble whole parameters from the ranks' shards (collective).
 
-        `tensors` maps each of `masters` to a tensor of its layout (none: the masters themselves); `into` maps every
-        parameter's name to the tensor that receives it. What travels has the dtype of the receiver.
+        `tensors` maps each of `masters` to a tensor of its layout (none: the masters themselves); `into` maps the names
+        of some parameters, or of all, to the tensors that receive them. What travels has the dtype of the receiver.
         """
         dtype = next(iter(into.values())).dtype
-        own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]).to(dtype) for shard in self.shards]
+        shards = [shard for shard in self.shards if shard.name in into]
+        own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]).to(dtype) for shard in shards]
         if self.replicated:
             parts = [torch.cat(own)]
-            layout = [[(s.name, s.start, s.numel) for s in self.shards]]
+            layout = [[(s.name, s.start, s.numel) for s in shards]]
         else:
-            layout = self._gathered_layout()
+            layout = [[piece for piece in rank if piece[0] in into] for rank in self._gathered_layout()]
             longest = max(sum(numel for *_, numel in rank) for rank in layout)
             flat = torch.zeros(longest, dtype=dtype, device=self.world.device)
-            flat[: sum(len(o) for o in own)].copy_(torch.cat(own))
+            if own:
+                flat[: sum(len(o) for o in own)].copy_(torch.cat(own))
             parts = [torch.empty_like(flat) for _ in layout]
             dist.all_gather(parts, flat)
         with torch.no_grad():
@@ -136,17 +143,9 @@ class Engine:
                     into[name].view(-1)[start : start + numel].copy_(part[position : position + numel])
                     position += numel
 
-    def copy_weights(self, tensors: Mapping[Tensor, Tensor], module: nn.Module) -> None:
-        """Write whole parameters, assembled as by `gather`, into a module of the same form; buffers from the model."""
-        parameters = dict(module.named_parameters())
-        self.gather(tensors, {name: parameters[name].data for name, _ in self.named_parameters})
-        own = dict(self.module.named_buffers())
-        for name, buffer in module.named_buffers():
-            buffer.copy_(own[name])
-
     def full_weights(self) -> dict[str, Tensor]:
         """The whole state dict on the CPU, parameters from the fp32 masters (collective; all ranks get it)."""
-        shapes = {name: _full_shape(p) for name, p in self.named_parameters}
+        shapes = {name: full_shape(p) for name, p in self.named_parameters}
         full = {name: torch.empty(shape, device=self.world.device) for name, shape in shapes.items()}
         self.gather(None, full)
         state = {k: v.detach() for k, v in self.module.state_dict().items() if k not in shapes}
@@ -265,5 +264,6 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
     }
 
 
-def _full_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, of which ZeRO-3 may have left this rank a part."""
     return getattr(parameter, "ds_shape", parameter.shape)

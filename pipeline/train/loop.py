@@ -5,6 +5,7 @@ randomness. So resuming is restoring the weights and seeking the loaders.
 """
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,8 @@ from pipeline.train.schedules import Schedule
 from pipeline.train.signals import stop_flag
 from pipeline.train.task import Mean, Task
 from pipeline.train.tracer import Tracer
+
+logger = logging.getLogger(__name__)
 
 # (step, board) -> numbers for the log; called by all ranks at the same steps.
 Evaluate = Callable[[int, Board], dict[str, float]]
@@ -106,7 +109,7 @@ def fit(
                 drawn = {name: next(stream).to(world.device, non_blocking=True) for name, stream in batches.items()}
             lr = lr_at(step)
             torch.manual_seed(step_seed(seed, position, world.rank))  # of drop path
-            done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr, step=step)
+            done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr)
             meter.add(done.metrics)
             skipped_updates = 0 if done.moved else skipped_updates + 1
             recorder.note(step, position, drawn, done.loss)
@@ -130,6 +133,9 @@ def fit(
                     recorder.forget_from(step)
                     continue
                 row |= {"step": step, "samples": step * loop.global_batch}
+                for alarm in task.alarms(row):
+                    run.incident({"step": step, "reason": alarm})
+                    logger.log(logging.WARNING if world.is_main else logging.DEBUG, "step %d: %s", step, alarm)
                 run.append_metrics(row)
                 board.scalars(row, step)
                 progress.line(step, row)
@@ -172,9 +178,7 @@ class Done(NamedTuple):
     metrics: list[tuple[str, Mean]]
 
 
-def train_step(
-    task: Task, engine: Engine, drawn: Mapping[str, Batch], *, accumulation: int, lr: float, step: int
-) -> Done:
+def train_step(task: Task, engine: Engine, drawn: Mapping[str, Batch], *, accumulation: int, lr: float) -> Done:
     """One optimizer step: the micro-batches' losses, the update, then the teacher. Reads nothing from the device."""
     loss, moved = torch.zeros((), device=engine.world.device), False
     metrics: list[tuple[str, Mean]] = []
@@ -186,7 +190,7 @@ def train_step(
         loss += output.loss.detach() / accumulation
         metrics += output.metrics.items()
     if moved:
-        metrics += task.after_step(engine, step).items()
+        metrics += task.after_step(engine, loss).items()
     return Done(moved, loss, [("train/loss", Mean(loss, 1.0)), *metrics])
 
 

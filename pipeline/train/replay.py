@@ -62,7 +62,7 @@ def replay(
         drawn = {name: next(stream) for name, stream in batches.items()}
         torch.manual_seed(step_seed(seed, position, engine.world.rank))
         watch = Watch(engine.module) if position == asked.position else None
-        done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr_at(step), step=step)
+        done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr_at(step))
         if watch:
             watch.close()
             found = bad_images(drawn) or watch.found or _bad_loss(done.loss)

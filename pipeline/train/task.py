@@ -53,12 +53,16 @@ class Task:
     """What differs between stages. Only `loss` must be given."""
 
     def loss(self, model: "nn.Module", batch: "Mapping[str, Batch]") -> StepOutput:
-        """Loss and metrics of one micro-batch, stream by stream; no side effects."""
+        """Loss and metrics of one micro-batch, stream by stream; no side effects, but for sums that `after_step` uses up."""
         raise TypeError(f"{type(self).__name__} gives no loss")
 
-    def after_step(self, engine: "Engine", step: int) -> dict[str, Mean]:
-        """After a real optimizer step (never after a skipped one): the teacher moves here."""
+    def after_step(self, engine: "Engine", loss: "Tensor") -> dict[str, Mean]:
+        """After a real optimizer step (never after a skipped one), whose loss on this rank is given: the teacher moves."""
         return {}
+
+    def alarms(self, row: dict[str, float]) -> list[str]:
+        """What a logged row of means gives to worry about, each in a sentence; alike on all ranks."""
+        return []
 
     def probe(self, model: "nn.Module", images: "Tensor") -> float:
         """One number that the weights, of the companions too, decide: a restored run must give it again (collective)."""

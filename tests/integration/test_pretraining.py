@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.models.card import Card
+from pipeline.models.convert import convert
 from tests.conftest import Stages
+from tests.unit.models import released
 
 
 def rows(run: Path, name: str) -> list[dict[str, float]]:
@@ -49,3 +53,24 @@ def test_bf16_learns_what_fp32_learns(chain: Stages) -> None:
         losses[precision] = rows(run, "val/loss")[-1]["val/loss"]
     assert losses["fp32"] < 0.6
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_stage_2_starts_from_released_weights_of_arm(chain: Stages, tmp_path: Path) -> None:
+    """Converted, named in the lineage, with no label seen; a released classifier has seen more than a tenth of them."""
+    shapes = released.arm_pretraining(dim=32, depth=12, tokens=64, group=4, width=128, blocks=2, patch=4)
+    torch.save(released.checkpoint(released.filled(shapes)), tmp_path / "arm.pth")
+    convert(tmp_path / "arm.pth", tmp_path / "arm")
+    pixels = ["data.mean=[0.485, 0.456, 0.406]", "data.std=[0.229, 0.224, 0.225]", "loop.steps=4"]
+    model = "model={name: arm_base, embed_dim: 32, depth: 12, image_size: 32, patch_size: 4, cluster_size: 8}"
+    more = [*pixels, model, "run.experiment=released"]
+    card = Card.read(chain.complete("distill", *more, f"init_from={tmp_path / 'arm'}") / "export")
+    assert [parent.path for parent in card.lineage.parents] == [str(tmp_path / "arm")]
+    assert not card.more_labels_than_claimed
+    shapes = released.vim(dim=32, depth=2, tokens=65, classes=10, patch=4)
+    torch.save(released.checkpoint(released.filled(shapes)), tmp_path / "vim.pth")
+    classes = Card.read(chain.runs / "smoke" / "distill" / "export").classes
+    convert(tmp_path / "vim.pth", tmp_path / "vim", classes=classes)
+    model = "model={name: vim_tiny, embed_dim: 32, depth: 2, image_size: 32, patch_size: 4}"
+    refused = chain.run("distill", *pixels, model, "run.experiment=refused", f"init_from={tmp_path / 'vim'}")
+    assert refused.returncode == 4
+    assert "whatever vim.pth was trained on" in refused.stderr

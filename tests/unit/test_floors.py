@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     "launchers": 6,
     "stages": 5,
+    "pipeline.evaluate.__main__": 5,
+    "pipeline.predict": 5,
     "pipeline.train": 4,
     "pipeline.evaluate": 3,
     "pipeline.observe": 3,
@@ -17,7 +19,7 @@ FLOORS = {
     "pipeline.ops": 1,
     "pipeline": 0,
 }
-LATE = ("deepspeed", "mamba_ssm", "submitit", "fsspec", "timm", "sklearn", "matplotlib", "triton")
+LATE = ("deepspeed", "mamba_ssm", "submitit", "fsspec", "timm", "sklearn", "matplotlib", "triton", "onnx")
 ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "fsspec")
 FILES = sorted(p for top in ("pipeline", "stages", "launchers") for p in (ROOT / top).rglob("*.py"))
 

@@ -23,7 +23,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "scan.cpp", FOLDER / "conv.cpp")
+SOURCES = (FOLDER / "scan.cpp", FOLDER / "conv.cpp", FOLDER / "distance.cpp")
 HEADERS = (FOLDER / "simd.h", FOLDER / "tiles.h")
 # No -ffast-math: a NaN must stay a NaN. Contraction (fused multiply-add) rounds once instead of twice, nothing else.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")

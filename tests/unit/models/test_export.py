@@ -12,8 +12,8 @@ from pipeline.models import build_model
 from pipeline.models.arm import ARM
 from pipeline.models.card import Card, LabelsSeen, Lineage, Preprocessing
 from pipeline.models.config import DecoderConfig, VisionMambaConfig
-from pipeline.models.export import load_export, resize_positions, transfer, write_export
-from pipeline.models.vision_mamba import sincos_positions
+from pipeline.models.export import load_export, transfer, write_export
+from pipeline.models.vision_mamba import resize_positions, sincos_positions
 
 TINY = {"name": "vim_nano", "embed_dim": 16, "depth": 2}
 LABELLED = np.array([1, 4, 7])

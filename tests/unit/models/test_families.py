@@ -217,8 +217,12 @@ class TestForeignWeights:
         (tmp_path / "garbage.pth").write_bytes(b"no weights")
         (tmp_path / "garbage.safetensors").write_bytes(b"no weights")
         torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "pickled.pth")
-        for name in ("garbage.pth", "garbage.safetensors", "pickled.pth"):
-            with pytest.raises(HandoverError, match="is no safetensors file and no plain state dict"):
+        for name, refusal in (
+            ("garbage.pth", "damaged|not read"),
+            ("garbage.safetensors", "damaged"),
+            ("pickled.pth", "not read"),
+        ):
+            with pytest.raises(HandoverError, match=refusal):
                 read_weights(tmp_path / name)
         save_file(small("efficientvim").state_dict(), tmp_path / "other.safetensors")
         with pytest.raises(HandoverError, match="does not fit this model"):

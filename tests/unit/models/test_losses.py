@@ -1,10 +1,10 @@
-"""Distillation and pseudo-labels against torch and by hand."""
+"""Distillation against torch and by hand."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.models.losses import distillation_loss, pseudo_labels
+from pipeline.models.losses import distillation_loss
 
 
 def test_hard_distillation_is_cross_entropy_with_the_teachers_choice() -> None:
@@ -19,11 +19,3 @@ def test_soft_distillation_is_the_divergence_of_the_softened_answers() -> None:
     expected = 4 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(distillation_loss(student, teacher, kind="soft", temperature=2.0), expected)
     assert distillation_loss(teacher, teacher, kind="soft", temperature=2.0).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_pseudo_labels_count_from_the_threshold_on() -> None:
-    logits = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]]))
-    labels, confidence, accepted = pseudo_labels(logits, 0.5)
-    assert labels.tolist() == [0, 0]
-    torch.testing.assert_close(confidence, torch.tensor([0.7, 0.4]))
-    assert accepted.tolist() == [1.0, 0.0]

@@ -1,0 +1,130 @@
+"""The report of experiments: what their folders say (`pipeline.observe`), and what their exports see (`pipeline.evaluate`).
+
+Pictures are of test images that the split of no stage has held: Grad-CAM of two models of the first experiment side by
+side on the same images (the supplement's Figure 1), and their receptive fields. They are made anew each time, in seconds.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.models.card import CARD
+from pipeline.observe.report import Panel, write_report
+from pipeline.observe.results import ROWS, Result, read_result
+
+logger = logging.getLogger(__name__)
+
+NUM_PICTURES = 8
+NUM_FIELD_IMAGES = 32
+
+
+def run(experiments: Sequence[Path], out: Path | None) -> Path:
+    """Write the report of `experiments` at `out` (default: report.html in the first one's folder); where it is."""
+    if out is not None and out.suffix != ".html":
+        raise ConfigError(f"--out {out}: the report is a page; give a name that ends in .html")
+    results = [read_result(e) for e in experiments]
+    panels = _panels(results[0])
+    return write_report(experiments, out or experiments[0] / "report.html", panels=panels, compare=compare)
+
+
+def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> dict[str, tuple[float, float, float, float]]:
+    """Paired bootstrap of a model of two designs, seed by seed; nothing if they were judged on other images."""
+    import numpy as np
+
+    from pipeline.evaluate.answers import Answers
+    from pipeline.evaluate.bootstrap import paired
+
+    stage, model = ROWS[row]
+    pairs = list(zip(first, other, strict=False))
+    paths = [[r.experiment / stage / f"answers-{model}.npz" for r in pair] for pair in pairs]
+    if not all(p.is_file() for pair in paths for p in pair):
+        return {}
+    datasets = {r.stages[stage].evaluation["dataset"] for pair in pairs for r in pair}
+    if len(datasets) > 1:
+        return {}
+    report = first[0].models[row]
+    names = list(report["per_class"])
+    groups = {g: np.array([names.index(n) for n in members], int) for g, members in report["groups"].items()}
+    a, b = ([Answers.load(pair[k]) for pair in paths] for k in (0, 1))
+    return {name: (d.value, d.low, d.high, d.p) for name, d in paired(a, b, len(names), groups).items()}
+
+
+def _panels(result: Result) -> list[Panel]:
+    """Of the classifiers that the experiment has exported, on its test set; none if it has no test set."""
+    exports = {
+        name: result.experiment / stage / "export"
+        for name, stage in (("stage 2", "distill"), ("stage 3", "semi"))
+        if (result.experiment / stage / "export" / CARD).is_file()
+    }
+    test = next(
+        (s.config["data"]["test"] for s in result.stages.values() if s.config.get("data", {}).get("test")), None
+    )
+    if not exports or test is None or not Path(test).is_dir():
+        return []
+    return _look(exports, Path(test))
+
+
+def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
+    import numpy as np
+
+    from pipeline.data.loader import evaluation_batches
+    from pipeline.data.manifest import read_manifest
+    from pipeline.data.transforms import eval_views
+    from pipeline.evaluate.erf import for_display, receptive_field, side_of_share
+    from pipeline.evaluate.gradcam import gradcam, overlay
+    from pipeline.models.export import load_export
+    from pipeline.observe.figures import picture_grid
+
+    manifest = read_manifest(test)
+    by_class = np.argsort(manifest.labels, kind="stable")
+    chosen = np.unique(by_class[np.linspace(0, len(by_class) - 1, NUM_FIELD_IMAGES).astype(int)])
+    shown = np.linspace(0, len(chosen) - 1, min(NUM_PICTURES, len(chosen))).astype(int)
+    seen: list[list[Any]] = []
+    titles: list[list[str]] = []
+    fields: list[Any] = []
+    sides: list[str] = []
+    for folder in exports.values():
+        model, card = load_export(folder)
+        views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
+        batches = evaluation_batches(manifest, chosen, batch_size=len(chosen), rank=0, world_size=1, views=views)
+        batch = next(iter(batches))
+        images, labels = batch.images[shown], batch.labels[shown]
+        if not seen:
+            seen.append(_pictures(_pixels(images, card.preprocessing.mean, card.preprocessing.std)))
+            titles.append([card.classes[c] for c in labels.tolist()])
+        maps, answers = gradcam(model, images)
+        seen.append(_pictures(overlay(images, maps, card.preprocessing.mean, card.preprocessing.std)))
+        right = zip(answers.tolist(), labels.tolist(), strict=True)
+        titles.append([card.classes[a] + (" ✓" if a == t else " ✗") for a, t in right])
+        field = receptive_field(model, [batch.images])
+        fields.append(for_display(field))
+        sides.append(", ".join(f"{100 * s:.0f} % in {side_of_share(field, s)} px" for s in (0.5, 0.95)))
+    width = len(shown)
+    cam = Panel(
+        "gradcam",
+        "Where two models look (Grad-CAM)",
+        "Test images with their class, and under them what each model answers and where its evidence is: yellow is most.",
+        picture_grid(seen, ["image", *exports], titles),
+        (0.95 * width + 0.3, 1.1 * len(seen)),
+    )
+    erf = Panel(
+        "erf",
+        "Effective receptive fields",
+        f"Of the central output pixel, over {len(chosen)} test images; (gradient / largest) to the power 0.2. In words: the "
+        "centred squares that hold half and 95 % of it.",
+        picture_grid([fields], [""], [[f"{name}: {side}" for name, side in zip(exports, sides, strict=True)]]),
+        (7.6, 7.6 / max(2, len(fields)) * 0.9),
+    )
+    return [cam, erf]
+
+
+def _pixels(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
+    shape = (3, 1, 1)
+    return (images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)).clamp(0, 1)
+
+
+def _pictures(pixels: Any) -> list[Any]:
+    """(n, 3, H, W) -> n arrays (H, W, 3)."""
+    return list(pixels.permute(0, 2, 3, 1).numpy())

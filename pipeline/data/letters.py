@@ -1,0 +1,101 @@
+"""Coloured letters on photographs: 26 classes of 32 x 32 pixels, made of what installed packages carry.
+
+Rendered, not photographed: a capital in one of the typefaces that matplotlib carries (DejaVu, STIX, Computer Modern: real
+type, drawn by people), in a random colour, size, turn and place, on a crop of the two photographs that scikit-learn
+carries. It stands for the digits' harder neighbour: colour, clutter, more classes; it is no benchmark of anything else.
+"""
+
+import functools
+import io
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.data import seeds
+
+SIDE = 32  # pixels
+CLASSES = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+FACES = (
+    *(f"DejaVu{name}.ttf" for name in ("Sans", "Sans-Bold", "Sans-Oblique", "Serif", "Serif-Bold", "Serif-Italic")),
+    *(f"DejaVuSansMono{name}.ttf" for name in ("", "-Bold", "-Oblique")),
+    *(f"STIXGeneral{name}.ttf" for name in ("", "Bol", "Italic", "BolIta")),
+    *(f"cm{name}10.ttf" for name in ("r", "ss", "tt", "b")),
+)
+_LETTERS = 31  # stream of random numbers
+
+
+@dataclass
+class Letters:
+    """Letters drawn one by one from (seed, key): conversion in any order gives the same pictures."""
+
+    name: str
+    seed: int
+    keys: Sequence[str]
+    labels: Sequence[int]
+    classes: Sequence[str] = field(default=CLASSES)
+    in_order: bool = False
+
+    def read(self, item: int) -> tuple[str, bytes]:
+        number = int(self.keys[item].rpartition("-")[2])
+        buffer = io.BytesIO()
+        Image.fromarray(draw(self.labels[item], random.Random(seeds.fold(self.seed, number, _LETTERS)))).save(
+            buffer, "PNG"
+        )
+        return "png", buffer.getvalue()
+
+
+def letters(seed: int, train_per_class: int = 200, test_per_class: int = 40) -> tuple[Letters, Letters]:
+    """Train and test, both balanced, without a common picture."""
+    per_class = train_per_class + test_per_class
+
+    def part(name: str, begin: int, end: int) -> Letters:
+        chosen = [(c, c * per_class + k) for c in range(len(CLASSES)) for k in range(begin, end)]
+        keys = [f"letter-{number:05d}" for _, number in chosen]
+        return Letters(f"letters, {name} part, seed {seed}", seed, keys, [c for c, _ in chosen])
+
+    return part("train", 0, train_per_class), part("test", train_per_class, per_class)
+
+
+def draw(label: int, rng: random.Random) -> NDArray[np.uint8]:
+    """(SIDE, SIDE, 3): one letter."""
+    photograph = rng.choice(_photographs())
+    side = rng.randrange(SIDE, 4 * SIDE)
+    top, left = (rng.randrange(length - side) for length in photograph.shape[:2])
+    ground = Image.fromarray(photograph[top : top + side, left : left + side]).resize((SIDE, SIDE))
+    # The letter as a mask, larger than the picture so that turning it cuts nothing off.
+    canvas = Image.new("L", (2 * SIDE, 2 * SIDE))
+    font = _face(rng.choice(FACES), rng.randrange(20, 29))
+    ImageDraw.Draw(canvas).text((SIDE, SIDE), CLASSES[label], fill=255, font=font, anchor="mm")
+    turned = canvas.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
+    down, across = (SIDE // 2 + rng.randrange(-3, 4) for _ in range(2))
+    mask = turned.crop((across, down, across + SIDE, down + SIDE))
+    picture = ground.copy()
+    picture.paste(_ink(np.asarray(ground).mean((0, 1)), rng), (0, 0), mask)
+    return np.asarray(picture)
+
+
+def _ink(ground: NDArray[np.float64], rng: random.Random) -> tuple[int, int, int]:
+    """A random colour that can be told from the mean colour of the ground."""
+    while True:
+        red, green, blue = (rng.randrange(256) for _ in range(3))
+        if np.abs(np.array([red, green, blue]) - ground).sum() > 200:
+            return red, green, blue
+
+
+@functools.cache
+def _photographs() -> tuple[NDArray[np.uint8], ...]:
+    from sklearn.datasets import load_sample_images
+
+    return tuple(load_sample_images().images)
+
+
+@functools.cache
+def _face(name: str, size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

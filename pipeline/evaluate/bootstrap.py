@@ -1,0 +1,98 @@
+"""How much of a number is the luck of the test set: bootstrap intervals, and paired ones for two models.
+
+Samples are redrawn inside each class, since a test set fixes how many images a class has. The number of right answers of
+a class is then binomial, and what one model gains over another on them is multinomial, so a redraw costs a draw a class and not a
+draw a sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.evaluate.answers import Answers
+
+DRAWS = 2_000
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """Percent, or points of percent for a difference."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """`second` minus `first` in points; `p` is twice the share of redraws on the other side of zero, at most 1."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def intervals(
+    right: NDArray[np.int64], total: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]], seed: int = 0
+) -> dict[str, Interval]:
+    """Of top1, balanced and every group, from the right answers (C,) and samples (C,) of each class."""
+    weights = _weights(total, groups)
+    rng = np.random.default_rng(seed)
+    drawn = rng.binomial(total, right / np.maximum(total, 1), (DRAWS, len(total)))
+    return {
+        name: Interval(float(100 * w @ right), *_quantiles(100 * drawn @ w)) for name, w in weights.items() if w.any()
+    }
+
+
+def paired(
+    first: Sequence[Answers],
+    second: Sequence[Answers],
+    num_classes: int,
+    groups: Mapping[str, NDArray[np.int64]],
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Of top1, balanced and every group: the mean gain of `second` over `first`, pair by pair (of seeds, say).
+
+    Redrawn are the test images, alike for all pairs; the pairs stay as they are. Raises ValueError unless all have
+    answered the same samples: there is nothing to pair.
+    """
+    pairs = list(zip(first, second, strict=True))
+    labels = pairs[0][0].labels
+    for answers in (*first, *second):
+        if not np.array_equal(answers.positions, first[0].positions) or not np.array_equal(answers.labels, labels):
+            raise ValueError("the models were not asked the same samples")
+    # An image's gain, summed over n pairs, is one of -n..n: a class is redrawn as counts of these.
+    n = len(pairs)
+    gain = sum((b.predicted == labels).astype(np.int64) - (a.predicted == labels) for a, b in pairs)
+    width = 2 * n + 1
+    cells = np.bincount(labels * width + gain + n, minlength=num_classes * width).reshape(num_classes, width)
+    worth = np.arange(-n, n + 1) / n
+    total = cells.sum(1)
+    shares = np.where(total[:, None] > 0, cells / np.maximum(total, 1)[:, None], 1 / width)
+    drawn = np.random.default_rng(seed).multinomial(total, shares, (DRAWS, num_classes)) @ worth  # (draws, C)
+    result = {}
+    for name, w in _weights(total, groups).items():
+        if w.any():
+            means = 100 * drawn @ w
+            tail = min(np.mean(means <= 0), np.mean(means >= 0))
+            result[name] = Difference(float(100 * w @ (cells @ worth)), *_quantiles(means), min(1.0, 2 * float(tail)))
+    return result
+
+
+def _weights(total: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float64]]:
+    """What one right answer of each class adds to a metric, as a share: the metric is their sum."""
+    per_class = np.where(total > 0, 1 / np.maximum(total, 1), 0.0)
+    known = total > 0
+    weights = {"top1": known / max(1, total.sum()), "balanced": per_class / max(1, known.sum())}
+    for name, classes in groups.items():
+        inside = np.zeros(len(total))
+        inside[classes] = per_class[classes]
+        weights[name] = inside / max(1, known[classes].sum())
+    return weights
+
+
+def _quantiles(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

@@ -1,0 +1,222 @@
+"""Figures: drawn once, saved as PDF and SVG for print, and given as an inline SVG that takes the page's colours.
+
+Readable by the colour-blind: colours after Okabe and Ito, and lines differ in dash, points in shape; pictures of one
+quantity are in cividis. No random ids, so that the same numbers give the same file.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLOURS = ("#1E88D2", "#E2741A", "#0FA37F", "#CC79A7", "#8C6BB1", "#B8860B")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+MAP = "cividis"
+_TEXT = "#123456"  # becomes the page's colour of text
+_NAMES = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+
+Paint = Callable[[Any], None]  # draws into an empty matplotlib figure
+Curve = tuple[list[float], list[float]]  # x, y
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`wide`: it takes the page's whole width. `svg` is for a page, the files in the report's folder for print."""
+
+    name: str
+    title: str
+    note: str
+    svg: str
+    wide: bool = False
+
+
+def draw(
+    folder: Path,
+    name: str,
+    title: str,
+    paint: Paint,
+    *,
+    note: str = "",
+    size: tuple[float, float] = (4.6, 2.9),
+    wide: bool = False,
+) -> Figure:
+    """Calls `paint` with an empty matplotlib figure of `size` inches, twice: for print in black, for the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in ("pdf", "svg"):
+        (folder / f"{name}.{suffix}").write_bytes(_render(paint, size, "black", suffix, name))
+    text = _render(paint, size, _TEXT, "svg", name).decode()
+    text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)  # ids of several figures share one page
+    return Figure(name, title, note, text, wide)
+
+
+def _render(paint: Paint, size: tuple[float, float], colour: str, suffix: str, salt: str) -> bytes:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    style: dict[Any, Any] = dict.fromkeys(_NAMES, colour)
+    style |= {"svg.fonttype": "none", "pdf.fonttype": 42, "font.size": 9, "svg.hashsalt": salt, "axes.titlesize": 9}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    style |= {"legend.frameon": False, "legend.fontsize": 8, "axes.axisbelow": True}
+    with rc_context(style):
+        canvas = Canvas(figsize=size, layout="constrained")
+        paint(canvas)
+        out = io.BytesIO()
+        dates = {"Date": None} if suffix == "svg" else {"CreationDate": None}
+        canvas.savefig(out, format=suffix, transparent=True, metadata=dates)
+    return out.getvalue()
+
+
+def lines(series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: bool = False) -> Paint:
+    """One colour and dash a quantity; several runs of it are thin lines about their mean, where they share the steps."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        for i, (label, runs) in enumerate(series.items()):
+            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+            style |= {"marker": MARKERS[i % len(MARKERS)] if max(len(x) for x, _ in runs) == 1 else ""}
+            shared = len(runs) > 1 and all(list(x) == list(runs[0][0]) for x, _ in runs)
+            for k, (x, y) in enumerate(runs):
+                thin = {"linewidth": 0.7, "alpha": 0.45} if shared else {"linewidth": 1.5}
+                axes.plot(x, y, **style, **thin, label=None if shared or k else label)
+            if shared:
+                axes.plot(runs[0][0], np.mean([y for _, y in runs], 0), **style, linewidth=1.7, label=label)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        if logy:
+            axes.set_yscale("log")
+        if len(series) > 1:
+            axes.legend()
+
+    return paint
+
+
+def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[str, float | None]]) -> Paint:
+    """Accuracy of each class against its labelled images; what a later model gains over the first is a line between."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        names = list(labelled)
+        # Classes of one count stand beside one another.
+        counts = np.array([labelled[n] for n in names], float)
+        order = np.argsort(-counts, kind="stable")
+        x = np.empty(len(names))
+        x[order] = np.arange(len(names))
+        found = {
+            row: np.array([np.nan if v.get(n) is None else v[n] for n in names], float) for row, v in models.items()
+        }
+        values = list(found.values())
+        if len(values) > 1:
+            axes.vlines(x, values[0], values[-1], color="#888888", linewidth=0.8, alpha=0.7)
+        for i, (row, y) in enumerate(found.items()):
+            axes.plot(
+                x,
+                y,
+                MARKERS[i],
+                color=COLOURS[i],
+                label=row,
+                markersize=5 if len(names) <= 40 else 2.5,
+                markerfacecolor="none" if i == 0 else COLOURS[i],
+            )
+        few = len(names) <= 20
+        ticks = np.arange(len(names)) if few else np.linspace(0, len(names) - 1, 6).astype(int)
+        axes.set_xticks(ticks, [f"{names[order[t]][:9]}\n{int(counts[order[t]])}" for t in ticks])
+        axes.set(xlabel="class, and its labelled images", ylabel="accuracy, percent", ylim=(-4, 104))
+        axes.legend(loc="lower left")
+
+    return paint
+
+
+def group_intervals(models: dict[str, dict[str, Any]], groups: Sequence[str]) -> Paint:
+    """Accuracy of each group with its bootstrap interval."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        shift = 0.8 / max(1, len(models))
+        for i, (row, report) in enumerate(models.items()):
+            there = [g for g in groups if g in report and g in report.get("intervals", {})]
+            x = np.array([groups.index(g) for g in there]) + (i - (len(models) - 1) / 2) * shift
+            y = np.array([report[g] for g in there])
+            low, high = np.array([report["intervals"][g] for g in there]).T
+            axes.errorbar(
+                x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], fmt=MARKERS[i], color=COLOURS[i],
+                capsize=3, label=row, markersize=5,
+            )  # fmt: skip
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set(ylabel="accuracy, percent", xlim=(-0.6, len(groups) - 0.4))
+        axes.legend(loc="lower left")
+
+    return paint
+
+
+def reliability_diagram(models: dict[str, list[dict[str, float]]]) -> Paint:
+    """Accuracy against confidence, a point's area by its images; on the diagonal a classifier knows how sure it may be."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8, linestyle=":")
+        for i, (row, bins) in enumerate(models.items()):
+            there = [b for b in bins if b["samples"]]
+            total = sum(b["samples"] for b in there)
+            x, y = [b["confidence"] for b in there], [b["accuracy"] for b in there]
+            axes.plot(x, y, color=COLOURS[i], linestyle=DASHES[i], linewidth=1)
+            size = [8 + 220 * b["samples"] / total for b in there]
+            axes.scatter(x, y, s=size, marker=MARKERS[i], color=COLOURS[i], alpha=0.75, label=row)
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(-0.03, 1.03))
+        legend = axes.legend(loc="upper left")
+        for handle in legend.legend_handles:
+            handle.set_sizes([25])
+
+    return paint
+
+
+def confusion_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Paint:
+    """Percent of each true class (rows) that is called by each name (columns)."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        share = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
+        image = axes.imshow(share, cmap=MAP, vmin=0, vmax=100, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns, rotation=90 if max(map(len, columns)) > 3 else 0)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(xlabel="called", ylabel="true class")
+        axes.grid(visible=False)
+        if table.size <= 150:
+            for (r, c), value in np.ndenumerate(share):
+                if value >= 0.5:
+                    axes.text(c, r, f"{value:.0f}", ha="center", va="center", fontsize=7,
+                              color="black" if value > 50 else "white")  # fmt: skip
+        canvas.colorbar(image, ax=axes, label="percent of the class")
+
+    return paint
+
+
+def picture_grid(
+    pictures: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[Sequence[str]]
+) -> Paint:
+    """Pictures (H, W, 3) or maps (H, W), both in [0, 1], row by row; `columns` gives a title to each picture of each row."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots(len(pictures), len(pictures[0]), squeeze=False)
+        for r, row in enumerate(pictures):
+            for c, picture in enumerate(row):
+                place = axes[r, c]
+                colours = {"cmap": MAP, "vmin": 0, "vmax": 1} if picture.ndim == 2 else {}
+                place.imshow(picture, interpolation="nearest", **colours)
+                place.set_xticks([])
+                place.set_yticks([])
+                place.grid(visible=False)
+                place.spines[:].set_visible(False)
+                place.set_title(columns[r][c], fontsize=7, pad=2)
+            axes[r, 0].set_ylabel(rows[r], fontsize=8)
+
+    return paint
+
+
+def data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

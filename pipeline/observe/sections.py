@@ -1,0 +1,182 @@
+"""How it went and where it came from: curves, speed, plan against actual, incidents, lineage."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.observe.figures import Figure, draw, lines
+from pipeline.observe.results import STAGES, Result, StageRun
+from pipeline.observe.tables import Table
+
+
+class Curve(NamedTuple):
+    """`names`: lines of metrics.jsonl -> what a reader calls them; those that were not logged are left out."""
+
+    stage: str
+    name: str
+    title: str
+    names: dict[str, str]
+    axis: str
+    note: str = ""
+    logy: bool = False
+
+
+_GROUPS = {"val/{}head": "head", "val/{}medium": "medium", "val/{}tail": "tail"}
+CURVES = (
+    Curve("arm", "loss", "Loss", {"train/loss": "training", "val/loss": "validation"}, "squared error"),
+    Curve("arm", "probes", "Features, judged by labels that training never sees",
+          {"val/linear": "linear probe", "val/knn": "nearest neighbours"}, "percent"),
+    Curve("distill", "loss", "Loss", {"train/loss": "training"}, "cross-entropy"),
+    Curve("distill", "accuracy", "Accuracy", {"train/top1": "training", "val/top1": "validation"}, "percent"),
+    Curve("distill", "groups", "Validation by group", {k.format(""): v for k, v in _GROUPS.items()}, "percent"),
+    Curve("semi", "loss", "Loss",
+          {"train/supervised": "labelled", "train/consistency": "accepted pseudo-labels"}, "cross-entropy"),
+    Curve("semi", "accuracy", "Accuracy on validation", {"val/top1": "student", "val/teacher_top1": "teacher"}, "percent"),
+    Curve("semi", "groups", "Teacher on validation, by group",
+          {k.format("teacher_"): v for k, v in _GROUPS.items()}, "percent"),
+    Curve("semi", "pseudo", "Pseudo-labels",
+          {"ssl/precision": "precision (hidden truth)", "ssl/coverage": "coverage", "ssl/mask_rate": "accepted",
+           "ssl/confidence": "mean confidence"}, "share"),
+    Curve("semi", "pseudo_groups", "Precision of pseudo-labels by group",
+          {"ssl/precision_head": "head", "ssl/precision_medium": "medium", "ssl/precision_tail": "tail"}, "share",
+          "Against the hidden truth, which no loss sees."),
+    Curve("semi", "coverage_groups", "Coverage of pseudo-labels by group",
+          {"ssl/coverage_head": "head", "ssl/coverage_medium": "medium", "ssl/coverage_tail": "tail"}, "share"),
+    Curve("semi", "energy", "Energy V = |s - t|² / 2", {"ema/V": "V"}, "squared weights", logy=True),
+    Curve("semi", "decay", "The teacher's decay", {"ema/alpha": "α", "ema/guard_hit": "guard hits"}, "α; share of steps"),
+)  # fmt: skip
+# What every stage logs of its engine.
+ENGINE = tuple(
+    Curve(stage, name, title, names, axis)
+    for stage in STAGES
+    for name, title, names, axis in (
+        ("rate", "Learning rate", {"train/lr": "learning rate"}, "per step"),
+        ("gradient", "Gradient norm before clipping", {"train/grad_norm": "norm"}, "norm"),
+        ("speed", "Throughput", {"perf/images_per_second": "images per second"}, "images per second"),
+    )
+)
+
+
+def curves(results: Sequence[Result], stage: str, wanted: Sequence[Curve], folder: Path) -> list[Figure]:
+    """Those of `wanted` that one stage has logged, over all experiments of a design."""
+    runs = [r.stages[stage] for r in results if stage in r.stages]
+    drawn = []
+    for curve in wanted:
+        if curve.stage != stage:
+            continue
+        series = {label: [p for r in runs if (p := r.curve(name))[0]] for name, label in curve.names.items()}
+        series = {label: points for label, points in series.items() if points}
+        if series:
+            paint = lines(series, "optimizer step", curve.axis, logy=curve.logy)
+            drawn.append(draw(folder, f"{stage}_{curve.name}", curve.title, paint, note=curve.note))
+    return drawn
+
+
+def speed(results: Sequence[Result]) -> Table:
+    rows = []
+    for result in results:
+        for stage, run in result.stages.items():
+            world = run.environment.get("world_size", "–")
+            threads = run.environment.get("threads", "–")
+            rows.append(
+                [
+                    f"{result.name}, {stage}",
+                    str(run.status.get("state", "–")),
+                    str(round(run.rows[-1]["step"])) if run.rows else "0",
+                    _clock(run.seconds()),
+                    _median(run, "perf/images_per_second", "{:.0f}"),
+                    _median(run, "perf/step_seconds", "{:.1f}", 1000),
+                    _median(run, "perf/data_wait_share", "{:.1f}", 100),
+                    _peak(run, "perf/memory_gib"),
+                    _median(run, "perf/mfu", "{:.1f}", 100),
+                    f"{world} × {threads}",
+                ]
+            )
+    header = ["", "state", "steps", "in steps", "images/s", "ms/step", "waiting for data, %", "memory, GiB", "MFU, %",
+              "processes × threads"]  # fmt: skip
+    note = "Medians over the logged intervals; memory is the largest logged of rank 0; evaluations and saves are not in the time."
+    return Table(name="speed", title="Time and throughput", header=header, rows=rows, note=note)
+
+
+def plans(results: Sequence[Result]) -> list[Table]:
+    """What `plan.json` foretold beside what came, for the numbers that both know."""
+    rows = []
+    for result in results:
+        for stage, run in result.stages.items():
+            actual = _actual(run)
+            for key, planned in _numbers(run.plan).items():
+                measured = actual.get(key.rsplit(".", 1)[-1])
+                if measured is not None:
+                    ratio = f"{measured / planned:.2f}" if planned else "–"
+                    rows.append([f"{result.name}, {stage}: {key}", f"{planned:.6g}", f"{measured:.6g}", ratio])
+    if not rows:
+        return []
+    header = ["", "planned", "actual", "actual / planned"]
+    return [Table(name="plan", title="Plan against actual", header=header, rows=rows)]
+
+
+def _actual(run: StageRun) -> dict[str, float]:
+    """Measured values under the names that a plan gives them."""
+    found: dict[str, float] = {}
+    if run.rows:
+        found |= {"steps": run.rows[-1]["step"], "samples": run.rows[-1]["samples"]}
+        found["memory_gib"] = max(row.get("perf/memory_gib", 0.0) for row in run.rows)
+    seconds = run.seconds()
+    if seconds:
+        found |= {"hours": seconds / 3600, "seconds": seconds, "step_seconds": seconds / max(1, found["steps"])}
+    saved = sorted((run.folder / "checkpoints").glob("step_*"))
+    if saved:
+        found["checkpoint_bytes"] = sum(f.stat().st_size for f in saved[-1].rglob("*") if f.is_file())
+    return found
+
+
+def _numbers(node: Any, prefix: str = "") -> dict[str, float]:
+    if isinstance(node, dict):
+        return {k: v for key, child in node.items() for k, v in _numbers(child, f"{prefix}.{key}".strip(".")).items()}
+    return {prefix: float(node)} if isinstance(node, int | float) and not isinstance(node, bool) else {}
+
+
+def incidents(results: Sequence[Result]) -> list[Table]:
+    rows = [
+        [f"{r.name}, {stage}", str(what.get("step", "–")), str(what.get("reason", "–")), str(what.get("position", "–"))]
+        for r in results
+        for stage, run in r.stages.items()
+        for what in run.incidents
+    ]
+    rows += [
+        [
+            f"{r.name}, {stage}",
+            str(run.status.get("step", "–")),
+            f"{run.status['state']}: {run.status.get('reason', '')}",
+            "–",
+        ]
+        for r in results
+        for stage, run in r.stages.items()
+        if run.status.get("state") not in (None, "complete")
+    ]
+    header = ["", "step", "what", "place in the data"]
+    return [Table(name="incidents", title="Incidents", header=header, rows=rows)] if rows else []
+
+
+def lineage(result: Result) -> list[dict[str, Any]]:
+    """A card a stage that has exported, with the command that made it."""
+    return [
+        {"title": STAGES[stage], "command": run.environment.get("command", "unknown"), **run.card}
+        for stage, run in result.stages.items()
+        if run.card
+    ]
+
+
+def _median(run: StageRun, name: str, form: str, scale: float = 1.0) -> str:
+    values = sorted(run.curve(name)[1])
+    return form.format(scale * values[len(values) // 2]) if values else "–"
+
+
+def _peak(run: StageRun, name: str) -> str:
+    values = run.curve(name)[1]
+    return f"{max(values):.2f}" if values else "–"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

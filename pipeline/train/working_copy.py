@@ -1,0 +1,86 @@
+"""The teacher that answers: whole parameters in a module, made of the shards that LyapEMA moves.
+
+Under ZeRO 0 to 2 every rank holds the whole copy, 4P bytes in fp32 (A and the step sizes of a scan do not survive bf16),
+refreshed by one all-gather of 4P bytes after each update. Under ZeRO-3 no rank holds more than the parameters outside
+of blocks and those of the block at work: each is gathered when its forward begins and let go when it ends, 4P bytes a
+forward pass. Every rank must then call the copy equally often, as training and evaluation do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.train.engine import Engine
+
+
+class WorkingCopy:
+    """`module`, in eval mode and without gradients, with the weights `tensors` ({master: its average})."""
+
+    def __init__(self, engine: Engine, module: nn.Module, tensors: Mapping[Tensor, Tensor], *, average_buffers: bool):
+        self.engine, self.tensors, self.average_buffers = engine, tensors, average_buffers
+        self.module = module.to(engine.world.device).eval().requires_grad_(False)
+        self._shapes = {name: p.shape for name, p in module.named_parameters()}
+        self.by_blocks = engine.config.zero_stage == 3 and engine.world.size > 1
+        if self.by_blocks:
+            trained = {name for name, _ in engine.named_parameters}
+            for block, parameters in blocks_of(self.module):
+                self._gather_around(block, {n: p for n, p in parameters.items() if n in trained})
+        self.refresh()
+
+    def refresh(self, one_minus_alpha: Tensor | None = None) -> None:
+        """After an update of the teacher (collective); running statistics are the student's, or averaged with alpha."""
+        if not self.by_blocks:
+            self.engine.gather(self.tensors, self._trained({n: p.data for n, p in self.module.named_parameters()}))
+        latest = dict(self.engine.module.named_buffers())
+        for name, buffer in self.module.named_buffers():
+            if self.average_buffers and one_minus_alpha is not None and buffer.is_floating_point():
+                buffer.lerp_(latest[name], one_minus_alpha.to(buffer.dtype))
+            else:
+                buffer.copy_(latest[name])
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The whole state dict on the CPU (collective; all ranks get it)."""
+        full = self._trained({name: torch.empty(shape) for name, shape in self._shapes.items()})
+        full = {name: tensor.to(self.engine.world.device) for name, tensor in full.items()}
+        self.engine.gather(self.tensors, full)
+        return {k: v.detach().cpu().clone() for k, v in {**self.module.state_dict(), **full}.items()}
+
+    def _trained(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensors[name] for name, _ in self.engine.named_parameters}
+
+    def _gather_around(self, block: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        if not parameters:
+            return
+
+        def gather(*_: Any) -> None:
+            for name, parameter in parameters.items():
+                parameter.data = torch.empty(self._shapes[name], device=self.engine.world.device)
+            self.engine.gather(self.tensors, {name: parameter.data for name, parameter in parameters.items()})
+
+        def release(*_: Any) -> None:
+            for parameter in parameters.values():
+                parameter.data = parameter.data.new_empty(0)
+
+        block.register_forward_pre_hook(gather)
+        block.register_forward_hook(release)
+        release()
+
+
+def blocks_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """The items of a module's outermost lists and sequences, and last the module itself, each with the parameters (by
+    their full names) that no other has: what one forward uses together."""
+    blocks: list[tuple[str, nn.Module]] = []
+
+    def visit(prefix: str, node: nn.Module) -> None:
+        for name, child in node.named_children():
+            if isinstance(child, (nn.ModuleList, nn.Sequential)):
+                blocks.extend((f"{prefix}{name}.{key}.", item) for key, item in child.named_children())
+            else:
+                visit(f"{prefix}{name}.", child)
+
+    visit("", module)
+    found = [(block, {prefix + n: p for n, p in block.named_parameters()}) for prefix, block in blocks]
+    taken = {name for _, parameters in found for name in parameters}
+    return [*found, (module, {n: p for n, p in module.named_parameters() if n not in taken})]

@@ -1,0 +1,57 @@
+"""An export judged by command: the run's own numbers, the same ones on any number of processes, and refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ENVIRONMENT, ROOT, Stages
+
+UNEVEN = "56"  # 400 images in batches of 56 divide by neither one, two nor three processes
+
+
+def evaluate(*arguments: object, nproc: int = 1) -> subprocess.CompletedProcess[str]:
+    head = ["-m", "launchers", "evaluate", "--nproc", str(nproc)] if nproc > 1 else ["-m", "pipeline.evaluate"]
+    command = [sys.executable, *head, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def test_student_and_teacher_get_the_runs_own_numbers_to_the_last_digit(chain: Stages, tmp_path: Path) -> None:
+    run = chain.runs / "smoke" / "semi"
+    split = ["--train", chain.digits / "train", "--split", chain.digits / "split.json"]
+    done = evaluate(run / "export", chain.digits / "test", *split, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads((run / "evaluation.json").read_text())["models"]
+    ours = json.loads((tmp_path / "evaluation.json").read_text())["models"]
+    assert {name: ours[name] for name in theirs} == theirs
+    assert ours["teacher, calibrated"]["top1"] == theirs["teacher"]["top1"]  # a temperature moves no argmax
+    assert ours["teacher, calibrated"]["temperature"] > 0
+    assert len((tmp_path / "per_class-student.csv").read_text().splitlines()) == 11
+
+
+def test_one_two_and_three_processes_write_the_same_bytes(chain: Stages, tmp_path: Path) -> None:
+    export, written = chain.runs / "smoke" / "semi" / "export", []
+    for nproc in (1, 2, 3):
+        out = tmp_path / str(nproc)
+        done = evaluate(export, chain.digits / "test", "--batch", UNEVEN, "--out", out, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        assert "400 images" in done.stdout
+        written.append((out / "evaluation.json").read_bytes())
+    assert written[1:] == written[:1] * 2
+
+
+@pytest.mark.parametrize(
+    ("export", "data", "code", "said"),
+    [
+        ("arm/export", "test", 2, "holds a pretrainer"),
+        ("none/export", "test", 4, "no export at"),
+        ("semi/export", "nowhere", 3, "there are no shards"),
+    ],
+)
+def test_what_cannot_be_judged_is_a_sentence(chain: Stages, export: str, data: str, code: int, said: str) -> None:
+    done = evaluate(chain.runs / "smoke" / export, chain.digits / data)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,139 @@
+"""Does ARM pretraining pay, and do its parts: python -m tests.studies.arm [--seeds 0 1 2 3 4] [--jobs 2]
+
+On the bundled digits: one split a seed, a tenth of the labels. Pretraining reads all training images and no label; the
+probes learn from the labelled tenth and are judged on the validation part; fine-tuning on the labelled tenth is judged
+on the test set. Every row is made of ordinary runs, so what is done already is reused. Prints a table, then one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from pipeline.data.__main__ import main as data
+
+DIGITS, RUNS = Path("data/digits"), Path("runs/study-arm")
+PRETRAINING = {
+    "random": ["loop.steps=1", "optim.warmup_steps=0", "optim.lr=1e-12"],  # no step that moves a weight visibly
+    "arm": [],
+    "raster": ["model.order=raster"],
+    "last-tap": ["decoder.taps=[4]"],
+}
+SHORT = {
+    "arm": ["loop.steps=200", "probe.neighbours=5"],
+    "distill": ["loop.steps=150", "optim.lr=5e-3", "data.loader.sampling=uniform"],
+}
+
+
+_AS_PRETRAINED = ["model.directions=1", "model.order=cluster", "model.pool=mean"]
+
+
+class Row(NamedTuple):
+    name: str
+    title: str
+    pretraining: str
+    fine_tuning: Sequence[str] = ()
+
+
+ROWS = (
+    Row("random", "random weights", "random"),
+    Row("arm", "ARM: clusters, four taps; then rows, two directions", "arm"),
+    Row("last-tap", "  only the last tap", "last-tap"),
+    Row("raster", "  raster order in both phases", "raster"),
+    Row("cluster", "  cluster order in both phases", "arm", ["model.order=cluster"]),
+    Row("four", "  four directions in fine-tuning", "arm", ["model.directions=4"]),
+    Row("one", "  one direction, as pretrained: clusters, mean", "arm", [*_AS_PRETRAINED]),
+    Row("random-one", "  the same from random weights", "random", [*_AS_PRETRAINED]),
+)
+JUDGED = {"linear": "linear probe", "knn": "neighbours", "top1": "fine-tuned"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m tests.studies.arm", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    args = parser.parse_args(arguments)
+    data(["convert", "digits", "--out", str(DIGITS)])
+    for seed in args.seeds:
+        split = ["split", str(DIGITS / "train"), "--out", str(_split(seed)), "--seed", str(seed)]
+        data([*split, "--labelled", "0.1", "--validation-per-class", "15"])
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for seed in args.seeds:
+            for jobs in ([("arm", n, n) for n in PRETRAINING], [("distill", r.name, r.pretraining) for r in ROWS]):
+                list(pool.map(lambda job, seed=seed: _run(seed, *job), jobs))
+    found = {row.name: [_judge(seed, row) for seed in args.seeds] for row in ROWS}
+    print(table(found))
+    print(json.dumps({"study": "arm", "seeds": args.seeds, "percent": found}))
+    return 0
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Percent, mean ± standard deviation over the seeds; and what a row gains over the one it varies, seed by seed."""
+    lines = [f"{'':54s}" + "".join(f"{title:>16s}" for title in JUDGED.values()) + f"{'fine-tuned gain':>20s}"]
+    for row in ROWS:
+        cells = "".join(f"{_summary([seed[name] for seed in found[row.name]]):>16s}" for name in JUDGED)
+        base = {"random": None, "arm": "random", "one": "random-one", "random-one": None}.get(row.name, "arm")
+        gain = ""
+        if base:
+            gain = _summary([a["top1"] - b["top1"] for a, b in zip(found[row.name], found[base], strict=True)], "+")
+        lines.append(f"{row.title:54s}{cells}{gain:>20s}")
+    return "\n".join(
+        [
+            *lines,
+            f"{len(found['arm'])} seeds; gains of both forms of ARM over random weights in that form, of the others over ARM",
+        ]
+    )
+
+
+def _summary(values: list[float], sign: str = "") -> str:
+    return f"{fmean(values):{sign}.2f} ± {stdev(values) if len(values) > 1 else 0:.2f}"
+
+
+def _judge(seed: int, row: Row) -> dict[str, float]:
+    rows = (_folder(seed, row.pretraining) / "arm" / "metrics.jsonl").read_text().splitlines()
+    probes = json.loads(rows[-1])
+    fine_tuned = json.loads((_folder(seed, row.name) / "distill" / "evaluation.json").read_text())
+    return {
+        "linear": probes["val/linear"],
+        "knn": probes["val/knn"],
+        "top1": fine_tuned["models"]["student"]["top1"],
+    }
+
+
+def _run(seed: int, stage: str, name: str, pretraining: str) -> None:
+    start = "null" if pretraining == "random" else str(_folder(seed, pretraining) / "arm" / "export")
+    if stage == "arm":
+        own = PRETRAINING[name]
+    else:
+        own = [
+            f"init_from={start}",
+            f"data.test={DIGITS / 'test'}",
+            *next(r.fine_tuning for r in ROWS if r.name == name),
+        ]
+    values = [f"run.root={RUNS}", f"run.experiment=seed{seed}-{name}", f"run.seed={seed}", f"data.split={_split(seed)}"]
+    command = [sys.executable, "-m", "stages", stage, f"configs/{stage}/demo.yaml", *values, *SHORT[stage], *own]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    print(
+        f"seed {seed}, {stage}, {name}: {'done' if done.returncode == 0 else done.stderr}", file=sys.stderr, flush=True
+    )
+    done.check_returncode()
+
+
+def _folder(seed: int, name: str) -> Path:
+    return RUNS / f"seed{seed}-{name}"
+
+
+def _split(seed: int) -> Path:
+    return DIGITS / f"study-arm-seed{seed}.json"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Grad-CAM and receptive fields on cases whose answer is known, on plain and on hierarchical networks."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.evaluate.erf import for_display, receptive_field, side_of_share
+from pipeline.evaluate.gradcam import gradcam, overlay
+from pipeline.evaluate.sight import sight_of, watched
+from pipeline.models import build_model
+from pipeline.ops.torchvision_cpu import allow_torchvision
+
+TIMM = ("resnet50", "deit_small_patch16_224", "swin_tiny_patch4_window7_224", "efficientvim_m1")
+
+
+class Stages(nn.Module):
+    """A hierarchical classifier: stages, the mean over the map, one linear head."""
+
+    def __init__(self, *stages: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.stages, self.head = nn.Sequential(*stages), head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.stages(images).mean((2, 3)))
+
+
+def convolution(kernel: int, channels: int = 1, weight: float = 1.0) -> nn.Conv2d:
+    layer = nn.Conv2d(3, channels, kernel, padding=kernel // 2, bias=False)
+    nn.init.constant_(layer.weight, weight)
+    return layer
+
+
+class TestReceptiveField:
+    def test_one_convolution_sees_its_kernel_and_no_more(self) -> None:
+        model = Stages(convolution(5), head=nn.Identity())
+        field = receptive_field(model, [torch.rand(2, 3, 15, 15)])
+        expected = np.zeros((15, 15))
+        expected[5:10, 5:10] = 3.0  # three colours, weights of one, positive outputs
+        assert field == pytest.approx(expected)
+        assert side_of_share(field, 1.0) == 5
+
+    def test_two_convolutions_see_the_convolution_of_their_kernels(self) -> None:
+        second = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+        nn.init.ones_(second.weight)
+        field = receptive_field(Stages(convolution(3), second, head=nn.Identity()), [torch.rand(1, 3, 11, 11)])
+        row = np.convolve(np.ones(3), np.ones(3))
+        assert field[3:8, 3:8] == pytest.approx(3 * np.outer(row, row))
+        assert field.sum() == pytest.approx(3 * 81)
+
+    def test_where_the_output_is_negative_nothing_is_seen(self) -> None:
+        assert (
+            receptive_field(Stages(convolution(3, weight=-1.0), head=nn.Identity()), [torch.rand(1, 3, 9, 9)]).max()
+            == 0
+        )
+
+    def test_it_is_a_mean_over_images_however_they_are_cut_into_batches(self) -> None:
+        model = Stages(convolution(3), nn.Conv2d(1, 4, 3, padding=1), nn.GELU(), head=nn.Identity())
+        images = torch.rand(4, 3, 9, 9)
+        assert receptive_field(model, [images]) == pytest.approx(receptive_field(model, images.split(1)), rel=1e-5)
+
+    def test_the_display_keeps_the_largest_at_one(self) -> None:
+        shown = for_display(np.array([[0.0, 1e-3], [1.0, 32.0]]))
+        assert shown.max() == 1.0
+        assert shown[1, 0] == pytest.approx(0.5)
+
+    def test_a_field_is_needed_of_something(self) -> None:
+        with pytest.raises(ValueError, match="at least one image"):
+            receptive_field(Stages(convolution(3), head=nn.Identity()), [])
+
+
+class TestGradCAM:
+    def test_a_planted_patch_is_where_it_looks(self) -> None:
+        """Channel 0 answers to red alone and class 0 reads channel 0 alone: the evidence is the red square."""
+        layer = nn.Conv2d(3, 2, 1, bias=False)
+        layer.weight.data = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])[:, :, None, None]
+        images = torch.zeros(1, 3, 12, 12)
+        images[:, 0, 2:5, 7:10] = 1.0
+        images[:, 1, 8:11, 1:4] = 1.0
+        model = Stages(layer, head=nn.Identity())
+        for chosen, (rows, columns) in enumerate([(slice(2, 5), slice(7, 10)), (slice(8, 11), slice(1, 4))]):
+            maps, classes = gradcam(model, images, torch.tensor([chosen]))
+            inside = torch.zeros(12, 12)
+            inside[rows, columns] = 1.0
+            assert torch.equal(maps[0], inside)
+            assert classes.tolist() == [chosen]
+
+    def test_without_a_class_it_explains_the_answer_and_evidence_against_is_not_shown(self) -> None:
+        layer = convolution(1, weight=1.0)
+        head = nn.Linear(1, 2, bias=False)
+        head.weight.data = torch.tensor([[-1.0], [1.0]])
+        maps, classes = gradcam(Stages(layer, head=head), torch.rand(1, 3, 6, 6))
+        assert classes.tolist() == [1]
+        assert maps.max() == 1.0
+        against, _ = gradcam(Stages(layer, head=head), torch.rand(1, 3, 6, 6), torch.tensor([0]))
+        assert against.max() == 0.0
+
+    @pytest.mark.parametrize("cls_token", ["middle", "none"])
+    @pytest.mark.parametrize("order", ["raster", "cluster"])
+    def test_a_vision_mambas_tokens_come_back_to_their_places(self, cls_token: str, order: str) -> None:
+        model = build_model(
+            "vim_nano", num_classes=3, image_size=(32, 48), cls_token=cls_token, order=order,
+            pool="cls" if cls_token == "middle" else "mean",
+        ).eval()  # fmt: skip
+        sight = sight_of(model)
+        with torch.no_grad(), watched(model.patch_embed) as patches, watched(model.norm_f) as final:
+            model(torch.rand(1, 3, 32, 48))
+        tokens = patches[0]
+        tokens = tokens if model.order is None else tokens[:, model.order]
+        if model.middle is not None:
+            tokens = torch.cat([tokens[:, : model.middle], torch.zeros(1, 1, 64), tokens[:, model.middle :]], 1)
+        assert tokens.shape == final[0].shape
+        assert torch.equal(sight.to_grid(tokens).flatten(2).transpose(1, 2), patches[0])
+
+    def test_the_overlay_is_a_picture(self) -> None:
+        pixels = overlay(torch.randn(2, 3, 8, 8), torch.rand(2, 8, 8), (0.5,) * 3, (0.5,) * 3)
+        assert pixels.shape == (2, 3, 8, 8)
+        assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
+
+
+@pytest.mark.parametrize("name", [*TIMM, "vim_nano"])
+def test_every_family_has_a_map_with_gradients(name: str) -> None:
+    allow_torchvision()
+    import timm
+
+    torch.manual_seed(0)
+    if name in TIMM:
+        size = 96 if name == "resnet50" else 224
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=2)
+    else:
+        size = 32
+        model = build_model(name, num_classes=2)
+    model.eval().requires_grad_(False)
+    images = torch.rand(1, 3, size, size)
+    maps, _ = gradcam(model, images)
+    assert maps.shape == (1, size, size)
+    assert torch.isfinite(maps).all()
+    others = [gradcam(model, images, torch.tensor([c]))[0] for c in range(2)]
+    assert max(float(m.max()) for m in others) == 1.0  # some class has evidence somewhere
+    field = receptive_field(model, [images])
+    assert field.shape == (size, size)
+    assert np.isfinite(field).all()
+    assert field.max() > 0
+
+
+def test_a_network_without_a_map_is_refused() -> None:
+    with pytest.raises(ConfigError, match="keeps no map"):
+        sight_of(nn.Linear(3, 3))
