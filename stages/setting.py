@@ -19,6 +19,7 @@ from pipeline.data.transforms import View, eval_views
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.evaluate import metrics
 from pipeline.evaluate.answers import Answers, ask
+from pipeline.evaluate.open_set import open_set, with_outside
 from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, positions_seen
 from pipeline.models.config import DecoderConfig, FamilyConfig
 from pipeline.models.export import load_export, write_export
@@ -209,8 +210,10 @@ class Setting:
         return ask(model, self.evaluation(manifest, positions, image_size), self.world.device)
 
     def groups(self) -> dict[str, np.ndarray]:
-        """Head, medium and tail by the labels this stage trains on."""
-        return class_groups(self.class_counts())
+        """Head, medium and tail by the labels this stage trains on; classes that the split leaves out stand apart."""
+        outside = self.split.header.get("ood_classes", []) if self.split else []
+        seen = np.setdiff1d(np.arange(len(self.manifest.classes)), outside)
+        return with_outside(class_groups(self.class_counts()[seen]), seen, len(self.manifest.classes))
 
     def class_counts(self) -> np.ndarray:
         """(C,) labelled images of each class."""
@@ -235,7 +238,8 @@ class Setting:
         results = {}
         for name, model in models.items():
             answers = self.answers(model, test, np.arange(test.num_samples), image_size)
-            results[name] = metrics.report(answers, self.groups(), test.classes)
+            strangers = open_set(answers.confusion(len(test.classes)), self.groups())
+            results[name] = metrics.report(answers, self.groups(), test.classes) | strangers
             if self.world.is_main:
                 answers.save(self.run.folder / f"answers-{name}.npz")
         protocol = {
