@@ -61,6 +61,10 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+# YAML 1.1 reads 2:00:00 as the number 7200 (base 60); a time stays the text it is.
+for _digit in "0123456789":
+    _Loader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", re.compile(r"^\d+(:\d\d)+$")))
+
 
 def parse_yaml(text: str, where: str) -> Any:
     """The plain value of a YAML text; `where` names it in the refusal."""

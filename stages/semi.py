@@ -159,6 +159,9 @@ class SemiTask(Task):
     def sharded_state(self) -> dict[str, dict[Tensor, Tensor]]:
         return {"teacher": self.ema.teacher}
 
+    def buffers(self) -> dict[str, Tensor]:
+        return self.copy.averaged_buffers()
+
     def state_dict(self) -> dict[str, Any]:
         return {"ema": self.ema.state_dict(), "labeller": self.labeller.state_dict()}
 

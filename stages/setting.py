@@ -21,6 +21,7 @@ from pipeline.errors import Interrupted, PipelineError
 from pipeline.evaluate import metrics
 from pipeline.evaluate.answers import Answers, ask
 from pipeline.evaluate.gradcam import gradcam, overlay
+from pipeline.evaluate.open_set import open_set, with_outside
 from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, positions_seen
 from pipeline.models.config import DecoderConfig, FamilyConfig
 from pipeline.models.export import load_export, write_export
@@ -33,6 +34,7 @@ from pipeline.train.recorder import Recorder
 from pipeline.train.replay import Replay, Replayed, replay
 from pipeline.train.run import Run
 from pipeline.train.schedules import warmup_cosine
+from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
 from stages.check import check_parent, derive_batches, open_data
 from stages.configs import StageConfig
@@ -157,6 +159,8 @@ class Setting:
         c = self.config
         micro_batch, accumulation = derive_batches(c.loop.global_batch, self.world.size, c.engine.micro_batch)
         recorder = Recorder()
+        if self.world.size > 1:
+            synchronise_batch_norms(model)
         recorder.watch(model.to(self.world.device))
         self._engine = Engine(
             model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation
@@ -169,7 +173,7 @@ class Setting:
             return row
 
         fingerprint = f"{self.run.config_sha256} {self.manifest.hash} {self.split.hash if self.split else ''}"
-        lr_at = warmup_cosine(c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps)
+        lr_at = warmup_cosine(c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps - c.optim.cooldown_steps)
         if self._replay:
             raise Replayed(
                 replay(
@@ -221,8 +225,10 @@ class Setting:
         return ask(model, self.evaluation(manifest, positions, image_size), self.world.device)
 
     def groups(self) -> dict[str, np.ndarray]:
-        """Head, medium and tail by the labels this stage trains on."""
-        return class_groups(self.class_counts())
+        """Head, medium and tail by the labels this stage trains on; classes that the split leaves out stand apart."""
+        outside = self.split.header.get("ood_classes", []) if self.split else []
+        seen = np.setdiff1d(np.arange(len(self.manifest.classes)), outside)
+        return with_outside(class_groups(self.class_counts()[seen]), seen, len(self.manifest.classes))
 
     def class_counts(self) -> np.ndarray:
         """(C,) labelled images of each class."""
@@ -248,7 +254,8 @@ class Setting:
         results = {}
         for name, model in models.items():
             answers = self.answers(model, test, np.arange(test.num_samples), image_size)
-            results[name] = metrics.report(answers, self.groups(), test.classes)
+            strangers = open_set(answers.confusion(len(test.classes)), self.groups())
+            results[name] = metrics.report(answers, self.groups(), test.classes) | strangers
             if self.world.is_main:
                 answers.save(self.run.folder / f"answers-{name}.npz")
         protocol = {

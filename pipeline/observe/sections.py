@@ -121,6 +121,7 @@ def _actual(run: StageRun) -> dict[str, float]:
     found: dict[str, float] = {}
     if run.rows:
         found |= {"steps": run.rows[-1]["step"], "samples": run.rows[-1]["samples"]}
+        found["memory_gib"] = max(row.get("perf/memory_gib", 0.0) for row in run.rows)
     seconds = run.seconds()
     if seconds:
         found |= {"hours": seconds / 3600, "seconds": seconds, "step_seconds": seconds / max(1, found["steps"])}

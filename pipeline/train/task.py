@@ -78,6 +78,10 @@ class Task:
         """name -> {optimizer's flat parameter: a tensor of its shape}: saved and restored with the optimizer's shards."""
         return {}
 
+    def buffers(self) -> "dict[str, Tensor]":
+        """Running statistics of companions, by names that the model's do not have: saved and restored with the model's."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Small numbers, equal on all ranks."""
         return {}
