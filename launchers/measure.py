@@ -80,10 +80,12 @@ def _shortened(config: SemiConfig, steps: int) -> list[str]:
 
 def _turn(path: Path, overrides: Sequence[str], folder: Path) -> Turn:
     command = [sys.executable, "-m", "stages", "semi", str(path), *overrides, f"run.root={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    said = process.stderr.read() if process.stderr else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    with folder.with_suffix(".log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, text=True)
+        _, status, usage = os.wait4(process.pid, 0)  # for its own peak: getrusage sums over all children
+        process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        said = log.read()
     if process.returncode:
         raise PipelineError(
             f"{path} did not run: {said.strip().splitlines()[-1] if said.strip() else process.returncode}"

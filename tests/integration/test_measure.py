@@ -1,0 +1,80 @@
+"""Costs and fields by command: the numbers that do not depend on the machine, and folders that a report takes in."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from launchers import measure, report
+from launchers.look import main
+from pipeline.models import build_model
+from pipeline.models.flops import forward_flops
+from pipeline.observe.extras import read_section
+from tests.conftest import Stages
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "tables" / f"{name}.csv").read_text().splitlines()))
+
+
+def test_inference_counts_what_the_models_have_and_do(tmp_path: Path) -> None:
+    names = ["vim_nano", "timm/resnet18"]
+    rows = table(measure.inference(names, [64, 32], batch=2, rounds=1, out=tmp_path), "inference")
+    assert [(r["model"], r["pixels"]) for r in rows] == [(n, s) for n in names for s in ("32", "64")]
+    for row in rows:
+        size = int(row["pixels"])
+        model = build_model(row["model"], image_size=size)
+        assert row["parameters, M"] == f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
+        assert row["GMACs"] == f"{forward_flops(model, (size, size)) / 2e9:.3f}"
+        assert float(row["images/s"]) > 0
+    assert {f.name for f in read_section(tmp_path).figures} == {"throughput", "latency"}
+
+
+def test_fields_of_names_and_of_an_export_go_into_a_report(chain: Stages, tmp_path: Path) -> None:
+    export = chain.runs / "smoke" / "semi" / "export"
+    where = tmp_path / "fields"
+    arguments = ["vim_nano", f"ours={export}", "--data", chain.digits / "test", "--size", "32", "--images", "3"]
+    assert main(["fields", *map(str, arguments), "--out", str(where)]) == 0
+    rows = table(where, "fields")
+    assert [(r["model"], r["weights"]) for r in rows] == [("vim_nano", "fresh"), ("ours", "export")]
+    for row in rows:
+        assert 1 <= int(row["20 % in"]) <= int(row["50 % in"]) <= int(row["95 % in"]) <= 32
+    page = report.run([chain.runs / "smoke"], tmp_path / "report.html", [where]).read_text()
+    assert "Receptive fields" in page
+    assert 'id="fields"' in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["efficiency", "configs/semi/smoke.yaml"], 2, "two or more configs"),
+        (["efficiency", "configs/semi/smoke.yaml", "configs/semi/demo.yaml", "--steps", "3"], 2, "give more"),
+        (["inference", "vim_nanno"], 2, "vim_nano"),
+        (["inference", "vim_nano", "--batch", "0"], 2, "at least one"),
+        (["fields", "vim_nano", "--data", "nowhere"], 3, "there are no shards"),
+        (["report", "nowhere"], 3, "holds no stage"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    assert main(arguments) == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.soak
+def test_efficiency_is_of_real_steps(chain: Stages, tmp_path: Path) -> None:
+    """Twice the unlabelled images a step: the FLOPs of a step follow from the two ratios exactly."""
+    text = Path("configs/semi/smoke.yaml").read_text()
+    twice = tmp_path / "twice.yaml"
+    twice.write_text(text.replace("unlabelled_ratio: 2", "unlabelled_ratio: 4"))
+    assert twice.read_text() != text
+    words = ["configs/semi/smoke.yaml", str(twice), *chain.overrides()]
+    assert main(["efficiency", *words, "--steps", "7", "--out", str(tmp_path / "e")]) == 0
+    first, second, ratio = table(tmp_path / "e", "efficiency")
+    assert first["model"] == "vim_nano"
+    # Student 3 (1 + r), teacher r.
+    assert float(second["TFLOPs/step"]) / float(first["TFLOPs/step"]) == pytest.approx(
+        (3 * 5 + 4) / (3 * 3 + 2), rel=1e-3
+    )
+    assert ratio["TFLOPs/step"] == "1.73 ×"
