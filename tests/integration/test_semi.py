@@ -32,7 +32,7 @@ def test_averaged_statistics_of_another_backbone_survive_a_kill(chain: Stages, e
     straight = chain.complete("semi", *more, "run.experiment=bn-straight")
     start_and_signal(chain, "semi", *more, "run.experiment=bn-killed", number=signal.SIGKILL, after_steps=5)
     assert bytes_of(chain.complete("semi", *more, "run.experiment=bn-killed")) == bytes_of(straight)
-    teacher, student = (load_file(straight / folder / "model.safetensors") for folder in ("export", "export-student"))
+    teacher, student = (load_file(straight / name / "model.safetensors") for name in ("export", "export-student"))
     name = next(n for n in teacher if n.endswith("running_var"))
     assert not teacher[name].equal(student[name])
 
@@ -90,3 +90,10 @@ def test_a_collapse_is_an_incident(chain: Stages) -> None:
     assert "hardly a pseudo-label counts" in done.stderr
     incidents = (chain.runs / "collapse" / "semi" / "incidents.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in incidents] == [2, 3, 4]
+
+
+def test_a_collapse_may_end_the_run_in_6(chain: Stages) -> None:
+    more = ["alarms.after_steps=2", "pseudo.threshold=1.0", "run.experiment=collapsed", "loop.on_alarm=stop"]
+    done = chain.run("semi", *parents(chain, "semi"), *more)
+    assert done.returncode == 6
+    assert "stopped at step 2: ssl/mask_rate is 0" in done.stderr
