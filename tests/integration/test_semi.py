@@ -64,8 +64,7 @@ def test_ssmixup_and_running_means_survive_a_kill_and_leave_no_trace_in_the_expo
         ("supervised", ["pseudo.weight=0", "ema.mode=ema"]),
         (
             "fixmatch",
-            ["pseudo.labeller=student", "logit_adjustment=1.0", "data.loader.sampling=uniform"]
-            + ["ema={preset: supplement, gamma: 1.0}"],
+            "pseudo.labeller=student logit_adjustment=1.0 data.loader.sampling=uniform ema.mode=ema".split(),
         ),
         (
             "semivit",
