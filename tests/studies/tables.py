@@ -20,12 +20,13 @@ from pipeline.observe.tables import Table
 from tests.studies.semi import VIT
 
 # Model of a row -> its stage 2 and 3 configs on ImageNet, and what they change.
+_ARM = "init_from=runs/imagenet-10pct/arm/export"  # configs/arm/imagenet_semivim_base.yaml
 IMAGENET = {
     **{
         f"semivim_{size}": (
             "imagenet_semivim_base_10pct",
             "imagenet_semivim_base_10pct",
-            [f"model.name=semivim_{size}"],
+            [f"model.name=semivim_{size}", _ARM if size == "base" else "init_from=null"],
         )
         for size in ("tiny", "small", "base")
     },
