@@ -127,6 +127,15 @@ def dump_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        k: v for key, child in values.items() for k, v in flatten(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
 def nearest(name: str, known: Sequence[str]) -> list[str]:
     """`known`, nearest to `name` first."""
     return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())

@@ -53,8 +53,10 @@ class StageConfig(Strict):
             raise ValueError(
                 f"loop.global_batch {self.loop.global_batch} must be a multiple of data.loader.lanes {self.data.loader.lanes}"
             )
-        if self.optim.warmup_steps >= self.loop.steps:
-            raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} must be below loop.steps {self.loop.steps}")
+        rest = self.loop.steps - self.optim.cooldown_steps
+        if self.optim.warmup_steps >= rest:
+            less = " minus optim.cooldown_steps" if self.optim.cooldown_steps else ""
+            raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} must be below loop.steps {rest}{less}")
         return self
 
     def parents(self) -> dict[str, Path]:
@@ -121,6 +123,9 @@ class TeacherConfig(Strict):
     kind: Literal["hard", "soft"] = "hard"
     weight: float = Field(0.5, ge=0, le=1, description="share of the teacher's loss; the labels have the rest")
     temperature: float = Field(1.0, gt=0, description="of soft targets")
+    cache: Path | None = Field(
+        None, description="folder that keeps its answers by what it saw: a second run does not pay for them again"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -129,6 +134,26 @@ class TeacherConfig(Strict):
         if (self.timm is None) != (self.weights is None):
             raise ValueError("teacher.timm and teacher.weights belong together: give the path of the weights file")
         return self
+
+
+class AverageConfig(Strict):
+    """An average of the weights and running statistics, which is judged and exported in place of the student."""
+
+    decay: float = Field(0.9995, gt=0, lt=1, description="a step; constant")
+
+
+class MesaConfig(Strict):
+    """Self-distillation: the average's answers are a second target (MESA as EfficientViM and VSSD have it)."""
+
+    weight: float = Field(1.0, gt=0, description="of the cross-entropy with the average's answers")
+    start: float = Field(0.25, ge=0, le=1, description="share of loop.steps, without cool-down, before it begins")
+
+
+class MixConfig(Strict):
+    """Two labelled images in one, each with its partner in the batch; even chances if both are on."""
+
+    mixup: float = Field(0.0, ge=0, description="a of Beta(a, a); 0 = off")
+    cutmix: float = Field(0.0, ge=0, description="a of Beta(a, a); 0 = off")
 
 
 class WeightsConfig(Strict):
@@ -146,10 +171,19 @@ class DistillConfig(StageConfig):
     weights: WeightsConfig | None = Field(None, description="in place of init_from: a file from outside")
     teacher: TeacherConfig | None = None
     augment: AugmentConfig = AugmentConfig()
+    mix: MixConfig = MixConfig()
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    average: AverageConfig | None = Field(None, description="null = the student itself is judged and exported")
+    mesa: MesaConfig | None = Field(None, description="the released script leaves it off beside a teacher")
     allow_more_labels: bool = Field(
         False, description="accept parents that saw labels outside data.split; marks the result"
     )
+
+    @model_validator(mode="after")
+    def _mesa(self) -> Self:
+        if self.mesa and self.average is None:
+            raise ValueError("mesa learns from the average of the weights: give average={decay: 0.9995} too")
+        return self
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:

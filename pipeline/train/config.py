@@ -20,11 +20,12 @@ class RunConfig(Strict):
 
 
 class OptimConfig(Strict):
-    """AdamW with a linear rise over `warmup_steps`, then half a cosine down to `min_lr` at the last step."""
+    """AdamW with a linear rise over `warmup_steps`, then half a cosine down to `min_lr`, held for `cooldown_steps`."""
 
     lr: float = Field(gt=0, description="at the peak, for the global batch as configured (no hidden scaling)")
     min_lr: float = Field(0.0, ge=0)
     warmup_steps: NonNegativeInt = 0
+    cooldown_steps: NonNegativeInt = Field(0, description="the last steps, all at min_lr")
     weight_decay: float = Field(0.05, ge=0, description="not applied to vectors, A, tokens and positions")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)

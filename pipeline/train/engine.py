@@ -143,6 +143,11 @@ class Engine:
                     into[name].view(-1)[start : start + numel].copy_(part[position : position + numel])
                     position += numel
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's running statistics and whatever else is saved of it beside weights, equal on all ranks."""
+        weights = dict(self.module.named_parameters())
+        return {name: value for name, value in self.module.state_dict().items() if name not in weights}
+
     def full_weights(self) -> dict[str, Tensor]:
         """The whole state dict on the CPU, parameters from the fp32 masters (collective; all ranks get it)."""
         shapes = {name: full_shape(p) for name, p in self.named_parameters}

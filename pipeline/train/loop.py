@@ -90,7 +90,7 @@ def fit(
 
     step, state = restore()
     left_out, rewinds = state.get("left_out", left_out), state.get("rewinds", rewinds)
-    board = Board(run.folder / "tb" if world.is_main else None, step)
+    board = Board(run.folder / "tb" if world.is_main else None, step, loop.global_batch)
     progress = Progress(run.folder.name, done=step, total=loop.steps, shown=world.is_main)
     meter = Meter(world, flops, peak_flops(world.device, engine.config.precision))
     tracer = Tracer(run.folder, world)
@@ -129,6 +129,7 @@ def fit(
                     saver.finish()
                     closed = [*left_out, trouble.position]
                     step, _ = restore()
+                    board.rewind(step)
                     left_out, next_position, skipped_updates = closed, -1, 0
                     recorder.forget_from(step)
                     continue

@@ -1,0 +1,71 @@
+"""Batch norms whose statistics are of the whole micro-batch, over all ranks, on a CPU as on a GPU.
+
+torch's own SyncBatchNorm refuses CPU tensors. Without this each rank would train with statistics of its own and the export
+would keep those of rank 0.
+"""
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _Synchronised(nn.modules.batchnorm._BatchNorm):
+    """In training, mean first and deviations from it second: two small sums over the ranks, and no cancellation."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of positions."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, ...) -> the same."""
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(input)
+        x = input.float()
+        over = [i for i in range(x.dim()) if i != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        number = x.numel() // x.shape[1]
+        sums = SumOverRanks.apply(torch.cat([x.sum(over), x.new_tensor([number])]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centred = x - mean.view(shape)
+        variance = SumOverRanks.apply(centred.square().sum(over)) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
+                unbiased = variance.detach() * count / (count - 1)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+        y = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(input.dtype)
+
+
+def synchronise_batch_norms(model: nn.Module) -> None:
+    """Let every batch norm of `model` see all ranks, in place: names, parameters and buffers stay."""
+    for name, module in model.named_modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__ = _Synchronised
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _Synchronised):
+            logger.warning("%s (%s) keeps statistics of each rank", name, type(module).__name__)

@@ -1,0 +1,101 @@
+"""The second chain, in real processes: ARM, fine-tuned Vision Mamba, distilled EfficientViM, stage 3; and what stage 2 keeps."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.models.card import WEIGHTS, Card
+from pipeline.models.export import load_export
+from pipeline.train.checkpoint import complete
+from tests.conftest import ENVIRONMENT, ROOT, Stages
+
+
+def run(stages: Stages, stage: str, *more: str, nproc: int = 1) -> Path:
+    """The smoke config of the second chain, to its end; the folder of its run."""
+    teacher = [f"teacher.export={stages.runs / 'smoke/distill/export'}"] if stage == "distill" else []
+    command = stages.command(stage, *teacher, *more, nproc=nproc, config="smoke_efficientvim")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    name = next((m.split("=")[1] for m in reversed(more) if m.startswith("run.experiment=")), "smoke-efficientvim")
+    return stages.runs / name / stage
+
+
+@pytest.fixture(scope="module")
+def taught(chain: Stages) -> Path:
+    return run(chain, "distill")
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def test_the_second_chain_runs_to_stage_3(chain: Stages, taught: Path) -> None:
+    card = Card.read(taught / "export")
+    assert card.model.name == "efficientvim_nano_dist"
+    assert [p.role for p in card.lineage.parents] == ["teacher"]
+    assert card.lineage.parents[0].weights_sha256 == Card.read(chain.runs / "smoke/distill/export").weights_sha256
+    assert not card.more_labels_than_claimed
+    semi = run(chain, "semi")
+    model, last = load_export(semi / "export")
+    assert last.lineage.parents[0].weights_sha256 == card.weights_sha256
+    assert last.model == card.model
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert set(json.loads((semi / "evaluation.json").read_text())["models"]) >= {"student", "teacher"}
+
+
+def test_what_is_exported_is_the_average_of_weights_and_statistics(taught: Path) -> None:
+    """Decay 0.9 over 8 steps: the running mean, 0 at the start, is an average of averages, far from the student's own."""
+    export = load_file(taught / "export" / "model.safetensors")
+    saved = load_file(next(iter(sorted(complete(taught / "checkpoints")[0].glob("shards_*")))))
+    name = "patch_embed.conv.0.norm.running_mean"
+    own, average = saved[f"buffer/{name}@0"], saved[f"buffer/task.{name}@0"]
+    assert torch.equal(export[name], average)
+    assert not torch.allclose(own, average)
+    assert own.abs().sum() > average.abs().sum()
+
+
+def test_a_resumed_run_with_batch_norm_is_the_uninterrupted_one_bit_for_bit(chain: Stages, taught: Path) -> None:
+    name = "run.experiment=smoke-efficientvim-resumed"
+    folder = run(chain, "distill", name)
+    before = load_file(folder / "export" / WEIGHTS)
+    assert all(torch.equal(v, load_file(taught / "export" / WEIGHTS)[k]) for k, v in before.items())
+    # As if killed after step 6: the later checkpoint and the export never were.
+    shutil.rmtree(folder / "export")
+    for path in complete(folder / "checkpoints"):
+        if path.name > "step_00000006":
+            shutil.rmtree(path)
+    run(chain, "distill", name)
+    after = load_file(folder / "export" / WEIGHTS)
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_two_processes_train_with_the_statistics_of_the_whole_batch(chain: Stages, taught: Path) -> None:
+    """Without mixing, whose draws differ by rank, the losses are those of one process to rounding."""
+    quiet = ["mix={}", "loop.steps=4", "optim.cooldown_steps=0"]
+    one = run(chain, "distill", "run.experiment=bn-one", *quiet)
+    two = run(chain, "distill", "run.experiment=bn-two", *quiet, nproc=2)
+    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
+
+
+def test_a_second_run_does_not_ask_the_teacher_again(chain: Stages, tmp_path: Path) -> None:
+    kept = f"teacher.cache={tmp_path / 'kept'}"
+    short = ["loop.steps=4", "optim.cooldown_steps=0"]
+    first = run(chain, "distill", "run.experiment=kept-one", kept, *short)
+    (file,) = (tmp_path / "kept").rglob("answers_*.bin")
+    size = file.stat().st_size
+    assert size == 4 * 16 * (16 + 4 * 10)
+    second = run(chain, "distill", "run.experiment=kept-two", kept, *short)
+    assert file.stat().st_size == size
+    assert losses(second) == losses(first)
+
+
+def test_mesa_adds_the_averages_answers_from_its_step_on(chain: Stages) -> None:
+    folder = run(chain, "distill", "run.experiment=mesa", "teacher=null", "mesa={start: 0.5}", "optim.cooldown_steps=0")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/mesa" in row] == [5, 6, 7, 8]

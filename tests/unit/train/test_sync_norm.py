@@ -1,0 +1,54 @@
+"""Batch norms over ranks: two processes with halves of a batch are one process with all of it."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from pipeline.train.sync_norm import synchronise_batch_norms
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 1, 1)).double()
+
+
+def batch() -> Tensor:
+    return torch.randn(6, 2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3 + 100
+
+
+def half(rank: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = network()
+    synchronise_batch_norms(model)
+    x = batch()[:2] if rank == 0 else batch()[2:]  # unequal shares, and far from zero
+    loss = model(x).square().sum()
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    for g in gradients:
+        dist.all_reduce(g)
+    if rank == 0:
+        torch.save({"gradients": gradients, "buffers": [b.clone() for b in model.buffers()]}, Path(folder) / "found.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_and_statistics_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    mp.spawn(half, (str(tmp_path),), nprocs=2)
+    found = torch.load(tmp_path / "found.pt")
+    model = network()
+    model(batch()).square().sum().backward()
+    for got, parameter in zip(found["gradients"], model.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-5)  # statistics are taken in fp32
+    for got, buffer in zip(found["buffers"], model.buffers(), strict=True):
+        torch.testing.assert_close(got, buffer, rtol=1e-6, atol=1e-6)
+
+
+def test_alone_nothing_changes() -> None:
+    plain, synchronised = network(), network()
+    synchronise_batch_norms(synchronised)
+    assert torch.equal(plain(batch()), synchronised(batch()))
+    assert list(plain.state_dict()) == list(synchronised.state_dict())
