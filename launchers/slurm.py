@@ -26,6 +26,7 @@ from pipeline.files import replace_text
 
 # Of a shell that torchrun or another launcher made: they would be believed in the job.
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 FOLDER = "slurm"  # of an experiment: logs of every rank, what was submitted, and how each start ended
 
 
@@ -168,9 +169,7 @@ def check_partition(cluster: ClusterConfig) -> None:
 
 
 def check_shared(step: Step, cluster: ClusterConfig) -> None:
-    """Raises ConfigError for a run folder or data that the nodes would not see."""
-    if not cluster.shared:
-        return
+    """Raises ConfigError for a run folder or data that the nodes would not see, as far as it can be known."""
     data = step.config.data
     places = {
         "run.root": step.config.run.root,
@@ -178,6 +177,13 @@ def check_shared(step: Step, cluster: ClusterConfig) -> None:
         "data.split": data.split,
         "data.test": data.test,
     }
+    for name, path in places.items():
+        if path is not None and file_system(path) in _IN_MEMORY:
+            raise ConfigError(
+                f"{name} = {path} lies in the memory of this machine ({file_system(path)}); no node would see it"
+            )
+    if not cluster.shared:
+        return
     shared = [folder.resolve() for folder in cluster.shared]
     for name, path in places.items():
         if path is not None and "://" not in str(path) and not any(path.resolve().is_relative_to(s) for s in shared):
@@ -185,6 +191,15 @@ def check_shared(step: Step, cluster: ClusterConfig) -> None:
                 f"{name} = {path} is not on a file system that the nodes share ({', '.join(map(str, cluster.shared))});"
                 " move it there, or add its folder to shared in the cluster's preset"
             )
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that a path, there already or not, lies on; empty where the system does not tell."""
+    mounts = Path("/proc/mounts")
+    lines = mounts.read_text().splitlines() if mounts.exists() else []
+    kinds = {Path(line.split()[1]): line.split()[2] for line in lines}  # a later mount covers an earlier one
+    real = path.resolve()
+    return next((kinds[folder] for folder in (real, *real.parents) if folder in kinds), "")
 
 
 def active_job(step: Step) -> str:
