@@ -7,7 +7,7 @@ import yaml
 
 from launchers.chain import open_steps, read_cluster, read_points, read_steps
 from launchers.config import ClusterConfig, seconds_of
-from launchers.slurm import file_system
+from launchers.filesystem import file_system
 from pipeline.config import load_config, parse_yaml
 from pipeline.errors import ConfigError, HandoverError
 from stages import STAGES
