@@ -87,3 +87,10 @@ def test_a_collapse_is_an_incident(chain: Stages) -> None:
     assert "hardly a pseudo-label counts" in done.stderr
     incidents = (chain.runs / "collapse" / "semi" / "incidents.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in incidents] == [2, 3, 4]
+
+
+def test_a_collapse_may_end_the_run_in_6(chain: Stages) -> None:
+    more = ["alarms.after_steps=2", "pseudo.threshold=1.0", "run.experiment=collapsed", "loop.on_alarm=stop"]
+    done = chain.run("semi", *parents(chain, "semi"), *more)
+    assert done.returncode == 6
+    assert "stopped at step 2: ssl/mask_rate is 0" in done.stderr
