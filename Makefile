@@ -9,7 +9,7 @@ RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test test-slurm soak check format golden tensorboard stage-1 stage-2 stage-3
+.PHONY: help install data demo test test-slurm soak check format golden study tensorboard stage-1 stage-2 stage-3
 .PHONY: submit submit-1 submit-2 submit-3 plan doctor status clean
 
 help:  ## list the targets
@@ -72,6 +72,9 @@ doctor: $(STAMP)  ## whether this machine (and cluster) can do it, each line OK 
 
 status: $(STAMP)  ## where every stage stands: queued, running, failed and why, done: RUNS=runs
 	@$(PY) -m launchers status --root $(RUNS)
+
+study: $(STAMP)  ## stage 3 on two bundled datasets: what helps, STUDY_SEEDS="0 1 2 3 4", JOBS=2 (continues where it stopped)
+	@$(PY) -m tests.studies.semi --seeds $(or $(STUDY_SEEDS),0 1 2 3 4) --jobs $(or $(JOBS),2)
 
 tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006

@@ -62,13 +62,15 @@ def test_ssmixup_and_running_means_survive_a_kill_and_leave_no_trace_in_the_expo
     ("name", "values"),
     [
         ("supervised", ["pseudo.weight=0", "ema.mode=ema"]),
-        ("fixmatch", ["pseudo.labeller=student", "ema.mode=ema"]),
+        (
+            "fixmatch",
+            "pseudo.labeller=student logit_adjustment=1.0 data.loader.sampling=uniform ema.mode=ema".split(),
+        ),
         (
             "semivit",
             ["mixup={pseudo: true, labelled_mixup: 0.8, labelled_cutmix: 1.0}", "pseudo.smoothing=0.1", "ema.mode=ema"],
         ),
         ("both", ["ssmixup={axis: both, psi: self, nu: 0.5}", "pseudo.kind=soft", "pseudo.normalise=accepted"]),
-        ("adjusted", ["logit_adjustment=1.0", "data.loader.sampling=uniform", "ema={preset: supplement, gamma: 1.0}"]),
     ],
 )
 def test_baselines_and_remedies_are_configs(chain: Stages, name: str, values: list[str]) -> None:
