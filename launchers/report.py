@@ -1,7 +1,8 @@
 """The report of experiments: what their folders say (`pipeline.observe`), and what their exports see (`pipeline.evaluate`).
 
-Pictures are of test images that the split of no stage has held: Grad-CAM of two models of the first experiment side by
-side on the same images (the supplement's Figure 1), and their receptive fields. They are made anew each time, in seconds.
+Pictures are of held-out images (the test set, or for want of one the validation part): Grad-CAM of two models of the first
+experiment side by side on the same images (the supplement's Figure 1), and their receptive fields. They are made anew each
+time, in seconds.
 """
 
 import logging
@@ -9,6 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.splits import read_split
 from pipeline.errors import ConfigError
 from pipeline.models.card import CARD
 from pipeline.observe.extras import read_section
@@ -38,7 +43,6 @@ def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = 
 
 def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> dict[str, tuple[float, float, float, float]]:
     """Paired bootstrap of a model of two designs, seed by seed; nothing if they were judged on other images."""
-    import numpy as np
 
     from pipeline.evaluate.answers import Answers
     from pipeline.evaluate.bootstrap import paired
@@ -59,25 +63,26 @@ def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> dict[
 
 
 def _panels(result: Result) -> list[Panel]:
-    """Of the classifiers that the experiment has exported, on its test set; none if it has no test set."""
+    """Of the classifiers that the experiment has exported, on its test set, or for want of one on its validation part."""
     exports = {
         name: result.experiment / stage / "export"
         for name, stage in (("stage 2", "distill"), ("stage 3", "semi"))
         if (result.experiment / stage / "export" / CARD).is_file()
     }
-    test = next(
-        (s.config["data"]["test"] for s in result.stages.values() if s.config.get("data", {}).get("test")), None
-    )
-    if not exports or test is None or not Path(test).is_dir():
+    configs = [run.config["data"] for run in result.stages.values() if run.config.get("data")]
+    given = next((data for data in configs if data.get("test")), next((d for d in configs if d.get("split")), None))
+    if not exports or given is None or not Path(given["test"] or given["train"]).is_dir():
         return []
-    return _look(exports, Path(test))
+    manifest = read_manifest(Path(given["test"] or given["train"]))
+    if given["test"]:
+        return _look(exports, manifest, np.arange(manifest.num_samples))
+    held_out = read_split(Path(given["split"]), manifest).part("validation")
+    return _look(exports, manifest, held_out) if len(held_out) else []
 
 
-def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
-    import numpy as np
+def _look(exports: dict[str, Path], manifest: Manifest, positions: np.ndarray) -> list[Panel]:
 
     from pipeline.data.loader import evaluation_batches
-    from pipeline.data.manifest import read_manifest
     from pipeline.data.transforms import eval_views
     from pipeline.evaluate.erf import for_display, receptive_field, side_of_share
     from pipeline.evaluate.gradcam import gradcam, overlay
@@ -85,8 +90,7 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
     from pipeline.observe.figures import picture_grid
     from pipeline.observe.pictures import to_pixels
 
-    manifest = read_manifest(test)
-    by_class = np.argsort(manifest.labels, kind="stable")
+    by_class = positions[np.argsort(manifest.labels[positions], kind="stable")]
     chosen = np.unique(by_class[np.linspace(0, len(by_class) - 1, NUM_FIELD_IMAGES).astype(int)])
     shown = np.linspace(0, len(chosen) - 1, min(NUM_PICTURES, len(chosen))).astype(int)
     seen: list[list[Any]] = []
@@ -113,14 +117,14 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
     cam = Panel(
         "gradcam",
         "Where two models look (Grad-CAM)",
-        "Test images with their class, and under them what each model answers and where its evidence is: yellow is most.",
+        "Held-out images with their class, and under them what each model answers and where its evidence is: yellow is most.",
         picture_grid(seen, ["image", *exports], titles),
         (0.95 * width + 0.3, 1.1 * len(seen)),
     )
     erf = Panel(
         "erf",
         "Effective receptive fields",
-        f"Of the central output pixel, over {len(chosen)} test images; (gradient / largest) to the power 0.2. In words: the "
+        f"Of the central output pixel, over {len(chosen)} held-out images; (gradient / largest) to the power 0.2. In words: the "
         "centred squares that hold half and 95 % of it.",
         picture_grid([fields], [""], [[f"{name}: {side}" for name, side in zip(exports, sides, strict=True)]]),
         (7.6, 7.6 / max(2, len(fields)) * 0.9),

@@ -247,24 +247,38 @@ class Setting:
         return row
 
     def test(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
-        """Judge on the test set once; writes evaluation.json and every answer, returns top1 of each model for the card."""
-        if self.config.data.test is None:
+        """Judge once on the test set, or on the validation part if there is none; writes evaluation.json and every answer.
+
+        Returns the test set's top1 of each model, for the card.
+        """
+        if self.config.data.test is not None:
+            test, judged_on = read_manifest(self.config.data.test), "test images"
+            positions = np.arange(test.num_samples)
+        else:
+            test, judged_on, positions = (
+                self.manifest,
+                "validation images, for want of a test set",
+                self.parts.validation,
+            )
+        if not len(positions):
             return {}
-        test = read_manifest(self.config.data.test)
         results = {}
         for name, model in models.items():
-            answers = self.answers(model, test, np.arange(test.num_samples), image_size)
+            answers = self.answers(model, test, positions, image_size)
             strangers = open_set(answers.confusion(len(test.classes)), self.groups())
             results[name] = metrics.report(answers, self.groups(), test.classes) | strangers
             if self.world.is_main:
                 answers.save(self.run.folder / f"answers-{name}.npz")
         protocol = {
             "dataset": test.hash,
+            "judged_on": judged_on,
             "split": self.split.hash if self.split else None,
             "protocol": self.split.protocol if self.split else "all labelled",
         }
         counts = dict(zip(self.manifest.classes, self.class_counts().tolist(), strict=True))
         self.run.write_json("evaluation.json", {**protocol, "labelled_per_class": counts, "models": results})
+        if self.config.data.test is None:
+            return {}
         return {f"test/{name}_top1": result["top1"] for name, result in results.items()}
 
     def export(

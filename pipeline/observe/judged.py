@@ -45,7 +45,7 @@ def tables(results: Sequence[Result], rows: Sequence[str]) -> list[Table]:
     groups = "; ".join(f"{name}: {_some(members)}" for name, members in first.get("groups", {}).items() if members)
     note = (
         f"{'Mean ± standard deviation over the experiments. ' if several else ''}Percent (nll in nats) on {first['samples']} "
-        f"test images, each counted once{low_high}. ece: expected calibration error. {groups}."
+        f"{_judged_on(results)}, each counted once{low_high}. ece: expected calibration error. {groups}."
     )
     accuracy = Table(
         name="accuracy",
@@ -97,6 +97,11 @@ def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> lis
         note = f"{compared[-1]}: rows are the true classes of the tail, columns what they are called; percent."
         drawn.append(draw(folder, "tail_confusion", "What the tail is taken for", paint, note=note))
     return drawn
+
+
+def _judged_on(results: Sequence[Result]) -> str:
+    found = [s.evaluation.get("judged_on") for s in results[0].stages.values() if s.evaluation]
+    return next((words for words in found if words), "test images")
 
 
 def _pooled(results: Sequence[Result], row: str) -> dict[str, Any]:
