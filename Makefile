@@ -9,7 +9,8 @@ RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test soak check format golden tensorboard stage-1 stage-2 stage-3 clean
+.PHONY: help install data demo test test-slurm soak check format golden study tensorboard stage-1 stage-2 stage-3
+.PHONY: submit submit-1 submit-2 submit-3 plan doctor status clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,11 +46,66 @@ define stage
 $(if $(filter 1,$(NPROC)),$(PY) -m stages $(1) $(CONFIG) $(ARGS),$(PY) -m launchers local $(1) $(CONFIG) $(ARGS) --nproc $(NPROC))
 endef
 
+submit: $(STAMP)  ## the chain to SLURM: NAME=demo CLUSTER=cpu ARGS="a.b=1 arm:c.d=2 cluster:nodes=4"
+	@$(PY) -m launchers slurm chain $(NAME) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
+
+submit-1: $(STAMP)  ## stage 1 to SLURM: CONFIG= CLUSTER= ARGS=
+	@$(call submit,arm)
+
+submit-2: $(STAMP)  ## stage 2 to SLURM: CONFIG= CLUSTER= ARGS=
+	@$(call submit,distill)
+
+submit-3: $(STAMP)  ## stage 3 to SLURM: CONFIG= CLUSTER= ARGS=
+	@$(call submit,semi)
+
+NAME ?= demo
+CLUSTER ?= cpu
+define submit
+$(PY) -m launchers slurm $(1) $(CONFIG) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
+endef
+
+plan: $(STAMP)  ## what the chain will need, before it costs anything: NAME=demo CLUSTER=cpu ARGS=
+	@$(PY) -m launchers plan chain $(NAME) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
+
+doctor: $(STAMP)  ## whether this machine (and cluster) can do it, each line OK or the remedy: NAME=demo
+	@$(PY) -m launchers doctor chain $(NAME) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
+
+status: $(STAMP)  ## where every stage stands: queued, running, failed and why, done: RUNS=runs
+	@$(PY) -m launchers status --root $(RUNS)
+
+study: $(STAMP)  ## stage 3 on two bundled datasets: what helps, STUDY_SEEDS="0 1 2 3 4", JOBS=2 (continues where it stopped)
+	@$(PY) -m tests.studies.semi --seeds $(or $(STUDY_SEEDS),0 1 2 3 4) --jobs $(or $(JOBS),2)
+
 tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
-test: $(STAMP)  ## all tests; warnings are errors
-	$(PY) -m pytest tests
+.PHONY: chain report evaluate efficiency inference fields
+chain: $(STAMP)  ## the three stages of configs/STAGE/NAME.yaml, and the report of their experiment: NAME=mine ARGS= NPROC=
+	@$(MAKE) --no-print-directory stage-1 CONFIG=configs/arm/$(NAME).yaml
+	@$(MAKE) --no-print-directory stage-2 CONFIG=configs/distill/$(NAME).yaml
+	@$(MAKE) --no-print-directory stage-3 CONFIG=configs/semi/$(NAME).yaml
+	@$(MAKE) --no-print-directory report EXPERIMENT=$(RUNS)/$(NAME) ARGS=
+
+report: $(STAMP)  ## what happened and how good it is, on one page: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
+	@$(PY) -m launchers.look report $(EXPERIMENT) $(ARGS)
+
+evaluate: $(STAMP)  ## judge an export: EXPORT=runs/E/semi/export DATA=data/D NPROC=2 ARGS="--train DATA --split FILE"
+	@$(PY) -m launchers.look evaluate $(EXPORT) $(DATA) $(ARGS) --nproc $(NPROC)
+
+efficiency: $(STAMP)  ## real stage-3 steps side by side: CONFIGS="configs/semi/a.yaml configs/semi/b.yaml" ARGS=
+	@$(PY) -m launchers.look efficiency $(CONFIGS) $(ARGS)
+
+inference: $(STAMP)  ## throughput against resolution: MODELS="efficientvim_m4 timm/resnet50" ARGS="--sizes 224 384"
+	@$(PY) -m launchers.look inference $(MODELS) $(ARGS)
+
+fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
+	@$(PY) -m launchers.look fields $(MODELS) --data $(DATA) $(ARGS)
+
+test: $(STAMP)  ## all tests but those that start a SLURM; warnings are errors
+	$(PY) -m pytest tests --ignore=tests/slurm
+
+test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm): under 5 minutes
+	$(PY) -m pytest tests/slurm -rs
 
 soak: $(STAMP)  ## what takes longer: thirty kill -9 in turn, fifty steps at every ZeRO stage (a quarter of an hour)
 	$(PY) -m pytest tests -m soak -s

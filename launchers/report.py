@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.models.card import CARD
+from pipeline.observe.extras import read_section
 from pipeline.observe.report import Panel, write_report
 from pipeline.observe.results import ROWS, Result, read_result
 
@@ -20,13 +21,19 @@ NUM_PICTURES = 8
 NUM_FIELD_IMAGES = 32
 
 
-def run(experiments: Sequence[Path], out: Path | None) -> Path:
-    """Write the report of `experiments` at `out` (default: report.html in the first one's folder); where it is."""
+def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = ()) -> Path:
+    """Write the report of `experiments` at `out` (default: report.html in the first one's folder); where it is.
+
+    `extras`: folders of `extras.write_section`.
+    """
     if out is not None and out.suffix != ".html":
         raise ConfigError(f"--out {out}: the report is a page; give a name that ends in .html")
     results = [read_result(e) for e in experiments]
+    measured = [read_section(folder) for folder in extras]
     panels = _panels(results[0])
-    return write_report(experiments, out or experiments[0] / "report.html", panels=panels, compare=compare)
+    return write_report(
+        experiments, out or experiments[0] / "report.html", panels=panels, compare=compare, extras=measured
+    )
 
 
 def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> dict[str, tuple[float, float, float, float]]:
@@ -76,6 +83,7 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
     from pipeline.evaluate.gradcam import gradcam, overlay
     from pipeline.models.export import load_export
     from pipeline.observe.figures import picture_grid
+    from pipeline.observe.pictures import to_pixels
 
     manifest = read_manifest(test)
     by_class = np.argsort(manifest.labels, kind="stable")
@@ -92,7 +100,7 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
         batch = next(iter(batches))
         images, labels = batch.images[shown], batch.labels[shown]
         if not seen:
-            seen.append(_pictures(_pixels(images, card.preprocessing.mean, card.preprocessing.std)))
+            seen.append(_pictures(to_pixels(images, card.preprocessing.mean, card.preprocessing.std)))
             titles.append([card.classes[c] for c in labels.tolist()])
         maps, answers = gradcam(model, images)
         seen.append(_pictures(overlay(images, maps, card.preprocessing.mean, card.preprocessing.std)))
@@ -118,11 +126,6 @@ def _look(exports: dict[str, Path], test: Path) -> list[Panel]:
         (7.6, 7.6 / max(2, len(fields)) * 0.9),
     )
     return [cam, erf]
-
-
-def _pixels(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    shape = (3, 1, 1)
-    return (images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)).clamp(0, 1)
 
 
 def _pictures(pixels: Any) -> list[Any]:

@@ -61,6 +61,10 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+# YAML 1.1 reads 2:00:00 as the number 7200 (base 60); a time stays the text it is.
+for _digit in "0123456789":
+    _Loader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", re.compile(r"^\d+(:\d\d)+$")))
+
 
 def parse_yaml(text: str, where: str) -> Any:
     """The plain value of a YAML text; `where` names it in the refusal."""
@@ -121,6 +125,15 @@ def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
 def dump_yaml(config: BaseModel) -> str:
     """The resolved config as YAML: every field, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        k: v for key, child in values.items() for k, v in flatten(child, f"{prefix}.{key}" if prefix else key).items()
+    }
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:

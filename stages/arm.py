@@ -31,6 +31,8 @@ NUM_PICTURES = 8
 class ArmTask(Task):
     """Squared error of the predicted clusters against their standardised pixels."""
 
+    names_classes = False
+
     def __init__(self, arm: ARM) -> None:
         self.arm = arm  # for its targets, which use no weights
 

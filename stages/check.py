@@ -2,7 +2,9 @@
 
 import difflib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +13,9 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.models.card import CARD, Card
-from pipeline.models.config import TimmConfig, VisionMambaConfig
+from pipeline.models.config import FamilyConfig, TimmConfig, VisionMambaConfig
 from pipeline.train.run import refuse_other_config
-from stages.configs import DistillConfig, SemiConfig, StageConfig
+from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
 
 STAGE_NUMBERS = {"arm": 1, "distill": 2, "semi": 3}
 
@@ -26,8 +28,13 @@ class Parts(NamedTuple):
     validation: np.ndarray
 
 
-def check(stage: str, config: StageConfig, world_size: int) -> None:
-    """Raises the error that the stage would end in, before it costs anything."""
+def check(
+    stage: str, config: StageConfig, world_size: int, pending: Mapping[Path, StageConfig] = MappingProxyType({})
+) -> None:
+    """Raises the error that the stage would end in, before it costs anything.
+
+    `pending` maps the folders of exports that earlier stages of a chain will write to those stages' configs.
+    """
     derive_batches(config.loop.global_batch, world_size, config.engine.micro_batch)
     if config.data.loader.lanes % world_size:
         raise ConfigError(
@@ -35,6 +42,12 @@ def check(stage: str, config: StageConfig, world_size: int) -> None:
         )
     refuse_other_config(config.run.folder(stage), config)
     manifest, _, parts = open_data(config)
+    for name, samples in streams(config, parts).items():
+        if samples < config.data.loader.lanes:
+            raise ConfigError(
+                f"data.loader.lanes is {config.data.loader.lanes}, but there are only {samples} {name} samples to share among"
+                f" them; give a multiple of the {world_size} processes that is at most {samples} and divides loop.global_batch"
+            )
     if config.data.test is not None:
         test = read_manifest(config.data.test)
         if test.classes != manifest.classes:
@@ -44,6 +57,12 @@ def check(stage: str, config: StageConfig, world_size: int) -> None:
     if isinstance(config, DistillConfig):
         _check_distill(config, len(manifest.classes))
     for role, folder in config.parents().items():
+        if folder in pending:
+            parent = pending[folder]
+            if isinstance(parent, ArmConfig | DistillConfig):
+                kind = "pretrainer" if isinstance(parent, ArmConfig) else "classifier"
+                _check_form(config, role, folder, kind, parent.model)
+            continue
         card = Card.read(folder, remedy=_remedy(config, folder))
         card.verify(folder)
         check_parent(config, role, folder, card, manifest, parts)
@@ -74,41 +93,46 @@ def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manif
     """Whether an export may feed this stage in that role; returns whether it saw more labels than this stage claims."""
     card.check_preprocessing(config.data.preprocessing, folder)
     card.check_classes(manifest.classes, folder)
-    if card.kind != "classifier" and (role == "teacher" or isinstance(config, SemiConfig)):
+    _check_form(config, role, folder, card.kind, card.model)
+    return card.check_labels(folder, manifest.hash, parts.labelled, allow_more=not config.claimed_labels())
+
+
+def _check_form(config: StageConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
+    """Whether a parent of that kind and model, there already or still to come, fits."""
+    if kind != "classifier" and (role == "teacher" or isinstance(config, SemiConfig)):
         raise HandoverError(
             f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill"
         )
     if isinstance(config, SemiConfig) and config.ssmixup:
-        _check_ssmixup(card, folder)
+        _check_ssmixup(model, folder)
     if isinstance(config, DistillConfig):
-        for name in _must_agree(role, card, config):
-            there, here = getattr(card.model, name, None), getattr(config.model, name, None)
+        for name in _must_agree(role, kind, model, config):
+            there, here = getattr(model, name, None), getattr(config.model, name, None)
             if there != here:
                 raise HandoverError(
                     f"{folder} has model.{name} = {there!r}, this config {here!r};"
                     " make them alike, or start from another export"
                 )
-    return card.check_labels(folder, manifest.hash, parts.labelled, allow_more=not config.claimed_labels())
 
 
-def _check_ssmixup(card: Card, folder: Path) -> None:
-    if not isinstance(card.model, VisionMambaConfig) or card.model.directions == 1:
+def _check_ssmixup(model: FamilyConfig, folder: Path) -> None:
+    if not isinstance(model, VisionMambaConfig) or model.directions == 1:
         raise ConfigError(
-            f"ssmixup blends the opposite directions of a Vision Mamba, and {card.model.name} of {folder} has none;"
-            " leave ssmixup out (LyapEMA works with every model), or set mixup.pseudo=true to mix images instead"
+            f"ssmixup blends the opposite directions of a Vision Mamba, and {getattr(model, 'name', 'the model')} of {folder}"
+            " has none; leave ssmixup out (LyapEMA works with every model), or set mixup.pseudo=true to mix images instead"
         )
 
 
-def _must_agree(role: str, card: Card, config: DistillConfig) -> tuple[str, ...]:
+def _must_agree(role: str, kind: str, model: FamilyConfig, config: DistillConfig) -> tuple[str, ...]:
     """Fields of the model in which a parent and a student must not differ."""
     if role == "teacher":
         return ("image_size", "in_chans")  # it sees the student's images
-    if type(card.model) is not type(config.model):
+    if type(model) is not type(config.model):
         return ("name",)
-    if card.kind == "classifier":
+    if kind == "classifier":
         # Every timm name is a model of its own; the other families say what they are in their fields.
-        free = set(card.model.free) - ({"name"} if isinstance(card.model, TimmConfig) else set())
-        return tuple(name for name in type(card.model).model_fields if name not in free)
+        free = set(model.free) - ({"name"} if isinstance(model, TimmConfig) else set())
+        return tuple(name for name in type(model).model_fields if name not in free)
     return ("embed_dim", "depth", "d_state", "d_conv", "expand", "mlp", "norm", "patch_size", "in_chans")
 
 
@@ -120,6 +144,15 @@ def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Parts]:
         return manifest, None, Parts(np.arange(manifest.num_samples), nothing, nothing)
     split = read_split(config.data.split, manifest)
     return manifest, split, Parts(*(split.part(name) for name in Parts._fields))
+
+
+def streams(config: StageConfig, parts: Parts) -> dict[str, int]:
+    """How many samples each stream of a stage draws from, the first stream first."""
+    labelled, unlabelled = len(parts.labelled), len(parts.unlabelled)
+    if isinstance(config, ArmConfig):
+        return {"training": labelled + unlabelled}
+    unlabelled_too = isinstance(config, SemiConfig) and config.pseudo.weight > 0
+    return {"labelled": labelled} | ({"unlabelled": unlabelled} if unlabelled_too else {})
 
 
 def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:

@@ -102,7 +102,7 @@ class DistillTask(Task):
         return {"average": self.ema.teacher} if self.ema else {}
 
     def buffers(self) -> dict[str, Tensor]:
-        return dict(self.copy.module.named_buffers()) if self.ema else {}
+        return self.copy.averaged_buffers() if self.ema else {}
 
     def state_dict(self) -> dict[str, Any]:
         return self.ema.state_dict() if self.ema else {}

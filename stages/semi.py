@@ -146,11 +146,21 @@ class SemiTask(Task):
     def probe(self, model: nn.Module, images: Tensor) -> float:
         return probe_answer(model, images) + probe_answer(self.copy.module, images)
 
-    def buffers(self) -> dict[str, Tensor]:
-        return dict(self.copy.module.named_buffers())
+    def captions(self, model: nn.Module, batch: Batch) -> list[str] | None:
+        """The pseudo-label of each weak view, its confidence, and whether it counts."""
+        if batch.strong is None:
+            return None
+        who = self.copy.module if self.config.pseudo.labeller == "teacher" else model
+        images = batch.images.to(next(who.parameters()).device)
+        pseudo = self.labeller.label(answers(who, images), watch=False)
+        rows = zip(pseudo.labels.tolist(), pseudo.confidence.tolist(), pseudo.accepted.tolist(), strict=True)
+        return [f"{c} {100 * share:.0f}% {'✓' if counts else '–'}" for c, share, counts in rows]
 
     def sharded_state(self) -> dict[str, dict[Tensor, Tensor]]:
         return {"teacher": self.ema.teacher}
+
+    def buffers(self) -> dict[str, Tensor]:
+        return self.copy.averaged_buffers()
 
     def state_dict(self) -> dict[str, Any]:
         return {"ema": self.ema.state_dict(), "labeller": self.labeller.state_dict()}

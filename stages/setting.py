@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import flatten
 from pipeline.data.imbalance import class_groups
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.data.manifest import Manifest, read_manifest
@@ -19,9 +20,13 @@ from pipeline.data.transforms import View, eval_views
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.evaluate import metrics
 from pipeline.evaluate.answers import Answers, ask
+from pipeline.evaluate.gradcam import gradcam, overlay
+from pipeline.evaluate.open_set import open_set, with_outside
 from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, positions_seen
 from pipeline.models.config import DecoderConfig, FamilyConfig
 from pipeline.models.export import load_export, write_export
+from pipeline.observe.pictures import captioned, to_pixels
+from pipeline.observe.tensorboard import Board
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
@@ -38,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Task)
 NUM_PROBE_IMAGES = 4
+NUM_PICTURES = 8
 
 
 class Setting:
@@ -57,6 +63,7 @@ class Setting:
         self._parents: list[tuple[str, Path, Card]] = []
         self._labels: dict[str, tuple[LabelsSeen, np.ndarray | None]] = {}
         self._marked = False
+        self._confidence: dict[str, np.ndarray] = {}  # of each model in the last validation
         torch.manual_seed(config.run.seed)  # equal weights on all ranks
 
     def __enter__(self) -> Self:
@@ -159,6 +166,12 @@ class Setting:
             model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation
         )
         task = task_of(self.engine)
+
+        def evaluate_and_show(step: int, board: Board) -> dict[str, float]:
+            row = evaluate(step, board)
+            self._show(task, streams, step, board, image_size)
+            return row
+
         fingerprint = f"{self.run.config_sha256} {self.manifest.hash} {self.split.hash if self.split else ''}"
         lr_at = warmup_cosine(c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps - c.optim.cooldown_steps)
         if self._replay:
@@ -184,7 +197,7 @@ class Setting:
             accumulation=accumulation,
             fingerprint=fingerprint,
             seed=c.run.seed,
-            evaluate=evaluate,
+            evaluate=evaluate_and_show,
             recorder=recorder,
             probe_images=self._probe(image_size).to(self.world.device),
             flops=flops * c.loop.global_batch,
@@ -212,8 +225,10 @@ class Setting:
         return ask(model, self.evaluation(manifest, positions, image_size), self.world.device)
 
     def groups(self) -> dict[str, np.ndarray]:
-        """Head, medium and tail by the labels this stage trains on."""
-        return class_groups(self.class_counts())
+        """Head, medium and tail by the labels this stage trains on; classes that the split leaves out stand apart."""
+        outside = self.split.header.get("ood_classes", []) if self.split else []
+        seen = np.setdiff1d(np.arange(len(self.manifest.classes)), outside)
+        return with_outside(class_groups(self.class_counts()[seen]), seen, len(self.manifest.classes))
 
     def class_counts(self) -> np.ndarray:
         """(C,) labelled images of each class."""
@@ -226,6 +241,7 @@ class Setting:
             for name, model in models.items():
                 answers = self.answers(model, self.manifest, self.parts.validation, image_size)
                 prefix = "" if name == "student" else f"{name}_"
+                self._confidence[f"{prefix}confidence"] = answers.confidence
                 found = metrics.summary(answers, len(self.manifest.classes), self.groups())
                 row.update({f"val/{prefix}{k}": v for k, v in found.items()})
         return row
@@ -238,7 +254,8 @@ class Setting:
         results = {}
         for name, model in models.items():
             answers = self.answers(model, test, np.arange(test.num_samples), image_size)
-            results[name] = metrics.report(answers, self.groups(), test.classes)
+            strangers = open_set(answers.confusion(len(test.classes)), self.groups())
+            results[name] = metrics.report(answers, self.groups(), test.classes) | strangers
             if self.world.is_main:
                 answers.save(self.run.folder / f"answers-{name}.npz")
         protocol = {
@@ -300,14 +317,52 @@ class Setting:
                 write_export(folder, card=card, weights=others, probe_images=probe_images, labels=labels)
             write_export(self.run.export, card=card, weights=weights, probe_images=probe_images, labels=labels)
             logger.info("exported %s", self.run.export)
+            board = Board(self.run.folder / "tb", self.config.loop.steps, self.config.loop.global_batch)
+            board.hparams(flatten(self.config.model_dump(mode="json")), measured, self.config.loop.steps)
+            board.close()
         self.run.status("complete", step=self.config.loop.steps, steps=self.config.loop.steps)
+
+    def _show(
+        self, task: Task, streams: Mapping[str, Loader], step: int, board: Board, image_size: tuple[int, int]
+    ) -> None:
+        """For people: views as they are trained on, where the model looks, how sure it is. Rank 0 alone, a second or two.
+
+        Under ZeRO-3 no rank has the whole model, so only the views are drawn.
+        """
+        if not self.world.is_main:
+            return
+        mean, std = self.config.data.mean, self.config.data.std
+        for name, confidence in self._confidence.items():
+            board.histogram(f"val/{name}", confidence, step)
+        whole = self.config.engine.zero_stage < 3
+        for name, stream in streams.items():
+            batch = self._first(stream.order.positions, NUM_PICTURES, stream.views)
+            captions = task.captions(self.engine.module, batch) if whole else None
+            views = {"view": batch.images} if batch.strong is None else {"weak": batch.images, "strong": batch.strong}
+            pixels = [to_pixels(view, mean, std) for view in views.values()]
+            words = captions or [""] * len(batch)
+            board.image(f"views/{name}", captioned(pixels, list(views), [words, [""] * len(batch)]), step)
+        if whole and self.manifest.classes and task.names_classes and len(self.parts.validation):
+            batch = self._first(self.parts.validation, NUM_PICTURES, eval_views(image_size, mean=mean, std=std))
+            # The bare module: a backward pass through DeepSpeed's wrapper is a step to it.
+            maps, answers = gradcam(self.engine.module, batch.images.to(self.world.device))
+            pairs = zip(answers.tolist(), batch.labels.tolist(), strict=True)
+            said = [
+                f"{self.manifest.classes[a]}{'' if a == t else f' (is {self.manifest.classes[t]})'}" for a, t in pairs
+            ]
+            rows = [to_pixels(batch.images, mean, std), overlay(batch.images, maps.cpu(), mean, std)]
+            board.image("attribution", captioned(rows, ["image", "Grad-CAM"], [said, [""] * len(said)]), step)
 
     def pictures(self, positions: np.ndarray, number: int, image_size: tuple[int, int]) -> Tensor:
         """The same `number` images, spread over `positions`, on every rank: (number, 3, H, W)."""
-        spread = positions[np.linspace(0, len(positions) - 1, min(number, len(positions))).astype(int)]
         views = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
+        return self._first(positions, number, views).images.to(self.world.device)
+
+    def _first(self, positions: np.ndarray, number: int, views: View) -> Batch:
+        """`number` samples spread over `positions`, alike on every rank."""
+        spread = positions[np.linspace(0, len(positions) - 1, min(number, len(positions))).astype(int)]
         batches = evaluation_batches(self.manifest, spread, batch_size=len(spread), rank=0, world_size=1, views=views)
-        return next(iter(batches)).images.to(self.world.device)
+        return next(iter(batches))
 
     def _probe(self, image_size: tuple[int, int]) -> Tensor:
         positions = self.parts.validation if len(self.parts.validation) else self.parts.labelled

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.models.timm_model import TimmModel
 from pipeline.models.vision_mamba import VisionMamba, drop_slot
 
 ToGrid = Callable[[Tensor], Tensor]
@@ -35,6 +36,8 @@ def sight_of(model: nn.Module) -> Sight:
     so a plain backbone is explained by the normalised input of its last block (the practice of pytorch-grad-cam).
     Raises ConfigError for a network that keeps no map that is known here.
     """
+    if isinstance(model, TimmModel):
+        return sight_of(model.model)
     if isinstance(model, VisionMamba):
         entrance = f"layers.{model.depth - 1}.{'norm1' if hasattr(model.layers[-1], 'norm1') else 'norm'}"
         return Sight(explained=model.get_submodule(entrance), final=model.norm_f, to_grid=_mamba_grid(model))
@@ -46,7 +49,9 @@ def sight_of(model: nn.Module) -> Sight:
         return Sight(explained=last, final=model.get_submodule("norm"), to_grid=_square_grid(prefix))
     if isinstance(stages, nn.Sequential | nn.ModuleList):
         channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        return Sight(explained=stages[-1], final=stages[-1], to_grid=_channels_first if channels_last else _as_it_is)
+        last = stages[-1]
+        last = last[-1] if isinstance(last, nn.ModuleList) else last  # a list is never called: its last block is
+        return Sight(explained=last, final=last, to_grid=_channels_first if channels_last else _as_it_is)
     if hasattr(model, "layer4"):  # a ResNet
         last = model.get_submodule("layer4")
         return Sight(explained=last, final=last, to_grid=_as_it_is)

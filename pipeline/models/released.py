@@ -177,26 +177,25 @@ def _describe_arm_pretraining(weights: Weights, image_size: ImageSize) -> tuple[
 
 def _describe_efficientvim(weights: Weights, image_size: ImageSize) -> tuple[EfficientViMConfig, None]:
     first = [f"stages.{s}.blocks.0" for s in range(3)]
-    widths = [shape_of(weights, f"{block}.alpha", 2)[1] for block in first]
-    fields = {
+    blocks = [{key.split(".")[3] for key in weights if key.startswith(f"stages.{s}.blocks.")} for s in range(3)]
+    widths = tuple(shape_of(weights, f"{block}.alpha", 2)[1] for block in first)
+    told = {
         "widths": widths,
-        "depths": [len({k.split(".")[3] for k in weights if k.startswith(f"stages.{s}.blocks.")}) for s in range(3)],
-        "states": [shape_of(weights, f"{block}.mixer.A", 1)[0] for block in first],
+        "depths": tuple(map(len, blocks)),
+        "states": tuple(shape_of(weights, f"{block}.mixer.A", 1)[0] for block in first),
         "distilled": "weights_dist" in weights,
-        "expand": max(1, shape_of(weights, f"{first[0]}.mixer.hz_proj.conv.weight", 3)[0] // (2 * widths[0])),
-        "mlp_ratio": shape_of(weights, f"{first[0]}.ffn.fc1.conv.weight", 4)[0] / widths[0],
-        "stem_stride": 2 ** len({k.split(".")[2] for k in weights if k.startswith("patch_embed.conv.")}),
-        "num_classes": shape_of(weights, "heads.0.weight", 2)[0],
     }
     variants = {name: EfficientViMConfig.model_validate({"name": name}).model_dump() for name in EFFICIENTVIM_VARIANTS}
-    shared = ("widths", "depths", "states", "distilled")
-    same = [name for name, v in variants.items() if all(_plain(v[f]) == _plain(fields[f]) for f in shared)]
-    fields["name"] = (same or list(variants))[0]
-    return EfficientViMConfig.model_validate(fields | ({"image_size": image_size} if image_size else {})), None
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    same = [name for name, values in variants.items() if told.items() <= values.items()]
+    fields = {
+        "name": (same or list(variants))[0],
+        "expand": max(1, shape_of(weights, f"{first[0]}.mixer.hz_proj.conv.weight", 3)[0] // (2 * widths[0])),
+        "mlp_ratio": shape_of(weights, f"{first[0]}.ffn.fc1.conv.weight", 4)[0] / widths[0],
+        "stem_stride": 2 ** len({key.split(".")[2] for key in weights if key.startswith("patch_embed.conv.")}),
+        "num_classes": shape_of(weights, "heads.0.weight", 2)[0],
+    }
+    given = {"image_size": image_size} if image_size else {}
+    return EfficientViMConfig.model_validate(told | fields | given), None
 
 
 def _computed_by_arm(model: nn.Module) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from pipeline.config import flatten
 from pipeline.observe.results import METRICS, Result, judged_rows, mean_and_spread
 from pipeline.observe.tables import Table
 
@@ -103,15 +103,9 @@ def _gain(found: tuple[float, float, float, float] | None) -> str:
 def _values(result: Result) -> dict[str, str]:
     values: dict[str, str] = {}
     for stage, run in result.stages.items():
-        for key, value in _flat(run.config).items():
+        for key, value in flatten(run.config).items():
             if key == "data.split" and result.protocol:
                 value = result.protocol.rsplit("; seed", 1)[0]  # the seeds of one design have splits of their own
             if not key.startswith(_NO_DESIGN):
                 values[f"{stage}.{key}"] = str(value)
     return values
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else key).items()}

@@ -48,9 +48,9 @@ def draw(
 ) -> Figure:
     """Calls `paint` with an empty matplotlib figure of `size` inches, twice: for print in black, for the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix in ("pdf", "svg"):
-        (folder / f"{name}.{suffix}").write_bytes(_render(paint, size, "black", suffix, name))
+    (folder / f"{name}.pdf").write_bytes(_render(paint, size, "black", "pdf", name))
     text = _render(paint, size, _TEXT, "svg", name).decode()
+    (folder / f"{name}.svg").write_text(text.replace(_TEXT, "#000000"))
     text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)  # ids of several figures share one page
     return Figure(name, title, note, text, wide)

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 
 from pipeline.observe import judged, sections
 from pipeline.observe.ablation import Compare, ablation_table, designs_of
+from pipeline.observe.extras import Section
 from pipeline.observe.figures import Figure, data_uri, draw
 from pipeline.observe.results import STAGES, Result, judged_rows, read_result
 from pipeline.observe.tables import Table
@@ -29,7 +30,12 @@ class Panel(NamedTuple):
 
 
 def write_report(
-    experiments: Sequence[Path], path: Path, *, panels: Sequence[Panel] = (), compare: Compare | None = None
+    experiments: Sequence[Path],
+    path: Path,
+    *,
+    panels: Sequence[Panel] = (),
+    compare: Compare | None = None,
+    extras: Sequence[Section] = (),
 ) -> Path:
     """Write the page at `path` (and what lies beside it) and return where it is.
 
@@ -70,6 +76,7 @@ def write_report(
         "panels": [draw(figures, p.name, p.title, p.paint, note=p.note, size=p.size, wide=True) for p in panels],
         "lineage": [(r.name, sections.lineage(r)) for r in results],
         "environment": next((s.environment for s in shown[0].stages.values() if s.environment), {}),
+        "extras": extras,
         "beside": beside.name,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

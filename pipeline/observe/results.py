@@ -127,7 +127,7 @@ def _read_stage(folder: Path) -> StageRun:
         config=yaml.safe_load(config.read_text()) if config.is_file() else {},
         environment=_json(folder / "environment.json"),
         status=_json(folder / "status.json"),
-        plan=_json(folder / "plan.json"),
+        plan=next((s for s in _json(folder.parent / "plan.json").get("stages", []) if s["stage"] == folder.name), {}),
         incidents=_lines(folder / "incidents.jsonl"),
         evaluation=_json(folder / "evaluation.json"),
         card=_json(folder / "export" / "model.json"),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.config import flatten
 from pipeline.observe.figures import Figure, draw, lines
 from pipeline.observe.results import STAGES, Result, StageRun
 from pipeline.observe.tables import Table
@@ -34,14 +35,14 @@ CURVES = (
     Curve("semi", "accuracy", "Accuracy on validation", {"val/top1": "student", "val/teacher_top1": "teacher"}, "percent"),
     Curve("semi", "groups", "Teacher on validation, by group",
           {k.format("teacher_"): v for k, v in _GROUPS.items()}, "percent"),
-    Curve("semi", "pseudo", "Pseudo-labels",
-          {"ssl/precision": "precision (hidden truth)", "ssl/coverage": "coverage", "ssl/mask_rate": "accepted",
-           "ssl/confidence": "mean confidence"}, "share"),
-    Curve("semi", "pseudo_groups", "Precision of pseudo-labels by group",
-          {"ssl/precision_head": "head", "ssl/precision_medium": "medium", "ssl/precision_tail": "tail"}, "share",
-          "Against the hidden truth, which no loss sees."),
-    Curve("semi", "coverage_groups", "Coverage of pseudo-labels by group",
-          {"ssl/coverage_head": "head", "ssl/coverage_medium": "medium", "ssl/coverage_tail": "tail"}, "share"),
+    Curve("semi", "pseudo", "Pseudo-labels", {"ssl/mask_rate": "accepted", "ssl/confidence": "mean confidence"}, "share"),
+    Curve("semi", "truth", "Pseudo-labels against the truth that no loss sees",
+          {"pseudo/precision": "precision", "pseudo/coverage": "coverage"}, "percent",
+          "Precision: of those that count, the right ones. Coverage: of the images, those that count."),
+    Curve("semi", "precision", "Precision of pseudo-labels, by group",
+          {f"pseudo/precision_{g}": g for g in ("head", "medium", "tail")}, "percent", "How far a name can be trusted."),
+    Curve("semi", "coverage", "Coverage of pseudo-labels, by group",
+          {f"pseudo/coverage_{g}": g for g in ("head", "medium", "tail")}, "percent"),
     Curve("semi", "energy", "Energy V = |s - t|² / 2", {"ema/V": "V"}, "squared weights", logy=True),
     Curve("semi", "decay", "The teacher's decay", {"ema/alpha": "α", "ema/guard_hit": "guard hits"}, "α; share of steps"),
 )  # fmt: skip
@@ -92,8 +93,8 @@ def speed(results: Sequence[Result]) -> Table:
                     f"{world} × {threads}",
                 ]
             )
-    header = ["", "state", "steps", "in steps", "images/s", "ms/step", "waiting for data, %", "memory, GiB", "MFU, %",
-              "processes × threads"]  # fmt: skip
+    header = ["", "state", "steps", "in steps", "images/s", "ms/step", "data wait, %", "GiB", "MFU, %",
+              "procs × threads"]  # fmt: skip
     note = "Medians over the logged intervals; memory is the largest logged of rank 0; evaluations and saves are not in the time."
     return Table(name="speed", title="Time and throughput", header=header, rows=rows, note=note)
 
@@ -105,7 +106,7 @@ def plans(results: Sequence[Result]) -> list[Table]:
         for stage, run in result.stages.items():
             actual = _actual(run)
             for key, planned in _numbers(run.plan).items():
-                measured = actual.get(key.rsplit(".", 1)[-1])
+                measured = actual.get(key)
                 if measured is not None:
                     ratio = f"{measured / planned:.2f}" if planned else "–"
                     rows.append([f"{result.name}, {stage}: {key}", f"{planned:.6g}", f"{measured:.6g}", ratio])
@@ -120,19 +121,21 @@ def _actual(run: StageRun) -> dict[str, float]:
     found: dict[str, float] = {}
     if run.rows:
         found |= {"steps": run.rows[-1]["step"], "samples": run.rows[-1]["samples"]}
+        found["memory_gib"] = max(row.get("perf/memory_gib", 0.0) for row in run.rows)
     seconds = run.seconds()
     if seconds:
         found |= {"hours": seconds / 3600, "seconds": seconds, "step_seconds": seconds / max(1, found["steps"])}
+        rates = run.curve("perf/tflops")[1]
+        if rates:
+            found["flops_per_step"] = 1e12 * sum(rates) / len(rates) * found["step_seconds"]
     saved = sorted((run.folder / "checkpoints").glob("step_*"))
     if saved:
         found["checkpoint_bytes"] = sum(f.stat().st_size for f in saved[-1].rglob("*") if f.is_file())
     return found
 
 
-def _numbers(node: Any, prefix: str = "") -> dict[str, float]:
-    if isinstance(node, dict):
-        return {k: v for key, child in node.items() for k, v in _numbers(child, f"{prefix}.{key}".strip(".")).items()}
-    return {prefix: float(node)} if isinstance(node, int | float) and not isinstance(node, bool) else {}
+def _numbers(plan: dict[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in flatten(plan).items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def incidents(results: Sequence[Result]) -> list[Table]:

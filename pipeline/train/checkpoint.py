@@ -1,7 +1,7 @@
 """Checkpoints: what continues this run. Written per parameter, so they know neither a world size nor a ZeRO stage.
 
 checkpoints/step_00000500/
-  shards_00000.safetensors   "KIND/NAME@START": elements of the flattened parameter NAME (master, exp_avg, ..., teacher)
+  shards_00000.safetensors   "KIND/NAME@START": elements of the flattened parameter NAME (master, exp_avg, ..., teacher, buffer)
   state.json                 step, AdamW's count, the task's and the loop's numbers, the probe's answer, a fingerprint
   COMPLETE                   sha256 of every file; a folder without it does not exist for anyone
 
@@ -167,11 +167,11 @@ def restore(
             )
         if not accept(state):
             continue
-        kinds = task.sharded_state()
-        engine.restore(_reader(path), state["optimizer_step"], kinds)
-        task.load_state_dict(state["task"], engine)
+        kinds, read = task.sharded_state(), _reader(path)
+        engine.restore(read, state["optimizer_step"], kinds)
         for name, buffer in _buffers(engine, task).items():
-            buffer.copy_(_reader(path)("buffer", name, 0, buffer.numel()).view(buffer.shape))
+            buffer.copy_(read("buffer", name, 0, buffer.numel()).view_as(buffer))
+        task.load_state_dict(state["task"], engine)
         logger.info("resumed from %s", path)
         return int(state["step"]), state["loop"]
     return 0, {}
@@ -198,9 +198,9 @@ def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
         kinds.update({kind: by_flat[shard.flat] for kind, by_flat in extra.items()})
         for kind, tensor in kinds.items():
             tensors[f"{kind}/{shard.name}@{shard.start}"] = shard.of(tensor).to("cpu", copy=True)
-    if engine.world.is_main:
-        for name, buffer in _buffers(engine, task).items():
-            tensors[f"buffer/{name}@0"] = buffer.detach().flatten().to("cpu", torch.float32, copy=True)
+    if engine.world.is_main:  # every rank has its own running statistics; those of rank 0 go on, as they are exported
+        own = _buffers(engine, task)
+        tensors |= {f"buffer/{name}@0": b.flatten().float().to("cpu", copy=True) for name, b in own.items()}
     return tensors
 
 

@@ -95,6 +95,9 @@ class LoopConfig(Strict):
         "stop", description="rewind: back to the newest checkpoint, never to see the first bad step's data again"
     )
     max_rewinds: NonNegativeInt = 3
+    on_alarm: Literal["note", "stop"] = Field(
+        "note", description="a stage's own alarm (collapse of the pseudo-labels): an incident in the report, or exit 6"
+    )
     spike_mads: float | None = Field(
         None,
         gt=0,

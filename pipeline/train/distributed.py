@@ -65,7 +65,7 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
             "WORLD_SIZE": environment["SLURM_NTASKS"],
             "LOCAL_RANK": environment["SLURM_LOCALID"],
             "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
-            "MASTER_PORT": str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+            "MASTER_PORT": str(_port(environment)),
         }
     return {
         "RANK": "0",
@@ -74,6 +74,13 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",  # any free one
     }
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """Alike on all nodes and another at each start of a requeued job, so that ranks of two starts never meet; below the
+    range from which Linux hands out ports."""
+    starts = int(environment["SLURM_JOB_ID"]) * 37 + int(environment.get("SLURM_RESTART_COUNT", "0"))
+    return 20_000 + starts % 12_000
 
 
 def first_host(nodes: str) -> str:

@@ -8,13 +8,10 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import psutil
 import torch
-import torch.distributed as dist
 
 from pipeline.data.loader import Batch, Loader
 from pipeline.errors import Diverged, HandoverError, Interrupted
@@ -23,9 +20,10 @@ from pipeline.observe.tensorboard import Board
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Saver
 from pipeline.train.config import LoopConfig
-from pipeline.train.distributed import World, any_rank
+from pipeline.train.distributed import any_rank
 from pipeline.train.divergence import Trouble, find_trouble, position_of
 from pipeline.train.engine import Engine
+from pipeline.train.meter import Meter
 from pipeline.train.peak import peak_flops
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
@@ -90,7 +88,7 @@ def fit(
 
     step, state = restore()
     left_out, rewinds = state.get("left_out", left_out), state.get("rewinds", rewinds)
-    board = Board(run.folder / "tb" if world.is_main else None, step)
+    board = Board(run.folder / "tb" if world.is_main else None, step, loop.global_batch)
     progress = Progress(run.folder.name, done=step, total=loop.steps, shown=world.is_main)
     meter = Meter(world, flops, peak_flops(world.device, engine.config.precision))
     tracer = Tracer(run.folder, world)
@@ -129,6 +127,7 @@ def fit(
                     saver.finish()
                     closed = [*left_out, trouble.position]
                     step, _ = restore()
+                    board.rewind(step)
                     left_out, next_position, skipped_updates = closed, -1, 0
                     recorder.forget_from(step)
                     continue
@@ -136,6 +135,8 @@ def fit(
                 for alarm in task.alarms(row):
                     run.incident({"step": step, "reason": alarm})
                     logger.log(logging.WARNING if world.is_main else logging.DEBUG, "step %d: %s", step, alarm)
+                    if loop.on_alarm == "stop":
+                        raise Diverged(f"{run.folder} stopped at step {step}: {alarm} (loop.on_alarm=note goes on)")
                 run.append_metrics(row)
                 board.scalars(row, step)
                 progress.line(step, row)
@@ -226,58 +227,3 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def _micro_batches(drawn: Mapping[str, Batch], accumulation: int) -> list[dict[str, Batch]]:
     parts = {name: batch.chunks(accumulation) for name, batch in drawn.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(accumulation)]
-
-
-class Meter:
-    """Means since the last flush, over all ranks, by counts. Nothing is read from the device before `flush`."""
-
-    def __init__(self, world: World, flops: float, peak: float) -> None:
-        """`flops` of a step over all ranks; `peak`: FLOP/s of one rank's device."""
-        self.world, self.flops, self.peak = world, flops, peak
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {}
-        self._started, self._waited, self._steps, self._images = time.monotonic(), 0.0, 0, 0
-
-    def add(self, metrics: Iterable[tuple[str, Mean]]) -> None:
-        for name, mean in metrics:
-            total, weight = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (total + mean.total.double(), weight + mean.weight)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent here is time without data."""
-        begin = time.monotonic()
-        yield
-        self._waited += time.monotonic() - begin
-
-    def count(self, images: int) -> None:
-        """A step is done, for which this rank read so many images (of all streams)."""
-        self._steps += 1
-        self._images += images
-
-    def flush(self) -> dict[str, float]:
-        """name -> mean (collective: all ranks have metered the same names); a mean of nothing is left out."""
-        names = sorted(self._sums)
-        device = self.world.device
-        pairs = [[torch.as_tensor(x, dtype=torch.float64, device=device) for x in self._sums[name]] for name in names]
-        table = torch.stack([torch.stack(pair) for pair in pairs])
-        if self.world.size > 1:
-            dist.all_reduce(table)
-        rows = table.tolist()
-        seconds = time.monotonic() - self._started
-        means = {name: total / count for name, (total, count) in zip(names, rows, strict=True) if count}
-        means["perf/step_seconds"] = seconds / self._steps
-        means["perf/images_per_second"] = self._images * self.world.size / seconds
-        means["perf/data_wait_share"] = self._waited / seconds
-        means["perf/tflops"] = self.flops * self._steps / seconds / 1e12
-        means["perf/mfu"] = self.flops * self._steps / seconds / (self.peak * self.world.size)
-        means["perf/memory_gib"] = memory_bytes(self.world.device) / 2**30
-        self._reset()
-        return means
-
-
-def memory_bytes(device: torch.device) -> int:
-    """This rank's peak on its GPU since the start, or what its process holds now."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

@@ -46,6 +46,7 @@ _FREE = (
     "loop.time_limit_minutes",
     "loop.vote_every",
     "loop.on_divergence",
+    "loop.on_alarm",
     "loop.max_rewinds",
     "loop.spike_mads",
     "loop.max_skipped_steps",

@@ -52,6 +52,8 @@ def probe_answer(model: "nn.Module", images: "Tensor") -> float:
 class Task:
     """What differs between stages. Only `loss` must be given."""
 
+    names_classes = True  # the model answers with logits of classes
+
     def loss(self, model: "nn.Module", batch: "Mapping[str, Batch]") -> StepOutput:
         """Loss and metrics of one micro-batch, stream by stream; no side effects, but for sums that `after_step` uses up."""
         raise TypeError(f"{type(self).__name__} gives no loss")
@@ -68,12 +70,16 @@ class Task:
         """One number that the weights, of the companions too, decide: a restored run must give it again (collective)."""
         return probe_answer(model, images)
 
+    def captions(self, model: "nn.Module", batch: "Batch") -> list[str] | None:
+        """What to write over the pictures of a batch of a stream, if anything (rank 0 alone)."""
+        return None
+
     def sharded_state(self) -> "dict[str, dict[Tensor, Tensor]]":
         """name -> {optimizer's flat parameter: a tensor of its shape}: saved and restored with the optimizer's shards."""
         return {}
 
     def buffers(self) -> "dict[str, Tensor]":
-        """name -> whole tensors, equal on all ranks (a companion's running statistics): saved, and restored in place."""
+        """Running statistics of companions, by names that the model's do not have: saved and restored with the model's."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,12 +33,17 @@ class WorkingCopy:
         """After an update of the teacher (collective); running statistics are the student's, or averaged with alpha."""
         if not self.by_blocks:
             self.engine.gather(self.tensors, self._trained({n: p.data for n, p in self.module.named_parameters()}))
-        latest = dict(self.engine.module.named_buffers())
+        latest, averaged = dict(self.engine.module.named_buffers()), self.averaged_buffers()
         for name, buffer in self.module.named_buffers():
-            if self.average_buffers and one_minus_alpha is not None and buffer.is_floating_point():
-                buffer.lerp_(latest[name], one_minus_alpha.to(buffer.dtype))
-            else:
+            if name not in averaged:
                 buffer.copy_(latest[name])
+            elif one_minus_alpha is not None:
+                buffer.lerp_(latest[name], one_minus_alpha.to(buffer.dtype))
+
+    def averaged_buffers(self) -> dict[str, Tensor]:
+        """Running statistics that are averages of the student's, and so a state of their own."""
+        lasting = self.module.state_dict().keys() if self.average_buffers else ()
+        return {n: b for n, b in self.module.named_buffers() if n in lasting and b.is_floating_point()}
 
     def full_weights(self) -> dict[str, Tensor]:
         """The whole state dict on the CPU (collective; all ranks get it)."""

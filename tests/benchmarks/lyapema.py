@@ -158,7 +158,7 @@ def semi_config() -> SemiConfig:
 def engine_of(model: nn.Module, zero_stage: int) -> Engine:
     return Engine(
         model,
-        distributed.start(60.0),
+        distributed.start(600.0),
         optim=OptimConfig(lr=1e-4),
         config=EngineConfig(zero_stage=zero_stage, bucket_bytes=2**24),  # type: ignore[arg-type]
         micro_batch=16,
@@ -242,10 +242,10 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(2)
     rows: dict[str, Any] = certificate_rows()
+    rows |= memory_rows()
     rows |= cost_rows(rounds)
     rows["step_seconds"] = step_seconds()
     rows["update_share_of_step"] = rows["update_ms"] / 1e3 / rows["step_seconds"]
-    rows |= memory_rows()
     print(json.dumps(rows))
 
 

@@ -55,17 +55,6 @@ def test_the_run_folder_tells_what_was_run(chain: Stages) -> None:
     assert {"top1", "head", "medium", "tail", "per_class"} <= set(models["teacher"])
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(chain: Stages, tmp_path: Path) -> None:
-    from pipeline.observe.report import write_report
-
-    page = write_report([chain.runs / "smoke"], tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 8
-    assert "data:image/png;base64," in page
-    assert "stage 3, teacher" in page
-    assert 'src="http' not in page
-    assert 'href="http' not in page.replace('xlink:href="http', "")
-
-
 class TestParents:
     def test_a_missing_parent_is_named_with_the_command_that_makes_it(self, chain: Stages) -> None:
         for nproc in (1, 2):

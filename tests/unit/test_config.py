@@ -91,7 +91,11 @@ def test_choose_lists_the_known_names_nearest_first() -> None:
         choose("optimizer", "adam", {"lamb": 1, "adamw": 2})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for stage in STAGES for p in (ROOT / "configs" / stage).glob("*.yaml")),
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
+)
 def test_every_config_in_the_house_is_valid_and_tells_its_story(path: Path) -> None:
     config = load_config(STAGES[path.parent.name].config, path)
     assert config.loop.steps > 0

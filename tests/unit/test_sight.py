@@ -10,9 +10,15 @@ from pipeline.evaluate.erf import for_display, receptive_field, side_of_share
 from pipeline.evaluate.gradcam import gradcam, overlay
 from pipeline.evaluate.sight import sight_of, watched
 from pipeline.models import build_model
-from pipeline.ops.torchvision_cpu import allow_torchvision
 
-TIMM = ("resnet50", "deit_small_patch16_224", "swin_tiny_patch4_window7_224", "efficientvim_m1")
+FAMILIES = [
+    ("timm/resnet50", 96),
+    ("timm/deit_small_patch16_224", 224),
+    ("timm/swin_tiny_patch4_window7_224", 224),
+    ("vim_nano", 32),
+    ("efficientvim_m4", 128),
+    ("vssd_tiny", 64),
+]
 
 
 class Stages(nn.Module):
@@ -119,18 +125,10 @@ class TestGradCAM:
         assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
 
 
-@pytest.mark.parametrize("name", [*TIMM, "vim_nano"])
-def test_every_family_has_a_map_with_gradients(name: str) -> None:
-    allow_torchvision()
-    import timm
-
+@pytest.mark.parametrize(("name", "size"), FAMILIES)
+def test_every_family_has_a_map_with_gradients(name: str, size: int) -> None:
     torch.manual_seed(0)
-    if name in TIMM:
-        size = 96 if name == "resnet50" else 224
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=2)
-    else:
-        size = 32
-        model = build_model(name, num_classes=2)
+    model = build_model(name, image_size=size, num_classes=2)
     model.eval().requires_grad_(False)
     images = torch.rand(1, 3, size, size)
     maps, _ = gradcam(model, images)

@@ -22,7 +22,9 @@ def test_torchruns_names_are_taken_as_they_are() -> None:
 
 def test_srun_alone_is_enough_and_the_port_follows_from_the_job() -> None:
     found = rendezvous(SRUN)
-    assert found == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu03", "MASTER_PORT": "34567"}
+    port = str(20_000 + 1234567 * 37 % 12_000)
+    assert found == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu03", "MASTER_PORT": port}
+    assert rendezvous({**SRUN, "SLURM_RESTART_COUNT": "1"})["MASTER_PORT"] == str(int(port) + 1)
 
 
 def test_nothing_is_a_world_of_one() -> None:

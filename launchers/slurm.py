@@ -1,0 +1,156 @@
+"""A stage, the chain or a sweep on SLURM. The only file that knows submitit.
+
+One task of srun is one rank. A stage waits for the one before with `afterok` (the points of a sweep for theirs, with
+`aftercorr`), and is taken out of the queue if that fails. Whatever can be refused is refused before anything is
+submitted. Submitting again submits what is neither complete nor in the queue.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from launchers import queue
+from launchers.chain import Step, open_steps
+from launchers.config import ClusterConfig, seconds_of
+from launchers.job import Job
+from launchers.refusals import refuse
+from pipeline.errors import EnvironmentProblem, PipelineError
+from pipeline.files import replace_text
+
+FOLDER = "slurm"  # of an experiment: logs of every rank, what was submitted, and how each start ended
+
+
+class Submitted(NamedTuple):
+    stage: str
+    experiment: Path
+    job_id: str
+    state: str  # submitted, or queued already
+
+
+def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig, folder: Path) -> list[Submitted]:
+    """Submit what is open of every point; returns all jobs that are in the queue for it, in the order of the stages.
+
+    The logs lie in `folder`: that of the experiment, or for a sweep one beside its points'.
+    """
+    refuse(points, cluster)
+    todo = [open_steps(point, cluster.world_size) for point in points]
+    jobs: list[Submitted] = []
+    free = []  # points without a job in the queue: their stages are submitted together
+    for point in todo:
+        queued = [(step, job) for step in point if (job := active_job(step))]
+        jobs += [Submitted(step.stage, step.folder.parent, job, "queued already") for step, job in queued]
+        rest = point[point.index(queued[-1][0]) + 1 :] if queued else point
+        if rest and queued:  # what has left the queue waits again for what is still in it
+            jobs += _submit([rest], cluster, (folder / FOLDER).absolute(), queued[-1][1])
+        elif rest:
+            free.append(rest)
+    # Arrays whose tasks wait for one another must be of the same points: group by what is open.
+    for stages in dict.fromkeys(tuple(step.stage for step in point) for point in free):
+        together = [point for point in free if tuple(step.stage for step in point) == stages]
+        jobs += _submit(together, cluster, (folder / FOLDER).absolute())
+    return jobs
+
+
+def _submit(points: Sequence[Sequence[Step]], cluster: ClusterConfig, logs: Path, before: str = "") -> list[Submitted]:
+    """One job per stage, or one array per stage, each waiting for the one before; all or none.
+
+    The first waits for the job `before`, if there is one.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    logs.mkdir(parents=True, exist_ok=True)
+    done: list[Submitted] = []
+    try:
+        for steps in zip(*points, strict=True):
+            executor = submitit.AutoExecutor(folder=logs, cluster="slurm")
+            asked = parameters(cluster, steps[0], logs, before, len(steps))
+            executor.update_parameters(**{f"slurm_{name}": value for name, value in asked.items()})
+            with executor.batch():
+                handles = [executor.submit(_frozen(step, logs)) for step in steps]
+            for step, handle in zip(steps, handles, strict=True):
+                shutil.rmtree(logs / handle.job_id, ignore_errors=True)  # of an older cluster that counted from 1 too
+                _record(step, handle.job_id, logs, before)
+                done.append(Submitted(step.stage, step.folder.parent, handle.job_id, "submitted"))
+            before = handles[0].job_id.split("_")[0]
+    except (FailedJobError, FailedSubmissionError, PipelineError) as error:
+        for job in {submitted.job_id.split("_")[0] for submitted in done}:
+            queue.ask("scancel", job)
+        words = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
+        raise EnvironmentProblem(
+            f"SLURM refuses the job: {words[-1] if words else error}; nothing is submitted"
+        ) from None
+    return done
+
+
+def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, points: int) -> dict[str, Any]:
+    """What sbatch is asked for, in submitit's words."""
+    config = step.config.run
+    optional = {"partition", "account", "qos", "constraint"}
+    asked = {name: value for name in sorted(optional) if (value := getattr(cluster, name)) is not None}
+    if cluster.gpus_per_node:
+        asked["gpus_per_node"] = cluster.gpus_per_node
+    if before:
+        asked["dependency"] = f"{'aftercorr' if points > 1 else 'afterok'}:{before}"
+    verdict = [sys.executable, "-m", "launchers.job", str(logs)]
+    return asked | {
+        "job_name": f"{config.experiment if points == 1 else logs.parent.name}-{step.stage}",
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.ranks_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "mem": f"{cluster.memory_gb}GB",
+        "time": seconds_of(cluster.time) // 60,
+        "signal_delay_s": cluster.signal_seconds,
+        "array_parallelism": cluster.array_parallel,
+        # A rank that fails ends the others at once; srun does not take the CPUs of sbatch over by itself.
+        "srun_args": ["-K1", f"--cpus-per-task={cluster.cpus_per_task}"],
+        "setup": [
+            *cluster.setup,
+            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cluster.cpus_per_task}}}",
+            "export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}",
+            "trap : TERM USR1 USR2  # the verdict comes after srun, whatever ends it",
+        ],
+        "teardown": ["code=$?", f"exec {shlex.join(verdict)} $code {cluster.max_requeues}"],
+        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **cluster.extra},
+    }
+
+
+def script(cluster: ClusterConfig, step: Step, logs: Path, before: str) -> str:
+    """The batch script of a single run, as it would be submitted."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
+    return _make_sbatch_string(command=command, folder=logs, **parameters(cluster, step, logs, before, 1))
+
+
+def active_job(step: Step) -> str:
+    """The id of this step's job if it is in the queue, or empty."""
+    told = record(step.folder)
+    return told["job"] if told and queue.job_state(told["job"]).active else ""
+
+
+def record(run: Path) -> dict[str, Any]:
+    """What was last submitted for a run's folder."""
+    path = run.parent / FOLDER / f"{run.name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _frozen(step: Step, logs: Path) -> Job:
+    """The job, with its config written beside the logs."""
+    folder = step.folder.parent.absolute() / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{step.stage}.yaml"
+    replace_text(path, yaml.safe_dump(step.values, sort_keys=False))
+    return Job(step.stage, path, step.folder.absolute(), logs)
+
+
+def _record(step: Step, job_id: str, logs: Path, before: str) -> None:
+    told = {"job": job_id, "logs": str(logs), "after": before, "submitted": time.time(), "config": str(step.path)}
+    replace_text(step.folder.parent / FOLDER / f"{step.stage}.json", json.dumps(told, indent=1))

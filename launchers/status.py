@@ -1,0 +1,162 @@
+"""Where every stage of an experiment stands: queued, running, failed and why, done, and what came from what.
+
+Read from the run folders (status.json, heartbeats, metrics, exports) and, where a job was submitted, from SLURM.
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launchers import queue
+from launchers.queue import JobState
+from launchers.slurm import record
+from pipeline.errors import ConfigError, HandoverError
+from pipeline.models.card import CARD, Card
+from stages import STAGES
+
+SILENT_SECONDS, BEATS = 120.0, 100  # without a heartbeat: this long, and this many of the run's own steps
+
+
+class Row(NamedTuple):
+    state: str  # complete, running, starting, queued, interrupted, failed, not run, silent, absent
+    words: str
+
+
+def show(root: Path, experiments: Sequence[str]) -> int:
+    """Print a line a stage, of all experiments below `root` or the named ones."""
+    known = sorted(
+        {p.parent.parent.name for p in root.glob("*/*/status.json")} | {p.parent.name for p in root.glob("*/slurm")}
+    )
+    missing = [name for name in experiments if name not in known]
+    if missing or not known:
+        raise ConfigError(
+            f"no experiment {', '.join(missing) or 'at all'} below {root}; there are: {', '.join(known) or 'none'}"
+        )
+    for name in experiments or known:
+        for stage in STAGES:
+            row = read_stage(root / name / stage)
+            if row.state != "absent":
+                print(f"{name + '/' + stage:32s} {row.state:12s} {row.words}")
+    return 0
+
+
+def read_stage(run: Path) -> Row:
+    """`run` is the folder of one stage of an experiment."""
+    status = _json(run / "status.json")
+    told = record(run)
+    job = queue.job_state(told["job"]) if told and queue.available() else JobState("UNKNOWN")
+    if status.get("state") == "complete" and (run / "export" / CARD).is_file():
+        return Row("complete", f"step {status['step']} of {status['steps']}; {_lineage(run)}")
+    where = f"job {told['job']}{_place(job)}" if told else ""
+    if job.active and job.state != "RUNNING":
+        again = f", requeued {job.restarts} times" if job.restarts else ""
+        waits = f"waits for job {told['after']}" if job.reason == "Dependency" else job.reason
+        return Row("queued", f"{where} {waits or job.state.lower()}{again}{_reached(status)}")
+    if job.active and not status:
+        return Row("starting", where)
+    if told and not job.active and job.state != "UNKNOWN" and not status:
+        return _never_started(told, job, where)
+    if not status:
+        return Row("absent", "") if not told else Row("not run", f"{where} is forgotten by SLURM and wrote nothing")
+    return _of_status(run, status, told, job, where)
+
+
+def _never_started(told: dict[str, Any], job: JobState, where: str) -> Row:
+    if job.state == "CANCELLED" and told["after"]:
+        return Row(
+            "not run", f"{where} was taken out of the queue: job {told['after']}, which it needs, did not complete"
+        )
+    return Row(
+        "failed", f"{where}: {job.state} with exit code {job.exit_code}; see {told['logs']}/{told['job']}_0_log.err"
+    )
+
+
+def _of_status(run: Path, status: dict[str, Any], told: dict[str, Any], job: JobState, where: str) -> Row:
+    reached = _reached(status)
+    if status["state"] == "failed" and not job.active:
+        return Row("failed", f"{status['reason']}{'; ' + where if where else ''}")
+    age = _heartbeat_age(run, status)
+    step_seconds = _last(run, "perf/step_seconds")
+    if status["state"] == "running" or job.active:
+        eta = (status.get("steps", 0) - status.get("step", 0)) * step_seconds
+        words = f"{reached.removeprefix('; ')}, eta {_clock(eta)}, last heartbeat {_clock(age)} ago"
+        words += f", {where}" if where else ""
+        if not (job.active if told else _held(run)):
+            ended = f", which is {job.state}" if told else ""
+            return Row("silent", f"{words}{ended}: ended without a word; start it again to continue")
+        if age > SILENT_SECONDS + BEATS * step_seconds:
+            return Row("silent", f"{words}: a rank hangs; after engine.timeout_seconds the run ends with 7")
+        return Row("running", words)
+    ended = f"; {where} {_verdict(told)}" if told else ""
+    return Row(status["state"], f"all is saved{reached}; start it again to continue{ended}")
+
+
+def _lineage(run: Path) -> str:
+    """What the weights are, and of which parents; says so if a parent has been trained anew since."""
+    try:
+        card = Card.read(run / "export")
+    except HandoverError as error:
+        return str(error)
+    words = [f"weights {card.weights_sha256[:12]}"]
+    for parent in card.lineage.parents:
+        words.append(f"{parent.role} {Path(parent.path).parent.name} {parent.weights_sha256[:12]}")
+        now = _json(Path(parent.path) / CARD).get("weights_sha256", parent.weights_sha256)
+        if now != parent.weights_sha256:
+            words[-1] += f" (STALE: it holds {now[:12]} now)"
+    return ", ".join(words)
+
+
+def _place(job: JobState) -> str:
+    return f" on {job.nodes}" * bool(job.nodes) + f" (start {job.restarts + 1})" * bool(job.restarts)
+
+
+def _reached(status: dict[str, Any]) -> str:
+    if not status.get("steps"):
+        return ""
+    return f"; step {status['step']} of {status['steps']} ({100 * status['step'] / status['steps']:.0f} %)"
+
+
+def _heartbeat_age(run: Path, status: dict[str, Any]) -> float:
+    """Of the rank that is silent longest: one that hangs holds all."""
+    beats = [path.stat().st_mtime for path in (run / "heartbeat").glob("rank_*")]
+    return time.time() - max(min(beats, default=0.0), status["time"])
+
+
+def _held(run: Path) -> bool:
+    """Whether a process works in the folder: it holds the lock."""
+    try:
+        with (run / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _last(run: Path, name: str) -> float:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = (json.loads(line) for line in reversed(lines) if line.endswith("}"))
+    return next((float(row[name]) for row in rows if name in row), 0.0)
+
+
+def _verdict(told: dict[str, Any]) -> str:
+    """What followed from the last start of the job."""
+    path = Path(told["logs"]) / told["job"] / "verdicts.jsonl"
+    if not path.is_file():
+        return "left no verdict"
+    row = json.loads(path.read_text().splitlines()[-1])
+    return f"ended with {row['code']}: {row['then']}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,80 @@
+"""What a model costs when it answers: parameters, multiply-adds, images per second, memory.
+
+Protocol (SHViT's and VSSD's practice, since EfficientViM ships no script): eval mode, no gradients, warm-up, then rounds in
+which the models take turns, so that a slow moment of the machine falls on all; the median round counts. A batch that does
+not fit is halved until it does, as for the supplement's high resolutions.
+"""
+
+import time
+from collections.abc import Mapping
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pipeline.models.flops import forward_flops
+
+WARM_UP = 2
+
+
+class Cost(NamedTuple):
+    model: str
+    size: int  # pixels a side
+    batch: int
+    images_per_second: float
+    milliseconds: float  # an image
+    parameters: int
+    gmacs: float  # of one image; papers print it as FLOPs
+    memory_gib: float | None  # peak allocated on a GPU; a process on a CPU cannot tell its models apart
+
+
+def inference(
+    models: Mapping[str, nn.Module], size: int, *, batch: int, rounds: int, device: torch.device
+) -> list[Cost]:
+    """All models at one size, (batch, 3, size, size) of random pixels. Raises torch's error if not even one image fits."""
+    fitting = {name: _fit(model.to(device).eval(), size, batch, device) for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    memory: dict[str, float | None] = dict.fromkeys(models)
+    for k in range(WARM_UP + rounds):
+        for name, model in models.items():
+            images = torch.rand(fitting[name], 3, size, size, device=device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            began = time.perf_counter()
+            with torch.no_grad():
+                model(images)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                memory[name] = torch.cuda.max_memory_allocated(device) / 2**30
+            if k >= WARM_UP:
+                seconds[name].append(time.perf_counter() - began)
+    found = []
+    for name, model in models.items():
+        took = median(seconds[name])
+        found.append(
+            Cost(
+                model=name,
+                size=size,
+                batch=fitting[name],
+                images_per_second=fitting[name] / took,
+                milliseconds=1000 * took / fitting[name],
+                parameters=sum(p.numel() for p in model.parameters()),
+                gmacs=forward_flops(model, (size, size)) / 2e9,
+                memory_gib=memory[name],
+            )
+        )
+    return found
+
+
+def _fit(model: nn.Module, size: int, batch: int, device: torch.device) -> int:
+    """The batch, halved until it fits."""
+    while True:
+        try:
+            with torch.no_grad():
+                model(torch.rand(batch, 3, size, size, device=device))
+            return batch
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2

@@ -1,0 +1,67 @@
+"""What is measured between two log lines: the means of the losses, and how well the machine is used."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from pipeline.train.distributed import World
+from pipeline.train.task import Mean
+
+
+class Meter:
+    """Means since the last flush, over all ranks, by counts. Nothing is read from the device before `flush`."""
+
+    def __init__(self, world: World, flops: float, peak: float) -> None:
+        """`flops` of a step over all ranks; `peak`: FLOP/s of one rank's device."""
+        self.world, self.flops, self.peak = world, flops, peak
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {}
+        self._started, self._waited, self._steps, self._images = time.monotonic(), 0.0, 0, 0
+
+    def add(self, metrics: Iterable[tuple[str, Mean]]) -> None:
+        for name, mean in metrics:
+            total, weight = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + mean.total.double(), weight + mean.weight)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent here is time without data."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+
+    def count(self, images: int) -> None:
+        """A step is done, for which this rank read so many images (of all streams)."""
+        self._steps += 1
+        self._images += images
+
+    def flush(self) -> dict[str, float]:
+        """name -> mean (collective: all ranks have metered the same names); a mean of nothing is left out."""
+        names = sorted(self._sums)
+        device = self.world.device
+        pairs = [[torch.as_tensor(x, dtype=torch.float64, device=device) for x in self._sums[name]] for name in names]
+        table = torch.stack([torch.stack(pair) for pair in pairs])
+        if self.world.size > 1:
+            dist.all_reduce(table)
+        rows = table.tolist()
+        seconds = time.monotonic() - self._started
+        means = {name: total / count for name, (total, count) in zip(names, rows, strict=True) if count}
+        means["perf/step_seconds"] = seconds / self._steps
+        means["perf/images_per_second"] = self._images * self.world.size / seconds
+        means["perf/data_wait_share"] = self._waited / seconds
+        means["perf/tflops"] = self.flops * self._steps / seconds / 1e12
+        means["perf/mfu"] = self.flops * self._steps / seconds / (self.peak * self.world.size)
+        means["perf/memory_gib"] = memory_bytes(self.world.device) / 2**30
+        self._reset()
+        return means
+
+
+def memory_bytes(device: torch.device) -> int:
+    """This rank's peak on its GPU since the start, or what its process holds now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

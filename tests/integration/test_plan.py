@@ -1,0 +1,62 @@
+"""Plan against truth: the smoke chain is planned, and what its runs did is set beside it."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pipeline.observe.results import read_result
+from pipeline.observe.sections import plans
+from stages import STAGES
+from tests.conftest import ENVIRONMENT, ROOT, Stages
+
+
+def planned(stages: Stages, *more: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    overrides = [*stages.overrides(*more), "cluster:nodes=1"]
+    command = [sys.executable, "-m", "launchers", "plan", "chain", "smoke", *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    name = next((m.split("=")[1] for m in more if m.startswith("run.experiment=")), "smoke")
+    path = stages.runs / name / "plan.json"
+    return done, json.loads(path.read_text()) if path.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def plan(chain: Stages) -> dict[str, Any]:
+    done, plan = planned(chain)
+    assert done.returncode == 0, done.stderr
+    return {stage["stage"]: stage for stage in plan["stages"]}
+
+
+def test_steps_are_exact_and_checkpoints_to_2_percent(chain: Stages, plan: dict[str, Any]) -> None:
+    """By the table of the report, which sets plan and actual side by side."""
+    rows = plans([read_result(chain.runs / "smoke")])[0].rows
+    assert len(rows) == 3 * 6
+    found = {tuple(row[0].removeprefix("smoke, ").split(": ")): [float(cell) for cell in row[1:3]] for row in rows}
+    for stage in STAGES:
+        assert found[stage, "steps"] == [8, 8]
+        planned, actual = found[stage, "samples"]
+        assert planned == actual
+        planned, actual = found[stage, "checkpoint_bytes"]
+        assert planned == pytest.approx(actual, rel=0.02)
+        assert plan[stage]["checkpoints_written"] == 4
+
+
+def test_a_plan_needs_no_parent_and_prints_the_scripts_of_the_chain(chain: Stages) -> None:
+    done, plan = planned(chain, "run.experiment=ahead", "cluster:gpus_per_node=4", "cluster:time=12:00:00")
+    assert done.returncode == 0, done.stderr
+    scripts = [stage["script"] for stage in plan["stages"]]
+    assert all("#SBATCH --gpus-per-node=4" in text and "#SBATCH --time=720" in text for text in scripts)
+    assert "--dependency" not in scripts[0]
+    assert all("#SBATCH --dependency='afterok:" in text for text in scripts[1:])
+    assert "torchrun --nnodes 1" in done.stdout
+    assert [point["world_size"] for point in plan["stages"][0]["scaling"] if point["possible"]] == [1, 2, 4]
+    assert not (chain.runs / "ahead" / "arm").exists()
+
+
+def test_a_plan_says_what_stands_in_the_way_and_ends_with_its_code(chain: Stages) -> None:
+    done, plan = planned(chain, "run.experiment=hindered", "cluster:tasks_per_node=8")
+    assert done.returncode == 2
+    assert "lanes 4 must be a multiple of the 8 processes" in done.stdout
+    assert plan["problems"]

@@ -1,0 +1,187 @@
+"""The page and the board as a person gets them: read from the files, and opened in a browser where there is one."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launchers import report
+from pipeline.errors import ConfigError, DataError
+from pipeline.evaluate.answers import Answers
+from tests.conftest import ENVIRONMENT, ROOT, Stages
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --enable-logging=stderr --hide-scrollbars"
+).split()
+browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")
+
+
+SECTIONS = (
+    "How good it is",
+    "Where two models look",
+    "Effective receptive fields",
+    "Stage 1: ARM",
+    "Stage 3: semi",
+    "Time and throughput",
+    "No incidents",
+    "Where it came from",
+    "labels seen",
+    "data:image/png;base64,",
+)
+# TensorBoard's palette in the order of the runs: arm/tb, arm/tb/by_samples, distill/tb, ..., semi/tb, ...
+RUN_COLOURS = {"arm": (0xFF, 0x70, 0x43), "distill": (0xCC, 0x33, 0x11), "semi": (0xEE, 0x33, 0x77)}
+
+
+@pytest.fixture(scope="module")
+def page(chain: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report.run([chain.runs / "smoke"], tmp_path_factory.mktemp("report") / "smoke" / "report.html")
+
+
+def test_the_page_needs_nothing_else_and_holds_every_section(page: Path) -> None:
+    text = page.read_text()
+    for word in SECTIONS:
+        assert word in text, word
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
+    assert "@import" not in text
+    assert "url(http" not in text
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_every_figure_is_there_for_print_and_every_table_in_three_forms(page: Path) -> None:
+    beside = page.with_suffix("")
+    drawn = {f.stem for f in (beside / "figures").glob("*.svg")}
+    assert {"groups", "classes", "reliability", "tail_confusion", "gradcam", "erf", "semi_energy", "arm_loss"} <= drawn
+    assert {f.stem for f in (beside / "figures").glob("*.pdf")} == drawn
+    assert set(re.findall(r'<figure[^>]* id="(\w+)"', page.read_text())) == drawn
+    tables = {f.stem for f in (beside / "tables").glob("*.csv")}
+    assert {"accuracy", "per_class", "tail_confusions", "speed"} <= tables
+    assert {f.stem for f in (beside / "tables").glob("*.tex")} == tables
+    assert "## How good it is" in (beside / "report.md").read_text()
+
+
+def test_the_numbers_are_those_of_the_run(chain: Stages, page: Path) -> None:
+    models = json.loads((chain.runs / "smoke" / "semi" / "evaluation.json").read_text())["models"]
+    rows = list(csv.DictReader((page.with_suffix("") / "tables" / "accuracy.csv").read_text().splitlines()))
+    last = next(r for r in rows if r[""] == "stage 3, teacher")
+    low, high = models["teacher"]["intervals"]["top1"]
+    assert last["top1"] == f"{models['teacher']['top1']:.2f} [{low:.1f}, {high:.1f}]"
+    assert last["ece"] == f"{models['teacher']['ece']:.2f}"
+
+
+def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, tmp_path: Path) -> None:
+    """The other design differs in one key of one stage; its answers are the first one's with a tail class got right."""
+    other = tmp_path / "other"
+    shutil.copytree(chain.runs / "smoke", other, ignore=shutil.ignore_patterns("checkpoints", "tb"))
+    config = other / "semi" / "config.yaml"
+    config.write_text(re.sub(r"(?m)^label_smoothing: .*$", "label_smoothing: 0.07", config.read_text()))
+    path = other / "semi" / "answers-teacher.npz"
+    answers = Answers.load(path)
+    gained = (answers.labels == 9) & (answers.predicted != 9)
+    assert gained.sum() > 0
+    Answers(**{**vars(answers), "predicted": np.where(answers.labels == 9, 9, answers.predicted)}).save(path)
+    page = report.run([chain.runs / "smoke", other], tmp_path / "both.html")
+    rows = list(csv.DictReader((page.with_suffix("") / "tables" / "ablation.csv").read_text().splitlines()))
+    assert [r["what differs"].partition("=")[0] for r in rows] == ["semi.label_smoothing"] * 2
+    assert rows[1]["what differs"] == "semi.label_smoothing=0.07"
+    assert rows[1]["Δ top1 [95 %], p"].startswith(f"{100 * gained.sum() / 400:+.2f} [")
+    assert rows[1]["Δ top1 [95 %], p"].endswith("< 0.001")
+
+
+def test_a_folder_that_is_no_experiment_is_a_sentence_that_names_those_beside_it(chain: Stages, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"experiments beside it: .*smoke"):
+        report.run([chain.runs / "smok"], None)
+    with pytest.raises(ConfigError, match=r"ends in \.html"):
+        report.run([chain.runs / "smoke"], tmp_path / "report.pdf")
+
+
+@pytest.mark.parametrize("stage", ["arm", "distill", "semi"])
+def test_tensorboard_holds_the_log_row_for_row_and_pictures(chain: Stages, stage: str) -> None:
+    run = chain.runs / "smoke" / stage
+    events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0}).Reload()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name in {name for row in rows for name in row if "/" in name}:
+        logged = [(row["step"], row[name]) for row in rows if name in row]
+        shown = [(e.step, e.value) for e in events.Scalars(name)]
+        assert [step for step, _ in shown] == [step for step, _ in logged], name
+        assert [v for _, v in shown] == pytest.approx([v for _, v in logged], rel=1e-6, abs=1e-9), name
+    images = events.Tags()["images"]
+    expected = {"arm": "input, target, prediction", "distill": "attribution", "semi": "views/unlabelled"}
+    assert expected[stage] in images
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+@browser
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_opens_without_a_console_error_and_shows_every_figure(page: Path, tmp_path: Path, width: int) -> None:
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},1200"]
+    dom, said = browse(page.as_uri(), tmp_path, *offline, "--dump-dom")
+    assert "CONSOLE" not in said, said
+    figures = len(list((page.with_suffix("") / "figures").glob("*.svg")))
+    assert len(re.findall(r"<figure[^>]* id=", dom)) == figures
+    assert dom.count("<svg") == figures
+
+
+@pytest.fixture(scope="module")
+def board(chain: Stages) -> Iterator[str]:
+    """TensorBoard's own server on the runs of the chain."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(chain.runs / "smoke"), "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                with urllib.request.urlopen(f"{url}/data/plugin/scalars/tags", timeout=10) as answer:
+                    if "semi/tb" in json.load(answer):
+                        break
+            except OSError:
+                pass
+            assert server.poll() is None
+            time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@browser
+def test_the_scalars_page_shows_the_curves_of_all_three_stages(board: str, tmp_path: Path) -> None:
+    """The page keeps its document to itself (shadow roots), so the picture is looked at: lines in the runs' colours."""
+    shot = tmp_path / "board.png"
+    options = ["--window-size=1400,1600", "--virtual-time-budget=30000", f"--screenshot={shot}"]
+    browse(f"{board}/#scalars&tagFilter=train%2Floss", tmp_path, *options)
+    with Image.open(shot) as image:
+        charts = np.array(image.convert("RGB"))[100:, 380:].reshape(-1, 3)  # right of the list of runs
+    for stage, colour in RUN_COLOURS.items():
+        drawn = int((charts == np.array(colour)).all(1).sum())
+        assert drawn > 100, f"{stage}: {drawn} pixels"
+
+
+def browse(url: str, folder: Path, *more: str) -> tuple[str, str]:
+    """The page's document after its scripts have run, and what the browser said."""
+    assert BROWSER
+    command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", *more, url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr

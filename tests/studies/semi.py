@@ -1,0 +1,184 @@
+"""What helps where labels are few and long-tailed: python -m tests.studies.semi [--seeds 0 1 2 3 4] [--jobs 2]
+
+Two bundled datasets (`digits`, and `letters`, 26 classes in colour), imbalance 10, a fifth of the labels on letters and a tenth
+on digits, one split a seed. Every row is an ordinary stage 3 from an ordinary stage 2, with one thing changed; what is
+done already is reused, so a study that was stopped goes on. Judged on the test set, once, by the teacher's weights; no
+threshold is chosen here. Tables go to standard output and, as Markdown, CSV and LaTeX, to runs/study.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from scipy.stats import t as student_t
+
+from pipeline.data.__main__ import main as data
+from pipeline.observe.tables import Table
+
+RUNS, DATA = Path("runs/study"), Path("data")
+DATASETS = {"digits": "0.1", "letters": "0.2"}  # and the share of each class that is labelled
+METRICS = ("top1", "balanced", "head", "medium", "tail")
+# ViT of as many weights as the Vision Mamba: 156 and 154 thousand on letters.
+VIT = (
+    "{name: timm/vit_tiny_patch16_224, image_size: 32, options: {patch_size: 8, embed_dim: 62, depth: 3, num_heads: 2}}"
+)
+BACKBONES: dict[str, list[str]] = {"vim": [], "vit": [f"model={VIT}"]}
+_PLAIN = ["ema.mode=ema"]
+
+
+class Row(NamedTuple):
+    """One line: a name, what it says, its backbone, what differs from configs/semi/study.yaml, the line it is held against."""
+
+    name: str
+    title: str
+    backbone: str
+    values: Sequence[str]
+    against: str | None
+
+
+ROWS = (
+    Row("supervised", "supervised only", "vim", [*_PLAIN, "pseudo.weight=0"], None),
+    Row("supervised-guarded", "supervised only, guarded LyapEMA", "vim", ["pseudo.weight=0"], "supervised"),
+    Row("fixmatch", "FixMatch", "vim", [*_PLAIN, "pseudo.labeller=student"], "supervised"),
+    Row("ema", "plain EMA teacher", "vim", _PLAIN, "supervised"),
+    Row("lyap", "LyapEMA", "vim", ["ema.mode=lyap"], "ema"),
+    Row("guarded", "guarded LyapEMA", "vim", [], "ema"),
+    Row("guarded-pull", "guarded LyapEMA, pull 0.001", "vim", ["ema.pull=0.001"], "guarded"),
+    Row("ssmixup", "guarded LyapEMA, SSMixup (nu learned)", "vim", ["ssmixup={}"], "guarded"),
+    Row("ssmixup-fixed", "guarded LyapEMA, SSMixup (nu 1)", "vim", ["ssmixup={nu: 1.0}"], "guarded"),
+    Row("pseudo-mixup", "guarded LyapEMA, pseudo-mixup", "vim", ["mixup={pseudo: true}"], "guarded"),
+    Row("aligned", "guarded LyapEMA, aligned to uniform", "vim", ["pseudo.alignment=uniform"], "guarded"),
+    Row(
+        "balanced", "guarded LyapEMA, class-balanced thresholds", "vim", ["pseudo.thresholds=class_balanced"], "guarded"
+    ),
+    Row("vit-supervised", "ViT, supervised only", "vit", [*_PLAIN, "pseudo.weight=0"], "supervised"),
+    Row("vit-ema", "ViT, plain EMA teacher", "vit", _PLAIN, "ema"),
+    Row("vit-guarded", "ViT, guarded LyapEMA", "vit", [], "guarded"),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m tests.studies.semi", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    args = parser.parse_args(arguments)
+    rows = [row for row in ROWS if row.name in args.rows]
+    summary = {}
+    for dataset in args.datasets:
+        summary[dataset] = found = _runs(dataset, rows, args.seeds, args.jobs)
+        for made in (means(dataset, rows, found), gains(dataset, rows, found)):
+            made.write(RUNS / "tables")
+            print(f"\n{made.title}\n\n{made.markdown()}", flush=True)
+    print(json.dumps({"study": "semi", "seeds": args.seeds, "percent": summary}))
+    return 0
+
+
+def _runs(dataset: str, rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> dict[str, list[dict[str, float]]]:
+    """All runs of a dataset, those that are done left as they are: row -> metrics of each seed."""
+    data(["convert", dataset, "--out", str(DATA / dataset)])
+    for seed in seeds:
+        split = ["split", str(DATA / dataset / "train"), "--out", str(_split(dataset, seed)), "--seed", str(seed)]
+        data([*split, *f"--imbalance 10 --labelled {DATASETS[dataset]} --validation-per-class 10".split()])
+    backbones = sorted({row.backbone for row in rows})
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda job: _stage_2(dataset, *job), [(s, b) for s in seeds for b in backbones]))
+        list(pool.map(lambda job: _stage_3(dataset, *job), [(s, row) for s in seeds for row in rows]))
+    return {row.name: [_judge(dataset, seed, row) for seed in seeds] for row in rows}
+
+
+def means(dataset: str, rows: Sequence[Row], found: dict[str, list[dict[str, float]]]) -> Table:
+    """Percent on the test set, mean and 95 % interval over the seeds."""
+    cells = [[row.title, *(_interval([seed[m] for seed in found[row.name]]) for m in METRICS)] for row in rows]
+    return Table(
+        name=f"{dataset}-means",
+        title=f"{dataset}: percent on the test set, mean and 95 % interval over {len(found[rows[0].name])} seeds",
+        header=["", *METRICS],
+        rows=cells,
+    )
+
+
+def gains(dataset: str, rows: Sequence[Row], found: dict[str, list[dict[str, float]]]) -> Table:
+    """Points that a row gains over the one it is held against, seed by seed: mean and 95 % interval of the differences."""
+    cells = []
+    for row in rows:
+        if row.against not in found:
+            continue
+        pairs = list(zip(found[row.name], found[row.against], strict=True))
+        cells.append(
+            [row.title, _title(row.against), *(_interval([a[m] - b[m] for a, b in pairs], "+") for m in METRICS)]
+        )
+    return Table(
+        name=f"{dataset}-gains",
+        title=f"{dataset}: points gained, paired by seed, mean and 95 % interval",
+        header=["", "over", *METRICS],
+        rows=cells,
+    )
+
+
+def _title(name: str) -> str:
+    return next(row.title for row in ROWS if row.name == name)
+
+
+def _interval(values: list[float], sign: str = "") -> str:
+    """Student's interval of the mean; without a second seed there is none."""
+    mean = f"{fmean(values):{sign}.1f}"
+    if len(values) < 2:
+        return mean
+    half = student_t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {half:.1f}"
+
+
+def _judge(dataset: str, seed: int, row: Row) -> dict[str, float]:
+    evaluation = json.loads((_folder(dataset, seed, row.name) / "semi" / "evaluation.json").read_text())
+    return {name: evaluation["models"]["teacher"][name] for name in METRICS}
+
+
+def _stage_2(dataset: str, seed: int, backbone: str) -> None:
+    _run(dataset, seed, "distill", backbone, BACKBONES[backbone])
+
+
+def _stage_3(dataset: str, seed: int, row: Row) -> None:
+    parent = _folder(dataset, seed, row.backbone) / "distill" / "export"
+    _run(dataset, seed, "semi", row.name, [f"init_from={parent}", *row.values])
+
+
+def _run(dataset: str, seed: int, stage: str, name: str, own: Sequence[str]) -> None:
+    """One run, reused if it is done: the folder's name is its identity, and the stage itself refuses another config in it."""
+    folder = _folder(dataset, seed, name)
+    if (folder / stage / "export" / "model.json").is_file():
+        return
+    where = [f"data.{part}={DATA / dataset / part}" for part in ("train", "test")]
+    values = [f"run.root={RUNS}", f"run.experiment={folder.name}", f"run.seed={seed}", *where]
+    command = [sys.executable, "-m", "stages", stage, f"configs/{stage}/study.yaml", *values]
+    done = subprocess.run(
+        [*command, f"data.split={_split(dataset, seed)}", *own],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = "done" if done.returncode == 0 else done.stderr
+    print(f"{dataset}, seed {seed}, {stage}, {name}: {said}", file=sys.stderr, flush=True)
+    done.check_returncode()
+
+
+def _folder(dataset: str, seed: int, name: str) -> Path:
+    return RUNS / f"{dataset}-seed{seed}-{name}"
+
+
+def _split(dataset: str, seed: int) -> Path:
+    return DATA / dataset / f"study-seed{seed}.json"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What a person types becomes stages, points of a sweep and a cluster, or a sentence."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launchers.chain import open_steps, read_cluster, read_points, read_steps
+from launchers.config import ClusterConfig, seconds_of
+from launchers.filesystem import file_system
+from pipeline.config import load_config, parse_yaml
+from pipeline.errors import ConfigError, HandoverError
+from stages import STAGES
+
+CPU = Path("configs/cluster/cpu.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/cluster").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_is_one(path: Path) -> None:
+    assert load_config(ClusterConfig, path).world_size >= 1
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"), [("0:01:00", 60), ("72:00:00", 259_200), ("2-00:00:00", 172_800), ("1-12:30:15", 131_415)]
+)
+def test_a_time_is_read_as_slurm_reads_it(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+    assert parse_yaml(f"time: {time}", "here") == {"time": time}  # YAML 1.1 would make a number of it
+
+
+@pytest.mark.parametrize("time", ["90", "72:00", "2 days", "0:00:30", "1:60:00", "00:00:00", "-1:00:00", ""])
+def test_any_other_time_is_refused_with_the_right_form(time: str) -> None:
+    with pytest.raises(ConfigError, match="time"):
+        read_cluster(CPU, [f"cluster:time='{time}'"])
+
+
+def test_a_number_of_minutes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"time = 4320: input should be a valid string"):
+        read_cluster(CPU, ["cluster:time=4320"])
+
+
+def test_overrides_go_to_the_cluster_to_a_stage_or_to_all() -> None:
+    cluster, left = read_cluster(CPU, ["cluster:nodes=4", "run.seed=7", "arm:loop.steps=9"])
+    assert cluster.nodes == 4
+    steps = read_steps("chain", "smoke", left)
+    assert [s.stage for s in steps] == list(STAGES)
+    assert [s.config.run.seed for s in steps] == [7, 7, 7]
+    assert [s.config.loop.steps for s in steps] == [9, 8, 8]
+
+
+def test_a_prefix_that_is_no_stage_is_refused() -> None:
+    with pytest.raises(ConfigError, match="before the colon stands a stage"):
+        read_steps("chain", "smoke", ["arn:loop.steps=9"])
+
+
+def test_what_a_job_reads_is_the_config_that_was_checked(tmp_path: Path) -> None:
+    for step in read_steps("chain", "smoke", ["optim.lr=1e-5"]):
+        frozen = tmp_path / "config.yaml"
+        frozen.write_text(yaml.safe_dump(step.values))
+        assert load_config(STAGES[step.stage].config, frozen) == step.config
+
+
+def test_a_sweep_is_a_grid_of_experiments_with_names_that_tell() -> None:
+    points = read_points("arm", "configs/arm/smoke.yaml", [], ["optim.lr=1e-3,2e-3", "run.seed=0,1"])
+    assert [p[0].config.run.experiment for p in points] == [
+        f"smoke-lr_{lr}-seed_{seed}" for lr in ("1e-3", "2e-3") for seed in (0, 1)
+    ]
+    assert [(p[0].config.optim.lr, p[0].config.run.seed) for p in points][2] == (2e-3, 0)
+
+
+def test_a_sweep_with_a_value_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="two points would have the same name"):
+        read_points("arm", "configs/arm/smoke.yaml", [], ["run.seed=0,0"])
+
+
+def test_stages_of_two_experiments_are_no_chain() -> None:
+    with pytest.raises(ConfigError, match="must share"):
+        read_steps("chain", "smoke", ["semi:run.experiment=other"])
+
+
+class TestBeforeAnythingIsSubmitted:
+    @pytest.fixture
+    def data(self, digits: Path, tmp_path: Path) -> list[str]:
+        names = {"train": "train", "test": "test", "split": "split.json"}
+        return [f"run.root={tmp_path}", *(f"data.{k}={digits / v}" for k, v in names.items())]
+
+    def test_a_chain_is_checked_though_its_parents_are_not_there(self, data: list[str]) -> None:
+        assert len(open_steps(read_steps("chain", "smoke", data), 2)) == 3
+
+    def test_a_stage_alone_needs_its_parent(self, data: list[str]) -> None:
+        with pytest.raises(HandoverError, match="no export at"):
+            open_steps(read_steps("semi", "configs/semi/smoke.yaml", data), 2)
+
+    def test_a_parent_that_will_not_fit_is_seen_before_it_is_trained(self, data: list[str]) -> None:
+        with pytest.raises(HandoverError, match=r"has model.embed_dim = 32, this config 48"):
+            open_steps(read_steps("chain", "smoke", [*data, "distill:model.embed_dim=48"]), 2)
+
+    def test_lanes_are_a_multiple_of_the_ranks(self, data: list[str]) -> None:
+        with pytest.raises(ConfigError, match="lanes 4 must be a multiple of the 8 processes"):
+            open_steps(read_steps("chain", "smoke", data), 8)
+
+    def test_more_lanes_than_samples_are_refused(self, data: list[str]) -> None:
+        more = ["distill:data.loader.lanes=64", "distill:loop.global_batch=64"]
+        with pytest.raises(ConfigError, match="lanes is 64, but there are only 51 labelled samples"):
+            open_steps(read_steps("chain", "smoke", [*data, *more]), 2)
+
+
+def test_a_path_is_told_its_file_system_before_it_exists() -> None:
+    assert file_system(Path("/dev/shm/not/there/yet")) == "tmpfs"
+    assert file_system(Path("/proc/self")) == "proc"
+    assert file_system(Path("relative")) == file_system(Path.cwd())

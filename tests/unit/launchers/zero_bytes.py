@@ -1,0 +1,58 @@
+"""python -m tests.unit.launchers.zero_bytes ZERO_STAGE ...: what a rank really allocates, a JSON object a stage on rank 0.
+
+A real engine with LyapEMA takes one step; each rank counts the bytes of its tensors.
+"""
+
+import json
+import sys
+
+import torch
+
+from pipeline.models import build_model
+from pipeline.train import distributed
+from pipeline.train.config import EngineConfig, LyapEMAConfig, OptimConfig
+from pipeline.train.engine import Engine
+from pipeline.train.lyapema import LyapEMA
+
+MODEL = {"name": "vim_nano", "num_classes": 10}
+OPTIM = OptimConfig(lr=1e-3, layer_decay=0.8)
+
+
+def count(zero_stage: int, world: distributed.World) -> dict[str, int]:
+    torch.manual_seed(0)
+    model = build_model(**MODEL)
+    engine = Engine(
+        model, world, optim=OPTIM, config=EngineConfig(zero_stage=zero_stage), micro_batch=2, accumulation=1
+    )
+    ema = LyapEMA(engine.masters, engine.base_optimizer, LyapEMAConfig(), engine.all_reduce)
+    engine.backward(engine.model(torch.randn(2, 3, 32, 32)).square().mean())
+    engine.step(1e-3)
+    state = engine.base_optimizer.state
+    own = {id(p) for _, p in engine.named_parameters}
+    found = {
+        "masters": sum(m.numel() * 4 for m in engine.masters if id(m) not in own),
+        "moments": sum(state[m][k].numel() * 4 for m in engine.masters for k in ("exp_avg", "exp_avg_sq")),
+        "teacher": sum(t.numel() * 4 for t in ema.teacher.values()),
+    }
+    if zero_stage == 3:
+        found["parameters"] = sum(
+            4 * (p.ds_tensor.numel() + (p.numel() if p.ds_persist else 0)) for p in engine.module.parameters()
+        )
+    else:
+        found["parameters"] = sum(4 * p.numel() for p in engine.module.parameters())
+    engine.close()
+    return found
+
+
+def main(zero_stages: list[int]) -> None:
+    torch.set_num_threads(1)
+    world = distributed.start(60)
+    for zero_stage in zero_stages:
+        found = count(zero_stage, world)
+        if world.is_main:
+            print(json.dumps(found), flush=True)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main([int(word) for word in sys.argv[1:]])
