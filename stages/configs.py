@@ -123,6 +123,9 @@ class TeacherConfig(Strict):
     kind: Literal["hard", "soft"] = "hard"
     weight: float = Field(0.5, ge=0, le=1, description="share of the teacher's loss; the labels have the rest")
     temperature: float = Field(1.0, gt=0, description="of soft targets")
+    unlabelled_ratio: NonNegativeInt = Field(
+        0, description="unlabelled images of data.split per labelled one in a step, which only the teacher teaches"
+    )
     cache: Path | None = Field(
         None, description="folder that keeps its answers by what it saw: a second run does not pay for them again"
     )
@@ -178,6 +181,14 @@ class DistillConfig(StageConfig):
     allow_more_labels: bool = Field(
         False, description="accept parents that saw labels outside data.split; marks the result"
     )
+
+    @model_validator(mode="after")
+    def _unlabelled(self) -> Self:
+        if self.teacher and self.teacher.unlabelled_ratio and self.data.split is None:
+            raise ValueError(
+                "teacher.unlabelled_ratio needs data.split, which says what is unlabelled; give it or set 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _mesa(self) -> Self:

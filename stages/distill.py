@@ -68,8 +68,11 @@ class DistillTask(Task):
         images, targets = mix_at_random(
             labelled.images, truth, labelled.partner(), mixup=c.mix.mixup, cutmix=c.mix.cutmix
         )
+        if "unlabelled" in batch:
+            images = torch.cat([images, batch["unlabelled"].images])
         answer = model(images)
         logits, for_teacher = answer if isinstance(answer, tuple) else (answer, answer)
+        logits = logits[: len(targets)]  # the others only the teacher knows
         loss = soft_cross_entropy(logits, targets, c.label_smoothing).mean()
         metrics = {"train/top1": mean_of(100.0 * (logits.argmax(-1) == labelled.labels))}
         if self.teacher is not None and c.teacher is not None:
@@ -80,7 +83,7 @@ class DistillTask(Task):
             metrics["train/teacher_loss"] = Mean(taught.detach(), 1.0)
         if c.mesa is not None and self.ema is not None and self.ema.updates >= (self.mesa_from or 0):
             with torch.no_grad():
-                own = self.copy.module(images).float().softmax(-1)
+                own = self.copy.module(images[: len(targets)]).float().softmax(-1)
             consistent = soft_cross_entropy(logits, own).mean()
             loss = loss + c.mesa.weight * consistent
             metrics["train/mesa"] = Mean(consistent.detach(), 1.0)
@@ -133,6 +136,10 @@ def run(config: DistillConfig, replay: Replay | None = None) -> None:
                 model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
         streams = {"labelled": s.loader(s.parts.labelled, views, global_batch=config.loop.global_batch)}
+        if config.teacher and config.teacher.unlabelled_ratio:
+            number = config.teacher.unlabelled_ratio * config.loop.global_batch
+            streams["unlabelled"] = s.loader(s.parts.unlabelled, views, global_batch=number, hide_labels=True)
+            flops *= 1 + config.teacher.unlabelled_ratio
 
         def models() -> dict[str, nn.Module]:
             return {"student": s.engine.model} | ({"average": average} if average is not None else {})

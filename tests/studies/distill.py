@@ -1,9 +1,9 @@
 """Does a teacher pay: python -m tests.studies.distill [--seeds 0 1 2 3 4]
 
 On the bundled digits, one split a seed, a tenth of the labels, imbalance 10. The teacher is the demo's Vision Mamba, pretrained
-by ARM and fine-tuned on the labelled tenth; the student a small EfficientViM from random weights, on the same labels, with and
-without that teacher. All are ordinary runs, so what is done already is reused. Judged on the balanced test set, once. Prints a
-table, then one JSON object.
+by ARM and fine-tuned on the labelled tenth; the student a small EfficientViM from random weights, on the same labels: alone,
+with that teacher, and with a teacher who also answers for unlabelled images. All are ordinary runs, so what is done already
+is reused. Judged on the balanced test set, once. Prints a table, then one JSON object.
 """
 
 import argparse
@@ -21,6 +21,7 @@ PROTOCOL = "--imbalance 10 --labelled 0.1 --validation-per-class 15".split()
 ROWS = {
     "teacher": "Vision Mamba (the teacher)",
     "taught": "EfficientViM, taught",
+    "plain": "  taught on labelled images only",
     "labels": "EfficientViM, labels alone",
 }
 
@@ -39,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         run("distill", "demo", [*common, f"run.experiment=teacher-{seed}"])
         export = f"teacher.export={RUNS / f'teacher-{seed}' / 'distill' / 'export'}"
         run("distill", "demo_efficientvim", [*common, f"run.experiment=taught-{seed}", export])
+        plain = [export, "teacher.unlabelled_ratio=0"]
+        run("distill", "demo_efficientvim", [*common, f"run.experiment=plain-{seed}", *plain])
         run("distill", "demo_efficientvim", [*common, f"run.experiment=labels-{seed}", "teacher=null"])
         for row in ROWS:
             top1[row].append(judged(RUNS / f"{row}-{seed}" / "distill"))
