@@ -45,7 +45,7 @@ from pipeline.train.task import Mean
 # its mean is over the last four measurements.
 MEASURE_EVERY = 25
 MEASUREMENTS = 4
-# The unit of the teacher's move: large enough for a thread team, small enough that what was just read is still cached.
+# The unit of the teacher's move on a CPU: large enough for a thread team, small enough that what was just read is still cached.
 CHUNK = 2**20
 
 
@@ -142,7 +142,8 @@ class LyapEMA:
             # On the CPU a number is faster than a tensor; elsewhere reading it would wait for the device.
             cpu = teacher.device.type == "cpu"
             weight = float(self.one_minus_alpha) if cpu else self.one_minus_alpha.to(teacher.dtype)
-            parts = zip(teacher.view(-1).split(CHUNK), student.detach().view(-1).split(CHUNK), strict=True)
+            size = CHUNK if cpu else teacher.numel()
+            parts = zip(teacher.view(-1).split(size), student.detach().view(-1).split(size), strict=True)
             for average, latest in reversed(list(parts)):
                 average.lerp_(latest, weight)
 
