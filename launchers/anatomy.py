@@ -19,6 +19,7 @@ from pipeline.models.config import TIMM_PREFIX, FamilyConfig, TimmConfig
 from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.train.optim import parameter_groups
 from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
+from stages.semi import student_of
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,9 @@ def anatomy(config: StageConfig, num_classes: int, pending: Mapping[Path, StageC
     with torch.device("meta"):
         model, teacher = _build(config, shape), _frozen_teacher(config, shape, pending)
     forward = forward_flops(model, shape.image_size)
-    images = 1 + config.unlabelled_ratio if isinstance(config, SemiConfig) else 1
-    flops = TRAINING * images * forward
-    if isinstance(config, SemiConfig):
-        flops += config.unlabelled_ratio * forward  # the teacher sees the unlabelled
+    unlabelled = config.unlabelled_ratio if isinstance(config, SemiConfig) and config.pseudo.weight else 0
+    images = 1 + unlabelled
+    flops = (TRAINING * images + unlabelled) * forward  # the teacher sees the unlabelled
     if teacher is not None:
         flops += forward_flops(teacher, shape.image_size)
     probe = _build(config, shape).train()
@@ -70,10 +70,7 @@ def model_of(config: StageConfig, num_classes: int, pending: Mapping[Path, Stage
     if isinstance(config, DistillConfig):
         return config.model.model_copy(update={"num_classes": num_classes})
     assert isinstance(config, SemiConfig)
-    parent = _shape_at(config.parents()["init_from"], num_classes, pending)
-    if config.drop_path is None:
-        return parent
-    return parent.model_copy(update={"drop_path": config.drop_path})
+    return student_of(_shape_at(config.parents()["init_from"], num_classes, pending), config)
 
 
 def _shape_at(folder: Path, num_classes: int, pending: Mapping[Path, StageConfig]) -> FamilyConfig:

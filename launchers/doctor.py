@@ -4,28 +4,26 @@ Everything is tried, not looked up: kernels are compared with the reference, fil
 processes sum a tensor.
 """
 
-import os
 import re
 import shutil
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from launchers import queue, slurm
+from launchers import queue, refusals
 from launchers.chain import Step
 from launchers.config import ClusterConfig
+from launchers.filesystem import RENAMES, locks, renames_seen_halfway
 from launchers.local import spawn
 from pipeline.errors import EnvironmentProblem, PipelineError
 from stages.configs import DistillConfig
 
 REQUIREMENTS = Path("requirements.txt")
-RENAMES = 300
 MAX_SKEW_SECONDS = 5.0
 _SUM = """
 import sys, torch, torch.distributed as dist
@@ -160,7 +158,7 @@ def disk(root: Path) -> Iterator[Finding]:
             remedy = f"a reader saw {gaps} of {RENAMES} halfway; put run.root on another file system" if gaps else ""
             yield Finding(f"{root}: {RENAMES} renames under a reader", remedy)
             yield Finding(
-                f"{root}: locks", "" if _locks(folder) else "flock does not exclude there; start each run once only"
+                f"{root}: locks", "" if locks(folder) else "flock does not exclude there; start each run once only"
             )
             (folder / "clock").touch()
             skew = abs((folder / "clock").stat().st_mtime - time.time())
@@ -170,42 +168,6 @@ def disk(root: Path) -> Iterator[Finding]:
             )
     except OSError as error:
         yield Finding(f"{root}", f"cannot be written ({error.strerror}); choose another run.root")
-
-
-def renames_seen_halfway(folder: Path) -> int:
-    """Replace a file again and again under a reader; how often it saw neither the old nor the new text."""
-    path, stop, gaps = folder / "target", threading.Event(), 0
-    texts = {"a" * 4096, "b" * 4096}
-    path.write_text("a" * 4096)
-
-    def replace() -> None:
-        for i in range(RENAMES):
-            temporary = folder / "temporary"
-            temporary.write_text("ab"[i % 2] * 4096)
-            os.replace(temporary, path)
-        stop.set()
-
-    writer = threading.Thread(target=replace)
-    writer.start()
-    while not stop.is_set():
-        try:
-            gaps += path.read_text() not in texts
-        except OSError:
-            gaps += 1
-    writer.join()
-    return gaps
-
-
-def _locks(folder: Path) -> bool:
-    import fcntl
-
-    with (folder / "lock").open("w") as mine, (folder / "lock").open("w") as other:
-        fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def data(steps: Sequence[Step]) -> Iterator[Finding]:
@@ -239,9 +201,9 @@ def cluster_near(steps: Sequence[Step], cluster: ClusterConfig) -> Iterator[Find
         yield Finding("SLURM", str(error), needed=False)
         return
     try:
-        slurm.check_partition(cluster)
+        refusals.check_partition(cluster)
         for step in steps:
-            slurm.check_shared(step, cluster)
+            refusals.check_shared(step, cluster)
     except PipelineError as error:
         yield Finding("SLURM", str(error))
         return

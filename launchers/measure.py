@@ -42,19 +42,19 @@ class Turn(NamedTuple):
 
 def efficiency(configs: Sequence[Path], overrides: Sequence[str], steps: int, out: Path) -> Path:
     """Each config's stage 3, started from its parent for `steps` steps, in turns; every step is logged, none is evaluated."""
-    if len(configs) < 2:
+    if len(set(configs)) < 2:
         raise ConfigError("efficiency compares: give two or more configs of stage 3")
     if steps <= LEFT_OUT:
         raise ConfigError(f"--steps {steps}: the first {LEFT_OUT} are left out; give more")
     loaded = [load_config(SemiConfig, path, overrides) for path in configs]
-    for config in loaded:
-        check("semi", config, world_size=1)
     turns: dict[Path, list[Turn]] = {path: [] for path in configs}
     with tempfile.TemporaryDirectory() as runs:
+        short = {path: [*overrides, *_shortened(config, steps)] for path, config in zip(configs, loaded, strict=True)}
+        for path, words in short.items():
+            check("semi", load_config(SemiConfig, path, [*words, f"run.root={runs}"]), world_size=1)
         for k in range(ROUNDS):
-            for path, config in zip(configs, loaded, strict=True):
-                folder = Path(runs) / f"{path.stem}-{k}"
-                turns[path].append(_turn(path, config, overrides, steps, folder))
+            for i, (path, words) in enumerate(short.items()):
+                turns[path].append(_turn(path, words, Path(runs) / f"{i}-{k}"))
     rows = [_row(path.stem, config, turns[path]) for path, config in zip(configs, loaded, strict=True)]
     first = turns[configs[0]]
     for path in configs[1:]:
@@ -71,11 +71,15 @@ def efficiency(configs: Sequence[Path], overrides: Sequence[str], steps: int, ou
     return write_section(out, Section("Efficiency of training", [table], []))
 
 
-def _turn(path: Path, config: SemiConfig, overrides: Sequence[str], steps: int, folder: Path) -> Turn:
+def _shortened(config: SemiConfig, steps: int) -> list[str]:
+    """Overrides: the same parents, a run of its own, every step logged, no evaluation but the last."""
     parents = [f"{role}={where}" for role, where in config.parents().items()]
-    short = [f"loop.steps={steps}", "loop.log_every=1", "loop.eval_every=null", "optim.warmup_steps=1", "data.test=null",
-             f"loop.save_every={steps}", f"run.root={folder}", "run.experiment=turn"]  # fmt: skip
-    command = [sys.executable, "-m", "stages", "semi", str(path), *overrides, *parents, *short]
+    return [*parents, f"loop.steps={steps}", "loop.log_every=1", "loop.eval_every=null", "optim.warmup_steps=1",
+            "data.test=null", f"loop.save_every={steps}", "run.experiment=turn"]  # fmt: skip
+
+
+def _turn(path: Path, overrides: Sequence[str], folder: Path) -> Turn:
+    command = [sys.executable, "-m", "stages", "semi", str(path), *overrides, f"run.root={folder}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     said = process.stderr.read() if process.stderr else ""
     _, status, usage = os.wait4(process.pid, 0)

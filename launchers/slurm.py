@@ -6,7 +6,6 @@ submitted. Submitting again submits what is neither complete nor in the queue.
 """
 
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -21,11 +20,10 @@ from launchers import queue
 from launchers.chain import Step, open_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.job import Job
-from pipeline.errors import ConfigError, EnvironmentProblem, PipelineError
+from launchers.refusals import refuse
+from pipeline.errors import EnvironmentProblem, PipelineError
 from pipeline.files import replace_text
 
-# Of a shell that torchrun or another launcher made: they would be believed in the job.
-_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FOLDER = "slurm"  # of an experiment: logs of every rank, what was submitted, and how each start ended
 
 
@@ -48,8 +46,11 @@ def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig, folder: Path) 
     for point in todo:
         queued = [(step, job) for step in point if (job := active_job(step))]
         jobs += [Submitted(step.stage, step.folder.parent, job, "queued already") for step, job in queued]
-        if point and not queued:
-            free.append(point)
+        rest = point[point.index(queued[-1][0]) + 1 :] if queued else point
+        if rest and queued:  # what has left the queue waits again for what is still in it
+            jobs += _submit([rest], cluster, (folder / FOLDER).absolute(), queued[-1][1])
+        elif rest:
+            free.append(rest)
     # Arrays whose tasks wait for one another must be of the same points: group by what is open.
     for stages in dict.fromkeys(tuple(step.stage for step in point) for point in free):
         together = [point for point in free if tuple(step.stage for step in point) == stages]
@@ -57,14 +58,16 @@ def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig, folder: Path) 
     return jobs
 
 
-def _submit(points: Sequence[Sequence[Step]], cluster: ClusterConfig, logs: Path) -> list[Submitted]:
-    """One job per stage, or one array per stage, each waiting for the one before; all or none."""
+def _submit(points: Sequence[Sequence[Step]], cluster: ClusterConfig, logs: Path, before: str = "") -> list[Submitted]:
+    """One job per stage, or one array per stage, each waiting for the one before; all or none.
+
+    The first waits for the job `before`, if there is one.
+    """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     logs.mkdir(parents=True, exist_ok=True)
     done: list[Submitted] = []
-    before = ""
     try:
         for steps in zip(*points, strict=True):
             executor = submitit.AutoExecutor(folder=logs, cluster="slurm")
@@ -125,66 +128,6 @@ def script(cluster: ClusterConfig, step: Step, logs: Path, before: str) -> str:
 
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
     return _make_sbatch_string(command=command, folder=logs, **parameters(cluster, step, logs, before, 1))
-
-
-def refuse(points: Sequence[Sequence[Step]], cluster: ClusterConfig) -> None:
-    """Raises for what SLURM would accept and never run, and for what would run in the wrong place."""
-    if not queue.available():
-        raise EnvironmentProblem("there is no sbatch here; submit from a login node of a SLURM cluster, or use `local`")
-    set_already = [name for name in _WORLD if name in os.environ]
-    if set_already:
-        raise EnvironmentProblem(
-            f"{', '.join(set_already)} would travel from this shell into the job, where srun says who is who;"
-            f" unset {' '.join(set_already)}"
-        )
-    check_partition(cluster)
-    for point in points:
-        for step in point:
-            check_shared(step, cluster)
-
-
-def check_partition(cluster: ClusterConfig) -> None:
-    """Against what the cluster says of itself. Raises ConfigError."""
-    rows = [queue.fields(line) for line in queue.ask("scontrol", "-o", "show", "partition").splitlines()]
-    known = {row["PartitionName"]: row for row in rows}
-    default = next((name for name, row in known.items() if row.get("Default") == "YES"), None)
-    name = cluster.partition or default
-    if name is None:
-        raise ConfigError(
-            f"the cluster has no default partition; give cluster:partition=NAME, one of {', '.join(known)}"
-        )
-    if name not in known:
-        raise ConfigError(f"partition {name!r} is unknown to this cluster; it has {', '.join(known)}")
-    limit, nodes = known[name].get("MaxTime", "UNLIMITED"), known[name].get("TotalNodes", "")
-    if limit not in ("UNLIMITED", "INFINITE") and seconds_of(cluster.time) > seconds_of(limit):
-        raise ConfigError(
-            f"cluster time {cluster.time} is above the limit of partition {name}, {limit}: the job would wait for ever;"
-            f" give cluster:time={limit} or less, requeues do the rest"
-        )
-    if nodes.isdigit() and cluster.nodes > int(nodes):
-        raise ConfigError(
-            f"{cluster.nodes} nodes are asked of partition {name}, which has {nodes}; lower cluster:nodes"
-        )
-
-
-def check_shared(step: Step, cluster: ClusterConfig) -> None:
-    """Raises ConfigError for a run folder or data that the nodes would not see."""
-    if not cluster.shared:
-        return
-    data = step.config.data
-    places = {
-        "run.root": step.config.run.root,
-        "data.train": data.train,
-        "data.split": data.split,
-        "data.test": data.test,
-    }
-    shared = [folder.resolve() for folder in cluster.shared]
-    for name, path in places.items():
-        if path is not None and "://" not in str(path) and not any(path.resolve().is_relative_to(s) for s in shared):
-            raise ConfigError(
-                f"{name} = {path} is not on a file system that the nodes share ({', '.join(map(str, cluster.shared))});"
-                " move it there, or add its folder to shared in the cluster's preset"
-            )
 
 
 def active_job(step: Step) -> str:

@@ -151,7 +151,8 @@ def streams(config: StageConfig, parts: Parts) -> dict[str, int]:
     labelled, unlabelled = len(parts.labelled), len(parts.unlabelled)
     if isinstance(config, ArmConfig):
         return {"training": labelled + unlabelled}
-    return {"labelled": labelled} | ({"unlabelled": unlabelled} if isinstance(config, SemiConfig) else {})
+    unlabelled_too = isinstance(config, SemiConfig) and config.pseudo.weight > 0
+    return {"labelled": labelled} | ({"unlabelled": unlabelled} if unlabelled_too else {})
 
 
 def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:

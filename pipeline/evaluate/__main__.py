@@ -1,9 +1,10 @@
-"""python -m pipeline.evaluate EXPORT DATA [--train DATA --split FILE] [--out FOLDER]
+"""python -m pipeline.evaluate EXPORT DATA [--train DATA --split FILE [--probe]] [--out FOLDER]
 
 Judges a classifier's export on a dataset (a folder of shards with a manifest) or, with --part, on a part of a split of it:
 top-1 and top-5, balanced, head, medium and tail by the images it was trained on, calibration, every class, and every
 answer. An export whose stage trained a student beside a teacher is judged with its companion. With --train and --split
-the temperature is fitted on the split's validation part, and the calibrated figures stand beside.
+the temperature is fitted on the split's validation part, and the calibrated figures stand beside; with --probe too, a
+linear probe and the nearest neighbours learn from the split's labelled part and what the head reads.
 
 On several processes: make evaluate EXPORT=... DATA=... NPROC=N. The numbers are the same on any number of them.
 Exit codes: those of `python -m stages`.
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--part", choices=("labelled", "unlabelled", "validation"), help="judge this part of --split")
     parser.add_argument("--train", type=Path, metavar="DATA", help="dataset of --split (default: DATA)")
     parser.add_argument("--split", type=Path, metavar="FILE", help="a split of --train")
+    parser.add_argument("--probe", action="store_true", help="linear probe and nearest neighbours on the features")
     parser.add_argument("--batch", type=int, default=256, help="images per process and step (default 256)")
     parser.add_argument("--out", type=Path, help="default: evaluation-DATA beside the export")
     return parser
@@ -66,6 +68,7 @@ class Asked(NamedTuple):
     positions: np.ndarray  # of `data`
     train: Manifest
     held_out: np.ndarray  # of `train`: the temperature is fitted on them
+    bank: np.ndarray  # of `train`: the probes learn from them; empty if none was asked for
     split: str | None
     out: Path
 
@@ -73,8 +76,8 @@ class Asked(NamedTuple):
 def _check(given: argparse.Namespace) -> Asked:
     if given.batch < 1:
         raise ConfigError(f"--batch {given.batch}: at least one image a step is needed")
-    if (given.part or given.train) and not given.split:
-        raise ConfigError("--part and --train speak of a split; give its file with --split")
+    if (given.part or given.train or given.probe) and not given.split:
+        raise ConfigError("--part, --train and --probe speak of a split; give its file with --split")
     exports, data = companions(given.export), read_manifest(given.data)
     for folder in exports.values():
         card = Card.read(folder)
@@ -94,7 +97,8 @@ def _check(given: argparse.Namespace) -> Asked:
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be written ({error.strerror}); choose another --out") from None
     held_out = split.part("validation") if split and given.part != "validation" else np.empty(0, np.int64)
-    return Asked(exports, data, positions, train, held_out, split.hash if split else None, out)
+    bank = split.part("labelled") if split and given.probe else np.empty(0, np.int64)
+    return Asked(exports, data, positions, train, held_out, bank, split.hash if split else None, out)
 
 
 def _judge(asked: Asked, batch: int) -> None:
@@ -115,12 +119,16 @@ def _judge(asked: Asked, batch: int) -> None:
 
 def _judge_one(name: str, folder: Path, asked: Asked, batch: int, world: "World") -> tuple[dict[str, Any], str]:
     """The reports of one model, as it is and calibrated, and its weights' hash (collective)."""
+    from torch import nn
+
     from pipeline.data.imbalance import class_groups
     from pipeline.data.loader import evaluation_batches
     from pipeline.data.transforms import eval_views
     from pipeline.evaluate import metrics
     from pipeline.evaluate.answers import ask, collect
     from pipeline.evaluate.calibration import fit_temperature
+    from pipeline.evaluate.config import ProbeConfig
+    from pipeline.evaluate.probes import features_of, probe
     from pipeline.models.export import load_export
 
     model, card = load_export(folder)
@@ -147,6 +155,17 @@ def _judge_one(name: str, folder: Path, asked: Asked, batch: int, world: "World"
             "temperature": temperature,
             **metrics.report(cooled, groups, classes),
         }
+    if len(asked.bank):
+        reader = getattr(model, "head", None)
+        if not isinstance(reader, nn.Linear):
+            raise ConfigError(
+                f"{folder}: --probe reads what the one linear head reads, and {card.model.name} has none such"
+            )
+        learnt, queries = (
+            features_of(model, reader, batches(manifest, chosen), world.device)
+            for manifest, chosen in ((asked.train, asked.bank), (asked.data, asked.positions))
+        )
+        results[name]["probes"] = probe(learnt, queries, ProbeConfig())
     return results, card.weights_sha256
 
 
@@ -170,6 +189,9 @@ def _print(results: dict[str, Any], out: Path) -> None:
             f"{found[m]:10.4f}" if m == "nll" else f"{found[m]:10.2f}" if m in found else f"{'-':>10s}" for m in shown
         )
         print(f"{name:22s}" + "".join(cells))
+    for name, found in results.items():
+        if "probes" in found:
+            print(f"{name}, probes on its features: " + ", ".join(f"{k} {v:.2f}" for k, v in found["probes"].items()))
     first = next(iter(results.values()))
     low, high = first["intervals"]["top1"]
     print(f"{first['samples']} images; 95 % of top1 by bootstrap: {low:.2f} to {high:.2f}; all of it in {out}")

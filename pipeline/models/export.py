@@ -19,6 +19,7 @@ from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
 from pipeline.models.card import CARD, PROBE, WEIGHTS, Card
 from pipeline.models.config import VisionMambaConfig
+from pipeline.models.hub import README, model_card
 from pipeline.models.timm_model import TimmModel
 from pipeline.models.vision_mamba import DIRECTIONS, VisionMamba, resize_positions
 
@@ -74,6 +75,7 @@ def write_export(
     }
     card = card.model_copy(update=hashes).sealed()
     (temporary / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=1) + "\n")
+    (temporary / README).write_text(model_card(card, folder.name))
     for path in [*temporary.rglob("*"), temporary]:
         fsync(path)
     shutil.rmtree(folder, ignore_errors=True)

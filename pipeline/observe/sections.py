@@ -106,7 +106,7 @@ def plans(results: Sequence[Result]) -> list[Table]:
         for stage, run in result.stages.items():
             actual = _actual(run)
             for key, planned in _numbers(run.plan).items():
-                measured = actual.get(key.rsplit(".", 1)[-1])
+                measured = actual.get(key)
                 if measured is not None:
                     ratio = f"{measured / planned:.2f}" if planned else "–"
                     rows.append([f"{result.name}, {stage}: {key}", f"{planned:.6g}", f"{measured:.6g}", ratio])
@@ -125,6 +125,9 @@ def _actual(run: StageRun) -> dict[str, float]:
     seconds = run.seconds()
     if seconds:
         found |= {"hours": seconds / 3600, "seconds": seconds, "step_seconds": seconds / max(1, found["steps"])}
+        rates = run.curve("perf/tflops")[1]
+        if rates:
+            found["flops_per_step"] = 1e12 * sum(rates) / len(rates) * found["step_seconds"]
     saved = sorted((run.folder / "checkpoints").glob("step_*"))
     if saved:
         found["checkpoint_bytes"] = sum(f.stat().st_size for f in saved[-1].rglob("*") if f.is_file())

@@ -17,6 +17,7 @@ LAYOUT = {
     "Is it learning": {
         "loss": ["^train/loss$", "^val/loss$"],
         "parts of the loss": ["^train/(supervised|consistency|teacher_loss)$"],
+        "clusters of stage 1": ["^cluster_loss/"],
         "accuracy": ["^train/top1$", "^val/top1$", "^val/teacher_top1$"],
         "head, medium, tail": ["^val/(head|medium|tail)$", "^val/teacher_(head|medium|tail)$"],
     },

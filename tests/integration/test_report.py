@@ -123,7 +123,7 @@ def test_tensorboard_holds_the_log_row_for_row_and_pictures(chain: Stages, stage
         assert [step for step, _ in shown] == [step for step, _ in logged], name
         assert [v for _, v in shown] == pytest.approx([v for _, v in logged], rel=1e-6, abs=1e-9), name
     images = events.Tags()["images"]
-    expected = {"arm": "reconstructions", "distill": "attribution", "semi": "views/unlabelled"}
+    expected = {"arm": "input, target, prediction", "distill": "attribution", "semi": "views/unlabelled"}
     assert expected[stage] in images
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
@@ -170,7 +170,7 @@ def test_the_scalars_page_shows_the_curves_of_all_three_stages(board: str, tmp_p
     """The page keeps its document to itself (shadow roots), so the picture is looked at: lines in the runs' colours."""
     shot = tmp_path / "board.png"
     options = ["--window-size=1400,1600", "--virtual-time-budget=30000", f"--screenshot={shot}"]
-    browse(f"{board}/#scalars", tmp_path, *options)
+    browse(f"{board}/#scalars&tagFilter=train%2Floss", tmp_path, *options)
     with Image.open(shot) as image:
         charts = np.array(image.convert("RGB"))[100:, 380:].reshape(-1, 3)  # right of the list of runs
     for stage, colour in RUN_COLOURS.items():

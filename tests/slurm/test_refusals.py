@@ -18,6 +18,7 @@ from tests.slurm.conftest import Person
         (["cluster:nodes=4", "cluster:tasks_per_node=1"], 2, "4 nodes are asked of partition main, which has 2"),
         (["cluster:tasks_per_node=4"], 2, "lanes 4 must be a multiple of the 8 processes"),
         (["cluster:shared=[/nowhere]"], 2, "is not on a file system that the nodes share (/nowhere)"),
+        (["run.root=/dev/shm/runs"], 2, "run.root = /dev/shm/runs lies in the memory of this machine (tmpfs)"),
         (["cluster:extra={qos: none-such, gres: 'gpu:1'}"], 5, "SLURM refuses the job"),
         (["cluster:nods=2"], 2, "unknown key; did you mean 'nodes'?"),
     ],

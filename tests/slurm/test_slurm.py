@@ -60,6 +60,9 @@ def test_without_a_requeue_left_an_interrupted_stage_is_a_failed_job(person: Per
     running = person.type("status", "spent", "--root", str(person.runs)).stdout
     assert "running" in running
     assert f"waits for job {jobs['arm']}" in running
+    subprocess.run(["scancel", jobs["semi"]], check=True)
+    again = person.submit("chain", "smoke", *more)  # what has left the queue, and that alone
+    assert [again[stage] == jobs[stage] for stage in ("arm", "distill", "semi")] == [True, True, False]
     subprocess.run(["scancel", "--signal=USR2", jobs["arm"]], check=True)
     ended = person.cluster.ended(jobs["arm"])
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 75, 0)

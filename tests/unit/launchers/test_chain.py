@@ -7,6 +7,7 @@ import yaml
 
 from launchers.chain import open_steps, read_cluster, read_points, read_steps
 from launchers.config import ClusterConfig, seconds_of
+from launchers.filesystem import file_system
 from pipeline.config import load_config, parse_yaml
 from pipeline.errors import ConfigError, HandoverError
 from stages import STAGES
@@ -102,3 +103,9 @@ class TestBeforeAnythingIsSubmitted:
         more = ["distill:data.loader.lanes=64", "distill:loop.global_batch=64"]
         with pytest.raises(ConfigError, match="lanes is 64, but there are only 51 labelled samples"):
             open_steps(read_steps("chain", "smoke", [*data, *more]), 2)
+
+
+def test_a_path_is_told_its_file_system_before_it_exists() -> None:
+    assert file_system(Path("/dev/shm/not/there/yet")) == "tmpfs"
+    assert file_system(Path("/proc/self")) == "proc"
+    assert file_system(Path("relative")) == file_system(Path.cwd())

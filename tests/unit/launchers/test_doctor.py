@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers import doctor
+from launchers import doctor, filesystem
 from launchers.chain import read_steps
 from tests.conftest import ENVIRONMENT, ROOT
 
@@ -22,13 +22,13 @@ def test_here_all_that_is_needed_is_well(digits: Path, tmp_path: Path) -> None:
 
 
 def test_renames_are_atomic_here(tmp_path: Path) -> None:
-    assert doctor.renames_seen_halfway(tmp_path) == 0
+    assert filesystem.renames_seen_halfway(tmp_path) == 0
 
 
 def test_a_file_system_that_renames_by_copying_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What some user-space file systems do: the target is cut, then filled."""
-    monkeypatch.setattr(doctor.os, "replace", lambda a, b: Path(b).write_bytes(Path(a).read_bytes()))
-    assert doctor.renames_seen_halfway(tmp_path) > 0
+    monkeypatch.setattr(filesystem.os, "replace", lambda a, b: Path(b).write_bytes(Path(a).read_bytes()))
+    assert filesystem.renames_seen_halfway(tmp_path) > 0
 
 
 def test_missing_data_and_weights_are_named_with_what_to_do(digits: Path) -> None:

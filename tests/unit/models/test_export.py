@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from pipeline.errors import HandoverError
 from pipeline.models import build_model
@@ -156,3 +157,14 @@ def test_a_model_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) ->
         transfer(source, build_model("vim_nano", embed_dim=16, depth=3), tmp_path)
     with pytest.raises(HandoverError, match=r"layers\.1\..* has no place here"):
         transfer(source, build_model("vim_nano", embed_dim=16, depth=1), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "pretrainer"])
+def test_an_export_tells_people_what_it_is(tmp_path: Path, kind: str) -> None:
+    exported(tmp_path / "export", kind)
+    _, header, text = (tmp_path / "export" / "README.md").read_text().split("---\n", 2)
+    values = yaml.safe_load(header)
+    assert values["tags"] == ["vim_nano", "distill", "safetensors"]
+    assert values["pipeline_tag"] == ("image-classification" if kind == "classifier" else "image-feature-extraction")
+    assert "3 (a tenth)" in text
+    assert ("a, b, c" in text) == (kind == "classifier")

@@ -1,0 +1,52 @@
+"""What a folder's file system is and does: tried, not looked up."""
+
+import fcntl
+import os
+import threading
+from pathlib import Path
+
+RENAMES = 300
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that a path, there already or not, lies on; empty where the system does not tell."""
+    mounts = Path("/proc/mounts")
+    lines = mounts.read_text().splitlines() if mounts.exists() else []
+    kinds = {Path(line.split()[1]): line.split()[2] for line in lines}  # a later mount covers an earlier one
+    real = path.resolve()
+    return next((kinds[folder] for folder in (real, *real.parents) if folder in kinds), "")
+
+
+def renames_seen_halfway(folder: Path) -> int:
+    """Replace a file again and again under a reader; how often it saw neither the old nor the new text."""
+    path, stop, gaps = folder / "target", threading.Event(), 0
+    texts = {"a" * 4096, "b" * 4096}
+    path.write_text("a" * 4096)
+
+    def replace() -> None:
+        for i in range(RENAMES):
+            temporary = folder / "temporary"
+            temporary.write_text("ab"[i % 2] * 4096)
+            os.replace(temporary, path)
+        stop.set()
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    while not stop.is_set():
+        try:
+            gaps += path.read_text() not in texts
+        except OSError:
+            gaps += 1
+    writer.join()
+    return gaps
+
+
+def locks(folder: Path) -> bool:
+    """Whether flock excludes a second holder there."""
+    with (folder / "lock").open("w") as mine, (folder / "lock").open("w") as other:
+        fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
