@@ -20,7 +20,8 @@ W = L + lambda / (2 eta) |r|^2, of which eq. (3) is a gradient step of size eta,
 fixed (eta beta + lambda <= 1) since |r'| = a |d| <= |d|; with minibatches it is a diagnostic.
 
 Rounding. The teacher is computed in its own precision, of unit roundoff u: t' is off by at most E = u (|t| + 16 |d|)
-(one rounding of a number of t's size, a few of d's in lerp, and |d| itself is off by 8 u at most). The guard therefore keeps a lower bound of |r|,
+(one rounding of a number of t's size, a few of d's in lerp, and |d| itself is off by 8 u |d|
+at most). The guard therefore keeps a lower bound of |r|,
 a |d| - E of the last update, and allows a <= (max(bound, R) - E) / |d|: then the inequality holds for the numbers that
 are stored, not only for the real ones they stand for. 1 - a is computed as sigmoid(-x), which stays above zero where
 sigmoid(x) rounds to one.
