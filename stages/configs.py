@@ -308,6 +308,23 @@ class SemiConfig(StageConfig):
             raise ValueError("ssmixup works on unlabelled images, and pseudo.weight=0 leaves them out")
         return self
 
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        """Partners are found inside a lane: a lone sample would be mixed with itself."""
+        labelled, lanes = self.loop.global_batch, self.data.loader.lanes
+        if (self.mixup.labelled_mixup or self.mixup.labelled_cutmix) and labelled < 2 * lanes:
+            raise ValueError(
+                f"mixup of labelled images needs two in each lane: loop.global_batch {labelled} must be at least twice"
+                f" data.loader.lanes {lanes}; lower lanes"
+            )
+        unlabelled = self.unlabelled_ratio * labelled
+        if (self.mixup.pseudo or self.ssmixup) and unlabelled < 2 * lanes:
+            raise ValueError(
+                f"mixing unlabelled images needs two in each lane: unlabelled_ratio x loop.global_batch = {unlabelled} must"
+                f" be at least twice data.loader.lanes {lanes}; lower lanes"
+            )
+        return self
+
     def parents(self) -> dict[str, Path]:
         return {"init_from": self._parent(self.init_from)}
 

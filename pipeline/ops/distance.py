@@ -14,7 +14,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 2**18  # elements: a chunk's difference stays in the cache
+# Elements at a time: on a CPU a chunk's difference stays in the cache, elsewhere few launches and little memory.
+CHUNK, CHUNK_ELSEWHERE = 2**18, 2**24
 
 
 def squared_distance_and_size(a: Tensor, b: Tensor) -> Tensor:
@@ -27,9 +28,10 @@ def squared_distance_and_size(a: Tensor, b: Tensor) -> Tensor:
         pointers = [ctypes.cast(t.data_ptr(), POINTER(c_double)) for t in (partial, out)]
         kernels.squared_distance(a.data_ptr(), b.data_ptr(), count, *pointers)
         return out
+    size = CHUNK if a.device.type == "cpu" else CHUNK_ELSEWHERE
     sums = [
         torch.stack([(x - y).double().square().sum(), y.double().square().sum()])
-        for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+        for x, y in zip(a.split(size), b.split(size), strict=True)
     ]
     return torch.stack(sums).sum(0)
 

@@ -19,8 +19,9 @@ The identity, whatever the student did: r' = s' - t' = s' - a t - (1 - a) s' = a
 W = L + lambda / (2 eta) |r|^2, of which eq. (3) is a gradient step of size eta, falls in every mode if L is smooth and
 fixed (eta beta + lambda <= 1) since |r'| = a |d| <= |d|; with minibatches it is a diagnostic.
 
-Rounding. The teacher is computed in its own precision, of unit roundoff u: t' is off by at most E = u (|t| + 6 |d|)
-(one rounding of a number of t's size, a few of d's, in lerp). The guard therefore keeps a lower bound of |r|,
+Rounding. The teacher is computed in its own precision, of unit roundoff u: t' is off by at most E = u (|t| + 16 |d|)
+(one rounding of a number of t's size, a few of d's in lerp, and |d| itself is off by 8 u |d|
+at most). The guard therefore keeps a lower bound of |r|,
 a |d| - E of the last update, and allows a <= (max(bound, R) - E) / |d|: then the inequality holds for the numbers that
 are stored, not only for the real ones they stand for. 1 - a is computed as sigmoid(-x), which stays above zero where
 sigmoid(x) rounds to one.
@@ -45,7 +46,7 @@ from pipeline.train.task import Mean
 # its mean is over the last four measurements.
 MEASURE_EVERY = 25
 MEASUREMENTS = 4
-# The unit of the teacher's move: large enough for a thread team, small enough that what was just read is still cached.
+# The unit of the teacher's move on a CPU: large enough for a thread team, small enough that what was just read is still cached.
 CHUNK = 2**20
 
 
@@ -107,7 +108,7 @@ class LyapEMA:
         if self.measures_step:
             self.mean_step += (moved - self.mean_step) / min(self.updates + 1, _horizon(self.updates))
         self._moved_squared.zero_()
-        rounding = self._unit_roundoff * (size + 6 * distance)
+        rounding = self._unit_roundoff * (size + 16 * distance)
         self.one_minus_alpha, guarded = self._decay(distance, size, rounding)
         self._move()
         before, self.radius = self.radius, (1 - self.one_minus_alpha) * distance
@@ -142,7 +143,8 @@ class LyapEMA:
             # On the CPU a number is faster than a tensor; elsewhere reading it would wait for the device.
             cpu = teacher.device.type == "cpu"
             weight = float(self.one_minus_alpha) if cpu else self.one_minus_alpha.to(teacher.dtype)
-            parts = zip(teacher.view(-1).split(CHUNK), student.detach().view(-1).split(CHUNK), strict=True)
+            size = CHUNK if cpu else teacher.numel()
+            parts = zip(teacher.view(-1).split(size), student.detach().view(-1).split(size), strict=True)
             for average, latest in reversed(list(parts)):
                 average.lerp_(latest, weight)
 

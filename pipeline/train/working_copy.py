@@ -38,7 +38,7 @@ class WorkingCopy:
             if name not in averaged:
                 buffer.copy_(latest[name])
             elif one_minus_alpha is not None:
-                buffer.lerp_(latest[name], one_minus_alpha.to(buffer.dtype))
+                buffer.lerp_(latest[name], one_minus_alpha.to(buffer))
 
     def averaged_buffers(self) -> dict[str, Tensor]:
         """Running statistics that are averages of the student's, and so a state of their own."""
