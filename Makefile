@@ -87,19 +87,19 @@ chain: $(STAMP)  ## the three stages of configs/STAGE/NAME.yaml, and the report 
 	@$(MAKE) --no-print-directory report EXPERIMENT=$(RUNS)/$(NAME) ARGS=
 
 report: $(STAMP)  ## what happened and how good it is, on one page: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
-	@$(PY) -m launchers.look report $(EXPERIMENT) $(ARGS)
+	@$(PY) -m launchers report $(EXPERIMENT) $(ARGS)
 
 evaluate: $(STAMP)  ## judge an export: EXPORT=runs/E/semi/export DATA=data/D NPROC=2 ARGS="--train DATA --split FILE"
-	@$(PY) -m launchers.look evaluate $(EXPORT) $(DATA) $(ARGS) --nproc $(NPROC)
+	@$(PY) -m launchers evaluate $(EXPORT) $(DATA) $(ARGS) --nproc $(NPROC)
 
 efficiency: $(STAMP)  ## real stage-3 steps side by side: CONFIGS="configs/semi/a.yaml configs/semi/b.yaml" ARGS=
-	@$(PY) -m launchers.look efficiency $(CONFIGS) $(ARGS)
+	@$(PY) -m launchers efficiency $(CONFIGS) $(ARGS)
 
 inference: $(STAMP)  ## throughput against resolution: MODELS="efficientvim_m4 timm/resnet50" ARGS="--sizes 224 384"
-	@$(PY) -m launchers.look inference $(MODELS) $(ARGS)
+	@$(PY) -m launchers inference $(MODELS) $(ARGS)
 
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
-	@$(PY) -m launchers.look fields $(MODELS) --data $(DATA) $(ARGS)
+	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)
 
 test: $(STAMP)  ## all tests but those that start a SLURM; warnings are errors
 	$(PY) -m pytest tests --ignore=tests/slurm

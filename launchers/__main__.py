@@ -5,8 +5,11 @@ python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE
 python -m launchers doctor STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   whether this machine and cluster can run it
 python -m launchers status [EXPERIMENT ...] [--root runs]             where every stage stands
 python -m launchers demo [--seeds 0 1 2] [--nproc N]                  the three stages on the bundled digits, and a report
-python -m launchers report RUNS/EXPERIMENT... [--out PAGE.html]       what happened and how good it is, on one page
+python -m launchers report RUNS/EXPERIMENT... [--with FOLDER...]      what happened and how good it is, on one page
 python -m launchers evaluate EXPORT DATA [...] [--nproc N]            python -m pipeline.evaluate in N processes
+python -m launchers efficiency CONFIG CONFIG... [key=value ...]       real stage-3 steps side by side
+python -m launchers inference MODEL... [--sizes 224 384]              throughput against resolution
+python -m launchers fields MODEL... --data DATA                       effective receptive fields
 
 With slurm, `arm:key=value` overrides in that stage only and `cluster:key=value` in the cluster's preset. Config and parents
 are checked once, before any process starts or job is submitted. Exit codes: those of `python -m stages`; `local` relays
@@ -15,9 +18,9 @@ that of the first rank that failed.
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from launchers import look
 from pipeline.errors import PipelineError
 from pipeline.train.signals import interrupt_on_signals
 
@@ -34,40 +37,46 @@ def main(arguments: list[str]) -> int:
     one.add_argument("config", type=Path, metavar="CONFIG")
     one.add_argument("overrides", nargs="*", metavar="key=value")
     one.add_argument("--nproc", type=int, default=1)
+    one.set_defaults(run=_local)
     chain = commands.add_parser("demo", help="the three stages on the bundled digits")
     chain.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chain.add_argument("--nproc", type=int, default=2)
+    chain.set_defaults(run=_demo)
     jobs = commands.add_parser("slurm", help="a stage, or the chain, as jobs of SLURM")
     jobs.add_argument("stage", metavar="STAGE", help="arm | distill | semi | chain")
     jobs.add_argument("config", metavar="CONFIG", help="a file; for the chain a name: configs/STAGE/NAME.yaml")
     jobs.add_argument("overrides", nargs="*", metavar="key=value")
     jobs.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FILE")
     jobs.add_argument("--sweep", action="append", default=[], metavar="key=a,b", help="a grid; may be given again")
-    for name, what in (("plan", "what it will need, before it costs anything"), ("doctor", "whether it can run here")):
+    jobs.set_defaults(run=_slurm)
+    for name, run, what in (
+        ("plan", _plan, "what it will need, before it costs anything"),
+        ("doctor", _doctor, "whether it can run here"),
+    ):
         ahead = commands.add_parser(name, help=what)
         ahead.add_argument("stage", metavar="STAGE", help="arm | distill | semi | chain")
         ahead.add_argument("config", metavar="CONFIG", help="a file; for the chain a name")
         ahead.add_argument("overrides", nargs="*", metavar="key=value")
         ahead.add_argument("--cluster", type=Path, default=CLUSTER, metavar="FILE")
+        ahead.set_defaults(run=run)
     where = commands.add_parser("status", help="where every stage of an experiment stands")
     where.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="all, if none is given")
     where.add_argument("--root", type=Path, default=Path("runs"))
-    page = commands.add_parser("report", help="what happened and how good it is, on one page")
-    page.add_argument("experiments", type=Path, nargs="+", metavar="RUNS/EXPERIMENT")
-    page.add_argument("--out", type=Path, help="default: report.html in the first experiment's folder")
-    judge = commands.add_parser("evaluate", help="python -m pipeline.evaluate in N processes", add_help=False)
-    judge.add_argument("--nproc", type=int, default=1)
+    where.set_defaults(run=_status)
+    look.add_commands(commands)
     given, more = parser.parse_known_args(arguments)
     # key=value may stand behind an option too, which argparse does not allow; `evaluate` passes everything on.
     overrides = hasattr(given, "overrides") and all("=" in word and not word.startswith("-") for word in more)
     if more and not overrides and given.command != "evaluate":
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    given.overrides = [*getattr(given, "overrides", []), *more]
+    if overrides:
+        given.overrides = [*given.overrides, *more]
+    given.rest = more
     if getattr(given, "nproc", 1) < 1:
         parser.error(f"--nproc {given.nproc}: at least one process is needed")
     interrupt_on_signals()
     try:
-        return COMMANDS[given.command](given)
+        return given.run(given)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -83,19 +92,6 @@ def _demo(given: argparse.Namespace) -> int:
     from launchers import demo
 
     return demo.run(given.seeds, given.nproc)
-
-
-def _report(given: argparse.Namespace) -> int:
-    from launchers import report
-
-    print(f"report: {report.run(given.experiments, given.out)}")
-    return 0
-
-
-def _evaluate(given: argparse.Namespace) -> int:
-    from launchers import local
-
-    return local.spawn([sys.executable, "-m", "pipeline.evaluate", *given.overrides], given.nproc)
 
 
 def _slurm(given: argparse.Namespace) -> int:
@@ -130,18 +126,6 @@ def _status(given: argparse.Namespace) -> int:
     from launchers import status
 
     return status.show(given.root, given.experiments)
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "local": _local,
-    "slurm": _slurm,
-    "plan": _plan,
-    "doctor": _doctor,
-    "status": _status,
-    "demo": _demo,
-    "report": _report,
-    "evaluate": _evaluate,
-}
 
 
 if __name__ == "__main__":

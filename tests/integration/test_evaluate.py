@@ -13,7 +13,7 @@ UNEVEN = "56"  # 400 images in batches of 56 divide by neither one, two nor thre
 
 
 def evaluate(*arguments: object, nproc: int = 1) -> subprocess.CompletedProcess[str]:
-    head = ["-m", "launchers.look", "evaluate", "--nproc", str(nproc)] if nproc > 1 else ["-m", "pipeline.evaluate"]
+    head = ["-m", "launchers", "evaluate", "--nproc", str(nproc)] if nproc > 1 else ["-m", "pipeline.evaluate"]
     command = [sys.executable, *head, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 

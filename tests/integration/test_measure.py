@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launchers import measure, report
-from launchers.look import main
+from launchers.__main__ import main
 from pipeline.models import build_model
 from pipeline.models.flops import forward_flops
 from pipeline.observe.extras import read_section
