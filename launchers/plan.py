@@ -72,7 +72,7 @@ def _stage(
     except ConfigError:  # told among the problems; the plan goes on with what comes nearest
         micro_batch, accumulation = max(1, config.loop.global_batch // world), 1
     machine = hardware(config, cluster, step.folder)
-    lyapema, loop = isinstance(config, SemiConfig), config.loop
+    lyapema, loop = getattr(config, "ema", None) is not None, config.loop
     by_stage = {}
     for zero in ZERO_STAGES:
         needs = memory(
@@ -164,7 +164,7 @@ def _traffic(body: Anatomy, config: StageConfig, world: int, accumulation: int) 
         zero_stage=config.engine.zero_stage,
         world_size=world,
         accumulation=accumulation,
-        lyapema=isinstance(config, SemiConfig),
+        lyapema=getattr(config, "ema", None) is not None,
     )
 
 
