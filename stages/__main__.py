@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> int:
         parser.error("give a CONFIG, or --replay RUN POSITION alone")
     rank = os.environ.get("RANK", "0")
     interrupt_on_signals()
+    threading.excepthook = _of_a_thread
     try:
         stage = choose("stage", given.stage, STAGES)
         if given.replay:
@@ -80,6 +82,12 @@ def main(arguments: list[str]) -> int:
         print(f"error: rank {rank} lost another rank: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         return DistributedFailure.exit_code
     return 0
+
+
+def _of_a_thread(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own: of a full disk the main one will say enough."""
+    if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in _DISK):
+        threading.__excepthook__(error)
 
 
 def _replay(stage: Stage, folder: Path, position: str) -> int:

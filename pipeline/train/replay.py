@@ -52,7 +52,12 @@ def replay(
         return position_of(state["step"], state["loop"]["left_out"]) <= asked.position
 
     step, state = checkpoint.restore(
-        asked.folder / "checkpoints", engine=engine, task=task, fingerprint=fingerprint, accept=is_before
+        asked.folder / "checkpoints",
+        engine=engine,
+        task=task,
+        fingerprint=fingerprint,
+        accept=is_before,
+        set_aside=False,
     )
     left_out = [hole for hole in state.get("left_out", []) if hole != asked.position]
     logger.info("replaying from step %d to position %d", step, asked.position)
