@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("random", "random weights", "random"),
-    Row("arm", "ARM: clusters, four taps; then rows, two directions", "arm"),
+    Row("arm", "ARM: clusters, three taps; then rows, two directions", "arm"),
     Row("last-tap", "  only the last tap", "last-tap"),
     Row("raster", "  raster order in both phases", "raster"),
     Row("cluster", "  cluster order in both phases", "arm", ["model.order=cluster"]),
