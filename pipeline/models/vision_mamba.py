@@ -295,9 +295,13 @@ class VisionMamba(nn.Module):
 
         `blend` (B, 2): SSMixup's psi and 1 - psi of each image, in a model that has it; zeros leave an image without.
         """
-        if blend is None and self.ssmixup and self.ssmixup.everywhere:
-            blend = images.new_full((len(images), 2), 0.5)
-        return self.norm_f(self.encode(self._tokens(images), blend=blend)[0])
+        return self.norm_f(self.encode(self._tokens(images), blend=self._blend(images, blend))[0])
+
+    def _blend(self, images: Tensor, given: Tensor | None) -> Tensor | None:
+        """SSMixup's weights of each image: those given, or one half for every image of a model that blends everywhere."""
+        if given is None and self.ssmixup and self.ssmixup.everywhere:
+            return images.new_full((len(images), 2), 0.5)
+        return given
 
     def forward_intermediates(
         self,
@@ -324,9 +328,9 @@ class VisionMamba(nn.Module):
         wanted = [i % self.depth for i in indices]
         if stop_early and not intermediates_only:
             raise ValueError("stop_early leaves no final features; set intermediates_only=True")
-        x, found = self._tokens(images), []
+        x, blend, found = self._tokens(images), self._blend(images, None), []
         for i, layer in enumerate(self.layers[: max(wanted) + 1] if stop_early else self.layers):
-            x = self._through(layer, x)
+            x = self._through(layer, x, blend)
             if i in wanted:
                 patches = self._row_major(self.norm_f(x) if norm else x)
                 if output_fmt == "NCHW":
