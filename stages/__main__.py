@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> int:
         parser.error("give a CONFIG, or --replay RUN POSITION alone")
     rank = os.environ.get("RANK", "0")
     interrupt_on_signals()
+    threading.excepthook = _thread_failed
     try:
         stage = choose("stage", given.stage, STAGES)
         if given.replay:
@@ -81,6 +83,12 @@ def main(arguments: list[str]) -> int:
         print(f"error: rank {rank} lost another rank: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         return DistributedFailure.exit_code
     return 0
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer hands what a disk did to it to the main thread, which says it in a sentence: once is enough."""
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in _DISK):
+        threading.__excepthook__(failure)
 
 
 def _replay(stage: Stage, folder: Path, position: str) -> int:
