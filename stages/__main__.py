@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         parser.error("give a CONFIG, or --replay RUN POSITION alone")
     rank = os.environ.get("RANK", "0")
     interrupt_on_signals()
-    threading.excepthook = _thread_failed
+    threading.excepthook = _of_a_thread
     try:
         stage = choose("stage", given.stage, STAGES)
         if given.replay:
@@ -85,10 +85,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer hands what a disk did to it to the main thread, which says it in a sentence: once is enough."""
-    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in _DISK):
-        threading.__excepthook__(failure)
+def _of_a_thread(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own: of a full disk the main one will say enough."""
+    if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in _DISK):
+        threading.__excepthook__(error)
 
 
 def _replay(stage: Stage, folder: Path, position: str) -> int:

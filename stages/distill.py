@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.loader import Batch
@@ -21,8 +20,7 @@ from pipeline.files import sha256_of
 from pipeline.models import build_from_config
 from pipeline.models.export import transfer
 from pipeline.models.flops import TRAINING, forward_flops
-from pipeline.models.losses import distillation_loss
-from pipeline.models.pseudo_labels import soft_cross_entropy
+from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
 from pipeline.models.teachers import KeptAnswers, timm_teacher
 from pipeline.models.weights import load_weights
 from pipeline.observe.tensorboard import Board
@@ -64,7 +62,7 @@ class DistillTask(Task):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
         c, labelled = self.config, batch["labelled"]
-        truth = F.one_hot(labelled.labels, self.num_classes).float()
+        truth = one_hot(labelled.labels, self.num_classes)
         images, targets = mix_at_random(
             labelled.images, truth, labelled.partner(), mixup=c.mix.mixup, cutmix=c.mix.cutmix
         )

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.loader import Batch
@@ -26,7 +25,8 @@ from pipeline.models import build_from_config
 from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
 from pipeline.models.export import transfer
 from pipeline.models.flops import TRAINING, forward_flops
-from pipeline.models.pseudo_labels import PseudoLabeller, PseudoLabels, soft_cross_entropy
+from pipeline.models.losses import one_hot, soft_cross_entropy
+from pipeline.models.pseudo_labels import PseudoLabeller, PseudoLabels
 from pipeline.observe.tensorboard import Board
 from pipeline.train.engine import Engine
 from pipeline.train.lyapema import LyapEMA
@@ -55,7 +55,7 @@ class SemiTask(Task):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
         c, labelled, unlabelled = self.config, batch["labelled"], batch.get("unlabelled")
-        truth = F.one_hot(labelled.labels, len(self.adjustment)).float()
+        truth = one_hot(labelled.labels, len(self.adjustment))
         images, targets = mix_at_random(
             labelled.images, truth, labelled.partner(), mixup=c.mixup.labelled_mixup, cutmix=c.mixup.labelled_cutmix
         )

@@ -94,9 +94,3 @@ class PseudoLabeller:
         self.confident.copy_(torch.tensor(state["confident"], dtype=self.confident.dtype))
         self.updates = int(state["updates"])
         self._sums.zero_()
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """(B,) cross-entropy with probabilities (B, C), of which `smoothing` is spread over all classes."""
-    targets = targets * (1 - smoothing) + smoothing / targets.shape[1]
-    return -(targets * torch.log_softmax(logits.float(), dim=-1)).sum(-1)

@@ -131,6 +131,8 @@ class _Writing(Thread):
                 self.digests[path.name] = write_text(path, json.dumps(self.state, indent=1))
         except OSError as error:
             self.problem = f"{error.strerror} ({path})"
+        except Exception as error:  # whatever it is, what it left is no checkpoint
+            self.problem = f"{type(error).__name__}: {error}"
         finally:
             self.tensors = {}
 
@@ -142,11 +144,13 @@ def restore(
     task: Task,
     fingerprint: str,
     accept: Callable[[dict[str, Any]], bool] = lambda state: True,
+    set_aside: bool = True,
 ) -> tuple[int, dict[str, Any]]:
     """Continue from the newest sound checkpoint whose state is accepted, walking back over damaged ones (collective).
 
     Returns its step and the loop's numbers; (0, {}) if there is none. The ranks share the reading of hashes and go by
-    the list of rank 0, so they cannot disagree.
+    the list of rank 0, so they cannot disagree. Damaged ones are set aside under another name, lest they count among
+    those that are kept.
     """
     world = engine.world
     found: list[list[Path]] = [complete(folder)]
@@ -156,11 +160,13 @@ def restore(
         damage = _damage(path, world.rank, world.size)
         if any_rank(bool(damage), world):
             logger.warning("%s is damaged (%s); going back to the one before", path, damage or "seen by another rank")
+            if world.is_main and set_aside:
+                os.rename(path, path.with_name(f"damaged_{path.name}"))
             continue
         state = json.loads((path / "state.json").read_text())
         if state["fingerprint"] != fingerprint:
             raise HandoverError(
-                f"{path} was written by a run with another config or other data;"
+                f"{path} was written by a run on other data or another split;"
                 f" choose another run.experiment, or remove {folder.parent}"
             )
         if not accept(state):

@@ -62,6 +62,9 @@ class EngineConfig(Strict):
     compile: bool = Field(
         False, description="torch.compile: a minute at every start; for GPUs, on a CPU eager is as fast or faster"
     )
+    keep_whole: NonNegativeInt = Field(
+        100_000, description="ZeRO-3: parameters of fewer elements stay whole on every rank instead of being gathered"
+    )
     timeout_seconds: float = Field(
         600.0, gt=0, description="of a collective: longer, and a rank counts as dead (exit 7)"
     )

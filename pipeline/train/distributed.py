@@ -96,19 +96,31 @@ def start(timeout_seconds: float) -> World:
     found = rendezvous(os.environ)
     os.environ.update(found)
     gpus = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if gpus:
+        device = torch.device("cuda", gpu_of(int(found["LOCAL_RANK"]), torch.cuda.device_count(), os.environ))
+        torch.cuda.set_device(device)
     if not gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     deepspeed = _import_deepspeed()
     backend = "nccl" if gpus else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
-    local_rank = int(found["LOCAL_RANK"])
-    if gpus:
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     world = World(dist.get_rank(), dist.get_world_size(), device)
     _log_table(world, backend, found)
     return world
+
+
+def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:
+    """Index of this rank's GPU among the visible ones. Raises EnvironmentProblem if there are fewer than ranks."""
+    if local_rank < visible:
+        return local_rank
+    if visible == 1 and "SLURM_PROCID" in environment:  # srun --gpus-per-task=1 shows each task its own
+        return 0
+    raise EnvironmentProblem(
+        f"local rank {local_rank} has no GPU: {visible} are visible to this process; start as many processes as GPUs"
+        " (--nproc), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+    )
 
 
 def limit_collectives(timeout_seconds: float) -> None:

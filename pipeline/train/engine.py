@@ -5,7 +5,7 @@ lies in the optimizer. The teacher, the checkpoints and the export are written a
 a stage or a world size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -159,8 +159,17 @@ class Engine:
         shapes = {name: full_shape(p) for name, p in self.named_parameters}
         full = {name: torch.empty(shape, device=self.world.device) for name, shape in shapes.items()}
         self.gather(None, full)
-        state = {k: v.detach() for k, v in self.module.state_dict().items() if k not in shapes}
-        return {k: v.cpu().clone() for k, v in {**state, **full}.items()}
+        # ZeRO-3 cuts the frozen parameters (fixed positions) too, and no optimizer has masters of them.
+        frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+        with self._whole(frozen.values()):
+            fixed = {name: p.detach().cpu().clone() for name, p in frozen.items()}
+        return fixed | {name: value.cpu().clone() for name, value in {**self.buffers(), **full}.items()}
+
+    def _whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+        """While inside, parameters that ZeRO-3 has cut are whole on every rank (collective)."""
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters), enabled=self.config.zero_stage == 3)
 
     def restore(
         self,
@@ -252,6 +261,14 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
         "overlap_comm": False,
         "round_robin_gradients": False,
     }
+    if config.zero_stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": config.keep_whole,
+            "stage3_prefetch_bucket_size": elements,
+            "stage3_max_live_parameters": 10**9,
+            "stage3_max_reuse_distance": 10**9,
+            "sub_group_size": 10**9,
+        }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

@@ -166,12 +166,14 @@ def fit(
                 progress.line(step, row)
                 run.status("running", step=step, steps=loop.steps)
             if last or (loop.eval_every and step % loop.eval_every == 0):
-                row = evaluate(step, board)
+                with meter.pausing():
+                    row = evaluate(step, board)
                 run.append_metrics(row | {"step": step, "samples": step * loop.global_batch})
                 board.scalars(row, step)
                 progress.line(step, row)
             if saving:
-                save()
+                with meter.pausing():
+                    save()
             tracer.advance(step, look=step % loop.vote_every == 0)
             if voting:
                 run.beat()

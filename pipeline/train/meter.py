@@ -36,6 +36,13 @@ class Meter:
         yield
         self._waited += time.monotonic() - begin
 
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Time spent here, on evaluation or a save, is no time of a step."""
+        begin = time.monotonic()
+        yield
+        self._started += time.monotonic() - begin
+
     def count(self, images: int) -> None:
         """A step is done, for which this rank read so many images (of all streams)."""
         self._steps += 1

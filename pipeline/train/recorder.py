@@ -50,7 +50,7 @@ class Recorder:
         """Before the engine wraps the model. The norms are of this rank's gradients, over its own micro-batches."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.blocks = list(dict.fromkeys(block_of(name) for name, _ in named))
-        self._squares = torch.zeros(len(self.blocks))
+        self._squares = torch.zeros(len(self.blocks), device=named[0][1].device)
 
         def hook(index: int) -> Any:
             def add(gradient: Tensor) -> None:

@@ -56,6 +56,7 @@ def replay(
         task=task,
         fingerprint=fingerprint,
         accept=lambda saved: next_position(saved) <= asked.position,
+        set_aside=False,
     )
     left_out = [hole for hole in state.get("left_out", []) if hole != asked.position]
     newest = position_of(steps - 1, left_out)

@@ -35,6 +35,7 @@ _FREE = (
     "engine.micro_batch",
     "engine.bucket_bytes",
     "engine.timeout_seconds",
+    "engine.keep_whole",
     "engine.activation_checkpointing",
     "engine.offload_optimizer",
     "engine.compile",

@@ -92,7 +92,7 @@ def engine_of(model: nn.Module, world: World, size: int, zero_stage: int = 1) ->
 def run_fit(
     engine: Engine, stream: Timed, folder: Path, world: World, recorder: Recorder, *, steps: int, save_every: int
 ) -> None:
-    loop = LoopConfig(steps=steps, global_batch=len(stream.batch) * world.size, log_every=50, save_every=save_every)
+    loop = LoopConfig(steps=steps, global_batch=len(stream.batch) * world.size, log_every=10, save_every=save_every)
 
     def nothing(step: int, board: Board) -> dict[str, float]:
         return {}
@@ -182,9 +182,9 @@ def saving(world: World, folder: Path, saves: int) -> dict[str, float]:
     engine, stream = engine_of(model, world, size), Timed(batch_of(size))
     run_fit(engine, stream, folder / "save", world, recorder, steps=SAVE_EVERY * (saves + 1), save_every=SAVE_EVERY)
     # Step k of the list ends with what `fit` does after it: the steps SAVE_EVERY - 1, 2 SAVE_EVERY - 1, ... copy, the half
-    # of the interval behind them runs beside the writing.
-    busy = [t for k, t in enumerate(stream.steps) if k >= SAVE_EVERY - 1 and (k + 1) % SAVE_EVERY < SAVE_EVERY // 2]
-    quiet = [t for k, t in enumerate(stream.steps) if k >= 2 and (k + 1) % SAVE_EVERY >= SAVE_EVERY // 2]
+    # of the interval behind them runs beside the writing and ends with its completion at a vote.
+    busy = [t for k, t in enumerate(stream.steps) if k >= SAVE_EVERY - 1 and (k + 1) % SAVE_EVERY <= SAVE_EVERY // 2]
+    quiet = [t for k, t in enumerate(stream.steps) if k >= 2 and (k + 1) % SAVE_EVERY > SAVE_EVERY // 2]
     median = statistics.median(quiet)
     weights = sum(p.numel() for _, p in engine.named_parameters)
     return {"save_stall_vs_step": max(busy) / median, "saving_step_ms": 1e3 * median, "saved_weights_m": weights / 1e6}

@@ -5,7 +5,8 @@ import torch
 
 from pipeline.data.mixup import mix, mix_at_random, mix_by_confidence, pair_ratio
 from pipeline.models.config import PseudoLabelRule
-from pipeline.models.pseudo_labels import PseudoLabeller, soft_cross_entropy
+from pipeline.models.losses import soft_cross_entropy
+from pipeline.models.pseudo_labels import PseudoLabeller
 
 PRIOR = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
 LOGITS = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]]))

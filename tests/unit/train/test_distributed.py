@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.train.distributed import NAMES, first_host, rendezvous
+from pipeline.train.distributed import NAMES, first_host, gpu_of, rendezvous
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -50,3 +50,10 @@ def test_half_of_torchruns_names_is_refused() -> None:
 )
 def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+def test_a_rank_without_a_gpu_is_refused_in_a_sentence() -> None:
+    assert gpu_of(3, 8, {}) == 3
+    assert gpu_of(3, 1, {"SLURM_PROCID": "3"}) == 0
+    with pytest.raises(EnvironmentProblem, match="local rank 1 has no GPU: 1 are visible"):
+        gpu_of(1, 1, {})
