@@ -10,6 +10,7 @@ Exit codes: 0 complete; 2 config; 3 data; 4 hand-over or checkpoint; 5 environme
 import argparse
 import errno
 import importlib
+import json
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ from pipeline.config import choose, load_config
 from pipeline.errors import ConfigError, DistributedFailure, EnvironmentProblem, Interrupted, PipelineError
 from pipeline.train.signals import interrupt_on_signals
 from stages import STAGES, Stage
-from stages.check import check, is_complete
+from stages.check import check, derive_batches, is_complete
 
 # What a disk can do to any write at any moment.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -94,10 +95,15 @@ def _replay(stage: Stage, folder: Path, position: str) -> int:
     """One process on the CPU takes a step of a run again. Returns 0 whatever it finds; the run is not touched."""
     if not position.isdigit():
         raise ConfigError(f"--replay: POSITION is {position!r}; it must be a number, as in {folder}/incidents.jsonl")
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"--replay: {folder} is no run folder, it has no config.yaml; give runs/EXPERIMENT/STAGE")
+    for name in ("config.yaml", "environment.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"--replay: {folder} is no run folder, it has no {name}; give runs/EXPERIMENT/STAGE")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    alone = ("zero_stage=0", "micro_batch=null", "offload_optimizer=false", "compile=false")
+    there = load_config(stage.config, folder / "config.yaml", [])
+    world_size = json.loads((folder / "environment.json").read_text())["world_size"]
+    # At once what a process of the run took: the whole batch of many may not fit here.
+    micro_batch, _ = derive_batches(there.loop.global_batch, world_size, there.engine.micro_batch)
+    alone = ("zero_stage=0", f"micro_batch={micro_batch}", "offload_optimizer=false", "compile=false")
     config = load_config(stage.config, folder / "config.yaml", [f"engine.{value}" for value in alone])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     from pipeline.train.replay import Replay, Replayed

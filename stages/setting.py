@@ -158,7 +158,7 @@ class Setting:
         """
         c = self.config
         micro_batch, accumulation = derive_batches(c.loop.global_batch, self.world.size, c.engine.micro_batch)
-        recorder = Recorder()
+        recorder = Recorder(c.loop.log_every)
         if self.world.size > 1:
             synchronise_batch_norms(model)
         recorder.watch(model.to(self.world.device))
@@ -183,6 +183,7 @@ class Setting:
                     task,
                     self.engine,
                     streams,
+                    steps=c.loop.steps,
                     lr_at=lr_at,
                     accumulation=accumulation,
                     fingerprint=fingerprint,

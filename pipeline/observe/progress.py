@@ -42,6 +42,14 @@ class Progress:
         if self._bar:
             self._bar.update()
 
+    def rewind(self, step: int) -> None:
+        """Go on from an earlier step; what is left is estimated from there."""
+        self._started, self._start = time.monotonic(), step
+        if self._bar:
+            self._bar.reset()
+            self._bar.initial = self._bar.n = step
+            self._bar.refresh()
+
     def line(self, step: int, row: Mapping[str, float]) -> None:
         shown = [f"{key.removeprefix('train/').replace('/', ' ')} {row[key]:.4g}" for key in _SHOWN if key in row]
         if self._bar:

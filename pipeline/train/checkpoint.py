@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.errors import Diverged, EnvironmentProblem, HandoverError
 from pipeline.files import fsync, sha256_of, write_text
-from pipeline.train.distributed import any_rank
+from pipeline.train.distributed import World, any_rank
 from pipeline.train.engine import Engine
 from pipeline.train.shardfile import write_shards
 from pipeline.train.task import Task
@@ -50,7 +50,6 @@ class Saver:
     ) -> None:
         self.folder, self.engine, self.task, self.fingerprint = folder, engine, task, fingerprint
         self.keep, self.keep_every, self.background = keep, keep_every, background
-        self.last_step = -1  # of the newest save begun
         self._writing: _Writing | None = None
 
     def save(self, step: int, loop_state: dict[str, Any]) -> None:
@@ -74,7 +73,6 @@ class Saver:
             "loop": loop_state,
             "fingerprint": self.fingerprint,
         }
-        self.last_step = step
         self._writing = _Writing(temporary, self.folder / f"step_{step:08d}", world.rank, tensors, state)
         self._writing.start()
         if not self.background:
@@ -107,7 +105,7 @@ class Saver:
         if world.is_main:
             _complete(writing, {name: digest for part in digests for name, digest in part.items()})
             for old in complete(self.folder)[self.keep :]:
-                if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
+                if not self.keep_every or step_of(old) % self.keep_every:
                     shutil.rmtree(old, ignore_errors=True)
         any_rank(False, world)  # nobody goes on before the folder is there
 
@@ -183,9 +181,23 @@ def restore(
     return 0, {}
 
 
+def remove_after(folder: Path, step: int, world: World) -> None:
+    """Remove the checkpoints of later steps: no restart may continue from them (collective)."""
+    if world.is_main:
+        for path in complete(folder):
+            if step_of(path) > step:
+                (path / "COMPLETE").unlink()  # first, so that half a removal leaves nothing to resume from
+                shutil.rmtree(path, ignore_errors=True)
+    any_rank(False, world)  # nobody goes on before they are gone
+
+
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
     return sorted((p.parent for p in folder.glob("step_*/COMPLETE")), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _buffers(engine: Engine, task: Task) -> dict[str, Tensor]:

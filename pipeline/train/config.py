@@ -107,7 +107,9 @@ class LoopConfig(Strict):
         description="a logged loss this many median absolute deviations above the recorded ones is a divergence",
     )
     max_skipped_steps: PositiveInt = Field(
-        10, description="updates skipped in a row by the engine that are a divergence"
+        1,
+        description="updates that ZeRO 1 to 3 skip between two log lines, for gradients that are not finite, that are a"
+        " divergence; fewer are an incident in the report (ZeRO 0 cannot skip)",
     )
     vote_every: PositiveInt = Field(4, description="steps between the ranks' votes on stopping (one tiny all-reduce)")
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,9 @@ import torch.distributed as dist
 from pipeline.train.config import LoopConfig
 from pipeline.train.distributed import World
 from pipeline.train.recorder import Recorder
+from pipeline.train.run import Run
 
+FEWEST = 20  # losses that tell what is usual
 _NONE = 2**62
 
 
@@ -22,26 +25,57 @@ class Trouble:
     position: int
 
 
-def find_trouble(
-    row: Mapping[str, float], recorder: Recorder, loop: LoopConfig, skipped_updates: int, world: World
-) -> Trouble | None:
-    """Judge a logged row, equal on all ranks; where it is bad, ask every rank's recorder for the first bad step (collective)."""
+def find_trouble(row: Mapping[str, float], recorder: Recorder, loop: LoopConfig, world: World) -> Trouble | None:
+    """Judge a logged row, equal on all ranks, and name the bad step among those since the last log line (collective)."""
+    skipped = row["train/skipped_updates"]
     bad = next((f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)), "")
-    if not bad and skipped_updates >= loop.max_skipped_steps:
-        bad = f"the engine skipped {skipped_updates} updates in a row"
+    if not bad and skipped >= loop.max_skipped_steps:
+        bad = f"a gradient is not finite ({skipped:.0f} updates were skipped)"
     if bad:
-        record = recorder.first_bad()
-        mine = record.position if record else _NONE
-    elif loop.spike_mads and recorder.is_spike(row["train/loss"], loop.spike_mads):
-        bad = f"the loss {row['train/loss']:.4g} lies over {loop.spike_mads:g} deviations above those before"
-        mine = max(recorder.records, key=lambda r: (float(r.loss), -r.position)).position
-    else:
-        return None
-    first = torch.tensor(mine, device=world.device)
+        return Trouble(bad, _first_bad(recorder, world))
+    if loop.spike_mads:
+        losses = recorder.losses()
+        if world.size > 1:  # of the whole batch: the ranks' own would let them disagree
+            dist.all_reduce(losses)
+            losses /= world.size
+        if is_spike(row["train/loss"], losses, loop.spike_mads):
+            unjudged = recorder.unjudged
+            highest = int(losses[-len(unjudged) :].argmax())
+            reason = f"the loss {row['train/loss']:.4g} lies over {loop.spike_mads:g} deviations above those before"
+            return Trouble(reason, unjudged[highest].position)
+    return None
+
+
+def is_spike(loss: float, losses: torch.Tensor, mads: float) -> bool:
+    """Whether `loss` lies that many median absolute deviations above the median of `losses` (steps,)."""
+    if len(losses) < FEWEST:
+        return False
+    deviation = (losses - losses.median()).abs().median().clamp(min=1e-8)
+    return bool(loss > losses.median() + mads * deviation)
+
+
+def _first_bad(recorder: Recorder, world: World) -> int:
+    """Position of the first step with a number that is not finite on some rank; if none saw one, of the newest step."""
+    first = torch.tensor(next((r.position for r in recorder.unjudged if r.is_bad()), _NONE), device=world.device)
     if world.size > 1:
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    newest = recorder.records[-1].position
-    return Trouble(bad, newest if int(first) == _NONE else int(first))
+    return recorder.records[-1].position if int(first) == _NONE else int(first)
+
+
+def report(trouble: Trouble, run: Run, recorder: Recorder, step: int, rewinds: int) -> None:
+    """Leave behind what a person needs: the incident, and every rank's last steps."""
+    run.incident({"step": step, "reason": trouble.reason, "position": trouble.position, "number": rewinds})
+    recorder.dump(run.folder / "report" / f"flight_step_{step:08d}_rank_{run.world.rank:05d}.jsonl")
+
+
+def advice(trouble: Trouble, run: Run, step: int, rewinds: int) -> str:
+    """The last sentence of a run that has given up after so many rewinds."""
+    tried = f" after {rewinds} rewinds" if rewinds else ""
+    return (
+        f"{trouble.reason} by step {step}{tried}, first at position {trouble.position} of the data; the last steps are in"
+        f" {run.folder / 'report'}, `python -m stages {run.folder.name} --replay {run.folder} {trouble.position}` names the"
+        " module; lower optim.lr, lengthen optim.warmup_steps, or set loop.on_divergence=rewind"
+    )
 
 
 def position_of(step: int, left_out: Sequence[int]) -> int:
@@ -51,3 +85,8 @@ def position_of(step: int, left_out: Sequence[int]) -> int:
         if hole <= position:
             position += 1
     return position
+
+
+def next_position(state: Mapping[str, Any]) -> int:
+    """Place in the data of the first step that a checkpoint of this state has not seen."""
+    return position_of(state["step"], state["loop"]["left_out"])

@@ -108,6 +108,12 @@ class Engine:
         """Global norm of the gradient, before clipping, at the last update."""
         return float(self._norm if self.config.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
 
+    def weight_norm(self) -> float:
+        """Global norm of the fp32 weights: not finite if one of them is not (collective)."""
+        squares = [torch.linalg.vector_norm(shard.of(shard.flat)).square() for shard in self.shards]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self.world.device)
+        return float(self.all_reduce(total).sqrt())
+
     def all_reduce(self, value: Tensor) -> Tensor:
         """Sum over the owners of shards: over ranks, or as it is where every rank holds everything."""
         if self.replicated:

@@ -21,7 +21,7 @@ from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Saver
 from pipeline.train.config import LoopConfig
 from pipeline.train.distributed import any_rank
-from pipeline.train.divergence import Trouble, find_trouble, position_of
+from pipeline.train.divergence import advice, find_trouble, next_position, position_of, report
 from pipeline.train.engine import Engine
 from pipeline.train.meter import Meter
 from pipeline.train.peak import peak_flops
@@ -79,10 +79,23 @@ def fit(
     def save() -> None:
         saver.save(step, {"left_out": left_out, "rewinds": rewinds, "probe": task.probe(engine.model, probe_images)})
 
-    def restore() -> tuple[int, dict[str, Any]]:
-        restored, state = checkpoint.restore(run.checkpoints, engine=engine, task=task, fingerprint=fingerprint)
+    def restore(before: float = math.inf) -> tuple[int, dict[str, Any]]:
+        """Continue from the newest checkpoint that has not seen the position `before` of the data; the later ones go."""
+        restored, state = checkpoint.restore(
+            run.checkpoints,
+            engine=engine,
+            task=task,
+            fingerprint=fingerprint,
+            accept=lambda saved: next_position(saved) <= before,
+        )
         if state:
             _prove(task.probe(engine.model, probe_images), state["probe"], run, restored)
+        if before < math.inf:
+            if not state:
+                raise Diverged(
+                    f"no checkpoint of {run.checkpoints} is from before position {before}: nothing to rewind to"
+                )
+            checkpoint.remove_after(run.checkpoints, restored, world)
         run.truncate_metrics(restored)
         return restored, state
 
@@ -92,7 +105,7 @@ def fit(
     progress = Progress(run.folder.name, done=step, total=loop.steps, shown=world.is_main)
     meter = Meter(world, flops, peak_flops(world.device, engine.config.precision))
     tracer = Tracer(run.folder, world)
-    next_position, skipped_updates = -1, 0
+    drawn_next, skipped_updates = -1, 0
     if step == 0 and loop.on_divergence == "rewind":
         save()
 
@@ -100,42 +113,53 @@ def fit(
     with stop_flag() as stop:
         while step < loop.steps:
             position = position_of(step, left_out)
-            if position != next_position:
+            if position != drawn_next:
                 batches = {name: stream.batches(position) for name, stream in streams.items()}
-            next_position = position + 1
+            drawn_next = position + 1
             with meter.waiting():
                 drawn = {name: next(stream).to(world.device, non_blocking=True) for name, stream in batches.items()}
             lr = lr_at(step)
             torch.manual_seed(step_seed(seed, position, world.rank))  # of drop path
             done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr)
             meter.add(done.metrics)
-            skipped_updates = 0 if done.moved else skipped_updates + 1
+            skipped_updates += not done.moved
             recorder.note(step, position, drawn, done.loss)
             step += 1
             meter.count(sum(map(len, drawn.values())))
             progress.advance()
             last = step == loop.steps
+            voting = step % loop.vote_every == 0 and not last
+            stopping = voting and any_rank(bool(stop) or time.monotonic() > deadline, world)
+            saving = last or stopping or step % loop.save_every == 0
 
-            if step % loop.log_every == 0 or last:
-                row = meter.flush() | {"train/lr": lr, "train/grad_norm": engine.grad_norm()}
-                trouble = find_trouble(row, recorder, loop, skipped_updates, world)
+            if saving or step % loop.log_every == 0:  # nothing is saved that has not been judged
+                row = meter.flush() | {"train/lr": lr, "train/skipped_updates": float(skipped_updates)}
+                row |= {"train/weight_norm": engine.weight_norm()}
+                if done.moved:
+                    row |= {"train/grad_norm": engine.grad_norm()}
+                trouble = find_trouble(row, recorder, loop, world)
+                skipped_updates = 0
                 if trouble:
                     rewinds += 1
-                    _report(trouble, run, recorder, step, rewinds)
-                    if loop.on_divergence == "stop" or rewinds > loop.max_rewinds:
-                        raise Diverged(_advice(trouble, run, step, rewinds - 1))
+                    report(trouble, run, recorder, step, rewinds)
                     saver.finish()
-                    closed = [*left_out, trouble.position]
-                    step, _ = restore()
+                    if loop.on_divergence == "stop" or rewinds > loop.max_rewinds:
+                        raise Diverged(advice(trouble, run, step, rewinds - 1))
+                    step, _ = restore(before=trouble.position)
                     board.rewind(step)
-                    left_out, next_position, skipped_updates = closed, -1, 0
+                    progress.rewind(step)
                     recorder.forget_from(step)
+                    left_out, drawn_next = [*left_out, trouble.position], -1
                     continue
+                recorder.judged()
                 row |= {"step": step, "samples": step * loop.global_batch}
+                if row["train/skipped_updates"]:
+                    run.incident({"step": step, "reason": f"{row['train/skipped_updates']:.0f} updates were skipped"})
                 for alarm in task.alarms(row):
                     run.incident({"step": step, "reason": alarm})
                     logger.log(logging.WARNING if world.is_main else logging.DEBUG, "step %d: %s", step, alarm)
                     if loop.on_alarm == "stop":
+                        saver.finish()
                         raise Diverged(f"{run.folder} stopped at step {step}: {alarm} (loop.on_alarm=note goes on)")
                 run.append_metrics(row)
                 board.scalars(row, step)
@@ -147,23 +171,20 @@ def fit(
                 run.append_metrics(row | {"step": step, "samples": step * loop.global_batch})
                 board.scalars(row, step)
                 progress.line(step, row)
-            if last or step % loop.save_every == 0:
+            if saving:
                 with meter.pausing():
                     save()
             tracer.advance(step, look=step % loop.vote_every == 0)
-            if step % loop.vote_every == 0 and not last:
+            if voting:
                 run.beat()
-                saver.finish(wait=False)
-                if any_rank(bool(stop) or time.monotonic() > deadline, world):
-                    if saver.last_step != step:
-                        save()
-                    saver.finish()
-                    run.status("interrupted", step=step, steps=loop.steps)
-                    reason = stop.name or ("its time limit" if time.monotonic() > deadline else "another rank")
-                    raise Interrupted(
-                        f"{run.folder} stopped by {reason} at step {step} of {loop.steps};"
-                        " all is saved, start it again to continue"
-                    )
+                saver.finish(wait=stopping)
+            if stopping:
+                run.status("interrupted", step=step, steps=loop.steps)
+                reason = stop.name or ("its time limit" if time.monotonic() > deadline else "another rank")
+                raise Interrupted(
+                    f"{run.folder} stopped by {reason} at step {step} of {loop.steps};"
+                    " all is saved, start it again to continue"
+                )
     saver.finish()
     tracer.close()
     recorder.dump(run.folder / "report" / f"flight_rank_{world.rank:05d}.jsonl")
@@ -204,20 +225,6 @@ def _prove(answer: float, saved: float, run: Run, step: int) -> None:
             f"step {step} of {run.checkpoints} was restored but answers the probe with {answer:.6g}, where it answered"
             f" {saved:.6g} when it was saved; its code or kernels have changed: start a new experiment"
         )
-
-
-def _report(trouble: Trouble, run: Run, recorder: Recorder, step: int, rewinds: int) -> None:
-    run.incident({"step": step, "reason": trouble.reason, "position": trouble.position, "number": rewinds})
-    recorder.dump(run.folder / "report" / f"flight_step_{step:08d}_rank_{run.world.rank:05d}.jsonl")
-
-
-def _advice(trouble: Trouble, run: Run, step: int, rewinds: int) -> str:
-    tried = f" after {rewinds} rewinds" if rewinds else ""
-    return (
-        f"{trouble.reason} by step {step}{tried}, first at position {trouble.position} of the data; the last steps are in"
-        f" {run.folder / 'report'}, `python -m stages {run.folder.name} --replay {run.folder} {trouble.position}` names the"
-        " module; lower optim.lr, lengthen optim.warmup_steps, or set loop.on_divergence=rewind"
-    )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

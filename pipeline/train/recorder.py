@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.data.loader import Batch
 
-STEPS_KEPT = 256
+STEPS_KEPT = 256  # at least; more where log lines are farther apart
 
 
 @dataclass
@@ -37,10 +37,12 @@ class Record:
 
 
 class Recorder:
-    """Of one rank. `watch` sees the gradients of a model before the engine reduces and frees them."""
+    """Of one rank; reaches back to the last log line at least. `watch` sees the gradients of a model before the engine
+    reduces and frees them."""
 
-    def __init__(self) -> None:
-        self.records: deque[Record] = deque(maxlen=STEPS_KEPT)
+    def __init__(self, log_every: int) -> None:
+        self.records: deque[Record] = deque(maxlen=max(STEPS_KEPT, log_every))
+        self._unjudged = 0  # the newest records, of the steps since the last log line
         self.blocks: list[str] = []
         self._squares: Tensor | None = None
 
@@ -66,24 +68,26 @@ class Recorder:
         if self._squares is not None:
             squares = self._squares.clone()
             self._squares.zero_()
+        self._unjudged += 1
         self.records.append(Record(step, position, {k: b.indices for k, b in drawn.items()}, loss, squares))
 
-    def first_bad(self) -> Record | None:
-        """The oldest kept step with a number that is not finite."""
-        return next((record for record in self.records if record.is_bad()), None)
+    @property
+    def unjudged(self) -> list[Record]:
+        """The steps since the last log line, oldest first."""
+        return list(self.records)[len(self.records) - self._unjudged :]
 
-    def is_spike(self, loss: float, mads: float) -> bool:
-        """Whether `loss` lies that many median absolute deviations above the median of the kept losses."""
-        kept = torch.stack([r.loss.double().cpu() for r in self.records])
-        kept = kept[kept.isfinite()]
-        if len(kept) < 20:
-            return False
-        deviation = (kept - kept.median()).abs().median().clamp(min=1e-8)
-        return bool(loss > kept.median() + mads * deviation)
+    def judged(self) -> None:
+        """All steps up to here are good."""
+        self._unjudged = 0
+
+    def losses(self) -> Tensor:
+        """(kept steps,) of this rank, float64 on the device."""
+        return torch.stack([record.loss.double() for record in self.records])
 
     def forget_from(self, step: int) -> None:
-        """Steps that a rewind undoes."""
-        self.records = deque((r for r in self.records if r.step < step), maxlen=STEPS_KEPT)
+        """Steps that a rewind undoes, among them all that are unjudged."""
+        self.records = deque((r for r in self.records if r.step < step), maxlen=self.records.maxlen)
+        self._unjudged = 0
 
     def dump(self, path: Path) -> None:
         """One JSON object a step: samples, loss, gradient norm of every block."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.loader import Batch, Loader
+from pipeline.errors import ConfigError
 from pipeline.train import checkpoint
-from pipeline.train.divergence import position_of
+from pipeline.train.divergence import next_position, position_of
 from pipeline.train.engine import Engine
 from pipeline.train.loop import step_seed, train_step
 from pipeline.train.schedules import Schedule
@@ -40,27 +41,31 @@ def replay(
     engine: Engine,
     streams: Mapping[str, Loader],
     *,
+    steps: int,
     lr_at: Schedule,
     accumulation: int,
     fingerprint: str,
     seed: int,
 ) -> str:
     """Continue from the newest sound checkpoint before that position, or from the start, and say in a sentence which
-    module or gradient first holds a value that is not finite."""
-
-    def is_before(state: Mapping[str, Any]) -> bool:
-        return position_of(state["step"], state["loop"]["left_out"]) <= asked.position
-
+    module or gradient first holds a value that is not finite. Raises ConfigError for a position that the `steps` of the
+    run do not reach."""
     step, state = checkpoint.restore(
         asked.folder / "checkpoints",
         engine=engine,
         task=task,
         fingerprint=fingerprint,
-        accept=is_before,
+        accept=lambda saved: next_position(saved) <= asked.position,
         set_aside=False,
     )
     left_out = [hole for hole in state.get("left_out", []) if hole != asked.position]
-    logger.info("replaying from step %d to position %d", step, asked.position)
+    newest = position_of(steps - 1, left_out)
+    if asked.position > newest:
+        raise ConfigError(
+            f"--replay: POSITION is {asked.position}, but the {steps} steps of {asked.folder} end at position {newest};"
+            f" take one from {asked.folder}/incidents.jsonl"
+        )
+    logger.info("replaying from step %d to position %d, %d micro-batches a step", step, asked.position, accumulation)
     batches = {name: stream.batches(position_of(step, left_out)) for name, stream in streams.items()}
     while True:
         position = position_of(step, left_out)

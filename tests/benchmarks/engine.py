@@ -119,7 +119,7 @@ def fit_against_bare(world: World, folder: Path, pairs: int) -> dict[str, float]
     size, task = 4, Classify()
     batch = batch_of(size)
     torch.manual_seed(0)
-    recorder, watched = Recorder(), build_model("vim_tiny", num_classes=10)
+    recorder, watched = Recorder(log_every=50), build_model("vim_tiny", num_classes=10)
     recorder.watch(watched)
     bare_engine, our_engine = (
         engine_of(build_model("vim_tiny", num_classes=10), world, size),
@@ -179,7 +179,7 @@ def zero_against_ddp(world: World, pairs: int) -> dict[str, float]:
 
 def saving(world: World, folder: Path, saves: int) -> dict[str, float]:
     size = 2
-    recorder, model = Recorder(), build_model("vim_small", num_classes=10)
+    recorder, model = Recorder(log_every=50), build_model("vim_small", num_classes=10)
     recorder.watch(model)
     engine, stream = engine_of(model, world, size), Timed(batch_of(size))
     run_fit(engine, stream, folder / "save", world, recorder, steps=SAVE_EVERY * (saves + 1), save_every=SAVE_EVERY)

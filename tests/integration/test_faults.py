@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from launchers.local import spawn
+from pipeline.files import write_text
 from pipeline.train.checkpoint import _damage, complete
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 from tests.golden.write import losses
@@ -130,36 +132,89 @@ def test_a_time_limit_saves_and_ends_in_75(chain: Stages) -> None:
     assert complete(chain.runs / "limited" / "arm" / "checkpoints")
 
 
-def planted(chain: Stages, position: int, rank: int, *more: str) -> tuple[int, Path]:
-    overrides = chain.overrides(*more, "loop.log_every=2", "loop.on_divergence=rewind")
-    command = [
-        sys.executable,
-        "-m",
-        "tests.integration.planted",
-        "infinity",
-        str(position),
-        str(rank),
-        "configs/arm/smoke.yaml",
-        *overrides,
-    ]
-    return spawn(command, 2), chain.runs / more[0].split("=")[1] / "arm"
+def planted(chain: Stages, fault: str, position: int, rank: int, *more: str) -> tuple[int, Path]:
+    overrides = chain.overrides("loop.on_divergence=rewind", *more)
+    command = [sys.executable, "-m", "tests.integration.planted", fault, str(position), str(rank)]
+    return spawn([*command, "configs/arm/smoke.yaml", *overrides], 2), chain.runs / more[0].split("=")[1] / "arm"
 
 
-def test_an_infinity_on_one_rank_rewinds_all_and_the_end_never_saw_that_batch(chain: Stages) -> None:
-    """Position 3 is bad on rank 1; a twin is bad there on rank 0. Both go on from step 2 with positions 2, 4, 5, ..."""
-    code, run = planted(chain, 3, 1, "run.experiment=planted")
+def incidents(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "incidents.jsonl").read_text().splitlines()]
+
+
+def loop_state(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / "state.json").read_text())["loop"])
+
+
+def left_out_from_the_start(run: Path, position: int, root: Path) -> Path:
+    """A folder in which a run like `run` will start from its step 0, but pass over a position of the data."""
+    copy = root / run.parent.name / run.name
+    start = copy / "checkpoints" / "step_00000000"
+    shutil.copytree(run / "checkpoints" / start.name, start)
+    shutil.copy(run / "config.yaml", copy)
+    state = json.loads((start / "state.json").read_text())
+    state["loop"]["left_out"] = [position]
+    files = json.loads((start / "COMPLETE").read_text())
+    files["state.json"] = write_text(start / "state.json", json.dumps(state))
+    write_text(start / "COMPLETE", json.dumps(files))
+    return copy
+
+
+def test_an_infinity_on_one_rank_rewinds_all_and_the_end_never_saw_that_batch(chain: Stages, tmp_path: Path) -> None:
+    """Position 2 is bad on rank 1; a save (step 3) falls between it and the log line (step 4). The run ends, to the bit, as
+    one that has passed over position 2 from the start."""
+    more = ["run.experiment=planted", "loop.log_every=4", "loop.save_every=3", "loop.keep_checkpoints=100"]
+    code, run = planted(chain, "infinity", 2, 1, *more)
     assert code == 0
-    twin_code, twin = planted(chain, 3, 0, "run.experiment=twin")
-    assert twin_code == 0
-    incident = json.loads((run / "incidents.jsonl").read_text().splitlines()[0])
-    assert incident["position"] == 3
-    assert (run / "export/model.safetensors").read_bytes() == (twin / "export/model.safetensors").read_bytes()
+    straight = left_out_from_the_start(run, 2, tmp_path)
+    assert chain.run("arm", *more, "loop.on_divergence=rewind", f"run.root={tmp_path}", nproc=2).returncode == 0
+    assert not (straight / "incidents.jsonl").exists()
+    assert (run / "export/model.safetensors").read_bytes() == (straight / "export/model.safetensors").read_bytes()
+    assert [(i["step"], i["position"]) for i in incidents(run)] == [(3, 2)]
     flight = sorted((run / "report").glob("flight_step_*_rank_00001.jsonl"))[0]
     rows = [json.loads(line) for line in flight.read_text().splitlines()]
-    assert [row["position"] for row in rows if row["loss"] == float("inf")] == [3]
+    assert [row["position"] for row in rows if row["loss"] == float("inf")] == [2]
     assert rows[0]["gradient_norms"]["backbone.layers.0"] > 0
-    state = json.loads((complete(run / "checkpoints")[0] / "state.json").read_text())
-    assert state["loop"]["left_out"] == [3]
+    assert [loop_state(c)["left_out"] for c in complete(run / "checkpoints")] == [[2], [2], [2], []]  # steps 8, 6, 3, 0
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_ends_alike_at_every_zero_stage(chain: Stages, zero: int) -> None:
+    """ZeRO 0 applies it, 1 to 3 skip the update: at the next log line both are the same divergence, of the same step."""
+    more = [f"run.experiment=gradient{zero}", f"engine.zero_stage={zero}", "loop.on_divergence=stop"]
+    code, run = planted(chain, "gradient", 1, 1, *more, "loop.log_every=4", "loop.save_every=8")
+    assert code == 6
+    assert [(i["step"], i["position"]) for i in incidents(run)] == [(4, 1)]
+    assert not complete(run / "checkpoints")
+
+
+def test_a_tolerated_skip_is_logged_and_an_incident(chain: Stages) -> None:
+    more = ["run.experiment=skipped", "loop.max_skipped_steps=2", "loop.log_every=4"]
+    code, run = planted(chain, "gradient", 1, 1, *more)
+    assert code == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/skipped_updates"] for row in rows if "train/skipped_updates" in row] == [1, 0, 0, 0]
+    assert [(i["step"], i["reason"]) for i in incidents(run)] == [(2, "1 updates were skipped")]
+
+
+def test_a_spike_on_one_rank_rewinds_all(chain: Stages) -> None:
+    more = ["run.experiment=spike", "loop.spike_mads=20", "loop.steps=32", "loop.log_every=4", "loop.save_every=7"]
+    code, run = planted(chain, "spike", 25, 1, *more)
+    assert code == 0
+    assert [(i["step"], i["position"]) for i in incidents(run)] == [(28, 25)]
+    assert loop_state(complete(run / "checkpoints")[0])["left_out"] == [25]
+
+
+def test_weights_that_overflow_are_never_saved_and_rewound_from(chain: Stages) -> None:
+    """The first update, of a finite gradient, overflows: seen before the save, tried again with other data, given up."""
+    wild = ["optim.lr=1e37", "optim.clip_norm=0", "optim.warmup_steps=0", "optim.weight_decay=10"]
+    more = ["run.experiment=overflow", "loop.on_divergence=rewind", "loop.max_rewinds=2", "loop.save_every=1"]
+    done = chain.run("arm", *wild, *more)
+    assert done.returncode == 6, done.stderr
+    assert "by step 1 after 2 rewinds" in done.stderr
+    run = chain.runs / "overflow" / "arm"
+    assert [i["position"] for i in incidents(run)] == [0, 1, 2]
+    assert [c.name for c in complete(run / "checkpoints")] == ["step_00000000"]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +238,22 @@ def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, posit
     )
     assert done.returncode == 0, done.stderr
     assert re.match(rf"position {position} \(step {position}\): {finding}", done.stdout), done.stdout
+    assert "2 micro-batches a step" in done.stderr  # of what one of the two processes took at once
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_replay_beyond_the_end_of_the_run_is_refused(chain: Stages) -> None:
+    run = chain.runs / "smoke" / "arm"
+    done = subprocess.run(
+        [sys.executable, "-m", "stages", "arm", "--replay", str(run), "8"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"POSITION is 8, but the 8 steps of {run} end at position 7" in done.stderr
 
 
 def test_a_touched_file_gives_a_trace(chain: Stages) -> None:
