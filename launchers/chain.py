@@ -42,6 +42,8 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
             raise ConfigError(
                 f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}) or `cluster`"
             )
+        if head and head[1] not in names:
+            raise ConfigError(f"override {override!r} is of stage {head[1]}, which is not among {', '.join(names)}")
     files = config.split(",") if "," in config and stage == CHAIN else [config] * len(names)
     if len(files) != len(names):
         raise ConfigError(f"chain {config}: give one name for all stages, or one for each of {', '.join(names)}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.splits import read_split
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.card import CARD
 from pipeline.observe.extras import read_section
 from pipeline.observe.report import Panel, write_report
@@ -35,7 +35,11 @@ def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = 
         raise ConfigError(f"--out {out}: the report is a page; give a name that ends in .html")
     results = [read_result(e) for e in experiments]
     measured = [read_section(folder) for folder in extras]
-    panels = _panels(results[0])
+    try:
+        panels = _panels(results[0])
+    except (PipelineError, RuntimeError, IndexError) as error:  # the numbers are worth a page without pictures
+        logger.warning("no pictures of what the model looks at: %s", error)
+        panels = []
     return write_report(
         experiments, out or experiments[0] / "report.html", panels=panels, compare=compare, extras=measured
     )

@@ -361,8 +361,11 @@ class Setting:
             board.image(f"views/{name}", captioned(pixels, list(views), [words, [""] * len(batch)]), step)
         if whole and self.manifest.classes and task.names_classes and len(self.parts.validation):
             batch = self._first(self.parts.validation, NUM_PICTURES, eval_views(image_size, mean=mean, std=std))
-            # The bare module: a backward pass through DeepSpeed's wrapper is a step to it.
-            maps, answers = gradcam(self.engine.module, batch.images.to(self.world.device))
+            try:  # the bare module: a backward pass through DeepSpeed's wrapper is a step to it
+                maps, answers = gradcam(self.engine.module, batch.images.to(self.world.device))
+            except (PipelineError, RuntimeError, IndexError) as error:  # a layout nobody foresaw: no reason to stop
+                logger.warning("no attribution maps: %s", error)
+                return
             pairs = zip(answers.tolist(), batch.labels.tolist(), strict=True)
             said = [
                 f"{self.manifest.classes[a]}{'' if a == t else f' (is {self.manifest.classes[t]})'}" for a, t in pairs

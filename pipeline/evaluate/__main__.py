@@ -98,6 +98,12 @@ def _check(given: argparse.Namespace) -> Asked:
         raise EnvironmentProblem(f"{out} cannot be written ({error.strerror}); choose another --out") from None
     held_out = split.part("validation") if split and given.part != "validation" else np.empty(0, np.int64)
     bank = split.part("labelled") if split and given.probe else np.empty(0, np.int64)
+    learnt_from = np.concatenate([held_out, bank])
+    if train.hash == data.hash and (both := np.intersect1d(positions, learnt_from)).size:
+        raise ConfigError(
+            f"{both.size} of the {len(positions)} judged images are those that the temperature or the probe learns from;"
+            " give --part validation or unlabelled, or another DATA"
+        )
     return Asked(exports, data, positions, train, held_out, bank, split.hash if split else None, out)
 
 

@@ -88,6 +88,9 @@ class Run:
         replace_text(saved, dump_yaml(self.config))
         replace_text(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
         logging.getLogger().addHandler(_file_handler(self.folder / "log.txt"))
+        for beat in (self.folder / "heartbeat").glob("rank_*"):  # of a larger world, it would look like one that hangs
+            if int(beat.name.removeprefix("rank_")) >= self.world.size:
+                beat.unlink()
 
     def status(self, state: str, **more: Any) -> None:
         """What `state` the run is in (running, interrupted, failed, complete), for people and `status`."""
