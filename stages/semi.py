@@ -67,12 +67,13 @@ class SemiTask(Task):
             answers(self.copy.module if c.pseudo.labeller == "teacher" else model, unlabelled.images)
         )
         strong, guesses, accepted, blend = self._mixed(unlabelled, pseudo)
-        # One forward pass for both streams; labelled images have no share in SSMixup.
+        # One forward pass for both streams; labelled images have a share in SSMixup only where every image has.
         everything = torch.cat([images, strong])
         if blend is None:
             logits = model(everything).float()
         else:
-            logits = model(everything, torch.cat([blend.new_zeros(len(images), 2), blend])).float()
+            alone = blend.new_full((len(images), 2), 0.5 if c.ssmixup and c.ssmixup.everywhere else 0.0)
+            logits = model(everything, torch.cat([alone, blend])).float()
         known, guessed = logits.split([len(images), len(strong)])
         supervised = soft_cross_entropy(known + self.adjustment, targets, c.label_smoothing).mean()
         each = soft_cross_entropy(guessed + self.adjustment, guesses, c.pseudo.smoothing)

@@ -91,6 +91,8 @@ class LyapEMA:
     # DeepSpeed steps the optimizer group by group; the hooks see the groups of one call, so a copy is of one group.
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for flat in _stepped(optimizer):
+            if flat not in self.teacher:  # a rank whose part of a group is all padding
+                continue
             if self.measures_step:
                 self._before[flat] = flat.detach().clone()
             if self.config.pull:

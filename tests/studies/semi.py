@@ -153,10 +153,8 @@ def _stage_3(dataset: str, seed: int, row: Row) -> None:
 
 
 def _run(dataset: str, seed: int, stage: str, name: str, own: Sequence[str]) -> None:
-    """One run, reused if it is done: the folder's name is its identity, and the stage itself refuses another config in it."""
+    """One run; the stage reuses what is done, and refuses another config under the same name."""
     folder = _folder(dataset, seed, name)
-    if (folder / stage / "export" / "model.json").is_file():
-        return
     where = [f"data.{part}={DATA / dataset / part}" for part in ("train", "test")]
     values = [f"run.root={RUNS}", f"run.experiment={folder.name}", f"run.seed={seed}", *where]
     command = [sys.executable, "-m", "stages", stage, f"configs/{stage}/study.yaml", *values]
