@@ -1,8 +1,9 @@
-"""Does ARM pretraining pay, and do its parts: python -m tests.studies.arm [--seeds 0 1 2 3 4] [--jobs 2]
+"""Does ARM pretraining pay, and do its parts: python -m tests.studies.arm [--seeds 0 1 2 3 4] [--jobs 2] [--images FOLDER]
 
-On the bundled digits: one split a seed, a tenth of the labels. Pretraining reads all training images and no label; the
-probes learn from the labelled tenth and are judged on the validation part; fine-tuning on the labelled tenth is judged
-on the test set. Every row is made of ordinary runs, so what is done already is reused. Prints a table, then one JSON object.
+On the bundled digits, or on a FOLDER with train/ and test/, each a folder per class (at 32 px): one split a seed, a tenth
+of the labels. Pretraining reads all training images and no label; the probes learn from the labelled tenth and are judged
+on the validation part; fine-tuning on the labelled tenth is judged on the test set. Every row is made of ordinary runs, so
+what is done already is reused. Prints a table, then one JSON object.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from typing import NamedTuple
 
 from pipeline.data.__main__ import main as data
 
-DIGITS, RUNS = Path("data/digits"), Path("runs/study-arm")
 PRETRAINING = {
     "random": ["loop.steps=1", "optim.warmup_steps=0", "optim.lr=1e-12"],  # no step that moves a weight visibly
     "arm": [],
@@ -30,8 +30,20 @@ SHORT = {
     "distill": ["loop.steps=150", "optim.lr=5e-3", "data.loader.sampling=uniform"],
 }
 
-
 _AS_PRETRAINED = ["model.directions=1", "model.order=cluster", "model.pool=mean"]
+
+
+class Place(NamedTuple):
+    """Shards of the images, and the runs on them."""
+
+    data: Path
+    runs: Path
+
+    def folder(self, seed: int, name: str) -> Path:
+        return self.runs / f"seed{seed}-{name}"
+
+    def split(self, seed: int) -> Path:
+        return self.data / f"study-arm-seed{seed}.json"
 
 
 class Row(NamedTuple):
@@ -58,16 +70,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.studies.arm", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="train/ and test/, a folder per class; none = digits"
+    )
     args = parser.parse_args(arguments)
-    data(["convert", "digits", "--out", str(DIGITS)])
+    if args.images:
+        place = Place(Path("data") / args.images.name, Path(f"runs/study-arm-{args.images.name}"))
+        for part in ("train", "test"):
+            code = data(["convert", "imagefolder", str(args.images / part), "--out", str(place.data / part)])
+            if code:
+                return code
+    else:
+        place = Place(Path("data/digits"), Path("runs/study-arm"))
+        data(["convert", "digits", "--out", str(place.data)])
     for seed in args.seeds:
-        split = ["split", str(DIGITS / "train"), "--out", str(_split(seed)), "--seed", str(seed)]
+        split = ["split", str(place.data / "train"), "--out", str(place.split(seed)), "--seed", str(seed)]
         data([*split, "--labelled", "0.1", "--validation-per-class", "15"])
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in args.seeds:
             for jobs in ([("arm", n, n) for n in PRETRAINING], [("distill", r.name, r.pretraining) for r in ROWS]):
-                list(pool.map(lambda job, seed=seed: _run(seed, *job), jobs))
-    found = {row.name: [_judge(seed, row) for seed in args.seeds] for row in ROWS}
+                list(pool.map(lambda job, seed=seed: _run(place, seed, *job), jobs))
+    found = {row.name: [_judge(place, seed, row) for seed in args.seeds] for row in ROWS}
     print(table(found))
     print(json.dumps({"study": "arm", "seeds": args.seeds, "percent": found}))
     return 0
@@ -95,10 +118,10 @@ def _summary(values: list[float], sign: str = "") -> str:
     return f"{fmean(values):{sign}.2f} ± {stdev(values) if len(values) > 1 else 0:.2f}"
 
 
-def _judge(seed: int, row: Row) -> dict[str, float]:
-    rows = (_folder(seed, row.pretraining) / "arm" / "metrics.jsonl").read_text().splitlines()
+def _judge(place: Place, seed: int, row: Row) -> dict[str, float]:
+    rows = (place.folder(seed, row.pretraining) / "arm" / "metrics.jsonl").read_text().splitlines()
     probes = json.loads(rows[-1])
-    fine_tuned = json.loads((_folder(seed, row.name) / "distill" / "evaluation.json").read_text())
+    fine_tuned = json.loads((place.folder(seed, row.name) / "distill" / "evaluation.json").read_text())
     return {
         "linear": probes["val/linear"],
         "knn": probes["val/knn"],
@@ -106,17 +129,23 @@ def _judge(seed: int, row: Row) -> dict[str, float]:
     }
 
 
-def _run(seed: int, stage: str, name: str, pretraining: str) -> None:
-    start = "null" if pretraining == "random" else str(_folder(seed, pretraining) / "arm" / "export")
+def _run(place: Place, seed: int, stage: str, name: str, pretraining: str) -> None:
+    start = "null" if pretraining == "random" else str(place.folder(seed, pretraining) / "arm" / "export")
     if stage == "arm":
         own = PRETRAINING[name]
     else:
         own = [
             f"init_from={start}",
-            f"data.test={DIGITS / 'test'}",
+            f"data.test={place.data / 'test'}",
             *next(r.fine_tuning for r in ROWS if r.name == name),
         ]
-    values = [f"run.root={RUNS}", f"run.experiment=seed{seed}-{name}", f"run.seed={seed}", f"data.split={_split(seed)}"]
+    values = [
+        f"run.root={place.runs}",
+        f"run.experiment=seed{seed}-{name}",
+        f"run.seed={seed}",
+        f"data.train={place.data / 'train'}",
+        f"data.split={place.split(seed)}",
+    ]
     command = [sys.executable, "-m", "stages", stage, f"configs/{stage}/demo.yaml", *values, *SHORT[stage], *own]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -125,14 +154,6 @@ def _run(seed: int, stage: str, name: str, pretraining: str) -> None:
         f"seed {seed}, {stage}, {name}: {'done' if done.returncode == 0 else done.stderr}", file=sys.stderr, flush=True
     )
     done.check_returncode()
-
-
-def _folder(seed: int, name: str) -> Path:
-    return RUNS / f"seed{seed}-{name}"
-
-
-def _split(seed: int) -> Path:
-    return DIGITS / f"study-arm-seed{seed}.json"
 
 
 if __name__ == "__main__":
