@@ -47,7 +47,7 @@ def test_a_failed_first_stage_leaves_the_others_not_run_and_status_says_why(pers
     assert person.cluster.ended(jobs["semi"]).state == "CANCELLED"
     lines = person.type("status", "failing", "--root", str(person.runs)).stdout.splitlines()
     assert "failed" in lines[0]
-    assert "is nan by step" in lines[0]
+    assert "by step 1, first at position 0" in lines[0]
     assert f"job {jobs['arm']}" in lines[0]
     assert [line.split()[1:3] for line in lines[1:]] == [["not", "run"], ["not", "run"]]
     assert f"job {jobs['arm']}, which it needs, did not complete" in lines[1]
