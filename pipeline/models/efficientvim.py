@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.efficientvim_mixers import MIXERS, ChannelNorm, Mixer
+from pipeline.models.recompute import count_images_once
 from pipeline.models.vision_mamba import DropPath
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ class EfficientViM(nn.Module):
         self.distilled_training = enable and self.distilled
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        count_images_once(self)
         for stage in cast(Iterable[Stage], self.stages):
             stage.grad_checkpointing = enable
 

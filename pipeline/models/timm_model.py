@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.config import TIMM_PREFIX
+from pipeline.models.recompute import count_images_once
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
 
@@ -75,6 +76,7 @@ class TimmModel(nn.Module):
         self.model.reset_classifier(num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        count_images_once(self)
         self.model.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:

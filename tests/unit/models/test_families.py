@@ -109,7 +109,7 @@ def test_every_family_trains(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(set(SMALL) - {"vision_mamba"}))
-def test_recomputing_in_the_backward_changes_no_gradient(family: str) -> None:
+def test_recomputing_in_the_backward_changes_no_gradient_and_no_statistic(family: str) -> None:
     images = torch.randn(2, 3, *SIZE)
     torch.manual_seed(0)
     plain = small(family)
@@ -121,6 +121,9 @@ def test_recomputing_in_the_backward_changes_no_gradient(family: str) -> None:
     for a, b in zip(plain.parameters(), recomputed.parameters(), strict=True):
         if a.requires_grad:
             torch.testing.assert_close(a.grad, b.grad)
+    for (name, x), y in zip(plain.named_buffers(), recomputed.buffers(), strict=True):
+        assert torch.equal(x, y), name
+    assert all(m.momentum == 0.1 for m in recomputed.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 @pytest.mark.parametrize("family", SMALL)
