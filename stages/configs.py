@@ -129,6 +129,7 @@ class TeacherConfig(Strict):
     cache: Path | None = Field(
         None, description="folder that keeps its answers by what it saw: a second run does not pay for them again"
     )
+    cache_gb: float = Field(50.0, gt=0, description="GB on disk that teacher.cache may grow to; more is not kept")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -168,5 +168,5 @@ def with_kept_answers(s: Setting, config: TeacherConfig, teacher: nn.Module) -> 
     """The teacher with its answers in `teacher.cache`, under the hash of its weights and the precision it computes in."""
     assert config.cache is not None
     weights = sha256_of(config.weights) if config.weights else s.parent_card("teacher").weights_sha256
-    name = f"{weights[:16]}-{s.config.engine.precision}"
-    return KeptAnswers(teacher, config.cache, name=name, num_classes=len(s.manifest.classes), rank=s.world.rank)
+    path = config.cache / f"{weights[:16]}-{s.config.engine.precision}.sqlite"
+    return KeptAnswers(teacher, path, gigabytes=config.cache_gb)

@@ -1,7 +1,9 @@
 """The second chain, in real processes: ARM, fine-tuned Vision Mamba, distilled EfficientViM, stage 3; and what stage 2 keeps."""
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import subprocess
 from pathlib import Path
 
@@ -87,11 +89,15 @@ def test_a_second_run_does_not_ask_the_teacher_again(chain: Stages, tmp_path: Pa
     kept = f"teacher.cache={tmp_path / 'kept'}"
     short = ["loop.steps=4", "optim.cooldown_steps=0"]
     first = run(chain, "distill", "run.experiment=kept-one", kept, *short)
-    (file,) = (tmp_path / "kept").rglob("answers_*.bin")
-    size = file.stat().st_size
-    assert size == 4 * 16 * (16 + 4 * 10)
+    (file,) = (tmp_path / "kept").glob("*.sqlite")
+
+    def answers() -> list[tuple[int, int]]:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            return database.execute("SELECT count(*), max(rowid) FROM answers").fetchall()
+
+    assert answers() == [(4 * 16, 4 * 16)]
     second = run(chain, "distill", "run.experiment=kept-two", kept, *short)
-    assert file.stat().st_size == size
+    assert answers() == [(4 * 16, 4 * 16)]
     assert losses(second) == losses(first)
 
 
