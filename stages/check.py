@@ -13,7 +13,8 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.models.card import CARD, Card
-from pipeline.models.config import FamilyConfig, TimmConfig, VisionMambaConfig
+from pipeline.models.config import TIMM_PREFIX, FamilyConfig, TimmConfig, VisionMambaConfig
+from pipeline.models.prefetch import missing_weights
 from pipeline.train.run import refuse_other_config
 from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
 
@@ -73,14 +74,14 @@ def _check_distill(config: DistillConfig, num_classes: int) -> None:
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, {config.data.train} has {num_classes} classes; leave it out"
         )
-    foreign = [("the teacher " + str(config.teacher.timm), config.teacher.weights)] if config.teacher else []
+    foreign = [(f"{TIMM_PREFIX}{config.teacher.timm}", config.teacher.weights)] if config.teacher else []
     if config.weights:
         foreign.append((config.model.name, config.weights.path))
     for name, path in foreign:
         if path is None:
             continue
         if not path.is_file():
-            raise HandoverError(f"no weights at {path} for {name}; put the file there: nothing is downloaded")
+            raise missing_weights(path, name)
         without_labels = config.weights is not None and path == config.weights.path and not config.weights.saw_labels
         if config.data.split is not None and not config.allow_more_labels and not without_labels:
             raise HandoverError(

@@ -1,11 +1,11 @@
-"""Models: bring released weights in."""
+"""Models: bring released weights in, and take models out for other runtimes."""
 
 import argparse
 import logging
 import sys
 from pathlib import Path
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, HandoverError, PipelineError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,6 +13,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m pipeline.models", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands.add_parser("convert", help="a released Vim or ARM checkpoint to an export"))
+    _add_prefetch(commands.add_parser("prefetch", help="download timm's weights for nodes without a network"))
+    _add_file(commands.add_parser("onnx", help="an export to an ONNX file"), "onnx")
+    _add_file(commands.add_parser("coreml", help="an export to a Core ML program"), "coreml")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -48,6 +51,56 @@ def _convert(args: argparse.Namespace) -> None:
         args.file, args.out, entry=args.entry, image_size=(size[0], size[-1]) if size else None, classes=classes
     )
     print(f"{args.out}: {card.kind}; load it with pipeline.models.export.load_export, or give init_from={args.out}")
+
+
+def _add_prefetch(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Download weights that timm has to FOLDER/NAME.safetensors; trainings take that file as a path."
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="timm's, for example regnety_160.deit_in1k")
+    parser.add_argument("--out", type=Path, default=Path("weights"), metavar="FOLDER")
+    parser.set_defaults(run=_prefetch)
+
+
+def _prefetch(args: argparse.Namespace) -> None:
+    from pipeline.models.prefetch import prefetch
+
+    for name in args.names:
+        print(prefetch(name, args.out))
+
+
+def _add_file(parser: argparse.ArgumentParser, form: str) -> None:
+    parser.description = f"Write a classifier's export as {form}; EfficientViM is fused first."
+    parser.add_argument("export", type=Path, help="folder of an export")
+    parser.add_argument("--out", type=Path, required=True, help="the file, which must not exist")
+    parser.set_defaults(run=_file, form=form)
+
+
+def _file(args: argparse.Namespace) -> None:
+    if args.out.exists():
+        raise ConfigError(f"--out {args.out} exists; give another name")
+    from pipeline.models.config import VisionMambaConfig
+    from pipeline.models.efficientvim import EfficientViM
+    from pipeline.models.export import load_export
+
+    model, card = load_export(args.export)
+    if card.kind != "classifier" or isinstance(card.model, VisionMambaConfig):
+        raise HandoverError(
+            f"{args.export} holds a {card.kind} {card.model.name}: only classifiers go out, and none with a selective scan,"
+            f" which {args.form} has no operator for"
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, EfficientViM):
+        model = model.fuse()
+    if args.form == "onnx":
+        from pipeline.models.onnx_file import write_onnx
+
+        write_onnx(model, args.out, card.model.image_size)
+    else:
+        from pipeline.models.coreml_file import write_coreml
+
+        write_coreml(model, args.out, card.model.image_size)
+    print(f"{args.out}: images {card.model.image_size} to {len(card.classes)} logits")
 
 
 if __name__ == "__main__":

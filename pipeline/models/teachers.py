@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.models.config import TIMM_PREFIX, TimmConfig
+from pipeline.models.prefetch import missing_weights
 from pipeline.models.timm_model import TimmModel
 from pipeline.models.weights import load_weights
 
@@ -27,6 +28,8 @@ def timm_teacher(name: str, weights: Path, num_classes: int, image_size: tuple[i
 
     Raises HandoverError if the name, the file or the images do not fit.
     """
+    if not weights.is_file():
+        raise missing_weights(weights, TIMM_PREFIX + name)
     config = TimmConfig(name=TIMM_PREFIX + name, num_classes=num_classes, image_size=image_size)
     try:
         model = TimmModel(**config.model_dump()).eval()

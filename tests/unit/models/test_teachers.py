@@ -1,4 +1,4 @@
-"""Teachers' answers kept on disk: asked once, by several processes, through a kill, within their limits."""
+"""Teachers from timm by their weights file; answers kept on disk: asked once, through a kill, within their limits."""
 
 import os
 import subprocess
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from pipeline.errors import EnvironmentProblem, HandoverError
-from pipeline.models.teachers import KeptAnswers
+from pipeline.models.__main__ import main
+from pipeline.models.teachers import KeptAnswers, timm_teacher
+from pipeline.ops.torchvision_cpu import allow_torchvision
 from tests.conftest import ENVIRONMENT, ROOT
 
 CLASSES = 7
@@ -110,3 +113,46 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(EnvironmentProblem, match="cannot be opened"):
         keep(tmp_path / "file")
+
+
+NAME = "test_resnet.r160_in1k"  # timm's own smallest with weights: half a million
+
+
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """The hub's cache on disk as it is after a download of NAME (with weights drawn here), and no network."""
+    allow_torchvision()
+    import timm
+    from huggingface_hub import constants
+
+    model = timm.create_model(NAME).eval()
+    commit = "0" * 40
+    repository = folder / f"models--timm--{NAME}"
+    for part in ("refs", f"snapshots/{commit}"):
+        (repository / part).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    save_file(model.state_dict(), repository / "snapshots" / commit / "model.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return model
+
+
+def test_prefetched_weights_teach_and_what_cannot_be_had_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder = hub(tmp_path / "hub", monkeypatch), tmp_path / "weights"
+    assert main(["prefetch", NAME, "--out", str(folder)]) == 0
+    (file,) = folder.iterdir()
+    assert capsys.readouterr().out == f"{file}\n"
+    assert file.name == f"{NAME}.safetensors"
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(timm_teacher(NAME, file, 1000, (64, 64))(x), source(x))
+    with pytest.raises(HandoverError, match="does not answer for 7 classes"):
+        timm_teacher(NAME, file, 7, (64, 64))
+    absent = "test_vit.r160_in1k"
+    with pytest.raises(HandoverError, match=f"no weights at .*{absent}.* prefetch {absent} --out {folder} where there"):
+        timm_teacher(absent, folder / f"{absent}.safetensors", 1000, (160, 160))
+    assert main(["prefetch", absent, "--out", str(folder)]) == 5
+    assert f"the weights of {absent} could not be downloaded" in capsys.readouterr().err
+    assert list(folder.iterdir()) == [file]
+    assert main(["prefetch", "test_resnet.none", "--out", str(folder)]) == 2
+    assert f"near it: {NAME}" in capsys.readouterr().err
