@@ -149,14 +149,15 @@ class FusedMixer(nn.Module):
         self.register_buffer("skip", mixer.D.detach().clone())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        channels, height, width = map(int, x.shape[1:])  # constants of an exported graph
         last = x.permute(0, 2, 3, 1)
         tokens = F.layer_norm(last, self.channels, self.gamma, self.beta, self.eps)
         rows = self.spread(self.project(tokens.permute(0, 3, 1, 2)))
-        b, c, dt = rows.flatten(2).split(self.rows, 1)  # (B, N, L) each
-        states = (dt.softmax(-1) * b) @ tokens.flatten(1, 2)  # (B, N, D)
+        b, c, dt = rows.reshape(-1, sum(self.rows), height * width).split(self.rows, 1)  # (B, N, L) each
+        states = (dt.softmax(-1) * b) @ tokens.reshape(-1, height * width, channels)  # (B, N, D)
         h = self.to_out(self.to_h(states, self.to_gate(states) + self.skip))
-        mixed = torch.baddbmm(last.flatten(1, 2), c.transpose(1, 2), h)
-        return mixed.view(last.shape).permute(0, 3, 1, 2), h
+        mixed = torch.baddbmm(last.reshape(-1, height * width, channels), c.transpose(1, 2), h)
+        return mixed.view(-1, height, width, channels).permute(0, 3, 1, 2), h
 
 
 class PlainMixer(nn.Module):
