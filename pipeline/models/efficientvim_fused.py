@@ -29,6 +29,9 @@ from pipeline.models.efficientvim_mixers import HSMSSD, ChannelNorm
 
 # Images that pass through a packed stem at once: its first maps are so large that a whole batch of them leaves the caches.
 STEM_IMAGES = 2
+# Positions of a map up to which a 1x1 convolution is better written as one product over all images: ONNX Runtime convolves image
+# by image, and would read the last stage's large weights anew for each.
+FEW_POSITIONS = 16
 
 
 class Conv(nn.Module):
@@ -54,6 +57,9 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         if self.packed is None:
+            few = int(x.shape[2]) * int(x.shape[3]) <= FEW_POSITIONS
+            if few and self.weight.shape[-1] == 1:
+                return self._product(x, add)
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
             y = y if add is None else add + y
             return F.relu(y) if self.act else y
@@ -61,6 +67,14 @@ class Conv(nn.Module):
         if add is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *where, "relu" if self.act else "none", [], None)
         return torch.ops.mkldnn._convolution_pointwise_.binary(add, x, *where, "add", None, None, [], None)
+
+    def _product(self, x: Tensor, add: Tensor | None) -> Tensor:
+        channels, height, width = map(int, x.shape[1:])
+        y = F.linear(x.permute(0, 2, 3, 1).reshape(-1, channels), self.weight[:, :, 0, 0], self.bias)
+        if add is not None:
+            y = add.permute(0, 2, 3, 1).reshape(-1, len(self.weight)) + y
+        y = F.relu(y) if self.act else y
+        return y.view(-1, height, width, len(self.weight)).permute(0, 3, 1, 2)
 
 
 # oneDNN's names.
@@ -141,8 +155,8 @@ class FusedMixer(nn.Module):
         self.rows, self.eps, self.channels = mixer.rows, norm.eps, norm.normalized_shape
         self.register_buffer("gamma", norm.weight.detach().clone())
         self.register_buffer("beta", norm.bias.detach().clone())
-        project, spread = mixer.BCdt_proj.conv.weight.detach()[..., None], mixer.dw.conv.weight.detach()
-        self.project, self.spread = Conv(project), Conv(spread, groups=len(spread))
+        project, spread = mixer.BCdt_proj.conv.weight.detach()[..., 0], mixer.dw.conv.weight.detach()
+        self.project, self.spread = Linear(project), Conv(spread, groups=len(spread))
         h, z = mixer.hz_proj.conv.weight.detach()[..., 0].chunk(2)
         out = mixer.out_proj.conv.weight.detach()[..., 0].double() * scale[:, None]
         self.to_h, self.to_gate, self.to_out = Linear(h), Linear(z, act="swish"), Linear(out.float())
@@ -152,7 +166,7 @@ class FusedMixer(nn.Module):
         channels, height, width = map(int, x.shape[1:])  # constants of an exported graph
         last = x.permute(0, 2, 3, 1)
         tokens = F.layer_norm(last, self.channels, self.gamma, self.beta, self.eps)
-        rows = self.spread(self.project(tokens.permute(0, 3, 1, 2)))
+        rows = self.spread(self.project(tokens).permute(0, 3, 1, 2))
         b, c, dt = rows.reshape(-1, sum(self.rows), height * width).split(self.rows, 1)  # (B, N, L) each
         states = (dt.softmax(-1) * b) @ tokens.reshape(-1, height * width, channels)  # (B, N, D)
         h = self.to_out(self.to_h(states, self.to_gate(states) + self.skip))
@@ -220,7 +234,9 @@ class FusedDownsample(nn.Module):
         assert isinstance(halve, ConvNorm)
         assert isinstance(narrow, ConvNorm)
         assert isinstance(excite, SqueezeExcite)
-        self.widen, self.halve, self.narrow = conv(widen), conv(halve), conv(narrow)
+        self.widen, self.halve = conv(widen), conv(halve)
+        weight, bias = folded(narrow)
+        self.narrow = Linear(weight[..., 0, 0].float(), bias.float())
         self.fc1, self.fc2 = (
             Linear(fc.weight.detach()[..., 0, 0], cast(Tensor, fc.bias).detach(), act)
             for fc, act in ((excite.fc1, "relu"), (excite.fc2, "sigmoid"))
@@ -228,9 +244,9 @@ class FusedDownsample(nn.Module):
         self.last = depthwise(layer.dwconv2, None, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.halve(self.widen(self.first(x)))
-        x = x * self.fc2(self.fc1(x.mean((2, 3))))[:, :, None, None]
-        return self.last(self.narrow(x))
+        x = self.halve(self.widen(self.first(x))).permute(0, 2, 3, 1)
+        x = x * self.fc2(self.fc1(x.mean((1, 2))))[:, None, None]
+        return self.last(self.narrow(x).permute(0, 3, 1, 2))
 
 
 class FusedEfficientViM(nn.Module):

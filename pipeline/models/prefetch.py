@@ -16,7 +16,9 @@ def missing_weights(path: Path, name: str) -> HandoverError:
     """What to say where a model (by its config's name, with the prefix `timm/` for timm's) finds no file at `path`."""
     bare = name.removeprefix(TIMM_PREFIX)
     remedy = f", or run {COMMAND} {bare} --out {path.parent} where there is a network" if bare != name else ""
-    return HandoverError(f"no weights at {path} for {bare}; put the file there{remedy}: training downloads nothing")
+    return HandoverError(
+        f"no weights at {path} for {bare}; put the file there{remedy}: nothing is downloaded in training"
+    )
 
 
 def prefetch(name: str, folder: Path) -> Path:
