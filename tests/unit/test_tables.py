@@ -12,6 +12,8 @@ from pipeline.data.config import SplitConfig
 from stages import STAGES
 from stages.configs import DistillConfig, SemiConfig
 from tests.studies.paper import FOOTNOTES, Row, rows
+from tests.studies.semi import METRICS, gains, means
+from tests.studies.semi import ROWS as STUDY
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {row.name: row for row in rows()}
@@ -104,3 +106,19 @@ def test_tau_is_chosen_on_the_validation_part_and_ours_stands_beside_the_reporte
     assert cells["T3-1pct-0.80"] == ["66.15", "90.00", "62.00"]
     assert cells["T3-1pct-0.50"] == ["62.45", "", ""]
     assert "tau was tuned on it" in made.note
+
+
+def test_the_studys_tables_say_what_the_paper_reports_of_the_same_comparison() -> None:
+    found = {row.name: [dict.fromkeys(METRICS, 50.0 + seed + len(row.name)) for seed in range(3)] for row in STUDY}
+    whole = {row[0]: row[-1] for row in means("letters", STUDY, found).rows}
+    assert whole["plain EMA teacher"] == "71.88/82.73/45.94 [f]"
+    assert whole["FixMatch"] == ""
+    made = gains("letters", STUDY, found)
+    gained = {row[0]: row[-1] for row in made.rows}
+    assert gained["guarded LyapEMA"] == "+3.32/+2.12/+5.42 [f]"
+    assert gained["guarded LyapEMA, SSMixup (nu learned)"] == "+5.50 [a]"
+    assert FOOTNOTES["f"] in made.note
+    assert FOOTNOTES["a"] in made.note
+    alone = [row for row in STUDY if row.name == "guarded"]
+    assert means("letters", alone, {"guarded": found["guarded"]}).rows[0][-1].startswith("75.20")
+    assert not gains("letters", alone, {"guarded": found["guarded"]}).rows
