@@ -1,5 +1,6 @@
 """The Core ML program of a fused EfficientViM, interpreted: only Apple's machines run it."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ MIL = {
     "concat": lambda values, axis, interleave: torch.cat(values, int(axis)),
     "reshape": lambda x, shape: x.reshape(shape.tolist()),
     "transpose": lambda x, perm: x.permute(perm.tolist()),
-    "expand_dims": lambda x, axes: x.view([*x.shape, *[1] * len(axes)]),
+    "expand_dims": lambda x, axes: functools.reduce(torch.unsqueeze, sorted(axes.tolist()), x),
     "softmax": lambda x, axis: x.softmax(int(axis)),
     "mul": lambda x, y: x * y,
     "add": lambda x, y: x + y,
