@@ -80,11 +80,8 @@ tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
 .PHONY: chain report evaluate efficiency inference fields
-chain: $(STAMP)  ## the three stages of configs/STAGE/NAME.yaml, and the report of their experiment: NAME=mine ARGS= NPROC=
-	@$(MAKE) --no-print-directory stage-1 CONFIG=configs/arm/$(NAME).yaml
-	@$(MAKE) --no-print-directory stage-2 CONFIG=configs/distill/$(NAME).yaml
-	@$(MAKE) --no-print-directory stage-3 CONFIG=configs/semi/$(NAME).yaml
-	@$(MAKE) --no-print-directory report EXPERIMENT=$(RUNS)/$(NAME) ARGS=
+chain: $(STAMP)  ## the three stages of configs/STAGE/NAME.yaml, and the report of their experiment: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
+	@$(PY) -m launchers local chain $(NAME) $(ARGS) --nproc $(NPROC)
 
 report: $(STAMP)  ## what happened and how good it is, on one page: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
 	@$(PY) -m launchers report $(EXPERIMENT) $(ARGS)

@@ -1,4 +1,5 @@
 """python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
+python -m launchers local chain NAME [key=value ...] [--nproc N]      configs/STAGE/NAME.yaml, stage after stage, and a report
 python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
 python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml, stage after stage
 python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   what it will need, and the exact scripts
@@ -11,7 +12,7 @@ python -m launchers efficiency CONFIG CONFIG... [key=value ...]       real stage
 python -m launchers inference MODEL... [--sizes 224 384]              throughput against resolution
 python -m launchers fields MODEL... --data DATA                       effective receptive fields
 
-With slurm, `arm:key=value` overrides in that stage only and `cluster:key=value` in the cluster's preset. Config and parents
+`arm:key=value` overrides in that stage only; with --cluster, `cluster:key=value` in the cluster's preset. Config and parents
 are checked once, before any process starts or job is submitted. Exit codes: those of `python -m stages`; `local` relays
 that of the first rank that failed.
 """
@@ -32,9 +33,9 @@ def main(arguments: list[str]) -> int:
         prog="python -m launchers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("local", help="one stage on this machine")
-    one.add_argument("stage", metavar="STAGE")
-    one.add_argument("config", type=Path, metavar="CONFIG")
+    one = commands.add_parser("local", help="a stage, or the chain, on this machine")
+    one.add_argument("stage", metavar="STAGE", help="arm | distill | semi | chain")
+    one.add_argument("config", metavar="CONFIG", help="a file; for the chain a name: configs/STAGE/NAME.yaml")
     one.add_argument("overrides", nargs="*", metavar="key=value")
     one.add_argument("--nproc", type=int, default=1)
     one.set_defaults(run=_local)
@@ -83,9 +84,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _local(given: argparse.Namespace) -> int:
-    from launchers import local
+    from launchers import chain, local
 
-    return local.run_stage(given.stage, given.config, given.overrides, given.nproc)
+    steps = chain.read_steps(given.stage, given.config, given.overrides)
+    code = local.run(steps, given.nproc)
+    if code == 0 and given.stage == chain.CHAIN:
+        from launchers import report
+
+        print(f"report: {report.run([steps[0].folder.parent], None)}")
+    return code
 
 
 def _demo(given: argparse.Namespace) -> int:

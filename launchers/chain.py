@@ -40,7 +40,7 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
         head = re.match(r"([a-z]+):", override)
         if head and (head[1] not in STAGES):
             raise ConfigError(
-                f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}) or `cluster`"
+                f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}); `cluster` where jobs are meant"
             )
         if head and head[1] not in names:
             raise ConfigError(f"override {override!r} is of stage {head[1]}, which is not among {', '.join(names)}")

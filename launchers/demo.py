@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers import local, report
+from launchers.chain import CHAIN, read_steps
 from pipeline.observe.results import Result, read_result, table
-from stages import STAGES
 
 DATA = Path("data/digits")
 RUNS = Path("runs")
@@ -26,12 +26,10 @@ def run(seeds: Sequence[int], nproc: int) -> int:
     for seed, experiment in zip(seeds, experiments, strict=True):
         split = DATA / f"split-seed{seed}.json"
         code = code or data(["split", str(DATA / "train"), "--out", str(split), *PROTOCOL, "--seed", str(seed)])
-        for stage in STAGES:
-            if code:
-                return code
-            print(f"\n== seed {seed}, stage {stage} ==", flush=True)
-            overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
-            code = local.run_stage(stage, Path(f"configs/{stage}/demo.yaml"), overrides, nproc)
+        if code:
+            return code
+        overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
+        code = local.run(read_steps(CHAIN, "demo", overrides), nproc)
     if code:
         return code
     results = [read_result(RUNS / name) for name in experiments]
