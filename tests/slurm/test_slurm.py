@@ -2,9 +2,12 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from launchers.chain import read_cluster, read_steps
+from launchers.slurm import script
 from tests.conftest import Stages
 from tests.slurm.conftest import Person
 
@@ -23,6 +26,13 @@ def test_the_chain_with_a_signal_in_mid_step_ends_as_if_there_had_been_none(pers
     """And with a slurmctld that does not answer when the job would go back into the queue."""
     jobs = person.submit("chain", "smoke", "run.experiment=chain", *LONG)
     assert set(jobs) == {"arm", "distill", "semi"}
+    cluster, overrides = read_cluster(
+        Path("configs/cluster/cpu.yaml"), [*person.overrides, "run.experiment=chain", *LONG]
+    )
+    logs = person.runs / "chain/slurm"
+    for step, before in zip(read_steps("chain", "smoke", overrides), ("", jobs["arm"], jobs["distill"]), strict=True):
+        submitted = (logs / f"{jobs[step.stage]}_submission.sh").read_text()
+        assert script(cluster, step, logs, before) == submitted  # what a plan shows is what runs
     person.until_step("chain", "arm", 20)
     subprocess.run(["scancel", "--signal=USR2", jobs["arm"]], check=True)
     person.cluster.until(person.cluster.verdict_begins, "the verdict")
