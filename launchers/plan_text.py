@@ -26,6 +26,7 @@ def show(plan: Mapping[str, Any], folder: Path) -> None:
             "teacher",
             "working_teacher",
             "frozen_teacher",
+            "buckets",
             "activations",
         )
         print("     " + ", ".join(f"{name.replace('_', ' ')} {size(needs[name])}" for name in names if needs[name]))

@@ -7,6 +7,8 @@ from launchers.config import ClusterConfig
 from launchers.plan_text import size
 from pipeline.errors import ConfigError, EnvironmentProblem, PipelineError
 
+_HOST = "its share of the node (memory_gb)"
+
 
 def of_stage(stage: Mapping[str, Any], cluster: ClusterConfig) -> Iterator[PipelineError]:
     """Memory of a device and of a node, as far as the preset tells them; a time limit that leaves no time to work in."""
@@ -14,15 +16,15 @@ def of_stage(stage: Mapping[str, Any], cluster: ClusterConfig) -> Iterator[Pipel
     node = 1e9 * cluster.memory_gb / cluster.ranks_per_node  # 0 = all of it: unknown
     if cluster.gpus_per_node:
         device = 1e9 * (cluster.device_memory_gb or 0)
-        rooms = [("a GPU (device_memory_gb)", needs["device"], device), ("the host", needs["host"], node)]
+        rooms = [("a GPU (device_memory_gb)", needs["device"], device), (_HOST, needs["host"], node)]
     else:
-        rooms = [("the host (memory_gb)", needs["device"] + needs["host"], node)]
+        rooms = [(_HOST, needs["device"] + needs["host"], node)]
     for where, needed, there in rooms:
         if 0 < there < needed:
             others = ", ".join(f"ZeRO {z} {size(m['device'] + m['host'])}" for z, m in stage["memory"].items())
             yield ConfigError(
-                f"{stage['stage']} needs {size(needed)} a rank of {where}, which has {size(there)} for it: lower"
-                f" engine.micro_batch, take more ranks, or a higher engine.zero_stage ({others})"
+                f"{stage['stage']} needs {size(needed)} a rank, and {where} has {size(there)}: lower engine.micro_batch,"
+                f" take more ranks, or a higher engine.zero_stage ({others})"
             )
     if not stage["starts"]:
         yield ConfigError(

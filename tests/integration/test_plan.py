@@ -48,37 +48,37 @@ def test_steps_are_exact_and_checkpoints_to_2_percent(chain: Stages, plan: dict[
         assert plan[stage]["checkpoints_written"] == 4
 
 
-def test_a_plan_needs_no_parent_and_prints_the_scripts_of_the_chain(chain: Stages) -> None:
-    done, plan = planned(chain, "run.experiment=ahead", "cluster:gpus_per_node=4", "cluster:time=12:00:00")
+def test_a_plan_needs_no_parent_and_prints_the_scripts_of_the_chain(stages: Stages) -> None:
+    done, plan = planned(stages, "run.experiment=ahead", "cluster:gpus_per_node=4", "cluster:time=12:00:00")
     assert done.returncode == 0, done.stderr
-    scripts = [(chain.runs / "ahead/plan" / f"{stage}.sh").read_text() for stage in STAGES]
+    scripts = [(stages.runs / "ahead/plan" / f"{stage}.sh").read_text() for stage in STAGES]
     assert all("#SBATCH --gpus-per-node=4" in text and "#SBATCH --time=720" in text for text in scripts)
     assert "--dependency" not in scripts[0]
     assert all("#SBATCH --dependency='afterok:" in text for text in scripts[1:])
-    for step in read_steps("chain", "smoke", chain.overrides("run.experiment=ahead")):
-        resolved = chain.runs / "ahead/plan" / f"{step.stage}.yaml"
+    for step in read_steps("chain", "smoke", stages.overrides("run.experiment=ahead")):
+        resolved = stages.runs / "ahead/plan" / f"{step.stage}.yaml"
         assert load_config(type(step.config), resolved) == step.config
     assert done.stdout.count("torchrun --nnodes 1 --nproc-per-node 4 ") == 3
     assert [point["world_size"] for point in plan["stages"][0]["scaling"] if point["possible"]] == [1, 2, 4]
-    assert not (chain.runs / "ahead" / "arm").exists()
+    assert not (stages.runs / "ahead" / "arm").exists()
 
 
-def test_a_plan_says_what_stands_in_the_way_and_ends_with_its_code(chain: Stages) -> None:
-    done, plan = planned(chain, "run.experiment=hindered", "cluster:tasks_per_node=8")
+def test_a_plan_says_what_stands_in_the_way_and_ends_with_its_code(stages: Stages) -> None:
+    done, plan = planned(stages, "run.experiment=hindered", "cluster:tasks_per_node=8")
     assert done.returncode == 2
     assert "lanes 4 must be a multiple of the 8 processes" in done.stdout
     assert plan["problems"]
 
 
-def test_shortages_are_problems_and_a_missing_parent_hides_no_other_stage(chain: Stages) -> None:
+def test_shortages_are_problems_and_a_missing_parent_hides_no_other_stage(stages: Stages) -> None:
     """A device of a millionth of a GB, and a stage 3 whose parent nobody makes."""
     more = ["run.experiment=short", "semi:init_from=nowhere", "cluster:gpus_per_node=1", "cluster:time=0:03:00"]
-    done, plan = planned(chain, *more, "cluster:device_memory_gb=1e-6")
+    done, plan = planned(stages, *more, "cluster:device_memory_gb=1e-6")
     assert "Traceback" not in done.stderr
     assert [stage["stage"] for stage in plan["stages"]] == ["arm", "distill"]
     told = "\n".join(plan["problems"])
     for stage in ("arm", "distill"):
-        assert re.search(rf"{stage} needs \S+ MB a rank of a GPU \(device_memory_gb\), which has 1e\+03 B", told)
+        assert re.search(rf"{stage} needs \S+ MB a rank, and a GPU \(device_memory_gb\) has 1 KB", told)
         assert f"{stage}: a limit of 0:03:00 leaves no time to work in" in told
     assert "no export at nowhere" in told
     assert done.returncode == 2
