@@ -58,7 +58,7 @@ def test_a_plan_needs_no_parent_and_prints_the_scripts_of_the_chain(stages: Stag
     for step in read_steps("chain", "smoke", stages.overrides("run.experiment=ahead")):
         resolved = stages.runs / "ahead/plan" / f"{step.stage}.yaml"
         assert load_config(type(step.config), resolved) == step.config
-    assert done.stdout.count("torchrun --nnodes 1 --nproc-per-node 4 ") == 3
+    assert done.stdout.count("torchrun --nnodes 1 --nproc-per-node 1 ") == 3
     assert [point["world_size"] for point in plan["stages"][0]["scaling"] if point["possible"]] == [1, 2, 4]
     assert not (stages.runs / "ahead" / "arm").exists()
 
