@@ -81,6 +81,7 @@ tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
 
 .PHONY: chain report evaluate efficiency inference fields
 chain: $(STAMP)  ## the three stages of configs/STAGE/NAME.yaml, and the report of their experiment: NAME=mine ARGS= NPROC=
+	@test -f $(RUNS)/$(NAME)/plan.json || $(PY) -m launchers plan chain $(NAME) $(ARGS) cluster:nodes=1 cluster:tasks_per_node=$(NPROC)
 	@$(MAKE) --no-print-directory stage-1 CONFIG=configs/arm/$(NAME).yaml
 	@$(MAKE) --no-print-directory stage-2 CONFIG=configs/distill/$(NAME).yaml
 	@$(MAKE) --no-print-directory stage-3 CONFIG=configs/semi/$(NAME).yaml
