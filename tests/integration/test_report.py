@@ -19,6 +19,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launchers import report
+from pipeline.data.manifest import read_manifest
+from pipeline.data.splits import read_split
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluate.answers import Answers
 from pipeline.observe.ablation import NotPaired, ablation_table, designs_of
@@ -47,6 +49,11 @@ SECTIONS = (
     "labels seen",
     "data:image/png;base64,",
 )
+HISTOGRAMS = {
+    "arm": set(),
+    "distill": {"val/confidence"},
+    "semi": {"val/confidence", "val/teacher_confidence", "pseudo/classes"},
+}
 # TensorBoard's palette in the order of the runs: arm/tb, arm/tb/by_samples, distill/tb, ..., semi/tb, ...
 RUN_COLOURS = {"arm": (0xFF, 0x70, 0x43), "distill": (0xCC, 0x33, 0x11), "semi": (0xEE, 0x33, 0x77)}
 
@@ -153,6 +160,12 @@ def test_tensorboard_holds_the_log_row_for_row_and_pictures(chain: Stages, stage
     images = events.Tags()["images"]
     expected = {"arm": "input, target, prediction", "distill": "attribution", "semi": "views/unlabelled"}
     assert expected[stage] in images
+    assert set(events.Tags()["histograms"]) == HISTOGRAMS[stage]
+    if stage == "semi":
+        unlabelled = read_split(chain.digits / "split.json", read_manifest(chain.digits / "train")).part("unlabelled")
+        for event in events.Histograms("pseudo/classes"):
+            (coverage,) = (r["pseudo/coverage"] for r in rows if r["step"] == event.step and "pseudo/coverage" in r)
+            assert event.histogram_value.num == round(coverage / 100 * len(unlabelled))
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
 
