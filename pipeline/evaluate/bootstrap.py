@@ -83,7 +83,7 @@ def paired(
     result = {}
     for name, parts in found.items():
         n = sum(number for number, _, _ in parts)
-        value = sum(number * gained for number, gained, _ in parts) / n
+        value = sum((number * gained for number, gained, _ in parts), 0.0) / n
         means = 100 * np.sum([number * redrawn for number, _, redrawn in parts], axis=0) / n
         tail = min(np.mean(means <= 0), np.mean(means >= 0))
         result[name] = Difference(100 * value, *_quantiles(means), min(1.0, 2 * float(tail)))
