@@ -75,16 +75,17 @@ def paired(
         cells = np.bincount(labels * width + gain + n, minlength=num_classes * width).reshape(num_classes, width)
         worth = np.arange(-n, n + 1) / n
         total = cells.sum(1)
-        shares = np.where(total[:, None] > 0, cells / np.maximum(total, 1)[:, None], 1 / width)
-        drawn = rng.multinomial(total, shares, (DRAWS, num_classes)) @ worth  # (draws, C)
+        odds = np.where(total[:, None] > 0, cells / np.maximum(total, 1)[:, None], 1 / width)
+        drawn = rng.multinomial(total, odds, (DRAWS, num_classes)) @ worth  # (draws, C)
         for name, w in _weights(total, groups).items():
             if w.any():
                 found.setdefault(name, []).append((n, float(w @ (cells @ worth)), drawn @ w))
     result = {}
     for name, parts in found.items():
-        n = sum(number for number, _, _ in parts)
-        value = sum((number * gained for number, gained, _ in parts), 0.0) / n
-        means = 100 * np.sum([number * redrawn for number, _, redrawn in parts], axis=0) / n
+        shares = np.array([number for number, _, _ in parts], float)
+        shares /= shares.sum()
+        value = float(shares @ [gained for _, gained, _ in parts])
+        means = 100 * shares @ np.stack([redrawn for _, _, redrawn in parts])
         tail = min(np.mean(means <= 0), np.mean(means >= 0))
         result[name] = Difference(100 * value, *_quantiles(means), min(1.0, 2 * float(tail)))
     return result

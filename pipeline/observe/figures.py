@@ -73,14 +73,19 @@ def _render(paint: Paint, size: tuple[float, float], colour: str, suffix: str, s
     return out.getvalue()
 
 
-def lines(series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: bool = False) -> Paint:
-    """One colour and dash a quantity; several runs of it are thin lines about their mean, where they share the steps."""
+def lines(
+    series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: bool = False, at: Sequence[float] | None = None
+) -> Paint:
+    """One colour and dash a quantity; several runs of it are thin lines about their mean, where they share the steps.
+
+    `at`: the few places of x that were measured; each gets a marker and a tick, on a logarithmic axis.
+    """
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
         for i, (label, runs) in enumerate(series.items()):
             style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
-            style |= {"marker": MARKERS[i % len(MARKERS)] if max(len(x) for x, _ in runs) == 1 else ""}
+            style |= {"marker": MARKERS[i % len(MARKERS)] if at or max(len(x) for x, _ in runs) == 1 else ""}
             shared = len(runs) > 1 and all(list(x) == list(runs[0][0]) for x, _ in runs)
             for k, (x, y) in enumerate(runs):
                 thin = {"linewidth": 0.7, "alpha": 0.45} if shared else {"linewidth": 1.5}
@@ -90,8 +95,29 @@ def lines(series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: boo
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if logy:
             axes.set_yscale("log")
+        if at:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(at, [f"{x:g}" for x in at])
+            axes.minorticks_off()
         if len(series) > 1:
             axes.legend()
+
+    return paint
+
+
+def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel: str, ylabel: str) -> Paint:
+    """Named points (x, y); those `joined` lie on one line, the others stand beside it."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        line = sorted(points[name] for name in joined if name in points)
+        axes.plot([x for x, _ in line], [y for _, y in line], "-o", color=COLOURS[0], markersize=5)
+        others = [place for name, place in points.items() if name not in joined]
+        axes.plot([x for x, _ in others], [y for _, y in others], "s", color=COLOURS[1], markersize=5)
+        for name, (x, y) in points.items():
+            axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        axes.margins(x=0.12, y=0.1)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
 
     return paint
 
