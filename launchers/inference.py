@@ -36,9 +36,11 @@ def run(
     costs: list[Cost] = []
     for size in sorted(set(sizes)):
         models = {name: build_model(name, image_size=size).eval() for name in names}
+        numbers = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         if deployed:
             models = {name: _deployed(model) for name, model in models.items()}
-        costs += inference(models, dict.fromkeys(models, size), batch=batch, rounds=rounds, device=device)
+        found = inference(models, dict.fromkeys(models, size), batch=batch, rounds=rounds, device=device)
+        costs += [c._replace(parameters=numbers[c.model]) for c in found]  # as trained: folded, some are no parameters
         print(
             f"{size} px: " + ", ".join(f"{c.model} {c.images_per_second:.1f}/s" for c in costs if c.size == size),
             flush=True,

@@ -31,23 +31,23 @@ def test_inference_counts_what_the_models_have_and_do(tmp_path: Path) -> None:
 
 
 def test_what_is_deployed_costs_no_more_and_tables_name_what_is_reported(tmp_path: Path) -> None:
-    """Folding takes weights away, never adds any; an accuracy is beside its model only where a paper printed it."""
+    """Folding takes operations away; an accuracy is beside its model only where a paper printed it."""
     names = ["efficientvim_nano", "timm/mobileone_s0"]
     trained, deployed = (
         table(inference.run(names, [64], batch=1, rounds=1, out=tmp_path / str(d), deployed=d), "inference")
         for d in (False, True)
     )
     for before, after in zip(trained, deployed, strict=True):
-        assert float(after["parameters, M"]) < float(before["parameters, M"])
+        assert after["parameters, M"] == before["parameters, M"] != "0.00"
         assert float(after["GMACs"]) <= float(before["GMACs"])
+    assert float(deployed[1]["GMACs"]) < 0.8 * float(trained[1]["GMACs"])  # MobileOne's branches become one
     assert [row["top-1, reported"] for row in trained] == ["–", "–"]
-    rows = ["EfficientViM-M1", "H: no fusion"]
-    assert main(["front", "--rows", *rows, "--batch", "1", "--rounds", "1", "--out", str(tmp_path / "front")]) == 0
-    found = table(tmp_path / "front", "front")
-    assert [(r["model"], r["top-1, reported"], r["parameters, M"]) for r in found] == [
-        ("EfficientViM-M1", "72.9", "6.68"),
-        ("H: no fusion", "75.1", "13.00"),
-    ]
+    assert (
+        main(["front", "--rows", "H: no fusion", "--batch", "1", "--rounds", "1", "--out", str(tmp_path / "front")])
+        == 0
+    )
+    (row,) = table(tmp_path / "front", "front")
+    assert (row["top-1, reported"], row["parameters, M"]) == ("75.1", "13.00")
 
 
 def test_fields_of_names_and_of_an_export_go_into_a_report(chain: Stages, tmp_path: Path) -> None:
