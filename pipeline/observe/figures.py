@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.files import replace_bytes, replace_text
+
 COLOURS = ("#1E88D2", "#E2741A", "#0FA37F", "#CC79A7", "#8C6BB1", "#B8860B")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -48,9 +50,9 @@ def draw(
 ) -> Figure:
     """Calls `paint` with an empty matplotlib figure of `size` inches, twice: for print in black, for the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.pdf").write_bytes(_render(paint, size, "black", "pdf", name))
+    replace_bytes(folder / f"{name}.pdf", _render(paint, size, "black", "pdf", name))
     text = _render(paint, size, _TEXT, "svg", name).decode()
-    (folder / f"{name}.svg").write_text(text.replace(_TEXT, "#000000"))
+    replace_text(folder / f"{name}.svg", text.replace(_TEXT, "#000000"))
     text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)  # ids of several figures share one page
     return Figure(name, title, note, text, wide)
