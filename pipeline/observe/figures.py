@@ -102,7 +102,7 @@ def lines(
             axes.set_xticks(at, [f"{x:g}" for x in at])
             axes.minorticks_off()
         if len(series) > 1:
-            axes.legend()
+            _legend(axes)
 
     return paint
 
@@ -122,6 +122,11 @@ def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel:
         axes.set(xlabel=xlabel, ylabel=ylabel)
 
     return paint
+
+
+def _legend(axes: Any) -> Any:
+    """Above the axes, where it covers no line."""
+    return axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.2)
 
 
 def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[str, float | None]]) -> Paint:
@@ -155,7 +160,7 @@ def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[
         ticks = np.arange(len(names)) if few else np.linspace(0, len(names) - 1, 6).astype(int)
         axes.set_xticks(ticks, [f"{names[order[t]][:9]}\n{int(counts[order[t]])}" for t in ticks])
         axes.set(xlabel="class, and its labelled images", ylabel="accuracy, percent", ylim=(-4, 104))
-        axes.legend(loc="lower left")
+        _legend(axes)
 
     return paint
 
@@ -177,7 +182,7 @@ def group_intervals(models: dict[str, dict[str, Any]], groups: Sequence[str]) ->
             )  # fmt: skip
         axes.set_xticks(range(len(groups)), groups)
         axes.set(ylabel="accuracy, percent", xlim=(-0.6, len(groups) - 0.4))
-        axes.legend(loc="lower left")
+        _legend(axes)
 
     return paint
 
@@ -196,7 +201,7 @@ def reliability_diagram(models: dict[str, list[dict[str, float]]]) -> Paint:
             size = [8 + 220 * b["samples"] / total for b in there]
             axes.scatter(x, y, s=size, marker=MARKERS[i], color=COLOURS[i], alpha=0.75, label=row)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(-0.03, 1.03))
-        legend = axes.legend(loc="upper left")
+        legend = _legend(axes)
         for handle in legend.legend_handles:
             handle.set_sizes([25])
 
