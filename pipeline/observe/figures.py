@@ -100,7 +100,7 @@ def lines(
         if at:
             axes.set_xscale("log", base=2)
             axes.set_xticks(at, [f"{x:g}" for x in at])
-            axes.minorticks_off()
+            axes.xaxis.minorticks_off()
         if len(series) > 1:
             _legend(axes)
 
@@ -108,7 +108,7 @@ def lines(
 
 
 def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel: str, ylabel: str) -> Paint:
-    """Named points (x, y); those `joined` lie on one line, the others stand beside it."""
+    """Points (x, y), each by its name up to a colon; those `joined` lie on one line, the others stand beside it."""
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
@@ -116,9 +116,15 @@ def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel:
         axes.plot([x for x, _ in line], [y for _, y in line], "-o", color=COLOURS[0], markersize=5)
         others = [place for name, place in points.items() if name not in joined]
         axes.plot([x for x, _ in others], [y for _, y in others], "s", color=COLOURS[1], markersize=5)
-        for name, (x, y) in points.items():
-            axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
-        axes.margins(x=0.12, y=0.1)
+        around = [name for name in points if name not in joined]
+        for name, place in points.items():
+            angle = 2 * np.pi * around.index(name) / len(around) if name in around else 1.25 * np.pi
+            right, up = 20 * np.cos(angle), 20 * np.sin(angle)  # in turn on every side: some points lie close together
+            axes.annotate(
+                name.split(":")[0], place, xytext=(right, up), textcoords="offset points", fontsize=8,
+                ha="left" if right > 0 else "right", va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#888888"},
+            )  # fmt: skip
+        axes.margins(x=0.2, y=0.15)
         axes.set(xlabel=xlabel, ylabel=ylabel)
 
     return paint
@@ -126,7 +132,9 @@ def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel:
 
 def _legend(axes: Any) -> Any:
     """Above the axes, where it covers no line."""
-    return axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.2)
+    longest = max(map(len, axes.get_legend_handles_labels()[1]))
+    columns = 3 if longest < 16 else 2
+    return axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
 
 
 def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[str, float | None]]) -> Paint:
