@@ -124,7 +124,7 @@ def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel:
                 name.split(":")[0], place, xytext=(right, up), textcoords="offset points", fontsize=8,
                 ha="left" if right > 0 else "right", va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#888888"},
             )  # fmt: skip
-        axes.margins(x=0.2, y=0.15)
+        axes.margins(x=0.28, y=0.15)
         axes.set(xlabel=xlabel, ylabel=ylabel)
 
     return paint
