@@ -58,13 +58,13 @@ def round_count(value: float, rule: str, draw: float) -> int:
     return math.floor(value + 0.5) if rule == "nearest" else math.floor(value) + (draw < value - math.floor(value))
 
 
-def class_groups(counts: Counts, rule: str = "thirds", k: int = 0) -> dict[str, Counts]:
-    """Classes as "head", "medium" and "tail" by their number of training samples.
+def class_groups(counts: Counts, rule: str = "thirds", k: int = 0, *, ranks: Counts | None = None) -> dict[str, Counts]:
+    """Classes as "head", "medium" and "tail" by their number of training samples, (C,) `counts`.
 
     `rule`: "thirds" of the classes; "count", ImageNet-LT's more than 100, 20 to 100, fewer than 20; or "ends", the
-    `k` most and the `k` least frequent. Ties go by class number.
+    `k` most and the `k` least frequent. Ties go by the protocol's `ranks` (C,), where there are any, then by class number.
     """
-    order = np.argsort(-counts, kind="stable")
+    order = np.lexsort((np.arange(len(counts)), np.zeros_like(counts) if ranks is None else ranks, -counts))
     if rule == "ends" and not 0 < 2 * k <= len(counts):
         raise ConfigError(f"k = {k} classes at each end of {len(counts)}; give 1 to {len(counts) // 2}")
     third = -(-len(counts) // 3)

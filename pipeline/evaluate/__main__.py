@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=Path, metavar="DATA", help="dataset of --split (default: DATA)")
     parser.add_argument("--split", type=Path, metavar="FILE", help="a split of --train")
     parser.add_argument("--probe", action="store_true", help="linear probe and nearest neighbours on the features")
-    parser.add_argument("--batch", type=int, default=256, help="images per process and step (default 256)")
+    parser.add_argument("--batch", type=int, help="images per process and step (default: as its run was judged)")
     parser.add_argument("--out", type=Path, help="default: evaluation-DATA beside the export")
     return parser
 
@@ -74,7 +74,7 @@ class Asked(NamedTuple):
 
 
 def _check(given: argparse.Namespace) -> Asked:
-    if given.batch < 1:
+    if given.batch is not None and given.batch < 1:
         raise ConfigError(f"--batch {given.batch}: at least one image a step is needed")
     if (given.part or given.train or given.probe) and not given.split:
         raise ConfigError("--part, --train and --probe speak of a split; give its file with --split")
@@ -107,7 +107,7 @@ def _check(given: argparse.Namespace) -> Asked:
     return Asked(exports, data, positions, train, held_out, bank, split.hash if split else None, out)
 
 
-def _judge(asked: Asked, batch: int) -> None:
+def _judge(asked: Asked, batch: int | None) -> None:
     from pipeline.train import distributed
 
     world = distributed.start(timeout_seconds=600)
@@ -123,11 +123,10 @@ def _judge(asked: Asked, batch: int) -> None:
     distributed.stop()
 
 
-def _judge_one(name: str, folder: Path, asked: Asked, batch: int, world: "World") -> tuple[dict[str, Any], str]:
+def _judge_one(name: str, folder: Path, asked: Asked, batch: int | None, world: "World") -> tuple[dict[str, Any], str]:
     """The reports of one model, as it is and calibrated, and its weights' hash (collective)."""
     from torch import nn
 
-    from pipeline.data.imbalance import class_groups
     from pipeline.data.loader import evaluation_batches
     from pipeline.data.transforms import eval_views
     from pipeline.evaluate import metrics
@@ -140,12 +139,17 @@ def _judge_one(name: str, folder: Path, asked: Asked, batch: int, world: "World"
     model, card = load_export(folder)
     model = model.to(world.device)
     views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
-    groups = class_groups(np.array(card.class_counts)) if card.class_counts else {}
+    groups = {group: np.array(members) for group, members in card.class_groups.items()}
     classes = asked.data.classes
 
     def batches(manifest: Manifest, positions: np.ndarray) -> "Iterator[Batch]":
         return evaluation_batches(
-            manifest, positions, batch_size=batch, rank=world.rank, world_size=world.size, views=views
+            manifest,
+            positions,
+            batch_size=batch or card.eval_batch,
+            rank=world.rank,
+            world_size=world.size,
+            views=views,
         )
 
     answers = ask(model, batches(asked.data, asked.positions), world.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.evaluate.answers import Answers, LabelledBatch
 from pipeline.evaluate.bootstrap import intervals
 from pipeline.evaluate.calibration import expected_calibration_error, reliability
+from pipeline.evaluate.open_set import open_set
 
 Groups = Mapping[str, np.ndarray]
 
@@ -49,6 +50,7 @@ def report(answers: Answers, groups: Groups, classes: tuple[str, ...]) -> dict[s
     bounds = intervals(table.diagonal(), table.sum(1), groups)
     return {
         **summary(answers, len(classes), groups),
+        **open_set(table, groups),
         "samples": len(answers.labels),
         "intervals": {name: [round(i.low, 4), round(i.high, 4)] for name, i in bounds.items()},
         "groups": {name: [classes[c] for c in members] for name, members in groups.items()},

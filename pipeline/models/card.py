@@ -63,7 +63,11 @@ class Card(Strict):
     model: ModelConfig
     decoder: DecoderConfig | None = None
     classes: tuple[str, ...]
-    class_counts: tuple[int, ...] = Field((), description="labelled training images of each class: its head and tail")
+    class_counts: tuple[int, ...] = Field((), description="labelled training images of each class")
+    class_groups: dict[str, tuple[int, ...]] = Field(default_factory=dict, description="head, medium, tail; ood")
+    eval_batch: int = Field(
+        256, ge=1, description="images per process and step when judged: other sizes round otherwise"
+    )
     preprocessing: Preprocessing
     weights_sha256: str
     probe_sha256: str

@@ -143,6 +143,8 @@ def test_head_medium_and_tail_by_thirds_by_count_and_by_ends():
     counts = np.array([5, 500, 150, 19, 20, 100, 101])
     thirds = class_groups(counts)
     assert [thirds[name].tolist() for name in ("head", "medium", "tail")] == [[1, 2, 6], [5], [0, 3, 4]]
+    tied = class_groups(np.array([4, 4, 4, 9, 1, 1]), ranks=np.array([3, 2, 1, 0, 5, 4]))
+    assert [tied[name].tolist() for name in ("head", "medium", "tail")] == [[2, 3], [0, 1], [4, 5]]
     by_count = class_groups(counts, "count")
     assert [by_count[name].tolist() for name in ("head", "medium", "tail")] == [[1, 2, 6], [4, 5], [0, 3]]
     ends = class_groups(counts, "ends", k=1)
