@@ -79,8 +79,9 @@ study: $(STAMP)  ## stage 3 on two bundled datasets: what helps, STUDY_SEEDS="0 
 tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
-.PHONY: chain report evaluate efficiency inference fields
+.PHONY: chain report evaluate efficiency inference front fields
 chain: $(STAMP)  ## the three stages of configs/STAGE/NAME.yaml, and the report of their experiment: NAME=mine ARGS= NPROC=
+	@test -f $(RUNS)/$(NAME)/plan.json || $(PY) -m launchers plan chain $(NAME) $(ARGS) cluster:nodes=1 cluster:tasks_per_node=$(NPROC)
 	@$(MAKE) --no-print-directory stage-1 CONFIG=configs/arm/$(NAME).yaml
 	@$(MAKE) --no-print-directory stage-2 CONFIG=configs/distill/$(NAME).yaml
 	@$(MAKE) --no-print-directory stage-3 CONFIG=configs/semi/$(NAME).yaml
@@ -97,6 +98,9 @@ efficiency: $(STAMP)  ## real stage-3 steps side by side: CONFIGS="configs/semi/
 
 inference: $(STAMP)  ## throughput against resolution: MODELS="efficientvim_m4 timm/resnet50" ARGS="--sizes 224 384"
 	@$(PY) -m launchers inference $(MODELS) $(ARGS)
+
+front: $(STAMP)  ## speed measured here against accuracy as papers report it: ARGS="--batch 16"
+	@$(PY) -m launchers front $(ARGS)
 
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)

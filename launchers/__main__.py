@@ -9,6 +9,7 @@ python -m launchers report RUNS/EXPERIMENT... [--with FOLDER...]      what happe
 python -m launchers evaluate EXPORT DATA [...] [--nproc N]            python -m pipeline.evaluate in N processes
 python -m launchers efficiency CONFIG CONFIG... [key=value ...]       real stage-3 steps side by side
 python -m launchers inference MODEL... [--sizes 224 384]              throughput against resolution
+python -m launchers front                                             speed here against accuracy as reported
 python -m launchers fields MODEL... --data DATA                       effective receptive fields
 
 With slurm, `arm:key=value` overrides in that stage only and `cluster:key=value` in the cluster's preset. Config and parents

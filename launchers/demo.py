@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import local, report
+from launchers import chain, local, plan, report
 from pipeline.observe.results import Result, read_result, table
 from stages import STAGES
 
 DATA = Path("data/digits")
 RUNS = Path("runs")
+CLUSTER = Path("configs/cluster/cpu.yaml")
 PROTOCOL = "--imbalance 10 --labelled 0.1 --validation-per-class 15".split()
 
 
@@ -26,11 +27,14 @@ def run(seeds: Sequence[int], nproc: int) -> int:
     for seed, experiment in zip(seeds, experiments, strict=True):
         split = DATA / f"split-seed{seed}.json"
         code = code or data(["split", str(DATA / "train"), "--out", str(split), *PROTOCOL, "--seed", str(seed)])
+        overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
+        if not code and not (RUNS / experiment / "plan.json").exists():  # a plan is made before, not after
+            cluster, _ = chain.read_cluster(CLUSTER, ["cluster:nodes=1", f"cluster:tasks_per_node={nproc}"])
+            plan.write(chain.read_steps(chain.CHAIN, "demo", overrides), cluster)
         for stage in STAGES:
             if code:
                 return code
             print(f"\n== seed {seed}, stage {stage} ==", flush=True)
-            overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
             code = local.run_stage(stage, Path(f"configs/{stage}/demo.yaml"), overrides, nproc)
     if code:
         return code

@@ -34,6 +34,13 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
     """Print and write the plan; returns 0, or the exit code of the first thing that stands in the way."""
+    plan, problems = write(steps, cluster)
+    show(plan, steps[0].folder.parent)
+    return problems[0].exit_code if problems else 0
+
+
+def write(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any], list[PipelineError]]:
+    """The plan, which is now in EXPERIMENT/plan.json, and what stands in the way."""
     pending: dict[Path, StageConfig] = {}
     stages: list[dict[str, Any]] = []
     problems: list[PipelineError] = []
@@ -57,8 +64,7 @@ def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
     }
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "plan.json", json.dumps(plan, indent=1))
-    show(plan, folder)
-    return problems[0].exit_code if problems else 0
+    return plan, problems
 
 
 def _stage(
