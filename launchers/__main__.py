@@ -1,5 +1,5 @@
 """python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
-python -m launchers local chain NAME [key=value ...] [--nproc N]      configs/STAGE/NAME.yaml, stage after stage, and a report
+python -m launchers local chain NAME [key=value ...] [--nproc N]      a plan, configs/STAGE/NAME.yaml stage after stage, a report
 python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
 python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml, stage after stage
 python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   what it will need, and the exact scripts
@@ -10,6 +10,7 @@ python -m launchers report RUNS/EXPERIMENT... [--with FOLDER...]      what happe
 python -m launchers evaluate EXPORT DATA [...] [--nproc N]            python -m pipeline.evaluate in N processes
 python -m launchers efficiency CONFIG CONFIG... [key=value ...]       real stage-3 steps side by side
 python -m launchers inference MODEL... [--sizes 224 384]              throughput against resolution
+python -m launchers front                                             speed here against accuracy as reported
 python -m launchers fields MODEL... --data DATA                       effective receptive fields
 
 `arm:key=value` overrides in that stage only; with --cluster, `cluster:key=value` in the cluster's preset. Config and parents
@@ -87,10 +88,13 @@ def _local(given: argparse.Namespace) -> int:
     from launchers import chain, local
 
     steps = chain.read_steps(given.stage, given.config, given.overrides)
-    code = local.run(steps, given.nproc)
-    if code == 0 and given.stage == chain.CHAIN:
-        from launchers import report
+    if given.stage != chain.CHAIN:
+        return local.run(steps, given.nproc)
+    from launchers import plan, report
 
+    plan.before(steps, given.nproc)
+    code = local.run(steps, given.nproc)
+    if code == 0:
         print(f"report: {report.run([steps[0].folder.parent], None)}")
     return code
 

@@ -7,8 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import local, report
-from launchers.chain import CHAIN, read_steps
+from launchers import chain, local, plan, report
 from pipeline.observe.results import Result, read_result, table
 
 DATA = Path("data/digits")
@@ -29,7 +28,9 @@ def run(seeds: Sequence[int], nproc: int) -> int:
         if code:
             return code
         overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
-        code = local.run(read_steps(CHAIN, "demo", overrides), nproc)
+        steps = chain.read_steps(chain.CHAIN, "demo", overrides)
+        plan.before(steps, nproc)
+        code = local.run(steps, nproc)
     if code:
         return code
     results = [read_result(RUNS / name) for name in experiments]

@@ -21,7 +21,7 @@ import torch
 
 from launchers import shortages, slurm
 from launchers.anatomy import Anatomy, anatomy
-from launchers.chain import Step
+from launchers.chain import Step, read_cluster
 from launchers.config import ClusterConfig, seconds_of
 from launchers.cost import A100, Hardware, checkpoint_bytes, memory, starts_needed, step_seconds, traffic
 from launchers.plan_text import show
@@ -32,6 +32,7 @@ from pipeline.train.peak import peak_flops
 from stages.check import Parts, check, derive_batches, open_data, streams
 from stages.configs import SemiConfig, StageConfig
 
+HERE = Path("configs/cluster/cpu.yaml")
 START_SECONDS = 180.0  # of a start: imports, process groups, kernels, the checkpoint's way back
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CPU_UTILISATION = 0.1
@@ -40,6 +41,20 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
     """Print and write the plan; returns 0, or the exit code of the first thing that stands in the way."""
+    plan, problems = write(steps, cluster)
+    show(plan, steps[0].folder.parent)
+    return problems[0].exit_code if problems else 0
+
+
+def before(steps: Sequence[Step], nproc: int) -> None:
+    """Write the plan of a chain on this machine, unless it has begun: a plan is made before, not after."""
+    if not any(step.folder.exists() for step in steps):
+        cluster, _ = read_cluster(HERE, ["cluster:nodes=1", f"cluster:tasks_per_node={nproc}"])
+        write(steps, cluster)
+
+
+def write(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any], list[PipelineError]]:
+    """The plan, whose files are now in the experiment's folder, and what stands in the way."""
     pending: dict[Path, StageConfig] = {}
     stages: list[dict[str, Any]] = []
     problems: list[PipelineError] = []
@@ -75,8 +90,7 @@ def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
         before = f"{{{steps[i - 1].stage}'s job}}" if i else ""
         script = slurm.script(cluster, step, (folder / slurm.FOLDER).absolute(), before)
         replace_text(folder / "plan" / f"{step.stage}.sh", script)
-    show(plan, folder)
-    return problems[0].exit_code if problems else 0
+    return plan, problems
 
 
 def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfig]) -> dict[str, Any]:

@@ -57,15 +57,15 @@ def run(config: ArmConfig, replay: Replay | None = None) -> None:
         pictured = s.pictures(held_out if len(held_out) else everything, NUM_PICTURES, size)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
-            pictures = reconstructions(s.engine.model, arm, pictured)
+            pictures = reconstructions(s.engine.module, arm, pictured)
             if s.world.is_main:
                 path = s.run.folder / "report" / "reconstructions.png"
                 grid = write_grid(path, pictures, mean=config.data.mean, std=config.data.std)
                 board.image("input, target, prediction", grid, step)
             if not len(held_out):
                 return {}
-            batches = s.evaluation(s.manifest, held_out, size)
-            loss = mean_loss(s.engine.model, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
+            batches = s.judge.evaluation(s.manifest, held_out, size)
+            loss = mean_loss(s.engine.module, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
             return {"val/loss": loss} | probes(s, arm, config, step)
 
         s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, flops=TRAINING * forward_flops(arm, size))
@@ -82,7 +82,10 @@ def probes(s: Setting, arm: ARM, config: ArmConfig, step: int) -> dict[str, floa
     learnt_from = s.parts.labelled[:: -(-len(s.parts.labelled) // asked.samples)]
     bank, queries = (
         features_of(
-            s.engine.model, arm.to_decoder, s.evaluation(s.manifest, part, config.model.image_size), s.world.device
+            s.engine.module,
+            arm.to_decoder,
+            s.judge.evaluation(s.manifest, part, config.model.image_size),
+            s.world.device,
         )
         for part in (learnt_from, s.parts.validation)
     )

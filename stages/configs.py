@@ -59,6 +59,22 @@ class StageConfig(Strict):
             raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} must be below loop.steps {rest}{less}")
         return self
 
+    def refuse_lone(self, mixing: str, ratio: int) -> None:
+        """Partners are found inside a lane of a micro-batch: a lone image would be mixed with itself. `ratio`: images of
+        the stream for each of `loop.global_batch`; 0 = nothing is mixed."""
+        images, lanes, times = (
+            ratio * self.loop.global_batch,
+            self.data.loader.lanes,
+            f"{ratio} x " if ratio > 1 else "",
+        )
+        if 0 < images < 2 * lanes:
+            raise ValueError(
+                f"{mixing} needs two in each lane: {times}loop.global_batch {self.loop.global_batch} must be at least twice"
+                f" data.loader.lanes {lanes}; lower lanes"
+            )
+        if ratio == 1 and self.engine.micro_batch == 1:
+            raise ValueError(f"{mixing} needs two at once: engine.micro_batch is 1; set 2 or more")
+
     def parents(self) -> dict[str, Path]:
         """role -> folder of the export that this stage consumes."""
         return {}
@@ -153,7 +169,7 @@ class MesaConfig(Strict):
 
 
 class MixConfig(Strict):
-    """Two labelled images in one, each with its partner in the batch; even chances if both are on."""
+    """Two labelled images in one, each with its partner in the lane; even chances if both are on."""
 
     mixup: float = Field(0.0, ge=0, description="a of Beta(a, a); 0 = off")
     cutmix: float = Field(0.0, ge=0, description="a of Beta(a, a); 0 = off")
@@ -194,6 +210,11 @@ class DistillConfig(StageConfig):
     def _mesa(self) -> Self:
         if self.mesa and self.average is None:
             raise ValueError("mesa learns from the average of the weights: give average={decay: 0.9995} too")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        self.refuse_lone("mix", 1 if self.mix.mixup or self.mix.cutmix else 0)
         return self
 
     @model_validator(mode="after")
@@ -310,19 +331,9 @@ class SemiConfig(StageConfig):
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
-        """Partners are found inside a lane: a lone sample would be mixed with itself."""
-        labelled, lanes = self.loop.global_batch, self.data.loader.lanes
-        if (self.mixup.labelled_mixup or self.mixup.labelled_cutmix) and labelled < 2 * lanes:
-            raise ValueError(
-                f"mixup of labelled images needs two in each lane: loop.global_batch {labelled} must be at least twice"
-                f" data.loader.lanes {lanes}; lower lanes"
-            )
-        unlabelled = self.unlabelled_ratio * labelled
-        if (self.mixup.pseudo or self.ssmixup) and unlabelled < 2 * lanes:
-            raise ValueError(
-                f"mixing unlabelled images needs two in each lane: unlabelled_ratio x loop.global_batch = {unlabelled} must"
-                f" be at least twice data.loader.lanes {lanes}; lower lanes"
-            )
+        mixed = self.mixup.labelled_mixup or self.mixup.labelled_cutmix
+        self.refuse_lone("mixing labelled images", 1 if mixed else 0)
+        self.refuse_lone("mixing unlabelled images", self.unlabelled_ratio if self.mixup.pseudo or self.ssmixup else 0)
         return self
 
     def parents(self) -> dict[str, Path]:

@@ -140,16 +140,16 @@ def run(config: DistillConfig, replay: Replay | None = None) -> None:
             flops *= 1 + config.teacher.unlabelled_ratio
 
         def models() -> dict[str, nn.Module]:
-            return {"student": s.engine.model} | ({"average": average} if average is not None else {})
+            return {"student": s.engine.module} | ({"average": average} if average is not None else {})
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
-            return s.validate(models(), size)
+            return s.judge.validate(models(), size)
 
         def task_of(engine: Engine) -> DistillTask:
             return DistillTask(engine, config, num_classes, teacher, average)
 
         task = s.train(model, task_of, streams, evaluate, size, flops)
-        measured = s.measured | s.test(models(), size)
+        measured = s.measured | s.judge.test(models(), size)
         weights = task.copy.full_weights() if task.ema else s.engine.full_weights()
         s.export(weights, model=shape, uses_labels=True, measured=measured)
 

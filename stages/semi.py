@@ -211,22 +211,23 @@ def run(config: SemiConfig, replay: Replay | None = None) -> None:
         labeller = PseudoLabeller(prior, config.pseudo)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
-            row = s.validate({"student": s.engine.model, "teacher": teacher}, size)
+            row = s.judge.validate({"student": s.engine.module, "teacher": teacher}, size)
             if not ratio or not config.watched_samples:
                 return row
-            who = teacher if config.pseudo.labeller == "teacher" else s.engine.model
+            who = teacher if config.pseudo.labeller == "teacher" else s.engine.module
             known = s.parts.unlabelled
             watched = known[np.linspace(0, len(known) - 1, min(config.watched_samples, len(known))).astype(int)]
-            batches = s.evaluation(s.manifest, watched, size)
+            batches = s.judge.evaluation(s.manifest, watched, size)
             label = partial(labeller.label, watch=False)
             counted = count_pseudo_labels(
                 lambda images: label(answers(who, images)), batches, len(counts), s.world.device
             )
-            return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.groups()).items()}
+            board.class_counts("pseudo/classes", counted.accepted.sum(0), step)
+            return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.judge.groups()).items()}
 
         flops = (TRAINING * (1 + ratio) + ratio) * forward_flops(model, size)  # the teacher sees the unlabelled
         task = s.train(model, lambda e: SemiTask(e, teacher, labeller, config, prior), streams, evaluate, size, flops)
-        measured = s.measured | s.test({"student": s.engine.model, "teacher": teacher}, size)
+        measured = s.measured | s.judge.test({"student": s.engine.module, "teacher": teacher}, size)
         lasting = lasting_form(shape)
         kept = build_from_config(lasting).state_dict()
         weights = {"student": s.engine.full_weights(), "teacher": task.copy.full_weights()}

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,19 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import flatten
-from pipeline.data.imbalance import class_groups
-from pipeline.data.loader import Batch, Loader, evaluation_batches
-from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.loader import Loader
 from pipeline.data.transforms import View, eval_views
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.evaluate import metrics
-from pipeline.evaluate.answers import Answers, ask
-from pipeline.evaluate.gradcam import gradcam, overlay
-from pipeline.evaluate.open_set import with_outside
 from pipeline.models.card import Card, LabelsSeen, Lineage, Parent, positions_seen
 from pipeline.models.config import DecoderConfig, FamilyConfig
 from pipeline.models.export import load_export, write_export
-from pipeline.observe.pictures import captioned, to_pixels
 from pipeline.observe.tensorboard import Board
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
@@ -38,12 +31,13 @@ from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
 from stages.check import check_parent, derive_batches, open_data
 from stages.configs import StageConfig
+from stages.gallery import show_attribution, show_views, spread
+from stages.judge import Judge
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Task)
 NUM_PROBE_IMAGES = 4
-NUM_PICTURES = 8
 
 
 class Setting:
@@ -59,11 +53,11 @@ class Setting:
         folder = Path(self._scratch.name) if self._scratch else config.run.folder(stage)
         self.run = Run(folder, config, self.world)
         self.manifest, self.split, self.parts = open_data(config)
+        self.judge = Judge(config.data, self.manifest, self.split, self.parts, self.world, self.run)
         self._engine: Engine | None = None
         self._parents: list[tuple[str, Path, Card]] = []
         self._labels: dict[str, tuple[LabelsSeen, np.ndarray | None]] = {}
         self._marked = False
-        self._confidence: dict[str, np.ndarray] = {}  # of each model in the last validation
         torch.manual_seed(config.run.seed)  # equal weights on all ranks
 
     def __enter__(self) -> Self:
@@ -207,90 +201,6 @@ class Setting:
         )
         return task
 
-    def evaluation(self, manifest: Manifest, positions: np.ndarray, image_size: tuple[int, int]) -> Iterator[Batch]:
-        """Every sample once over the ranks, as many batches on each."""
-        views = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
-        return evaluation_batches(
-            manifest,
-            positions,
-            batch_size=self.config.data.eval_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            views=views,
-            workers=self.config.data.loader.workers,
-            remote=self.config.data.loader.remote,
-        )
-
-    def answers(
-        self, model: nn.Module, manifest: Manifest, positions: np.ndarray, image_size: tuple[int, int]
-    ) -> Answers:
-        """Of a classifier to samples of a manifest (collective), in fp32: what an export will say."""
-        return ask(model, self.evaluation(manifest, positions, image_size), self.world.device)
-
-    def groups(self) -> dict[str, np.ndarray]:
-        """Head, medium and tail by the images that follow the split's tail; classes that it leaves out stand apart.
-
-        Unlabelled images count too, by their hidden labels: a tenth of the labels alone is full of ties. No loss sees them.
-        """
-        num_classes = len(self.manifest.classes)
-        if self.split is None:
-            return class_groups(self.class_counts())
-        header, counts = self.split.header, self.split.counts("labelled")
-        if header["config"]["scope"] == "both":
-            counts = counts + self.split.counts("unlabelled")
-        seen = np.setdiff1d(np.arange(num_classes), header["ood_classes"])
-        return with_outside(class_groups(counts[seen], ranks=np.array(header["class_ranks"])[seen]), seen, num_classes)
-
-    def class_counts(self) -> np.ndarray:
-        """(C,) labelled images of each class."""
-        return np.bincount(self.manifest.labels[self.parts.labelled], minlength=len(self.manifest.classes))
-
-    def validate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
-        """val/top1, val/tail, ... of each model on the validation part; names other than `student` are prefixed."""
-        row = {}
-        if len(self.parts.validation):
-            for name, model in models.items():
-                answers = self.answers(model, self.manifest, self.parts.validation, image_size)
-                prefix = "" if name == "student" else f"{name}_"
-                self._confidence[f"{prefix}confidence"] = answers.confidence
-                found = metrics.summary(answers, len(self.manifest.classes), self.groups())
-                row.update({f"val/{prefix}{k}": v for k, v in found.items()})
-        return row
-
-    def test(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
-        """Judge once on the test set, or on the validation part if there is none; writes evaluation.json and every answer.
-
-        Returns the test set's top1 of each model, for the card.
-        """
-        if self.config.data.test is not None:
-            test, judged_on = read_manifest(self.config.data.test), "test images"
-            positions = np.arange(test.num_samples)
-        else:
-            test, judged_on, positions = (
-                self.manifest,
-                "validation images, for want of a test set",
-                self.parts.validation,
-            )
-        if not len(positions):
-            return {}
-        results = {}
-        for name, model in models.items():
-            answers = self.answers(model, test, positions, image_size)
-            results[name] = metrics.report(answers, self.groups(), test.classes)
-            if self.world.is_main:
-                answers.save(self.run.folder / f"answers-{name}.npz")
-        protocol = {
-            "dataset": test.hash,
-            "judged_on": judged_on,
-            "split": self.split.hash if self.split else None,
-            "protocol": self.split.protocol if self.split else "all labelled",
-        }
-        counts = dict(zip(self.manifest.classes, self.class_counts().tolist(), strict=True))
-        self.run.write_json("evaluation.json", {**protocol, "labelled_per_class": counts, "models": results})
-        if self.config.data.test is None:
-            return {}
-        return {f"test/{name}_top1": result["top1"] for name, result in results.items()}
-
     def export(
         self,
         weights: Mapping[str, Tensor],
@@ -316,8 +226,8 @@ class Setting:
                 model=model,
                 decoder=decoder,
                 classes=() if decoder else self.manifest.classes,
-                class_counts=() if decoder else tuple(self.class_counts().tolist()),
-                class_groups={} if decoder else {name: tuple(c.tolist()) for name, c in self.groups().items()},
+                class_counts=() if decoder else tuple(self.judge.class_counts().tolist()),
+                class_groups={} if decoder else {name: tuple(c.tolist()) for name, c in self.judge.groups().items()},
                 eval_batch=self.config.data.eval_batch,
                 preprocessing=self.config.data.preprocessing,
                 weights_sha256="",
@@ -351,47 +261,21 @@ class Setting:
     def _show(
         self, task: Task, streams: Mapping[str, Loader], step: int, board: Board, image_size: tuple[int, int]
     ) -> None:
-        """For people: views as they are trained on, where the model looks, how sure it is. Rank 0 alone, a second or two.
-
-        Under ZeRO-3 no rank has the whole model, so only the views are drawn.
-        """
+        """For people, on rank 0 alone, a second or two. Under ZeRO-3 no rank has the whole model, so only the views are drawn."""
         if not self.world.is_main:
             return
-        mean, std = self.config.data.mean, self.config.data.std
-        for name, confidence in self._confidence.items():
+        for name, confidence in self.judge.confidence.items():
             board.histogram(f"val/{name}", confidence, step)
-        whole = self.config.engine.zero_stage < 3
-        for name, stream in streams.items():
-            batch = self._first(stream.order.positions, NUM_PICTURES, stream.views)
-            captions = task.captions(self.engine.module, batch) if whole else None
-            views = {"view": batch.images} if batch.strong is None else {"weak": batch.images, "strong": batch.strong}
-            pixels = [to_pixels(view, mean, std) for view in views.values()]
-            words = captions or [""] * len(batch)
-            board.image(f"views/{name}", captioned(pixels, list(views), [words, [""] * len(batch)]), step)
-        if whole and self.manifest.classes and task.names_classes and len(self.parts.validation):
-            batch = self._first(self.parts.validation, NUM_PICTURES, eval_views(image_size, mean=mean, std=std))
-            try:  # the bare module: a backward pass through DeepSpeed's wrapper is a step to it
-                maps, answers = gradcam(self.engine.module, batch.images.to(self.world.device))
-            except (PipelineError, RuntimeError, IndexError) as error:  # a layout nobody foresaw: no reason to stop
-                logger.warning("no attribution maps: %s", error)
-                return
-            pairs = zip(answers.tolist(), batch.labels.tolist(), strict=True)
-            said = [
-                f"{self.manifest.classes[a]}{'' if a == t else f' (is {self.manifest.classes[t]})'}" for a, t in pairs
-            ]
-            rows = [to_pixels(batch.images, mean, std), overlay(batch.images, maps.cpu(), mean, std)]
-            board.image("attribution", captioned(rows, ["image", "Grad-CAM"], [said, [""] * len(said)]), step)
+        look, held_out = self.config.data.preprocessing, self.parts.validation
+        model = self.engine.module if self.config.engine.zero_stage < 3 else None
+        show_views(board, step, task, model, streams, self.manifest, look)
+        if model is not None and self.manifest.classes and task.names_classes and len(held_out):
+            show_attribution(board, step, model, self.manifest, held_out, image_size, look)
 
     def pictures(self, positions: np.ndarray, number: int, image_size: tuple[int, int]) -> Tensor:
         """The same `number` images, spread over `positions`, on every rank: (number, 3, H, W)."""
-        views = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
-        return self._first(positions, number, views).images.to(self.world.device)
-
-    def _first(self, positions: np.ndarray, number: int, views: View) -> Batch:
-        """`number` samples spread over `positions`, alike on every rank."""
-        spread = positions[np.linspace(0, len(positions) - 1, min(number, len(positions))).astype(int)]
-        batches = evaluation_batches(self.manifest, spread, batch_size=len(spread), rank=0, world_size=1, views=views)
-        return next(iter(batches))
+        view = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
+        return spread(self.manifest, positions, number, view).images.to(self.world.device)
 
     def _probe(self, image_size: tuple[int, int]) -> Tensor:
         positions = self.parts.validation if len(self.parts.validation) else self.parts.labelled

@@ -49,8 +49,10 @@ class Batch:
         ]
 
     def partner(self) -> Tensor:
-        """(B,) a pairing by flipping inside each lane, for mixup: the same at every world size.
+        """(B,) positions of the partners for mixup: each lane, of `B / lanes` consecutive samples, is flipped.
 
-        With an odd number of samples in a lane the middle one is its own partner.
+        Lanes do not know the world size, so neither do the pairs, nor are they changed by `chunks` that are whole lanes; a
+        chunk that cuts lanes is one lane of its own. The middle one of an odd number is its own partner, and so is a lone
+        one: configs that mix are refused then (`StageConfig.refuse_lone`).
         """
         return torch.arange(len(self), device=self.labels.device).view(self.lanes, -1).flip(1).flatten()

@@ -1,4 +1,4 @@
-"""Models: bring released weights in."""
+"""Models: bring released weights in, and take a trained one out."""
 
 import argparse
 import logging
@@ -13,6 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m pipeline.models", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands.add_parser("convert", help="a released Vim or ARM checkpoint to an export"))
+    _add_onnx(commands.add_parser("onnx", help="an export's classifier to an ONNX file"))
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -48,6 +49,20 @@ def _convert(args: argparse.Namespace) -> None:
         args.file, args.out, entry=args.entry, image_size=(size[0], size[-1]) if size else None, classes=classes
     )
     print(f"{args.out}: {card.kind}; load it with pipeline.models.export.load_export, or give init_from={args.out}")
+
+
+def _add_onnx(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write an export's classifier for ONNX Runtime, and hold its answers against the export's own."
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the file, NAME.onnx")
+    parser.set_defaults(run=_onnx)
+
+
+def _onnx(args: argparse.Namespace) -> None:
+    from pipeline.models.onnx_file import export_to_onnx
+
+    error = export_to_onnx(args.export, args.out)
+    print(f"{args.out}: answers the export's probe batch with a relative error of {error:.1e}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.models.config import PseudoLabelRule
 
-# The running means are over about this many steps.
+# The running means weigh their first steps alike, and from this many on forget at this horizon.
 HORIZON = 100
 
 
@@ -39,7 +39,7 @@ class PseudoLabeller:
         self.aim = prior if rule.alignment == "labelled" else uniform
         self.mean_probability = uniform.clone()  # of the teacher's answers
         self.confident = uniform.clone()  # share of confident answers that name each class
-        self.updates = 0
+        self.seen = torch.zeros(2, dtype=torch.float64, device=prior.device)  # steps in each of the two means
         self._sums = torch.zeros(2, classes, dtype=torch.float64, device=prior.device)
 
     def label(self, logits: Tensor, *, watch: bool = True) -> PseudoLabels:
@@ -74,23 +74,26 @@ class PseudoLabeller:
         return -(p * p.clamp(min=1e-12).log()).sum() / torch.log(torch.tensor(float(len(p)), device=p.device))
 
     def update(self) -> None:
-        """Let the running means see this step (collective)."""
+        """Let the running means see this step (collective): the first has weight 1, the second 1/2, to 1/HORIZON."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._sums)
-        self.updates += 1
-        weight = 1 / min(self.updates, HORIZON)
-        for mean, sums in zip((self.mean_probability, self.confident), self._sums, strict=True):
-            # Without a confident answer there is nothing to learn of their classes; no branch, which would wait for a GPU.
-            seen = (sums.sum() > 0).to(mean.dtype)
-            mean.lerp_((sums / sums.sum().clamp(min=1e-30)).to(mean.dtype), seen * weight)
+        totals = self._sums.sum(1)
+        # A step without a confident answer says nothing of their classes: it is not counted, or the uniform start would
+        # outlast the first answers. No branch, which would wait for a GPU.
+        told = (totals > 0).to(self.seen.dtype)
+        self.seen += told
+        weights = told / self.seen.clamp(min=1, max=HORIZON)
+        shares = self._sums / totals.clamp(min=1e-30)[:, None]
+        for mean, share, weight in zip((self.mean_probability, self.confident), shares, weights, strict=True):
+            mean.lerp_(share.to(mean.dtype), weight.to(mean.dtype))
         self._sums.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         means = {"mean_probability": self.mean_probability.tolist(), "confident": self.confident.tolist()}
-        return {**means, "updates": self.updates}
+        return {**means, "seen": self.seen.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mean_probability.copy_(torch.tensor(state["mean_probability"], dtype=self.mean_probability.dtype))
         self.confident.copy_(torch.tensor(state["confident"], dtype=self.confident.dtype))
-        self.updates = int(state["updates"])
+        self.seen.copy_(torch.tensor(state["seen"], dtype=self.seen.dtype))
         self._sums.zero_()

@@ -73,7 +73,7 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The bare module: its methods that use no weights, its buffers, its mode."""
+        """The bare module: what evaluations run, in fp32 whatever the precision of training; its buffers, its mode."""
         return self._deepspeed.module
 
     @property

@@ -1,30 +1,38 @@
 """LyapEMA: a teacher moved by an average whose decay answers to the discrepancy |s - t| (Semi-ViM, supplement eq. 3-5).
 
-With s the student before a step (the pull included), s' after it, t the teacher, r = s - t, d = s' - t, and the energy
+With s the student before a step, s' after it (the pull included), t the teacher, r = s - t, d = s' - t, and the energy
 V = |r|^2 / 2, every mode moves the teacher by one rule, t' = a t + (1 - a) s'. Only a differs.
 
 The identity, whatever the student did: r' = s' - t' = s' - a t - (1 - a) s' = a (s' - t) = a d, so V' = a^2 |d|^2 / 2.
+The bound: with the pull lambda and a step of the optimizer of length m at most, d = (1 - lambda) r + that step, so
+|r'| <= a ((1 - lambda) |r| + m). For decays up to A < 1, or up to 1 with a pull, V therefore falls wherever
+|r| > M = A m / (1 - A (1 - lambda)), and in the limit |r| <= M; below M it may grow.
 
-- `ema`      a = base_decay, or a ramp to final_decay. By the identity, a student that moves at most m a step stays
-             within |r'| <= a (|r| + m), so V falls wherever |r| > a m / (1 - a), and may grow below that.
+- `ema`      a = base_decay, or a ramp to final_decay: the bound, with the larger of both for A.
 - `lyap`     a = sigmoid(b + gamma rho), b = logit(base_decay), clamped to [min_decay, max_decay]; rho = |d| in the chosen
              norm, or (`energy`, the README's words) the fall (|r|^2 - |d|^2) / 2 of V in the student's step, in the
-             norm squared. The same bound holds with max_decay for a; V' <= V does not follow (from s = t, any step
-             with a > 0 raises V from 0), and so the supplement's eq. (7), which claims it always, is not a theorem.
+             norm squared. The bound, with max_decay for A: as printed, where it is 1, only a pull gives one. V' <= V does
+             not follow: from s = t, any step with a > 0 raises V from 0. So the supplement's eq. (7),
+             V' - V = -eta |g|^2 - lambda |r|^2, is no theorem: after a gradient step s' = s - eta g - lambda r the
+             identity gives 2 (V' - V) = (a^2 (1 - lambda)^2 - 1) |r|^2 - 2 a^2 (1 - lambda) eta <r, g> + a^2 eta^2 |g|^2,
+             whose cross term has no sign and whose last term has the other one.
 - `guarded`  also a <= max(|r|, R) / |d|. Then |r'| = a |d| <= max(|r|, R), so V' <= max(V, R^2 / 2): outside a ball of
-             radius R the energy never grows, and who is inside stays inside. The bound is necessary too: a larger a
-             gives |r'| > max(|r|, R). R = radius_steps x the mean student step; with R = 0 a teacher that once
-             equals its student would equal it for ever.
+             radius R the energy never grows, and who is inside stays inside. The guard is no stricter than it must be: a
+             larger a gives |r'| > max(|r|, R). R = radius_steps x the mean student step, so the ball grows and shrinks
+             with the steps, and over a whole run V <= max(V_0, R_max^2 / 2); with R = 0 a teacher that once equals its
+             student would equal it for ever. In the first `warmup_steps` updates nothing is guarded, only measured: the
+             certificate begins with the V that they leave.
 
-W = L + lambda / (2 eta) |r|^2, of which eq. (3) is a gradient step of size eta, falls in every mode if L is smooth and
-fixed (eta beta + lambda <= 1) since |r'| = a |d| <= |d|; with minibatches it is a diagnostic.
+W = L + lambda / (2 eta) |r|^2. Under gradient descent eq. (3) is a step of size eta on W in s, whose gradient is Lipschitz
+with beta + lambda / eta where L's is with beta; so if L is fixed and eta beta + lambda <= 1, W(s', t) <= W(s, t) - eta / 2
+|grad W|^2 (the descent lemma), and the teacher's move lowers it further, since |r'| = a |d| <= |d|: W falls in every mode.
+AdamW's step is no gradient step and a minibatch no fixed loss: there W is a diagnostic.
 
 Rounding. The teacher is computed in its own precision, of unit roundoff u: t' is off by at most E = u (|t| + 16 |d|)
-(one rounding of a number of t's size, a few of d's in lerp, and |d| itself is off by 8 u |d|
-at most). The guard therefore keeps a lower bound of |r|,
-a |d| - E of the last update, and allows a <= (max(bound, R) - E) / |d|: then the inequality holds for the numbers that
-are stored, not only for the real ones they stand for. 1 - a is computed as sigmoid(-x), which stays above zero where
-sigmoid(x) rounds to one.
+(one rounding of a number of t's size, a few of d's in lerp, and |d| itself is off by 8 u |d| at most). The guard
+therefore keeps a lower bound of |r|, a |d| - E of the last update, and allows a <= (max(bound, R) - E) / |d|: then the
+inequality holds for the numbers that are stored, not only for the real ones they stand for. 1 - a is computed as
+sigmoid(-x), which stays above zero where sigmoid(x) rounds to one.
 
 The pull lambda (t - s) is applied inside the next optimizer step, before AdamW's update, so no compute copy goes stale
 (AdamW's own weight decay then acts on the pulled weight: a term of order lr x decay x lambda apart from eq. 3).

@@ -6,7 +6,8 @@ of blocks and those of the block at work: each is gathered when its forward begi
 forward pass. Every rank must then call the copy equally often, as training and evaluation do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,36 +57,50 @@ class WorkingCopy:
         return {name: tensors[name] for name, _ in self.engine.named_parameters}
 
     def _gather_around(self, block: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-        if not parameters:
-            return
+        """Whichever module of the block is called first (itself, or a part that its parent calls) has all under it whole."""
+        at_work = 0
 
-        def gather(*_: Any) -> None:
-            for name, parameter in parameters.items():
-                parameter.data = torch.empty(self._shapes[name], device=self.engine.world.device)
-            self.engine.gather(self.tensors, {name: parameter.data for name, parameter in parameters.items()})
+        def gather(owned: dict[str, nn.Parameter], *_: Any) -> None:
+            nonlocal at_work
+            at_work += 1
+            if at_work == 1:
+                for name, parameter in owned.items():
+                    parameter.data = torch.empty(self._shapes[name], device=self.engine.world.device)
+                self.engine.gather(self.tensors, {name: parameter.data for name, parameter in owned.items()})
 
-        def release(*_: Any) -> None:
-            for parameter in parameters.values():
-                parameter.data = parameter.data.new_empty(0)
+        def release(owned: dict[str, nn.Parameter], *_: Any) -> None:
+            nonlocal at_work
+            at_work -= 1
+            if not at_work:
+                _let_go(owned.values())
 
-        block.register_forward_pre_hook(gather)
-        block.register_forward_hook(release)
-        release()
+        for module in block.modules():
+            under = {id(p) for p in module.parameters()}
+            if owned := {name: p for name, p in parameters.items() if id(p) in under}:
+                module.register_forward_pre_hook(partial(gather, owned))
+                module.register_forward_hook(partial(release, owned))
+        _let_go(parameters.values())
 
 
 def blocks_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
-    """The items of a module's outermost lists and sequences, and last the module itself, each with the parameters (by
-    their full names) that no other has: what one forward uses together."""
+    """The items of a module's outermost lists and sequences (of a list of lists, the inner items), and last the module itself,
+    each with the parameters (by their full names) that no other has: what one forward uses together."""
     blocks: list[tuple[str, nn.Module]] = []
 
-    def visit(prefix: str, node: nn.Module) -> None:
+    def visit(prefix: str, node: nn.Module, listed: bool) -> None:
         for name, child in node.named_children():
-            if isinstance(child, (nn.ModuleList, nn.Sequential)):
-                blocks.extend((f"{prefix}{name}.{key}.", item) for key, item in child.named_children())
+            if listed and type(child).forward is not nn.Module.forward:  # a bare list cannot be called
+                blocks.append((f"{prefix}{name}.", child))
             else:
-                visit(f"{prefix}{name}.", child)
+                container = isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+                visit(f"{prefix}{name}.", child, listed or container)
 
-    visit("", module)
+    visit("", module, False)
     found = [(block, {prefix + n: p for n, p in block.named_parameters()}) for prefix, block in blocks]
     taken = {name for _, parameters in found for name in parameters}
     return [*found, (module, {n: p for n, p in module.named_parameters() if n not in taken})]
+
+
+def _let_go(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.new_empty(0)

@@ -2,8 +2,9 @@
 
 On the bundled digits, or on a FOLDER with train/ and test/, each a folder per class (at 32 px): one split a seed, a tenth
 of the labels. Pretraining reads all training images and no label; the probes learn from the labelled tenth and are judged
-on the validation part; fine-tuning on the labelled tenth is judged on the test set. Every row is made of ordinary runs, so
-what is done already is reused. Prints a table, then one JSON object.
+on the validation part; fine-tuning on the labelled tenth is judged on the test set, and on the validation part, where the
+form of configs/distill/demo.yaml was chosen. Every row is made of ordinary runs, so what is done already is reused.
+Prints a table, then one JSON object.
 """
 
 import argparse
@@ -30,7 +31,8 @@ SHORT = {
     "distill": ["loop.steps=150", "optim.lr=5e-3", "data.loader.sampling=uniform"],
 }
 
-_AS_PRETRAINED = ["model.directions=1", "model.order=cluster", "model.pool=mean"]
+_AS_PRETRAINED = ["model.directions=1", "model.order=cluster"]
+_CLS = ["model.cls_token=middle", "model.pool=cls"]
 
 
 class Place(NamedTuple):
@@ -55,15 +57,18 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("random", "random weights", "random"),
-    Row("arm", "ARM: clusters, three taps; then rows, two directions", "arm"),
+    Row("arm", "ARM: clusters, three taps; then rows, two directions, mean", "arm"),
     Row("last-tap", "  only the last tap", "last-tap"),
     Row("raster", "  raster order in both phases", "raster"),
     Row("cluster", "  cluster order in both phases", "arm", ["model.order=cluster"]),
     Row("four", "  four directions in fine-tuning", "arm", ["model.directions=4"]),
-    Row("one", "  one direction, as pretrained: clusters, mean", "arm", [*_AS_PRETRAINED]),
-    Row("random-one", "  the same from random weights", "random", [*_AS_PRETRAINED]),
+    Row("one", "  one direction in clusters, as pretrained", "arm", _AS_PRETRAINED),
+    Row("random-one", "    from random weights", "random", _AS_PRETRAINED),
+    Row("cls", "  a cls token in the middle instead of the mean", "arm", _CLS),
+    Row("random-cls", "    from random weights", "random", _CLS),
 )
-JUDGED = {"linear": "linear probe", "knn": "neighbours", "top1": "fine-tuned"}
+AGAINST = {"arm": "random", "one": "random-one", "cls": "random-cls"}  # the others against "arm"
+JUDGED = {"linear": "linear probe", "knn": "neighbours", "val": "fine-tuned, val", "top1": "fine-tuned, test"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,18 +103,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
     """Percent, mean ± standard deviation over the seeds; and what a row gains over the one it varies, seed by seed."""
-    lines = [f"{'':54s}" + "".join(f"{title:>16s}" for title in JUDGED.values()) + f"{'fine-tuned gain':>20s}"]
+    lines = [f"{'':60s}" + "".join(f"{title:>18s}" for title in JUDGED.values()) + f"{'gain, test':>18s}"]
     for row in ROWS:
-        cells = "".join(f"{_summary([seed[name] for seed in found[row.name]]):>16s}" for name in JUDGED)
-        base = {"random": None, "arm": "random", "one": "random-one", "random-one": None}.get(row.name, "arm")
+        cells = "".join(f"{_summary([seed[name] for seed in found[row.name]]):>18s}" for name in JUDGED)
+        base = AGAINST.get(row.name, "arm")
         gain = ""
-        if base:
+        if row.pretraining != "random":
             gain = _summary([a["top1"] - b["top1"] for a, b in zip(found[row.name], found[base], strict=True)], "+")
-        lines.append(f"{row.title:54s}{cells}{gain:>20s}")
+        lines.append(f"{row.title:60s}{cells}{gain:>18s}")
     return "\n".join(
         [
             *lines,
-            f"{len(found['arm'])} seeds; gains of both forms of ARM over random weights in that form, of the others over ARM",
+            f"{len(found['arm'])} seeds; gains over random weights in the same form where the table has them, else over ARM",
         ]
     )
 
@@ -121,10 +126,13 @@ def _summary(values: list[float], sign: str = "") -> str:
 def _judge(place: Place, seed: int, row: Row) -> dict[str, float]:
     rows = (place.folder(seed, row.pretraining) / "arm" / "metrics.jsonl").read_text().splitlines()
     probes = json.loads(rows[-1])
-    fine_tuned = json.loads((place.folder(seed, row.name) / "distill" / "evaluation.json").read_text())
+    fine_tuning = place.folder(seed, row.name) / "distill"
+    validated = [json.loads(line) for line in (fine_tuning / "metrics.jsonl").read_text().splitlines()]
+    fine_tuned = json.loads((fine_tuning / "evaluation.json").read_text())
     return {
         "linear": probes["val/linear"],
         "knn": probes["val/knn"],
+        "val": next(row["val/top1"] for row in reversed(validated) if "val/top1" in row),
         "top1": fine_tuned["models"]["student"]["top1"],
     }
 

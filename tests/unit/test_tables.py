@@ -1,26 +1,124 @@
 """Every row of the paper's tables stands for configs that the strict schemas accept, on ImageNet and on a bundled dataset."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import tests.studies.tables as tables
 from pipeline.config import load_config
+from pipeline.data.config import SplitConfig
+from stages import STAGES
 from stages.configs import DistillConfig, SemiConfig
-from tests.studies.tables import Row, commands, rows
+from tests.studies.paper import FOOTNOTES, Row, rows
+from tests.studies.semi import METRICS, gains, means
+from tests.studies.semi import ROWS as STUDY
 
 ROOT = Path(__file__).resolve().parents[2]
+ROWS = {row.name: row for row in rows()}
+
+
+def configs(row: Row, dataset: str) -> dict[str, Any]:
+    """stage -> its config as the row's commands start it."""
+    found = {}
+    for command in (c for c in tables.commands(row, dataset, 1) if "stages" in c):
+        path = next(i for i, c in enumerate(command) if c.endswith(".yaml"))
+        found[command[path - 1]] = load_config(
+            STAGES[command[path - 1]].config, ROOT / command[path], command[path + 1 :]
+        )
+    return found
 
 
 def test_the_names_differ_and_all_rows_are_there() -> None:
     names = [row.name for row in rows()]
     assert len(set(names)) == len(names) == 6 + 12 + 27 + 32 + 6
+    assert {note for row in rows() for note in row.notes} == set(FOOTNOTES)
 
 
 @pytest.mark.parametrize("dataset", ["imagenet", "letters"])
-def test_every_row_is_a_valid_config(dataset: str) -> None:
+def test_every_row_is_a_valid_config_and_begins_where_its_parents_end(dataset: str) -> None:
+    shared: dict[str, DistillConfig] = {}
     for row in rows():
-        assert isinstance(row, Row)
-        _, second, third = commands(row, dataset, 1)
-        for schema, command in ((DistillConfig, second), (SemiConfig, third)):
-            path = next(i for i, c in enumerate(command) if c.endswith(".yaml"))
-            load_config(schema, ROOT / command[path], command[path + 1 :])
+        found = configs(row, dataset)
+        stage_2, stage_3 = found["distill"], found["semi"]
+        assert isinstance(stage_2, DistillConfig)
+        assert isinstance(stage_3, SemiConfig)
+        assert stage_3.parents()["init_from"] == stage_2.run.folder("distill") / "export"
+        assert stage_2.data.split == stage_3.data.split
+        assert shared.setdefault(stage_2.run.experiment, stage_2) == stage_2  # or it would be refused
+        if "arm" in found:
+            assert stage_2.parents()["init_from"] == found["arm"].run.folder("arm") / "export"
+        assert ("arm" in found) == (dataset == "imagenet" and row.model.startswith("semivim"))
+        SplitConfig.model_validate(
+            {k.strip("-").replace("-", "_"): v for k, v in zip(row.split[::2], row.split[1::2], strict=True)}
+        )
+
+
+def test_semi_vits_published_settings() -> None:
+    """Its tables: stage 2 (batch, rate, layer decay, drop path), stage 3 (batch, rate, tau, drop path, epochs)."""
+    published = {
+        ("T4-semivit-base-IF10-1pct-ema"): (512, 1e-4, 0.65, 0.0, 128, 5e-4, 0.6, 0.0),
+        ("T4-semivit-base-IF10-10pct-ema"): (512, 5e-4, 0.65, 0.1, 128, 5e-4, 0.5, 0.1),
+        ("R-semivit_huge-1pct"): (128, 5e-3, 0.75, 0.0, 64, 1.25e-3, 0.7, 0.05),
+        ("R-semivit_huge-10pct"): (128, 5e-4, 0.75, 0.2, 128, 1.25e-3, 0.6, 0.1),
+    }
+    for name, want in published.items():
+        found = configs(ROWS[name], "imagenet")
+        first, second = found["distill"], found["semi"]
+        assert first.weights is not None
+        assert not first.weights.saw_labels
+        labelled = (first.loop.global_batch, first.optim.lr, first.optim.layer_decay, first.model.drop_path)
+        loop, optim = second.loop, second.optim
+        assert (*labelled, loop.global_batch, optim.lr, second.pseudo.threshold, second.drop_path) == want, name
+        assert second.mixup.pseudo
+        assert (second.pseudo.weight, second.unlabelled_ratio, second.ema.base_decay) == (5.0, 5, 0.9999)
+        epochs = 50 if "huge" in name else 100
+        assert loop.steps == pytest.approx(epochs * ROWS[name].images()[1] / (5 * loop.global_batch), abs=1)
+        assert optim.warmup_steps == pytest.approx(loop.steps * 5 / epochs, abs=1)
+        assert (first.average is not None) == (name == "R-semivit_huge-10pct")
+        assert bool(first.mix.mixup) == bool(first.augment.erase) == ("10pct" in name)
+
+
+def test_rows_share_a_stage_2_and_differ_in_one_thing() -> None:
+    sweep = [configs(row, "imagenet") for row in rows() if row.name.startswith("T3-10pct")]
+    assert len({found["distill"].run.experiment for found in sweep}) == 1
+    assert len({found["arm"].run.experiment for found in sweep}) == 1
+    assert [found["semi"].pseudo.threshold for found in sweep] == pytest.approx([0.5 + 0.05 * k for k in range(9)])
+    others = [found["semi"].model_dump(exclude={"run": True, "pseudo": {"threshold"}}) for found in sweep]
+    assert all(other == others[0] for other in others)
+
+
+def test_tau_is_chosen_on_the_validation_part_and_ours_stands_beside_the_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RUNS", tmp_path)
+    measured = {"0.70": (61.0, 80.0), "0.75": (63.0, 70.0), "0.80": (62.0, 90.0)}  # validation, test
+    for tau, (validation, test) in measured.items():
+        folder = tmp_path / tables.experiment(ROWS[f"T3-1pct-{tau}"], "letters") / "semi"
+        folder.mkdir(parents=True)
+        earlier, last = {"val/teacher_top1": 99.0}, {"val/teacher_top1": validation}
+        (folder / "metrics.jsonl").write_text(f"{json.dumps(earlier)}\n{json.dumps(last)}\n{{}}\n")
+        (folder / "evaluation.json").write_text(json.dumps({"models": {"teacher": {"top1": test}}}))
+    made = tables.results([row for row in ROWS.values() if row.name.startswith("T3-1pct")], "letters")
+    cells = {row[0]: row[2:5] for row in made.rows}
+    assert cells["T3-1pct-0.75"] == ["66.30", "70.00", "63.00 (chosen)"]
+    assert cells["T3-1pct-0.80"] == ["66.15", "90.00", "62.00"]
+    assert cells["T3-1pct-0.50"] == ["62.45", "", ""]
+    assert "tau was tuned on it" in made.note
+
+
+def test_the_studys_tables_say_what_the_paper_reports_of_the_same_comparison() -> None:
+    found = {row.name: [dict.fromkeys(METRICS, 50.0 + seed + len(row.name)) for seed in range(3)] for row in STUDY}
+    whole = {row[0]: row[-1] for row in means("letters", STUDY, found).rows}
+    assert whole["plain EMA teacher"] == "71.88/82.73/45.94 [f]"
+    assert whole["FixMatch"] == ""
+    made = gains("letters", STUDY, found)
+    gained = {row[0]: row[-1] for row in made.rows}
+    assert gained["guarded LyapEMA"] == "+3.32/+2.12/+5.42 [f]"
+    assert gained["guarded LyapEMA, SSMixup (nu learned)"] == "+5.50 [a]"
+    assert FOOTNOTES["f"] in made.note
+    assert FOOTNOTES["a"] in made.note
+    alone = [row for row in STUDY if row.name == "guarded"]
+    assert means("letters", alone, {"guarded": found["guarded"]}).rows[0][-1].startswith("75.20")
+    assert not gains("letters", alone, {"guarded": found["guarded"]}).rows

@@ -6,7 +6,7 @@ import torch
 from pipeline.data.mixup import mix, mix_at_random, mix_by_confidence, pair_ratio
 from pipeline.models.config import PseudoLabelRule
 from pipeline.models.losses import soft_cross_entropy
-from pipeline.models.pseudo_labels import PseudoLabeller
+from pipeline.models.pseudo_labels import HORIZON, PseudoLabeller
 
 PRIOR = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
 LOGITS = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]]))
@@ -67,6 +67,33 @@ def test_micro_batches_and_a_restore_give_the_same_labels() -> None:
     twin.update()
     whole.update()
     assert torch.equal(twin.mean_probability, whole.mean_probability)
+
+
+def test_running_means_weigh_the_first_steps_alike_and_then_forget() -> None:
+    """Against literal means of the steps that said something: of confident answers, not every step does."""
+    torch.manual_seed(0)
+    labeller = PseudoLabeller(PRIOR, PseudoLabelRule(threshold=0.6))
+    answered: list[torch.Tensor] = []
+    confident: list[torch.Tensor] = []
+    for step in range(HORIZON + 20):
+        logits = torch.randn(4, 3) * (0.1 if step < 3 else 2.0)  # nobody is sure of anything at first
+        answers = torch.softmax(logits, 1)
+        answered.append(answers.double().mean(0))
+        sure = answers[answers.max(1).values >= 0.6].argmax(1)
+        if len(sure):
+            confident.append(torch.bincount(sure, minlength=3).double() / len(sure))
+        labeller.label(logits)
+        labeller.update()
+        if step == HORIZON // 2:  # a checkpoint knows how far they are
+            twin = PseudoLabeller(PRIOR, labeller.rule)
+            twin.load_state_dict(labeller.state_dict())
+            labeller = twin
+        for mean, shares in ((labeller.mean_probability, answered), (labeller.confident, confident)):
+            want = torch.stack(shares[:HORIZON]).mean(0) if shares else torch.full((3,), 1 / 3, dtype=torch.float64)
+            for share in shares[HORIZON:]:
+                want = want + (share - want) / HORIZON
+            torch.testing.assert_close(mean, want, rtol=1e-6, atol=0)
+    assert len(answered) - 3 >= len(confident) > HORIZON
 
 
 def test_collapse_shows_in_the_entropy_of_the_mean_answer() -> None:

@@ -15,6 +15,7 @@ from pipeline.train.engine import Engine
 world = distributed.start(60)
 model = build_model("vim_nano", num_classes=4, depth=1)
 engine = Engine(model, world, optim=OptimConfig(lr=1e-3), config=EngineConfig(precision="bf16"), micro_batch=2, accumulation=1)
+print(engine.module(torch.randn(2, 3, 32, 32)).dtype)
 # DeepSpeed asks this, which knows CUDA alone: answer as a GPU would.
 torch.is_autocast_enabled = lambda *_: True
 with engine.precision():
@@ -24,8 +25,8 @@ distributed.stop()
 """
 
 
-def test_bf16_reaches_the_forward_of_the_engine_while_the_weights_stay_fp32() -> None:
+def test_bf16_reaches_the_training_forward_while_weights_and_evaluations_stay_fp32() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["torch.bfloat16", "torch.float32"], done.stderr
+    assert done.stdout.split() == ["torch.float32", "torch.bfloat16", "torch.float32"], done.stderr

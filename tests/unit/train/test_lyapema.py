@@ -69,6 +69,26 @@ def test_the_guard_keeps_its_certificate_against_an_adversary(dtype: torch.dtype
     assert violations["lyap"] > 0
 
 
+@pytest.mark.parametrize("mode", ["ema", "lyap"])
+@pytest.mark.parametrize("pull", [0.0, 0.1])
+def test_steps_of_bounded_length_leave_a_bounded_distance(mode: str, pull: float) -> None:
+    """|r| <= A m / (1 - A (1 - lambda)) in the limit, from within and from without, and a student that flees reaches it."""
+    decay, length = 0.9, 0.5
+    bound = decay * length / (1 - decay * (1 - pull))
+    for start in (0.0, 3.0):
+        weights, optimizer = student()
+        rule = {"base_decay": decay} if mode == "ema" else {"base_decay": 0.5, "max_decay": decay, "gamma": 100.0}
+        ema = LyapEMA(weights, optimizer, LyapEMAConfig(mode=mode, pull=pull, **rule, **NO_WARMUP))
+        for s, t in ema.teacher.items():
+            t.copy_(s.detach() + start * bound / math.sqrt(s.numel() * len(weights)))
+        for _ in range(150):
+            before = math.sqrt(2 * energy(ema))
+            move(weights, optimizer, length, towards=list(ema.teacher.values()))
+            ema.update()
+            assert math.sqrt(2 * energy(ema)) <= decay * ((1 - pull) * before + length) * (1 + 1e-9)
+        assert math.sqrt(2 * energy(ema)) == pytest.approx(bound, rel=0.05)
+
+
 def test_without_sensitivity_and_pull_it_is_a_plain_average() -> None:
     weights, optimizer = student()
     ema = LyapEMA(weights, optimizer, LyapEMAConfig(mode="lyap", gamma=0.0, base_decay=0.9, **NO_WARMUP))
