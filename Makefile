@@ -79,12 +79,9 @@ study: $(STAMP)  ## stage 3 on two bundled datasets: what helps, STUDY_SEEDS="0 
 tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
-.PHONY: chain report evaluate efficiency inference fields
-chain: $(STAMP)  ## the three stages of configs/STAGE/NAME.yaml, and the report of their experiment: NAME=mine ARGS= NPROC=
-	@$(MAKE) --no-print-directory stage-1 CONFIG=configs/arm/$(NAME).yaml
-	@$(MAKE) --no-print-directory stage-2 CONFIG=configs/distill/$(NAME).yaml
-	@$(MAKE) --no-print-directory stage-3 CONFIG=configs/semi/$(NAME).yaml
-	@$(MAKE) --no-print-directory report EXPERIMENT=$(RUNS)/$(NAME) ARGS=
+.PHONY: chain report evaluate efficiency inference front fields
+chain: $(STAMP)  ## a plan, the three stages of configs/STAGE/NAME.yaml, the report of their experiment: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
+	@$(PY) -m launchers local chain $(NAME) $(ARGS) --nproc $(NPROC)
 
 report: $(STAMP)  ## what happened and how good it is, on one page: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
 	@$(PY) -m launchers report $(EXPERIMENT) $(ARGS)
@@ -97,6 +94,9 @@ efficiency: $(STAMP)  ## real stage-3 steps side by side: CONFIGS="configs/semi/
 
 inference: $(STAMP)  ## throughput against resolution: MODELS="efficientvim_m4 timm/resnet50" ARGS="--sizes 224 384"
 	@$(PY) -m launchers inference $(MODELS) $(ARGS)
+
+front: $(STAMP)  ## speed measured here against accuracy as papers report it: ARGS="--batch 16"
+	@$(PY) -m launchers front $(ARGS)
 
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)

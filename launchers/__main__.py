@@ -1,4 +1,5 @@
 """python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
+python -m launchers local chain NAME [key=value ...] [--nproc N]      a plan, configs/STAGE/NAME.yaml stage after stage, a report
 python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
 python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml, stage after stage
 python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   what it will need, and the exact scripts
@@ -9,9 +10,10 @@ python -m launchers report RUNS/EXPERIMENT... [--with FOLDER...]      what happe
 python -m launchers evaluate EXPORT DATA [...] [--nproc N]            python -m pipeline.evaluate in N processes
 python -m launchers efficiency CONFIG CONFIG... [key=value ...]       real stage-3 steps side by side
 python -m launchers inference MODEL... [--sizes 224 384]              throughput against resolution
+python -m launchers front                                             speed here against accuracy as reported
 python -m launchers fields MODEL... --data DATA                       effective receptive fields
 
-With slurm, `arm:key=value` overrides in that stage only and `cluster:key=value` in the cluster's preset. Config and parents
+`arm:key=value` overrides in that stage only; with --cluster, `cluster:key=value` in the cluster's preset. Config and parents
 are checked once, before any process starts or job is submitted. Exit codes: those of `python -m stages`; `local` relays
 that of the first rank that failed.
 """
@@ -32,9 +34,9 @@ def main(arguments: list[str]) -> int:
         prog="python -m launchers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("local", help="one stage on this machine")
-    one.add_argument("stage", metavar="STAGE")
-    one.add_argument("config", type=Path, metavar="CONFIG")
+    one = commands.add_parser("local", help="a stage, or the chain, on this machine")
+    one.add_argument("stage", metavar="STAGE", help="arm | distill | semi | chain")
+    one.add_argument("config", metavar="CONFIG", help="a file; for the chain a name: configs/STAGE/NAME.yaml")
     one.add_argument("overrides", nargs="*", metavar="key=value")
     one.add_argument("--nproc", type=int, default=1)
     one.set_defaults(run=_local)
@@ -83,9 +85,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _local(given: argparse.Namespace) -> int:
-    from launchers import local
+    from launchers import chain, local
 
-    return local.run_stage(given.stage, given.config, given.overrides, given.nproc)
+    steps = chain.read_steps(given.stage, given.config, given.overrides)
+    if given.stage != chain.CHAIN:
+        return local.run(steps, given.nproc)
+    from launchers import plan, report
+
+    plan.before(steps, given.nproc)
+    code = local.run(steps, given.nproc)
+    if code == 0:
+        print(f"report: {report.run([steps[0].folder.parent], None)}")
+    return code
 
 
 def _demo(given: argparse.Namespace) -> int:

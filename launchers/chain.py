@@ -40,7 +40,7 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
         head = re.match(r"([a-z]+):", override)
         if head and (head[1] not in STAGES):
             raise ConfigError(
-                f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}) or `cluster`"
+                f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}); `cluster` where jobs are meant"
             )
         if head and head[1] not in names:
             raise ConfigError(f"override {override!r} is of stage {head[1]}, which is not among {', '.join(names)}")
@@ -77,13 +77,19 @@ def read_points(stage: str, config: str, overrides: Sequence[str], sweep: Sequen
     for chosen in itertools.product(*axes):
         if any(not value for _, value in chosen):
             raise ConfigError(f"sweep {', '.join(sweep)}: expected key=value,value, for example optim.lr=1e-3,3e-3")
-        name = "-".join(f"{key.split(':')[-1].split('.')[-1]}_{value}" for key, value in chosen)
+        name = "-".join(f"{_short(key)}_{value}" for key, value in chosen)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{base[0].config.run.experiment}-{name}")
         values = [f"{key}={value}" for key, value in chosen]
         points.append(read_steps(stage, config, [*overrides, *values, f"run.experiment={name}"]))
     if len({point[0].folder for point in points}) < len(points):
         raise ConfigError(f"sweep {', '.join(sweep)}: two points would have the same name; give each value once")
     return points
+
+
+def _short(key: str) -> str:
+    """`optim.lr` -> `lr`; `arm:optim.lr` -> `arm.lr`, for two stages' values of one key are two sweeps."""
+    stage, colon, rest = key.rpartition(":")
+    return f"{stage}{'.' if colon else ''}{rest.rpartition('.')[2]}"
 
 
 def read_cluster(path: Path, overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.config import Strict
 
@@ -13,19 +13,17 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,3}):(?P<minutes>[0-5]\d):
 
 def seconds_of(time: str) -> int:
     """Of SLURM's `H:MM:SS` or `D-HH:MM:SS`. Raises ValueError for anything else: a bare number is minutes to SLURM and
-    seconds to people, and a time of zero waits for ever."""
+    seconds to people."""
     match = _TIME.fullmatch(time)
     if match is None:
         raise ValueError("a time is H:MM:SS or D-HH:MM:SS, for example 12:00:00 or 2-00:00:00")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    total = ((24 * days + hours) * 60 + minutes) * 60 + seconds
-    if total < 60:
-        raise ValueError("SLURM counts in minutes: give one at least")
-    return total
+    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 
 
 def _checked_time(time: str) -> str:
-    seconds_of(time)
+    if seconds_of(time) < 60:
+        raise ValueError("SLURM counts in minutes, and a time of zero waits for ever: give one at least")
     return time
 
 
@@ -41,6 +39,9 @@ class ClusterConfig(Strict):
     tasks_per_node: PositiveInt | None = Field(None, description="ranks of a node; none = one a GPU, or one")
     cpus_per_task: PositiveInt = Field(1, description="for a rank and its data workers")
     memory_gb: NonNegativeInt = Field(0, description="of a node; 0 = all of it")
+    device_memory_gb: PositiveFloat | None = Field(
+        None, description="of one GPU (10^9 bytes); the plan holds the memory of a rank against it. None: not checked"
+    )
     time: Annotated[str, AfterValidator(_checked_time)] = Field(description="limit of one start, H:MM:SS or D-HH:MM:SS")
     signal_seconds: PositiveInt = Field(
         120, description="before the limit, when the ranks are told to save; SLURM may be a minute early"

@@ -7,9 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import local, report
+from launchers import chain, local, plan, report
 from pipeline.observe.results import Result, read_result, table
-from stages import STAGES
 
 DATA = Path("data/digits")
 RUNS = Path("runs")
@@ -26,12 +25,12 @@ def run(seeds: Sequence[int], nproc: int) -> int:
     for seed, experiment in zip(seeds, experiments, strict=True):
         split = DATA / f"split-seed{seed}.json"
         code = code or data(["split", str(DATA / "train"), "--out", str(split), *PROTOCOL, "--seed", str(seed)])
-        for stage in STAGES:
-            if code:
-                return code
-            print(f"\n== seed {seed}, stage {stage} ==", flush=True)
-            overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
-            code = local.run_stage(stage, Path(f"configs/{stage}/demo.yaml"), overrides, nproc)
+        if code:
+            return code
+        overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
+        steps = chain.read_steps(chain.CHAIN, "demo", overrides)
+        plan.before(steps, nproc)
+        code = local.run(steps, nproc)
     if code:
         return code
     results = [read_result(RUNS / name) for name in experiments]

@@ -15,18 +15,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launchers import queue
-from pipeline.errors import DistributedFailure, Interrupted, PipelineError
+from pipeline.errors import DistributedFailure, EnvironmentProblem, Interrupted, PipelineError
 from pipeline.files import replace_text
 from pipeline.train.signals import STOPPING, interrupt_on_signals
 from stages import STAGES
 
 REQUEUED = "back into the queue"
+# Seconds between attempts at a requeue: ten minutes in all, in which a slurmctld restarts. It looks at time limits twice a
+# minute, so a longer pause could let it end a job as out of time before it is asked to requeue it.
+PAUSES = (1, 2, 4, 8, *[15] * 39)
 LOST, SAVED = DistributedFailure.exit_code, Interrupted.exit_code
 # A reason comes before a bug, a bug before an interruption, and all before the loss of a peer, which they cause.
 _BLAME = {1: 1, SAVED: 2, LOST: 3}
@@ -118,30 +121,45 @@ def conclude(logs: Path, srun_code: int, max_requeues: int) -> int:
     path = folder / "verdicts.jsonl"
     before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     checkpoint = newest_checkpoint(run)
-    then = _then(code, checkpoint, before, restarts, max_requeues)
-    row = {"time": time.time(), "start": restarts, "code": code, "checkpoint": checkpoint, "then": then}
+    row = {"time": time.time(), "start": restarts, "code": code, "checkpoint": checkpoint}
     folder.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    if code == 0 and told:
-        _write_report(run.parent, told["stage"])
-    print(f"{told.get('stage', 'job')}: start {restarts + 1} ended with {code}; {then}", flush=True)
-    if then == REQUEUED:
-        queue.requeue(job_id(os.environ))
+
+    def say(then: str) -> None:
+        """What follows, as far as it is known: this script may be ended at any moment."""
+        replace_text(path, "".join(json.dumps(r) + "\n" for r in (*before, row | {"then": then})))
+        print(f"{told.get('stage', 'job')}: start {restarts + 1} ended with {code}; {then}", flush=True)
+
+    if code == 0:
+        say("complete")
+        if told:
+            _write_report(run.parent, told["stage"])
+    elif not worth_a_requeue(code, checkpoint, before):
+        say("no requeue would help")
+    elif restarts >= max_requeues:
+        say(f"no requeue is left of {max_requeues}")
+    else:
+        _send_back(job_id(os.environ), say)
     return code
 
 
-def _then(code: int, checkpoint: int, before: Sequence[Mapping[str, Any]], restarts: int, max_requeues: int) -> str:
-    """What follows from a start's code, in words; REQUEUED is one of them."""
-    if code == 0:
-        return "complete"
-    if not worth_a_requeue(code, checkpoint, before):
-        return "no requeue would help"
-    if restarts >= max_requeues:
-        return f"no requeue is left of {max_requeues}"
-    state = queue.job_state(job_id(os.environ)).state
-    # A cancelled job would rise from the dead; one that SLURM preempts is in the queue already.
-    return REQUEUED if state == "RUNNING" else f"left to SLURM, which has it as {state}"
+def _send_back(job: str, say: Callable[[str], None]) -> None:
+    """Into the queue again under the same id. SLURM may be long in answering: all later stages hang on it."""
+    words = ""
+    for pause in PAUSES:
+        try:
+            state = queue.job_state(job).state
+            if state != "RUNNING":
+                # A cancelled job would rise from the dead; one that SLURM preempts is in the queue already.
+                say(f"left to SLURM, which has it as {state}")
+                return
+            say(REQUEUED)  # first, for it ends this script
+            queue.requeue(job)
+            return
+        except EnvironmentProblem as error:
+            words = str(error)
+        say(f"not requeued yet: {words}; it is tried again in {pause} s")
+        time.sleep(pause)
+    say(f"not requeued: {words}; submit it again to continue")
 
 
 def _write_report(experiment: Path, stage: str) -> None:

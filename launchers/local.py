@@ -1,4 +1,4 @@
-"""NPROC processes of a stage on this machine, without torchrun: it would turn every exit code into 1.
+"""A stage, or stage after stage, in NPROC processes on this machine, without torchrun: it would turn every exit code into 1.
 
 Each process gets torchrun's environment variables. The first rank that fails decides the exit code; the others are
 ended within seconds. Signals are passed on, once, and the ranks save together. No process outlives the launcher.
@@ -12,14 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import suppress
 from types import FrameType
 
-from pipeline.config import choose, load_config
+from launchers.chain import Step, open_steps
 from pipeline.errors import DistributedFailure, Interrupted
 from pipeline.train.signals import STOPPING
-from stages import STAGES
-from stages.check import check, is_complete
 
 GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
@@ -27,14 +25,18 @@ _PR_SET_PDEATHSIG = 1
 _BLAME = {1: 2, DistributedFailure.exit_code: 3}
 
 
-def run_stage(stage: str, config_path: Path, overrides: Sequence[str], nproc: int) -> int:
-    """Check once, then run; returns the stage's exit code. Raises what `check` raises, before any process is started."""
-    entry = choose("stage", stage, STAGES)
-    config = load_config(entry.config, config_path, overrides)
-    if is_complete(stage, config):
-        return 0
-    check(stage, config, world_size=nproc)
-    return spawn([sys.executable, "-m", "stages", stage, str(config_path), *overrides], nproc)
+def run(steps: Sequence[Step], nproc: int) -> int:
+    """Run what is not complete, in order; returns 0, or the exit code of the first stage that did not complete.
+
+    All are checked before any process is started. Raises what `check` raises.
+    """
+    for step in open_steps(steps, nproc):
+        if len(steps) > 1:
+            print(f"\n== {step.config.run.experiment}, {step.stage} ==", flush=True)
+        code = spawn([sys.executable, "-m", "stages", step.stage, str(step.path), *step.overrides], nproc)
+        if code:
+            return code
+    return 0
 
 
 def spawn(command: Sequence[str], nproc: int) -> int:
@@ -110,14 +112,15 @@ def _wait_all(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Whoever is still there gets a moment, then none."""
+    """Whoever is still there gets a moment, then none: a rank that was killed leaves its data workers behind."""
     for rank in ranks:
         if rank.poll() is None:
             rank.terminate()
     _wait_all(ranks, 2.0)
     for rank in ranks:
-        if rank.poll() is None:
-            os.killpg(rank.pid, signal.SIGKILL)
+        if rank.poll() != 0:
+            with suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
         rank.wait()
 
 

@@ -1,6 +1,6 @@
-"""The commands that look at what was made: report, evaluate, efficiency, inference, fields (`launchers/__main__.py` lists them).
+"""The commands that look at what was made: report, evaluate, efficiency, inference, front, fields (listed in `__main__.py`).
 
-A MODEL is a name of ours or timm/NAME; for fields also NAME=EXPORT. The last three write a folder (--out) that --with
+A MODEL is a name of ours or timm/NAME; for fields also NAME=EXPORT. The last four write a folder (--out) that --with
 takes into a report.
 """
 
@@ -28,12 +28,19 @@ def add_commands(commands: Any) -> None:
     cost.add_argument("--out", type=Path, default=Path("runs/efficiency"))
     cost.set_defaults(run=_efficiency, overrides=[])
     speed = commands.add_parser("inference", help="throughput against resolution")
-    speed.add_argument("models", nargs="+", metavar="MODEL")
+    speed.add_argument("models", nargs="*", metavar="MODEL", help="default: those of EfficientViM's Table E")
     speed.add_argument("--sizes", type=int, nargs="+", default=[224])
     speed.add_argument("--batch", type=int, default=16)
     speed.add_argument("--rounds", type=int, default=5)
+    speed.add_argument("--deployed", action="store_true", help="batch norms and branches folded, as models are shipped")
     speed.add_argument("--out", type=Path, default=Path("runs/inference"))
     speed.set_defaults(run=_inference)
+    front = commands.add_parser("front", help="speed here against accuracy as reported")
+    front.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="some of them; default: all")
+    front.add_argument("--batch", type=int, default=16)
+    front.add_argument("--rounds", type=int, default=5)
+    front.add_argument("--out", type=Path, default=Path("runs/front"))
+    front.set_defaults(run=_front)
     fields = commands.add_parser("fields", help="effective receptive fields")
     fields.add_argument("models", nargs="+", metavar="MODEL | NAME=EXPORT")
     fields.add_argument("--data", type=Path, required=True, help="folder with a manifest")
@@ -65,9 +72,17 @@ def _efficiency(given: argparse.Namespace) -> int:
 
 
 def _inference(given: argparse.Namespace) -> int:
-    from launchers import measure
+    from launchers import inference
 
-    return _show(measure.inference(given.models, given.sizes, given.batch, given.rounds, given.out))
+    return _show(
+        inference.run(given.models, given.sizes, given.batch, given.rounds, given.out, deployed=given.deployed)
+    )
+
+
+def _front(given: argparse.Namespace) -> int:
+    from launchers import front
+
+    return _show(front.run(given.rows, given.batch, given.rounds, given.out))
 
 
 def _fields(given: argparse.Namespace) -> int:

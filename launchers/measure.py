@@ -1,7 +1,6 @@
 """What it costs, and what it sees: measured side by side, kept as sections that a report takes in.
 
 `efficiency`  real stage-3 steps of two configs (the supplement's Table 5): time per epoch, FLOPs, peak memory.
-`inference`   models by name over resolutions (EfficientViM's Table E and Figure A).
 `fields`      effective receptive fields of models by name (EfficientViM's Figure C).
 """
 
@@ -22,7 +21,7 @@ from pipeline.data.splits import read_split
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models import build_model
 from pipeline.observe.extras import Section, write_section
-from pipeline.observe.figures import draw, lines, picture_grid
+from pipeline.observe.figures import draw, picture_grid
 from pipeline.observe.tables import Table
 from stages.check import check
 from stages.configs import SemiConfig
@@ -129,52 +128,6 @@ def _ratio(name: str, first: Sequence[Turn], other: Sequence[Turn]) -> list[str]
     time_, flops = b.step_seconds / a.step_seconds, b.tflop_per_step / a.tflop_per_step
     cells = [time_, b.images_per_second / a.images_per_second, None, flops, None, b.peak_gib / a.peak_gib]
     return [name, "", *("" if c is None else f"{c:.2f} ×" for c in cells)]
-
-
-def inference(names: Sequence[str], sizes: Sequence[int], batch: int, rounds: int, out: Path) -> Path:
-    """Throughput of models against resolution, in turns; randomly initialised, which costs the same."""
-    import torch
-
-    from pipeline.evaluate.speed import Cost
-    from pipeline.evaluate.speed import inference as measure
-
-    if batch < 1 or rounds < 1:
-        raise ConfigError(f"--batch {batch} --rounds {rounds}: at least one of each is needed")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    costs: list[Cost] = []
-    for size in sorted(set(sizes)):
-        models = {name: build_model(name, image_size=size) for name in dict.fromkeys(names)}
-        costs += measure(models, size, batch=batch, rounds=rounds, device=device)
-        print(
-            f"{size} px: " + ", ".join(f"{c.model} {c.images_per_second:.1f}/s" for c in costs if c.size == size),
-            flush=True,
-        )
-    costs.sort(key=lambda c: (list(names).index(c.model), c.size))
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    table = Table(
-        name="inference",
-        title="Inference",
-        header=["model", "pixels", "batch", "images/s", "ms/image", "parameters, M", "GMACs", "peak GiB"],
-        rows=[
-            [c.model, str(c.size), str(c.batch), f"{c.images_per_second:.1f}", f"{c.milliseconds:.2f}",
-             f"{c.parameters / 1e6:.2f}", f"{c.gmacs:.3f}", "–" if c.memory_gib is None else f"{c.memory_gib:.2f}"]
-            for c in costs
-        ],
-        note=f"{where}; fp32; the models take turns, medians of {rounds} rounds after 2 of warm-up; a batch that does not "
-        "fit is halved. "
-        "GMACs are what papers print as FLOPs.",
-    )  # fmt: skip
-    series = {n: [([float(c.size) for c in costs if c.model == n], [c.images_per_second for c in costs if c.model == n])]
-              for n in dict.fromkeys(names)}  # fmt: skip
-    latency = {n: [(x, [1000 / v for v in y]) for x, y in curve] for n, curve in series.items()}
-    figures = [
-        draw(out / "figures", name, title, lines(curves, "pixels a side", axis, logy=True))
-        for name, title, curves, axis in (
-            ("throughput", "Throughput against resolution", series, "images per second"),
-            ("latency", "Time an image against resolution", latency, "milliseconds"),
-        )
-    ]
-    return write_section(out, Section("Efficiency of inference", [table], figures))
 
 
 def fields(names: Sequence[str], data: Path, size: int, images: int, weights: dict[str, Path], out: Path) -> Path:

@@ -1,6 +1,11 @@
 """The plan of a chain, before it costs anything: steps, hours, memory, disk, traffic, scaling, and the exact commands.
 
-Printed, and written to EXPERIMENT/plan.json, against which the report of a finished run sets what it really took.
+Printed, and written beside the runs, where the report of a finished one sets against it what it really took:
+
+EXPERIMENT/
+  plan.json          every number, and the commands
+  plan/STAGE.yaml    the resolved config
+  plan/STAGE.sh      the batch script as it would be submitted, but for the number of the job it waits for
 """
 
 import json
@@ -14,18 +19,20 @@ from typing import Any
 
 import torch
 
-from launchers import slurm
+from launchers import shortages, slurm
 from launchers.anatomy import Anatomy, anatomy
-from launchers.chain import Step
+from launchers.chain import Step, read_cluster
 from launchers.config import ClusterConfig, seconds_of
 from launchers.cost import A100, Hardware, checkpoint_bytes, memory, starts_needed, step_seconds, traffic
 from launchers.plan_text import show
+from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import replace_text
 from pipeline.train.peak import peak_flops
 from stages.check import Parts, check, derive_batches, open_data, streams
 from stages.configs import SemiConfig, StageConfig
 
+HERE = Path("configs/cluster/cpu.yaml")
 START_SECONDS = 180.0  # of a start: imports, process groups, kernels, the checkpoint's way back
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CPU_UTILISATION = 0.1
@@ -34,36 +41,59 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
     """Print and write the plan; returns 0, or the exit code of the first thing that stands in the way."""
+    plan, problems = write(steps, cluster)
+    show(plan, steps[0].folder.parent)
+    return problems[0].exit_code if problems else 0
+
+
+def before(steps: Sequence[Step], nproc: int) -> None:
+    """Write the plan of a chain on this machine, unless it has begun: a plan is made before, not after."""
+    if not any(step.folder.exists() for step in steps):
+        cluster, _ = read_cluster(HERE, ["cluster:nodes=1", f"cluster:tasks_per_node={nproc}"])
+        write(steps, cluster)
+
+
+def write(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any], list[PipelineError]]:
+    """The plan, whose files are now in the experiment's folder, and what stands in the way."""
     pending: dict[Path, StageConfig] = {}
     stages: list[dict[str, Any]] = []
     problems: list[PipelineError] = []
     for step in steps:
+        found = len(problems)
         try:
             check(step.stage, step.config, cluster.world_size, pending)
         except PipelineError as error:
             problems.append(error)
         if not (step.folder / "export").is_dir():
             pending[step.folder / "export"] = step.config
-        stages.append(_stage(step, cluster, pending, steps[: len(stages)]))
+        try:
+            stages.append(_stage(step, cluster, pending))
+        except PipelineError as error:  # its model is that of a parent which is not there, as the check has said
+            problems += [error] if len(problems) == found else []
+        else:
+            problems += shortages.of_stage(stages[-1], cluster)
     folder = steps[0].folder.parent
+    needed, free = sum(s["disk_bytes"] for s in stages), _free_bytes(folder)
+    problems += shortages.of_disk(needed, free)
     plan = {
         "experiment": folder.name,
         "cluster": cluster.model_dump(mode="json"),
         "assumptions": _assumptions(hardware(steps[0].config, cluster, None)),
         "stages": stages,
-        "configs": {step.stage: step.config.model_dump(mode="json") for step in steps},
-        "disk": {"needed": sum(s["disk_bytes"] for s in stages), "free": _free_bytes(folder)},
+        "disk": {"needed": needed, "free": free},
         "problems": [str(p) for p in problems],
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan").mkdir(parents=True, exist_ok=True)
     replace_text(folder / "plan.json", json.dumps(plan, indent=1))
-    show(plan, folder)
-    return problems[0].exit_code if problems else 0
+    for i, step in enumerate(steps):
+        replace_text(folder / "plan" / f"{step.stage}.yaml", dump_yaml(step.config))
+        before = f"{{{steps[i - 1].stage}'s job}}" if i else ""
+        script = slurm.script(cluster, step, (folder / slurm.FOLDER).absolute(), before)
+        replace_text(folder / "plan" / f"{step.stage}.sh", script)
+    return plan, problems
 
 
-def _stage(
-    step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfig], before: Sequence[Step]
-) -> dict[str, Any]:
+def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfig]) -> dict[str, Any]:
     config, world = step.config, cluster.world_size
     parts, num_classes, shards = _data(config)
     body = anatomy(config, num_classes, pending)
@@ -92,7 +122,6 @@ def _stage(
     kept = min(written, loop.keep_checkpoints) + (loop.steps // loop.keep_every if loop.keep_every else 0)
     size = checkpoint_bytes(body.parameters, lyapema)
     starts = starts_needed(loop.steps * seconds, seconds_of(cluster.time), START_SECONDS + cluster.signal_seconds)
-    job = f"{{{before[-1].stage}'s job}}" if before else ""
     return {
         "stage": step.stage,
         "world_size": world,
@@ -121,7 +150,6 @@ def _stage(
         "starts": starts,
         "scaling": [_scale(n, body, config, replace(machine, node_devices=A100.node_devices)) for n in WORLDS],
         "commands": _commands(step, cluster),
-        "script": slurm.script(cluster, step, (step.folder.parent / slurm.FOLDER).absolute(), job),
     }
 
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-DEVICE_BYTES = 80e9
-
 
 def show(plan: Mapping[str, Any], folder: Path) -> None:
     for s in plan["stages"]:
@@ -18,8 +16,8 @@ def show(plan: Mapping[str, Any], folder: Path) -> None:
             f" {s['lanes']} lanes over {s['shards']} shards; possible worlds: {_some(s['worlds_possible'])}"
         )
         print(f"   {s['parameters'] / 1e6:.2f} M parameters, {s['flops_per_step'] / 1e12:.4g} TFLOP a step")
-        host = f" + {_size(needs['host'])} of the host" if needs["host"] else ""
-        print(f"   memory a rank, ZeRO {zero}: {_size(needs['device'])}{host}:")
+        host = f" + {size(needs['host'])} of the host" if needs["host"] else ""
+        print(f"   memory a rank, ZeRO {zero}: {size(needs['device'])}{_room(plan['cluster'])}{host}:")
         names = (
             "parameters",
             "gradients",
@@ -28,37 +26,42 @@ def show(plan: Mapping[str, Any], folder: Path) -> None:
             "teacher",
             "working_teacher",
             "frozen_teacher",
+            "buckets",
             "activations",
         )
-        print("     " + ", ".join(f"{name.replace('_', ' ')} {_size(needs[name])}" for name in names if needs[name]))
-        others = ", ".join(f"ZeRO {z} {_size(s['memory'][z]['device'])}" for z in s["memory"] if z != zero)
+        print("     " + ", ".join(f"{name.replace('_', ' ')} {size(needs[name])}" for name in names if needs[name]))
+        others = ", ".join(f"ZeRO {z} {size(s['memory'][z]['device'])}" for z in s["memory"] if z != zero)
         print(f"     ({others})")
-        if needs["device"] > DEVICE_BYTES:
-            print(
-                f"   ! an A100 has {_size(DEVICE_BYTES)}: smaller engine.micro_batch, more ranks, a higher ZeRO stage"
-            )
         print(
-            f"   checkpoint {_size(s['checkpoint_bytes'])}, {s['checkpoints_written']} written; on disk {_size(s['disk_bytes'])}"
+            f"   checkpoint {size(s['checkpoint_bytes'])}, {s['checkpoints_written']} written; on disk {size(s['disk_bytes'])}"
         )
         print(
             f"   {s['step_seconds']:.3g} s a step, {s['hours']:.3g} hours, {s['device_hours']:.3g} device-hours,"
-            f" {_size(s['sent_bytes_per_step'])} sent a rank and step; {_starts(s, plan['cluster'])}"
+            f" {size(s['sent_bytes_per_step'])} sent a rank and step; {_starts(s, plan['cluster'])}"
         )
         print("   scaling (ranks: images/s, efficiency): " + "  ".join(map(_point, s["scaling"])))
         for how, command in s["commands"].items():
             print(f"   {how}: {command}")
     disk = plan["disk"]
-    short = "" if disk["needed"] < disk["free"] else "  ! NOT ENOUGH"
-    print(f"\ndisk: {_size(disk['needed'])} needed, {_size(disk['free'])} free{short}")
+    print(f"\ndisk: {size(disk['needed'])} needed, {size(disk['free'])} free")
     print("assumptions:\n" + "\n".join(f"  - {line}" for line in plan["assumptions"]))
     for problem in plan["problems"]:
         print(f"! {problem}")
-    print(f"batch scripts and all numbers: {folder / 'plan.json'}")
+    print(
+        f"the resolved configs and the batch scripts, to be read: {folder / 'plan'}; all numbers: {folder / 'plan.json'}"
+    )
+
+
+def _room(cluster: Mapping[str, Any]) -> str:
+    if not cluster["gpus_per_node"]:
+        return ""
+    there = cluster["device_memory_gb"]
+    return f" of {there:g} GB" if there else " (of a GPU whose device_memory_gb the preset does not tell: not compared)"
 
 
 def _starts(stage: Mapping[str, Any], cluster: Mapping[str, Any]) -> str:
     if not stage["starts"]:
-        return f"! a limit of {cluster['time']} leaves no time to work in"
+        return "no start is long enough"
     enough = (
         ""
         if stage["starts"] - 1 <= cluster["max_requeues"]
@@ -77,7 +80,8 @@ def _some(worlds: Sequence[int]) -> str:
     return ", ".join(map(str, worlds)) if len(worlds) < 12 else ", ".join(map(str, worlds[:10])) + f", ... {worlds[-1]}"
 
 
-def _size(number: float) -> str:
+def size(number: float) -> str:
+    """Bytes, in powers of a thousand."""
     for unit in ("B", "KB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"

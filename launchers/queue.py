@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from pipeline.errors import EnvironmentProblem
 
+FORGOTTEN = "Invalid job id"  # scontrol's words; any other failure of it is no answer at all
+HOPELESS = "DependencyNeverSatisfied"  # a reason to be PENDING that will not pass
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "PREEMPTED")
 _FIELD = re.compile(r"(?:^| )([A-Za-z]+)=(\S*)")
 
@@ -22,7 +24,8 @@ class JobState(NamedTuple):
 
     @property
     def active(self) -> bool:
-        return self.state in ACTIVE
+        """Whether it runs, or will."""
+        return self.state in ACTIVE and self.reason != HOPELESS
 
 
 def available() -> bool:
@@ -49,10 +52,15 @@ def fields(line: str) -> dict[str, str]:
 
 
 def job_state(job_id: str) -> JobState:
-    """Of a job or of one task of an array; from slurmctld while it remembers the job, from accounting after that."""
+    """Of a job or of one task of an array; from slurmctld while it remembers the job, from accounting after that.
+
+    Raises EnvironmentProblem where SLURM does not answer: a job of which nothing is heard may well run.
+    """
     try:
         found = fields(ask("scontrol", "-o", "show", "job", job_id).splitlines()[0])
-    except (EnvironmentProblem, IndexError):
+    except EnvironmentProblem as error:
+        if FORGOTTEN not in str(error):
+            raise
         return _from_accounting(job_id)
     return JobState(
         state=found.get("JobState", "UNKNOWN"),

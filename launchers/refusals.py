@@ -1,13 +1,17 @@
 """What a cluster would accept and never run, or run in the wrong place: refused before anything is submitted."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from launchers import queue
 from launchers.chain import Step
 from launchers.config import ClusterConfig, seconds_of
 from launchers.filesystem import file_system
+from pipeline.config import flatten, load_config
 from pipeline.errors import ConfigError, EnvironmentProblem
+from stages.configs import DistillConfig, StageConfig
 
 # Of a shell that torchrun or another launcher made: they would be believed in the job.
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -30,39 +34,62 @@ def refuse(points: Sequence[Sequence[Step]], cluster: ClusterConfig) -> None:
             check_shared(step, cluster)
 
 
+def refuse_other_values(
+    step: Step, cluster: ClusterConfig, job_id: str, submitted: Path, submitted_cluster: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError unless a job in the queue was submitted with what is asked for now, to the last key."""
+    asked = {**step.config.model_dump(mode="json"), "cluster": cluster.model_dump(mode="json")}
+    before = load_config(type(step.config), submitted).model_dump(mode="json")
+    there, here = flatten({**before, "cluster": submitted_cluster}), flatten(asked)
+    different = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if different:
+        key = different[0]
+        raise ConfigError(
+            f"job {job_id}, {step.stage} of {step.config.run.experiment}, is in the queue with other values"
+            f" ({len(different)} keys differ; {key} was {there.get(key)!r}, is now {here.get(key)!r}); give it the values it"
+            f" was submitted with, or `scancel {job_id}` and submit again"
+        )
+
+
 def check_partition(cluster: ClusterConfig) -> None:
-    """Against what the cluster says of itself. Raises ConfigError."""
+    """Against what the cluster says of itself. Raises ConfigError.
+
+    Of a list (`a,b`) SLURM takes whichever comes first: one that fits is enough.
+    """
     rows = [queue.fields(line) for line in queue.ask("scontrol", "-o", "show", "partition").splitlines()]
     known = {row["PartitionName"]: row for row in rows}
     default = next((name for name, row in known.items() if row.get("Default") == "YES"), None)
-    name = cluster.partition or default
-    if name is None:
+    asked = cluster.partition or default
+    if asked is None:
         raise ConfigError(
             f"the cluster has no default partition; give cluster:partition=NAME, one of {', '.join(known)}"
         )
-    if name not in known:
-        raise ConfigError(f"partition {name!r} is unknown to this cluster; it has {', '.join(known)}")
-    limit, nodes = known[name].get("MaxTime", "UNLIMITED"), known[name].get("TotalNodes", "")
+    names = asked.split(",")
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"partition {name!r} is unknown to this cluster; it has {', '.join(known)}")
+    reasons = [_misfit(name, known[name], cluster) for name in names]
+    if all(reasons):
+        raise ConfigError("; ".join(reasons))
+
+
+def _misfit(name: str, partition: Mapping[str, str], cluster: ClusterConfig) -> str:
+    """Why a job would wait in that partition for ever, or nothing."""
+    limit, nodes = partition.get("MaxTime", "UNLIMITED"), partition.get("TotalNodes", "")
     if limit not in ("UNLIMITED", "INFINITE") and seconds_of(cluster.time) > seconds_of(limit):
-        raise ConfigError(
+        remedy = f"give cluster:time={limit} or less, requeues do the rest"
+        return (
             f"cluster time {cluster.time} is above the limit of partition {name}, {limit}: the job would wait for ever;"
-            f" give cluster:time={limit} or less, requeues do the rest"
+            f" {remedy if seconds_of(limit) else 'choose another partition'}"
         )
     if nodes.isdigit() and cluster.nodes > int(nodes):
-        raise ConfigError(
-            f"{cluster.nodes} nodes are asked of partition {name}, which has {nodes}; lower cluster:nodes"
-        )
+        return f"{cluster.nodes} nodes are asked of partition {name}, which has {nodes}; lower cluster:nodes"
+    return ""
 
 
 def check_shared(step: Step, cluster: ClusterConfig) -> None:
-    """Raises ConfigError for a run folder or data that the nodes would not see, as far as it can be known."""
-    data = step.config.data
-    places = {
-        "run.root": step.config.run.root,
-        "data.train": data.train,
-        "data.split": data.split,
-        "data.test": data.test,
-    }
+    """Raises ConfigError for a run folder, data or a parent that the nodes would not see, as far as it can be known."""
+    places = _places(step.config)
     for name, path in places.items():
         if path is not None and file_system(path) in _IN_MEMORY:
             raise ConfigError(
@@ -77,3 +104,21 @@ def check_shared(step: Step, cluster: ClusterConfig) -> None:
                 f"{name} = {path} is not on a file system that the nodes share ({', '.join(map(str, cluster.shared))});"
                 " move it there, or add its folder to shared in the cluster's preset"
             )
+
+
+def _places(config: StageConfig) -> dict[str, Path | None]:
+    """Key -> path of whatever a rank reads or writes."""
+    data = config.data
+    places: dict[str, Path | None] = {
+        "run.root": config.run.root,
+        "data.train": data.train,
+        "data.split": data.split,
+        "data.test": data.test,
+    }
+    keys = {"teacher": "teacher.export"}
+    places |= {keys.get(role, role): folder for role, folder in config.parents().items()}
+    if isinstance(config, DistillConfig) and config.weights:
+        places["weights.path"] = config.weights.path
+    if isinstance(config, DistillConfig) and config.teacher:
+        places |= {"teacher.weights": config.teacher.weights, "teacher.cache": config.teacher.cache}
+    return places

@@ -16,6 +16,7 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.splits import read_split
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.card import CARD
+from pipeline.observe.ablation import Comparison, NotPaired
 from pipeline.observe.extras import read_section
 from pipeline.observe.report import Panel, write_report
 from pipeline.observe.results import ROWS, Result, read_result
@@ -45,25 +46,39 @@ def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = 
     )
 
 
-def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> dict[str, tuple[float, float, float, float]]:
-    """Paired bootstrap of a model of two designs, seed by seed; nothing if they were judged on other images."""
+def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> Comparison:
+    """Paired bootstrap of a model of two designs over the seeds that both have. Raises NotPaired if none can be paired."""
 
     from pipeline.evaluate.answers import Answers
     from pipeline.evaluate.bootstrap import paired
 
     stage, model = ROWS[row]
-    pairs = list(zip(first, other, strict=False))
-    paths = [[r.experiment / stage / f"answers-{model}.npz" for r in pair] for pair in pairs]
-    if not all(p.is_file() for pair in paths for p in pair):
-        return {}
-    datasets = {r.stages[stage].evaluation["dataset"] for pair in pairs for r in pair}
-    if len(datasets) > 1:
-        return {}
-    report = first[0].models[row]
+    have, others = (_by_seed(results, stage, f"answers-{model}.npz") for results in (first, other))
+    seeds = sorted(have.keys() & others.keys())
+    if not seeds:
+        raise NotPaired(f"no seed has answers of {row} in both (first: {_listed(have)}; this one: {_listed(others)})")
+    pairs = [(have[seed], others[seed]) for seed in seeds]
+    if any(len({r.stages[stage].evaluation["dataset"] for r in pair}) > 1 for pair in pairs):
+        raise NotPaired("judged on another set of images than the first")
+    report = pairs[0][0].models[row]
     names = list(report["per_class"])
     groups = {g: np.array([names.index(n) for n in members], int) for g, members in report["groups"].items()}
-    a, b = ([Answers.load(pair[k]) for pair in paths] for k in (0, 1))
-    return {name: (d.value, d.low, d.high, d.p) for name, d in paired(a, b, len(names), groups).items()}
+    a, b = ([Answers.load(p[k].experiment / stage / f"answers-{model}.npz") for p in pairs] for k in (0, 1))
+    try:
+        found = paired(a, b, len(names), groups)
+    except ValueError:
+        raise NotPaired("judged on other images of the set than the first (its validation part is another)") from None
+    return Comparison({name: (d.value, d.low, d.high, d.p) for name, d in found.items()}, seeds)
+
+
+def _by_seed(results: Sequence[Result], stage: str, answers: str) -> dict[int, Result]:
+    """Those that were judged; of several with one seed the first."""
+    judged = [r for r in results if stage in r.stages and r.stages[stage].evaluation]
+    return {r.seed(stage): r for r in reversed(judged) if (r.experiment / stage / answers).is_file()}
+
+
+def _listed(found: dict[int, Result]) -> str:
+    return ", ".join(map(str, sorted(found))) or "none"
 
 
 def _panels(result: Result) -> list[Panel]:

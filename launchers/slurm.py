@@ -7,7 +7,6 @@ submitted. Submitting again submits what is neither complete nor in the queue.
 
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from launchers import queue
 from launchers.chain import Step, open_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.job import Job
-from launchers.refusals import refuse
+from launchers.refusals import refuse, refuse_other_values
 from pipeline.errors import EnvironmentProblem, PipelineError
 from pipeline.files import replace_text
 
@@ -41,10 +40,10 @@ def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig, folder: Path) 
     """
     refuse(points, cluster)
     todo = [open_steps(point, cluster.world_size) for point in points]
+    there = [[(step, job) for step in point if (job := active_job(step, cluster))] for point in todo]
     jobs: list[Submitted] = []
     free = []  # points without a job in the queue: their stages are submitted together
-    for point in todo:
-        queued = [(step, job) for step in point if (job := active_job(step))]
+    for point, queued in zip(todo, there, strict=True):
         jobs += [Submitted(step.stage, step.folder.parent, job, "queued already") for step, job in queued]
         rest = point[point.index(queued[-1][0]) + 1 :] if queued else point
         if rest and queued:  # what has left the queue waits again for what is still in it
@@ -68,18 +67,19 @@ def _submit(points: Sequence[Sequence[Step]], cluster: ClusterConfig, logs: Path
 
     logs.mkdir(parents=True, exist_ok=True)
     done: list[Submitted] = []
+    after = [before] * len(points)
     try:
         for steps in zip(*points, strict=True):
             executor = submitit.AutoExecutor(folder=logs, cluster="slurm")
-            asked = parameters(cluster, steps[0], logs, before, len(steps))
+            first = after[0] if len(steps) == 1 else after[0].partition("_")[0]  # aftercorr takes the whole array
+            asked = parameters(cluster, steps[0], logs, first, len(steps))
             executor.update_parameters(**{f"slurm_{name}": value for name, value in asked.items()})
             with executor.batch():
                 handles = [executor.submit(_frozen(step, logs)) for step in steps]
-            for step, handle in zip(steps, handles, strict=True):
-                shutil.rmtree(logs / handle.job_id, ignore_errors=True)  # of an older cluster that counted from 1 too
-                _record(step, handle.job_id, logs, before)
+            for step, handle, waits in zip(steps, handles, after, strict=True):
+                _record(step, cluster, handle.job_id, logs, waits)
                 done.append(Submitted(step.stage, step.folder.parent, handle.job_id, "submitted"))
-            before = handles[0].job_id.split("_")[0]
+            after = [handle.job_id for handle in handles]
     except (FailedJobError, FailedSubmissionError, PipelineError) as error:
         for job in {submitted.job_id.split("_")[0] for submitted in done}:
             queue.ask("scancel", job)
@@ -100,6 +100,7 @@ def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, poin
     if before:
         asked["dependency"] = f"{'aftercorr' if points > 1 else 'afterok'}:{before}"
     verdict = [sys.executable, "-m", "launchers.job", str(logs)]
+    own = f"{shlex.quote(str(logs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
     return asked | {
         "job_name": f"{config.experiment if points == 1 else logs.parent.name}-{step.stage}",
         "nodes": cluster.nodes,
@@ -115,6 +116,7 @@ def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, poin
             *cluster.setup,
             f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cluster.cpus_per_task}}}",
             "export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}",
+            f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -rf {own}  # of an older cluster that counted from 1 too',
             "trap : TERM USR1 USR2  # the verdict comes after srun, whatever ends it",
         ],
         "teardown": ["code=$?", f"exec {shlex.join(verdict)} $code {cluster.max_requeues}"],
@@ -130,10 +132,16 @@ def script(cluster: ClusterConfig, step: Step, logs: Path, before: str) -> str:
     return _make_sbatch_string(command=command, folder=logs, **parameters(cluster, step, logs, before, 1))
 
 
-def active_job(step: Step) -> str:
-    """The id of this step's job if it is in the queue, or empty."""
+def active_job(step: Step, cluster: ClusterConfig) -> str:
+    """The id of this step's job if it is in the queue, or empty.
+
+    Raises ConfigError if it was submitted with other values: the queue holds what was asked then, not what is asked now.
+    """
     told = record(step.folder)
-    return told["job"] if told and queue.job_state(told["job"]).active else ""
+    if not told or not queue.job_state(told["job"]).active:
+        return ""
+    refuse_other_values(step, cluster, told["job"], _frozen_config(step), told["cluster"])
+    return told["job"]
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -142,15 +150,19 @@ def record(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _frozen_config(step: Step) -> Path:
+    return step.folder.parent.absolute() / FOLDER / f"{step.stage}.yaml"
+
+
 def _frozen(step: Step, logs: Path) -> Job:
     """The job, with its config written beside the logs."""
-    folder = step.folder.parent.absolute() / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{step.stage}.yaml"
+    path = _frozen_config(step)
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, yaml.safe_dump(step.values, sort_keys=False))
     return Job(step.stage, path, step.folder.absolute(), logs)
 
 
-def _record(step: Step, job_id: str, logs: Path, before: str) -> None:
-    told = {"job": job_id, "logs": str(logs), "after": before, "submitted": time.time(), "config": str(step.path)}
+def _record(step: Step, cluster: ClusterConfig, job_id: str, logs: Path, after: str) -> None:
+    told = {"job": job_id, "logs": str(logs), "after": after, "submitted": time.time(), "config": str(step.path)}
+    told["cluster"] = cluster.model_dump(mode="json")
     replace_text(step.folder.parent / FOLDER / f"{step.stage}.json", json.dumps(told, indent=1))

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from launchers import queue
 from launchers.queue import JobState
 from launchers.slurm import record
-from pipeline.errors import ConfigError, HandoverError
+from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.models.card import CARD, Card
 from stages import STAGES
 
+AGAIN = "submit the chain again to have it back"
 SILENT_SECONDS, BEATS = 120.0, 100  # without a heartbeat: this long, and this many of the run's own steps
 
 
@@ -47,9 +48,9 @@ def read_stage(run: Path) -> Row:
     """`run` is the folder of one stage of an experiment."""
     status = _json(run / "status.json")
     told = record(run)
-    job = queue.job_state(told["job"]) if told and queue.available() else JobState("UNKNOWN")
     if status.get("state") == "complete" and (run / "export" / CARD).is_file():
         return Row("complete", f"step {status['step']} of {status['steps']}; {_lineage(run)}")
+    job = _ask(told.get("job"))
     where = f"job {told['job']}{_place(job)}" if told else ""
     if job.active and job.state != "RUNNING":
         again = f", requeued {job.restarts} times" if job.restarts else ""
@@ -57,18 +58,33 @@ def read_stage(run: Path) -> Row:
         return Row("queued", f"{where} {waits or job.state.lower()}{again}{_reached(status)}")
     if job.active and not status:
         return Row("starting", where)
-    if told and not job.active and job.state != "UNKNOWN" and not status:
+    if told and not job.active and job.state != "UNKNOWN" and (not status or job.reason == queue.HOPELESS):
         return _never_started(told, job, where)
     if not status:
-        return Row("absent", "") if not told else Row("not run", f"{where} is forgotten by SLURM and wrote nothing")
+        return Row("absent", "") if not told else Row("not run", f"{where} wrote nothing, and {job.reason}")
     return _of_status(run, status, told, job, where)
 
 
+def _ask(job_id: str | None) -> JobState:
+    """SLURM's word on a job; UNKNOWN with the reason where it has none."""
+    if not job_id or not queue.available():
+        return JobState("UNKNOWN", "SLURM cannot be asked here")
+    try:
+        job = queue.job_state(job_id)
+    except EnvironmentProblem:
+        return JobState("UNKNOWN", "SLURM does not answer")
+    return job._replace(reason="SLURM has forgotten it") if job.state == "UNKNOWN" else job
+
+
 def _never_started(told: dict[str, Any], job: JobState, where: str) -> Row:
-    if job.state == "CANCELLED" and told["after"]:
-        return Row(
-            "not run", f"{where} was taken out of the queue: job {told['after']}, which it needs, did not complete"
-        )
+    if job.state == "CANCELLED" or job.reason == queue.HOPELESS:
+        earlier = _ask(told["after"])
+        if earlier.active:
+            return Row("not run", f"{where} was cancelled, while job {told['after']}, its parent, goes on; {AGAIN}")
+        if earlier.state in ("COMPLETED", "UNKNOWN"):
+            return Row("not run", f"{where} was cancelled before it started; {AGAIN}")
+        why = f"job {told['after']}, which it needs, did not complete"
+        return Row("not run", f"{where} was taken out of the queue: {why}")
     return Row(
         "failed", f"{where}: {job.state} with exit code {job.exit_code}; see {told['logs']}/{told['job']}_0_log.err"
     )
@@ -84,10 +100,14 @@ def _of_status(run: Path, status: dict[str, Any], told: dict[str, Any], job: Job
         eta = (status.get("steps", 0) - status.get("step", 0)) * step_seconds
         words = f"{reached.removeprefix('; ')}, eta {_clock(eta)}, last heartbeat {_clock(age)} ago"
         words += f", {where}" if where else ""
-        if not (job.active if told else _held(run)):
-            ended = f", which is {job.state}" if told else ""
+        fresh = age <= SILENT_SECONDS + BEATS * step_seconds
+        unsure = bool(told) and job.state == "UNKNOWN"
+        words += f", {job.reason}" if unsure else ""
+        # A run of another machine holds no lock that is seen here: where SLURM does not know, its heartbeat does.
+        if not (job.active or _held(run) or (unsure and fresh)):
+            ended = f", which is {job.state}" if told and not unsure else ""
             return Row("silent", f"{words}{ended}: ended without a word; start it again to continue")
-        if age > SILENT_SECONDS + BEATS * step_seconds:
+        if not fresh:
             return Row("silent", f"{words}: a rank hangs; after engine.timeout_seconds the run ends with 7")
         return Row("running", words)
     ended = f"; {where} {_verdict(told)}" if told else ""

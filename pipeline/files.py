@@ -28,6 +28,10 @@ def write_text(path: Path, text: str) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Write whole or not at all; a reader sees the old text or the new one."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(data)
     os.replace(temporary, path)

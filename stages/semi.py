@@ -222,6 +222,7 @@ def run(config: SemiConfig, replay: Replay | None = None) -> None:
             counted = count_pseudo_labels(
                 lambda images: label(answers(who, images)), batches, len(counts), s.world.device
             )
+            board.class_counts("pseudo/classes", counted.accepted.sum(0), step)
             return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.judge.groups()).items()}
 
         flops = (TRAINING * (1 + ratio) + ratio) * forward_flops(model, size)  # the teacher sees the unlabelled

@@ -55,29 +55,39 @@ def paired(
 ) -> dict[str, Difference]:
     """Of top1, balanced and every group: the mean gain of `second` over `first`, pair by pair (of seeds, say).
 
-    Redrawn are the test images, alike for all pairs; the pairs stay as they are. Raises ValueError unless all have
-    answered the same samples: there is nothing to pair.
+    Redrawn are the test images: alike for all pairs that were asked the same ones, separately for pairs that were asked
+    others (seeds with validation parts of their own). The pairs stay as they are. Raises ValueError where the two of a pair
+    have answered different samples: there is nothing to pair.
     """
-    pairs = list(zip(first, second, strict=True))
-    labels = pairs[0][0].labels
-    for answers in (*first, *second):
-        if not np.array_equal(answers.positions, first[0].positions) or not np.array_equal(answers.labels, labels):
-            raise ValueError("the models were not asked the same samples")
-    # An image's gain, summed over n pairs, is one of -n..n: a class is redrawn as counts of these.
-    n = len(pairs)
-    gain = sum((b.predicted == labels).astype(np.int64) - (a.predicted == labels) for a, b in pairs)
-    width = 2 * n + 1
-    cells = np.bincount(labels * width + gain + n, minlength=num_classes * width).reshape(num_classes, width)
-    worth = np.arange(-n, n + 1) / n
-    total = cells.sum(1)
-    shares = np.where(total[:, None] > 0, cells / np.maximum(total, 1)[:, None], 1 / width)
-    drawn = np.random.default_rng(seed).multinomial(total, shares, (DRAWS, num_classes)) @ worth  # (draws, C)
+    sets: dict[bytes, list[tuple[Answers, Answers]]] = {}
+    for a, b in zip(first, second, strict=True):
+        if not np.array_equal(a.positions, b.positions) or not np.array_equal(a.labels, b.labels):
+            raise ValueError("the two models of a pair were not asked the same samples")
+        sets.setdefault(a.positions.tobytes() + a.labels.tobytes(), []).append((a, b))
+    rng = np.random.default_rng(seed)
+    found: dict[str, list[tuple[float, float, NDArray[np.float64]]]] = {}  # name -> pairs, gain, redrawn gains
+    for pairs in sets.values():
+        labels = pairs[0][0].labels
+        # An image's gain, summed over n pairs, is one of -n..n: a class is redrawn as counts of these.
+        n = len(pairs)
+        gain = sum((b.predicted == labels).astype(np.int64) - (a.predicted == labels) for a, b in pairs)
+        width = 2 * n + 1
+        cells = np.bincount(labels * width + gain + n, minlength=num_classes * width).reshape(num_classes, width)
+        worth = np.arange(-n, n + 1) / n
+        total = cells.sum(1)
+        odds = np.where(total[:, None] > 0, cells / np.maximum(total, 1)[:, None], 1 / width)
+        drawn = rng.multinomial(total, odds, (DRAWS, num_classes)) @ worth  # (draws, C)
+        for name, w in _weights(total, groups).items():
+            if w.any():
+                found.setdefault(name, []).append((n, float(w @ (cells @ worth)), drawn @ w))
     result = {}
-    for name, w in _weights(total, groups).items():
-        if w.any():
-            means = 100 * drawn @ w
-            tail = min(np.mean(means <= 0), np.mean(means >= 0))
-            result[name] = Difference(float(100 * w @ (cells @ worth)), *_quantiles(means), min(1.0, 2 * float(tail)))
+    for name, parts in found.items():
+        shares = np.array([number for number, _, _ in parts], float)
+        shares /= shares.sum()
+        value = float(shares @ [gained for _, gained, _ in parts])
+        means = 100 * shares @ np.stack([redrawn for _, _, redrawn in parts])
+        tail = min(np.mean(means <= 0), np.mean(means >= 0))
+        result[name] = Difference(100 * value, *_quantiles(means), min(1.0, 2 * float(tail)))
     return result
 
 

@@ -27,7 +27,7 @@ def receptive_field(model: nn.Module, batches: Iterable[Tensor]) -> NDArray[np.f
         x = images.detach().clone().requires_grad_()
         with torch.enable_grad(), watched(sight.final) as seen:
             model(x)
-            maps = sight.to_grid(seen[-1]).float()
+            maps = sight.to_grid(seen[-1], (x.shape[2], x.shape[3])).float()
             centre = maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2]
             (gradient,) = torch.autograd.grad(F.relu(centre).sum(), x)
         field = F.relu(gradient).sum((0, 1)).double().cpu()

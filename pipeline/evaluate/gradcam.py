@@ -26,7 +26,8 @@ def gradcam(model: nn.Module, images: Tensor, classes: Tensor | None = None) -> 
         classes = logits.argmax(-1) if classes is None else classes.to(logits.device)
         (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), seen[-1])
     model.train(was_training)
-    maps, gradient = sight.to_grid(seen[-1].detach()).float(), sight.to_grid(gradient).float()
+    size = images.shape[2], images.shape[3]
+    maps, gradient = sight.to_grid(seen[-1].detach(), size).float(), sight.to_grid(gradient, size).float()
     weights = gradient.mean((2, 3), keepdim=True)
     evidence = F.relu((weights * maps).sum(1, keepdim=True))
     evidence = F.interpolate(evidence, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]

@@ -30,15 +30,15 @@ class Cost(NamedTuple):
 
 
 def inference(
-    models: Mapping[str, nn.Module], size: int, *, batch: int, rounds: int, device: torch.device
+    models: Mapping[str, nn.Module], sizes: Mapping[str, int], *, batch: int, rounds: int, device: torch.device
 ) -> list[Cost]:
-    """All models at one size, (batch, 3, size, size) of random pixels. Raises torch's error if not even one image fits."""
-    fitting = {name: _fit(model.to(device).eval(), size, batch, device) for name, model in models.items()}
+    """Each model on random pixels (batch, 3, size, size) of its size. Raises torch's error if not even one image fits."""
+    fitting = {name: _fit(model.to(device).eval(), sizes[name], batch, device) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     memory: dict[str, float | None] = dict.fromkeys(models)
     for k in range(WARM_UP + rounds):
         for name, model in models.items():
-            images = torch.rand(fitting[name], 3, size, size, device=device)
+            images = torch.rand(fitting[name], 3, sizes[name], sizes[name], device=device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             began = time.perf_counter()
@@ -55,12 +55,12 @@ def inference(
         found.append(
             Cost(
                 model=name,
-                size=size,
+                size=sizes[name],
                 batch=fitting[name],
                 images_per_second=fitting[name] / took,
                 milliseconds=1000 * took / fitting[name],
                 parameters=sum(p.numel() for p in model.parameters()),
-                gmacs=forward_flops(model, (size, size)) / 2e9,
+                gmacs=forward_flops(model, (sizes[name], sizes[name])) / 2e9,
                 memory_gib=memory[name],
             )
         )
@@ -74,7 +74,7 @@ def _fit(model: nn.Module, size: int, batch: int, device: torch.device) -> int:
             with torch.no_grad():
                 model(torch.rand(batch, 3, size, size, device=device))
             return batch
-        except torch.OutOfMemoryError:
-            if batch == 1:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator has no class of its own
+            if batch == 1 or "memory" not in str(error):
                 raise
             batch //= 2

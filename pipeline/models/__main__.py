@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from pipeline.errors import ConfigError, HandoverError, PipelineError
+from pipeline.errors import ConfigError, PipelineError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,8 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands.add_parser("convert", help="a released Vim or ARM checkpoint to an export"))
     _add_prefetch(commands.add_parser("prefetch", help="download timm's weights for nodes without a network"))
-    _add_file(commands.add_parser("onnx", help="an export to an ONNX file"), "onnx")
-    _add_file(commands.add_parser("coreml", help="an export to a Core ML program"), "coreml")
+    _add_onnx(commands.add_parser("onnx", help="an export's classifier to an ONNX file"))
+    _add_coreml(commands.add_parser("coreml", help="an export's classifier to a Core ML program"))
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -69,37 +69,43 @@ def _prefetch(args: argparse.Namespace) -> None:
         print(prefetch(name, args.out))
 
 
-def _add_file(parser: argparse.ArgumentParser, form: str) -> None:
-    parser.description = f"Write a classifier's export as {form}; EfficientViM is fused first."
-    parser.add_argument("export", type=Path, help="folder of an export")
-    parser.add_argument("--out", type=Path, required=True, help="the file, which must not exist")
-    parser.set_defaults(run=_file, form=form)
+def _add_onnx(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write an export's classifier for ONNX Runtime, and hold its answers against the export's own."
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the file, NAME.onnx")
+    parser.set_defaults(run=_onnx)
 
 
-def _file(args: argparse.Namespace) -> None:
-    if args.out.exists():
-        raise ConfigError(f"--out {args.out} exists; give another name")
+def _onnx(args: argparse.Namespace) -> None:
+    from pipeline.models.onnx_file import export_to_onnx
+
+    error = export_to_onnx(args.export, args.out)
+    print(f"{args.out}: answers the export's probe batch with a relative error of {error:.1e}")
+
+
+def _add_coreml(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write an export's classifier as a Core ML program; EfficientViM is fused first."
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="NAME.mlpackage, which must not exist")
+    parser.set_defaults(run=_coreml)
+
+
+def _coreml(args: argparse.Namespace) -> None:
+    if args.out.exists() or args.out.suffix != ".mlpackage":
+        raise ConfigError(f"--out {args.out}: give a name that ends in .mlpackage and is not taken")
     from pipeline.models.config import VisionMambaConfig
+    from pipeline.models.coreml_file import write_coreml
     from pipeline.models.efficientvim import EfficientViM
     from pipeline.models.export import load_export
 
     model, card = load_export(args.export)
     if card.kind != "classifier" or isinstance(card.model, VisionMambaConfig):
-        raise HandoverError(
-            f"{args.export} holds a {card.kind} {card.model.name}: only classifiers go out, and none with a selective scan,"
-            f" which {args.form} has no operator for"
+        raise ConfigError(
+            f"{args.export} holds a {card.kind} {card.model.name}; only classifiers go out, and none with a selective scan,"
+            " which Core ML has no operator for"
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, EfficientViM):
-        model = model.fuse()
-    if args.form == "onnx":
-        from pipeline.models.onnx_file import write_onnx
-
-        write_onnx(model, args.out, card.model.image_size)
-    else:
-        from pipeline.models.coreml_file import write_coreml
-
-        write_coreml(model, args.out, card.model.image_size)
+    write_coreml(model.fuse() if isinstance(model, EfficientViM) else model, args.out, card.model.image_size)
     print(f"{args.out}: images {card.model.image_size} to {len(card.classes)} logits")
 
 

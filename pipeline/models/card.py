@@ -3,6 +3,7 @@
 EXPORT/
   model.json          this card; written last, so an export without it is incomplete
   README.md           the same for people, in Hugging Face's form
+  config.json         the same for timm, if it knows the model
   model.safetensors   the weights, fp32
   probe.safetensors   a few images and what the model said of them: whoever loads it must get the same answer
   labels/HASH.npy     for every label split seen by the model, its parents or its teacher: the labelled positions

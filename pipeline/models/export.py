@@ -19,8 +19,8 @@ from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
 from pipeline.models.card import CARD, PROBE, WEIGHTS, Card
 from pipeline.models.config import VisionMambaConfig
-from pipeline.models.hub import README, model_card
-from pipeline.models.timm_model import TimmModel
+from pipeline.models.hub import README, TIMM_CONFIG, model_card, timm_config
+from pipeline.models.timm_model import INSIDE, TimmModel
 from pipeline.models.vision_mamba import DIRECTIONS, VisionMamba, resize_positions
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def write_export(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "labels").mkdir(parents=True)
-    save_file({k: v.float().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
+    inside = INSIDE if isinstance(model, TimmModel) else ""
+    save_file({k.removeprefix(inside): v.float().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
     save_file({"images": probe_images.float().contiguous(), "answer": answer.contiguous()}, temporary / PROBE)
     for split, positions in labels.items():
         np.save(temporary / "labels" / f"{split}.npy", positions)
@@ -75,7 +76,10 @@ def write_export(
     }
     card = card.model_copy(update=hashes).sealed()
     (temporary / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=1) + "\n")
-    (temporary / README).write_text(model_card(card, folder.name))
+    known_to_timm = timm_config(card, model)
+    (temporary / README).write_text(model_card(card, folder.name, for_timm=known_to_timm is not None))
+    if known_to_timm is not None:
+        (temporary / TIMM_CONFIG).write_text(json.dumps(known_to_timm, indent=1) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
         fsync(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -89,7 +93,9 @@ def load_export(folder: Path) -> tuple[nn.Module, Card]:
     card = Card.read(folder)
     card.verify(folder)
     model = build_from_card(card).eval()
-    missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+    inside = INSIDE if isinstance(model, TimmModel) else ""
+    weights = {f"{inside}{k}": v for k, v in load_file(folder / WEIGHTS).items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise HandoverError(
             f"{folder} does not hold the model its card describes: {len(missing)} missing ({_first(missing)}),"

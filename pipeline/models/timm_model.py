@@ -1,6 +1,6 @@
 """Any model of timm, saying what training asks of a model here: timm's own verbs, `layer_of`, and weights from a file.
 
-Nothing is ever downloaded. Parameters are timm's with the prefix `model.`.
+Nothing is ever downloaded. Parameters are timm's with the prefix INSIDE, which an export leaves out.
 """
 
 import inspect
@@ -14,6 +14,8 @@ from pipeline.errors import ConfigError
 from pipeline.models.config import TIMM_PREFIX
 from pipeline.models.recompute import count_images_once
 from pipeline.ops.torchvision_cpu import allow_torchvision
+
+INSIDE = "model."
 
 
 class TimmModel(nn.Module):
@@ -52,6 +54,7 @@ class TimmModel(nn.Module):
             self.model = timm.create_model(bare, **arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(f"timm's {bare} at {image_size} with {options}: {str(error).splitlines()[0]}") from error
+        self.timm_name, self.arguments = bare, arguments
         self.image_size, self.num_classes = image_size, num_classes
         self._layers = self._layer_table()
 
@@ -82,7 +85,7 @@ class TimmModel(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """As timm says."""
         exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
-        return {f"model.{name}" for name in exempt}
+        return {f"{INSIDE}{name}" for name in exempt}
 
     def layer_of(self, name: str) -> int:
         """For layer-wise decay, by timm's own grouping; all in one layer if timm has none for this model."""
@@ -95,18 +98,18 @@ class TimmModel(nn.Module):
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
         weights = dict(convert(weights, self.model)) if convert else weights
         if not any(name.startswith("fc_norm.") for name in self.model.state_dict()):
-            return {f"model.{k}": v for k, v in weights.items()}
+            return {f"{INSIDE}{k}": v for k, v in weights.items()}
         # Pooled by the mean, timm's ViT has a norm after the pool and none before: masked autoencoders train it anew.
-        return {f"model.{k}": v for k, v in weights.items() if not k.startswith("norm.")}
+        return {f"{INSIDE}{k}": v for k, v in weights.items() if not k.startswith("norm.")}
 
     def weights_of(self, source: "TimmModel") -> dict[str, Tensor]:
         """The state dict of another size's model of this name, its absolute positions resized to this grid."""
         weights = source.state_dict()
-        if "model.pos_embed" in weights and hasattr(self.model, "patch_embed"):
+        if f"{INSIDE}pos_embed" in weights and hasattr(self.model, "patch_embed"):
             from timm.layers import resample_abs_pos_embed
 
-            weights["model.pos_embed"] = resample_abs_pos_embed(
-                weights["model.pos_embed"],
+            weights[f"{INSIDE}pos_embed"] = resample_abs_pos_embed(
+                weights[f"{INSIDE}pos_embed"],
                 new_size=self.model.patch_embed.grid_size,
                 old_size=source.model.patch_embed.grid_size,
                 num_prefix_tokens=getattr(self.model, "num_prefix_tokens", 0),
@@ -116,7 +119,7 @@ class TimmModel(nn.Module):
     def fresh(self) -> tuple[str, ...]:
         """Prefixes of what fine-tuning may make anew."""
         heads = self.model.pretrained_cfg.get("classifier") or ()
-        return *(f"model.{head}." for head in ([heads] if isinstance(heads, str) else heads)), "model.fc_norm."
+        return *(f"{INSIDE}{head}." for head in ([heads] if isinstance(heads, str) else heads)), f"{INSIDE}fc_norm."
 
     def _layer_table(self) -> dict[str, int]:
         if not hasattr(self.model, "group_matcher"):
@@ -125,4 +128,4 @@ class TimmModel(nn.Module):
 
         matcher = self.model.group_matcher(coarse=False)
         found = cast(dict[str, int], group_parameters(self.model, matcher, reverse=True))
-        return {f"model.{name}": int(layer) for name, layer in found.items()}
+        return {f"{INSIDE}{name}": int(layer) for name, layer in found.items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.config import flatten
 from pipeline.observe.results import METRICS, Result, judged_rows, mean_and_spread
@@ -14,8 +15,17 @@ _NO_DESIGN = (
 )  # fmt: skip
 _COMPARED = ("top1", "tail")
 
-# (first design's results, another's, row of the table) -> metric -> (gain, low, high, p); nothing if they cannot be paired.
-Compare = Callable[[Sequence[Result], Sequence[Result], str], dict[str, tuple[float, float, float, float]]]
+
+class NotPaired(Exception):
+    """Two designs were not asked the same: the text says what differs."""
+
+
+class Comparison(NamedTuple):
+    gains: dict[str, tuple[float, float, float, float]]  # metric -> gain, low, high, p
+    seeds: Sequence[int]  # the pairs
+
+
+Compare = Callable[[Sequence[Result], Sequence[Result], str], Comparison]  # first design, another, row of the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +62,21 @@ def ablation_table(designs: Sequence[Design], compare: Compare) -> Table:
     row = judged_rows(every)[-1]
     named = differences(designs)
     gains = [f"Δ {m} [95 %], p" for m in _COMPARED]
-    rows = []
+    rows, remarks = [], []
     for i, (design, different) in enumerate(zip(designs, named, strict=True)):
-        name = _named(different, list(design.results[0].stages))
+        name = _named(different, list(design.results[0].stages)) or design.results[0].name
         cells = [mean_and_spread(design.results, row, m) for m in METRICS]
-        found = compare(designs[0].results, design.results, row) if i else {}
+        found: dict[str, tuple[float, float, float, float]] = {}
+        if i:
+            try:
+                found, seeds = compare(designs[0].results, design.results, row)
+                if len(seeds) < max(len(designs[0].results), len(design.results)):
+                    remarks.append(f"{name}: gains over the seeds that both have, {', '.join(map(str, seeds))}.")
+            except NotPaired as reason:
+                remarks.append(f"{name}: no paired gain, {reason}.")
         rows.append(
             [
-                name or design.results[0].name,
+                name,
                 str(len(design.results)),
                 *(
                     "–" if c is None else f"{c[0]:.2f}" + (f" ± {c[1]:.1f}" if len(design.results) > 1 else "")
@@ -70,8 +87,8 @@ def ablation_table(designs: Sequence[Design], compare: Compare) -> Table:
         )
     note = (
         f"{row}, percent. Gains over the first design by paired bootstrap: the test images are redrawn inside each class, "
-        "seeds paired in their order and not redrawn; p is two-sided."
-    )
+        "pairs are of equal run.seed and not redrawn; p is two-sided. " + " ".join(remarks)
+    ).strip()
     return Table(
         name="ablation",
         title="Designs side by side",

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.files import replace_bytes, replace_text
+
 COLOURS = ("#1E88D2", "#E2741A", "#0FA37F", "#CC79A7", "#8C6BB1", "#B8860B")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -48,9 +50,9 @@ def draw(
 ) -> Figure:
     """Calls `paint` with an empty matplotlib figure of `size` inches, twice: for print in black, for the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.pdf").write_bytes(_render(paint, size, "black", "pdf", name))
+    replace_bytes(folder / f"{name}.pdf", _render(paint, size, "black", "pdf", name))
     text = _render(paint, size, _TEXT, "svg", name).decode()
-    (folder / f"{name}.svg").write_text(text.replace(_TEXT, "#000000"))
+    replace_text(folder / f"{name}.svg", text.replace(_TEXT, "#000000"))
     text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)  # ids of several figures share one page
     return Figure(name, title, note, text, wide)
@@ -73,14 +75,19 @@ def _render(paint: Paint, size: tuple[float, float], colour: str, suffix: str, s
     return out.getvalue()
 
 
-def lines(series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: bool = False) -> Paint:
-    """One colour and dash a quantity; several runs of it are thin lines about their mean, where they share the steps."""
+def lines(
+    series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: bool = False, at: Sequence[float] | None = None
+) -> Paint:
+    """One colour and dash a quantity; several runs of it are thin lines about their mean, where they share the steps.
+
+    `at`: the few places of x that were measured; each gets a marker and a tick, on a logarithmic axis.
+    """
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
         for i, (label, runs) in enumerate(series.items()):
             style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
-            style |= {"marker": MARKERS[i % len(MARKERS)] if max(len(x) for x, _ in runs) == 1 else ""}
+            style |= {"marker": MARKERS[i % len(MARKERS)] if at or max(len(x) for x, _ in runs) == 1 else ""}
             shared = len(runs) > 1 and all(list(x) == list(runs[0][0]) for x, _ in runs)
             for k, (x, y) in enumerate(runs):
                 thin = {"linewidth": 0.7, "alpha": 0.45} if shared else {"linewidth": 1.5}
@@ -90,10 +97,44 @@ def lines(series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: boo
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if logy:
             axes.set_yscale("log")
+        if at:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(at, [f"{x:g}" for x in at])
+            axes.xaxis.minorticks_off()
         if len(series) > 1:
-            axes.legend()
+            _legend(axes)
 
     return paint
+
+
+def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel: str, ylabel: str) -> Paint:
+    """Points (x, y), each by its name up to a colon; those `joined` lie on one line, the others stand beside it."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        line = sorted(points[name] for name in joined if name in points)
+        axes.plot([x for x, _ in line], [y for _, y in line], "-o", color=COLOURS[0], markersize=5)
+        others = [place for name, place in points.items() if name not in joined]
+        axes.plot([x for x, _ in others], [y for _, y in others], "s", color=COLOURS[1], markersize=5)
+        around = [name for name in points if name not in joined]
+        for name, place in points.items():
+            angle = 2 * np.pi * around.index(name) / len(around) if name in around else 1.25 * np.pi
+            right, up = 20 * np.cos(angle), 20 * np.sin(angle)  # in turn on every side: some points lie close together
+            axes.annotate(
+                name.split(":")[0], place, xytext=(right, up), textcoords="offset points", fontsize=8,
+                ha="left" if right > 0 else "right", va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#888888"},
+            )  # fmt: skip
+        axes.margins(x=0.28, y=0.15)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+
+    return paint
+
+
+def _legend(axes: Any) -> Any:
+    """Above the axes, where it covers no line."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]))
+    columns = 3 if longest < 16 else 2
+    return axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
 
 
 def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[str, float | None]]) -> Paint:
@@ -127,7 +168,7 @@ def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[
         ticks = np.arange(len(names)) if few else np.linspace(0, len(names) - 1, 6).astype(int)
         axes.set_xticks(ticks, [f"{names[order[t]][:9]}\n{int(counts[order[t]])}" for t in ticks])
         axes.set(xlabel="class, and its labelled images", ylabel="accuracy, percent", ylim=(-4, 104))
-        axes.legend(loc="lower left")
+        _legend(axes)
 
     return paint
 
@@ -149,7 +190,7 @@ def group_intervals(models: dict[str, dict[str, Any]], groups: Sequence[str]) ->
             )  # fmt: skip
         axes.set_xticks(range(len(groups)), groups)
         axes.set(ylabel="accuracy, percent", xlim=(-0.6, len(groups) - 0.4))
-        axes.legend(loc="lower left")
+        _legend(axes)
 
     return paint
 
@@ -168,7 +209,7 @@ def reliability_diagram(models: dict[str, list[dict[str, float]]]) -> Paint:
             size = [8 + 220 * b["samples"] / total for b in there]
             axes.scatter(x, y, s=size, marker=MARKERS[i], color=COLOURS[i], alpha=0.75, label=row)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(-0.03, 1.03))
-        legend = axes.legend(loc="upper left")
+        legend = _legend(axes)
         for handle in legend.legend_handles:
             handle.set_sizes([25])
 

@@ -40,7 +40,7 @@ def headline(results: Sequence[Result], rows: Sequence[str]) -> list[tuple[str, 
 
 def tables(results: Sequence[Result], rows: Sequence[str]) -> list[Table]:
     several = len(results) > 1
-    first = results[0].models[rows[-1]]
+    first = next(r.models[rows[-1]] for r in results if rows[-1] in r.models)
     low_high = "" if several else "; in brackets 95 % by bootstrap over the test images, redrawn inside each class"
     groups = "; ".join(f"{name}: {_some(members)}" for name, members in first.get("groups", {}).items() if members)
     note = (

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 
+from pipeline.files import replace_text
 from pipeline.observe import judged, sections
 from pipeline.observe.ablation import Compare, ablation_table, designs_of
 from pipeline.observe.extras import Section
@@ -80,8 +81,8 @@ def write_report(
         "beside": beside.name,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_template("report.html").render(page))
-    (beside / "report.md").write_text(_template("report.md").render(page))
+    replace_text(path, _template("report.html").render(page))
+    replace_text(beside / "report.md", _template("report.md").render(page))
     return path
 
 

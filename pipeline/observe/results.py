@@ -64,6 +64,9 @@ class Result:
     def name(self) -> str:
         return self.experiment.name
 
+    def seed(self, stage: str) -> int:
+        return int(self.stages[stage].config.get("run", {}).get("seed", 0))
+
     def labelled_per_class(self) -> dict[str, int]:
         found = [s.evaluation.get("labelled_per_class", {}) for s in self.stages.values()]
         return next((counts for counts in reversed(found) if counts), {})

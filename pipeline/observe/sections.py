@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from pipeline.config import flatten
@@ -57,6 +58,17 @@ ENGINE = tuple(
     )
 )
 
+# Key of a stage's plan -> how a reader calls it, and by what it is multiplied.
+PLANNED = {
+    "steps": ("steps", 1.0),
+    "samples": ("images of the first stream", 1.0),
+    "memory_gib": ("memory, GiB", 1.0),
+    "checkpoint_bytes": ("checkpoint, MB", 1e-6),
+    "flops_per_step": ("GFLOPs a step", 1e-9),
+    "step_seconds": ("ms a step", 1e3),
+    "hours": ("minutes in steps", 60.0),
+}
+
 
 def curves(results: Sequence[Result], stage: str, wanted: Sequence[Curve], folder: Path) -> list[Figure]:
     """Those of `wanted` that one stage has logged, over all experiments of a design."""
@@ -100,20 +112,29 @@ def speed(results: Sequence[Result]) -> Table:
 
 
 def plans(results: Sequence[Result]) -> list[Table]:
-    """What `plan.json` foretold beside what came, for the numbers that both know."""
-    rows = []
+    """What `plan.json` foretold beside what came, for the numbers that both know: means over the experiments of a design."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for result in results:
         for stage, run in result.stages.items():
             actual = _actual(run)
             for key, planned in _numbers(run.plan).items():
-                measured = actual.get(key)
-                if measured is not None:
-                    ratio = f"{measured / planned:.2f}" if planned else "–"
-                    rows.append([f"{result.name}, {stage}: {key}", f"{planned:.6g}", f"{measured:.6g}", ratio])
-    if not rows:
+                if key in PLANNED and key in actual:
+                    found.setdefault((stage, key), []).append((planned, actual[key]))
+    if not found:
         return []
+    rows = []
+    for (stage, key), pairs in found.items():
+        words, scale = PLANNED[key]
+        planned, measured = (scale * fmean(values) for values in zip(*pairs, strict=True))
+        ratio = f"{measured / planned:.2f}" if planned else "–"
+        rows.append([f"{stage}: {words}", _short(planned), _short(measured), ratio])
     header = ["", "planned", "actual", "actual / planned"]
-    return [Table(name="plan", title="Plan against actual", header=header, rows=rows)]
+    note = "Means over the experiments that were planned. Memory was planned for tensors; on a CPU the whole process is measured."
+    return [Table(name="plan", title="Plan against actual", header=header, rows=rows, note=note)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) and abs(value) < 1e12 else f"{value:.4g}"
 
 
 def _actual(run: StageRun) -> dict[str, float]:

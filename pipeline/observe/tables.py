@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.files import replace_text
+
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "→": r"$\rightarrow$", "×": r"$\times$",
@@ -46,9 +48,9 @@ class Table:
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.csv").write_text(self.csv())
-        (folder / f"{self.name}.tex").write_text(self.latex())
-        (folder / f"{self.name}.md").write_text(self.markdown())
+        replace_text(folder / f"{self.name}.csv", self.csv())
+        replace_text(folder / f"{self.name}.tex", self.latex())
+        replace_text(folder / f"{self.name}.md", self.markdown())
 
 
 def _latex_row(cells: Sequence[str]) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -72,6 +74,12 @@ class Board:
         """values (n,): a tensor or an array."""
         if self._writer and len(values):
             self._writer.add_histogram(name, values, step)
+
+    def class_counts(self, name: str, counts: Any, step: int) -> None:
+        """counts (C,), how often each class was named: a histogram with a bucket a class, around its number."""
+        if self._writer and sum(counts):
+            named, edges = np.repeat(np.arange(len(counts)), counts), np.arange(len(counts) + 1) - 0.5
+            self._writer.add_histogram(name, named, step, bins=edges)
 
     def rewind(self, step: int) -> None:
         """What was written after `step` is undone: readers forget it. In the same file: a second one could sort before it."""

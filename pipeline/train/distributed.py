@@ -47,6 +47,16 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
                 f"srun started {tasks} tasks but WORLD_SIZE is {given['WORLD_SIZE']}: every task would train alone or wait for"
                 " ever; unset RANK and WORLD_SIZE, or start one task per node with torchrun inside"
             )
+        place = environment.get("SLURM_PROCID", given["RANK"])
+        # torchrun numbers its processes as they come, whatever srun calls them.
+        if (
+            tasks == int(given["WORLD_SIZE"]) > 1
+            and place != given["RANK"]
+            and "TORCHELASTIC_RUN_ID" not in environment
+        ):
+            raise EnvironmentProblem(
+                f"RANK is {given['RANK']} in srun's task {place} of {tasks}: all tasks would take the same place; unset RANK"
+            )
         return given
     if given and tasks == 1:
         missing = [name for name in NAMES if name not in given]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.models.__main__ import main
 from pipeline.models.card import WEIGHTS, Card
 from pipeline.models.export import load_export
 from pipeline.train.checkpoint import complete
@@ -118,17 +117,3 @@ def test_a_teacher_may_answer_for_unlabelled_images(chain: Stages) -> None:
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert refused.returncode == 2
     assert "teacher.unlabelled_ratio needs data.split" in refused.stderr
-
-
-def test_an_export_goes_out_as_onnx_by_a_command(chain: Stages, taught: Path, tmp_path: Path, capsys) -> None:
-    runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
-    pytest.importorskip("onnx", reason="pip install -r requirements-onnx.txt")
-    command = ["onnx", str(taught / "export"), "--out", str(tmp_path / "files" / "model.onnx")]
-    assert main(command) == 0
-    model, card = load_export(taught / "export")
-    images = torch.randn(3, 3, *card.model.image_size)
-    (answer,) = runtime.InferenceSession(command[-1]).run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(answer), model(images), rtol=1e-4, atol=1e-5)
-    assert main(command) == 2  # it exists
-    assert main(["onnx", str(chain.runs / "smoke/distill/export"), "--out", str(tmp_path / "vim.onnx")]) == 4
-    assert "selective scan" in capsys.readouterr().err

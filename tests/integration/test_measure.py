@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers import measure, report
+from launchers import inference, report
 from launchers.__main__ import main
 from pipeline.models import build_model
 from pipeline.models.flops import forward_flops
@@ -19,7 +19,7 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
 
 def test_inference_counts_what_the_models_have_and_do(tmp_path: Path) -> None:
     names = ["vim_nano", "timm/resnet18"]
-    rows = table(measure.inference(names, [64, 32], batch=2, rounds=1, out=tmp_path), "inference")
+    rows = table(inference.run(names, [64, 32], batch=2, rounds=1, out=tmp_path), "inference")
     assert [(r["model"], r["pixels"]) for r in rows] == [(n, s) for n in names for s in ("32", "64")]
     for row in rows:
         size = int(row["pixels"])
@@ -28,6 +28,26 @@ def test_inference_counts_what_the_models_have_and_do(tmp_path: Path) -> None:
         assert row["GMACs"] == f"{forward_flops(model, (size, size)) / 2e9:.3f}"
         assert float(row["images/s"]) > 0
     assert {f.name for f in read_section(tmp_path).figures} == {"throughput", "latency"}
+
+
+def test_what_is_deployed_costs_no_more_and_tables_name_what_is_reported(tmp_path: Path) -> None:
+    """Folding takes operations away; an accuracy is beside its model only where a paper printed it."""
+    names = ["efficientvim_nano", "timm/mobileone_s0"]
+    trained, deployed = (
+        table(inference.run(names, [64], batch=1, rounds=1, out=tmp_path / str(d), deployed=d), "inference")
+        for d in (False, True)
+    )
+    for before, after in zip(trained, deployed, strict=True):
+        assert after["parameters, M"] == before["parameters, M"] != "0.00"
+        assert float(after["GMACs"]) <= float(before["GMACs"])
+    assert float(deployed[1]["GMACs"]) < 0.8 * float(trained[1]["GMACs"])  # MobileOne's branches become one
+    assert [row["top-1, reported"] for row in trained] == ["–", "–"]
+    assert (
+        main(["front", "--rows", "H: no fusion", "--batch", "1", "--rounds", "1", "--out", str(tmp_path / "front")])
+        == 0
+    )
+    (row,) = table(tmp_path / "front", "front")
+    assert (row["top-1, reported"], row["parameters, M"]) == ("75.1", "13.00")
 
 
 def test_fields_of_names_and_of_an_export_go_into_a_report(chain: Stages, tmp_path: Path) -> None:
@@ -51,6 +71,7 @@ def test_fields_of_names_and_of_an_export_go_into_a_report(chain: Stages, tmp_pa
         (["efficiency", "configs/semi/smoke.yaml", "configs/semi/demo.yaml", "--steps", "3"], 2, "give more"),
         (["inference", "vim_nanno"], 2, "vim_nano"),
         (["inference", "vim_nano", "--batch", "0"], 2, "at least one"),
+        (["front", "--rows", "M5"], 2, "known are EfficientViM-M1"),
         (["fields", "vim_nano", "--data", "nowhere"], 3, "there are no shards"),
         (["report", "nowhere"], 3, "holds no stage"),
     ],

@@ -19,8 +19,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launchers import report
+from pipeline.data.manifest import read_manifest
+from pipeline.data.splits import read_split
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluate.answers import Answers
+from pipeline.observe.ablation import NotPaired, ablation_table, designs_of
+from pipeline.observe.results import read_result
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 
 BROWSER = next(
@@ -45,6 +49,11 @@ SECTIONS = (
     "labels seen",
     "data:image/png;base64,",
 )
+HISTOGRAMS = {
+    "arm": set(),
+    "distill": {"val/confidence"},
+    "semi": {"val/confidence", "val/teacher_confidence", "pseudo/classes"},
+}
 # TensorBoard's palette in the order of the runs: arm/tb, arm/tb/by_samples, distill/tb, ..., semi/tb, ...
 RUN_COLOURS = {"arm": (0xFF, 0x70, 0x43), "distill": (0xCC, 0x33, 0x11), "semi": (0xEE, 0x33, 0x77)}
 
@@ -105,6 +114,32 @@ def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, 
     assert rows[1]["Δ top1 [95 %], p"].endswith("< 0.001")
 
 
+def test_designs_are_paired_by_seed_and_only_where_they_were_asked_the_same(chain: Stages, tmp_path: Path) -> None:
+    """Two seeds of two designs whose answers are alike seed by seed; then one whose answers are to other images."""
+    smoke = chain.runs / "smoke"
+    answers = {s: Answers.load(smoke / "semi" / "answers-teacher.npz") for s in (0, 1)}
+    answers[1] = Answers(**{**vars(answers[1]), "predicted": (answers[1].predicted + 1) % 10})
+
+    def experiment(name: str, seed: int, smoothing: float, moved: int = 0) -> Path:
+        shutil.copytree(smoke, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints", "tb"))
+        config = tmp_path / name / "semi" / "config.yaml"
+        text = re.sub(r"(?m)^label_smoothing: .*$", f"label_smoothing: {smoothing}", config.read_text())
+        config.write_text(re.sub(r"(?m)^  seed: .*$", f"  seed: {seed}", text))
+        own = answers[seed]
+        own = Answers(**{**vars(own), "positions": own.positions + moved})
+        own.save(tmp_path / name / "semi" / "answers-teacher.npz")
+        return tmp_path / name
+
+    first = [experiment("a0", 0, 0.1), experiment("a1", 1, 0.1)]
+    second = [experiment("b1", 1, 0.2), experiment("b0", 0, 0.2)]
+    results = [read_result(folder) for folder in [*first, *second, experiment("c0", 0, 0.3, moved=1)]]
+    table = ablation_table(designs_of(results), report.compare)
+    assert [row[-2] for row in table.rows] == ["first", "+0.00 [+0.00, +0.00], 1.000", "–"]
+    assert "semi.label_smoothing=0.3: no paired gain, judged on other images" in table.note
+    with pytest.raises(NotPaired, match=r"no seed has answers .* \(first: 0; this one: 1\)"):
+        report.compare(results[:1], results[1:2], "stage 3, teacher")
+
+
 def test_a_folder_that_is_no_experiment_is_a_sentence_that_names_those_beside_it(chain: Stages, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"experiments beside it: .*smoke"):
         report.run([chain.runs / "smok"], None)
@@ -125,6 +160,12 @@ def test_tensorboard_holds_the_log_row_for_row_and_pictures(chain: Stages, stage
     images = events.Tags()["images"]
     expected = {"arm": "input, target, prediction", "distill": "attribution", "semi": "views/unlabelled"}
     assert expected[stage] in images
+    assert set(events.Tags()["histograms"]) == HISTOGRAMS[stage]
+    if stage == "semi":
+        unlabelled = read_split(chain.digits / "split.json", read_manifest(chain.digits / "train")).part("unlabelled")
+        for event in events.Histograms("pseudo/classes"):
+            (coverage,) = (r["pseudo/coverage"] for r in rows if r["step"] == event.step and "pseudo/coverage" in r)
+            assert event.histogram_value.num == round(coverage / 100 * len(unlabelled))
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
 

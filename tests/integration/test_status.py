@@ -1,6 +1,7 @@
 """Where a stage stands, told from its folder alone: runs without SLURM."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -59,6 +60,18 @@ def test_a_killed_run_is_silent_and_a_living_one_runs(chain: Stages) -> None:
     killed = status.read_stage(run)
     assert killed.state == "silent"
     assert "ended without a word; start it again to continue" in killed.words
+    # The same folder seen from elsewhere, of a job that SLURM says nothing about: its heartbeat speaks.
+    told = {"job": "1", "logs": str(run.parent / "slurm"), "after": ""}
+    (run.parent / "slurm").mkdir()
+    (run.parent / "slurm" / "arm.json").write_text(json.dumps(told))
+    unknown = status.read_stage(run)
+    assert unknown.state == "running"
+    assert re.search("job 1, SLURM (cannot be asked here|does not answer)", unknown.words)
+    old = {**json.loads((run / "status.json").read_text()), "time": 0}
+    (run / "status.json").write_text(json.dumps(old))
+    for beat in (run / "heartbeat").iterdir():
+        os.utime(beat, (0, 0))
+    assert status.read_stage(run).state == "silent"
 
 
 def test_an_interrupted_run_and_a_failed_one_say_how_they_ended(chain: Stages) -> None:

@@ -11,6 +11,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -48,6 +50,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SlurmdTimeout=6
 SlurmctldTimeout=10
+MessageTimeout=5
 KillWait=3
 MinJobAge=3600
 MailProg=/bin/true
@@ -60,6 +63,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=7-00:00:00 State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=1:00:00 State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=closed Nodes=ALL MaxTime=0 State=UP
 """
 _NODE = (
     "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=2 Boards=1 SocketsPerBoard=1"
@@ -121,6 +125,20 @@ class Cluster:
             del os.environ["SLURM_CONF"]
         else:
             os.environ["SLURM_CONF"] = self._conf
+
+    @contextmanager
+    def silent_controller(self) -> Iterator[None]:
+        """While inside, slurmctld answers nobody, as when it is busy or its disk hangs."""
+        daemon = self._daemons["slurmctld"]
+        daemon.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            daemon.send_signal(signal.SIGCONT)
+
+    def verdict_begins(self) -> bool:
+        """Whether srun has returned somewhere and the batch script asks what follows."""
+        return any("launchers.job" in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
 
     def start_node(self, name: str) -> None:
         space = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]

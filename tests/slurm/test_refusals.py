@@ -12,7 +12,9 @@ from tests.slurm.conftest import Person
 @pytest.mark.parametrize(
     ("more", "code", "sentence"),
     [
-        (["cluster:partition=gpuu"], 2, "partition 'gpuu' is unknown to this cluster; it has main, urgent"),
+        (["cluster:partition=gpuu"], 2, "partition 'gpuu' is unknown to this cluster; it has main, urgent, closed"),
+        (["cluster:partition='main,gpuu'"], 2, "partition 'gpuu' is unknown to this cluster"),
+        (["cluster:partition=closed"], 2, "above the limit of partition closed, 00:00:00"),
         (["cluster:time=72:00"], 2, "a time is H:MM:SS or D-HH:MM:SS"),
         (["cluster:time=9-00:00:00"], 2, "above the limit of partition main, 7-00:00:00"),
         (["cluster:nodes=4", "cluster:tasks_per_node=1"], 2, "4 nodes are asked of partition main, which has 2"),

@@ -2,9 +2,12 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from launchers.chain import read_cluster, read_steps
+from launchers.slurm import script
 from tests.conftest import Stages
 from tests.slurm.conftest import Person
 
@@ -20,16 +23,27 @@ def straight(stages: Stages) -> bytes:
 
 
 def test_the_chain_with_a_signal_in_mid_step_ends_as_if_there_had_been_none(person: Person, straight: bytes) -> None:
+    """And with a slurmctld that does not answer when the job would go back into the queue."""
     jobs = person.submit("chain", "smoke", "run.experiment=chain", *LONG)
     assert set(jobs) == {"arm", "distill", "semi"}
+    cluster, overrides = read_cluster(
+        Path("configs/cluster/cpu.yaml"), [*person.overrides, "run.experiment=chain", *LONG]
+    )
+    logs = person.runs / "chain/slurm"
+    for step, before in zip(read_steps("chain", "smoke", overrides), ("", jobs["arm"], jobs["distill"]), strict=True):
+        submitted = (logs / f"{jobs[step.stage]}_submission.sh").read_text()
+        assert script(cluster, step, logs, before) == submitted  # what a plan shows is what runs
     person.until_step("chain", "arm", 20)
     subprocess.run(["scancel", "--signal=USR2", jobs["arm"]], check=True)
+    person.cluster.until(person.cluster.verdict_begins, "the verdict")
+    with person.cluster.silent_controller():
+        person.cluster.until(lambda: "not requeued yet" in person.logs(jobs["arm"]), "a requeue that is not heard")
     person.cluster.until(lambda: person.cluster.job(jobs["arm"]).restarts == 1, "the requeue")
     waiting = person.cluster.job(jobs["distill"])
     assert (waiting.state, waiting.reason) == ("PENDING", "Dependency")
     assert person.completed(jobs["arm"]).restarts == 1
     verdicts = person.verdicts("chain", jobs["arm"])
-    assert [row["code"] for row in verdicts] == [75, 0]
+    assert [(row["code"], row["then"]) for row in verdicts] == [(75, "back into the queue"), (0, "complete")]
     assert 20 <= verdicts[0]["checkpoint"] < STEPS
     assert person.weights("chain", "arm") == straight
     person.completed(jobs["distill"])
@@ -61,6 +75,13 @@ def test_without_a_requeue_left_an_interrupted_stage_is_a_failed_job(person: Per
     assert "running" in running
     assert f"waits for job {jobs['arm']}" in running
     subprocess.run(["scancel", jobs["semi"]], check=True)
+    cancelled = person.type("status", "spent", "--root", str(person.runs)).stdout.splitlines()[2]
+    assert f"job {jobs['semi']} was cancelled, while job {jobs['distill']}, its parent, goes on" in cancelled
+    for other, was in (("distill:optim.lr=3e-3", "optim.lr was 0.002"), ("cluster:time=0:30:00", "'1:00:00'")):
+        refused = person.slurm("chain", "smoke", *more, other)
+        assert refused.returncode == 2
+        assert "is in the queue with other values (1 keys differ; " in refused.stderr
+        assert was in refused.stderr
     again = person.submit("chain", "smoke", *more)  # what has left the queue, and that alone
     assert [again[stage] == jobs[stage] for stage in ("arm", "distill", "semi")] == [True, True, False]
     subprocess.run(["scancel", "--signal=USR2", jobs["arm"]], check=True)
@@ -70,15 +91,19 @@ def test_without_a_requeue_left_an_interrupted_stage_is_a_failed_job(person: Per
     assert "no requeue is left" in person.type("status", "spent", "--root", str(person.runs)).stdout
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(person: Person) -> None:
-    job = person.submit(
-        "arm", "configs/arm/smoke.yaml", "run.experiment=cancelled", "cluster:nodes=1", "loop.steps=3000"
-    )["arm"]
-    person.until_step("cancelled", "arm", 5)
+def test_a_real_time_limit_leads_back_into_the_queue_and_a_cancelled_job_stays_cancelled(person: Person) -> None:
+    more = ["run.experiment=limited", "cluster:nodes=1", "loop.steps=20000"]
+    limit = ["cluster:time=0:01:00", "cluster:signal_seconds=20", "cluster:partition='closed,main'"]
+    job = person.submit("arm", "configs/arm/smoke.yaml", *more, *limit)["arm"]
+    person.cluster.until(lambda: person.cluster.job(job).restarts == 1, "the time limit's requeue", 100)
+    reached = person.verdicts("limited", job)[0]["checkpoint"]
+    assert reached > 0
+    person.until_step("limited", "arm", reached + 5)
     subprocess.run(["scancel", job], check=True)
     ended = person.cluster.ended(job)
-    assert (ended.state, ended.restarts) == ("CANCELLED", 0)
+    assert (ended.state, ended.restarts) == ("CANCELLED", 1)
     assert not person.cluster.job(job).active
+    assert [(row["code"], row["then"]) for row in person.verdicts("limited", job)][:1] == [(75, "back into the queue")]
 
 
 def test_a_node_that_dies_in_mid_run_is_survived(person: Person, straight: bytes) -> None:

@@ -22,15 +22,21 @@ from pathlib import Path
 
 from pipeline.observe.tables import Table
 from tests.studies.paper import FOOTNOTES, LYAPEMA, PLAIN_EMA, Row, recipe, rows
-from tests.studies.semi import VIT
+from tests.studies.semi import BACKBONES
 
 RUNS = Path("runs")
 LT_LIST = "data/imagenet/ImageNet_LT_train.txt"
-# Of a bundled dataset: a Vision Mamba, a ViT or a residual network of its size, and what makes the method.
+# Of a bundled dataset: the study's Vision Mamba or ViT, or a residual network, and what makes the method; for stages 2 and 3.
 SMALL = {
-    "semivim": ("{name: vim_nano, patch_size: 8}", []),
-    "semivit": (VIT, ["mixup={pseudo: true}", "pseudo.smoothing=0.1"]),
-    "fixmatch": ("{name: timm/resnet10t, image_size: 32}", ["pseudo.labeller=student", "ema.mode=ema"]),
+    "semivim": (BACKBONES["vim"]["distill"], BACKBONES["vim"]["semi"]),
+    "semivit": (
+        BACKBONES["vit"]["distill"],
+        [*BACKBONES["vit"]["semi"], "mixup={pseudo: true}", "pseudo.smoothing=0.1"],
+    ),
+    "fixmatch": (
+        ["model={name: timm/resnet10t, image_size: 32}"],
+        ["pseudo.labeller=student", "ema.mode=ema"],
+    ),
 }
 SMALL_EMA = {LYAPEMA: [], PLAIN_EMA: ["ema.mode=ema"]}  # configs/semi/study.yaml is guarded
 
@@ -61,8 +67,7 @@ def commands(row: Row, dataset: str, nproc: int) -> list[list[str]]:
     begun = f"init_from={RUNS / parent / 'distill' / 'export'}"
     chosen = [*judged, begun]
     if small:
-        configs, (model, method) = ("study", "study"), SMALL[family]
-        first = [f"model={model}"]
+        configs, (first, method) = ("study", "study"), SMALL[family]
         own = [value for given in row.values for value in SMALL_EMA.get(given, [given])]
         second = [*method, *own]
     else:

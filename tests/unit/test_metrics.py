@@ -168,6 +168,19 @@ class TestBootstrap:
         found = paired([none, none], [all_right, none], 2, {})["top1"]
         assert (found.value, found.low, found.high) == (50.0, 50.0, 50.0)
 
+    def test_pairs_that_were_asked_other_samples_are_redrawn_separately(self) -> None:
+        """The variance of a mean of two: half of one's where they are independent, all of it where they are the same."""
+        labels = [0] * 400
+        first, second = answers_of(labels, [1] * 400), answers_of(labels, [0, 1] * 200)
+        elsewhere = [Answers(**{**vars(a), "positions": a.positions + 400}) for a in (first, second)]
+        together = paired([first] * 2, [second] * 2, 2, {})["top1"]
+        apart = paired([first, elsewhere[0]], [second, elsewhere[1]], 2, {})["top1"]
+        assert together.value == pytest.approx(50)
+        assert apart.value == pytest.approx(50)
+        widths = [d.high - d.low for d in (together, apart)]
+        assert widths[0] == pytest.approx(2 * 1.96 * 100 * 0.5 / 20, rel=0.1)
+        assert widths[1] == pytest.approx(widths[0] / 2**0.5, rel=0.1)
+
     def test_a_model_does_not_differ_from_itself(self) -> None:
         found = paired([FOURTEEN] * 2, [FOURTEEN] * 2, 3, GROUPS)
         assert {(d.value, d.low, d.high, d.p) for d in found.values()} == {(0.0, 0.0, 0.0, 1.0)}

@@ -62,6 +62,7 @@ class TestReceptiveField:
         )
 
     def test_it_is_a_mean_over_images_however_they_are_cut_into_batches(self) -> None:
+        torch.manual_seed(0)
         model = Stages(convolution(3), nn.Conv2d(1, 4, 3, padding=1), nn.GELU(), head=nn.Identity())
         images = torch.rand(4, 3, 9, 9)
         assert receptive_field(model, [images]) == pytest.approx(receptive_field(model, images.split(1)), rel=1e-5)
@@ -117,7 +118,7 @@ class TestGradCAM:
         if model.middle is not None:
             tokens = torch.cat([tokens[:, : model.middle], torch.zeros(1, 1, 64), tokens[:, model.middle :]], 1)
         assert tokens.shape == final[0].shape
-        assert torch.equal(sight.to_grid(tokens).flatten(2).transpose(1, 2), patches[0])
+        assert torch.equal(sight.to_grid(tokens, (32, 48)).flatten(2).transpose(1, 2), patches[0])
 
     def test_the_overlay_is_a_picture(self) -> None:
         pixels = overlay(torch.randn(2, 3, 8, 8), torch.rand(2, 8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -140,6 +141,45 @@ def test_every_family_has_a_map_with_gradients(name: str, size: int) -> None:
     assert field.shape == (size, size)
     assert np.isfinite(field).all()
     assert field.max() > 0
+
+
+# Layouts of timm: convolutions under several names, tokens with and without a cls token, channels last, three axes.
+TIMM = {
+    "timm/mobilenetv3_small_050": (64, 96),
+    "timm/densenet121": (64, 96),
+    "timm/levit_128s": (224, 224),  # the only size it takes
+    "timm/convnext_atto": (64, 96),
+    "timm/swin_tiny_patch4_window7_224": (64, 96),
+    "timm/vit_tiny_patch16_224": (64, 96),
+    "timm/mixer_s32_224": (96, 64),
+    "timm/xcit_nano_12_p16_224": (64, 96),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_last_map_is_found_where_timm_says_it_is(name: str) -> None:
+    """The map of the receptive field is the one that timm's own `forward_intermediates` gives, on images that are not square."""
+    torch.manual_seed(0)
+    model = build_model(name, image_size=TIMM[name], num_classes=2).eval()
+    images = torch.rand(2, 3, *TIMM[name])
+    sight = sight_of(model)
+    with torch.no_grad(), watched(sight.final) as seen:
+        model(images)
+        ours = sight.to_grid(seen[-1], TIMM[name])
+        plain = sight.final is not sight.explained
+        (theirs,) = model.model.forward_intermediates(images, indices=1, intermediates_only=True, norm=plain)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    maps = torch.stack([gradcam(model, images, torch.full((2,), c))[0] for c in range(2)])
+    assert maps.shape == (2, 2, *TIMM[name])
+    assert set(maps.amax((2, 3)).flatten().tolist()) <= {0.0, 1.0}  # fresh weights may have no evidence for a class
+
+
+def test_a_layout_that_timm_describes_otherwise_is_refused_by_a_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"MultiScaleVit keeps no map that is known here"):
+        sight_of(build_model("timm/mvitv2_tiny", image_size=224, num_classes=2))
+    crossed = build_model("timm/crossvit_tiny_240", image_size=240, num_classes=2)
+    with pytest.raises(ConfigError, match="where a map of 192 channels was expected"):
+        gradcam(crossed, torch.rand(1, 3, 240, 240))
 
 
 def test_a_network_without_a_map_is_refused() -> None:

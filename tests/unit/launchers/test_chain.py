@@ -8,6 +8,7 @@ import yaml
 from launchers.chain import open_steps, read_cluster, read_points, read_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.filesystem import file_system
+from launchers.refusals import check_shared
 from pipeline.config import load_config, parse_yaml
 from pipeline.errors import ConfigError, HandoverError
 from stages import STAGES
@@ -68,6 +69,13 @@ def test_a_sweep_is_a_grid_of_experiments_with_names_that_tell() -> None:
     assert [(p[0].config.optim.lr, p[0].config.run.seed) for p in points][2] == (2e-3, 0)
 
 
+def test_the_same_key_of_two_stages_makes_two_sweeps() -> None:
+    names = {
+        read_points("chain", "smoke", [], [f"{stage}:optim.lr=1e-3"])[0][0].config.run.experiment for stage in STAGES
+    }
+    assert names == {f"smoke-{stage}.lr_1e-3" for stage in STAGES}
+
+
 def test_a_sweep_with_a_value_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="two points would have the same name"):
         read_points("arm", "configs/arm/smoke.yaml", [], ["run.seed=0,0"])
@@ -103,6 +111,22 @@ class TestBeforeAnythingIsSubmitted:
         more = ["distill:data.loader.lanes=64", "distill:loop.global_batch=64"]
         with pytest.raises(ConfigError, match="lanes is 64, but there are only 51 labelled samples"):
             open_steps(read_steps("chain", "smoke", [*data, *more]), 2)
+
+
+def test_everything_a_rank_reads_must_lie_where_the_nodes_see_it(tmp_path: Path) -> None:
+    teacher = {"timm": "resnet50", "weights": str(tmp_path / "t.pt"), "cache": str(tmp_path / "cache")}
+    given = {
+        "init_from": (f"init_from={tmp_path}", "init_from"),
+        "teacher.export": (f"teacher={{export: {tmp_path}}}", "teacher.export"),
+        "teacher.weights": (f"teacher={teacher}", "teacher.weights"),
+        "weights.path": (f"weights={{path: {tmp_path / 'w.pt'}}}", "weights.path"),
+    }
+    cluster, _ = read_cluster(CPU, [f"cluster:shared=[{Path.cwd()}]"])
+    for key, (override, named) in given.items():
+        more = [] if key == "init_from" else ["init_from=null"]
+        step = read_steps("distill", "configs/distill/smoke.yaml", [override, *more])[0]
+        with pytest.raises(ConfigError, match=rf"^{named} = {tmp_path}.* is not on a file system that the nodes share"):
+            check_shared(step, cluster)
 
 
 def test_a_path_is_told_its_file_system_before_it_exists() -> None:

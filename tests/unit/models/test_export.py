@@ -1,20 +1,27 @@
 """The hand-over: what goes out comes in, and what is damaged, missing or foreign is refused with a sentence."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from pipeline.data.transforms import eval_views
 from pipeline.errors import HandoverError
-from pipeline.models import build_model
+from pipeline.models import build_from_config, build_model
+from pipeline.models.__main__ import main
 from pipeline.models.arm import ARM
 from pipeline.models.card import Card, LabelsSeen, Lineage, Preprocessing
-from pipeline.models.config import DecoderConfig, VisionMambaConfig
+from pipeline.models.config import EFFICIENTVIM_VARIANTS, DecoderConfig, VisionMambaConfig, family_of
 from pipeline.models.export import load_export, transfer, write_export
+from pipeline.models.hub import timm_config
 from pipeline.models.vision_mamba import resize_positions, sincos_positions
+from pipeline.ops.torchvision_cpu import allow_torchvision
 
 TINY = {"name": "vim_nano", "embed_dim": 16, "depth": 2}
 LABELLED = np.array([1, 4, 7])
@@ -53,6 +60,105 @@ def test_a_model_comes_back_with_equal_weights_and_answers(tmp_path: Path, kind:
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), model(images))
     assert not list(tmp_path.glob(".*"))
+
+
+def exported_family(folder: Path, name: str, **fields: Any) -> torch.nn.Module:
+    """A classifier of three classes with statistics that an evaluation must not ignore."""
+    torch.manual_seed(1)
+    config = family_of(name).model_validate({"name": name, "num_classes": 3, **fields})
+    model = build_from_config(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    probe = torch.randn(2, 3, *config.image_size)
+    known = card("classifier").model_copy(update={"model": config})
+    write_export(folder, card=known, weights=model.state_dict(), probe_images=probe, labels={"s": LABELLED})
+    return model.eval()
+
+
+NARROW = {"widths": (16, 24, 32), "depths": (1, 2, 1), "states": (16, 9, 4)}
+KNOWN_TO_TIMM = {
+    "efficientvim_m1": {"image_size": 64, **NARROW},
+    "efficientvim_m4_dist": {"image_size": (64, 96), **NARROW},
+    "efficientvim_nano": {"image_size": 64, "stem_stride": 16, **NARROW},
+    "timm/vit_tiny_patch16_224": {"image_size": 64, "options": {"depth": 2, "embed_dim": 48, "global_pool": "avg"}},
+    "timm/mobilenetv3_small_050": {"image_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_TO_TIMM)
+def test_timm_builds_it_from_the_folder_with_equal_answers_and_views(tmp_path: Path, name: str) -> None:
+    allow_torchvision()
+    import timm
+
+    model = exported_family(tmp_path / "export", name, **KNOWN_TO_TIMM[name])
+    height, width = model.image_size
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    images = torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        want = model(images)
+        torch.testing.assert_close(theirs(images), want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(load_export(tmp_path / "export")[0](images), want, rtol=0, atol=0)
+        file = tmp_path / "export" / "model.safetensors"
+        arguments = json.loads((tmp_path / "export" / "config.json").read_text())["model_args"] | {"num_classes": 3}
+        bare = timm.create_model(theirs.pretrained_cfg["architecture"], checkpoint_path=file, **arguments).eval()
+        assert torch.equal(bare(images), theirs(images))
+    assert theirs.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    if height == width:  # theirs does not crop a rectangle as ours does
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8))
+        encoded = io.BytesIO()
+        picture.save(encoded, format="png")
+        view = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))(picture)
+        ours = eval_views(model.image_size, mean=(0.5,) * 3, std=(0.5,) * 3)(encoded.getvalue(), 0)["images"]
+        assert (view - ours).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", [n for n in EFFICIENTVIM_VARIANTS if "nano" not in n])
+def test_timm_knows_every_published_efficientvim_by_our_values(name: str) -> None:
+    allow_torchvision()
+    import timm
+
+    config = family_of(name).model_validate({"name": name, "num_classes": 3})
+    known = timm_config(card("classifier").model_copy(update={"model": config}), torch.nn.Identity())
+    assert known is not None
+    assert known["architecture"] == name
+    with torch.device("meta"):
+        theirs, ours = timm.create_model(name, num_classes=3), build_from_config(config)
+        again = timm.create_model(name, num_classes=3, **known["model_args"])
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (theirs, ours, again)]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_what_timm_does_not_know_has_no_config_for_it(tmp_path: Path) -> None:
+    exported(tmp_path / "vim")
+    exported_family(tmp_path / "ablation", "efficientvim_nano", image_size=64, stem_stride=16, norm="bn", **NARROW)
+    for name in ("vim", "ablation"):
+        assert not (tmp_path / name / "config.json").exists()
+        assert 'library_name: "pytorch"' in (tmp_path / name / "README.md").read_text()
+
+
+def test_an_export_as_onnx_gives_its_answers(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="pip install -r requirements-onnx.txt")
+    runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
+    model = exported_family(tmp_path / "export", "efficientvim_nano", image_size=64, **NARROW)
+    path = tmp_path / "out" / "model.onnx"
+    assert main(["onnx", str(tmp_path / "export"), "--out", str(path)]) == 0
+    images = torch.randn(5, 3, 64, 64)
+    (answer,) = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(answer), model(images), rtol=1e-3, atol=1e-4)
+    about = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
+    assert about == {"classes": ["a", "b", "c"], "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
+
+
+def test_what_onnx_cannot_hold_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
+    exported(tmp_path / "export")
+    assert main(["onnx", str(tmp_path / "export"), "--out", str(tmp_path / "x.onnx")]) == 2
+    assert "vim_nano cannot be written as ONNX" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*x.onnx*"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "probe.safetensors", "labels/s.npy", "model.json"])

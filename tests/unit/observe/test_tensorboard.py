@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramValue
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -70,15 +70,25 @@ def test_names_without_a_room_are_not_drawn(tmp_path: Path) -> None:
     assert read(tmp_path).Tags()["scalars"] == ["train/loss"]
 
 
+def counts_of(histogram: HistogramValue) -> dict[int, int]:
+    """Class -> how often it was named: a bucket ends half a class above its number."""
+    buckets = zip(histogram.bucket_limit, histogram.bucket, strict=True)
+    return {int(limit - 0.5): int(count) for limit, count in buckets if count}
+
+
 def test_pictures_and_histograms_are_there(tmp_path: Path) -> None:
     board = Board(tmp_path, 0)
     board.image("views/labelled", torch.rand(3, 20, 30), 5)
     board.histogram("val/confidence", np.linspace(0, 1, 100), 5)
+    board.class_counts("pseudo/classes", np.array([3, 0, 1, 0]), 5)
+    board.class_counts("pseudo/classes", np.zeros(4, int), 6)  # where nothing counts there is nothing to draw
     board.close()
     (image,) = read(tmp_path).Images("views/labelled")
     assert (image.step, image.width, image.height) == (5, 30, 20)
     (histogram,) = read(tmp_path).Histograms("val/confidence")
     assert histogram.histogram_value.num == 100
+    (classes,) = read(tmp_path).Histograms("pseudo/classes")
+    assert counts_of(classes.histogram_value) == {0: 3, 2: 1}
 
 
 def test_the_layout_names_every_chart(tmp_path: Path) -> None:

@@ -45,6 +45,15 @@ def test_half_of_torchruns_names_is_refused() -> None:
         rendezvous({"RANK": "0"})
 
 
+def test_a_rank_that_is_not_its_task_is_refused() -> None:
+    both = {**SRUN, **TORCHRUN, "WORLD_SIZE": SRUN["SLURM_NTASKS"], "RANK": SRUN["SLURM_PROCID"]}
+    assert rendezvous(both)["RANK"] == SRUN["SLURM_PROCID"]
+    other = {**both, "RANK": str(int(SRUN["SLURM_PROCID"]) - 1)}
+    with pytest.raises(EnvironmentProblem, match="all tasks would take the same place; unset RANK"):
+        rendezvous(other)
+    assert rendezvous({**other, "TORCHELASTIC_RUN_ID": "x"})["RANK"] == other["RANK"]
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-007,9],cpu1", "gpu003"), ("a-b[2,4]", "a-b2")]
 )
