@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.evaluate.speed import Cost, inference
 from pipeline.models import build_model
-from pipeline.models.efficientvim import EfficientViM
-from pipeline.models.timm_model import TimmModel
 from pipeline.observe.extras import Section, write_section
 from pipeline.observe.figures import draw, lines
 from pipeline.observe.tables import Table
@@ -36,11 +33,8 @@ def run(
     costs: list[Cost] = []
     for size in sorted(set(sizes)):
         models = {name: build_model(name, image_size=size).eval() for name in names}
-        numbers = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-        if deployed:
-            models = {name: _deployed(model) for name, model in models.items()}
-        found = inference(models, dict.fromkeys(models, size), batch=batch, rounds=rounds, device=device)
-        costs += [c._replace(parameters=numbers[c.model]) for c in found]  # as trained: folded, some are no parameters
+        one_size = dict.fromkeys(models, size)
+        costs += inference(models, one_size, batch=batch, rounds=rounds, device=device, as_shipped=deployed)
         print(
             f"{size} px: " + ", ".join(f"{c.model} {c.images_per_second:.1f}/s" for c in costs if c.size == size),
             flush=True,
@@ -71,17 +65,6 @@ def run(
         )
     ]
     return write_section(out, Section("Efficiency of inference", [table], figures))
-
-
-def _deployed(model: nn.Module) -> nn.Module:
-    """The same function with fewer operations: ours fused, timm's reparameterised; any other as it is."""
-    if isinstance(model, EfficientViM):
-        return model.fuse()
-    if isinstance(model, TimmModel):
-        from timm.utils.model import reparameterize_model
-
-        return reparameterize_model(model.model).eval()
-    return model
 
 
 def place(device: torch.device) -> str:

@@ -5,15 +5,20 @@ which the models take turns, so that a slow moment of the machine falls on all; 
 not fit is halved until it does, as for the supplement's high resolutions.
 """
 
+import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from statistics import median
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import nn
 
+from pipeline.models.efficientvim import EfficientViM
 from pipeline.models.flops import forward_flops
+from pipeline.models.timm_model import TimmModel
 
 WARM_UP = 2
 
@@ -30,14 +35,26 @@ class Cost(NamedTuple):
 
 
 def inference(
-    models: Mapping[str, nn.Module], sizes: Mapping[str, int], *, batch: int, rounds: int, device: torch.device
+    models: Mapping[str, nn.Module],
+    sizes: Mapping[str, int],
+    *,
+    batch: int,
+    rounds: int,
+    device: torch.device,
+    as_shipped: bool = False,
 ) -> list[Cost]:
-    """Each model on random pixels (batch, 3, size, size) of its size. Raises torch's error if not even one image fits."""
-    fitting = {name: _fit(model.to(device).eval(), sizes[name], batch, device) for name, model in models.items()}
+    """Each model on random pixels (batch, 3, size, size) of its size; `as_shipped`: its deployed form is timed, while
+    parameters and multiply-adds are always those of the trained one. Raises torch's error if not even one image fits.
+    """
+    timed = {name: model.to(device).eval() for name, model in models.items()}
+    if as_shipped:
+        timed = {name: deployed(model, device) for name, model in timed.items()}
+    with _memory_that_can_run_out(device):
+        fitting = {name: _fit(model, sizes[name], batch, device) for name, model in timed.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     memory: dict[str, float | None] = dict.fromkeys(models)
     for k in range(WARM_UP + rounds):
-        for name, model in models.items():
+        for name, model in timed.items():
             images = torch.rand(fitting[name], 3, sizes[name], sizes[name], device=device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -67,6 +84,32 @@ def inference(
     return found
 
 
+def deployed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The same function with fewer operations: ours fused (on a CPU also packed), timm's reparameterised; any other as it is."""
+    if isinstance(model, EfficientViM):
+        return model.fuse().pack() if device.type == "cpu" else model.fuse()
+    if isinstance(model, TimmModel):
+        from timm.utils.model import reparameterize_model
+
+        return reparameterize_model(model.model).eval()
+    return model
+
+
+@contextmanager
+def _memory_that_can_run_out(device: torch.device) -> Iterator[None]:
+    """On a CPU Linux promises memory that it has not, and kills the process later: inside, such an allocation fails."""
+    if device.type != "cpu":
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = psutil.Process().memory_info().vms + psutil.virtual_memory().available
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def _fit(model: nn.Module, size: int, batch: int, device: torch.device) -> int:
     """The batch, halved until it fits."""
     while True:
@@ -74,7 +117,9 @@ def _fit(model: nn.Module, size: int, batch: int, device: torch.device) -> int:
             with torch.no_grad():
                 model(torch.rand(batch, 3, size, size, device=device))
             return batch
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator has no class of its own
-            if batch == 1 or "memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            # torch.OutOfMemoryError is a RuntimeError; a CPU's allocator and oneDNN have no class of their own.
+            said = str(error).lower()
+            if batch == 1 or not (isinstance(error, MemoryError) or "memory" in said or "bad_alloc" in said):
                 raise
             batch //= 2
