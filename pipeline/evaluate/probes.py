@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.evaluate.answers import LabelledBatch, gather
 from pipeline.evaluate.config import ProbeConfig
-from pipeline.evaluate.metrics import LabelledBatch
 
 QUERIES_AT_ONCE = 1024  # a table of cosines of this many rows at a time
 MAX_ITERATIONS = 200
@@ -55,9 +54,9 @@ def features_of(
     finally:
         handle.remove()
         model.train(was_training)
-    order = _over_ranks(torch.cat(indices))
+    order = gather(torch.cat(indices))
     real = order.argsort()[int((order < 0).sum()) :]
-    return Features(_over_ranks(torch.cat(rows))[real], _over_ranks(torch.cat(labels))[real])
+    return Features(gather(torch.cat(rows))[real], gather(torch.cat(labels))[real])
 
 
 def probe(bank: Features, queries: Features, config: ProbeConfig) -> dict[str, float]:
@@ -106,12 +105,3 @@ def linear_probe(bank: Features, queries: Tensor, classes: int, *, weight_decay:
 
     solver.step(objective)
     return F.linear(queries, weight, bias).detach()
-
-
-def _over_ranks(rows: Tensor) -> Tensor:
-    """The ranks' rows one rank after another; every rank has as many."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)

@@ -9,8 +9,6 @@ Prints a table, then one JSON object.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from pipeline.data.__main__ import main as data
+from tests.studies.runs import prepare, run
 
 PRETRAINING = {
     "random": ["loop.steps=1", "optim.warmup_steps=0", "optim.lr=1e-12"],  # no step that moves a weight visibly
@@ -80,17 +78,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     if args.images:
-        place = Place(Path("data") / args.images.name, Path(f"runs/study-arm-{args.images.name}"))
+        name = f"study-arm-{args.images.resolve().name}"  # a folder called digits is not the bundled dataset
+        place = Place(Path("data") / name, Path("runs") / name)
         for part in ("train", "test"):
-            code = data(["convert", "imagefolder", str(args.images / part), "--out", str(place.data / part)])
-            if code:
-                return code
+            prepare("convert", "imagefolder", str(args.images / part), "--out", str(place.data / part))
     else:
         place = Place(Path("data/digits"), Path("runs/study-arm"))
-        data(["convert", "digits", "--out", str(place.data)])
+        prepare("convert", "digits", "--out", str(place.data))
     for seed in args.seeds:
         split = ["split", str(place.data / "train"), "--out", str(place.split(seed)), "--seed", str(seed)]
-        data([*split, "--labelled", "0.1", "--validation-per-class", "15"])
+        prepare(*split, "--labelled", "0.1", "--validation-per-class", "15")
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in args.seeds:
             for jobs in ([("arm", n, n) for n in PRETRAINING], [("distill", r.name, r.pretraining) for r in ROWS]):
@@ -154,14 +151,7 @@ def _run(place: Place, seed: int, stage: str, name: str, pretraining: str) -> No
         f"data.train={place.data / 'train'}",
         f"data.split={place.split(seed)}",
     ]
-    command = [sys.executable, "-m", "stages", stage, f"configs/{stage}/demo.yaml", *values, *SHORT[stage], *own]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    print(
-        f"seed {seed}, {stage}, {name}: {'done' if done.returncode == 0 else done.stderr}", file=sys.stderr, flush=True
-    )
-    done.check_returncode()
+    run(stage, "demo", [*values, *SHORT[stage], *own], name=f"seed {seed}, {stage}, {name}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ is reused. Judged on the balanced test set, once. Prints a table, then one JSON 
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
-from pipeline.data.__main__ import main as data
+from tests.studies.runs import prepare, run
 
 DIGITS, RUNS = Path("data/digits"), Path("runs/study-distill")
 PROTOCOL = "--imbalance 10 --labelled 0.1 --validation-per-class 15".split()
@@ -30,19 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.studies.distill", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     seeds = parser.parse_args(arguments).seeds
-    data(["convert", "digits", "--out", str(DIGITS)])
+    prepare("convert", "digits", "--out", str(DIGITS))
     top1: dict[str, list[float]] = {row: [] for row in ROWS}
     for seed in seeds:
-        split = DIGITS / f"split-seed{seed}.json"
-        data(["split", str(DIGITS / "train"), "--out", str(split), *PROTOCOL, "--seed", str(seed)])
-        common = [f"run.root={RUNS}", f"run.seed={seed}", f"data.split={split}"]
-        run("arm", "demo", [*common, f"run.experiment=teacher-{seed}"])
-        run("distill", "demo", [*common, f"run.experiment=teacher-{seed}"])
+        prepare("split", str(DIGITS / "train"), "--out", str(split_of(seed)), *PROTOCOL, "--seed", str(seed))
         export = f"teacher.export={RUNS / f'teacher-{seed}' / 'distill' / 'export'}"
-        run("distill", "demo_efficientvim", [*common, f"run.experiment=taught-{seed}", export])
-        plain = [export, "teacher.unlabelled_ratio=0"]
-        run("distill", "demo_efficientvim", [*common, f"run.experiment=plain-{seed}", *plain])
-        run("distill", "demo_efficientvim", [*common, f"run.experiment=labels-{seed}", "teacher=null"])
+        begin("arm", "demo", seed, "teacher")
+        begin("distill", "demo", seed, "teacher")
+        begin("distill", "demo_efficientvim", seed, "taught", export)
+        begin("distill", "demo_efficientvim", seed, "plain", export, "teacher.unlabelled_ratio=0")
+        begin("distill", "demo_efficientvim", seed, "labels", "teacher=null")
         for row in ROWS:
             top1[row].append(judged(RUNS / f"{row}-{seed}" / "distill"))
         print(f"seed {seed}: " + ", ".join(f"{row} {values[-1]:.2f}" for row, values in top1.items()), flush=True)
@@ -57,13 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(stage: str, config: str, overrides: list[str]) -> None:
-    command = [sys.executable, "-m", "stages", stage, f"configs/{stage}/{config}.yaml", *overrides]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
+def begin(stage: str, config: str, seed: int, row: str, *own: str) -> None:
+    values = [f"run.root={RUNS}", f"run.seed={seed}", f"data.split={split_of(seed)}", f"run.experiment={row}-{seed}"]
+    run(stage, config, [*values, *own], name=f"seed {seed}, {stage}, {row}")
+
+
+def split_of(seed: int) -> Path:
+    return DIGITS / f"split-seed{seed}.json"
 
 
 def judged(folder: Path) -> float:

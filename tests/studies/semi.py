@@ -10,8 +10,6 @@ the paper reports of the same comparison on ImageNet, where it has one. The last
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +19,10 @@ from typing import NamedTuple
 
 from scipy.stats import t as student_t
 
-from pipeline.data.__main__ import main as data
 from pipeline.observe.tables import Table
 from tests.studies.paper import FOOTNOTES
 from tests.studies.paper import rows as paper_rows
+from tests.studies.runs import prepare, run
 
 RUNS, DATA = Path("runs/study"), Path("data")
 DATASETS = {"digits": "0.1", "letters": "0.2"}  # and the share of each class that is labelled
@@ -111,10 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _runs(dataset: str, rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> dict[str, list[dict[str, float]]]:
     """All runs of a dataset, those that are done left as they are: row -> metrics of each seed."""
-    data(["convert", dataset, "--out", str(DATA / dataset)])
+    prepare("convert", dataset, "--out", str(DATA / dataset))
     for seed in seeds:
         split = ["split", str(DATA / dataset / "train"), "--out", str(_split(dataset, seed)), "--seed", str(seed)]
-        data([*split, *f"--imbalance 10 --labelled {DATASETS[dataset]} --validation-per-class 10".split()])
+        prepare(*split, *f"--imbalance 10 --labelled {DATASETS[dataset]} --validation-per-class 10".split())
     backbones = sorted({row.backbone for row in rows})
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda job: _stage_2(dataset, *job), [(s, b) for s in seeds for b in backbones]))
@@ -215,21 +213,11 @@ def _stage_3(dataset: str, seed: int, row: Row) -> None:
 
 
 def _run(dataset: str, seed: int, stage: str, name: str, own: Sequence[str]) -> None:
-    """One run; the stage reuses what is done, and refuses another config under the same name."""
     folder = _folder(dataset, seed, name)
     where = [f"data.{part}={DATA / dataset / part}" for part in ("train", "test")]
     values = [f"run.root={RUNS}", f"run.experiment={folder.name}", f"run.seed={seed}", *where]
-    command = [sys.executable, "-m", "stages", stage, f"configs/{stage}/study.yaml", *values]
-    done = subprocess.run(
-        [*command, f"data.split={_split(dataset, seed)}", *own],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    said = "done" if done.returncode == 0 else done.stderr
-    print(f"{dataset}, seed {seed}, {stage}, {name}: {said}", file=sys.stderr, flush=True)
-    done.check_returncode()
+    values.append(f"data.split={_split(dataset, seed)}")
+    run(stage, "study", [*values, *own], name=f"{dataset}, seed {seed}, {stage}, {name}")
 
 
 def _folder(dataset: str, seed: int, name: str) -> Path:

@@ -1,5 +1,7 @@
 """Configs: what is refused, and with which words."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,12 @@ def test_every_config_in_the_house_is_valid_and_tells_its_story(path: Path) -> N
     header = path.read_text().split("\n\n")[0] if "\n\n" in path.read_text() else path.read_text()
     assert "# Command" in header
     assert "# Expected" in header
+    said = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    for other, arguments in re.findall(r'CONFIG=(\S+)|ARGS="([^"]*)"', said):
+        if other:
+            path = ROOT / other
+        else:  # of the command last named
+            load_config(STAGES[path.parent.name].config, path, shlex.split(arguments))
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tests.studies.tables as tables
 from pipeline.config import load_config
 from pipeline.data.config import SplitConfig
+from pipeline.data.manifest import SAMPLE, Manifest
+from pipeline.data.splits import make_split
 from stages import STAGES
 from stages.configs import DistillConfig, SemiConfig
-from tests.studies.paper import FOOTNOTES, Row, rows
+from tests.studies.paper import FOOTNOTES, TRAIN_IMAGES, Row, long_tail, rows
 from tests.studies.semi import METRICS, gains, means
 from tests.studies.semi import ROWS as STUDY
 
@@ -89,6 +92,46 @@ def test_rows_share_a_stage_2_and_differ_in_one_thing() -> None:
     assert all(other == others[0] for other in others)
 
 
+def test_a_pair_of_table_4_differs_in_its_backbone_and_a_column_in_its_average() -> None:
+    """Semi-ViT beside Semi-ViM: but for names, parents, the model and SSMixup the stages are one; with LyapEMA beside without:
+    but for what LyapEMA adds to the decay; the configs in the house say the same."""
+    found = {name: configs(row, "imagenet") for name, row in ROWS.items() if name.startswith("T4-")}
+    apart = {"run": True, "init_from": True, "weights": True, "model": True, "ssmixup": True}
+    for name, mine in ((name, stages) for name, stages in found.items() if "semivim" in name):
+        other = found[name.replace("semivim", "semivit")]
+        for stage in ("distill", "semi"):
+            assert mine[stage].model_dump(exclude=apart) == other[stage].model_dump(exclude=apart), (name, stage)
+        assert mine["distill"].model.drop_path == other["distill"].model.drop_path
+    added = {"mode", "gamma", "max_decay", "radius_steps"}
+    for name in (name for name in found if name.endswith("-ema")):
+        without, with_it = found[name]["semi"], found[name.replace("-ema", "-lyapema")]["semi"]
+        changed = {"run": True, "ema": added}
+        assert without.model_dump(exclude=changed) == with_it.model_dump(exclude=changed), name
+        assert (without.ema.mode, with_it.ema.mode) == ("ema", "guarded")
+    shipped = load_config(SemiConfig, ROOT / "configs/semi/imagenet_semivim_base_10pct.yaml")
+    row = found["T4-semivim-base-IF10-10pct-lyapema"]["semi"]
+    assert shipped.ema == row.ema
+    assert (shipped.mixup, shipped.pseudo, shipped.optim.lr) == (row.mixup, row.pseudo, row.optim.lr)
+
+
+def test_the_images_of_a_row_are_those_of_its_split() -> None:
+    """Of a split made of as many images, IF 1000 at 1 %, where one label a class decides; and ImageNet-LT's known counts."""
+    row = ROWS["T4-semivim-base-IF1000-1pct-ema"]
+    samples = np.zeros(1000 * 1300, SAMPLE)
+    samples["label"] = np.repeat(np.arange(1000), 1300)
+    header = {"location": "", "classes": [str(c) for c in range(1000)], "shards": []}
+    manifest = Manifest(Path("nowhere"), header, "hash", samples, np.zeros(0, np.uint8))
+    config = SplitConfig(imbalance=row.imbalance, labelled=0.01, ood_classes=row.outside, validation_per_class=10)
+    split = make_split(manifest, config, seed=0)
+    labelled, unlabelled = row.images()
+    assert split.counts("labelled").sum() == pytest.approx(labelled, rel=0.01)
+    assert split.counts("unlabelled").sum() == pytest.approx(unlabelled, rel=0.01)
+    assert sum(ROWS["T1-none-10pct"].images()) == TRAIN_IMAGES - 10_000
+    sizes = long_tail()
+    assert (sizes.sum(), sizes.min(), sizes.max()) == pytest.approx((115_846, 5, 1280), rel=0.06)
+    assert ((sizes > 100).sum(), (sizes < 20).sum()) == pytest.approx((385, 136), rel=0.09)  # many-, few-shot classes
+
+
 def test_tau_is_chosen_on_the_validation_part_and_ours_stands_beside_the_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +149,19 @@ def test_tau_is_chosen_on_the_validation_part_and_ours_stands_beside_the_reporte
     assert cells["T3-1pct-0.80"] == ["66.15", "90.00", "62.00"]
     assert cells["T3-1pct-0.50"] == ["62.45", "", ""]
     assert "tau was tuned on it" in made.note
+
+
+def test_classes_that_were_never_trained_on_are_judged_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RUNS", tmp_path)
+    measured = {"top1": 59.4, "head": 80.0, "tail": 20.0}
+    for imbalance, seen in ((10, {}), (1000, {"top1_seen": 60.0})):
+        row = ROWS[f"T4-semivim-base-IF{imbalance}-1pct-lyapema"]
+        folder = tmp_path / tables.experiment(row, "imagenet") / "semi"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("{}\n")
+        (folder / "evaluation.json").write_text(json.dumps({"models": {"teacher": measured | seen}}))
+        top1 = "60.00" if seen else "59.40"
+        assert tables.results([row], "imagenet").rows[0][3] == f"{top1}/80.00/20.00"
 
 
 def test_the_studys_tables_say_what_the_paper_reports_of_the_same_comparison() -> None:
