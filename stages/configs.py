@@ -20,6 +20,7 @@ from pipeline.models.config import (
     SSMixupConfig,
     VisionMambaConfig,
     check_clusters,
+    check_taps,
 )
 from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
 
@@ -113,9 +114,7 @@ class ArmConfig(StageConfig):
     @model_validator(mode="after")
     def _clusters(self) -> Self:
         check_clusters(self.model)
-        taps = self.decoder.taps or ()
-        if taps and (max(taps) > self.model.depth or list(taps) != sorted(set(taps))):
-            raise ValueError(f"decoder.taps {taps} must rise and end at model.depth {self.model.depth} at most")
+        check_taps(self.decoder, self.model)
         return self
 
     @model_validator(mode="after")
@@ -334,7 +333,10 @@ class SemiConfig(StageConfig):
     def _pairs(self) -> Self:
         mixed = self.mixup.labelled_mixup or self.mixup.labelled_cutmix
         self.refuse_lone("mixing labelled images", 1 if mixed else 0)
-        self.refuse_lone("mixing unlabelled images", self.unlabelled_ratio if self.mixup.pseudo or self.ssmixup else 0)
+        paired = self.mixup.pseudo or (
+            self.ssmixup and (self.ssmixup.psi == "pair" or self.ssmixup.axis != "direction")
+        )
+        self.refuse_lone("mixing unlabelled images", self.unlabelled_ratio if paired else 0)
         return self
 
     def parents(self) -> dict[str, Path]:

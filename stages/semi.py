@@ -96,7 +96,7 @@ class SemiTask(Task):
         c, partner = self.config, batch.partner()
         images, targets, accepted = batch.strong, pseudo.targets, pseudo.accepted
         if c.mixup.pseudo:
-            images, targets, _ = mix_by_confidence(images, targets, pseudo.confidence, partner, c.mixup.cut_share)
+            images, targets = mix_by_confidence(images, targets, pseudo.confidence, partner, c.mixup.cut_share)
             accepted = torch.maximum(accepted, accepted[partner])
         if c.ssmixup is None:
             return images, targets, accepted, None

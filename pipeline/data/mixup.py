@@ -24,16 +24,16 @@ def mix(images: Tensor, targets: Tensor, partner: Tensor, ratio: Tensor, cut: Te
 
 def mix_by_confidence(
     images: Tensor, targets: Tensor, confidence: Tensor, partner: Tensor, cut_share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilistic pseudo-mixup (Cai et al. 2022, Semi-ViT): own share c / (c + c of the partner), and the larger of both
-    confidences; each image is cut with probability `cut_share`.
+) -> tuple[Tensor, Tensor]:
+    """Probabilistic pseudo-mixup (Cai et al. 2022, Semi-ViT): own share c / (c + c of the partner); each image is cut with
+    probability `cut_share`.
 
     Deviation: Semi-ViT pairs by a random permutation of a process's batch, this inside lanes, alike at every world size.
     """
     ratio = pair_ratio(confidence, partner)
     cut = torch.rand(len(images), device=images.device) < cut_share
     mixed, targets, _ = mix(images, targets, partner, ratio, cut)
-    return mixed, targets, torch.maximum(confidence, confidence[partner])
+    return mixed, targets
 
 
 def mix_at_random(

@@ -18,8 +18,8 @@ def with_outside(
 
 
 def open_set(table: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]]) -> dict[str, float]:
-    """From the confusion (C, C), true by predicted, in percent: top1 over the classes seen, and of the images of the others
-    the shares that are called a head, medium or tail class. Empty where every class was seen."""
+    """From the confusion (C, C), true by predicted, in percent: top1 and the mean class among the classes seen, and of the
+    images of the others the shares that are called a head, medium or tail class. Empty where every class was seen."""
     if OUTSIDE not in groups:
         return {}
     outside = groups[OUTSIDE]
@@ -30,5 +30,10 @@ def open_set(table: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]]) 
         for name, classes in groups.items()
         if name != OUTSIDE
     }
-    right = float(table.diagonal()[seen].sum())
-    return {"top1_seen": 100.0 * right / max(1, int(table[seen].sum())), "ood_samples": strangers, **called}
+    right, total = table.diagonal()[seen], table[seen].sum(1)
+    return {
+        "top1_seen": 100.0 * float(right.sum()) / max(1, int(total.sum())),
+        "balanced_seen": 100.0 * float((right[total > 0] / total[total > 0]).mean()) if total.any() else 0.0,
+        "ood_samples": strangers,
+        **called,
+    }

@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.config import PRETRAINING_FORM, DecoderConfig, VisionMambaConfig, check_clusters, default_taps
+from pipeline.models.config import (
+    PRETRAINING_FORM,
+    DecoderConfig,
+    VisionMambaConfig,
+    check_clusters,
+    check_taps,
+    default_taps,
+)
 from pipeline.models.vision_mamba import VisionMamba, cluster_order, sincos_positions
 
 
@@ -51,6 +58,7 @@ class ARM(nn.Module):
     def __init__(self, backbone: VisionMambaConfig, decoder: DecoderConfig) -> None:
         super().__init__()
         check_clusters(backbone)
+        check_taps(decoder, backbone)
         self.backbone = VisionMamba(**{**backbone.model_dump(exclude={"name"}), **PRETRAINING_FORM})
         self.backbone.norm_f = nn.Identity()  # the taps below have norms of their own
         width, dim, grid = decoder.width, backbone.embed_dim, backbone.grid_size

@@ -151,6 +151,8 @@ class VisionMambaConfig(FamilyConfig):
             raise ValueError("ssmixup blends opposite directions: it needs directions 2 or 4, not 1")
         if self.ssmixup and not self.ssmixup.blocks(self.depth) <= set(range(1, self.depth + 1)):
             raise ValueError(f"ssmixup.layers {self.ssmixup.layers} must lie in 1 to depth {self.depth}")
+        if self.ssmixup and self.ssmixup.layers == ():
+            raise ValueError('ssmixup.layers is empty, which mixes nothing: name blocks, a number of them, or "all"')
         return self
 
     @property
@@ -184,6 +186,13 @@ class DecoderConfig(Strict):
 def default_taps(depth: int) -> tuple[int, ...]:
     """Blocks 6, 8, 10, 12 of 12 and 12, 16, 20, 24 of 24 (ARM); for other depths the same fractions, rounded."""
     return tuple(sorted({max(1, round(depth * (3 + i) / 6)) for i in range(4)}))
+
+
+def check_taps(decoder: DecoderConfig, model: VisionMambaConfig) -> None:
+    """Raises ValueError unless the decoder's taps are blocks of the model, each once, in order."""
+    taps = decoder.taps or ()
+    if taps and (max(taps) > model.depth or list(taps) != sorted(set(taps))):
+        raise ValueError(f"decoder.taps {taps} must rise and end at model.depth {model.depth} at most")
 
 
 def check_clusters(model: VisionMambaConfig) -> None:

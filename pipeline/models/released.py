@@ -33,6 +33,7 @@ ImageSize = tuple[int, int] | None
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a block
 HEAD_WIDTH = 64
 NUM_TAPS = 4
+_USUAL_SIDE = 224  # pixels of the images that Vim's released models were trained on
 
 
 class Layout(NamedTuple):
@@ -143,6 +144,11 @@ def _geometry(tokens: int, patch: int, image_size: ImageSize) -> tuple[tuple[int
         side = math.isqrt(tokens)
         if side * side != tokens or not side:
             raise HandoverError(f"its {tokens} positions are no square; give --image-size HEIGHT WIDTH")
+        if (side - 1) * patch // 2 + patch == _USUAL_SIDE:  # Vim's fine-grained models: patches that overlap by half
+            raise HandoverError(
+                f"its {tokens} positions are {side} x {side} patches of {patch} px side by side, or of {_USUAL_SIDE} px"
+                f" overlapping by half; say which: --image-size {side * patch} or --image-size {_USUAL_SIDE}"
+            )
         return (side * patch, side * patch), None
     for stride in range(patch, 0, -1):
         if math.prod((side - patch) // stride + 1 for side in image_size) == tokens:

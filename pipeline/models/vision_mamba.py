@@ -372,7 +372,7 @@ class VisionMamba(nn.Module):
         if "cls_token" in weights:
             slot = patches // 2
         side = math.isqrt(patches)
-        if patches == self.num_patches or side * side != patches:
+        if (side, side) == self.grid_size or side * side != patches:
             return weights
         return {**weights, "pos_embed": resize_positions(positions, (side, side), self, slot)}
 

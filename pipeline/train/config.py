@@ -153,8 +153,8 @@ class LyapEMAConfig(Strict):
     def _preset(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("preset", "none") != "supplement":
             return values
-        if "gamma" not in values:
-            raise ValueError("preset supplement needs gamma (and pull, its lambda): the source prints no value for it")
+        if missing := [name for name in ("gamma", "pull") if name not in values]:
+            raise ValueError(f"preset supplement needs {' and '.join(missing)}: the source prints no value for it")
         for name, decided in SUPPLEMENT.items():
             if values.get(name, decided) != decided:
                 raise ValueError(f"{name} = {values[name]!r}: preset supplement decides it ({decided!r}); leave it out")
@@ -164,6 +164,11 @@ class LyapEMAConfig(Strict):
     def _bounds(self) -> Self:
         if self.min_decay > self.max_decay:
             raise ValueError(f"min_decay {self.min_decay} is above max_decay {self.max_decay}")
+        if self.mode != "ema" and not self.min_decay <= self.base_decay < self.max_decay:
+            raise ValueError(
+                f"base_decay {self.base_decay} must lie from min_decay {self.min_decay} to below max_decay {self.max_decay}:"
+                f" otherwise the decay of mode {self.mode} is clamped to a constant"
+            )
         if (self.final_decay is None) != (self.ramp_steps == 0):
             raise ValueError("final_decay and ramp_steps belong together: give both or neither")
         if self.final_decay is not None and self.mode != "ema":

@@ -67,6 +67,7 @@ class Engine:
         self.base_optimizer: torch.optim.Optimizer = optimizer
         self.named_parameters = [(n, p) for n, p in self._deepspeed.module.named_parameters() if p.requires_grad]
         self.shards = self._find_shards()
+        self._clear_padding()
         self.replicated = config.zero_stage == 0 or world.size == 1
         self._norm = torch.zeros(())
         self._layout: list[list[tuple[str, int, int]]] | None = None
@@ -227,6 +228,15 @@ class Engine:
                 if numel > 0:
                     shards.append(Shard(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset))
         return shards
+
+    def _clear_padding(self) -> None:
+        """DeepSpeed pads a rank's part of a parameter with memory as it was found, a huge number or a NaN by chance: it would
+        count in every norm that is taken over a whole flat tensor. Its gradient is zero, so it stays what it is made here."""
+        for flat in self.masters:
+            own = sorted((shard.offset, shard.offset + shard.numel) for shard in self.shards if shard.flat is flat)
+            ends, starts = [0, *(end for _, end in own)], [*(start for start, _ in own), flat.numel()]
+            for end, start in zip(ends, starts, strict=True):
+                flat.detach().view(-1)[end:start].zero_()
 
     def _refresh_compute_copies(self, read: Callable[[str, str, int, int], Tensor]) -> None:
         """Under ZeRO the weights that compute are copies of the masters: bring them up to date."""

@@ -21,6 +21,7 @@ def test_strangers_are_judged_apart_and_followed_to_where_they_go() -> None:
     table[3, 0] = 5
     assert open_set(table, groups) == {
         "top1_seen": 75.0,
+        "balanced_seen": 100 * (1 + 1 + 1 / 6) / 3,
         "ood_samples": 12,
         "ood_called_head": 100 * 10 / 12,
         "ood_called_medium": 100 * 2 / 12,

@@ -104,17 +104,18 @@ def test_the_shapes_of_an_efficientvim_tell_its_variant(name: str) -> None:
     assert config == validate(type(config), {"name": name, "num_classes": 7}, "")
 
 
-def test_a_released_vim_starts_a_model_of_other_classes_and_another_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(24, 16), (8, 32)], ids=["more patches", "as many in another shape"])
+def test_a_released_vim_starts_a_model_of_other_classes_and_another_size(tmp_path: Path, size) -> None:
     """As `weights` of stage 2 does: only the head is new, and cls keeps its position in the middle."""
     state = released.filled(SMALL["vim"])
     path = saved(tmp_path, released.checkpoint(state))
-    target = build_model("vim_tiny", embed_dim=32, depth=2, image_size=(24, 16), patch_size=4, num_classes=3)
+    target = build_model("vim_tiny", embed_dim=32, depth=2, image_size=size, patch_size=4, num_classes=3)
     report = load_weights(target, path)
     assert sorted(report.fresh) == sorted(report.dropped) == ["head.bias", "head.weight"]
     assert torch.equal(target.pos_embed[0, target.middle], state["pos_embed"][0, 8])
     grid = state["pos_embed"][:, [i for i in range(17) if i != 8]].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
-    resized = F.interpolate(grid, size=(6, 4), mode="bicubic").flatten(2).transpose(1, 2)
-    own = [i for i in range(25) if i != target.middle]
+    resized = F.interpolate(grid, size=target.grid_size, mode="bicubic").flatten(2).transpose(1, 2)
+    own = [i for i in range(target.num_patches + 1) if i != target.middle]
     torch.testing.assert_close(target.pos_embed[:, own], resized)
     with pytest.raises(HandoverError, match="does not fit this model"):
         load_weights(target, saved(tmp_path, released.filled(SMALL["arm_pretraining"])))
@@ -177,6 +178,15 @@ def test_the_geometry_follows_from_the_positions_and_the_image_size(tokens, give
     state = released.filled(released.vim(dim=16, depth=1, tokens=tokens, classes=2, patch=4))
     model = convert(saved(tmp_path, state), tmp_path / "export", image_size=given).model
     assert (model.image_size, model.stride) == (size, stride)
+
+
+def test_patches_that_may_overlap_by_half_are_asked_about(tmp_path: Path) -> None:
+    """Vim's fine-grained models: 27 x 27 positions are 432 px side by side, or 224 px at a stride of 8."""
+    state = released.filled(released.vim(dim=16, depth=1, tokens=730, classes=2, patch=16))
+    path = saved(tmp_path, state)
+    with pytest.raises(HandoverError, match="--image-size 432 or --image-size 224"):
+        convert(path, tmp_path / "export")
+    assert convert(path, tmp_path / "export", image_size=(224, 224)).model.stride == 8
 
 
 class Hostile:

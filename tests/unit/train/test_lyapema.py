@@ -104,7 +104,7 @@ def test_without_sensitivity_and_pull_it_is_a_plain_average() -> None:
 def test_the_supplements_rule_is_a_half_where_student_and_teacher_agree() -> None:
     weights, optimizer = student()
     paper = LyapEMAConfig(mode="lyap", norm="l2", gamma=1.0, base_decay=0.5, max_decay=1.0, **NO_WARMUP)
-    assert LyapEMAConfig(preset="supplement", gamma=1.0) == paper.model_copy(update={"preset": "supplement"})
+    assert LyapEMAConfig(preset="supplement", gamma=1.0, pull=0.0) == paper.model_copy(update={"preset": "supplement"})
     ema = LyapEMA(weights, optimizer, paper)
     assert float(ema.update()["ema/alpha"].total) == 0.5
     move(weights, optimizer, 2.0)
@@ -162,10 +162,21 @@ def test_a_restored_teacher_takes_the_very_same_next_step() -> None:
 
 
 def test_the_supplements_preset_wants_what_the_supplement_does_not_print() -> None:
-    with pytest.raises(ValidationError, match="prints no value"):
+    with pytest.raises(ValidationError, match="needs gamma and pull: the source prints no value"):
         LyapEMAConfig(preset="supplement")
+    with pytest.raises(ValidationError, match="needs pull"):
+        LyapEMAConfig(preset="supplement", gamma=1.0)
     with pytest.raises(ValidationError, match="preset supplement decides it"):
-        LyapEMAConfig(preset="supplement", gamma=1.0, norm="lag")
+        LyapEMAConfig(preset="supplement", gamma=1.0, pull=1e-3, norm="lag")
+
+
+@pytest.mark.parametrize(
+    "values", [{"base_decay": 0.999}, {"base_decay": 0.9999}, {"base_decay": 0.2, "min_decay": 0.5}]
+)
+def test_a_decay_that_would_always_be_clamped_is_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="clamped to a constant"):
+        LyapEMAConfig(mode="lyap", **values)
+    assert LyapEMAConfig(mode="ema", **values).base_decay == values["base_decay"]
 
 
 def test_the_decay_rises_with_the_fall_of_energy_and_falls_with_its_rise() -> None:
