@@ -102,7 +102,7 @@ fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)
 
 test: $(STAMP)  ## all tests but those that start a SLURM; warnings are errors
-	$(PY) -m pytest tests --ignore=tests/slurm
+	$(PY) -m pytest tests --ignore=tests/slurm -n 2 --dist loadfile
 
 test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm): under 5 minutes
 	$(PY) -m pytest tests/slurm -rs
