@@ -80,7 +80,9 @@ def _count(text: str) -> int:
 
 def _say(manifest: "Manifest", existed: bool) -> None:
     state = "already there" if existed else "written"
-    print(f"{manifest.folder}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {state}")
+    names = ", ".join(manifest.classes[:4]) + (", ..." if len(manifest.classes) > 4 else "")
+    classes = f" of {len(manifest.classes)} classes ({names})" if manifest.classes else ""
+    print(f"{manifest.folder}: {manifest.num_samples} samples{classes} in {len(manifest.shards)} shards, {state}")
 
 
 def _convert_digits(args: argparse.Namespace) -> None:

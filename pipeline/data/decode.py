@@ -63,7 +63,9 @@ def decode_with_pillow(data: bytes) -> Pixels:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             _check_size(image.width, image.height)
             return np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
+    except UnidentifiedImageError:  # whose text names an object in memory
+        raise UnreadableImage("not a readable image (of no known format)") from None
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
         raise UnreadableImage(f"not a readable image ({type(error).__name__}: {error})") from None
 
 

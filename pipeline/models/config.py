@@ -62,8 +62,10 @@ class FamilyConfig(Strict):
             return values
         name = values.get("name")
         if name is not None and not cls.knows(str(name)):
+            elsewhere = any(family.knows(str(name)) for family in FAMILIES)
             raise ValueError(
-                f"model name {name!r} is unknown; known: {', '.join(nearest(str(name), list(cls.variants)))}"
+                f"model name {name!r} is {'of a family that is not taken here' if elsewhere else 'unknown'}; known:"
+                f" {', '.join(nearest(str(name), list(cls.variants)))}"
             )
         values = {**cls.variants.get(str(name), {}), **values}
         if isinstance(values.get("image_size"), int):

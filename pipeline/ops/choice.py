@@ -110,6 +110,7 @@ def choose_scan(kind: str = "auto", device: torch.device | str = "cpu") -> Opera
         nearest = difflib.get_close_matches(kind, SCANS, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"scan {kind!r} is not one of auto, {', '.join(SCANS)}{hint}")
+    absent = []
     for name in SCANS if kind == "auto" else (kind,):
         try:
             operators = SCANS[name](device)
@@ -120,14 +121,15 @@ def choose_scan(kind: str = "auto", device: torch.device | str = "cpu") -> Opera
         except Missing as reason:
             if kind != "auto":
                 raise
-            logger.info("scan on %s: %s is not available: %s", device.type, name, reason)
+            absent.append(f"{name} is not available: {reason}")
         except Failing as reason:
             if kind != "auto":
                 raise
             logger.error("scan on %s: %s is installed but FAILS and is passed over: %s", device.type, name, reason)
         else:
             _chosen[device.type] = operators
-            logger.info("scan on %s: %s runs (relative error to the reference %.1e)", device.type, name, error)
+            others = f" ({'; '.join(absent)})" if absent else ""
+            logger.info("scan on %s: %s, relative error to the reference %.1e%s", device.type, name, error, others)
             return operators
     raise AssertionError("the reference serves everywhere")
 

@@ -53,7 +53,7 @@ def test_an_image_folder_keeps_its_bytes_and_classes(tree: Path, tmp_path: Path,
     command = ["convert", "imagefolder", str(tree), "--out", str(tmp_path / "out"), "--samples-per-shard", "4"]
     assert main(command) == 0
     assert main(command) == 0
-    assert "15 samples in 4 shards, already there" in capsys.readouterr().out
+    assert "15 samples of 3 classes (ant, b.ee, cat) in 4 shards, already there" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "out")
     assert manifest.classes == ("ant", "b.ee", "cat")
     expected = {
