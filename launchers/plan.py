@@ -29,6 +29,7 @@ from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import replace_text
 from pipeline.train.peak import peak_flops
+from pipeline.train.run import has_begun, identity_sha256
 from stages.check import Parts, check, derive_batches, open_data, streams
 from stages.configs import SemiConfig, StageConfig
 
@@ -40,21 +41,27 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 
 def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
-    """Print and write the plan; returns 0, or the exit code of the first thing that stands in the way."""
-    plan, problems = write(steps, cluster)
-    show(plan, steps[0].folder.parent)
+    """Print and write the plan; returns 0, or the exit code of the first thing that stands in the way.
+
+    Where the experiment has begun, a plan that cannot be is only printed: the one it was begun by stays.
+    """
+    plan, problems = make(steps, cluster)
+    kept = bool(problems) and any(has_begun(step.folder) for step in steps)
+    if not kept:
+        write(plan, steps, cluster)
+    show(plan, None if kept else steps[0].folder.parent)
     return problems[0].exit_code if problems else 0
 
 
 def before(steps: Sequence[Step], nproc: int) -> None:
     """Write the plan of a chain on this machine, unless it has begun: a plan is made before, not after."""
-    if not any(step.folder.exists() for step in steps):
+    if not any(has_begun(step.folder) for step in steps):
         cluster, _ = read_cluster(HERE, ["cluster:nodes=1", f"cluster:tasks_per_node={nproc}"])
-        write(steps, cluster)
+        write(make(steps, cluster)[0], steps, cluster)
 
 
-def write(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any], list[PipelineError]]:
-    """The plan, whose files are now in the experiment's folder, and what stands in the way."""
+def make(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any], list[PipelineError]]:
+    """The plan, and what stands in the way."""
     pending: dict[Path, StageConfig] = {}
     stages: list[dict[str, Any]] = []
     problems: list[PipelineError] = []
@@ -83,6 +90,12 @@ def write(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any]
         "disk": {"needed": needed, "free": free},
         "problems": [str(p) for p in problems],
     }
+    return plan, problems
+
+
+def write(plan: Mapping[str, Any], steps: Sequence[Step], cluster: ClusterConfig) -> None:
+    """Its files, into the experiment's folder."""
+    folder = steps[0].folder.parent
     (folder / "plan").mkdir(parents=True, exist_ok=True)
     replace_text(folder / "plan.json", json.dumps(plan, indent=1))
     for i, step in enumerate(steps):
@@ -90,7 +103,6 @@ def write(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any]
         before = f"{{{steps[i - 1].stage}'s job}}" if i else ""
         script = slurm.script(cluster, step, (folder / slurm.FOLDER).absolute(), before)
         replace_text(folder / "plan" / f"{step.stage}.sh", script)
-    return plan, problems
 
 
 def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfig]) -> dict[str, Any]:
@@ -124,6 +136,7 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfi
     starts = starts_needed(loop.steps * seconds, seconds_of(cluster.time), START_SECONDS + cluster.signal_seconds)
     return {
         "stage": step.stage,
+        "config_sha256": identity_sha256(config),
         "world_size": world,
         "steps": loop.steps,
         "micro_batch": micro_batch,

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 
-def show(plan: Mapping[str, Any], folder: Path) -> None:
+def show(plan: Mapping[str, Any], folder: Path | None) -> None:
+    """`folder`: where its files are; None if there are none."""
     for s in plan["stages"]:
         zero = str(s["zero_stage"])
         needs = s["memory"][zero]
@@ -47,6 +48,9 @@ def show(plan: Mapping[str, Any], folder: Path) -> None:
     print("assumptions:\n" + "\n".join(f"  - {line}" for line in plan["assumptions"]))
     for problem in plan["problems"]:
         print(f"! {problem}")
+    if folder is None:
+        print("not written: the experiment has begun, and keeps the plan it has")
+        return
     print(
         f"the resolved configs and the batch scripts, to be read: {folder / 'plan'}; all numbers: {folder / 'plan.json'}"
     )

@@ -11,6 +11,7 @@ from launchers.config import ClusterConfig, seconds_of
 from launchers.filesystem import file_system
 from pipeline.config import flatten, load_config
 from pipeline.errors import ConfigError, EnvironmentProblem
+from stages.check import STAGE_NUMBERS
 from stages.configs import DistillConfig, StageConfig
 
 # Of a shell that torchrun or another launcher made: they would be believed in the job.
@@ -21,17 +22,30 @@ _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 def refuse(points: Sequence[Sequence[Step]], cluster: ClusterConfig) -> None:
     """Raises for what SLURM would accept and never run, and for what would run in the wrong place."""
     if not queue.available():
-        raise EnvironmentProblem("there is no sbatch here; submit from a login node of a SLURM cluster, or use `local`")
+        raise _no_slurm("there is no sbatch here", points[0])
     set_already = [name for name in _WORLD if name in os.environ]
     if set_already:
         raise EnvironmentProblem(
             f"{', '.join(set_already)} would travel from this shell into the job, where srun says who is who;"
             f" unset {' '.join(set_already)}"
         )
-    check_partition(cluster)
+    try:
+        check_partition(cluster)
+    except EnvironmentProblem as error:
+        raise _no_slurm(str(error), points[0]) from None
     for point in points:
         for step in point:
             check_shared(step, cluster)
+
+
+def _no_slurm(why: str, steps: Sequence[Step]) -> EnvironmentProblem:
+    names = [step.path.stem for step in steps]
+    chain = f"chain NAME={','.join(names if len(set(names)) > 1 else names[:1])}"
+    what = chain if len(steps) > 1 else f"stage-{STAGE_NUMBERS[steps[0].stage]} CONFIG={steps[0].path}"
+    return EnvironmentProblem(
+        f"no SLURM answers on this machine ({why}); submit from a login node of a cluster, or run"
+        f" {'the chain' if len(steps) > 1 else 'the stage'} here with: make {what}"
+    )
 
 
 def refuse_other_values(

@@ -97,8 +97,9 @@ def _of_status(run: Path, status: dict[str, Any], told: dict[str, Any], job: Job
     age = _heartbeat_age(run, status)
     step_seconds = _last(run, "perf/step_seconds")
     if status["state"] == "running" or job.active:
-        eta = (status.get("steps", 0) - status.get("step", 0)) * step_seconds
-        words = f"{reached.removeprefix('; ')}, eta {_clock(eta)}, last heartbeat {_clock(age)} ago"
+        left = status.get("steps", 0) - status.get("step", 0)
+        eta = _clock(left * step_seconds) if step_seconds else "unknown"  # until the first row of the log
+        words = f"{reached.removeprefix('; ')}, eta {eta}, last heartbeat {_clock(age)} ago"
         words += f", {where}" if where else ""
         fresh = age <= SILENT_SECONDS + BEATS * step_seconds
         unsure = bool(told) and job.state == "UNKNOWN"

@@ -190,6 +190,8 @@ def is_complete(stage: str, config: StageConfig) -> bool:
 def _remedy(config: StageConfig, folder: Path) -> str:
     for stage, number in STAGE_NUMBERS.items():
         if folder == config.run.folder(stage) / "export":
-            return f"make stage-{number} CONFIG=configs/{stage}/NAME.yaml ARGS=run.experiment={config.run.experiment}"
+            name = config.run.experiment
+            file = Path(f"configs/{stage}/{name}.yaml")
+            return f"make stage-{number} CONFIG={file if file.is_file() else file.with_stem('NAME')} ARGS=run.experiment={name}"
     meant = difflib.get_close_matches(folder.name, STAGE_NUMBERS, n=1)
     return f"init_from={meant[0]} names the export of that stage in the same experiment" if meant else ""

@@ -123,18 +123,25 @@ def _cell(value: tuple[float, float] | None, alone: bool) -> str:
 
 
 def _read_stage(folder: Path) -> StageRun:
-    config = folder / "config.yaml"
+    config, environment = folder / "config.yaml", _json(folder / "environment.json")
     return StageRun(
         folder=folder,
         rows=_lines(folder / "metrics.jsonl"),
         config=yaml.safe_load(config.read_text()) if config.is_file() else {},
-        environment=_json(folder / "environment.json"),
+        environment=environment,
         status=_json(folder / "status.json"),
-        plan=next((s for s in _json(folder.parent / "plan.json").get("stages", []) if s["stage"] == folder.name), {}),
+        plan=_plan(folder, environment.get("config_sha256")),
         incidents=_lines(folder / "incidents.jsonl"),
         evaluation=_json(folder / "evaluation.json"),
         card=_json(folder / "export" / "model.json"),
     )
+
+
+def _plan(folder: Path, config_sha256: str | None) -> dict[str, Any]:
+    """What was planned for this stage, unless with another config than it ran with."""
+    stages = _json(folder.parent / "plan.json").get("stages", [])
+    mine = (s for s in stages if s["stage"] == folder.name and s.get("config_sha256") == config_sha256)
+    return next(mine, {})
 
 
 def _json(path: Path) -> dict[str, Any]:

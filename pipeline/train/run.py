@@ -64,7 +64,7 @@ class Run:
     def __init__(self, folder: Path, config: BaseModel, world: "World") -> None:
         self.folder, self.world, self.config = folder, world, config
         self.checkpoints, self.export = folder / "checkpoints", folder / "export"
-        self.config_sha256 = hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()
+        self.config_sha256 = identity_sha256(config)
         self.commit = _git("rev-parse", "HEAD") or "unknown"
         if world.is_main:
             try:
@@ -139,6 +139,7 @@ class Run:
         return {
             "command": " ".join(["python", *sys.orig_argv[1:]]),
             "commit": self.commit,
+            "config_sha256": self.config_sha256,
             "uncommitted_changes": bool(_git("status", "--porcelain")),
             "python": platform.python_version(),
             "packages": {name: metadata.version(name) for name in _PACKAGES},
@@ -163,14 +164,20 @@ def identity(config: BaseModel) -> dict[str, Any]:
     return {k: v for k, v in _flat(yaml.safe_load(dump_yaml(config))).items() if not k.startswith(_FREE)}
 
 
-def refuse_other_config(folder: Path, config: BaseModel) -> None:
-    """Raises ConfigError if `folder` belongs to a run with other values: one name means one run.
+def identity_sha256(config: BaseModel) -> str:
+    """Of two configs of one run it is the same."""
+    return hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()
 
-    A start that came to no checkpoint and no export has not taken the name.
-    """
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run has taken the folder: a start that came to no checkpoint and no export has not."""
+    return any(folder.glob("checkpoints/step_*/COMPLETE")) or (folder / "export").is_dir()
+
+
+def refuse_other_config(folder: Path, config: BaseModel) -> None:
+    """Raises ConfigError if `folder` belongs to a run with other values: one name means one run."""
     saved = folder / "config.yaml"
-    taken = any(folder.glob("checkpoints/step_*/COMPLETE")) or (folder / "export").is_dir()
-    if not saved.exists() or not taken:
+    if not saved.exists() or not has_begun(folder):
         return
     values = yaml.safe_load(saved.read_text())
     try:  # so that fields that are newer than the run take their defaults

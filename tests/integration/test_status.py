@@ -1,11 +1,13 @@
 """Where a stage stands, told from its folder alone: runs without SLURM."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,17 @@ def test_an_interrupted_run_and_a_failed_one_say_how_they_ended(chain: Stages) -
     failed = status.read_stage(chain.runs / "blown" / "arm")
     assert failed.state == "failed"
     assert re.search(r"is (nan|inf) by step \d+, first at position", failed.words)
+
+
+def test_before_the_first_row_of_the_log_no_end_is_foretold(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(
+        json.dumps({"state": "running", "step": 0, "steps": 120, "time": time.time()})
+    )
+    with (tmp_path / ".lock").open("w") as lock:  # as the process of a run holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        row = status.read_stage(tmp_path)
+    assert row.state == "running"
+    assert row.words.startswith("step 0 of 120 (0 %), eta unknown, last heartbeat 0:00:0")
 
 
 def test_an_unknown_experiment_is_refused_with_those_that_are_there(chain: Stages) -> None:

@@ -1,5 +1,6 @@
 """What a person types becomes stages, points of a sweep and a cluster, or a sentence."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import yaml
 from launchers.chain import open_steps, read_cluster, read_points, read_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.filesystem import file_system
-from launchers.refusals import check_shared
+from launchers.refusals import check_shared, refuse
 from pipeline.config import load_config, parse_yaml
-from pipeline.errors import ConfigError, HandoverError
+from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from stages import STAGES
 
 CPU = Path("configs/cluster/cpu.yaml")
@@ -96,7 +97,7 @@ class TestBeforeAnythingIsSubmitted:
         assert len(open_steps(read_steps("chain", "smoke", data), 2)) == 3
 
     def test_a_stage_alone_needs_its_parent(self, data: list[str]) -> None:
-        with pytest.raises(HandoverError, match="no export at"):
+        with pytest.raises(HandoverError, match=r"no export at .*make stage-2 CONFIG=configs/distill/smoke.yaml ARGS="):
             open_steps(read_steps("semi", "configs/semi/smoke.yaml", data), 2)
 
     def test_a_parent_that_will_not_fit_is_seen_before_it_is_trained(self, data: list[str]) -> None:
@@ -111,6 +112,24 @@ class TestBeforeAnythingIsSubmitted:
         more = ["distill:data.loader.lanes=64", "distill:loop.global_batch=64"]
         with pytest.raises(ConfigError, match="lanes is 64, but there are only 51 labelled samples"):
             open_steps(read_steps("chain", "smoke", [*data, *more]), 2)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_without_slurm_it_says_what_to_do_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool
+) -> None:
+    """Its commands are not there, or find no cluster."""
+    for name in ("sbatch", "scontrol") * installed:
+        (tmp_path / name).symlink_to(str(shutil.which("false")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cluster, _ = read_cluster(CPU, [])
+    why = "scontrol -o show: exit code 1" if installed else "there is no sbatch here"
+    with pytest.raises(
+        EnvironmentProblem, match=rf"^no SLURM answers on this machine \({why}\).* here with: make chain NAME=smoke$"
+    ):
+        refuse([read_steps("chain", "smoke", [])], cluster)
+    with pytest.raises(EnvironmentProblem, match=r"here with: make stage-1 CONFIG=configs/arm/smoke.yaml$"):
+        refuse([read_steps("arm", "configs/arm/smoke.yaml", [])], cluster)
 
 
 def test_everything_a_rank_reads_must_lie_where_the_nodes_see_it(tmp_path: Path) -> None:

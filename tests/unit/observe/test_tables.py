@@ -76,6 +76,8 @@ def test_a_plan_stands_beside_what_came(runs: Path) -> None:
     (runs / "a" / "plan.json").write_text(json.dumps(plan))
     (table,) = sections.plans([read_result(runs / "a")])
     assert [row[-1] for row in table.rows] == ["1.00", "1.00", "0.50"]
+    (runs / "a" / "distill" / "environment.json").write_text('{"config_sha256": "of another config than was planned"}')
+    assert sections.plans([read_result(runs / "a")]) == []
 
 
 def test_incidents_and_what_has_not_ended_are_told(runs: Path) -> None:
