@@ -29,6 +29,9 @@ from pipeline.models.onnx_file import write_onnx
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
 THREADS = 2
+# Seconds before each turn: the threads of ONNX Runtime and of OpenMP spin on for a while after their work, and would slow
+# whoever comes next by a third.
+REST = 0.25
 Run = Callable[[], Any]
 
 
@@ -69,6 +72,7 @@ def medians(rivals: dict[str, Run], rounds: int) -> dict[str, float]:
         run()  # what is built, chosen or allocated once
     for _ in range(rounds):
         for name, run in rivals.items():
+            time.sleep(REST)
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
