@@ -7,6 +7,7 @@ more than the update itself. Hence the kernel, and the torch form wherever it do
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int64, c_void_p
 
 import torch
@@ -18,20 +19,21 @@ logger = logging.getLogger(__name__)
 CHUNK, CHUNK_ELSEWHERE = 2**18, 2**24
 
 
-def squared_distance_and_size(a: Tensor, b: Tensor) -> Tensor:
-    """(2,) fp64: |a - b|² and |b|² of two contiguous tensors alike in shape, dtype and device. No gradient."""
-    a, b = a.detach().view(-1), b.detach().view(-1)
-    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and (kernels := _library()) is not None:
-        count = a.numel()
-        partial = torch.empty(2 * kernels.distance_blocks(count), dtype=torch.float64)
+def squared_distance_and_size(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """(2,) fp64: the sums over all pairs of |a - b|² and |b|². The tensors of a pair are contiguous and alike in shape, dtype
+    and device. No gradient."""
+    on_cpu = {(t.device.type, t.dtype) for t in (*a, *b)} == {("cpu", torch.float32)}
+    if on_cpu and (kernels := _library()) is not None:
+        pointers = [(c_void_p * len(side))(*(t.data_ptr() for t in side)) for side in (a, b)]
+        counts = (c_int64 * len(a))(*(t.numel() for t in a))
         out = torch.empty(2, dtype=torch.float64)
-        pointers = [ctypes.cast(t.data_ptr(), POINTER(c_double)) for t in (partial, out)]
-        kernels.squared_distance(a.data_ptr(), b.data_ptr(), count, *pointers)
+        kernels.squared_distance(*pointers, counts, len(a), ctypes.cast(out.data_ptr(), POINTER(c_double)))
         return out
-    size = CHUNK if a.device.type == "cpu" else CHUNK_ELSEWHERE
+    size = CHUNK if a[0].device.type == "cpu" else CHUNK_ELSEWHERE
     sums = [
         torch.stack([(x - y).double().square().sum(), y.double().square().sum()])
-        for x, y in zip(a.split(size), b.split(size), strict=True)
+        for whole, other in zip(a, b, strict=True)
+        for x, y in zip(whole.detach().view(-1).split(size), other.detach().view(-1).split(size), strict=True)
     ]
     return torch.stack(sums).sum(0)
 
@@ -46,7 +48,6 @@ def _library() -> ctypes.CDLL | None:
     except BuildError as error:
         logger.info("distances are computed in torch: %s", error)
         return None
-    library.distance_blocks.argtypes, library.distance_blocks.restype = [c_int64], c_int64
-    library.squared_distance.argtypes = [c_void_p, c_void_p, c_int64, POINTER(c_double), POINTER(c_double)]
+    library.squared_distance.argtypes = [POINTER(c_void_p)] * 2 + [POINTER(c_int64), c_int64, POINTER(c_double)]
     library.squared_distance.restype = None
     return library

@@ -98,22 +98,22 @@ class LyapEMA:
 
     # DeepSpeed steps the optimizer group by group; the hooks see the groups of one call, so a copy is of one group.
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for flat in _stepped(optimizer):
-            if flat not in self.teacher:  # a rank whose part of a group is all padding
-                continue
-            if self.measures_step:
-                self._before[flat] = flat.detach().clone()
-            if self.config.pull:
-                flat.detach().lerp_(self.teacher[flat], self.config.pull)
+        # Without a teacher: a rank's part of a group that is all padding.
+        flats = [flat for flat in _stepped(optimizer) if flat in self.teacher]
+        if self.measures_step:
+            self._before |= {flat: flat.detach().clone() for flat in flats}
+        if self.config.pull and flats:
+            with torch.no_grad():
+                torch._foreach_lerp_(flats, [self.teacher[flat] for flat in flats], self.config.pull)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for flat in _stepped(optimizer):
             if flat in self._before:
-                self._moved_squared += squared_distance_and_size(flat, self._before.pop(flat))[0]
+                self._moved_squared += squared_distance_and_size([flat], [self._before.pop(flat)])[0]
 
     def update(self, loss: Tensor | None = None) -> dict[str, Mean]:
         """Move the teacher; returns the certificate's numbers, each a Mean of one. `loss`, of the step, completes W."""
-        reach = torch.stack([squared_distance_and_size(s, t) for s, t in self.teacher.items()]).sum(0)
+        reach = squared_distance_and_size(list(self.teacher), list(self.teacher.values()))
         distance, size, moved = self.all_reduce(torch.cat([reach, self._moved_squared[None]])).sqrt().unbind()
         if self.measures_step:
             self.mean_step += (moved - self.mean_step) / min(self.updates + 1, _horizon(self.updates))
@@ -149,14 +149,21 @@ class LyapEMA:
 
     def _move(self) -> None:
         """t += (1 - a)(s - t), backwards: the end of what was measured last is still in the cache."""
-        for student, teacher in reversed(self.teacher.items()):
-            # On the CPU a number is faster than a tensor; elsewhere reading it would wait for the device.
-            cpu = teacher.device.type == "cpu"
-            weight = float(self.one_minus_alpha) if cpu else self.one_minus_alpha.to(teacher.dtype)
-            size = CHUNK if cpu else teacher.numel()
-            parts = zip(teacher.view(-1).split(size), student.detach().view(-1).split(size), strict=True)
-            for average, latest in reversed(list(parts)):
-                average.lerp_(latest, weight)
+        if self.one_minus_alpha.device.type != "cpu":  # reading the number would wait for the device
+            for student, teacher in self.teacher.items():
+                teacher.lerp_(student.detach(), self.one_minus_alpha.to(teacher.dtype))
+            return
+        averages: list[Tensor] = []
+        latest: list[Tensor] = []
+        with torch.no_grad():
+            for student, teacher in reversed(self.teacher.items()):
+                if teacher.numel() <= CHUNK:
+                    averages.append(teacher)
+                    latest.append(student)
+                else:
+                    averages += reversed(teacher.view(-1).split(CHUNK))
+                    latest += reversed(student.view(-1).split(CHUNK))
+            torch._foreach_lerp_(averages, latest, float(self.one_minus_alpha))
 
     def _decay(self, distance: Tensor, size: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
         """(1 - a, whether the guard was active); tensors throughout, so that a GPU is not waited for."""

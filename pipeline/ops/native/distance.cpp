@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace {
 constexpr int64_t block = 1 << 14, lanes = 64, run = 16;  // a block's 128 KiB stay in the first two caches
@@ -34,17 +35,24 @@ void block_sums(const float* a, const float* b, int64_t n, double* out) {
     out[1] += t * t;
   }
 }
+
+int64_t distance_blocks(int64_t n) { return (n + block - 1) / block; }
 }  // namespace
 
 extern "C" {
-int64_t distance_blocks(int64_t n) { return (n + block - 1) / block; }
-
-// `partial` (2 distance_blocks(n)) is scratch; `out` gets the two sums.
-void squared_distance(const float* a, const float* b, int64_t n, double* partial, double* out) {
-  const int64_t blocks = distance_blocks(n);
+// Over `tensors` pairs at once, a model's hundreds of small ones too: pair j has counts[j] elements; `out` gets the two sums.
+void squared_distance(const float* const* a, const float* const* b, const int64_t* counts, int64_t tensors, double* out) {
+  std::vector<int64_t> first(tensors + 1, 0);  // block of each pair
+  for (int64_t j = 0; j < tensors; ++j) first[j + 1] = first[j] + distance_blocks(counts[j]);
+  const int64_t blocks = first[tensors];
+  std::vector<double> partial(2 * blocks);
   at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      block_sums(a + k * block, b + k * block, std::min(block, n - k * block), partial + 2 * k);
+    int64_t j = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    for (int64_t k = begin; k < end; ++k) {
+      while (k >= first[j + 1]) ++j;  // pairs without elements have no block
+      const int64_t at = (k - first[j]) * block;
+      block_sums(a[j] + at, b[j] + at, std::min(block, counts[j] - at), partial.data() + 2 * k);
+    }
   });
   out[0] = out[1] = 0;
   for (int64_t k = 0; k < blocks; ++k) out[0] += partial[2 * k], out[1] += partial[2 * k + 1];

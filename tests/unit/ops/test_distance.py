@@ -19,17 +19,17 @@ def test_both_forms_are_the_sums_of_float64(compiled: bool, count: int, seed: in
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             patch.setattr(distance, "_library", lambda: None)
-        got = squared_distance_and_size(a, b)
+        got = squared_distance_and_size([a], [b])
     want = torch.stack([(a - b).double().square().sum(), b.double().square().sum()])
     torch.testing.assert_close(got, want, rtol=16 * 2**-24 if compiled else 1e-12, atol=0)
 
 
 def test_float64_is_not_rounded() -> None:
     a = torch.tensor([1.0 + 1e-12], dtype=torch.float64)
-    assert float(squared_distance_and_size(a, torch.ones_like(a))[0]) == pytest.approx(1e-24, rel=1e-3)
+    assert float(squared_distance_and_size([a], [torch.ones_like(a)])[0]) == pytest.approx(1e-24, rel=1e-3)
 
 
 def test_a_nan_stays_a_nan() -> None:
     a = torch.zeros(40)
     a[7] = float("nan")
-    assert squared_distance_and_size(a, torch.zeros(40))[0].isnan()
+    assert squared_distance_and_size([a], [torch.zeros(40)])[0].isnan()
