@@ -5,6 +5,7 @@ which the models take turns, so that a slow moment of the machine falls on all; 
 not fit is halved until it does, as for the supplement's high resolutions.
 """
 
+import logging
 import resource
 import time
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,13 @@ import psutil
 import torch
 from torch import nn
 
+from pipeline.errors import EnvironmentProblem
 from pipeline.models.efficientvim import EfficientViM
 from pipeline.models.efficientvim_fused import FusedEfficientViM
 from pipeline.models.flops import forward_flops
 from pipeline.models.timm_model import TimmModel
+
+logger = logging.getLogger(__name__)
 
 WARM_UP = 2
 
@@ -51,8 +55,8 @@ def inference(
     if as_shipped:
         timed = {name: deployed(model) for name, model in timed.items()}
     flops = {name: forward_flops(model, (sizes[name], sizes[name])) for name, model in timed.items()}
-    if device.type == "cpu":  # laid out for the processor, which nothing can count any more
-        timed = {name: model.pack() if isinstance(model, FusedEfficientViM) else model for name, model in timed.items()}
+    if device.type == "cpu":  # on compiled layers, which nothing can count any more
+        timed = {name: _packed(model) for name, model in timed.items()}
     with _memory_that_can_run_out(device):
         fitting = {name: _fit(model, sizes[name], batch, device) for name, model in timed.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -99,6 +103,16 @@ def deployed(model: nn.Module) -> nn.Module:
     return model
 
 
+def _packed(model: nn.Module) -> nn.Module:
+    if not isinstance(model, FusedEfficientViM):
+        return model
+    try:
+        return model.pack()
+    except EnvironmentProblem as problem:
+        logger.warning("timed fused, not packed: %s", problem)
+        return model
+
+
 @contextmanager
 def _memory_that_can_run_out(device: torch.device) -> Iterator[None]:
     """On a CPU Linux promises memory that it has not, and kills the process later: inside, such an allocation fails."""
@@ -122,7 +136,7 @@ def _fit(model: nn.Module, size: int, batch: int, device: torch.device) -> int:
                 model(torch.rand(batch, 3, size, size, device=device))
             return batch
         except (RuntimeError, MemoryError) as error:
-            # torch.OutOfMemoryError is a RuntimeError; a CPU's allocator and oneDNN have no class of their own.
+            # torch.OutOfMemoryError is a RuntimeError; a CPU's allocator has no class of its own.
             said = str(error).lower()
             if batch == 1 or not (isinstance(error, MemoryError) or "memory" in said or "bad_alloc" in said):
                 raise

@@ -9,15 +9,14 @@ What is rewritten, and why it is exact:
 - All heads, both sets of them, their fusion weights and the affine part of their norms are one linear map.
 
 Maps are channels-last, so that 1x1 convolutions, layer norms and the mixer's products read one layout and nothing is copied;
-H and W stay apart, and no size is read from a tensor, so the graph exports with static shapes. `pack()` additionally lays
-the weights out for oneDNN and lets it take in activations, gates and sums: for eager mode on a CPU. It calls the operators that
-torch's own compiler emits there (`torch.ops.mkldnn`), which no documentation promises: torch is pinned, and a test pins them.
+H and W stay apart, and no size is read from a tensor, so the graph exports with static shapes. `pack()` gives the same model on
+compiled layers of our own (efficientvim_packed.py): the fastest form on a CPU.
 
 Shapes: B images, D channels, H x W positions, L = H W, N hidden states, K classes.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Self, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +26,16 @@ from pipeline.errors import ConfigError
 from pipeline.models.efficientvim import Block, ConvNorm, Downsample, EfficientViM, SqueezeExcite, Stage
 from pipeline.models.efficientvim_mixers import HSMSSD, ChannelNorm
 
-# Images that pass through a packed stem at once: its first maps are so large that a whole batch of them leaves the caches.
-STEM_IMAGES = 2
+if TYPE_CHECKING:
+    from pipeline.models.efficientvim_packed import PackedEfficientViM
+
 # Positions of a map up to which a 1x1 convolution is better written as one product over all images: ONNX Runtime convolves image
 # by image, and would read the last stage's large weights anew for each.
 FEW_POSITIONS = 16
 
 
 class Conv(nn.Module):
-    """Convolution on channels-last maps, then ReLU where `act`; `add` is summed in (in place once packed)."""
+    """Convolution on channels-last maps, then ReLU where `act`; `add` is summed in before it."""
 
     weight: Tensor
     bias: Tensor | None
@@ -47,26 +47,14 @@ class Conv(nn.Module):
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.groups, self.act = stride, weight.shape[-1] // 2, groups, act
-        self.packed: Tensor | None = None
-
-    def _where(self) -> tuple[list[int], list[int], list[int], int]:
-        return [self.padding] * 2, [self.stride] * 2, [1, 1], self.groups
-
-    def pack(self) -> None:
-        self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self._where(), None)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        if self.packed is None:
-            few = int(x.shape[2]) * int(x.shape[3]) <= FEW_POSITIONS
-            if few and self.weight.shape[-1] == 1:
-                return self._product(x, add)
-            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
-            y = y if add is None else add + y
-            return F.relu(y) if self.act else y
-        where = (self.packed, self.bias, *self._where())
-        if add is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, *where, "relu" if self.act else "none", [], None)
-        return torch.ops.mkldnn._convolution_pointwise_.binary(add, x, *where, "add", None, None, [], None)
+        few = int(x.shape[2]) * int(x.shape[3]) <= FEW_POSITIONS
+        if few and self.weight.shape[-1] == 1:
+            return self._product(x, add)
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
+        y = y if add is None else add + y
+        return F.relu(y) if self.act else y
 
     def _product(self, x: Tensor, add: Tensor | None) -> Tensor:
         channels, height, width = map(int, x.shape[1:])
@@ -77,17 +65,16 @@ class Conv(nn.Module):
         return y.view(-1, height, width, len(self.weight)).permute(0, 3, 1, 2)
 
 
-# oneDNN's names.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
-    "swish": F.silu,
+    "silu": F.silu,
     "sigmoid": torch.sigmoid,
 }
 
 
 class Linear(nn.Module):
-    """Linear map of the last dimension, then an activation (none, relu, swish, sigmoid); times `gate`, if there is one."""
+    """Linear map of the last dimension, then an activation (none, relu, silu, sigmoid)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -97,18 +84,9 @@ class Linear(nn.Module):
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("bias", bias)
         self.act = act
-        self.packed: Tensor | None = None
 
-    def pack(self) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        if self.packed is None:
-            y = ACTIVATIONS[self.act](F.linear(x, self.weight, self.bias))
-            return y if gate is None else y * gate
-        if gate is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.act, [], None)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, gate, self.packed, self.bias, "mul")
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.act](F.linear(x, self.weight, self.bias))
 
 
 def folded(layer: ConvNorm) -> tuple[Tensor, Tensor]:
@@ -159,7 +137,7 @@ class FusedMixer(nn.Module):
         self.project, self.spread = Linear(project), Conv(spread, groups=len(spread))
         h, z = mixer.hz_proj.conv.weight.detach()[..., 0].chunk(2)
         out = mixer.out_proj.conv.weight.detach()[..., 0].double() * scale[:, None]
-        self.to_h, self.to_gate, self.to_out = Linear(h), Linear(z, act="swish"), Linear(out.float())
+        self.to_h, self.to_gate, self.to_out = Linear(h), Linear(z, act="silu"), Linear(out.float())
         self.register_buffer("skip", mixer.D.detach().clone())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +147,7 @@ class FusedMixer(nn.Module):
         rows = self.spread(self.project(tokens).permute(0, 3, 1, 2))
         b, c, dt = rows.reshape(-1, sum(self.rows), height * width).split(self.rows, 1)  # (B, N, L) each
         states = (dt.softmax(-1) * b) @ tokens.reshape(-1, height * width, channels)  # (B, N, D)
-        h = self.to_out(self.to_h(states, self.to_gate(states) + self.skip))
+        h = self.to_out(self.to_h(states) * (self.to_gate(states) + self.skip))
         mixed = torch.baddbmm(last.reshape(-1, height * width, channels), c.transpose(1, 2), h)
         return mixed.view(-1, height, width, channels).permute(0, 3, 1, 2), h
 
@@ -278,12 +256,10 @@ class FusedEfficientViM(nn.Module):
         weight, bias = head(model)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.is_packed = False
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.contiguous(memory_format=torch.channels_last)
-        x = torch.cat([self.stem(part) for part in x.split(STEM_IMAGES)]) if self.is_packed else self.stem(x)
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
         maps, hidden = [], []
         for i, blocks in enumerate(cast(Iterable[nn.ModuleList], self.stages)):
             if i:
@@ -301,13 +277,14 @@ class FusedEfficientViM(nn.Module):
         ]
         return F.linear(torch.cat(pooled, 1), self.weight, self.bias)
 
-    def pack(self) -> Self:
-        """Lay the weights out for oneDNN, in place: for eager mode on a CPU in fp32, not for export. Returns itself."""
-        for module in self.modules():
-            if isinstance(module, Conv | Linear):
-                module.pack()
-        self.is_packed = True
-        return self
+    def pack(self) -> "PackedEfficientViM":
+        """The same model on our compiled layers: for eager mode on a CPU in fp32, not for export.
+
+        Raises EnvironmentProblem without a C++ compiler.
+        """
+        from pipeline.models.efficientvim_packed import PackedEfficientViM
+
+        return PackedEfficientViM(self)
 
 
 def head(model: EfficientViM) -> tuple[Tensor, Tensor]:

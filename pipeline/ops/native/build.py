@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "scan.cpp", FOLDER / "conv.cpp", FOLDER / "distance.cpp")
-HEADERS = (FOLDER / "simd.h", FOLDER / "tiles.h")
+HEADERS = tuple(FOLDER / name for name in ("simd.h", "tiles.h", "products.h", "layers.h"))
 # No -ffast-math: a NaN must stay a NaN. Contraction (fused multiply-add) rounds once instead of twice, nothing else.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")
 SIMD = {
@@ -98,7 +98,7 @@ def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], libra
     command += [f"-L{site / 'lib'}", f"-Wl,-rpath,{site / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(unfinished)]
     if sysconfig.get_platform().startswith("macosx"):
         command.remove("-fopenmp")  # Apple's clang has none; at::parallel_for is then serial here
-    logger.info("building the native scan with %s (once; kept in %s)", Path(compiler).name, library.parent)
+    logger.info("building the native kernels with %s (once; kept in %s)", Path(compiler).name, library.parent)
     begin = time.perf_counter()
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -106,4 +106,4 @@ def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], libra
         errors = [line for line in finished.stderr.splitlines() if "error" in line] or [finished.stderr.strip()[-200:]]
         raise BuildError(f"{Path(compiler).name} failed: {errors[0]}")
     unfinished.replace(library)
-    logger.info("built the native scan in %.0f s", time.perf_counter() - begin)
+    logger.info("built the native kernels in %.0f s", time.perf_counter() - begin)

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EnvironmentProblem
+from pipeline.evaluate.speed import _packed
 from pipeline.models import build_model, vssd
 from pipeline.models.efficientvim_mixers import HSMSSD, NCSSD, Attention, ChannelNorm, read_states
+from pipeline.ops.native import build, vision
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
 PARAMETERS = {
@@ -190,6 +192,24 @@ def test_a_closed_gate_is_fused_without_cancellation() -> None:
 def test_what_cannot_be_fused_is_refused() -> None:
     with pytest.raises(ConfigError, match="no classifier to fuse"):
         build_model("efficientvim_nano", num_classes=0).eval().fuse()
+
+
+def test_without_a_compiler_packing_is_refused_and_fusing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    vision.vision_library.cache_clear()
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    fused = build_model("efficientvim_nano", num_classes=5).eval().fuse()
+    with pytest.raises(EnvironmentProblem, match=r"no C\+\+ compiler .*; fuse\(\) needs none"):
+        fused.pack()
+    assert _packed(fused) is fused
+
+
+def test_a_packed_model_takes_fp32_and_can_be_copied() -> None:
+    packed = build_model("efficientvim_nano", num_classes=5, image_size=32).eval().fuse().pack()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(copy.deepcopy(packed)(images), packed(images))
+    assert torch.equal(packed(images.contiguous(memory_format=torch.channels_last)), packed(images))
+    with pytest.raises(ValueError, match=r"takes fp32 on the CPU, not torch\.bfloat16"):
+        packed(images.bfloat16())
 
 
 class TestMixer:
