@@ -19,7 +19,7 @@ from pipeline.ops.native.build import BuildError
 
 
 def _depthwise(layer: Conv) -> vision.Depthwise:
-    return vision.Depthwise(*_local(layer))
+    return vision.Depthwise(_local(layer))
 
 
 def _local(layer: Conv) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def _linear(layer: Linear) -> vision.Linear:
 
 
 class OtherConv(nn.Module):
-    """A convolution of channels that no compiled layer takes, on (B, H, W, C)."""
+    """A convolution that no compiled layer takes, by its channels or with stride 1, on (B, H, W, C)."""
 
     def __init__(self, layer: Conv) -> None:
         super().__init__()
@@ -56,8 +56,9 @@ def _stem(layers: Iterable[Conv]) -> nn.Sequential:
         return layer.weight, layer.bias, "relu" if layer.act else "none"
 
     one, two, *others = layers
-    takes = [vision.MapConv.takes(layer.weight.shape[1]) for layer in (two, *others)]
-    packed: list[nn.Module] = [vision.Stem(of(one), of(two)) if takes[0] else OtherStem(one, two)]
+    # With a stem_stride of 4 or 8 the last convolutions have stride 1.
+    takes = [layer.stride == 2 and vision.MapConv.takes(layer.weight.shape[1]) for layer in (two, *others)]
+    packed: list[nn.Module] = [vision.Stem(of(one), of(two)) if takes[0] and one.stride == 2 else OtherStem(one, two)]
     for layer, taken in zip(others, takes[1:], strict=True):
         packed.append(vision.MapConv(*of(layer)) if taken else OtherConv(layer))
     return nn.Sequential(*packed)
@@ -135,7 +136,10 @@ class PackedDownsample(nn.Module):
 
 
 class PackedEfficientViM(nn.Module):
-    """(B, C, H, W) fp32 on the CPU -> logits (B, K). Raises EnvironmentProblem without a compiler."""
+    """(B, C, H, W) fp32 on the CPU -> logits (B, K); raises ValueError for other images.
+
+    Making it raises EnvironmentProblem without a compiler. It cannot be pickled: keep the model, and pack again.
+    """
 
     def __init__(self, model: FusedEfficientViM) -> None:
         super().__init__()
@@ -147,6 +151,7 @@ class PackedEfficientViM(nn.Module):
             ) from error
         self.image_size, self.num_classes, self.fusion = model.image_size, model.num_classes, model.fusion
         self.eps, self.widths = model.eps, model.widths
+        self.in_chans = int(cast(Conv, model.stem[0]).weight.shape[1])
         self.stem = _stem(cast(Iterable[Conv], model.stem))
         self.stages = nn.ModuleList()
         for blocks in model.stages:
@@ -159,6 +164,10 @@ class PackedEfficientViM(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.float32 or images.device.type != "cpu":
             raise ValueError(f"a packed model takes fp32 on the CPU, not {images.dtype} on {images.device}")
+        if images.dim() != 4 or images.shape[1] != self.in_chans or 0 in images.shape[2:]:
+            raise ValueError(f"a packed model takes images (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
+        if not len(images):
+            return images.new_empty(0, self.num_classes)
         x = self.stem(images)
         maps, hidden = [], []
         for i, blocks in enumerate(self.stages):

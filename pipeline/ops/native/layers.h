@@ -4,7 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
-#include <new>
+#include <exception>
 
 #include "products.h"
 
@@ -51,7 +51,7 @@ int64_t guarded(F&& f) {
   try {
     f();
     return 0;
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {  // bad_alloc, or a length that no vector has
     return 1;
   }
 }

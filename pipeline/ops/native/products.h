@@ -21,7 +21,7 @@ using simd::store;
 using simd::W;
 
 constexpr int panel_vectors = 2, panel = panel_vectors * W;
-constexpr int tile_rows = W == 16 ? 14 : 6;  // with two sums a row, a panel's row and a broadcast they fill the registers
+constexpr int tile_rows = W == 16 ? 14 : 6;  // with two sums a row, a panel's row and a broadcast they fill x86's registers
 constexpr int ahead = 16;
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -121,10 +121,10 @@ inline void with_sizes(int rows, int64_t columns_left, F&& f) {
   with_sizes(rows, columns_left <= W, f, std::make_integer_sequence<int, tile_rows>{});
 }
 
-// n rows cut into tiles whose heights differ by one at most, as many as a multiple of `shares`.
+// n rows cut into tiles whose heights differ by one at most, as many as a multiple of `shares` where there are rows enough.
 struct Cut {
   int64_t rows, tiles;
-  Cut(int64_t n, int64_t shares) : rows(n), tiles(up(up(n, tile_rows) / tile_rows, std::min(shares, n))) {}
+  Cut(int64_t n, int64_t shares) : rows(n), tiles(up(up(n, tile_rows) / tile_rows, std::clamp<int64_t>(n, 1, shares))) {}
   int64_t first(int64_t tile) const { return tile * rows / tiles; }
   int height(int64_t tile) const { return int(first(tile + 1) - first(tile)); }
 };
@@ -134,7 +134,7 @@ class Scratch {
  public:
   static Scratch& begin(int64_t floats) {
     thread_local Scratch scratch;
-    if (int64_t(scratch.memory_.size()) < floats + 1024) scratch.memory_.resize(floats + 1024);
+    if (int64_t(scratch.memory_.size()) < floats + 1024) scratch.memory_ = std::vector<float>(floats + 1024);
     scratch.next_ = (float*)up((int64_t)scratch.memory_.data(), 64);
     return scratch;
   }

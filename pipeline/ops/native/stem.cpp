@@ -113,7 +113,9 @@ void transform(const float* const (&pixels)[5][5], int64_t c, float* to, int64_t
 constexpr int64_t sums_floats = 9 * tile_rows * panel;
 
 // Floats that conv_blocks wants as its memory.
-int64_t conv_floats(const ConvCall& s) { return block_tiles * (tile_rows * 25 * s.in + sums_floats) + up(s.in, 16); }
+int64_t conv_floats(const ConvCall& s) {
+  return up(block_tiles * tile_rows * 25 * s.in, 16) + block_tiles * sums_floats + up(s.in, 16);
+}
 
 // The tiles t0 to t1 of a cut of 2 x 2 outputs, the first of which is number `first` of the map.
 template <int U>
@@ -125,66 +127,66 @@ void conv_blocks(const ConvCall& s, const Cut& cut, int64_t first, int64_t t0, i
   const int64_t down = (out_height + 1) / 2, across = (out_width + 1) / 2;
   const int64_t inputs = 25 * s.in;
   const float least = least_of(s.act);
-  float *tiles = memory, *sums = tiles + block_tiles * tile_rows * inputs, *zeros = sums + block_tiles * sums_floats;
-    Place places[block_tiles][tile_rows];
-    std::fill_n(zeros, s.in, 0.0f);
-    for (int64_t t = t0; t < t1; t++) {
-      const int R = cut.height(t);
-      float* tile = tiles + (t - t0) * tile_rows * inputs;
-      for (int r = 0; r < R; r++) {
-        const int64_t at = first + cut.first(t) + r, b = at / (down * across), y = at / across % down, x = at % across;
-        const float* pixels[5][5];
-        for (int i = 0; i < 5; i++) {
-          const int64_t row = 4 * y - 1 + i;
-          const float* line = s.x + (b * s.height + row) * s.width * s.in;
-          for (int j = 0; j < 5; j++) {
-            const int64_t column = 4 * x - 1 + j;
-            const bool outside = row < 0 || column < 0 || row >= s.height || column >= s.width;
-            pixels[i][j] = outside ? zeros : line + column * s.in;
-          }
+  float *tiles = memory, *sums = tiles + up(block_tiles * tile_rows * inputs, 16), *zeros = sums + block_tiles * sums_floats;
+  Place places[block_tiles][tile_rows];
+  std::fill_n(zeros, s.in, 0.0f);
+  for (int64_t t = t0; t < t1; t++) {
+    const int R = cut.height(t);
+    float* tile = tiles + (t - t0) * tile_rows * inputs;
+    for (int r = 0; r < R; r++) {
+      const int64_t at = first + cut.first(t) + r, b = at / (down * across), y = at / across % down, x = at % across;
+      const float* pixels[5][5];
+      for (int i = 0; i < 5; i++) {
+        const int64_t row = 4 * y - 1 + i;
+        const float* line = s.x + (b * s.height + row) * s.width * s.in;
+        for (int j = 0; j < 5; j++) {
+          const int64_t column = 4 * x - 1 + j;
+          const bool outside = row < 0 || column < 0 || row >= s.height || column >= s.width;
+          pixels[i][j] = outside ? zeros : line + column * s.in;
         }
-        for (int i = 0; i < 2; i++)
-          for (int j = 0; j < 2; j++) {
-            const bool outside = 2 * y + i >= out_height || 2 * x + j >= out_width;
-            places[t - t0][r].outputs[i][j] = outside ? nullptr : s.y + ((b * out_height + 2 * y + i) * out_width + 2 * x + j) * s.out;
-          }
-        for (int64_t c = 0; c < s.in; c += U) transform<U>(pixels, c, tile + c * R + r * U, s.in * R);
       }
+      for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 2; j++) {
+          const bool outside = 2 * y + i >= out_height || 2 * x + j >= out_width;
+          places[t - t0][r].outputs[i][j] = outside ? nullptr : s.y + ((b * out_height + 2 * y + i) * out_width + 2 * x + j) * s.out;
+        }
+      for (int64_t c = 0; c < s.in; c += U) transform<U>(pixels, c, tile + c * R + r * U, s.in * R);
     }
-    for (int64_t n = 0; n < s.out; n += panel) {
-      int64_t before = 0;  // parts of the groups before
-      for (int group = 0; group < 9; group++) {
-        const int64_t size = parts[group / 3] * parts[group % 3];
-        for (int64_t t = t0; t < t1; t++)
-          with_sizes(cut.height(t), s.out - n, [&]<int R, int V>() {
-            float* to = sums + (t - t0) * sums_floats + group * tile_rows * panel;
-            multiply<R, V, U>(
-                tiles + (t - t0) * tile_rows * inputs + before * s.in * R, s.weight + n * inputs + before * s.in * panel, panel,
-                size * s.in / U, [&](int r, int v, Float sum) { store(to + r * panel + v * W, sum); });
-          });
-        before += size;
-      }
-      for (int64_t v = 0; v < panel && n + v < s.out; v += W) {
-        const Float bias = load(s.bias + n + v);
-        for (int64_t t = t0; t < t1; t++)
-          for (int r = 0; r < cut.height(t); r++) {
-            const float* from = sums + (t - t0) * sums_floats + r * panel + v;
-            Float sum[3][3];
+  }
+  for (int64_t n = 0; n < s.out; n += panel) {
+    int64_t before = 0;  // parts of the groups before
+    for (int group = 0; group < 9; group++) {
+      const int64_t size = parts[group / 3] * parts[group % 3];
+      for (int64_t t = t0; t < t1; t++)
+        with_sizes(cut.height(t), s.out - n, [&]<int R, int V>() {
+          float* to = sums + (t - t0) * sums_floats + group * tile_rows * panel;
+          multiply<R, V, U>(
+              tiles + (t - t0) * tile_rows * inputs + before * s.in * R, s.weight + n * inputs + before * s.in * panel, panel,
+              size * s.in / U, [&](int r, int v, Float sum) { store(to + r * panel + v * W, sum); });
+        });
+      before += size;
+    }
+    for (int64_t v = 0; v < panel && n + v < s.out; v += W) {
+      const Float bias = load(s.bias + n + v);
+      for (int64_t t = t0; t < t1; t++)
+        for (int r = 0; r < cut.height(t); r++) {
+          const float* from = sums + (t - t0) * sums_floats + r * panel + v;
+          Float sum[3][3];
 #pragma GCC unroll 9
-            for (int k = 0; k < 9; k++) sum[k / 3][k % 3] = load(from + k * tile_rows * panel);
+          for (int k = 0; k < 9; k++) sum[k / 3][k % 3] = load(from + k * tile_rows * panel);
 #pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) {
-              const Float shared = sum[2][j] + sum[2][2] + bias;
+          for (int j = 0; j < 2; j++) {
+            const Float shared = sum[2][j] + sum[2][2] + bias;
 #pragma GCC unroll 2
-              for (int i = 0; i < 2; i++) {
-                const Float all = sum[i][j] + sum[i][2] + shared;
-                if (float* to = places[t - t0][r].outputs[i][j])
-                  store_some(to + n + v, at_least(all, least), s.out - n - v);
-              }
+            for (int i = 0; i < 2; i++) {
+              const Float all = sum[i][j] + sum[i][2] + shared;
+              if (float* to = places[t - t0][r].outputs[i][j])
+                store_some(to + n + v, at_least(all, least), s.out - n - v);
             }
           }
-      }
+        }
     }
+  }
 }
 
 // 3x3, stride 2, zeros around, of a channels-last map whose channels are a multiple of U.
@@ -196,7 +198,8 @@ void conv_map(const ConvCall& s) {
   });
 }
 
-// Two of them from images (batch, in, height, width). Bands of the first map are made when the second convolution wants them, and never leave the cache.
+// Two of them from images (batch, in, height, width). Bands of the first map are made when the second convolution wants them,
+// and never leave the cache.
 template <int U>
 void stem(const ConvCall& one, const ConvCall& two) {
   const int64_t down = (two.height + 3) / 4, across = (two.width + 3) / 4;

@@ -64,8 +64,8 @@ struct FfnCall {
 };
 
 struct DepthwiseCall {
-  int64_t batch, height, width, channels, stride, act;
-  const float *x, *weight, *bias;  // (9, channels); bias may be absent
+  Local local;
+  int64_t batch;
   float* y;
 };
 
@@ -145,13 +145,12 @@ void ffn(const FfnCall& s) {
   });
 }
 
-
-
 // A row of a 3x3 depthwise convolution, for one vector of channels: `rows` are the three input rows (absent: outside the map),
 // `put(x, sum)` takes the results. Channels of neighbouring pixels are `stride_x` apart.
 template <int stride, class Put>
 inline __attribute__((always_inline)) void depthwise_row(
-    const float* const rows[3], int64_t stride_x, int64_t width, int64_t out_width, const Float (&weight)[9], Float bias, int64_t lanes, Put&& put) {
+    const float* const rows[3], int64_t stride_x, int64_t width, int64_t out_width, const Float (&weight)[9], Float bias,
+    int64_t lanes, Put&& put) {
   for (int64_t x = 0; x < out_width; x++) {
     Float sum = bias;
     const bool inside = x > 0 && x * stride + 1 < width;
@@ -171,38 +170,13 @@ inline __attribute__((always_inline)) void depthwise_row(
   }
 }
 
-// 3x3, one kernel a channel, zeros around.
-template <int stride>
+// Local by itself.
 void depthwise(const DepthwiseCall& s) {
-  const int64_t out_height = (s.height - 1) / stride + 1, out_width = (s.width - 1) / stride + 1;
-  const float least = least_of(s.act);
-  at::parallel_for(0, s.batch * out_height, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t b = unit / out_height, y = unit % out_height;
-      const float* map = s.x + b * s.height * s.width * s.channels;
-      float* out = s.y + unit * out_width * s.channels;
-      for (int64_t c = 0; c < s.channels; c += W) {
-        const int64_t lanes = s.channels - c;
-        const float* rows[3];
-        for (int i = 0; i < 3; i++) {
-          const int64_t at = y * stride - 1 + i;
-          rows[i] = at < 0 || at >= s.height ? nullptr : map + at * s.width * s.channels + c;
-        }
-        Float weight[9];
-        for (int k = 0; k < 9; k++) weight[k] = load_some(s.weight + k * s.channels + c, lanes);
-        const Float bias = s.bias ? load_some(s.bias + c, lanes) : Float{};
-        auto put = [&](int64_t x, Float sum) { store_some(out + x * s.channels + c, at_least(sum, least), lanes); };
-        if (lanes >= W)
-          depthwise_row<stride>(rows, s.channels, s.width, out_width, weight, bias, W, put);
-        else
-          depthwise_row<stride>(rows, s.channels, s.width, out_width, weight, bias, lanes, put);
-      }
-    }
+  const Cut cut(s.batch * s.local.height * s.local.width, at::get_num_threads());
+  in_blocks(cut, 1, [&](int64_t t, int64_t) {
+    s.local.rows(cut.first(t), cut.height(t), s.y + cut.first(t) * s.local.channels);
   });
 }
-
-
-
 
 // relu(DWConv(relu(x W + b)) with stride 2): a panel of channels at a time, so that the wide map never leaves the cache.
 void widen(const WidenCall& s) {
@@ -256,10 +230,9 @@ void widen(const WidenCall& s) {
   });
 }
 
-
-
-// HSM-SSD with the convolution and the norm before and the sum after it: with x' = DWConv(x), t = LN(x') and (b, c, d) = DWConv(t P), each (states, positions),
-// s = (softmax(d) b) t, h = ((s Wh) (SiLU(s Wz) + skip)) Wo, y = x' + c' h (EfficientViM, section 3.2).
+// HSM-SSD with the convolution and the norm before and the sum after it. With x' = DWConv(x), t = LN(x') and (b, c, d) =
+// DWConv(t P), each (states, positions): s = (softmax(d) b) t, h = ((s Wh) (SiLU(s Wz) + skip)) Wo, y = x' + c' h (EfficientViM,
+// section 3.2).
 void mixer(const MixerCall& s) {
   const int64_t height = s.local.height, width = s.local.width, L = height * width;
   const int64_t D = s.local.channels, N = s.states, in = up(D, pad), inner = up(s.inner, pad), all = 3 * N;
@@ -423,7 +396,7 @@ int64_t vision_ffn(const FfnCall* call) {
   return guarded([=] { ffn(*call); });
 }
 int64_t vision_depthwise(const DepthwiseCall* call) {
-  return guarded([=] { call->stride == 1 ? depthwise<1>(*call) : depthwise<2>(*call); });
+  return guarded([=] { depthwise(*call); });
 }
 int64_t vision_widen(const WidenCall* call) {
   return guarded([=] { widen(*call); });

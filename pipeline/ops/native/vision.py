@@ -37,7 +37,7 @@ class _FfnCall(Structure):
 
 
 class _DepthwiseCall(Structure):
-    _fields_ = _fields("batch height width channels stride act", "x weight bias y")
+    _fields_ = [("local", _Local), *_fields("batch", "y")]
 
 
 class _ConvCall(Structure):
@@ -111,8 +111,11 @@ def vision_library() -> VisionLibrary:
 
 
 def _pointer(tensor: Tensor) -> int:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(
+            f"compiled layers take fp32 on the CPU, not {tensor.dtype} on {tensor.device}; pack the model anew"
+        )
     assert tensor.is_contiguous()
-    assert tensor.dtype == torch.float32
     return tensor.data_ptr()
 
 
@@ -147,6 +150,7 @@ class Linear(Layer):
         self.act = ACTIVATIONS.index(act)
 
     def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == self.inputs
         y = x.new_empty(*x.shape[:-1], self.outputs)
         sizes = x.numel() // self.inputs, self.inputs, self.outputs, self.act
         self.library.run("vision_linear", *sizes, x, self.weight, self.bias, y)
@@ -168,6 +172,7 @@ class Local(Layer):
 
     def call(self, x: Tensor) -> _Local:
         _, height, width, channels = x.shape
+        assert channels == self.channels
         return _Local(height, width, channels, _pointer(x), _pointer(self.taps), _pointer(self.taps_bias))
 
 
@@ -217,7 +222,7 @@ class Widen(Layer):
         self, weight: Tensor, bias: Tensor, taps: Tensor, taps_bias: Tensor, library: VisionLibrary | None = None
     ) -> None:
         super().__init__(library)
-        self.outputs = len(weight)
+        self.outputs, self.inputs = weight.shape
         self.register_buffer("weight", self.library.panels(weight))
         self.register_buffer("bias", self.library.row(bias, self.outputs))
         self.register_buffer("taps", _taps(taps))
@@ -225,37 +230,22 @@ class Widen(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, inputs = x.shape
+        assert inputs == self.inputs
         y = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, self.outputs)
         weights = self.weight, self.bias, self.taps, self.taps_bias
         self.library.run("vision_widen", batch, height, width, inputs, self.outputs, x, *weights, y)
         return y
 
 
-class Depthwise(Layer):
-    """3x3 depthwise convolution of a map, padded with zeros, stride 1 or 2; weight (C, 1, 3, 3), bias (C,)."""
+class Depthwise(Local):
+    """That convolution by itself: a map (B, H, W, C) -> the same."""
 
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        stride: int = 1,
-        act: str = "none",
-        library: VisionLibrary | None = None,
-    ) -> None:
-        super().__init__(library)
-        self.register_buffer("weight", _taps(weight))
-        self.register_buffer("bias", None if bias is None else bias.contiguous().float())
-        self.stride, self.act = stride, ACTIVATIONS.index(act)
+    def __init__(self, local: tuple[Tensor, Tensor], library: VisionLibrary | None = None) -> None:
+        super().__init__(local, library)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        y = x.new_empty(batch, (height - 1) // self.stride + 1, (width - 1) // self.stride + 1, channels)
-        sizes = batch, height, width, channels, self.stride, self.act
-        self.library.run("vision_depthwise", *sizes, x, self.weight, self.bias, y)
+        y = torch.empty_like(x)
+        self.library.run("vision_depthwise", self.call(x), len(x), y)
         return y
 
 
@@ -275,6 +265,7 @@ class MapConv(Layer):
         super().__init__(library)
         self.outputs, self.inputs = weight.shape[:2]
         assert self.takes(self.inputs)
+        assert act in ("none", "relu")
         w = weight.double()
         lines = [[w[..., 0, :], w[..., 1, :]], [w[..., 2, :], w[..., 1, :]], [w[..., 0, :] + w[..., 2, :]]]
         parts = []
@@ -292,7 +283,8 @@ class MapConv(Layer):
         return channels % 16 == 0 or channels % 28 == 0
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
+        batch, height, width, inputs = x.shape
+        assert inputs == self.inputs
         y = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, self.outputs)
         sizes = batch, height, width, self.inputs, self.outputs, self.act
         self.library.run("vision_conv_map", *sizes, x, self.weight, self.bias, y)
@@ -318,6 +310,7 @@ class Stem(nn.Module):
         self.second = MapConv(*two, library)
         self.library = self.second.library
         weight, bias, act = one
+        assert act in ("none", "relu")
         self.outputs, self.inputs = weight.shape[:2]
         taps = weight.permute(0, 2, 3, 1).flatten(1)
         self.register_buffer("weight", self.library.panels(taps, taps.shape[1]))
@@ -326,7 +319,8 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images, second = images.contiguous(), self.second
-        batch, _, height, width = images.shape
+        batch, inputs, height, width = images.shape
+        assert inputs == self.inputs
         pointers = _pointer(images), _pointer(self.weight), _pointer(self.bias), None
         one = _ConvCall(batch, height, width, self.inputs, self.outputs, self.act, *pointers)
         height, width = (height + 1) // 2, (width + 1) // 2

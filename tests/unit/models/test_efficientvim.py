@@ -175,6 +175,17 @@ def test_fusing_changes_no_answer_of_any_ablation(fields: dict) -> None:
             torch.testing.assert_close(fused(images), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [4, 8, 16])
+@pytest.mark.parametrize("widths", [(128, 32, 48), (224, 32, 48), (48, 32, 40)], ids=str)
+def test_packing_keeps_every_stride_of_the_stem(widths: tuple[int, int, int], stride: int) -> None:
+    torch.manual_seed(3)
+    fields = {"widths": widths, "depths": (1, 1, 1), "image_size": 64, "num_classes": 5, "states": (16, 9, 4)}
+    model = randomised(build_model("efficientvim_nano", **fields, stem_stride=stride))
+    images = torch.randn(2, 3, 60, 76)
+    with torch.no_grad():
+        torch.testing.assert_close(model.fuse().pack()(images), model(images), rtol=1e-5, atol=1e-5)
+
+
 def test_a_closed_gate_is_fused_without_cancellation() -> None:
     """A gate that lets nearly nothing of its input through: 1 - gate is about 1e-9."""
     torch.manual_seed(2)
@@ -210,6 +221,12 @@ def test_a_packed_model_takes_fp32_and_can_be_copied() -> None:
     assert torch.equal(packed(images.contiguous(memory_format=torch.channels_last)), packed(images))
     with pytest.raises(ValueError, match=r"takes fp32 on the CPU, not torch\.bfloat16"):
         packed(images.bfloat16())
+    for shape in ((2, 1, 32, 32), (3, 32, 32), (1, 3, 32, 0)):
+        with pytest.raises(ValueError, match=r"takes images \(B, 3, H, W\), not \("):
+            packed(torch.zeros(shape))
+    assert packed(images[:0]).shape == (0, 5)
+    with pytest.raises(ValueError, match="pack the model anew"):
+        packed.to("meta")(images)
 
 
 class TestMixer:

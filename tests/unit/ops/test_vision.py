@@ -98,17 +98,11 @@ def test_widen(simd: str, shape: tuple[int, int, int, int], outputs: int) -> Non
 
 
 @few
-@given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12)),
-    stride=st.sampled_from((1, 2)),
-    act=st.sampled_from(("none", "relu")),
-    bias=st.booleans(),
-)
+@given(shape=st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), sizes))
 @pytest.mark.parametrize("simd", SETS)
-def test_depthwise(simd: str, shape: tuple[int, int, int, int], stride: int, act: str, bias: bool) -> None:
-    x, w, b = draw(0, *shape), draw(1, shape[1], 1, 3, 3), draw(2, shape[1]) if bias else None
-    want = F.conv2d(x.double(), w.double(), None if b is None else b.double(), stride, 1, groups=shape[1])
-    near(Depthwise(w, b, stride=stride, act=act, library=library(simd))(rows(x)), rows(ACTS[act](want)))
+def test_depthwise(simd: str, shape: tuple[int, int, int, int]) -> None:
+    x, local = draw(0, *shape), locals_of(shape[-1])
+    near(Depthwise(local, library(simd))(x), convolved(x, local))
 
 
 @few
@@ -201,7 +195,7 @@ def test_threads_change_no_bit(simd: str) -> None:
     stem = Stem((draw(10, 28, 3, 3, 3), None, "relu"), (draw(11, 56, 28, 3, 3), None, "relu"), lib)
     layers = [
         MapConv(draw(1, 70, 56, 3, 3), None, "relu", lib),
-        Depthwise(*locals_of(56), library=lib),
+        Depthwise(locals_of(56), lib),
         Linear(draw(3, 100, 56), None, "silu", lib),
         FeedForward(locals_of(56), draw(4, 224, 56), draw(5, 224), draw(6, 56, 224), draw(7, 56), lib),
         Widen(draw(8, 100, 56), draw(9, 100), *locals_of(100), library=lib),
