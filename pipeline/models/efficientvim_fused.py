@@ -15,7 +15,7 @@ compiled layers of our own (efficientvim_packed.py): the fastest form on a CPU.
 Shapes: B images, D channels, H x W positions, L = H W, N hidden states, K classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -271,11 +271,7 @@ class FusedEfficientViM(nn.Module):
                 maps.append(last.read_map(x))
             if self.fusion == "hidden":
                 hidden.append(last.read_hidden(h))
-        pooled = [
-            (x if eps is None else F.layer_norm(x, (width,), None, None, eps)).mean(1)
-            for x, eps, width in zip([*hidden, *maps], self.eps, self.widths, strict=True)
-        ]
-        return F.linear(torch.cat(pooled, 1), self.weight, self.bias)
+        return F.linear(pooled([*hidden, *maps], self.eps, self.widths), self.weight, self.bias)
 
     def pack(self) -> "PackedEfficientViM":
         """The same model on our compiled layers: for eager mode on a CPU in fp32, not for export.
@@ -285,6 +281,15 @@ class FusedEfficientViM(nn.Module):
         from pipeline.models.efficientvim_packed import PackedEfficientViM
 
         return PackedEfficientViM(self)
+
+
+def pooled(features: list[Tensor], eps: list[float | None], widths: Sequence[int]) -> Tensor:
+    """Each (B, L or N, D) normed where it has an `eps`, its mean over positions: (B, sum of D)."""
+    means = [
+        (x if e is None else F.layer_norm(x, (width,), None, None, e)).mean(1)
+        for x, e, width in zip(features, eps, widths, strict=True)
+    ]
+    return torch.cat(means, 1)
 
 
 def head(model: EfficientViM) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,18 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.models.efficientvim_fused import Conv, FusedBlock, FusedDownsample, FusedEfficientViM, FusedMixer, Linear
+from pipeline.models.efficientvim_fused import (
+    Conv,
+    FusedBlock,
+    FusedDownsample,
+    FusedEfficientViM,
+    FusedMixer,
+    Linear,
+    pooled,
+)
 from pipeline.ops.native import vision
 from pipeline.ops.native.build import BuildError
 
@@ -180,8 +187,4 @@ class PackedEfficientViM(nn.Module):
                 maps.append(last.read_map(x))
             if self.fusion == "hidden":
                 hidden.append(last.read_hidden(h))
-        pooled = [
-            (x if eps is None else F.layer_norm(x, (width,), None, None, eps)).mean(1)
-            for x, eps, width in zip([*hidden, *maps], self.eps, self.widths, strict=True)
-        ]
-        return self.head(torch.cat(pooled, 1))
+        return self.head(pooled([*hidden, *maps], self.eps, self.widths))

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from launchers import front, inference
 from pipeline.models import build_model
@@ -140,6 +139,30 @@ def headline(rounds: int, batch: int, folder: Path) -> dict[str, float | None]:
     }
 
 
+def by_layer(packed: nn.Module, images: Tensor, rounds: int) -> None:
+    """Milliseconds of a call by kind of layer and stage, medians: torch's profiler does not see compiled layers."""
+    began: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {}
+
+    def watch(name: str, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda *_: began.__setitem__(name, time.perf_counter()))
+        module.register_forward_hook(lambda *_: seconds.setdefault(name, []).append(time.perf_counter() - began[name]))
+
+    for name, module in packed.named_modules():
+        parts = name.split(".")
+        if name in ("", "stem", "head") or len(parts) == 2 + (parts[0] == "stages") * 2 and parts[0] != "stem":
+            watch(name, module)
+    for _ in range(rounds):
+        packed(images)
+    groups: dict[str, float] = {}
+    for name, values in seconds.items():
+        parts = name.split(".")
+        group = f"{parts[0]} {parts[1]} {parts[3]}" if len(parts) == 4 else parts[0]
+        groups[group] = groups.get(group, 0) + statistics.median(values)
+    for group, value in groups.items():
+        print(f"{group or 'the whole call':40s} {1e3 * value:8.1f} ms")
+
+
 def show(folder: Path) -> None:
     for table in sorted((folder / "tables").glob("*.md")):
         print(table.read_text())
@@ -159,10 +182,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = headline(arguments.rounds, arguments.batch, Path(folder))
     if arguments.profile:
-        packed, images = ours("efficientvim_m4", 224).fuse().pack(), torch.randn(arguments.batch, 3, 224, 224)
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            packed(images)
-        print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+        by_layer(
+            ours("efficientvim_m4", 224).fuse().pack(), torch.randn(arguments.batch, 3, 224, 224), arguments.rounds
+        )
     few = max(3, arguments.rounds // 5)
     if arguments.sizes:
         show(inference.run([], arguments.sizes, arguments.batch, few, arguments.out / "inference", deployed=True))

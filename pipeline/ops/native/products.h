@@ -22,7 +22,7 @@ using simd::W;
 
 constexpr int panel_vectors = 2, panel = panel_vectors * W;
 constexpr int tile_rows = W == 16 ? 14 : 6;  // with two sums a row, a panel's row and a broadcast they fill x86's registers
-constexpr int ahead = 16;
+constexpr int ahead = 16;  // rows of a panel fetched early: a panel is longer than the first cache is large
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -92,9 +92,7 @@ inline __attribute__((always_inline)) void multiply(
   Sums<R, V> sums;
   for (int64_t c = 0; c < chunks; c++, tile += R * U)
 #pragma GCC unroll 4
-    for (int k = 0; k < U; k++, columns += column_stride) {
-      sums.template add<U>(tile + k, columns, column_stride);
-    }
+    for (int k = 0; k < U; k++, columns += column_stride) sums.template add<U>(tile + k, columns, column_stride);
   sums.leave(end);
 }
 

@@ -150,7 +150,7 @@ void ffn(const FfnCall& s) {
 template <int stride, class Put>
 inline __attribute__((always_inline)) void depthwise_row(
     const float* const rows[3], int64_t stride_x, int64_t width, int64_t out_width, const Float (&weight)[9], Float bias,
-    int64_t lanes, Put&& put) {
+    Put&& put) {
   for (int64_t x = 0; x < out_width; x++) {
     Float sum = bias;
     const bool inside = x > 0 && x * stride + 1 < width;
@@ -160,10 +160,10 @@ inline __attribute__((always_inline)) void depthwise_row(
       const float* at = rows[i] + (x * stride - 1) * stride_x;
       if (inside) {
 #pragma GCC unroll 3
-        for (int j = 0; j < 3; j++) sum += weight[3 * i + j] * load_some(at + j * stride_x, lanes);
+        for (int j = 0; j < 3; j++) sum += weight[3 * i + j] * load(at + j * stride_x);
       } else {
         for (int j = 0; j < 3; j++)
-          if (x * stride + j >= 1 && x * stride + j <= width) sum += weight[3 * i + j] * load_some(at + j * stride_x, lanes);
+          if (x * stride + j >= 1 && x * stride + j <= width) sum += weight[3 * i + j] * load(at + j * stride_x);
       }
     }
     put(x, sum);
@@ -220,7 +220,7 @@ void widen(const WidenCall& s) {
                 rows[i] = at < 0 || at >= s.height ? nullptr : map + ((b - b0) * pixels + (at - top) * s.width) * panel + c - n;
               }
               float* to = s.y + (b * out_height + y) * out_width * s.out + c;
-              depthwise_row<2>(rows, panel, s.width, out_width, weight, bias, W, [&](int64_t x_, Float sum) {
+              depthwise_row<2>(rows, panel, s.width, out_width, weight, bias, [&](int64_t x_, Float sum) {
                 store_some(to + x_ * s.out, at_least(sum, 0), lanes);
               });
             }
@@ -301,7 +301,7 @@ void mixer(const MixerCall& s) {
               const int64_t at = y - 1 + i;
               rows[i] = at < 0 || at >= height ? nullptr : s.rows + ((b * height + at) * width) * all + column;
             }
-            depthwise_row<1>(rows, all, width, width, weight, Float{}, W, [&](int64_t x, Float sum) {
+            depthwise_row<1>(rows, all, width, width, weight, Float{}, [&](int64_t x, Float sum) {
               const int64_t l = y * width + x;
               float* to = kind == 1 ? s.read + (b * L + l) * N + n + lane : (kind ? depth : share) + l * some + lane;
               store(to, sum);

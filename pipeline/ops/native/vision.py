@@ -163,7 +163,7 @@ class Local(Layer):
     taps: Tensor
     taps_bias: Tensor
 
-    def __init__(self, local: tuple[Tensor, Tensor], library: VisionLibrary | None) -> None:
+    def __init__(self, local: tuple[Tensor, Tensor], library: VisionLibrary | None = None) -> None:
         super().__init__(library)
         weight, bias = local
         self.channels = len(weight)
@@ -240,9 +240,6 @@ class Widen(Layer):
 class Depthwise(Local):
     """That convolution by itself: a map (B, H, W, C) -> the same."""
 
-    def __init__(self, local: tuple[Tensor, Tensor], library: VisionLibrary | None = None) -> None:
-        super().__init__(local, library)
-
     def forward(self, x: Tensor) -> Tensor:
         y = torch.empty_like(x)
         self.library.run("vision_depthwise", self.call(x), len(x), y)
@@ -269,11 +266,9 @@ class MapConv(Layer):
         w = weight.double()
         lines = [[w[..., 0, :], w[..., 1, :]], [w[..., 2, :], w[..., 1, :]], [w[..., 0, :] + w[..., 2, :]]]
         parts = []
-        for across in range(9):
-            p, q = divmod(across, 3)
-            for line in lines[p]:
-                columns = [[line[..., 0], line[..., 1]], [line[..., 2], line[..., 1]], [line[..., 0] + line[..., 2]]]
-                parts += columns[q]
+        for pair in lines:
+            columns = [[[g[..., 0], g[..., 1]], [g[..., 2], g[..., 1]], [g[..., 0] + g[..., 2]]] for g in pair]
+            parts += [part for q in range(3) for column in columns for part in column[q]]
         self.register_buffer("weight", self.library.panels(torch.cat(parts, 1), 25 * self.inputs))
         self.register_buffer("bias", self.library.row(bias, self.outputs))
         self.act = ACTIVATIONS.index(act)
@@ -359,9 +354,8 @@ class Mixer(Local):
         self.states, self.inner, self.eps = rows[0], len(to_h), eps
         self.padded_states = self.states + -self.states % STATES
 
-        def groups(
-            rows_of: Tensor,
-        ) -> Tensor:  # b, c and d with padded states; an importance of one row serves them all
+        # b, c and d with padded states; an importance of one row serves them all.
+        def groups(rows_of: Tensor) -> Tensor:
             b, c, d = rows_of.split(list(rows))
             d = d.expand(self.states, *d.shape[1:])
             pad = (0, 0) * (rows_of.dim() - 1) + (0, self.padded_states - self.states)
