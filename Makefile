@@ -74,7 +74,7 @@ status: $(STAMP)  ## where every stage stands: queued, running, failed and why, 
 	@$(PY) -m launchers status --root $(RUNS)
 
 study: $(STAMP)  ## stage 3 on two bundled datasets: what helps, STUDY_SEEDS="0 1 2 3 4", JOBS=2 (continues where it stopped)
-	@$(PY) -m tests.studies.semi --seeds $(or $(STUDY_SEEDS),0 1 2 3 4) --jobs $(or $(JOBS),2)
+	@$(PY) -m studies.semi --seeds $(or $(STUDY_SEEDS),0 1 2 3 4) --jobs $(or $(JOBS),2)
 
 tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
@@ -114,7 +114,7 @@ check: $(STAMP)  ## format, lint, types, floors
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest tests/unit/test_floors.py
+	$(PY) -m pytest tests/unit/test_layers.py
 
 format: $(STAMP)  ## rewrite the code in the house's format
 	$(PY) -m ruff format .

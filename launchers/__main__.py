@@ -22,7 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from launchers import look
+from launchers import reports
 from pipeline.errors import PipelineError
 from pipeline.train.signals import interrupt_on_signals
 
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     where.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="all, if none is given")
     where.add_argument("--root", type=Path, default=Path("runs"))
     where.set_defaults(run=_status)
-    look.add_commands(commands)
+    reports.add_commands(commands)
     given, more = parser.parse_known_args(arguments)
     # key=value may stand behind an option too, which argparse does not allow; `evaluate` passes everything on.
     overrides = hasattr(given, "overrides") and all("=" in word and not word.startswith("-") for word in more)
@@ -90,9 +90,10 @@ def _local(given: argparse.Namespace) -> int:
     steps = chain.read_steps(given.stage, given.config, given.overrides)
     if given.stage != chain.CHAIN:
         return local.run(steps, given.nproc)
-    from launchers import plan, report
+    from launchers.plan import planner
+    from pipeline.report import experiment as report
 
-    plan.before(steps, given.nproc)
+    planner.before(steps, given.nproc)
     code = local.run(steps, given.nproc)
     if code == 0:
         print(f"report: {report.run([steps[0].folder.parent], None)}")
@@ -120,10 +121,11 @@ def _slurm(given: argparse.Namespace) -> int:
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from launchers import chain, plan
+    from launchers import chain
+    from launchers.plan import planner
 
     cluster, overrides = chain.read_cluster(given.cluster, given.overrides)
-    return plan.run(chain.read_steps(given.stage, given.config, overrides), cluster)
+    return planner.run(chain.read_steps(given.stage, given.config, overrides), cluster)
 
 
 def _doctor(given: argparse.Namespace) -> int:

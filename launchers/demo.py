@@ -7,8 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import chain, local, plan, report
-from pipeline.observe.results import Result, read_result, table
+from launchers import chain, local
+from launchers.plan import planner
+from pipeline.report import experiment as report
+from pipeline.report.results import Result, read_result, table
 
 DATA = Path("data/digits")
 RUNS = Path("runs")
@@ -17,7 +19,7 @@ PROTOCOL = "--imbalance 10 --labelled 0.1 --validation-per-class 15".split()
 
 def run(seeds: Sequence[int], nproc: int) -> int:
     """Returns 0, or the exit code of the first step that did not complete."""
-    from pipeline.data.__main__ import main as data
+    from pipeline.data import main as data
 
     started = time.monotonic()
     experiments = [f"demo-seed{seed}" for seed in seeds]
@@ -29,7 +31,7 @@ def run(seeds: Sequence[int], nproc: int) -> int:
             return code
         overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
         steps = chain.read_steps(chain.CHAIN, "demo", overrides)
-        plan.before(steps, nproc)
+        planner.before(steps, nproc)
         code = local.run(steps, nproc)
     if code:
         return code

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from launchers import queue, refusals
+from launchers import preflight, queue
 from launchers.chain import Step
 from launchers.config import ClusterConfig
 from launchers.filesystem import RENAMES, locks, renames_seen_halfway
@@ -201,9 +201,9 @@ def cluster_near(steps: Sequence[Step], cluster: ClusterConfig) -> Iterator[Find
         yield Finding("SLURM", str(error), needed=False)
         return
     try:
-        refusals.check_partition(cluster)
+        preflight.check_partition(cluster)
         for step in steps:
-            refusals.check_shared(step, cluster)
+            preflight.check_shared(step, cluster)
     except PipelineError as error:
         yield Finding("SLURM", str(error))
         return

@@ -166,11 +166,11 @@ def _write_report(experiment: Path, stage: str) -> None:
     """The experiment as far as it has come; with pictures of what the models see after the last stage."""
     try:
         if stage == list(STAGES)[-1]:
-            from launchers import report
+            from pipeline.report import experiment as report
 
             page = report.run([experiment], None)
         else:
-            from pipeline.observe.report import write_report
+            from pipeline.report.page import write_report
 
             page = write_report([experiment], experiment / "report.html")
         print(f"report: {page}")

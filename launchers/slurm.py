@@ -19,7 +19,7 @@ from launchers import queue
 from launchers.chain import Step, open_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.job import Job
-from launchers.refusals import refuse, refuse_other_values
+from launchers.preflight import refuse, refuse_other_values
 from pipeline.errors import EnvironmentProblem, PipelineError
 from pipeline.files import replace_text
 

@@ -14,7 +14,7 @@ from launchers import queue
 from launchers.queue import JobState
 from launchers.slurm import record
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
-from pipeline.models.card import CARD, Card
+from pipeline.exports.card import CARD, Card
 from stages import STAGES
 
 AGAIN = "submit the chain again to have it back"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem, PipelineError
-from pipeline.models.card import Card
+from pipeline.exports.card import Card
 
 BATCH = 32
 MAX_BYTES = 512 * 2**20  # a file beyond this is no photograph
@@ -48,8 +48,8 @@ def predict(export: Path, images: Sequence[Path], top: int, cam: Path | None) ->
 
     import torch
 
-    from pipeline.data.transforms import eval_views
-    from pipeline.models.export import load_export
+    from pipeline.exports.export import load_export
+    from pipeline.streaming.transforms import eval_views
 
     model, card = load_export(export)
     views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)

@@ -1,8 +1,8 @@
 """python -m stages <arm|distill|semi> CONFIG [key=value ...]
-python -m stages <arm|distill|semi> --replay RUN POSITION
+python -m stages <arm|distill|semi> --replay RUN DATA_STEP
 
 Runs one stage in this process (one rank of it, if torchrun's environment variables say so); or takes the step of a run
-folder again that stands at that position of its data, on one CPU process, and names the first value that is not finite.
+folder again that stands at that data_step of its data, on one CPU process, and names the first value that is not finite.
 Exit codes: 0 complete; 2 config; 3 data; 4 hand-over or checkpoint; 5 environment; 6 diverged; 7 distributed failure;
 75 interrupted and saved, start again to continue; 130 a second Ctrl-C ended it without saving.
 """
@@ -35,10 +35,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("stage", metavar="STAGE", help=" | ".join(STAGES))
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="for example configs/arm/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")
-    parser.add_argument("--replay", nargs=2, metavar=("RUN", "POSITION"), help="for example runs/demo/arm 1234")
+    parser.add_argument("--replay", nargs=2, metavar=("RUN", "DATA_STEP"), help="for example runs/demo/arm 1234")
     given = parser.parse_args(arguments)
     if (given.config is None) == (given.replay is None):
-        parser.error("give a CONFIG, or --replay RUN POSITION alone")
+        parser.error("give a CONFIG, or --replay RUN DATA_STEP alone")
     rank = os.environ.get("RANK", "0")
     interrupt_on_signals()
     threading.excepthook = _of_a_thread
@@ -91,10 +91,10 @@ def _of_a_thread(error: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(error)
 
 
-def _replay(stage: Stage, folder: Path, position: str) -> int:
+def _replay(stage: Stage, folder: Path, data_step: str) -> int:
     """One process on the CPU takes a step of a run again. Returns 0 whatever it finds; the run is not touched."""
-    if not position.isdigit():
-        raise ConfigError(f"--replay: POSITION is {position!r}; it must be a number, as in {folder}/incidents.jsonl")
+    if not data_step.isdigit():
+        raise ConfigError(f"--replay: DATA_STEP is {data_step!r}; it must be a number, as in {folder}/incidents.jsonl")
     for name in ("config.yaml", "environment.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"--replay: {folder} is no run folder, it has no {name}; give runs/EXPERIMENT/STAGE")
@@ -109,7 +109,7 @@ def _replay(stage: Stage, folder: Path, position: str) -> int:
     from pipeline.train.replay import Replay, Replayed
 
     try:
-        importlib.import_module(stage.module).run(config, Replay(folder, int(position)))
+        importlib.import_module(stage.module).run(config, Replay(folder, int(data_step)))
     except Replayed as found:
         print(found)
     return 0

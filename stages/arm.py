@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.loader import Batch
-from pipeline.data.transforms import train_views
 from pipeline.evaluate.metrics import mean_loss
 from pipeline.evaluate.probes import features_of, probe
 from pipeline.models.arm import ARM, pixel_loss
 from pipeline.models.flops import TRAINING, forward_flops
-from pipeline.observe.pictures import write_grid
-from pipeline.observe.tensorboard import Board
+from pipeline.report.pictures import write_grid
+from pipeline.report.tensorboard import Board
+from pipeline.streaming.loader import Batch
+from pipeline.streaming.transforms import train_views
 from pipeline.train.replay import Replay
 from pipeline.train.task import StepOutput, Task, mean_of
 from stages.configs import ArmConfig
-from stages.setting import Setting
+from stages.context import StageContext
 
 NUM_PICTURES = 8
 
@@ -48,7 +48,7 @@ def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
 
 
 def run(config: ArmConfig, replay: Replay | None = None) -> None:
-    with Setting("arm", config, replay) as s:
+    with StageContext("arm", config, replay) as s:
         arm, size = ARM(config.model, config.decoder), config.model.image_size
         everything = np.sort(np.concatenate([s.parts.labelled, s.parts.unlabelled]))
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
@@ -64,7 +64,7 @@ def run(config: ArmConfig, replay: Replay | None = None) -> None:
                 board.image("input, target, prediction", grid, step)
             if not len(held_out):
                 return {}
-            batches = s.judge.evaluation(s.manifest, held_out, size)
+            batches = s.evaluator.evaluation(s.manifest, held_out, size)
             loss = mean_loss(s.engine.module, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
             return {"val/loss": loss} | probes(s, arm, config, step)
 
@@ -74,7 +74,7 @@ def run(config: ArmConfig, replay: Replay | None = None) -> None:
         )
 
 
-def probes(s: Setting, arm: ARM, config: ArmConfig, step: int) -> dict[str, float]:
+def probes(s: StageContext, arm: ARM, config: ArmConfig, step: int) -> dict[str, float]:
     """val/linear and val/knn in percent, of what the decoder reads, at the steps that `probe.every` says and after the last."""
     asked = config.probe
     if asked is None or not len(s.parts.labelled) or (step % (asked.every or step) and step < config.loop.steps):
@@ -84,7 +84,7 @@ def probes(s: Setting, arm: ARM, config: ArmConfig, step: int) -> dict[str, floa
         features_of(
             s.engine.module,
             arm.to_decoder,
-            s.judge.evaluation(s.manifest, part, config.model.image_size),
+            s.evaluator.evaluation(s.manifest, part, config.model.image_size),
             s.world.device,
         )
         for part in (learnt_from, s.parts.validation)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.splits import Split, read_split
+from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.datasets.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError
-from pipeline.models.card import CARD, Card
+from pipeline.exports.card import CARD, Card
+from pipeline.exports.prefetch import missing_weights
 from pipeline.models.config import TIMM_PREFIX, FamilyConfig, TimmConfig, VisionMambaConfig
-from pipeline.models.prefetch import missing_weights
 from pipeline.train.run import refuse_other_config
 from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
 
@@ -22,7 +22,7 @@ STAGE_NUMBERS = {"arm": 1, "distill": 2, "semi": 3}
 
 
 class Parts(NamedTuple):
-    """Positions in the training manifest."""
+    """SampleIndices in the training manifest."""
 
     labelled: np.ndarray
     unlabelled: np.ndarray
@@ -37,17 +37,19 @@ def check(
     `pending` maps the folders of exports that earlier stages of a chain will write to those stages' configs.
     """
     derive_batches(config.loop.global_batch, world_size, config.engine.micro_batch)
-    if config.data.loader.lanes % world_size:
+    if config.data.loader.virtual_readers % world_size:
         raise ConfigError(
-            f"data.loader.lanes {config.data.loader.lanes} must be a multiple of the {world_size} processes; change either"
+            f"data.loader.virtual_readers {config.data.loader.virtual_readers} must be a multiple of the {world_size}"
+            " processes; change either"
         )
     refuse_other_config(config.run.folder(stage), config)
     manifest, _, parts = open_data(config)
     for name, samples in streams(config, parts).items():
-        if samples < config.data.loader.lanes:
+        if samples < config.data.loader.virtual_readers:
             raise ConfigError(
-                f"data.loader.lanes is {config.data.loader.lanes}, but there are only {samples} {name} samples to share among"
-                f" them; give a multiple of the {world_size} processes that is at most {samples} and divides loop.global_batch"
+                f"data.loader.virtual_readers is {config.data.loader.virtual_readers}, but there are only {samples} {name}"
+                f" samples to share among them; give a multiple of the {world_size} processes"
+                f" that is at most {samples} and divides loop.global_batch"
             )
     if config.data.test is not None:
         test = read_manifest(config.data.test)

@@ -9,9 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipeline.config import Strict
-from pipeline.data.config import AugmentConfig, LoaderConfig
 from pipeline.evaluate.config import ProbeConfig
-from pipeline.models.card import Preprocessing
+from pipeline.exports.card import Preprocessing
 from pipeline.models.config import (
     PRETRAINING_FORM,
     DecoderConfig,
@@ -22,6 +21,7 @@ from pipeline.models.config import (
     check_clusters,
     check_taps,
 )
+from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
 
 
@@ -50,9 +50,10 @@ class StageConfig(Strict):
 
     @model_validator(mode="after")
     def _batches(self) -> Self:
-        if self.loop.global_batch % self.data.loader.lanes:
+        if self.loop.global_batch % self.data.loader.virtual_readers:
             raise ValueError(
-                f"loop.global_batch {self.loop.global_batch} must be a multiple of data.loader.lanes {self.data.loader.lanes}"
+                f"loop.global_batch {self.loop.global_batch} must be a multiple of"
+                f" data.loader.virtual_readers {self.data.loader.virtual_readers}"
             )
         rest = self.loop.steps - self.optim.cooldown_steps
         if self.optim.warmup_steps >= rest:
@@ -63,15 +64,15 @@ class StageConfig(Strict):
     def refuse_lone(self, mixing: str, ratio: int) -> None:
         """Partners are found inside a lane of a micro-batch: a lone image would be mixed with itself. `ratio`: images of
         the stream for each of `loop.global_batch`; 0 = nothing is mixed."""
-        images, lanes, times = (
+        images, virtual_readers, times = (
             ratio * self.loop.global_batch,
-            self.data.loader.lanes,
+            self.data.loader.virtual_readers,
             f"{ratio} x " if ratio > 1 else "",
         )
-        if 0 < images < 2 * lanes:
+        if 0 < images < 2 * virtual_readers:
             raise ValueError(
                 f"{mixing} needs two in each lane: {times}loop.global_batch {self.loop.global_batch} must be at least twice"
-                f" data.loader.lanes {lanes}; lower lanes"
+                f" data.loader.virtual_readers {virtual_readers}; lower virtual_readers"
             )
         if ratio == 1 and self.engine.micro_batch == 1:
             raise ValueError(f"{mixing} needs two at once: engine.micro_batch is 1; set 2 or more")

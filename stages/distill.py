@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.loader import Batch
-from pipeline.data.mixup import mix_at_random
-from pipeline.data.transforms import train_views
+from pipeline.exports.export import transfer
+from pipeline.exports.teachers import KeptAnswers, timm_teacher
+from pipeline.exports.weights import load_weights
 from pipeline.files import sha256_of
 from pipeline.models import build_from_config
-from pipeline.models.export import transfer
 from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
-from pipeline.models.teachers import KeptAnswers, timm_teacher
-from pipeline.models.weights import load_weights
-from pipeline.observe.tensorboard import Board
+from pipeline.report.tensorboard import Board
+from pipeline.ssl.inference_copy import InferenceCopy
+from pipeline.ssl.lyapema import LyapEMA
+from pipeline.streaming.loader import Batch
+from pipeline.streaming.mixup import mix_at_random
+from pipeline.streaming.transforms import train_views
 from pipeline.train.config import LyapEMAConfig
 from pipeline.train.engine import Engine
-from pipeline.train.lyapema import LyapEMA
 from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of, probe_answer
-from pipeline.train.working_copy import WorkingCopy
 from stages.configs import DistillConfig, TeacherConfig
-from stages.setting import Setting
+from stages.context import StageContext
 
 Teacher = Callable[[Tensor], Tensor]
 
@@ -56,7 +56,7 @@ class DistillTask(Task):
             self.ema = LyapEMA(
                 engine.masters, engine.base_optimizer, rule, engine.all_reduce, num_weights=engine.num_weights
             )
-            self.copy = WorkingCopy(engine, average, self.ema.teacher, average_buffers=True)
+            self.copy = InferenceCopy(engine, average, self.ema.teacher, average_buffers=True)
         mesa_steps = config.loop.steps - config.optim.cooldown_steps
         self.mesa_from = int(config.mesa.start * mesa_steps) if config.mesa else None
 
@@ -112,7 +112,7 @@ class DistillTask(Task):
 
 
 def run(config: DistillConfig, replay: Replay | None = None) -> None:
-    with Setting("distill", config, replay) as s:
+    with StageContext("distill", config, replay) as s:
         num_classes = len(s.manifest.classes)
         shape = config.model.model_copy(update={"num_classes": num_classes})
         size = shape.image_size
@@ -143,18 +143,18 @@ def run(config: DistillConfig, replay: Replay | None = None) -> None:
             return {"student": s.engine.module} | ({"average": average} if average is not None else {})
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
-            return s.judge.validate(models(), size)
+            return s.evaluator.validate(models(), size)
 
         def task_of(engine: Engine) -> DistillTask:
             return DistillTask(engine, config, num_classes, teacher, average)
 
         task = s.train(model, task_of, streams, evaluate, size, flops)
-        measured = s.measured | s.judge.test(models(), size)
+        measured = s.measured | s.evaluator.test(models(), size)
         weights = task.copy.full_weights() if task.ema else s.engine.full_weights()
         s.export(weights, model=shape, uses_labels=True, measured=measured)
 
 
-def frozen_teacher(s: Setting, config: TeacherConfig, image_size: tuple[int, int]) -> nn.Module:
+def frozen_teacher(s: StageContext, config: TeacherConfig, image_size: tuple[int, int]) -> nn.Module:
     """In eval mode, without gradients, on this rank's device; its labels count as seen."""
     if config.timm is not None and config.weights is not None:
         teacher: nn.Module = timm_teacher(config.timm, config.weights, len(s.manifest.classes), image_size)
@@ -164,7 +164,7 @@ def frozen_teacher(s: Setting, config: TeacherConfig, image_size: tuple[int, int
     return teacher.to(s.world.device).eval().requires_grad_(False)
 
 
-def with_kept_answers(s: Setting, config: TeacherConfig, teacher: nn.Module) -> KeptAnswers:
+def with_kept_answers(s: StageContext, config: TeacherConfig, teacher: nn.Module) -> KeptAnswers:
     """The teacher with its answers in `teacher.cache`, under the hash of its weights and the precision it computes in."""
     assert config.cache is not None
     weights = sha256_of(config.weights) if config.weights else s.parent_card("teacher").weights_sha256

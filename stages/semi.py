@@ -17,24 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.loader import Batch
-from pipeline.data.mixup import mix, mix_at_random, mix_by_confidence, pair_ratio
-from pipeline.data.transforms import pair_views, train_views
 from pipeline.evaluate.pseudo import count_pseudo_labels, pseudo_summary
+from pipeline.exports.export import transfer
 from pipeline.models import build_from_config
 from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
-from pipeline.models.export import transfer
 from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import one_hot, soft_cross_entropy
-from pipeline.models.pseudo_labels import PseudoLabeller, PseudoLabels
-from pipeline.observe.tensorboard import Board
+from pipeline.report.tensorboard import Board
+from pipeline.ssl.inference_copy import InferenceCopy
+from pipeline.ssl.lyapema import LyapEMA
+from pipeline.ssl.pseudo_labels import PseudoLabeller, PseudoLabels
+from pipeline.streaming.loader import Batch
+from pipeline.streaming.mixup import mix, mix_at_random, mix_by_confidence, pair_ratio
+from pipeline.streaming.transforms import pair_views, train_views
 from pipeline.train.engine import Engine
-from pipeline.train.lyapema import LyapEMA
 from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of, probe_answer
-from pipeline.train.working_copy import WorkingCopy
 from stages.configs import SemiConfig
-from stages.setting import Setting
+from stages.context import StageContext
 
 
 class SemiTask(Task):
@@ -48,7 +48,7 @@ class SemiTask(Task):
             engine.masters, engine.base_optimizer, config.ema, engine.all_reduce, num_weights=engine.num_weights
         )
         average = config.ema.buffers == "average"
-        self.copy = WorkingCopy(engine, teacher, self.ema.teacher, average_buffers=average)
+        self.copy = InferenceCopy(engine, teacher, self.ema.teacher, average_buffers=average)
         # A class without labels is as rare as one with half a label.
         rarest = prior[prior > 0].min() / 2
         self.adjustment = config.logit_adjustment * prior.clamp(min=rarest).log().float()
@@ -188,7 +188,7 @@ def _supervised_metrics(loss: Tensor, logits: Tensor, labelled: Batch) -> dict[s
 
 
 def run(config: SemiConfig, replay: Replay | None = None) -> None:
-    with Setting("semi", config, replay) as s:
+    with StageContext("semi", config, replay) as s:
         parent, card = s.parent("init_from"), s.parent_card("init_from")
         shape = student_of(card.model, config)
         size, data = shape.image_size, config.data
@@ -211,23 +211,23 @@ def run(config: SemiConfig, replay: Replay | None = None) -> None:
         labeller = PseudoLabeller(prior, config.pseudo)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
-            row = s.judge.validate({"student": s.engine.module, "teacher": teacher}, size)
+            row = s.evaluator.validate({"student": s.engine.module, "teacher": teacher}, size)
             if not ratio or not config.watched_samples:
                 return row
             who = teacher if config.pseudo.labeller == "teacher" else s.engine.module
             known = s.parts.unlabelled
             watched = known[np.linspace(0, len(known) - 1, min(config.watched_samples, len(known))).astype(int)]
-            batches = s.judge.evaluation(s.manifest, watched, size)
+            batches = s.evaluator.evaluation(s.manifest, watched, size)
             label = partial(labeller.label, watch=False)
             counted = count_pseudo_labels(
                 lambda images: label(answers(who, images)), batches, len(counts), s.world.device
             )
             board.class_counts("pseudo/classes", counted.accepted.sum(0), step)
-            return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.judge.groups()).items()}
+            return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
 
         flops = (TRAINING * (1 + ratio) + ratio) * forward_flops(model, size)  # the teacher sees the unlabelled
         task = s.train(model, lambda e: SemiTask(e, teacher, labeller, config, prior), streams, evaluate, size, flops)
-        measured = s.measured | s.judge.test({"student": s.engine.module, "teacher": teacher}, size)
+        measured = s.measured | s.evaluator.test({"student": s.engine.module, "teacher": teacher}, size)
         lasting = lasting_form(shape)
         kept = build_from_config(lasting).state_dict()
         weights = {"student": s.engine.full_weights(), "teacher": task.copy.full_weights()}

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/, test/ and split.json of the long-tailed digits, as the demo makes them."""
     folder = tmp_path_factory.mktemp("data") / "digits"
-    from pipeline.data.__main__ import main
+    from pipeline.data import main
 
     main(["convert", "digits", "--out", str(folder)])
     split = ["split", str(folder / "train"), "--out", str(folder / "split.json")]

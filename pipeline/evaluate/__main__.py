@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.splits import read_split
+from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, EnvironmentProblem, PipelineError
-from pipeline.models.card import CARD, Card
+from pipeline.exports.card import CARD, Card
 
 if TYPE_CHECKING:
-    from pipeline.data.loader import Batch
+    from pipeline.streaming.loader import Batch
     from pipeline.train.distributed import World
 
 STUDENT, TEACHER = "student", "teacher"
@@ -65,7 +65,7 @@ class Asked(NamedTuple):
 
     exports: dict[str, Path]
     data: Manifest
-    positions: np.ndarray  # of `data`
+    sample_indices: np.ndarray  # of `data`
     train: Manifest
     held_out: np.ndarray  # of `train`: the temperature is fitted on them
     bank: np.ndarray  # of `train`: the probes learn from them; empty if none was asked for
@@ -88,8 +88,8 @@ def _check(given: argparse.Namespace) -> Asked:
     split = read_split(given.split, train) if given.split else None
     if given.part and train.hash != data.hash:
         raise ConfigError(f"--part {given.part} is of {given.train}, not of {given.data}; give the same folder twice")
-    positions = split.part(given.part) if split and given.part else np.arange(data.num_samples)
-    if not len(positions):
+    sample_indices = split.part(given.part) if split and given.part else np.arange(data.num_samples)
+    if not len(sample_indices):
         raise ConfigError(f"{given.split} leaves no {given.part} samples; judge another part")
     out = given.out or given.export.parent / f"evaluation-{given.data.name}"
     try:
@@ -99,12 +99,12 @@ def _check(given: argparse.Namespace) -> Asked:
     held_out = split.part("validation") if split and given.part != "validation" else np.empty(0, np.int64)
     bank = split.part("labelled") if split and given.probe else np.empty(0, np.int64)
     learnt_from = np.concatenate([held_out, bank])
-    if train.hash == data.hash and (both := np.intersect1d(positions, learnt_from)).size:
+    if train.hash == data.hash and (both := np.intersect1d(sample_indices, learnt_from)).size:
         raise ConfigError(
-            f"{both.size} of the {len(positions)} judged images are those that the temperature or the probe learns from;"
+            f"{both.size} of the {len(sample_indices)} judged images are those that the temperature or the probe learns from;"
             " give --part validation or unlabelled, or another DATA"
         )
-    return Asked(exports, data, positions, train, held_out, bank, split.hash if split else None, out)
+    return Asked(exports, data, sample_indices, train, held_out, bank, split.hash if split else None, out)
 
 
 def _judge(asked: Asked, batch: int | None) -> None:
@@ -117,7 +117,12 @@ def _judge(asked: Asked, batch: int | None) -> None:
         found, weights[name] = _judge_one(name, folder, asked, batch, world)
         results |= found
     if world.is_main:
-        origin = {"dataset": asked.data.hash, "split": asked.split, "images": len(asked.positions), "weights": weights}
+        origin = {
+            "dataset": asked.data.hash,
+            "split": asked.split,
+            "images": len(asked.sample_indices),
+            "weights": weights,
+        }
         (asked.out / "evaluation.json").write_text(json.dumps({**origin, "models": results}, indent=1) + "\n")
         _print(results, asked.out)
     distributed.stop()
@@ -127,14 +132,14 @@ def _judge_one(name: str, folder: Path, asked: Asked, batch: int | None, world: 
     """The reports of one model, as it is and calibrated, and its weights' hash (collective)."""
     from torch import nn
 
-    from pipeline.data.loader import evaluation_batches
-    from pipeline.data.transforms import eval_views
     from pipeline.evaluate import metrics
-    from pipeline.evaluate.answers import ask, collect
     from pipeline.evaluate.calibration import fit_temperature
     from pipeline.evaluate.config import ProbeConfig
+    from pipeline.evaluate.predictions import ask, collect
     from pipeline.evaluate.probes import features_of, probe
-    from pipeline.models.export import load_export
+    from pipeline.exports.export import load_export
+    from pipeline.streaming.loader import evaluation_batches
+    from pipeline.streaming.transforms import eval_views
 
     model, card = load_export(folder)
     model = model.to(world.device)
@@ -142,17 +147,17 @@ def _judge_one(name: str, folder: Path, asked: Asked, batch: int | None, world: 
     groups = {group: np.array(members) for group, members in card.class_groups.items()}
     classes = asked.data.classes
 
-    def batches(manifest: Manifest, positions: np.ndarray) -> "Iterator[Batch]":
+    def batches(manifest: Manifest, sample_indices: np.ndarray) -> "Iterator[Batch]":
         return evaluation_batches(
             manifest,
-            positions,
+            sample_indices,
             batch_size=batch or card.eval_batch,
             rank=world.rank,
             world_size=world.size,
             views=views,
         )
 
-    answers = ask(model, batches(asked.data, asked.positions), world.device)
+    answers = ask(model, batches(asked.data, asked.sample_indices), world.device)
     results = {name: metrics.report(answers, groups, classes)}
     if world.is_main:
         answers.save(asked.out / f"answers-{name}.npz")
@@ -160,7 +165,7 @@ def _judge_one(name: str, folder: Path, asked: Asked, batch: int | None, world: 
     if len(asked.held_out):
         labels, logits = collect(model, batches(asked.train, asked.held_out), world.device)
         temperature = fit_temperature(logits, labels)
-        cooled = ask(model, batches(asked.data, asked.positions), world.device, temperature=temperature)
+        cooled = ask(model, batches(asked.data, asked.sample_indices), world.device, temperature=temperature)
         results[f"{name}, calibrated"] = {
             "temperature": temperature,
             **metrics.report(cooled, groups, classes),
@@ -173,7 +178,7 @@ def _judge_one(name: str, folder: Path, asked: Asked, batch: int | None, world: 
             )
         learnt, queries = (
             features_of(model, reader, batches(manifest, chosen), world.device)
-            for manifest, chosen in ((asked.train, asked.bank), (asked.data, asked.positions))
+            for manifest, chosen in ((asked.train, asked.bank), (asked.data, asked.sample_indices))
         )
         results[name]["probes"] = probe(learnt, queries, ProbeConfig())
     return results, card.weights_sha256

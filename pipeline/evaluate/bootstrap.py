@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluate.answers import Answers
+from pipeline.evaluate.predictions import Predictions
 
 DRAWS = 2_000
 LEVEL = 0.95
@@ -47,8 +47,8 @@ def intervals(
 
 
 def paired(
-    first: Sequence[Answers],
-    second: Sequence[Answers],
+    first: Sequence[Predictions],
+    second: Sequence[Predictions],
     num_classes: int,
     groups: Mapping[str, NDArray[np.int64]],
     seed: int = 0,
@@ -59,11 +59,11 @@ def paired(
     others (seeds with validation parts of their own). The pairs stay as they are. Raises ValueError where the two of a pair
     have answered different samples: there is nothing to pair.
     """
-    sets: dict[bytes, list[tuple[Answers, Answers]]] = {}
+    sets: dict[bytes, list[tuple[Predictions, Predictions]]] = {}
     for a, b in zip(first, second, strict=True):
-        if not np.array_equal(a.positions, b.positions) or not np.array_equal(a.labels, b.labels):
+        if not np.array_equal(a.sample_indices, b.sample_indices) or not np.array_equal(a.labels, b.labels):
             raise ValueError("the two models of a pair were not asked the same samples")
-        sets.setdefault(a.positions.tobytes() + a.labels.tobytes(), []).append((a, b))
+        sets.setdefault(a.sample_indices.tobytes() + a.labels.tobytes(), []).append((a, b))
     rng = np.random.default_rng(seed)
     found: dict[str, list[tuple[float, float, NDArray[np.float64]]]] = {}  # name -> pairs, gain, redrawn gains
     for pairs in sets.values():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.evaluate.sight import sight_of, watched
+from pipeline.evaluate.target_layers import sight_of, watched
 
 
 def gradcam(model: nn.Module, images: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.evaluate.answers import Answers, LabelledBatch
 from pipeline.evaluate.bootstrap import intervals
 from pipeline.evaluate.calibration import expected_calibration_error, reliability
 from pipeline.evaluate.open_set import open_set
+from pipeline.evaluate.predictions import LabelledBatch, Predictions
 
 Groups = Mapping[str, np.ndarray]
 
 
-def summary(answers: Answers, num_classes: int, groups: Groups) -> dict[str, float]:
+def summary(answers: Predictions, num_classes: int, groups: Groups) -> dict[str, float]:
     """In percent: top1 and top5 over samples, balanced over classes, the mean class of each group that has
     samples, and the calibration error; the mean loss in nats."""
     table = answers.confusion(num_classes)
@@ -43,7 +43,7 @@ def per_class_accuracy(table: np.ndarray) -> np.ndarray:
     return np.where(total > 0, 100.0 * table.diagonal() / np.maximum(total, 1), np.nan)
 
 
-def report(answers: Answers, groups: Groups, classes: tuple[str, ...]) -> dict[str, Any]:
+def report(answers: Predictions, groups: Groups, classes: tuple[str, ...]) -> dict[str, Any]:
     """Everything about one model on one set, for evaluation.json. A class without samples has no accuracy (None)."""
     table = answers.confusion(len(classes))
     right = answers.predicted == answers.labels
@@ -63,7 +63,7 @@ def report(answers: Answers, groups: Groups, classes: tuple[str, ...]) -> dict[s
     }
 
 
-def write_per_class(path: Path, answers: Answers, classes: tuple[str, ...], trained_on: tuple[int, ...]) -> None:
+def write_per_class(path: Path, answers: Predictions, classes: tuple[str, ...], trained_on: tuple[int, ...]) -> None:
     """A CSV, one line a class: samples, right answers, accuracy, the class it is most often mistaken for."""
     table = answers.confusion(len(classes))
     mistakes = table - np.diag(table.diagonal())

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.evaluate.answers import LabelledBatch, gather
 from pipeline.evaluate.config import ProbeConfig
+from pipeline.evaluate.predictions import LabelledBatch, gather
 
 QUERIES_AT_ONCE = 1024  # a table of cosines of this many rows at a time
 MAX_ITERATIONS = 200

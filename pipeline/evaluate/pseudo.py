@@ -9,7 +9,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.evaluate.answers import LabelledBatch
+from pipeline.evaluate.predictions import LabelledBatch
 
 
 class Labelled(Protocol):

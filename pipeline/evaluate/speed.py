@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.models.efficientvim import EfficientViM
-from pipeline.models.efficientvim_fused import FusedEfficientViM
+from pipeline.models.efficientvim.fused import FusedEfficientViM
+from pipeline.models.efficientvim.model import EfficientViM
 from pipeline.models.flops import forward_flops
 from pipeline.models.timm_model import TimmModel
 

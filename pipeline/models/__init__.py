@@ -43,7 +43,7 @@ def build_from_config(config: FamilyConfig) -> "nn.Module":
 
             return VisionMamba(**values)
         case EfficientViMConfig():
-            from pipeline.models.efficientvim import EfficientViM
+            from pipeline.models.efficientvim.model import EfficientViM
 
             return EfficientViM(**values)
         case VSSDConfig():

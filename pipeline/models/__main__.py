@@ -45,12 +45,12 @@ def _convert(args: argparse.Namespace) -> None:
     if args.classes is not None and not args.classes.is_file():
         raise ConfigError(f"--classes {args.classes}: no such file; give class names, one a line")
     classes = tuple(args.classes.read_text().splitlines()) if args.classes else ()
-    from pipeline.models.convert import convert
+    from pipeline.exports.convert import convert
 
     card = convert(
         args.file, args.out, entry=args.entry, image_size=(size[0], size[-1]) if size else None, classes=classes
     )
-    print(f"{args.out}: {card.kind}; load it with pipeline.models.export.load_export, or give init_from={args.out}")
+    print(f"{args.out}: {card.kind}; load it with pipeline.exports.export.load_export, or give init_from={args.out}")
 
 
 def _add_prefetch(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def _add_prefetch(parser: argparse.ArgumentParser) -> None:
 
 
 def _prefetch(args: argparse.Namespace) -> None:
-    from pipeline.models.prefetch import prefetch
+    from pipeline.exports.prefetch import prefetch
 
     for name in args.names:
         print(prefetch(name, args.out))
@@ -77,7 +77,7 @@ def _add_onnx(parser: argparse.ArgumentParser) -> None:
 
 
 def _onnx(args: argparse.Namespace) -> None:
-    from pipeline.models.onnx_file import export_to_onnx
+    from pipeline.exports.onnx import export_to_onnx
 
     error = export_to_onnx(args.export, args.out)
     print(f"{args.out}: answers the export's probe batch with a relative error of {error:.1e}")
@@ -93,10 +93,10 @@ def _add_coreml(parser: argparse.ArgumentParser) -> None:
 def _coreml(args: argparse.Namespace) -> None:
     if args.out.exists() or args.out.suffix != ".mlpackage":
         raise ConfigError(f"--out {args.out}: give a name that ends in .mlpackage and is not taken")
+    from pipeline.exports.coreml import write_coreml
+    from pipeline.exports.export import load_export
     from pipeline.models.config import VisionMambaConfig
-    from pipeline.models.coreml_file import write_coreml
-    from pipeline.models.efficientvim import EfficientViM
-    from pipeline.models.export import load_export
+    from pipeline.models.efficientvim.model import EfficientViM
 
     model, card = load_export(args.export)
     if card.kind != "classifier" or isinstance(card.model, VisionMambaConfig):

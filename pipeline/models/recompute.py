@@ -11,7 +11,7 @@ def count_images_once(model: nn.Module) -> None:
     """Let no batch norm of `model` move its running statistics inside a backward pass, where checkpointed blocks run again.
 
     Without this every step would move them by momentum twice. Hooks, so that it holds for whatever calls torch's checkpoint
-    (timm's models do so themselves). Answers and gradients in training do not depend on the running statistics.
+    (timm's models do so themselves). Predictions and gradients in training do not depend on the running statistics.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None:

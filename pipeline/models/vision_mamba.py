@@ -4,7 +4,7 @@ Vim (Zhu et al. 2024): no MLP, RMSNorm, two directions, cls token in the middle.
 fine-tuning: LayerNorm, SwiGLU, expand 1, four directions, mean of the patches.  Semi-ViM: its sources give no
 architecture but "146 M" for Base, which Vim at 768 x 36 has (145.6 M); that, and Vim's own Tiny and Small under its
 name, are inferences of ours.
-Parameter names follow the released checkpoints, so that a converter (`pipeline.models.convert`) is a renaming.
+Parameter names follow the released checkpoints, so that a converter (`pipeline.exports.convert`) is a renaming.
 
 Deviations, on purpose: every direction gets the step-size initialisation (the released code leaves the reversed
 one at softplus(0)); drop path reaches its stated maximum in the last block; grids need not be square.

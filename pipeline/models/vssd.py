@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.efficientvim_mixers import HSMSSD
+from pipeline.models.efficientvim.mixers import HSMSSD
 from pipeline.models.vision_mamba import DropPath
 
 

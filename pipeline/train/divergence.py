@@ -18,21 +18,21 @@ _NONE = 2**62
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """`position`: the place in the data of the first bad step."""
+class Anomaly:
+    """`data_step`: the place in the data of the first bad step."""
 
     reason: str
-    position: int
+    data_step: int
 
 
-def find_trouble(row: Mapping[str, float], recorder: Recorder, loop: LoopConfig, world: World) -> Trouble | None:
-    """Judge a logged row, equal on all ranks, and name the bad step among those since the last log line (collective)."""
+def find_anomaly(row: Mapping[str, float], recorder: Recorder, loop: LoopConfig, world: World) -> Anomaly | None:
+    """Evaluator a logged row, equal on all ranks, and name the bad step among those since the last log line (collective)."""
     skipped = row["train/skipped_updates"]
     bad = next((f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)), "")
     if not bad and skipped >= loop.max_skipped_steps:
         bad = f"a gradient is not finite ({skipped:.0f} updates were skipped)"
     if bad:
-        return Trouble(bad, _first_bad(recorder, world))
+        return Anomaly(bad, _first_bad(recorder, world))
     if loop.spike_mads:
         losses = recorder.losses()
         if world.size > 1:  # of the whole batch: the ranks' own would let them disagree
@@ -42,7 +42,7 @@ def find_trouble(row: Mapping[str, float], recorder: Recorder, loop: LoopConfig,
             unjudged = recorder.unjudged
             highest = int(losses[-len(unjudged) :].argmax())
             reason = f"the loss {row['train/loss']:.4g} lies over {loop.spike_mads:g} deviations above those before"
-            return Trouble(reason, unjudged[highest].position)
+            return Anomaly(reason, unjudged[highest].data_step)
     return None
 
 
@@ -56,37 +56,37 @@ def is_spike(loss: float, losses: torch.Tensor, mads: float) -> bool:
 
 def _first_bad(recorder: Recorder, world: World) -> int:
     """Position of the first step with a number that is not finite on some rank; if none saw one, of the newest step."""
-    first = torch.tensor(next((r.position for r in recorder.unjudged if r.is_bad()), _NONE), device=world.device)
+    first = torch.tensor(next((r.data_step for r in recorder.unjudged if r.is_bad()), _NONE), device=world.device)
     if world.size > 1:
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    return recorder.records[-1].position if int(first) == _NONE else int(first)
+    return recorder.records[-1].data_step if int(first) == _NONE else int(first)
 
 
-def report(trouble: Trouble, run: Run, recorder: Recorder, step: int, rewinds: int) -> None:
+def report(anomaly: Anomaly, run: Run, recorder: Recorder, step: int, rewinds: int) -> None:
     """Leave behind what a person needs: the incident, and every rank's last steps."""
-    run.incident({"step": step, "reason": trouble.reason, "position": trouble.position, "number": rewinds})
+    run.incident({"step": step, "reason": anomaly.reason, "data_step": anomaly.data_step, "number": rewinds})
     recorder.dump(run.folder / "report" / f"flight_step_{step:08d}_rank_{run.world.rank:05d}.jsonl")
 
 
-def advice(trouble: Trouble, run: Run, step: int, rewinds: int) -> str:
+def advice(anomaly: Anomaly, run: Run, step: int, rewinds: int) -> str:
     """The last sentence of a run that has given up after so many rewinds."""
     tried = f" after {rewinds} rewinds" if rewinds else ""
     return (
-        f"{trouble.reason} by step {step}{tried}, first at position {trouble.position} of the data; the last steps are in"
-        f" {run.folder / 'report'}, `python -m stages {run.folder.name} --replay {run.folder} {trouble.position}` names the"
+        f"{anomaly.reason} by step {step}{tried}, first at data_step {anomaly.data_step} of the data; the last steps are in"
+        f" {run.folder / 'report'}, `python -m stages {run.folder.name} --replay {run.folder} {anomaly.data_step}` names the"
         " module; lower optim.lr, lengthen optim.warmup_steps, or set loop.on_divergence=rewind"
     )
 
 
-def position_of(step: int, left_out: Sequence[int]) -> int:
+def data_step_of(step: int, left_out: Sequence[int]) -> int:
     """Place in the data of an optimizer step, when the places `left_out` are passed over."""
-    position = step
+    data_step = step
     for hole in sorted(left_out):
-        if hole <= position:
-            position += 1
-    return position
+        if hole <= data_step:
+            data_step += 1
+    return data_step
 
 
-def next_position(state: Mapping[str, Any]) -> int:
+def next_data_step(state: Mapping[str, Any]) -> int:
     """Place in the data of the first step that a checkpoint of this state has not seen."""
-    return position_of(state["step"], state["loop"]["left_out"])
+    return data_step_of(state["step"], state["loop"]["left_out"])

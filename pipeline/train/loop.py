@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.data.loader import Batch, Loader
 from pipeline.errors import Diverged, HandoverError, Interrupted
-from pipeline.observe.progress import Progress
-from pipeline.observe.tensorboard import Board
+from pipeline.report.tensorboard import Board
+from pipeline.streaming.loader import Batch, Loader
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Saver
 from pipeline.train.config import LoopConfig
 from pipeline.train.distributed import any_rank
-from pipeline.train.divergence import advice, find_trouble, next_position, position_of, report
+from pipeline.train.divergence import advice, data_step_of, find_anomaly, next_data_step, report
 from pipeline.train.engine import Engine
 from pipeline.train.meter import Meter
 from pipeline.train.peak import peak_flops
+from pipeline.train.progress import Progress
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
 from pipeline.train.schedules import Schedule
@@ -53,7 +53,7 @@ def fit(
     seed: int,
     evaluate: Evaluate,
     recorder: Recorder,
-    probe_images: torch.Tensor,
+    fingerprint_images: torch.Tensor,
     flops: float,
 ) -> None:
     """Train for `loop.steps` optimizer steps, continuing from the run's newest sound checkpoint.
@@ -77,23 +77,25 @@ def fit(
     rewinds = 0
 
     def save() -> None:
-        saver.save(step, {"left_out": left_out, "rewinds": rewinds, "probe": task.probe(engine.model, probe_images)})
+        saver.save(
+            step, {"left_out": left_out, "rewinds": rewinds, "probe": task.probe(engine.model, fingerprint_images)}
+        )
 
     def restore(before: float = math.inf) -> tuple[int, dict[str, Any]]:
-        """Continue from the newest checkpoint that has not seen the position `before` of the data; the later ones go."""
+        """Continue from the newest checkpoint that has not seen the data_step `before` of the data; the later ones go."""
         restored, state = checkpoint.restore(
             run.checkpoints,
             engine=engine,
             task=task,
             fingerprint=fingerprint,
-            accept=lambda saved: next_position(saved) <= before,
+            accept=lambda saved: next_data_step(saved) <= before,
         )
         if state:
-            _prove(task.probe(engine.model, probe_images), state["probe"], run, restored)
+            _prove(task.probe(engine.model, fingerprint_images), state["probe"], run, restored)
         if before < math.inf:
             if not state:
                 raise Diverged(
-                    f"no checkpoint of {run.checkpoints} is from before position {before}: nothing to rewind to"
+                    f"no checkpoint of {run.checkpoints} is from before data_step {before}: nothing to rewind to"
                 )
             checkpoint.remove_after(run.checkpoints, restored, world)
         run.truncate_metrics(restored)
@@ -112,18 +114,18 @@ def fit(
     run.status("running", step=step, steps=loop.steps)
     with stop_flag() as stop:
         while step < loop.steps:
-            position = position_of(step, left_out)
-            if position != drawn_next:
-                batches = {name: stream.batches(position) for name, stream in streams.items()}
-            drawn_next = position + 1
+            data_step = data_step_of(step, left_out)
+            if data_step != drawn_next:
+                batches = {name: stream.batches(data_step) for name, stream in streams.items()}
+            drawn_next = data_step + 1
             with meter.waiting():
                 drawn = {name: next(stream).to(world.device, non_blocking=True) for name, stream in batches.items()}
             lr = lr_at(step)
-            torch.manual_seed(step_seed(seed, position, world.rank))  # of drop path
+            torch.manual_seed(step_seed(seed, data_step, world.rank))  # of drop path
             done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr)
             meter.add(done.metrics)
             skipped_updates += not done.moved
-            recorder.note(step, position, drawn, done.loss)
+            recorder.note(step, data_step, drawn, done.loss)
             step += 1
             meter.count(sum(map(len, drawn.values())))
             progress.advance()
@@ -137,19 +139,19 @@ def fit(
                 row |= {"train/weight_norm": engine.weight_norm()}
                 if done.moved:
                     row |= {"train/grad_norm": engine.grad_norm()}
-                trouble = find_trouble(row, recorder, loop, world)
+                anomaly = find_anomaly(row, recorder, loop, world)
                 skipped_updates = 0
-                if trouble:
+                if anomaly:
                     rewinds += 1
-                    report(trouble, run, recorder, step, rewinds)
+                    report(anomaly, run, recorder, step, rewinds)
                     saver.finish()
                     if loop.on_divergence == "stop" or rewinds > loop.max_rewinds:
-                        raise Diverged(advice(trouble, run, step, rewinds - 1))
-                    step, _ = restore(before=trouble.position)
+                        raise Diverged(advice(anomaly, run, step, rewinds - 1))
+                    step, _ = restore(before=anomaly.data_step)
                     board.rewind(step)
                     progress.rewind(step)
                     recorder.forget_from(step)
-                    left_out, drawn_next = [*left_out, trouble.position], -1
+                    left_out, drawn_next = [*left_out, anomaly.data_step], -1
                     continue
                 recorder.judged()
                 row |= {"step": step, "samples": step * loop.global_batch}
@@ -194,7 +196,7 @@ def fit(
         stream.close()
 
 
-class Done(NamedTuple):
+class StepResult(NamedTuple):
     """`moved`: whether the engine updated the weights; `loss`: the mean over the micro-batches, on the device."""
 
     moved: bool
@@ -202,7 +204,7 @@ class Done(NamedTuple):
     metrics: list[tuple[str, Mean]]
 
 
-def train_step(task: Task, engine: Engine, drawn: Mapping[str, Batch], *, accumulation: int, lr: float) -> Done:
+def train_step(task: Task, engine: Engine, drawn: Mapping[str, Batch], *, accumulation: int, lr: float) -> StepResult:
     """One optimizer step: the micro-batches' losses, the update, then the teacher. Reads nothing from the device."""
     loss, moved = torch.zeros((), device=engine.world.device), False
     metrics: list[tuple[str, Mean]] = []
@@ -215,7 +217,7 @@ def train_step(task: Task, engine: Engine, drawn: Mapping[str, Batch], *, accumu
         metrics += output.metrics.items()
     if moved:
         metrics += task.after_step(engine, loss).items()
-    return Done(moved, loss, [("train/loss", Mean(loss, 1.0)), *metrics])
+    return StepResult(moved, loss, [("train/loss", Mean(loss, 1.0)), *metrics])
 
 
 def _prove(answer: float, saved: float, run: Run, step: int) -> None:

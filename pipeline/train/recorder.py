@@ -1,6 +1,6 @@
 """The flight recorder: the last steps as sample positions and numbers, so that a bad one can be named and replayed.
 
-It keeps ids instead of tensors, since the stream is exact: the batch of a position can be drawn again at any time.
+It keeps ids instead of tensors, since the stream is exact: the batch of a data_step can be drawn again at any time.
 Everything stays on the device until `dump` or a question is asked.
 """
 
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.loader import Batch
+from pipeline.streaming.loader import Batch
 
 STEPS_KEPT = 256  # at least; more where log lines are farther apart
 
 
 @dataclass
 class Record:
-    """One optimizer step on this rank. `position`: its place in the data, which differs from `step` after a rewind."""
+    """One optimizer step on this rank. `data_step`: its place in the data, which differs from `step` after a rewind."""
 
     step: int
-    position: int
+    data_step: int
     samples: dict[str, Tensor]
     loss: Tensor
     block_squares: Tensor | None
@@ -62,14 +62,14 @@ class Recorder:
         for name, parameter in named:
             parameter.register_hook(hook(self.blocks.index(block_of(name))))
 
-    def note(self, step: int, position: int, drawn: Mapping[str, Batch], loss: Tensor) -> None:
+    def note(self, step: int, data_step: int, drawn: Mapping[str, Batch], loss: Tensor) -> None:
         """A step is over."""
         squares = None
         if self._squares is not None:
             squares = self._squares.clone()
             self._squares.zero_()
         self._unjudged += 1
-        self.records.append(Record(step, position, {k: b.indices for k, b in drawn.items()}, loss, squares))
+        self.records.append(Record(step, data_step, {k: b.indices for k, b in drawn.items()}, loss, squares))
 
     @property
     def unjudged(self) -> list[Record]:
@@ -94,7 +94,7 @@ class Recorder:
         lines = []
         for r in self.records:
             squares = [] if r.block_squares is None else r.block_squares.sqrt().tolist()
-            row: dict[str, Any] = {"step": r.step, "position": r.position, "loss": float(r.loss)}
+            row: dict[str, Any] = {"step": r.step, "data_step": r.data_step, "loss": float(r.loss)}
             row |= {"gradient_norms": dict(zip(self.blocks, squares, strict=False))}
             row |= {"samples": {k: v.tolist() for k, v in r.samples.items()}}
             lines.append(json.dumps(row) + "\n")

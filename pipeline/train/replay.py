@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.loader import Batch, Loader
 from pipeline.errors import ConfigError
+from pipeline.streaming.loader import Batch, Loader
 from pipeline.train import checkpoint
-from pipeline.train.divergence import next_position, position_of
+from pipeline.train.divergence import data_step_of, next_data_step
 from pipeline.train.engine import Engine
 from pipeline.train.loop import step_seed, train_step
 from pipeline.train.schedules import Schedule
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class Replay(NamedTuple):
-    """A place in the data (the `position` of an incident or of a flight record) of the run in `folder`."""
+    """A place in the data (the `data_step` of an incident or of a flight record) of the run in `folder`."""
 
     folder: Path
-    position: int
+    data_step: int
 
 
 class Replayed(Exception):
@@ -47,40 +47,40 @@ def replay(
     fingerprint: str,
     seed: int,
 ) -> str:
-    """Continue from the newest sound checkpoint before that position, or from the start, and say in a sentence which
-    module or gradient first holds a value that is not finite. Raises ConfigError for a position that the `steps` of the
+    """Continue from the newest sound checkpoint before that data_step, or from the start, and say in a sentence which
+    module or gradient first holds a value that is not finite. Raises ConfigError for a data_step that the `steps` of the
     run do not reach."""
     step, state = checkpoint.restore(
         asked.folder / "checkpoints",
         engine=engine,
         task=task,
         fingerprint=fingerprint,
-        accept=lambda saved: next_position(saved) <= asked.position,
+        accept=lambda saved: next_data_step(saved) <= asked.data_step,
         set_aside=False,
     )
-    left_out = [hole for hole in state.get("left_out", []) if hole != asked.position]
-    newest = position_of(steps - 1, left_out)
-    if asked.position > newest:
+    left_out = [hole for hole in state.get("left_out", []) if hole != asked.data_step]
+    newest = data_step_of(steps - 1, left_out)
+    if asked.data_step > newest:
         raise ConfigError(
-            f"--replay: POSITION is {asked.position}, but the {steps} steps of {asked.folder} end at position {newest};"
+            f"--replay: DATA_STEP is {asked.data_step}, but the {steps} steps of {asked.folder} end at data_step {newest};"
             f" take one from {asked.folder}/incidents.jsonl"
         )
-    logger.info("replaying from step %d to position %d, %d micro-batches a step", step, asked.position, accumulation)
-    batches = {name: stream.batches(position_of(step, left_out)) for name, stream in streams.items()}
+    logger.info("replaying from step %d to data_step %d, %d micro-batches a step", step, asked.data_step, accumulation)
+    batches = {name: stream.batches(data_step_of(step, left_out)) for name, stream in streams.items()}
     while True:
-        position = position_of(step, left_out)
+        data_step = data_step_of(step, left_out)
         drawn = {name: next(stream) for name, stream in batches.items()}
-        torch.manual_seed(step_seed(seed, position, engine.world.rank))
-        watch = Watch(engine.module) if position == asked.position else None
+        torch.manual_seed(step_seed(seed, data_step, engine.world.rank))
+        watch = Watch(engine.module) if data_step == asked.data_step else None
         done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr_at(step))
         if watch:
             watch.close()
             found = bad_images(drawn) or watch.found or _bad_loss(done.loss)
             samples = {name: batch.indices.tolist() for name, batch in drawn.items()}
             logger.info("its samples: %s", samples)
-            return f"position {position} (step {step}): {found}"
-        if position + 1 != position_of(step + 1, left_out):
-            batches = {name: stream.batches(position_of(step + 1, left_out)) for name, stream in streams.items()}
+            return f"data_step {data_step} (step {step}): {found}"
+        if data_step + 1 != data_step_of(step + 1, left_out):
+            batches = {name: stream.batches(data_step_of(step + 1, left_out)) for name, stream in streams.items()}
         step += 1
 
 

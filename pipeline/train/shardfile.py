@@ -19,13 +19,13 @@ _CHUNK = 16 * 2**20  # bytes a write; large ones release the lock, and a signal 
 
 def write_shards(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write flat fp32 CPU tensors to `path`, on the disk when this returns; the sha256 of the file. Raises OSError."""
-    header, position = {}, 0
+    header, offset = {}, 0
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise TypeError(f"{name} is {tensor.dtype}; checkpoints hold contiguous fp32")
         size = tensor.numel() * 4
-        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [position, position + size]}
-        position += size
+        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
     digest = hashlib.sha256()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pipeline.data.loader import Batch
+    from pipeline.streaming.loader import Batch
     from pipeline.train.engine import Engine
 
 

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from pipeline.data.__main__ import main as data
+from pipeline.data import main as data
 from tests.conftest import Stages
 
 FOLDER = Path(__file__).parent

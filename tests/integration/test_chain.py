@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.models.card import Card
+from pipeline.exports.card import Card
 from stages import STAGES
 from tests.conftest import Stages
 from tests.golden.write import FOLDER, losses
@@ -90,7 +90,7 @@ class TestParents:
 
     def test_a_parent_that_saw_more_labels_is_refused_or_marked(self, chain: Stages, digits: Path) -> None:
         """Stage 3 on one seed's tenth, from a parent trained on another's."""
-        from pipeline.data.__main__ import main
+        from pipeline.data import main
 
         other = digits / "other.json"
         main(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.models.card import WEIGHTS, Card
-from pipeline.models.export import load_export
+from pipeline.exports.card import WEIGHTS, Card
+from pipeline.exports.export import load_export
 from pipeline.train.checkpoint import complete
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 

@@ -54,7 +54,7 @@ def test_a_run_continues_on_other_processes_and_another_zero_stage(chain: Stages
 
 
 def samples(run: Path) -> dict[int, dict[str, list[int]]]:
-    """step -> stream -> manifest positions in the order of the lanes, all ranks together."""
+    """step -> stream -> manifest positions in the order of the virtual_readers, all ranks together."""
     found: dict[int, dict[str, list[int]]] = {}
     for path in sorted((run / "report").glob("flight_rank_*.jsonl")):
         for row in map(json.loads, path.read_text().splitlines()):
@@ -132,9 +132,9 @@ def test_a_time_limit_saves_and_ends_in_75(chain: Stages) -> None:
     assert complete(chain.runs / "limited" / "arm" / "checkpoints")
 
 
-def planted(chain: Stages, fault: str, position: int, rank: int, *more: str) -> tuple[int, Path]:
+def planted(chain: Stages, fault: str, data_step: int, rank: int, *more: str) -> tuple[int, Path]:
     overrides = chain.overrides("loop.on_divergence=rewind", *more)
-    command = [sys.executable, "-m", "tests.integration.planted", fault, str(position), str(rank)]
+    command = [sys.executable, "-m", "tests.integration.planted", fault, str(data_step), str(rank)]
     return spawn([*command, "configs/arm/smoke.yaml", *overrides], 2), chain.runs / more[0].split("=")[1] / "arm"
 
 
@@ -146,14 +146,14 @@ def loop_state(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / "state.json").read_text())["loop"])
 
 
-def left_out_from_the_start(run: Path, position: int, root: Path) -> Path:
-    """A folder in which a run like `run` will start from its step 0, but pass over a position of the data."""
+def left_out_from_the_start(run: Path, data_step: int, root: Path) -> Path:
+    """A folder in which a run like `run` will start from its step 0, but pass over a data_step of the data."""
     copy = root / run.parent.name / run.name
     start = copy / "checkpoints" / "step_00000000"
     shutil.copytree(run / "checkpoints" / start.name, start)
     shutil.copy(run / "config.yaml", copy)
     state = json.loads((start / "state.json").read_text())
-    state["loop"]["left_out"] = [position]
+    state["loop"]["left_out"] = [data_step]
     files = json.loads((start / "COMPLETE").read_text())
     files["state.json"] = write_text(start / "state.json", json.dumps(state))
     write_text(start / "COMPLETE", json.dumps(files))
@@ -162,7 +162,7 @@ def left_out_from_the_start(run: Path, position: int, root: Path) -> Path:
 
 def test_an_infinity_on_one_rank_rewinds_all_and_the_end_never_saw_that_batch(chain: Stages, tmp_path: Path) -> None:
     """Position 2 is bad on rank 1; a save (step 3) falls between it and the log line (step 4). The run ends, to the bit, as
-    one that has passed over position 2 from the start."""
+    one that has passed over data_step 2 from the start."""
     more = ["run.experiment=planted", "loop.log_every=4", "loop.save_every=3", "loop.keep_checkpoints=100"]
     code, run = planted(chain, "infinity", 2, 1, *more)
     assert code == 0
@@ -170,10 +170,10 @@ def test_an_infinity_on_one_rank_rewinds_all_and_the_end_never_saw_that_batch(ch
     assert chain.run("arm", *more, "loop.on_divergence=rewind", f"run.root={tmp_path}", nproc=2).returncode == 0
     assert not (straight / "incidents.jsonl").exists()
     assert (run / "export/model.safetensors").read_bytes() == (straight / "export/model.safetensors").read_bytes()
-    assert [(i["step"], i["position"]) for i in incidents(run)] == [(3, 2)]
+    assert [(i["step"], i["data_step"]) for i in incidents(run)] == [(3, 2)]
     flight = sorted((run / "report").glob("flight_step_*_rank_00001.jsonl"))[0]
     rows = [json.loads(line) for line in flight.read_text().splitlines()]
-    assert [row["position"] for row in rows if row["loss"] == float("inf")] == [2]
+    assert [row["data_step"] for row in rows if row["loss"] == float("inf")] == [2]
     assert rows[0]["gradient_norms"]["backbone.layers.0"] > 0
     assert [loop_state(c)["left_out"] for c in complete(run / "checkpoints")] == [[2], [2], [2], []]  # steps 8, 6, 3, 0
 
@@ -184,7 +184,7 @@ def test_a_gradient_that_is_not_finite_ends_alike_at_every_zero_stage(chain: Sta
     more = [f"run.experiment=gradient{zero}", f"engine.zero_stage={zero}", "loop.on_divergence=stop"]
     code, run = planted(chain, "gradient", 1, 1, *more, "loop.log_every=4", "loop.save_every=8")
     assert code == 6
-    assert [(i["step"], i["position"]) for i in incidents(run)] == [(4, 1)]
+    assert [(i["step"], i["data_step"]) for i in incidents(run)] == [(4, 1)]
     assert not complete(run / "checkpoints")
 
 
@@ -201,7 +201,7 @@ def test_a_spike_on_one_rank_rewinds_all(chain: Stages) -> None:
     more = ["run.experiment=spike", "loop.spike_mads=20", "loop.steps=32", "loop.log_every=4", "loop.save_every=7"]
     code, run = planted(chain, "spike", 25, 1, *more)
     assert code == 0
-    assert [(i["step"], i["position"]) for i in incidents(run)] == [(28, 25)]
+    assert [(i["step"], i["data_step"]) for i in incidents(run)] == [(28, 25)]
     assert loop_state(complete(run / "checkpoints")[0])["left_out"] == [25]
 
 
@@ -213,15 +213,15 @@ def test_weights_that_overflow_are_never_saved_and_rewound_from(chain: Stages) -
     assert done.returncode == 6, done.stderr
     assert "by step 1 after 2 rewinds" in done.stderr
     run = chain.runs / "overflow" / "arm"
-    assert [i["position"] for i in incidents(run)] == [0, 1, 2]
+    assert [i["data_step"] for i in incidents(run)] == [0, 1, 2]
     assert [c.name for c in complete(run / "checkpoints")] == ["step_00000000"]
 
 
 @pytest.mark.parametrize(
-    ("position", "finding"),
+    ("data_step", "finding"),
     [(0, "every value is finite"), (1, r"forward, backbone\.layers\.0\.mixer \(Mixer\) is the first module")],
 )
-def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, position: int, finding: str) -> None:
+def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, data_step: int, finding: str) -> None:
     """Two processes diverge by an absurd learning rate; one process takes the step again and leaves the run alone."""
     more = ["run.experiment=diverged", "optim.lr=3e20", "optim.warmup_steps=0", "optim.clip_norm=0"]
     run = chain.runs / "diverged" / "arm"
@@ -229,7 +229,7 @@ def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, posit
         assert chain.run("arm", *more, nproc=2).returncode == 6
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = subprocess.run(
-        [sys.executable, "-m", "stages", "arm", "--replay", str(run), str(position)],
+        [sys.executable, "-m", "stages", "arm", "--replay", str(run), str(data_step)],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -237,7 +237,7 @@ def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, posit
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.match(rf"position {position} \(step {position}\): {finding}", done.stdout), done.stdout
+    assert re.match(rf"data_step {data_step} \(step {data_step}\): {finding}", done.stdout), done.stdout
     assert "2 micro-batches a step" in done.stderr  # of what one of the two processes took at once
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -253,7 +253,7 @@ def test_a_replay_beyond_the_end_of_the_run_is_refused(chain: Stages) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert f"POSITION is 8, but the 8 steps of {run} end at position 7" in done.stderr
+    assert f"DATA_STEP is 8, but the 8 steps of {run} end at data_step 7" in done.stderr
 
 
 def test_a_touched_file_gives_a_trace(chain: Stages) -> None:

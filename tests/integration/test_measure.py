@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from launchers import inference, report
+from benchmarks import inference
 from launchers.__main__ import main
 from pipeline.models import build_model
 from pipeline.models.flops import forward_flops
-from pipeline.observe.extras import read_section
+from pipeline.report import experiment as report
+from pipeline.report.extras import read_section
 from tests.conftest import Stages
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from launchers import shortages
 from launchers.chain import read_steps
+from launchers.plan import limits
 from pipeline.config import load_config
 from pipeline.errors import EnvironmentProblem
-from pipeline.observe.results import read_result
-from pipeline.observe.sections import plans
+from pipeline.report.results import read_result
+from pipeline.report.sections import plans
 from stages import STAGES
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 
@@ -66,7 +66,7 @@ def test_a_plan_needs_no_parent_and_prints_the_scripts_of_the_chain(stages: Stag
 def test_a_plan_says_what_stands_in_the_way_and_ends_with_its_code(stages: Stages) -> None:
     done, plan = planned(stages, "run.experiment=hindered", "cluster:tasks_per_node=8")
     assert done.returncode == 2
-    assert "lanes 4 must be a multiple of the 8 processes" in done.stdout
+    assert "virtual_readers 4 must be a multiple of the 8 processes" in done.stdout
     assert plan["problems"]
 
 
@@ -83,5 +83,5 @@ def test_shortages_are_problems_and_a_missing_parent_hides_no_other_stage(stages
     assert "no export at nowhere" in told
     assert done.returncode == 2
     assert all(f"! {problem}" in done.stdout for problem in plan["problems"])
-    assert [type(p) for p in shortages.of_disk(10, 9)] == [EnvironmentProblem]
-    assert not list(shortages.of_disk(9, 10))
+    assert [type(p) for p in limits.of_disk(10, 9)] == [EnvironmentProblem]
+    assert not list(limits.of_disk(9, 10))

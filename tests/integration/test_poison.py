@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.manifest import ShardIndex, read_manifest, write_manifest
-from pipeline.data.splits import read_split
+from pipeline.datasets.manifest import ShardIndex, read_manifest, write_manifest
+from pipeline.datasets.splits import read_split
 from tests.conftest import Stages
 
 
@@ -24,7 +24,7 @@ def poisoned(digits: Path, folder: Path) -> Path:
         rows = slice(first, first + shard.count)
         index = ShardIndex(
             shard=shard,
-            members=[manifest.member(position) for position in range(rows.start, rows.stop)],
+            members=[manifest.member(data_step) for data_step in range(rows.start, rows.stop)],
             offsets=manifest.samples["offset"][rows].tolist(),
             lengths=manifest.samples["length"][rows].tolist(),
             labels=labels[rows].tolist(),

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.models.card import Card
-from pipeline.models.convert import convert
+from pipeline.exports.card import Card
+from pipeline.exports.convert import convert
 from tests.conftest import Stages
-from tests.unit.models import released
+from tests.unit.exports import released
 
 
 def rows(run: Path, name: str) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ CONFIG = {
     "optim.lrr=1": "optim.lrr: unknown key; did you mean 'lr'?",
     "optim.lr=fast": "optim.lr = 'fast'",
     "optim.lr=-1e-3": "optim.lr = -0.001: input should be greater than 0",
-    "loop.global_batch=18": "must be a multiple of data.loader.lanes 4",
+    "loop.global_batch=18": "must be a multiple of data.loader.virtual_readers 4",
     "model.name=vim_tinny": "model name 'vim_tinny' is unknown; known: vim_tiny",
     "model.cluster_size=12": "image_size (32, 32) must be a multiple of cluster_size 12",
     "engine.micro_batch=7": "unequal parts",

@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launchers import report
-from pipeline.data.manifest import read_manifest
-from pipeline.data.splits import read_split
+from pipeline.datasets.manifest import read_manifest
+from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluate.answers import Answers
-from pipeline.observe.ablation import NotPaired, ablation_table, designs_of
-from pipeline.observe.results import read_result
+from pipeline.evaluate.predictions import Predictions
+from pipeline.report import experiment as report
+from pipeline.report.ablation import NotPaired, ablation_table, designs_of
+from pipeline.report.results import read_result
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 
 BROWSER = next(
@@ -102,10 +102,10 @@ def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, 
     config = other / "semi" / "config.yaml"
     config.write_text(re.sub(r"(?m)^label_smoothing: .*$", "label_smoothing: 0.07", config.read_text()))
     path = other / "semi" / "answers-teacher.npz"
-    answers = Answers.load(path)
+    answers = Predictions.load(path)
     gained = (answers.labels == 9) & (answers.predicted != 9)
     assert gained.sum() > 0
-    Answers(**{**vars(answers), "predicted": np.where(answers.labels == 9, 9, answers.predicted)}).save(path)
+    Predictions(**{**vars(answers), "predicted": np.where(answers.labels == 9, 9, answers.predicted)}).save(path)
     page = report.run([chain.runs / "smoke", other], tmp_path / "both.html")
     rows = list(csv.DictReader((page.with_suffix("") / "tables" / "ablation.csv").read_text().splitlines()))
     assert [r["what differs"].partition("=")[0] for r in rows] == ["semi.label_smoothing"] * 2
@@ -117,8 +117,8 @@ def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, 
 def test_designs_are_paired_by_seed_and_only_where_they_were_asked_the_same(chain: Stages, tmp_path: Path) -> None:
     """Two seeds of two designs whose answers are alike seed by seed; then one whose answers are to other images."""
     smoke = chain.runs / "smoke"
-    answers = {s: Answers.load(smoke / "semi" / "answers-teacher.npz") for s in (0, 1)}
-    answers[1] = Answers(**{**vars(answers[1]), "predicted": (answers[1].predicted + 1) % 10})
+    answers = {s: Predictions.load(smoke / "semi" / "answers-teacher.npz") for s in (0, 1)}
+    answers[1] = Predictions(**{**vars(answers[1]), "predicted": (answers[1].predicted + 1) % 10})
 
     def experiment(name: str, seed: int, smoothing: float, moved: int = 0) -> Path:
         shutil.copytree(smoke, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints", "tb"))
@@ -126,7 +126,7 @@ def test_designs_are_paired_by_seed_and_only_where_they_were_asked_the_same(chai
         text = re.sub(r"(?m)^label_smoothing: .*$", f"label_smoothing: {smoothing}", config.read_text())
         config.write_text(re.sub(r"(?m)^  seed: .*$", f"  seed: {seed}", text))
         own = answers[seed]
-        own = Answers(**{**vars(own), "positions": own.positions + moved})
+        own = Predictions(**{**vars(own), "positions": own.positions + moved})
         own.save(tmp_path / name / "semi" / "answers-teacher.npz")
         return tmp_path / name
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.models.export import load_export
+from pipeline.exports.export import load_export
 from tests.conftest import Stages
 from tests.golden.write import KEPT, losses
 from tests.integration.test_resume import parents

@@ -18,7 +18,7 @@ from tests.slurm.conftest import Person
         (["cluster:time=72:00"], 2, "a time is H:MM:SS or D-HH:MM:SS"),
         (["cluster:time=9-00:00:00"], 2, "above the limit of partition main, 7-00:00:00"),
         (["cluster:nodes=4", "cluster:tasks_per_node=1"], 2, "4 nodes are asked of partition main, which has 2"),
-        (["cluster:tasks_per_node=4"], 2, "lanes 4 must be a multiple of the 8 processes"),
+        (["cluster:tasks_per_node=4"], 2, "virtual_readers 4 must be a multiple of the 8 processes"),
         (["cluster:shared=[/nowhere]"], 2, "is not on a file system that the nodes share (/nowhere)"),
         (["run.root=/dev/shm/runs"], 2, "run.root = /dev/shm/runs lies in the memory of this machine (tmpfs)"),
         (["cluster:extra={qos: none-such, gres: 'gpu:1'}"], 5, "SLURM refuses the job"),

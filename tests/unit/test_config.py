@@ -126,10 +126,15 @@ def test_every_config_in_the_house_is_valid_and_tells_its_story(path: Path) -> N
 )
 def test_a_lone_image_is_not_mixed_with_itself(path: str, override: str, said: str) -> None:
     stage = path.partition("/")[0]
-    narrow = [override, "loop.global_batch=4", "data.loader.lanes=4", *["unlabelled_ratio=1"] * (stage == "semi")]
+    narrow = [
+        override,
+        "loop.global_batch=4",
+        "data.loader.virtual_readers=4",
+        *["unlabelled_ratio=1"] * (stage == "semi"),
+    ]
     with pytest.raises(ConfigError, match=said + "must be at least twice"):
         load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", narrow)
-    wide = [*narrow[:2], "data.loader.lanes=2", *narrow[3:]]
+    wide = [*narrow[:2], "data.loader.virtual_readers=2", *narrow[3:]]
     load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", wide)
     with pytest.raises(ConfigError, match=r"needs two at once: engine\.micro_batch is 1"):
         load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", [*wide, "engine.micro_batch=1"])

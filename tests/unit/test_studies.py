@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ConfigError
-from tests.studies import arm
-from tests.studies.runs import run
+from studies import arm
+from studies.runs import run
 
 
 def test_a_folder_called_digits_is_not_the_bundled_dataset_and_a_split_that_fails_ends_the_study(

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tests.studies.tables as tables
+import studies.tables as tables
 from pipeline.config import load_config
-from pipeline.data.config import SplitConfig
-from pipeline.data.manifest import SAMPLE, Manifest
-from pipeline.data.splits import make_split
+from pipeline.datasets.config import SplitConfig
+from pipeline.datasets.manifest import SAMPLE, Manifest
+from pipeline.datasets.splits import make_split
 from stages import STAGES
 from stages.configs import DistillConfig, SemiConfig
-from tests.studies.paper import FOOTNOTES, TRAIN_IMAGES, Row, long_tail, rows
-from tests.studies.semi import METRICS, gains, means
-from tests.studies.semi import ROWS as STUDY
+from studies.paper import FOOTNOTES, TRAIN_IMAGES, Row, long_tail, rows
+from studies.semi import METRICS, gains, means
+from studies.semi import ROWS as STUDY
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {row.name: row for row in rows()}

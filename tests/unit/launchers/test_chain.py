@@ -9,7 +9,7 @@ import yaml
 from launchers.chain import open_steps, read_cluster, read_points, read_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.filesystem import file_system
-from launchers.refusals import check_shared, refuse
+from launchers.preflight import check_shared, refuse
 from pipeline.config import load_config, parse_yaml
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from stages import STAGES
@@ -105,12 +105,12 @@ class TestBeforeAnythingIsSubmitted:
             open_steps(read_steps("chain", "smoke", [*data, "distill:model.embed_dim=48"]), 2)
 
     def test_lanes_are_a_multiple_of_the_ranks(self, data: list[str]) -> None:
-        with pytest.raises(ConfigError, match="lanes 4 must be a multiple of the 8 processes"):
+        with pytest.raises(ConfigError, match="virtual_readers 4 must be a multiple of the 8 processes"):
             open_steps(read_steps("chain", "smoke", data), 8)
 
     def test_more_lanes_than_samples_are_refused(self, data: list[str]) -> None:
-        more = ["distill:data.loader.lanes=64", "distill:loop.global_batch=64"]
-        with pytest.raises(ConfigError, match="lanes is 64, but there are only 51 labelled samples"):
+        more = ["distill:data.loader.virtual_readers=64", "distill:loop.global_batch=64"]
+        with pytest.raises(ConfigError, match="virtual_readers is 64, but there are only 51 labelled samples"):
             open_steps(read_steps("chain", "smoke", [*data, *more]), 2)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launchers import plan
 from launchers.chain import read_cluster, read_steps
-from launchers.plan import hardware
+from launchers.plan import planner
+from launchers.plan.planner import hardware
 from pipeline.config import dump_yaml
 
 A100 = Path("configs/cluster/a100.yaml")
@@ -42,18 +42,18 @@ def test_a_failed_start_is_planned_and_what_has_begun_keeps_its_plan(
     run, written = steps[0].folder, steps[0].folder.parent / "plan.json"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_yaml(steps[0].config))
-    plan.before(steps, 1)
+    planner.before(steps, 1)
     first = written.read_bytes()
     assert json.loads(first)["problems"] == []
     (run / "checkpoints" / "step_00000002").mkdir(parents=True)
     (run / "checkpoints" / "step_00000002" / "COMPLETE").touch()
     other = read_steps("arm", "configs/arm/smoke.yaml", [*data, "data.test=null", "optim.lr=0.5"])
-    cluster, _ = read_cluster(plan.HERE, ["cluster:nodes=1", "cluster:tasks_per_node=1"])
-    assert plan.run(other, cluster) == 2
-    plan.before(other, 1)
+    cluster, _ = read_cluster(planner.HERE, ["cluster:nodes=1", "cluster:tasks_per_node=1"])
+    assert planner.run(other, cluster) == 2
+    planner.before(other, 1)
     assert written.read_bytes() == first
     told = capsys.readouterr().out
     assert "holds a run with another config" in told
     assert "not written: the experiment has begun" in told
-    assert plan.run(steps, cluster) == 0  # of the run's own values it is made anew
+    assert planner.run(steps, cluster) == 0  # of the run's own values it is made anew
     assert "not written" not in capsys.readouterr().out

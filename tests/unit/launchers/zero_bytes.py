@@ -9,10 +9,10 @@ import sys
 import torch
 
 from pipeline.models import build_model
+from pipeline.ssl.lyapema import LyapEMA
 from pipeline.train import distributed
 from pipeline.train.config import EngineConfig, LyapEMAConfig, OptimConfig
 from pipeline.train.engine import Engine
-from pipeline.train.lyapema import LyapEMA
 
 MODEL = {"name": "vim_nano", "num_classes": 10}
 OPTIM = OptimConfig(lr=1e-3, layer_decay=0.8)

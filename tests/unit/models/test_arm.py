@@ -5,7 +5,8 @@ import torch
 
 from pipeline.models.arm import ARM, block_causal_mask, pixel_loss
 from pipeline.models.config import DecoderConfig, VisionMambaConfig, default_taps
-from tests.unit.models import oracle, released
+from tests.unit.exports import released
+from tests.unit.models import oracle
 
 GEOMETRIES = [((32, 32), 4, 8), ((16, 48), 4, 8), ((24, 24), 2, 12), ((64, 32), 8, 16)]
 

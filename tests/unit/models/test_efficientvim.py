@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.evaluate.speed import _packed
 from pipeline.models import build_model, vssd
-from pipeline.models.efficientvim_mixers import HSMSSD, NCSSD, Attention, ChannelNorm, read_states
+from pipeline.models.efficientvim.mixers import HSMSSD, NCSSD, Attention, ChannelNorm, read_states
 from pipeline.ops.native import build, vision
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
@@ -331,7 +331,7 @@ class TestExport:
     def test_onnx_runtime_answers_alike_for_any_batch(self, tmp_path: Path) -> None:
         runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
         pytest.importorskip("onnx", reason="pip install -r requirements-onnx.txt")
-        from pipeline.models.onnx_file import write_onnx
+        from pipeline.exports.onnx import write_onnx
 
         fused = self.fused()
         path = write_onnx(fused, tmp_path / "model.onnx", (32, 32))

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError, HandoverError
+from pipeline.exports.card import Card, LabelsSeen, Lineage, Preprocessing
+from pipeline.exports.export import load_export, transfer, write_export
+from pipeline.exports.weights import load_weights, read_weights
 from pipeline.models import MODELS, build_from_config, build_model
-from pipeline.models.card import Card, LabelsSeen, Lineage, Preprocessing
 from pipeline.models.config import EfficientViMConfig, TimmConfig, VisionMambaConfig, VSSDConfig, family_of
-from pipeline.models.export import load_export, transfer, write_export
-from pipeline.models.weights import load_weights, read_weights
 from pipeline.train.config import OptimConfig
 from pipeline.train.optim import parameter_groups
 from stages.configs import DistillConfig
@@ -138,13 +138,17 @@ def test_every_family_goes_out_and_comes_in(family: str, tmp_path: Path) -> None
         classes=("a", "b", "c"),
         preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         weights_sha256="",
-        probe_sha256="",
+        fingerprint_sha256="",
         lineage=Lineage(stage="distill", config_sha256="c", commit="d", dataset="data", split="s", parents=()),
         labels_seen=(LabelsSeen(split="s", protocol="a tenth", count=3, dataset="data"),),
     )
     images = torch.randn(2, 3, *SIZE)
     write_export(
-        tmp_path / "export", card=card, weights=model.state_dict(), probe_images=images, labels={"s": np.array([1])}
+        tmp_path / "export",
+        card=card,
+        weights=model.state_dict(),
+        fingerprint_images=images,
+        labels={"s": np.array([1])},
     )
     loaded, read = load_export(tmp_path / "export")
     assert read.model == config

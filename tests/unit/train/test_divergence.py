@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.train.checkpoint import complete, remove_after
 from pipeline.train.config import LoopConfig
 from pipeline.train.distributed import World
-from pipeline.train.divergence import find_trouble, is_spike, next_position, position_of
+from pipeline.train.divergence import data_step_of, find_anomaly, is_spike, next_data_step
 from pipeline.train.recorder import STEPS_KEPT, Recorder
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -32,8 +32,8 @@ def row(loss: float, skipped: float = 0.0) -> dict[str, float]:
 @given(st.sets(st.integers(0, 40)), st.integers(0, 60))
 def test_positions_are_the_places_that_are_not_left_out(left_out: set[int], step: int) -> None:
     open_places = [place for place in range(200) if place not in left_out]
-    assert position_of(step, list(left_out)) == open_places[step]
-    assert next_position({"step": step, "loop": {"left_out": list(left_out)}}) == open_places[step]
+    assert data_step_of(step, list(left_out)) == open_places[step]
+    assert next_data_step({"step": step, "loop": {"left_out": list(left_out)}}) == open_places[step]
 
 
 def test_only_steps_since_the_last_log_line_are_blamed() -> None:
@@ -41,20 +41,20 @@ def test_only_steps_since_the_last_log_line_are_blamed() -> None:
     recorder.judged()
     for step, loss in ((3, 1.0), (4, NAN), (5, NAN)):
         recorder.note(step, step, {}, torch.tensor(loss))
-    assert find_trouble(row(NAN), recorder, LOOP, ALONE).position == 4
+    assert find_anomaly(row(NAN), recorder, LOOP, ALONE).data_step == 4
     recorder.forget_from(2)
     assert recorder.unjudged == []
 
 
 def test_without_a_bad_loss_or_gradient_the_newest_step_is_blamed() -> None:
-    trouble = find_trouble(row(1.0) | {"train/weight_norm": NAN}, recorded(1.0, 1.0, 1.0), LOOP, ALONE)
-    assert (trouble.reason, trouble.position) == ("train/weight_norm is nan", 2)
+    anomaly = find_anomaly(row(1.0) | {"train/weight_norm": NAN}, recorded(1.0, 1.0, 1.0), LOOP, ALONE)
+    assert (anomaly.reason, anomaly.data_step) == ("train/weight_norm is nan", 2)
 
 
 @pytest.mark.parametrize(("most", "troubled"), [(1, True), (3, False)])
 def test_skipped_updates_are_a_divergence_from_the_given_number_on(most: int, troubled: bool) -> None:
     loop = LOOP.model_copy(update={"max_skipped_steps": most})
-    assert (find_trouble(row(1.0, skipped=2.0), recorded(1.0, 1.0), loop, ALONE) is not None) == troubled
+    assert (find_anomaly(row(1.0, skipped=2.0), recorded(1.0, 1.0), loop, ALONE) is not None) == troubled
 
 
 def test_a_spike_is_of_the_highest_step_since_the_last_log_line() -> None:
@@ -63,8 +63,8 @@ def test_a_spike_is_of_the_highest_step_since_the_last_log_line() -> None:
     recorder.judged()
     for step, loss in ((30, 1.0), (31, 5.0), (32, 1.2)):
         recorder.note(step, step, {}, torch.tensor(loss))
-    assert find_trouble(row(2.4), recorder, LOOP, ALONE).position == 31
-    assert find_trouble(row(1.05), recorder, LOOP, ALONE) is None
+    assert find_anomaly(row(2.4), recorder, LOOP, ALONE).data_step == 31
+    assert find_anomaly(row(1.05), recorder, LOOP, ALONE) is None
 
 
 @given(st.lists(st.integers(0, 1000), min_size=21, max_size=41).filter(lambda x: len(x) % 2), st.integers(0, 3000))

@@ -1,0 +1,314 @@
+"""The data plane in numbers: python -m benchmarks.data [--rounds 5]. Its last line is a JSON object.
+
+Throughput is measured against timm's own WebDataset path (its reader, its transforms, uint8 fast collate, its
+prefetcher's normalisation), side by side: the same shards, the same number of workers, turn by turn in one run,
+between two batches of the steady state. The ratio is the median over the turns, so that a machine shared with
+others slows both. Needs about 400 MB of temporary space and three minutes on two cores.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import logging
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from pipeline.datasets.convert.writer import convert
+from pipeline.datasets.manifest import HEADER, Manifest, Shard, ShardIndex, read_manifest, write_manifest
+from pipeline.images import decode_with_pillow, decode_with_simplejpeg
+from pipeline.ops.torchvision_cpu import allow_torchvision
+from pipeline.storage.config import RemoteConfig
+from pipeline.streaming.config import AugmentConfig, LoaderConfig
+from pipeline.streaming.loader import Loader
+from pipeline.streaming.order import Order, cut_blocks, rank_lanes, shuffle_quality
+from pipeline.streaming.reader import Reader
+from pipeline.streaming.transforms import crop_resize, train_views
+from tests.unit.storage.flaky import serve
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BATCH, WORKERS, NUM_IMAGES = 64, 2, 2048
+FIRST, LAST = 4, 24  # between these batches the clock runs; the rest of the epoch keeps the workers busy
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+RANKS = 8
+
+
+@dataclass
+class Photographs:
+    """Crops of scikit-learn's two photographs, as JPEG of 500 x 375 and about 100 kB."""
+
+    jpegs: list[bytes]
+    name: str = "photographs"
+    in_order: bool = False
+
+    def __post_init__(self) -> None:
+        self.classes = [str(c) for c in range(10)]
+        self.keys = [f"photo-{k:05d}" for k in range(NUM_IMAGES)]
+        self.labels = [k % 10 for k in range(NUM_IMAGES)]
+
+    def read(self, item: int) -> tuple[str, bytes]:
+        return "jpg", self.jpegs[item % len(self.jpegs)]
+
+
+def photographs(count: int = 128) -> Photographs:
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    jpegs = []
+    photos = [Image.fromarray(image) for image in load_sample_images().images]
+    for k in range(count):
+        photo = photos[k % 2]
+        left, top = rng.integers(0, photo.width - 500), rng.integers(0, photo.height - 375)
+        buffer = io.BytesIO()
+        photo.crop((left, top, left + 500, top + 375)).save(buffer, "JPEG", quality=97)
+        jpegs.append(buffer.getvalue())
+    return Photographs(jpegs)
+
+
+def steady_rate(batches: Iterable[int]) -> float:
+    """Images per second between batch FIRST and batch LAST of an iterator of batch sizes."""
+    seen, start = 0, 0.0
+    for number, size in enumerate(itertools.islice(batches, LAST + 1)):
+        if number == FIRST:
+            start = time.perf_counter()
+        elif number > FIRST:
+            seen += size
+    return seen / (time.perf_counter() - start)
+
+
+def timm_rate(manifest: Manifest, rand_augment: str) -> float:
+    from timm.data import create_dataset, create_loader
+
+    shards = f"{{000000..{len(manifest.shards) - 1:06d}}}.tar|{manifest.num_samples}"
+    dataset = create_dataset("wds/", root=str(manifest.folder), split=shards, is_training=True, batch_size=BATCH)
+    loader = create_loader(
+        dataset,
+        input_size=(3, 224, 224),
+        batch_size=BATCH,
+        is_training=True,
+        color_jitter=0.0,
+        auto_augment=rand_augment or None,
+        interpolation="bicubic",
+        num_workers=WORKERS,
+        use_prefetcher=True,
+        device=torch.device("cpu"),
+        persistent_workers=False,
+    )
+    return steady_rate(len(labels) for _, labels in loader)
+
+
+def our_rate(manifest: Manifest, rand_augment: str) -> float:
+    loader = Loader(
+        manifest,
+        np.arange(manifest.num_samples),
+        global_batch=BATCH,
+        rank=0,
+        world_size=1,
+        seed=0,
+        views=train_views((224, 224), AugmentConfig(rand_augment=rand_augment), MEAN, STD),
+        config=LoaderConfig(virtual_readers=8, workers=WORKERS),
+    )
+    rate = steady_rate(len(batch) for batch in loader.batches())
+    loader.close()
+    return rate
+
+
+def throughput(manifest: Manifest, rounds: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, rand_augment in (("", ""), ("_randaugment", RAND_AUGMENT)):
+        pairs = []
+        for turn in range(rounds):
+            sides: list[Callable[[Manifest, str], float]] = [timm_rate, our_rate]
+            rates = {side: side(manifest, rand_augment) for side in (sides if turn % 2 else sides[::-1])}
+            pairs.append((rates[our_rate], rates[timm_rate]))
+            print(f"images/s{name}: ours {pairs[-1][0]:.0f}, timm {pairs[-1][1]:.0f}", flush=True)
+        found[f"images_per_second_vs_timm_webdataset{name}"] = statistics.median(a / b for a, b in pairs)
+        found[f"images_per_second{name}"] = statistics.median(a for a, _ in pairs)
+        found[f"images_per_second_timm{name}"] = statistics.median(b for _, b in pairs)
+    return found
+
+
+def decoders(jpegs: list[bytes]) -> dict[str, float]:
+    """Milliseconds a picture on one core, turn by turn, and levels of 255 by which the fast flags differ."""
+    import simplejpeg
+
+    def fast(data: bytes) -> np.ndarray:
+        return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
+
+    size, box = (224, 224), (40, 60, 250, 300)
+    pixels, picture = decode_with_pillow(jpegs[0]), Image.open(io.BytesIO(jpegs[0])).convert("RGB")
+    corners = (box[1], box[0], box[1] + box[3], box[0] + box[2])
+    work: dict[str, Callable[[bytes], object]] = {
+        "decode_ms_pillow": decode_with_pillow,
+        "decode_ms_simplejpeg": decode_with_simplejpeg,
+        "decode_ms_simplejpeg_fast_flags": fast,
+        "resize_ms_pillow": lambda _: picture.resize(size, Image.Resampling.BICUBIC, box=corners),
+        "resize_ms_torch": lambda _: crop_resize(pixels, box, size, "bicubic"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for data in jpegs:
+        for name, function in work.items():
+            start = time.perf_counter()
+            function(data)
+            times[name].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+
+    def levels(function: Callable[[bytes], np.ndarray]) -> float:
+        found = [np.abs(function(data).astype(int) - decode_with_pillow(data)).mean() for data in jpegs[:16]]
+        return float(np.mean(found))
+
+    found = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    return found | {
+        "levels_off_simplejpeg": levels(decode_with_simplejpeg),
+        "levels_off_simplejpeg_fast_flags": levels(fast),
+    }
+
+
+def seek(folder: Path) -> dict[str, float]:
+    """ImageNet's size: open the manifest, build the loader, find the step at 90 % of an epoch; no images exist."""
+    shards, per_shard, image = 641, 2000, 110_000
+    rng = np.random.default_rng(0)
+    indices = []
+    for s in range(shards):
+        lengths = rng.integers(image // 2, image * 3 // 2, per_shard)
+        offsets = np.cumsum(np.concatenate([[1536], lengths[:-1] + 2048]))
+        shard = Shard(
+            name=f"{s:06d}.tar", size=int(offsets[-1] + lengths[-1] + 10240), sha256="0" * 64, count=per_shard
+        )
+        members = [f"n{k % 1000:08d}/n{k % 1000:08d}_{s * per_shard + k}.jpeg" for k in range(per_shard)]
+        labels = rng.integers(0, 1000, per_shard).tolist()
+        indices.append(
+            ShardIndex(shard=shard, members=members, offsets=offsets.tolist(), lengths=lengths.tolist(), labels=labels)
+        )
+    folder.mkdir()
+    write_manifest(folder, [f"n{c:08d}" for c in range(1000)], indices, location="https://nowhere.invalid")
+    views = train_views((224, 224), AugmentConfig(), MEAN, STD)
+    config = LoaderConfig(virtual_readers=64, remote=RemoteConfig(cache=str(folder / "cache")))
+    options = {"global_batch": 1024, "rank": 0, "world_size": 1, "seed": 0, "views": views, "config": config}
+    resident = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    manifest = read_manifest(folder)
+    opened = time.perf_counter()
+    everything = np.arange(manifest.num_samples)
+    more = psutil.Process().memory_info().rss - resident
+    built = time.perf_counter()
+    loader = Loader(manifest, everything, **options)
+    step = int(0.9 * loader.steps_per_epoch)
+    loader.order.step(step, range(64))
+    stop = time.perf_counter()
+    files = sum(path.stat().st_size for path in folder.glob("manifest.*"))
+    return {
+        "seek_seconds_at_90_percent": stop - built + opened - start,
+        "manifest_open_seconds": opened - start,
+        "manifest_megabytes": files / 1e6,
+        "manifest_resident_megabytes": more / 1e6,
+        "shuffle_quality": shuffle_quality(loader.order, manifest),
+    }
+
+
+def bytes_fetched(folder: Path) -> dict[str, float]:
+    """One epoch of 8 ranks over http: with a cache each, as on 8 nodes, and with a shared one. No decoding."""
+    rng = np.random.default_rng(0)
+
+    @dataclass
+    class Noise:
+        name: str = "noise"
+        in_order: bool = False
+
+        def __post_init__(self) -> None:
+            self.classes, self.labels = ["none"], [0] * 2400
+            self.keys = [f"{k:05d}" for k in range(2400)]
+
+        def read(self, item: int) -> tuple[str, bytes]:
+            return "jpg", rng.bytes(int(rng.integers(40_000, 120_000)))
+
+    local, _ = convert(Noise(), folder / "shards", samples_per_shard=300)
+    everything = np.arange(local.num_samples)
+    virtual_readers, batch = 8, 64
+    found = {}
+    with serve(local.folder) as (url, log):
+        there = folder / "there"
+        shutil.copytree(local.folder, there, ignore=shutil.ignore_patterns("*.tar"))
+        header = json.loads((there / HEADER).read_text())
+        (there / HEADER).write_text(json.dumps(header | {"location": url}))
+        manifest = read_manifest(there)
+        blocks, runs = cut_blocks(manifest, everything, virtual_readers)
+        order = Order(everything, blocks, global_batch=batch, virtual_readers=virtual_readers, window=1024, seed=0)
+        total = sum(shard.size for shard in manifest.shards)
+        for name, caches in (("", RANKS), ("_shared_cache", 1)):
+            log.ranges.clear()
+            log.bytes_sent = 0
+            readers = [
+                Reader(manifest, everything, runs, RemoteConfig(cache=str(folder / f"cache{name}-{r % caches}")))
+                for r in range(RANKS)
+            ]
+            for step in range(local.num_samples // batch):
+                for rank, reader in enumerate(readers):
+                    for sample_index in order.step(step, rank_lanes(virtual_readers, rank, RANKS)).ravel().tolist():
+                        reader.read(sample_index)
+            for reader in readers:
+                reader.close()
+            found[f"bytes_fetched_ratio{name}"] = log.bytes_sent / total
+            found[f"requests_per_gb{name}"] = len(log.ranges) / (total / 1e9)
+    return found
+
+
+def first_epoch(manifest: Manifest) -> dict[str, int]:
+    """The samples that 8 ranks hand out in the first epoch, read and decoded."""
+    views = train_views((32, 32), AugmentConfig(), MEAN, STD)
+    ranks = []
+    for rank in range(RANKS):
+        loader = Loader(
+            manifest,
+            np.arange(manifest.num_samples - 5),  # so that the epoch ends inside a batch
+            global_batch=BATCH,
+            rank=rank,
+            world_size=RANKS,
+            seed=0,
+            views=views,
+            config=LoaderConfig(virtual_readers=8, workers=0),
+        )
+        steps = -(-(manifest.num_samples - 5) // BATCH)
+        ranks.append([batch.indices for batch in itertools.islice(loader.batches(), steps)])
+        loader.close()
+    stream = torch.cat([rank[step] for step in range(steps) for rank in ranks])[: manifest.num_samples - 5]
+    distinct = len(stream.unique())
+    return {
+        "first_epoch_duplicates": len(stream) - distinct,
+        "first_epoch_missing": manifest.num_samples - 5 - distinct,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
+    rounds = parser.parse_args().rounds
+    logging.disable(logging.WARNING)  # timm warns at every start that it found no info file
+    allow_torchvision()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = photographs()
+        manifest, _ = convert(source, folder / "photographs", samples_per_shard=256)
+        found: dict[str, float] = {"mean_jpeg_kilobytes": float(np.mean([len(jpeg) for jpeg in source.jpegs])) / 1e3}
+        found |= decoders(source.jpegs)
+        found |= throughput(manifest, rounds)
+        found |= first_epoch(manifest)
+        found |= seek(folder / "large")
+        found |= bytes_fetched(folder / "remote")
+    print(json.dumps({name: round(value, 4) for name, value in found.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""How fast EfficientViM is on a CPU: python -m benchmarks.efficientvim prints one JSON line last.
+
+fp32, 2 threads, random weights with trained statistics. Every rival takes its turn in the same rounds and medians are
+compared, so a machine with other work on it slows them together. timm's models are as its users run them: reparameterised.
+"Fastest form" is the faster of torch eager (timm's in both memory layouts, ours fused and packed) and ONNX Runtime; without
+onnxruntime (requirements-onnx.txt) the keys that need it are null. `fused_error` is that of the worst of our forms, over the
+largest logit. `--sizes 224 512 1024` goes on with `launchers inference` (Table E, Figures A and D: at each size the largest
+batch up to --batch that memory allows), `--front` with `launchers front` (Figure B): tables, and plots under --out. The
+paper's EMO, EfficientMod and MobileFormer are not in timm and not measured.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import inference
+from benchmarks import pareto as front
+from pipeline.exports.onnx import write_onnx
+from pipeline.models import build_model
+from pipeline.ops.torchvision_cpu import allow_torchvision
+
+THREADS = 2
+# Seconds before each turn: the threads of ONNX Runtime and of OpenMP spin on for a while after their work, and would slow
+# whoever comes next by a third.
+REST = 0.25
+Run = Callable[[], Any]
+
+
+def as_if_trained(model: nn.Module) -> nn.Module:
+    """In eval mode, with batch norms that fusing must not ignore. Fresh ones of timm's SHViT scale whole branches by zero: its
+    exporter would then keep one tensor of zeros for all of them, and the runtime never read 6 of its 17 million weights."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def reparameterised(name: str, *, fresh: bool = False) -> nn.Module:
+    """timm's model as its users deploy it; `fresh`: with the batch norms it was initialised with."""
+    allow_torchvision()
+    import timm
+    from timm.utils.model import reparameterize_model
+
+    model = timm.create_model(name).eval()
+    return reparameterize_model(model if fresh else as_if_trained(model)).eval()
+
+
+def ours(name: str, image_size: int) -> nn.Module:
+    torch.manual_seed(0)
+    return as_if_trained(build_model(name, image_size=image_size))
+
+
+def medians(rivals: dict[str, Run], rounds: int) -> dict[str, float]:
+    """Median seconds over `rounds` of each rival, all of them taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for run in rivals.values():
+        run()
+        run()  # what is built, chosen or allocated once
+    for _ in range(rounds):
+        for name, run in rivals.items():
+            time.sleep(REST)
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def onnx_run(model: nn.Module, images: Tensor, folder: Path, name: str) -> Run:
+    """The model in ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    path = write_onnx(model, folder / f"{name}.onnx", tuple(images.shape[-2:]))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {"images": images.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def eager_runs(model: nn.Module, images: Tensor, name: str) -> dict[str, Run]:
+    """timm's model in the two memory layouts a user has."""
+    last = reparameterised(name).to(memory_format=torch.channels_last)
+    seen = images.contiguous(memory_format=torch.channels_last)
+    return {f"{name} eager": lambda: model(images), f"{name} eager, channels last": lambda: last(seen)}
+
+
+def headline(rounds: int, batch: int, folder: Path) -> dict[str, float | None]:
+    """The ratios of throughput, at 224 px, in one interleaved run."""
+    images = torch.randn(batch, 3, 224, 224)
+    runs: dict[str, Run] = {}
+    relative = absolute = 0.0
+    with_onnx = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
+    for variant, rival in (("m4", "shvit_s4"), ("m2", "shvit_s2")):
+        model = ours(f"efficientvim_{variant}", 224)
+        fused, packed = model.fuse(), model.fuse().pack()
+        runs[f"{variant} packed"] = lambda packed=packed: packed(images)
+        answers = [fused(images), packed(images)]
+        for name in (f"efficientvim_{variant}", rival):
+            theirs = reparameterised(name)
+            runs |= eager_runs(theirs, images, name)
+            if with_onnx:
+                runs[f"{name} onnx"] = onnx_run(theirs, images, folder, name)
+        if with_onnx:
+            runs[f"{variant} onnx"] = onnx_run(fused, images, folder, variant)
+            answers.append(torch.from_numpy(runs[f"{variant} onnx"]()[0]))
+            runs[f"fresh {rival} onnx"] = onnx_run(reparameterised(rival, fresh=True), images, folder, f"fresh_{rival}")
+        want = model(images)
+        error = max(float((answer - want).abs().max()) for answer in answers)
+        absolute, relative = max(absolute, error), max(relative, error / float(want.abs().max()))
+    seconds = medians(runs, rounds)
+    for name, value in sorted(seconds.items(), key=lambda item: item[1]):
+        print(f"{name:40s} {1e3 * value:8.1f} ms  {batch / value:7.1f} images/s")
+
+    def fastest(*names: str) -> float:
+        return min(value for key, value in seconds.items() if key.startswith(names))
+
+    return {
+        "m4_eager_vs_timm_fused": seconds["efficientvim_m4 eager"] / seconds["m4 packed"],
+        "m4_onnx_vs_timm_onnx": seconds["efficientvim_m4 onnx"] / seconds["m4 onnx"] if with_onnx else None,
+        "m4_vs_shvit_s4": fastest("shvit_s4 ") / fastest("m4 "),
+        "m4_vs_fresh_shvit_s4": fastest("fresh shvit_s4 ") / fastest("m4 ") if with_onnx else None,
+        "m2_vs_shvit_s2": fastest("shvit_s2 ") / fastest("m2 "),
+        "m4_packed_images_per_second": batch / seconds["m4 packed"],
+        "fused_error": relative,
+        "fused_error_absolute": absolute,
+    }
+
+
+def by_layer(packed: nn.Module, images: Tensor, rounds: int) -> None:
+    """Milliseconds of a call by kind of layer and stage, medians: torch's profiler does not see compiled layers."""
+    began: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {}
+
+    def watch(name: str, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda *_: began.__setitem__(name, time.perf_counter()))
+        module.register_forward_hook(lambda *_: seconds.setdefault(name, []).append(time.perf_counter() - began[name]))
+
+    for name, module in packed.named_modules():
+        parts = name.split(".")
+        if name in ("", "stem", "head") or (len(parts) == 2 + (parts[0] == "stages") * 2 and parts[0] != "stem"):
+            watch(name, module)
+    for _ in range(rounds):
+        packed(images)
+    groups: dict[str, float] = {}
+    for name, values in seconds.items():
+        parts = name.split(".")
+        group = f"{parts[0]} {parts[1]} {parts[3]}" if len(parts) == 4 else parts[0]
+        groups[group] = groups.get(group, 0) + statistics.median(values)
+    for group, value in groups.items():
+        print(f"{group or 'the whole call':40s} {1e3 * value:8.1f} ms")
+
+
+def show(folder: Path) -> None:
+    for table in sorted((folder / "tables").glob("*.md")):
+        print(table.read_text())
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="pixels a side, for the table by resolution")
+    parser.add_argument("--front", action="store_true", help="the table of speed and reported accuracy")
+    parser.add_argument("--out", type=Path, default=Path("runs/efficientvim"), help="folder of these tables and plots")
+    parser.add_argument("--profile", action="store_true", help="print where the packed M4 spends its time")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as folder:
+        result = headline(arguments.rounds, arguments.batch, Path(folder))
+    if arguments.profile:
+        by_layer(
+            ours("efficientvim_m4", 224).fuse().pack(), torch.randn(arguments.batch, 3, 224, 224), arguments.rounds
+        )
+    few = max(3, arguments.rounds // 5)
+    if arguments.sizes:
+        show(inference.run([], arguments.sizes, arguments.batch, few, arguments.out / "inference", deployed=True))
+    if arguments.front:
+        show(front.run([], arguments.batch, few, arguments.out / "front"))
+    print(json.dumps({k: None if v is None else float(f"{v:.4g}") for k, v in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

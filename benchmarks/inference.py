@@ -1,0 +1,72 @@
+"""What models cost when they answer, over resolutions: EfficientViM's Table E; its Figure A on a GPU, Figure D on a CPU."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.evaluate.speed import Cost, inference
+from pipeline.models import build_model
+from pipeline.report.extras import Section, write_section
+from pipeline.report.figures import draw, lines
+from pipeline.report.tables import Table
+
+# Table E of the supplement without the models that timm does not have: top-1 as printed there, no teacher (M4: 450 epochs).
+TABLE_E = {
+    "efficientvim_m4": 79.6,
+    "timm/shvit_s4": 79.4,
+    "timm/mobileone_s4": 79.4,
+    "timm/fastvit_t12": 79.1,
+    "timm/mobilevitv2_100": 78.1,
+}
+
+
+def run(
+    names: Sequence[str], sizes: Sequence[int], batch: int, rounds: int, out: Path, *, deployed: bool = False
+) -> Path:
+    """Throughput of models (default: Table E's) against resolution, in turns; randomly initialised, which costs the same."""
+    if batch < 1 or rounds < 1:
+        raise ConfigError(f"--batch {batch} --rounds {rounds}: at least one of each is needed")
+    names = list(dict.fromkeys(names or TABLE_E))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    costs: list[Cost] = []
+    for size in sorted(set(sizes)):
+        models = {name: build_model(name, image_size=size).eval() for name in names}
+        one_size = dict.fromkeys(models, size)
+        costs += inference(models, one_size, batch=batch, rounds=rounds, device=device, as_shipped=deployed)
+        print(
+            f"{size} px: " + ", ".join(f"{c.model} {c.images_per_second:.1f}/s" for c in costs if c.size == size),
+            flush=True,
+        )
+    costs.sort(key=lambda c: (names.index(c.model), c.size))
+    table = Table(
+        name="inference",
+        title="Inference",
+        header=["model", "pixels", "batch", "images/s", "ms/image", "parameters, M", "GMACs", "peak GiB", "top-1, reported"],
+        rows=[
+            [c.model, str(c.size), str(c.batch), f"{c.images_per_second:.1f}", f"{c.milliseconds:.2f}",
+             f"{c.parameters / 1e6:.2f}", f"{c.gmacs:.3f}", "–" if c.memory_gib is None else f"{c.memory_gib:.2f}",
+             f"{TABLE_E[c.model]:.1f}" if c.model in TABLE_E else "–"]
+            for c in costs
+        ],
+        note=f"{place(device)}; fp32; {'batch norms and branches folded; ' if deployed else ''}the models take turns, medians of "
+        f"{rounds} rounds after 2 of warm-up; a batch that does not fit is halved. GMACs are what papers print as FLOPs. "
+        "Accuracies are those of EfficientViM's Table E (ImageNet-1k, percent, no teacher): reported, not measured here.",
+    )  # fmt: skip
+    series = {n: [([float(c.size) for c in costs if c.model == n], [c.images_per_second for c in costs if c.model == n])]
+              for n in names}  # fmt: skip
+    latency = {n: [(x, [1000 / v for v in y]) for x, y in curve] for n, curve in series.items()}
+    figures = [
+        draw(out / "figures", name, title, lines(curves, "pixels a side", axis, logy=True, at=sorted(set(sizes))))
+        for name, title, curves, axis in (
+            ("throughput", "Throughput against resolution", series, "images per second"),
+            ("latency", "Time an image against resolution", latency, "milliseconds"),
+        )
+    ]
+    return write_section(out, Section("Efficiency of inference", [table], figures))
+
+
+def place(device: torch.device) -> str:
+    """Where a time was taken."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

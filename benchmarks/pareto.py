@@ -1,0 +1,105 @@
+"""Speed against accuracy, as EfficientViM's Figure B draws it: throughput measured here, accuracy as papers report it.
+
+Nothing here is an accuracy of ours. The numbers are ImageNet-1k top-1 in percent of models trained alone for 300 epochs
+(EfficientViM's Tables C and E and README, SHViT's README). The line joins the EfficientViMs; what it passes over is worse at
+both.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.inference import place
+from pipeline.errors import ConfigError
+from pipeline.evaluate.speed import Cost, inference
+from pipeline.models import build_model
+from pipeline.report.extras import Section, write_section
+from pipeline.report.figures import draw, front
+from pipeline.report.tables import Table
+
+
+class Reported(NamedTuple):
+    model: str
+    top1: float
+    pixels: int  # a side, of the images it was judged on
+    fields: Mapping[str, Any] = MappingProxyType({})  # what the row changes
+
+
+# Row -> its model. Letters are of Table C, whose base is M2; for its row C the published size is met with NC-SSD, no fusion.
+FRONT = {
+    "EfficientViM-M1": Reported("efficientvim_m1", 72.9, 224),
+    "EfficientViM-M2": Reported("efficientvim_m2", 75.4, 224),
+    "EfficientViM-M3": Reported("efficientvim_m3", 77.5, 224),
+    "EfficientViM-M4": Reported("efficientvim_m4", 79.4, 256),
+}
+OTHERS = {
+    "C: NC-SSD": Reported("efficientvim_m2", 76.2, 224, {"mixer": "ncssd", "fusion": "none"}),
+    "D: attention": Reported("efficientvim_m2", 76.1, 224, {"mixer": "attention", "fusion": "none"}),
+    "E: multi-head": Reported("efficientvim_m2", 75.5, 224, {"importance": "multihead"}),
+    "F: one vector": Reported("efficientvim_m2", 75.2, 224, {"importance": "vector"}),
+    "G: fuses maps": Reported("efficientvim_m2", 75.3, 224, {"fusion": "map"}),
+    "H: no fusion": Reported("efficientvim_m2", 75.1, 224, {"fusion": "none"}),
+    "I: states 9, 25, 49": Reported("efficientvim_m2", 75.4, 224, {"states": (9, 25, 49)}),
+    "J: states 25, 25, 25": Reported("efficientvim_m2", 75.2, 224, {"states": (25, 25, 25)}),
+    "SHViT-S1": Reported("timm/shvit_s1", 72.8, 224),
+    "SHViT-S2": Reported("timm/shvit_s2", 75.2, 224),
+    "SHViT-S3": Reported("timm/shvit_s3", 77.4, 224),
+    "SHViT-S4": Reported("timm/shvit_s4", 79.4, 256),
+    "FastViT-T12": Reported("timm/fastvit_t12", 79.1, 256),
+    "MobileOne-S4": Reported("timm/mobileone_s4", 79.4, 224),
+    "MobileViTV2-1.0": Reported("timm/mobilevitv2_100", 78.1, 256),
+}
+
+
+def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
+    """Measure the models of `rows` (default: all) in turns and write the section. Raises ConfigError for an unknown row."""
+    known = FRONT | OTHERS
+    unknown = [row for row in rows if row not in known]
+    if unknown or batch < 1 or rounds < 1:
+        raise ConfigError(
+            f"--rows {', '.join(unknown)}: known are {', '.join(known)}"
+            if unknown
+            else f"--batch {batch} --rounds {rounds}: at least one of each is needed"
+        )
+    chosen = {row: known[row] for row in rows or known}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {row: build_model(r.model, image_size=r.pixels, **r.fields) for row, r in chosen.items()}
+    sizes = {row: r.pixels for row, r in chosen.items()}
+    costs = {c.model: c for c in inference(models, sizes, batch=batch, rounds=rounds, device=device, as_shipped=True)}
+    table = Table(
+        name="front",
+        title="Speed, and accuracy as reported",
+        header=["model", "pixels", "top-1, reported", "images/s, here", "parameters, M", "GMACs"],
+        rows=[_row(row, r, costs[row]) for row, r in chosen.items()],
+        note="Accuracy: as the papers print it, for ImageNet-1k, 300 epochs, no teacher; not measured here. "
+        f"Speed: {place(device)}, fp32, batch {batch}, batch norms and branches folded, the models take turns, medians of "
+        f"{rounds} rounds. "
+        "C to J are EfficientViM-M2 with one change.",
+    )
+    points = {row: (costs[row].images_per_second, r.top1) for row, r in chosen.items()}
+    figure = draw(
+        out / "figures",
+        "front",
+        "Speed here against accuracy as reported",
+        front(
+            points, joined=list(FRONT), xlabel="images per second, measured here", ylabel="top-1, percent, as reported"
+        ),
+        note="The line joins the EfficientViMs; letters are the rows of the table.",
+        size=(7.6, 4.2),
+        wide=True,
+    )
+    return write_section(out, Section("Speed against accuracy", [table], [figure]))
+
+
+def _row(name: str, reported: Reported, cost: Cost) -> list[str]:
+    return [
+        name,
+        str(reported.pixels),
+        f"{reported.top1:.1f}",
+        f"{cost.images_per_second:.1f}",
+        f"{cost.parameters / 1e6:.2f}",
+        f"{cost.gmacs:.3f}",
+    ]

@@ -1,0 +1,180 @@
+"""How fast the CPU scan is: python -m benchmarks.scan prints one JSON line last.
+
+All at (8, 768, 197, 16), fp32, softplus and gate included, on 2 threads, every rival in the same rounds: a machine with
+other work on it slows them together, and the medians over the rounds are what is compared.
+"""
+
+import argparse
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.ops.choice import choose_scan
+from pipeline.ops.native.build import load_library
+from pipeline.ops.scan import selective_scan
+
+SHAPE = (8, 768, 197, 16)  # batch, channels, steps, states
+
+
+def plain_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+    """The rival: the fastest loop in plain torch that was found: exponentials per step, `unbind`, sums as matmul."""
+    dt = F.softplus(delta + bias[:, None])
+    steps = zip(dt.unbind(-1), (dt * u).unbind(-1), B.unbind(-1), C.unbind(-1), strict=True)
+    hidden = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
+    outputs = []
+    for dt_t, dtu_t, B_t, C_t in steps:
+        hidden = torch.addcmul(dtu_t[:, :, None] * B_t[:, None], torch.exp(dt_t[:, :, None] * A), hidden)
+        outputs.append((hidden @ C_t[:, :, None])[..., 0])
+    return (torch.stack(outputs, -1) + D[:, None] * u) * F.silu(z)
+
+
+def scan_inputs() -> list[Tensor]:
+    """u, delta, A, B, C, D, z, bias with the ranges of a fresh Vim: step sizes around 1e-3 to 1e-1, A = -1..-N."""
+    batch, channels, steps, states = SHAPE
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    wide, narrow = (batch, channels, steps), (batch, states, steps)
+    A = -torch.arange(1.0, states + 1).repeat(channels, 1)
+    return [
+        normal(*wide),
+        normal(*wide),
+        A,
+        normal(*narrow),
+        normal(*narrow),
+        normal(channels),
+        normal(*wide),
+        normal(channels) - 4,
+    ]
+
+
+def medians(rivals: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds over `rounds` of each rival, all of them taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for run in rivals.values():
+        run()  # what is built or allocated once
+    for _ in range(rounds):
+        for name, run in rivals.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def train(scan: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(scan(*leaves), leaves, gradient)
+
+
+def relative_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The highest sum of torch's live allocations during `run`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        results = run()
+    del results
+    live = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def scan_rows(rounds: int) -> dict[str, float]:
+    """The operator against the plain loop and against its limit."""
+    inputs = scan_inputs()
+    gradient = torch.randn(SHAPE[:3], generator=torch.Generator().manual_seed(1))
+    limit = load_library(sources=[Path(__file__).parent / "limit.cpp"]).limit
+    limit.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
+    u, delta, z = inputs[0], inputs[1], inputs[6]
+
+    def least() -> None:
+        o = torch.empty_like(u)
+        limit(o.data_ptr(), u.data_ptr(), delta.data_ptr(), z.data_ptr(), u.numel(), SHAPE[3])
+
+    def without_grad(scan: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        return torch.no_grad()(lambda: scan(*inputs))
+
+    typical = medians(
+        {
+            "forward": without_grad(selective_scan),
+            "limit": least,
+            "loop": without_grad(plain_loop),
+            "train": lambda: train(selective_scan, inputs, gradient),
+            "loop train": lambda: train(plain_loop, inputs, gradient),
+        },
+        rounds,
+    )
+    exact = [x.double() for x in inputs]
+    got = selective_scan(*inputs), *train(selective_scan, inputs, gradient)
+    want = plain_loop(*exact), *train(plain_loop, exact, gradient.double())
+    io = sum(x.numel() * x.element_size() for x in (*inputs, u))  # the output is as large as u
+    return {
+        "forward_ms": typical["forward"] * 1e3,
+        "train_ms": typical["train"] * 1e3,
+        "forward_vs_reference": typical["loop"] / typical["forward"],
+        "train_vs_reference": typical["loop train"] / typical["train"],
+        "forward_vs_limit": typical["forward"] / typical["limit"],
+        "relative_error": relative_error(got, want),
+        "peak_bytes_vs_io": peak_bytes(lambda: train(selective_scan, inputs, gradient)) / io,
+    }
+
+
+def model_rows(rounds: int) -> dict[str, float]:
+    """A training step of Vim-Small against timm's ViT-Small with SDPA: 224 px, batch 8, AdamW; fp32, bf16 autocast."""
+    from pipeline.models import build_model
+    from pipeline.ops.torchvision_cpu import allow_torchvision
+
+    allow_torchvision()
+    import timm
+
+    torch.manual_seed(0)
+    models = {"vim": build_model("vim_small"), "vit": timm.create_model("vit_small_patch16_224")}
+    images, labels = torch.randn(8, 3, 224, 224), torch.randint(1000, (8,))
+    optimizers = {name: torch.optim.AdamW(model.parameters()) for name, model in models.items()}
+
+    def step(name: str, bf16: bool) -> None:
+        optimizers[name].zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(models[name](images), labels)
+        loss.backward()
+        optimizers[name].step()
+
+    rows = {}
+    for bf16, suffix in ((False, ""), (True, "_bf16")):
+        typical = medians({name: lambda name=name, bf16=bf16: step(name, bf16) for name in models}, rounds)
+        rows[f"vim_small_vs_vit_small{suffix}"] = typical["vim"] / typical["vit"]
+        rows[f"vim_small_step_s{suffix}"] = typical["vim"]
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step("vim", False)
+    print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=40))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scan", default="auto", help="which implementation (see pipeline.ops.choice.SCANS)")
+    parser.add_argument("--rounds", type=int, default=40, help="of the operator; the models take a quarter as many")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    rows: dict[str, float | str] = {"scan": choose_scan(arguments.scan).name}
+    rows |= scan_rows(arguments.rounds)
+    rows |= model_rows(max(2, arguments.rounds // 4))
+    print(json.dumps({key: value if isinstance(value, str) else float(f"{value:.4g}") for key, value in rows.items()}))
+
+
+if __name__ == "__main__":
+    main()

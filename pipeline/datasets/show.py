@@ -1,0 +1,68 @@
+"""A dataset or a split at a glance: counts, histogram, imbalance, and a contact sheet."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from pipeline import seeds
+from pipeline.datasets.manifest import Manifest
+from pipeline.images import decode
+from pipeline.storage.config import RemoteConfig
+from pipeline.streaming.order import cut_runs
+from pipeline.streaming.reader import Reader
+
+_ROWS = 20  # of the histogram; more classes are gathered
+
+
+def describe(manifest: Manifest, sample_indices: NDArray[np.int64], title: str) -> Iterator[str]:
+    """Lines of text about the samples at `sample_indices`."""
+    labels = manifest.labels[sample_indices]
+    counts = np.bincount(labels[labels >= 0], minlength=len(manifest.classes))
+    size = int(manifest.samples["length"][sample_indices].astype(np.int64).sum())
+    yield f"{title}: {len(sample_indices):,} samples, {size / 1e6:,.1f} MB of images, {len(counts)} classes"
+    if not len(counts):
+        return
+    least, most = int(counts.min()), int(counts.max())
+    factor = f"{most / least:.3g}" if least else f"unbounded, {int((counts == 0).sum())} classes are empty"
+    yield f"per class {least} to {most}, median {int(np.median(counts))}; imbalance {factor}"
+    order = np.argsort(-counts, kind="stable")
+    for group in np.array_split(order, min(_ROWS, len(order))):
+        mean = counts[group].mean()
+        name = manifest.classes[group[0]] + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+        yield f"{name[:28]:28} {mean:>9.6g} {'#' * round(40 * mean / max(1, most))}"
+
+
+def contact_sheet(
+    manifest: Manifest,
+    sample_indices: NDArray[np.int64],
+    path: Path,
+    *,
+    per_class: int = 8,
+    classes: int = 20,
+    side: int = 96,
+) -> None:
+    """A PNG with a row of randomly chosen pictures for each of up to `classes` classes, most frequent first."""
+    labels = manifest.labels[sample_indices]
+    known, counts = np.unique(labels, return_counts=True)
+    chosen = known[np.argsort(-counts, kind="stable")]
+    rows = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(classes, len(chosen))).round().astype(int))]
+    sheet = Image.new("RGB", (160 + per_class * side, len(rows) * side), "white")
+    draw = ImageDraw.Draw(sheet)
+    reader = Reader(manifest, sample_indices, cut_runs(manifest, sample_indices), RemoteConfig())
+    for row, label in enumerate(rows.tolist()):
+        members = sample_indices[labels == label]
+        name = manifest.classes[label] if label >= 0 else "no label"
+        draw.text((4, row * side + 4), f"{name[:24]}\n{len(members):,}", fill="black")
+        for column, k in enumerate(seeds.permutation(len(members), label)[:per_class]):
+            picture = Image.fromarray(decode(reader.read(int(members[k]))))
+            picture.thumbnail((side - 4, side - 4))
+            if max(picture.size) < side // 2:  # an 8 x 8 digit is shown large, its pixels visible
+                factor = (side - 4) // max(picture.size)
+                size = (picture.width * factor, picture.height * factor)
+                picture = picture.resize(size, Image.Resampling.NEAREST)
+            sheet.paste(picture, (160 + column * side + 2, row * side + 2))
+    reader.close()
+    sheet.save(path, "PNG")

@@ -1,0 +1,123 @@
+"""Where a network sees: which of its layers keeps a map of the image, and how that layer's output becomes the map.
+
+A plain backbone (a Vision Mamba, a ViT) keeps tokens in some order with a cls token somewhere; a hierarchical one keeps
+(B, C, h, w), or (B, h, w, C) as timm's Swin does. Grad-CAM and the receptive field need only a `Sight`. timm's models say
+in their `feature_info` where the last map is and how many channels it has, so no family is named here.
+
+Shapes: B images of H x W pixels, L tokens, C channels, h x w the map.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.models.timm_model import TimmModel
+from pipeline.models.vision_mamba import VisionMamba, drop_slot
+
+ToGrid = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """`to_grid`: the output of either layer, and the images' (H, W) -> (B, C, h, w)."""
+
+    explained: nn.Module  # Grad-CAM's layer: the last one through whose whole map the logits are made
+    final: nn.Module  # the last one with a map: its centre has the receptive field
+    to_grid: ToGrid
+
+
+def sight_of(model: nn.Module) -> Sight:
+    """For our models and timm's, by what they have and not by their names.
+
+    Where only the cls token reaches the head, no gradient reaches the other tokens behind the last mixer or attention,
+    so a plain backbone is explained by the normalised input of its last block (the practice of pytorch-grad-cam).
+    Raises ConfigError for a network that keeps no map that is known here.
+    """
+    if isinstance(model, TimmModel):
+        return _timm_sight(model.model)
+    if isinstance(model, VisionMamba):
+        entrance = f"layers.{model.depth - 1}.{'norm1' if hasattr(model.layers[-1], 'norm1') else 'norm'}"
+        return Sight(explained=model.get_submodule(entrance), final=model.norm_f, to_grid=_mamba_grid(model))
+    stages = getattr(model, "stages", None)
+    if isinstance(stages, nn.Sequential | nn.ModuleList):
+        last = stages[-1]
+        last = last[-1] if isinstance(last, nn.ModuleList) else last  # a list is never called: its last block is
+        return Sight(explained=last, final=last, to_grid=lambda maps, _size: maps)
+    raise _unknown(model)
+
+
+def _timm_sight(model: Any) -> Sight:
+    info = getattr(model, "feature_info", None)
+    last = list(info)[-1] if isinstance(info, list | tuple) and info else None
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    try:
+        if prefix and hasattr(model, "blocks"):
+            entrance = model.get_submodule(f"blocks.{len(model.blocks) - 1}.norm1")
+            to_grid = _grid(model.num_features, prefix, model)
+            return Sight(explained=entrance, final=model.get_submodule("norm"), to_grid=to_grid)
+        if last is not None:
+            module = model.get_submodule(last["module"])
+            return Sight(explained=module, final=module, to_grid=_grid(last["num_chs"], prefix, model))
+    except (AttributeError, KeyError):  # a name that is not, or no longer, one of a module
+        pass
+    raise _unknown(model)
+
+
+def _unknown(model: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"{type(model).__name__} keeps no map that is known here: it has neither stages nor a feature_info that names its"
+        " last map; add it to pipeline/evaluate/target_layers.py"
+    )
+
+
+@contextmanager
+def watched(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of `module` in every forward inside, with their place in the graph."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(_tensor(output)))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """A stage may return the map and what else it made of it; the map comes first."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _mamba_grid(model: VisionMamba) -> ToGrid:
+    def to_grid(tokens: Tensor, _size: tuple[int, int]) -> Tensor:
+        if model.middle is not None:
+            tokens = drop_slot(tokens, model.middle)
+        if model.order is not None:
+            tokens = tokens[:, model.order.argsort()]
+        return tokens.unflatten(1, model.grid_size).permute(0, 3, 1, 2)
+
+    return to_grid
+
+
+def _grid(channels: int, prefix: int, model: nn.Module) -> ToGrid:
+    """Of an output with `channels`: a map in either order of axes, or tokens row by row, behind `prefix` others or none."""
+
+    def to_grid(output: Tensor, size: tuple[int, int]) -> Tensor:
+        if output.dim() == 4 and output.shape[1] == channels:
+            return output
+        if output.dim() == 4 and output.shape[3] == channels:
+            return output.permute(0, 3, 1, 2)
+        if output.dim() == 3 and output.shape[2] == channels:
+            for others in (prefix, 0):  # some join the cls token later
+                patches = output[:, others:]
+                rows = round((patches.shape[1] * size[0] / size[1]) ** 0.5)  # the map has the images' proportions
+                if rows and patches.shape[1] % rows == 0:
+                    return patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 2)
+        raise ConfigError(
+            f"{type(model).__name__} has {tuple(output.shape)} where a map of {channels} channels was expected;"
+            " add it to pipeline/evaluate/target_layers.py"
+        )
+
+    return to_grid

@@ -1,0 +1,108 @@
+"""What others read in an export: README.md, a model card in Hugging Face's form, and config.json, by which timm builds it.
+
+Both are made of what model.json says; no code of ours reads them.
+"""
+
+import json
+from typing import Any
+
+from torch import nn
+
+from pipeline.exports.card import Card
+from pipeline.models.config import EfficientViMConfig
+from pipeline.models.timm_model import TimmModel
+
+README = "README.md"
+TIMM_CONFIG = "config.json"
+CROP_SHARE = 0.875  # of `eval_views`, of which timm's evaluation transform is one
+_EXAMPLE = """from pathlib import Path
+
+from pipeline.predict import predict
+
+predict(Path("{folder}"), [Path("image.jpg")], top=5, cam=None)"""
+_WITH_TIMM = """import timm
+
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
+
+
+def timm_config(card: Card, model: nn.Module) -> dict[str, Any] | None:
+    """What `timm.create_model("local-dir:EXPORT", pretrained=True)` reads, or None for a model that timm does not know."""
+    if card.kind != "classifier":
+        return None
+    if isinstance(model, TimmModel):
+        name, arguments = model.timm_name, model.arguments
+    elif isinstance(card.model, EfficientViMConfig) and _as_released(card.model):
+        c = card.model
+        base = c.name.removesuffix("_dist")
+        base = base if base.removeprefix("efficientvim_") in ("m1", "m2", "m3", "m4") else "efficientvim_m1"
+        name = base + "_dist" * c.distilled
+        arguments = {"embed_dim": c.widths, "depths": c.depths, "state_dim": c.states}
+        arguments |= {"mlp_ratio": c.mlp_ratio, "ssd_expand": c.expand, "in_chans": c.in_chans}
+    else:
+        return None
+    height, width = card.model.image_size
+    return {
+        "architecture": name,
+        "num_classes": len(card.classes),
+        "label_names": list(card.classes),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [card.model.in_chans, height, width],
+            "mean": card.preprocessing.mean,
+            "std": card.preprocessing.std,
+            "interpolation": "bicubic",
+            "crop_pct": CROP_SHARE,
+            "crop_mode": "center",
+            "num_classes": len(card.classes),
+        },
+    }
+
+
+def _as_released(c: EfficientViMConfig) -> bool:
+    fixed = ("stem_stride", "mixer", "importance", "fusion", "norm")
+    return all(getattr(c, name) == EfficientViMConfig.model_fields[name].default for name in fixed)
+
+
+def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
+    """Markdown with a YAML header; `for_timm`: the folder has a config.json.
+
+    Values are JSON, which is YAML too, so that no name of a class can break it.
+    """
+    classifier = card.kind == "classifier"
+    header = {
+        "library_name": "timm" if for_timm else "pytorch",
+        "pipeline_tag": "image-classification" if classifier else "image-feature-extraction",
+        "tags": [card.model.name, card.lineage.stage, "safetensors", *(["timm"] if for_timm else [])],
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
+    height, width = card.model.image_size
+    lines += [f"# {card.model.name}, stage {card.lineage.stage}", ""]
+    lines += [
+        f"A {card.kind} for images of {height} x {width} pixels"
+        + (f", {len(card.classes)} classes." if classifier else ".")
+    ]
+    lines += ["", "| | |", "|---|---|"]
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (card.preprocessing.mean, card.preprocessing.std))
+    rows = {
+        "preprocessing": f"shorter side to {height} / {CROP_SHARE} (bicubic), centre crop, pixels in [0, 1] minus {mean},"
+        f" over {std}",
+        "weights": f"`model.safetensors`, fp32, sha256 `{card.weights_sha256}`",
+        "data": f"manifest `{card.lineage.dataset}`"
+        + (f", split `{card.lineage.split}`" if card.lineage.split else ""),
+        "parents": "; ".join(f"{p.role} `{p.weights_sha256[:16]}`" for p in card.lineage.parents) or "none",
+        "labels seen": "; ".join(f"{s.count} ({s.protocol})" for s in card.labels_seen) or "none",
+        "commit": f"`{card.lineage.commit}`",
+    }
+    lines += [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]
+    if card.more_labels_than_claimed:
+        lines += ["", "**It has seen more labels than its split claims.**"]
+    if card.metrics:
+        lines += ["", "| measured | |", "|---|---:|", *(f"| {k} | {v:.4g} |" for k, v in card.metrics.items())]
+    if classifier:
+        lines += ["", "```python", _EXAMPLE.format(folder=folder), "```"]
+        if for_timm:
+            lines += ["", "Without this project, from the folder above:"]
+            lines += ["", "```python", _WITH_TIMM.format(folder=folder), "```"]
+        lines += ["", "Classes, in the order of the logits: " + ", ".join(card.classes)]
+    return "\n".join(lines) + "\n"

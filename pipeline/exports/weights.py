@@ -1,0 +1,107 @@
+"""Weights from outside: a file somebody released, into a model of ours or of timm. Nothing is ever downloaded.
+
+A pickle can run code when it is loaded, so torch's restricted unpickler reads it, which knows tensors and plain
+containers, and beside them only ALLOWED. No size that a file claims is made unless the file holds as many values.
+An export of ours is not read here but by `export.load_export`, which knows and proves more.
+"""
+
+import argparse
+import logging
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.errors import HandoverError
+from pipeline.exports.export import Transfer
+
+logger = logging.getLogger(__name__)
+
+# What a pickle may name beside torch's own, and what is made of it: the command line that Vim and ARM keep (attributes, no
+# more), and the settings that EfficientViM keeps, read as the mapping they are.
+ALLOWED = ((argparse.Namespace, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode"))
+# Training checkpoints wrap the weights; the averaged ones are those that were reported.
+ENVELOPES = ("model_ema", "model", "state_dict")
+
+
+def read_weights(path: Path, entry: str | None = None) -> dict[str, Tensor]:
+    """The tensors by name in a .safetensors file or a torch checkpoint, there under `entry`; none: the first of ENVELOPES,
+    or the whole. Nothing in the file is run. Raises HandoverError for anything but weights."""
+    if not path.is_file():
+        raise HandoverError(f"no weights at {path}; put the file there: nothing is downloaded")
+    state: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    entries = {str(name): value for name, value in state.items()} if isinstance(state, dict) else {}
+    wrapped = entry or next((name for name in ENVELOPES if isinstance(entries.get(name), dict)), None)
+    if wrapped is not None:
+        if not isinstance(entries.get(wrapped), dict):
+            raise HandoverError(f"{path} has no weights under {wrapped!r}; it holds: {', '.join(entries)[:300]}")
+        state = entries[wrapped]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise HandoverError(f"{path} holds no state dict (names of tensors); known wrappings: {', '.join(ENVELOPES)}")
+    hollow = [name for name, v in state.items() if v.untyped_storage().nbytes() < v.numel() * v.element_size()]
+    if hollow:
+        raise HandoverError(f"{path}: {hollow[0]} claims more values than the file holds")
+    # DistributedDataParallel and torch.compile prefix every name.
+    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise HandoverError(f"{path} is no safetensors file, or damaged: {error}") from None
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(list(ALLOWED)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text advises to load it all the same
+        known = ", ".join(name for _, name in ALLOWED)
+        raise HandoverError(
+            f"{path} is not read: it holds {named.group(1) if named else 'an unknown instruction'}, and anything but tensors,"
+            f" plain containers and {known} could run code; open it where it is trusted and save its state dict as safetensors"
+        ) from None
+    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
+        said = f"{type(error).__name__} {error}".splitlines()[0][:200]
+        raise HandoverError(f"{path} is no torch checkpoint, or damaged: {said}") from None
+
+
+def load_weights(model: nn.Module, path: Path) -> Transfer:
+    """Load a released file into `model`. Its classifier may be left behind and made anew, nothing else.
+
+    The model's `convert` gives the file's tensors its own names, `fresh` names what may be new.
+    Raises HandoverError for any other key or shape that does not fit.
+    """
+    weights, wanted = model.convert(read_weights(path)), model.state_dict()  # type: ignore[operator]
+    fresh: tuple[str, ...] = model.fresh()  # type: ignore[operator]
+    dropped = [k for k, v in weights.items() if k.startswith(fresh) and (k not in wanted or wanted[k].shape != v.shape)]
+    weights = {k: v for k, v in weights.items() if k not in dropped}
+    problems = [f"{k} is missing" for k in wanted if k not in weights and not _may_lack(k, fresh)]
+    problems += [f"{k} has no place here" for k in weights if k not in wanted]
+    problems += [
+        f"{k} is {tuple(weights[k].shape)} there and {tuple(v.shape)} here"
+        for k, v in wanted.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    if problems:
+        raise HandoverError(
+            f"{path} does not fit this model: {problems[0]} ({len(problems)} such); choose the model it was made for"
+        )
+    model.load_state_dict(weights, strict=False)
+    report = Transfer(
+        loaded=[k for k in wanted if k in weights], fresh=[k for k in wanted if k not in weights], dropped=dropped
+    )
+    logger.info("weights %s: %s", path, report)
+    return report
+
+
+def _may_lack(key: str, fresh: tuple[str, ...]) -> bool:
+    return key.startswith(fresh) or key.endswith("num_batches_tracked")

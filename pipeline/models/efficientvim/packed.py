@@ -1,0 +1,190 @@
+"""Fused EfficientViM on our compiled layers: the fastest form on a CPU, equal to the model to rounding.
+
+It is made by `FusedEfficientViM.pack()`, runs in fp32 eager mode, and is not for export. What the layers gain over a library's:
+the hidden rows of a feed-forward never leave the cache, the mixer is one call, the stem needs 25 multiplications for every 36.
+Mixers and norms of the ablations run as they were trained. Shapes as in efficientvim_fused.py, but maps are (B, H, W, D).
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import EnvironmentProblem
+from pipeline.models.efficientvim.fused import (
+    Conv,
+    FusedBlock,
+    FusedDownsample,
+    FusedEfficientViM,
+    FusedMixer,
+    Linear,
+    pooled,
+)
+from pipeline.ops.native import vision
+from pipeline.ops.native.build import BuildError
+
+
+def _depthwise(layer: Conv) -> vision.Depthwise:
+    return vision.Depthwise(_local(layer))
+
+
+def _local(layer: Conv) -> tuple[Tensor, Tensor]:
+    assert layer.bias is not None
+    return layer.weight, layer.bias
+
+
+def _linear(layer: Linear) -> vision.Linear:
+    return vision.Linear(layer.weight, layer.bias, layer.act)
+
+
+class OtherConv(nn.Module):
+    """A convolution that no compiled layer takes, by its channels or with stride 1, on (B, H, W, C)."""
+
+    def __init__(self, layer: Conv) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+class OtherStem(nn.Module):
+    def __init__(self, *layers: Conv) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).permute(0, 2, 3, 1).contiguous()
+
+
+def _stem(layers: Iterable[Conv]) -> nn.Sequential:
+    def of(layer: Conv) -> tuple[Tensor, Tensor | None, str]:
+        return layer.weight, layer.bias, "relu" if layer.act else "none"
+
+    one, two, *others = layers
+    # With a stem_stride of 4 or 8 the last convolutions have stride 1.
+    takes = [layer.stride == 2 and vision.MapConv.takes(layer.weight.shape[1]) for layer in (two, *others)]
+    packed: list[nn.Module] = [vision.Stem(of(one), of(two)) if takes[0] and one.stride == 2 else OtherStem(one, two)]
+    for layer, taken in zip(others, takes[1:], strict=True):
+        packed.append(vision.MapConv(*of(layer)) if taken else OtherConv(layer))
+    return nn.Sequential(*packed)
+
+
+def _mixer(first: Conv, mixer: FusedMixer) -> vision.Mixer:
+    return vision.Mixer(
+        _local(first),
+        rows=mixer.rows,
+        eps=mixer.eps,
+        gamma=mixer.gamma,
+        beta=mixer.beta,
+        project=mixer.project.weight,
+        spread=mixer.spread.weight,
+        to_h=mixer.to_h.weight,
+        to_gate=mixer.to_gate.weight,
+        skip=mixer.skip,
+        to_out=mixer.to_out.weight,
+    )
+
+
+class OtherMixer(nn.Module):
+    """A mixer of an ablation, after its convolution."""
+
+    def __init__(self, first: Conv, mixer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.mixer = _depthwise(first), mixer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, h = self.mixer(self.first(x).permute(0, 3, 1, 2))
+        return y.permute(0, 2, 3, 1).contiguous(), h
+
+
+class PackedBlock(nn.Module):
+    owed: Tensor
+    unscale: Tensor
+
+    def __init__(self, block: FusedBlock) -> None:
+        super().__init__()
+        self.register_buffer("owed", block.owed)
+        self.register_buffer("unscale", block.unscale)
+        mixer = block.mixer
+        self.mixer = _mixer(block.first, mixer) if isinstance(mixer, FusedMixer) else OtherMixer(block.first, mixer)
+        fc1, fc2 = block.fc1, block.fc2
+        assert fc1.bias is not None
+        assert fc2.bias is not None
+        weights = fc1.weight[..., 0, 0], fc1.bias, fc2.weight[..., 0, 0], fc2.bias
+        self.ffn = vision.FeedForward(_local(block.second), *weights)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, h = self.mixer(x)
+        return self.ffn(x), h
+
+    def read_map(self, x: Tensor) -> Tensor:
+        """The map that this block left, as the model has it: (B, L, D)."""
+        return (x * self.owed).flatten(1, 2)
+
+    def read_hidden(self, h: Tensor) -> Tensor:
+        """The hidden states likewise: (B, N, D)."""
+        return h * self.unscale
+
+
+class PackedDownsample(nn.Module):
+    def __init__(self, layer: FusedDownsample) -> None:
+        super().__init__()
+        self.first, self.last = _depthwise(layer.first), _depthwise(layer.last)
+        assert layer.widen.bias is not None
+        self.widen = vision.Widen(layer.widen.weight[..., 0, 0], layer.widen.bias, *_local(layer.halve))
+        self.narrow, self.fc1, self.fc2 = map(_linear, (layer.narrow, layer.fc1, layer.fc2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.widen(self.first(x))
+        x *= self.fc2(self.fc1(x.mean((1, 2))))[:, None, None]
+        return self.last(self.narrow(x))
+
+
+class PackedEfficientViM(nn.Module):
+    """(B, C, H, W) fp32 on the CPU -> logits (B, K); raises ValueError for other images.
+
+    Making it raises EnvironmentProblem without a compiler. It cannot be pickled: keep the model, and pack again.
+    """
+
+    def __init__(self, model: FusedEfficientViM) -> None:
+        super().__init__()
+        try:
+            vision.vision_library()
+        except BuildError as error:
+            raise EnvironmentProblem(
+                f"packing a model needs its compiled layers: {error}; fuse() needs none"
+            ) from error
+        self.image_size, self.num_classes, self.fusion = model.image_size, model.num_classes, model.fusion
+        self.eps, self.widths = model.eps, model.widths
+        self.in_chans = int(cast(Conv, model.stem[0]).weight.shape[1])
+        self.stem = _stem(cast(Iterable[Conv], model.stem))
+        self.stages = nn.ModuleList()
+        for blocks in model.stages:
+            self.stages.append(nn.Sequential(*(PackedBlock(block) for block in cast(Iterable[FusedBlock], blocks))))
+        self.downsamples = nn.ModuleList(PackedDownsample(cast(FusedDownsample, d)) for d in model.downsamples)
+        self.head = vision.Linear(model.weight, model.bias)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.float32 or images.device.type != "cpu":
+            raise ValueError(f"a packed model takes fp32 on the CPU, not {images.dtype} on {images.device}")
+        if images.dim() != 4 or images.shape[1] != self.in_chans or 0 in images.shape[2:]:
+            raise ValueError(f"a packed model takes images (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
+        if not len(images):
+            return images.new_empty(0, self.num_classes)
+        x = self.stem(images)
+        maps, hidden = [], []
+        for i, blocks in enumerate(self.stages):
+            if i:
+                x = self.downsamples[i - 1](x)
+            for block in cast(nn.Sequential, blocks):
+                x, h = block(x)
+            last = cast(PackedBlock, cast(nn.Sequential, blocks)[-1])
+            if self.fusion == "map" or i == len(self.stages) - 1:
+                maps.append(last.read_map(x))
+            if self.fusion == "hidden":
+                hidden.append(last.read_hidden(h))
+        return self.head(pooled([*hidden, *maps], self.eps, self.widths))

@@ -1,0 +1,106 @@
+"""The teacher that answers: whole parameters in a module, made of the shards that LyapEMA moves.
+
+Under ZeRO 0 to 2 every rank holds the whole copy, 4P bytes in fp32 (A and the step sizes of a scan do not survive bf16),
+refreshed by one all-gather of 4P bytes after each update. Under ZeRO-3 no rank holds more than the parameters outside
+of blocks and those of the block at work: each is gathered when its forward begins and let go when it ends, 4P bytes a
+forward pass. Every rank must then call the copy equally often, as training and evaluation do.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.train.engine import Engine
+
+
+class InferenceCopy:
+    """`module`, in eval mode and without gradients, with the weights `tensors` ({master: its average})."""
+
+    def __init__(self, engine: Engine, module: nn.Module, tensors: Mapping[Tensor, Tensor], *, average_buffers: bool):
+        self.engine, self.tensors, self.average_buffers = engine, tensors, average_buffers
+        self.module = module.to(engine.world.device).eval().requires_grad_(False)
+        self._shapes = {name: p.shape for name, p in module.named_parameters()}
+        self.by_blocks = engine.config.zero_stage == 3 and engine.world.size > 1
+        if self.by_blocks:
+            trained = {name for name, _ in engine.named_parameters}
+            for block, parameters in blocks_of(self.module):
+                self._gather_around(block, {n: p for n, p in parameters.items() if n in trained})
+        self.refresh()
+
+    def refresh(self, one_minus_alpha: Tensor | None = None) -> None:
+        """After an update of the teacher (collective); running statistics are the student's, or averaged with alpha."""
+        if not self.by_blocks:
+            self.engine.gather(self.tensors, self._trained({n: p.data for n, p in self.module.named_parameters()}))
+        latest, averaged = dict(self.engine.module.named_buffers()), self.averaged_buffers()
+        for name, buffer in self.module.named_buffers():
+            if name not in averaged:
+                buffer.copy_(latest[name])
+            elif one_minus_alpha is not None:
+                buffer.lerp_(latest[name], one_minus_alpha.to(buffer))
+
+    def averaged_buffers(self) -> dict[str, Tensor]:
+        """Running statistics that are averages of the student's, and so a state of their own."""
+        lasting = self.module.state_dict().keys() if self.average_buffers else ()
+        return {n: b for n, b in self.module.named_buffers() if n in lasting and b.is_floating_point()}
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The whole state dict on the CPU (collective; all ranks get it)."""
+        full = self._trained({name: torch.empty(shape) for name, shape in self._shapes.items()})
+        full = {name: tensor.to(self.engine.world.device) for name, tensor in full.items()}
+        self.engine.gather(self.tensors, full)
+        return {k: v.detach().cpu().clone() for k, v in {**self.module.state_dict(), **full}.items()}
+
+    def _trained(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensors[name] for name, _ in self.engine.named_parameters}
+
+    def _gather_around(self, block: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        """Whichever module of the block is called first (itself, or a part that its parent calls) has all under it whole."""
+        at_work = 0
+
+        def gather(owned: dict[str, nn.Parameter], *_: Any) -> None:
+            nonlocal at_work
+            at_work += 1
+            if at_work == 1:
+                for name, parameter in owned.items():
+                    parameter.data = torch.empty(self._shapes[name], device=self.engine.world.device)
+                self.engine.gather(self.tensors, {name: parameter.data for name, parameter in owned.items()})
+
+        def release(owned: dict[str, nn.Parameter], *_: Any) -> None:
+            nonlocal at_work
+            at_work -= 1
+            if not at_work:
+                _let_go(owned.values())
+
+        for module in block.modules():
+            under = {id(p) for p in module.parameters()}
+            if owned := {name: p for name, p in parameters.items() if id(p) in under}:
+                module.register_forward_pre_hook(partial(gather, owned))
+                module.register_forward_hook(partial(release, owned))
+        _let_go(parameters.values())
+
+
+def blocks_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """The items of a module's outermost lists and sequences (of a list of lists, the inner items), and last the module itself,
+    each with the parameters (by their full names) that no other has: what one forward uses together."""
+    blocks: list[tuple[str, nn.Module]] = []
+
+    def visit(prefix: str, node: nn.Module, listed: bool) -> None:
+        for name, child in node.named_children():
+            if listed and type(child).forward is not nn.Module.forward:  # a bare list cannot be called
+                blocks.append((f"{prefix}{name}.", child))
+            else:
+                container = isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+                visit(f"{prefix}{name}.", child, listed or container)
+
+    visit("", module, False)
+    found = [(block, {prefix + n: p for n, p in block.named_parameters()}) for prefix, block in blocks]
+    taken = {name for _, parameters in found for name in parameters}
+    return [*found, (module, {n: p for n, p in module.named_parameters() if n not in taken})]
+
+
+def _let_go(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.new_empty(0)

@@ -1,0 +1,219 @@
+"""From decoded pixels to what a model sees: train, evaluation and weak/strong views.
+
+Pixels stay uint8 until the batch is whole: a quarter of the bytes to hand from the workers, one normalisation per
+batch. All randomness comes from the seed of the call. Shapes: H, W height and width of the view.
+"""
+
+import functools
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from pipeline import seeds
+from pipeline.images import Pixels, decode
+from pipeline.streaming.config import AugmentConfig
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+Picture = bytes | Image.Image | Pixels
+
+
+class View:
+    """One picture per sample; `pixels` is what varies."""
+
+    names: tuple[str, ...] = ("images",)
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        pixels: Callable[[Pixels, int], Tensor],
+    ) -> None:
+        self.image_size = image_size
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._pixels = pixels
+
+    def pixels(self, image: Pixels, seed: int) -> dict[str, Tensor]:
+        """(3, H, W) uint8 under each of `names`."""
+        return {"images": self._pixels(image, seed)}
+
+    def normalise(self, images: Tensor, out: Tensor | None = None) -> Tensor:
+        """(..., 3, H, W) uint8 to float32 with the view's mean and std, which are of pixels in [0, 1]."""
+        scale = torch.tensor([1 / (255 * std) for std in self.std])[:, None, None]
+        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)])[:, None, None]
+        result = torch.empty(images.shape) if out is None else out
+        return result.copy_(images).mul_(scale).add_(shift)
+
+    def __call__(self, picture: Picture, seed: int) -> dict[str, Tensor]:
+        """The normalised views of one picture; DataError if its bytes are no image."""
+        return {name: self.normalise(view) for name, view in self.pixels(as_pixels(picture), seed).items()}
+
+
+class PairView(View):
+    """A weak and a strong view of one decoded picture, each with its own crop."""
+
+    names = ("images", "strong")
+
+    def __init__(self, weak: View, strong: View) -> None:
+        super().__init__(weak.image_size, weak.mean, weak.std, weak._pixels)
+        self._strong = strong
+
+    def pixels(self, image: Pixels, seed: int) -> dict[str, Tensor]:
+        return {"images": self._pixels(image, seed), "strong": self._strong._pixels(image, seeds.fold(seed, 1))}
+
+
+def as_pixels(picture: Picture) -> Pixels:
+    if isinstance(picture, bytes):
+        return decode(picture)
+    return np.array(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
+
+
+def train_views(
+    image_size: tuple[int, int], config: AugmentConfig, mean: Sequence[float], std: Sequence[float]
+) -> View:
+    """A random crop of the picture and whatever else `config` asks for."""
+    augment = _rand_augment(config.rand_augment, image_size, tuple(mean), config.interpolation)
+    fill = np.array([round(255 * m) for m in mean], np.float64)
+
+    def pixels(image: Pixels, seed: int) -> Tensor:
+        rng = random.Random(seed)
+        box = random_box(rng, image.shape[0], image.shape[1], config.crop_scale, config.crop_ratio)
+        view = crop_resize(image, box, image_size, config.interpolation)
+        if rng.random() < config.horizontal_flip:
+            view = view.flip(-1)
+        if augment or config.color_jitter:
+            picture = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
+            if config.color_jitter:
+                picture = _color_jitter(picture, rng, config.color_jitter)
+            if augment:
+                picture = _apply(augment, picture, rng)
+            view = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if rng.random() < config.erase:
+            view = _erase(view, rng, fill, np.asarray(std) * 255 if config.erase_fill == "noise" else None)
+        return view
+
+    return View(image_size, mean, std, pixels)
+
+
+def eval_views(
+    image_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    crop_fraction: float = 0.875,
+    interpolation: str = "bicubic",
+) -> View:
+    """The shorter side resized so that the view is `crop_fraction` of it, then the centre; no randomness."""
+
+    def pixels(image: Pixels, seed: int) -> Tensor:
+        height, width = image.shape[:2]
+        factor = max(image_size[0] / height, image_size[1] / width) / crop_fraction
+        size = (max(round(height * factor), image_size[0]), max(round(width * factor), image_size[1]))
+        whole = crop_resize(image, (0, 0, height, width), size, interpolation)
+        top, left = round((size[0] - image_size[0]) / 2), round((size[1] - image_size[1]) / 2)
+        return whole[:, top : top + image_size[0], left : left + image_size[1]]
+
+    return View(image_size, mean, std, pixels)
+
+
+def pair_views(weak: View, strong: View) -> PairView:
+    """Both views of one decode: `images` is the weak one, `strong` the other."""
+    return PairView(weak, strong)
+
+
+def random_box(
+    rng: random.Random, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """Inception's crop: area and aspect drawn until they fit, at most ten times; else the largest centre crop."""
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    h, w = max(1, min(height, round(width / aspect))), max(1, min(width, round(height * aspect)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_resize(image: Pixels, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
+    """(3, *size) uint8 in channels-last strides, antialiased as Pillow does it."""
+    top, left, height, width = box
+    # With the batch dimension in front of a slice, torch knows it for channels-last, works on it in place and
+    # returns the same layout: a third faster than a copied crop.
+    crop = torch.from_numpy(image)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
+    return F.interpolate(crop, size, mode=interpolation, antialias=True, align_corners=False)[0]
+
+
+def _color_jitter(picture: Image.Image, rng: random.Random, strength: float) -> Image.Image:
+    """Brightness, contrast and saturation, in random order."""
+    for enhance in rng.sample([ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color], 3):
+        picture = enhance(picture).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return picture
+
+
+def _erase(view: Tensor, rng: random.Random, fill: np.ndarray, noise: np.ndarray | None) -> Tensor:
+    """One rectangle of 2 % to a third of the area: the mean colour, or noise about it of the data's deviation.
+
+    timm erases after normalisation; here the noise is rounded to and clipped at what a pixel can be.
+    """
+    height, width = view.shape[1:]
+    for _ in range(10):
+        area = height * width * rng.uniform(0.02, 1 / 3)
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < h < height and 0 < w < width:
+            top, left = rng.randint(0, height - h), rng.randint(0, width - w)
+            patch = np.broadcast_to(fill[:, None, None], (3, h, w))
+            if noise is not None:
+                draws = np.random.Generator(np.random.PCG64(rng.getrandbits(64))).standard_normal((3, h, w))
+                patch = patch + draws * noise[:, None, None]
+            view = view.clone()
+            view[:, top : top + h, left : left + w] = torch.from_numpy(patch.round().clip(0, 255).astype(np.uint8))
+            return view
+    return view
+
+
+@functools.cache
+def _rand_augment(notation: str, image_size: tuple[int, int], mean: tuple[float, ...], interpolation: str) -> Any:
+    """timm's RandAugment, None for an empty notation."""
+    if not notation:
+        return None
+    from pipeline.ops.torchvision_cpu import allow_torchvision
+
+    allow_torchvision()
+    from timm.data.auto_augment import rand_augment_transform
+
+    settings = {
+        "translate_const": int(min(image_size) * 0.45),
+        "img_mean": tuple(min(255, round(255 * m)) for m in mean),
+        "interpolation": Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR,
+    }
+    return rand_augment_transform(notation, settings)
+
+
+def _apply(augment: Any, picture: Image.Image, rng: random.Random) -> Image.Image:
+    """What timm's RandAugment does, drawing from `rng` alone.
+
+    Its own call draws from the global generators of numpy and random. The choice of operations is made here; what
+    they draw is seeded and restored around them.
+    """
+    chance = augment.choice_weights
+    draw = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
+    chosen = draw.choice(len(augment.ops), augment.num_layers, replace=chance is None, p=chance)
+    state = random.getstate()
+    random.seed(rng.getrandbits(64))
+    try:
+        for k in chosen:
+            picture = augment.ops[k](picture)
+    finally:
+        random.setstate(state)
+    return picture

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data import main
+from pipeline.datasets.config import SplitConfig
+from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.datasets.splits import make_split, read_split, write_split
+from pipeline.errors import ConfigError, DataError
+
+LONG_TAIL = SplitConfig(imbalance=10, labelled=0.1, validation_per_class=15)
+
+
+def test_a_long_tailed_split_has_the_formulas_counts_and_disjoint_parts(train: Manifest):
+    split = make_split(train, LONG_TAIL, seed=0)
+    parts = {name: split.part(name) for name in ("labelled", "unlabelled", "validation", "unused")}
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(train.num_samples))
+    assert split.counts("validation").tolist() == [15] * 10
+    kept = split.counts("labelled") + split.counts("unlabelled")
+    largest = (np.bincount(train.labels) - 15).max()
+    formula = np.minimum(np.bincount(train.labels) - 15, largest * 10 ** (-np.arange(10) / 9))
+    assert np.abs(kept - formula).max() < 1
+    assert np.abs(split.counts("labelled") - 0.1 * kept).max() <= 1
+    assert split.counts("labelled").min() >= 1
+
+
+def test_a_split_is_the_same_bytes_again_and_another_seed_is_another(train: Manifest, tmp_path: Path):
+    write_split(make_split(train, LONG_TAIL, seed=0), tmp_path / "a")
+    write_split(make_split(train, LONG_TAIL, seed=0), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    again = read_split(tmp_path / "a", train)
+    assert again.hash == make_split(train, LONG_TAIL, seed=0).hash != make_split(train, LONG_TAIL, seed=1).hash
+    assert "exponential imbalance 10" in again.protocol
+
+
+def test_a_split_of_another_dataset_and_a_damaged_one_are_refused(train: Manifest, digits_folder: Path, tmp_path: Path):
+    path = tmp_path / "split"
+    write_split(make_split(train, LONG_TAIL, seed=0), path)
+    with pytest.raises(DataError, match="made for another dataset"):
+        read_split(path, read_manifest(digits_folder / "test"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"damaged: .* letters for 1397"):
+        read_split(path, train)
+    with pytest.raises(DataError, match="does not exist"):
+        read_split(tmp_path / "none", train)
+
+
+def test_an_unknown_part_lists_the_known_ones(train: Manifest):
+    with pytest.raises(ConfigError, match="unknown part of a split 'labeled'; known: labelled, unlabelled"):
+        make_split(train, LONG_TAIL, seed=0).part("labeled")
+
+
+def test_the_command_makes_a_split_once(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["split", str(digits_folder / "train"), "--out", str(tmp_path / "s"), "--imbalance", "10"]
+    assert main(command) == 0
+    assert "written" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "already there" in capsys.readouterr().out
+    assert main([*command, "--seed", "1"]) == 3
+    assert "already holds a split by another" in capsys.readouterr().err
+    assert main([*command, "--labelled", "2"]) == 2
+    assert "labelled = '2'" in capsys.readouterr().err

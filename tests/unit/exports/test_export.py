@@ -1,0 +1,276 @@
+"""The hand-over: what goes out comes in, and what is damaged, missing or foreign is refused with a sentence."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pipeline.errors import HandoverError
+from pipeline.exports.card import Card, LabelsSeen, Lineage, Preprocessing
+from pipeline.exports.export import load_export, transfer, write_export
+from pipeline.exports.hub import timm_config
+from pipeline.models import build_from_config, build_model
+from pipeline.models.__main__ import main
+from pipeline.models.arm import ARM
+from pipeline.models.config import EFFICIENTVIM_VARIANTS, DecoderConfig, VisionMambaConfig, family_of
+from pipeline.models.vision_mamba import resize_positions, sincos_positions
+from pipeline.ops.torchvision_cpu import allow_torchvision
+from pipeline.streaming.transforms import eval_views
+
+TINY = {"name": "vim_nano", "embed_dim": 16, "depth": 2}
+LABELLED = np.array([1, 4, 7])
+
+
+def card(kind: str, **more) -> Card:
+    return Card(
+        kind=kind,
+        model=VisionMambaConfig(**TINY, num_classes=3),
+        decoder=DecoderConfig(width=16, depth=1, num_heads=2) if kind == "pretrainer" else None,
+        classes=() if kind == "pretrainer" else ("a", "b", "c"),
+        preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        weights_sha256="",
+        fingerprint_sha256="",
+        lineage=Lineage(stage="distill", config_sha256="c", commit="d", dataset="data", split="s", parents=()),
+        labels_seen=(LabelsSeen(split="s", protocol="a tenth", count=3, dataset="data"),),
+        **more,
+    )
+
+
+def exported(folder: Path, kind: str = "classifier") -> torch.nn.Module:
+    torch.manual_seed(1)
+    c = card(kind)
+    model = ARM(c.model, c.decoder) if kind == "pretrainer" else build_model(**TINY, num_classes=3)
+    write_export(
+        folder, card=c, weights=model.state_dict(), fingerprint_images=torch.randn(2, 3, 32, 32), labels={"s": LABELLED}
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["classifier", "pretrainer"])
+def test_a_model_comes_back_with_equal_weights_and_answers(tmp_path: Path, kind: str) -> None:
+    model = exported(tmp_path / "export", kind)
+    loaded, read = load_export(tmp_path / "export")
+    assert read.kind == kind
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+    assert not list(tmp_path.glob(".*"))
+
+
+def exported_family(folder: Path, name: str, **fields: Any) -> torch.nn.Module:
+    """A classifier of three classes with statistics that an evaluation must not ignore."""
+    torch.manual_seed(1)
+    config = family_of(name).model_validate({"name": name, "num_classes": 3, **fields})
+    model = build_from_config(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    probe = torch.randn(2, 3, *config.image_size)
+    known = card("classifier").model_copy(update={"model": config})
+    write_export(folder, card=known, weights=model.state_dict(), fingerprint_images=probe, labels={"s": LABELLED})
+    return model.eval()
+
+
+NARROW = {"widths": (16, 24, 32), "depths": (1, 2, 1), "states": (16, 9, 4)}
+KNOWN_TO_TIMM = {
+    "efficientvim_m1": {"image_size": 64, **NARROW},
+    "efficientvim_m4_dist": {"image_size": (64, 96), **NARROW},
+    "efficientvim_nano": {"image_size": 64, "stem_stride": 16, **NARROW},
+    "timm/vit_tiny_patch16_224": {"image_size": 64, "options": {"depth": 2, "embed_dim": 48, "global_pool": "avg"}},
+    "timm/mobilenetv3_small_050": {"image_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_TO_TIMM)
+def test_timm_builds_it_from_the_folder_with_equal_answers_and_views(tmp_path: Path, name: str) -> None:
+    allow_torchvision()
+    import timm
+
+    model = exported_family(tmp_path / "export", name, **KNOWN_TO_TIMM[name])
+    height, width = model.image_size
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    images = torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        want = model(images)
+        torch.testing.assert_close(theirs(images), want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(load_export(tmp_path / "export")[0](images), want, rtol=0, atol=0)
+        file = tmp_path / "export" / "model.safetensors"
+        arguments = json.loads((tmp_path / "export" / "config.json").read_text())["model_args"] | {"num_classes": 3}
+        bare = timm.create_model(theirs.pretrained_cfg["architecture"], checkpoint_path=file, **arguments).eval()
+        assert torch.equal(bare(images), theirs(images))
+    assert theirs.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    if height == width:  # theirs does not crop a rectangle as ours does
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8))
+        encoded = io.BytesIO()
+        picture.save(encoded, format="png")
+        view = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))(picture)
+        ours = eval_views(model.image_size, mean=(0.5,) * 3, std=(0.5,) * 3)(encoded.getvalue(), 0)["images"]
+        assert (view - ours).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", [n for n in EFFICIENTVIM_VARIANTS if "nano" not in n])
+def test_timm_knows_every_published_efficientvim_by_our_values(name: str) -> None:
+    allow_torchvision()
+    import timm
+
+    config = family_of(name).model_validate({"name": name, "num_classes": 3})
+    known = timm_config(card("classifier").model_copy(update={"model": config}), torch.nn.Identity())
+    assert known is not None
+    assert known["architecture"] == name
+    with torch.device("meta"):
+        theirs, ours = timm.create_model(name, num_classes=3), build_from_config(config)
+        again = timm.create_model(name, num_classes=3, **known["model_args"])
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (theirs, ours, again)]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_what_timm_does_not_know_has_no_config_for_it(tmp_path: Path) -> None:
+    exported(tmp_path / "vim")
+    exported_family(tmp_path / "ablation", "efficientvim_nano", image_size=64, stem_stride=16, norm="bn", **NARROW)
+    for name in ("vim", "ablation"):
+        assert not (tmp_path / name / "config.json").exists()
+        assert 'library_name: "pytorch"' in (tmp_path / name / "README.md").read_text()
+
+
+def test_an_export_as_onnx_gives_its_answers(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="pip install -r requirements-onnx.txt")
+    runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
+    model = exported_family(tmp_path / "export", "efficientvim_nano", image_size=64, **NARROW)
+    path = tmp_path / "out" / "model.onnx"
+    assert main(["onnx", str(tmp_path / "export"), "--out", str(path)]) == 0
+    images = torch.randn(5, 3, 64, 64)
+    (answer,) = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(answer), model(images), rtol=1e-3, atol=1e-4)
+    about = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
+    assert about == {"classes": ["a", "b", "c"], "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
+
+
+def test_what_onnx_cannot_hold_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
+    exported(tmp_path / "export")
+    assert main(["onnx", str(tmp_path / "export"), "--out", str(tmp_path / "x.onnx")]) == 2
+    assert "vim_nano cannot be written as ONNX" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*x.onnx*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "fingerprint.safetensors", "labels/s.npy", "model.json"])
+@pytest.mark.parametrize("place", [0, 0.25, 0.5, 0.75, 0.99])
+def test_a_flipped_byte_is_refused(tmp_path: Path, name: str, place: float) -> None:
+    exported(tmp_path / "export")
+    path = tmp_path / "export" / name
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(HandoverError, match=f"{name} is (damaged|not a model card)"):
+        load_export(tmp_path / "export")
+
+
+def test_a_card_that_was_edited_is_refused(tmp_path: Path) -> None:
+    """Labels seen cannot be taken out of the lineage by hand."""
+    exported(tmp_path / "export")
+    path = tmp_path / "export" / "model.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "labels_seen": []}))
+    with pytest.raises(HandoverError, match="was edited"):
+        load_export(tmp_path / "export")
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "fingerprint.safetensors"])
+def test_an_incomplete_export_names_what_is_missing_and_how_to_make_it(tmp_path: Path, name: str) -> None:
+    exported(tmp_path / "export")
+    (tmp_path / "export" / name).unlink()
+    with pytest.raises(HandoverError, match=f"{name} is missing; make it with: make stage-1"):
+        Card.read(tmp_path / "export", remedy="make stage-1")
+
+
+def test_other_code_that_answers_differently_is_found_by_the_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported(tmp_path / "export")
+    from pipeline.models.vision_mamba import VisionMamba
+
+    monkeypatch.setattr(VisionMamba, "forward_head", lambda self, x, pre_logits=False: self.head(x[:, 0]))
+    with pytest.raises(HandoverError, match="answers its probe batch with a relative error"):
+        load_export(tmp_path / "export")
+
+
+def test_nothing_that_is_not_finite_is_written(tmp_path: Path) -> None:
+    weights = build_model(**TINY, num_classes=3).state_dict()
+    weights["head.bias"][0] = float("nan")
+    with pytest.raises(HandoverError, match=r"head\.bias"):
+        write_export(
+            tmp_path / "export",
+            card=card("classifier"),
+            weights=weights,
+            fingerprint_images=torch.zeros(1, 3, 32, 32),
+            labels={},
+        )
+    assert not (tmp_path / "export").exists()
+
+
+def test_other_classes_and_other_pixels_are_refused(tmp_path: Path) -> None:
+    c = card("classifier")
+    with pytest.raises(HandoverError, match=r"knows 3 classes \(a, b, c\), the dataset has 2"):
+        c.check_classes(("a", "b"), tmp_path)
+    with pytest.raises(HandoverError, match=r"set data\.mean and data\.std alike"):
+        c.check_preprocessing(Preprocessing(mean=(0, 0, 0), std=(1, 1, 1)), tmp_path)
+
+
+def test_labels_seen_must_be_among_those_claimed(tmp_path: Path) -> None:
+    exported(tmp_path / "export")
+    c, folder = Card.read(tmp_path / "export"), tmp_path / "export"
+    assert c.check_labels(folder, "data", np.array([0, 1, 4, 7]), allow_more=False) is False
+    with pytest.raises(HandoverError, match="has seen labels outside this stage's 2: 3 of 'a tenth'"):
+        c.check_labels(folder, "data", np.array([1, 4]), allow_more=False)
+    with pytest.raises(HandoverError, match="has seen labels outside"):
+        c.check_labels(folder, "other data", LABELLED, allow_more=False)
+    assert c.check_labels(folder, "data", np.array([1, 4]), allow_more=True) is True
+
+
+@pytest.mark.parametrize("directions", [2, 4])
+def test_a_pretrained_direction_starts_all_directions_and_nothing_else_is_new(tmp_path: Path, directions: int) -> None:
+    source = exported(tmp_path / "export", "pretrainer")
+    target = build_model(**TINY, num_classes=3, directions=directions)
+    report = transfer(source, target, tmp_path)
+    assert sorted(report.fresh) == ["cls_token", "head.bias", "head.weight", "norm_f.weight"]
+    trained = source.backbone.layers[1].mixer
+    for s in target.layers[1].mixer.suffixes:
+        assert torch.equal(getattr(target.layers[1].mixer, f"A{s}_log"), trained.A_log)
+        assert torch.equal(getattr(target.layers[1].mixer, f"dt_proj{s}").bias, trained.dt_proj.bias)
+    assert torch.equal(target.pos_embed[:, target.middle], torch.zeros(1, 16))
+
+
+def test_sample_indices_of_another_grid_are_resized_around_the_cls_slot() -> None:
+    target = build_model(**TINY, image_size=(48, 32))
+    resized = resize_positions(sincos_positions((8, 8), 16), (8, 8), target)
+    assert resized.shape == target.pos_embed.shape
+    assert resized[:, target.middle].abs().sum() == 0
+
+
+def test_a_model_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    source = exported(tmp_path / "export", "pretrainer")
+    with pytest.raises(HandoverError, match=r"is \(.*\) there and \(.*\) here"):
+        transfer(source, build_model("vim_nano", embed_dim=32, depth=2), tmp_path)
+    with pytest.raises(HandoverError, match=r"layers\.2\..* is missing"):
+        transfer(source, build_model("vim_nano", embed_dim=16, depth=3), tmp_path)
+    with pytest.raises(HandoverError, match=r"layers\.1\..* has no place here"):
+        transfer(source, build_model("vim_nano", embed_dim=16, depth=1), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "pretrainer"])
+def test_an_export_tells_people_what_it_is(tmp_path: Path, kind: str) -> None:
+    exported(tmp_path / "export", kind)
+    _, header, text = (tmp_path / "export" / "README.md").read_text().split("---\n", 2)
+    values = yaml.safe_load(header)
+    assert values["tags"] == ["vim_nano", "distill", "safetensors"]
+    assert values["pipeline_tag"] == ("image-classification" if kind == "classifier" else "image-feature-extraction")
+    assert "3 (a tenth)" in text
+    assert ("a, b, c" in text) == (kind == "classifier")

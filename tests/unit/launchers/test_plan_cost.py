@@ -1,0 +1,112 @@
+"""The plan's arithmetic against what DeepSpeed allocates, and laws of the predictions."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from launchers.local import spawn
+from launchers.plan.cost import (
+    A100,
+    Parameter,
+    checkpoint_bytes,
+    memory,
+    partition,
+    starts_needed,
+    step_seconds,
+    traffic,
+)
+from pipeline.models import build_model
+from pipeline.train.optim import parameter_groups
+from tests.conftest import ENVIRONMENT, ROOT
+from tests.unit.launchers.zero_bytes import MODEL, OPTIM
+
+TEN = tuple(Parameter(f"p{i}", 1000 * i + 1, i % 3) for i in range(1, 11))
+
+
+@pytest.fixture(scope="module")
+def nano() -> tuple[Parameter, ...]:
+    with torch.device("meta"):
+        model = build_model(**MODEL)
+    group_of = {id(p): i for i, group in enumerate(parameter_groups(model, OPTIM)) for p in group["params"]}
+    return tuple(Parameter(name, p.numel(), group_of[id(p)]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_predicted_bytes_of_every_zero_stage_are_the_allocated_ones(nano, world_size: int, capfd) -> None:
+    """A real engine of that many processes takes a step at each stage, all stages in one start of the processes."""
+    command = [sys.executable, "-m", "tests.unit.launchers.zero_bytes", "0", "1", "2", "3"]
+    assert spawn(command, world_size) == 0
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(found) == 4
+    for zero, allocated in enumerate(found):
+        planned = memory(
+            nano,
+            zero_stage=zero,
+            world_size=world_size,
+            lyapema=True,
+            frozen_teacher=0,
+            bucket_bytes=0,
+            activations=0,
+            offloaded=False,
+        )
+        for kind, number in allocated.items():
+            assert getattr(planned, kind) == pytest.approx(number, rel=0.02), (zero, kind)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 512])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_partitions_hold_everything_and_little_more(zero_stage: int, world_size: int) -> None:
+    total = sum(p.numel for p in TEN)
+    held = world_size * partition(TEN, zero_stage, world_size)
+    assert total <= held <= total + 2 * world_size * len(TEN)
+
+
+def test_zero_3_sends_thrice_what_a_sharded_update_leaves_out_and_one_rank_sends_nothing() -> None:
+    def sent(zero: int, world: int, accumulation: int = 1) -> int:
+        return traffic(TEN, zero_stage=zero, world_size=world, accumulation=accumulation, lyapema=False)
+
+    weights = 4 * sum(p.numel for p in TEN)
+    assert sent(1, 1) == 0
+    assert sent(1, 2) == weights  # half of the gradients out, half of the weights out
+    assert sent(3, 2) == 1.5 * weights
+    assert sent(2, 4, accumulation=8) == 4.5 * sent(1, 4)
+
+
+def test_more_ranks_are_never_slower_and_never_more_than_proportional() -> None:
+    def seconds(world: int) -> float:
+        sent = traffic(TEN, zero_stage=1, world_size=world, accumulation=1, lyapema=False)
+        return step_seconds(1e15, sent, world, A100)
+
+    worlds = [2**i for i in range(10)]
+    times = [seconds(n) for n in worlds]
+    assert times == sorted(times, reverse=True)
+    assert all(seconds(1) / (n * t) <= 1 for n, t in zip(worlds, times, strict=True))
+
+
+@pytest.mark.parametrize(("hours", "limit", "starts"), [(1, 2, 1), (10, 2, 6), (10, 48, 1), (1, 0.1, 0)])
+def test_starts_leave_room_for_starting_and_saving(hours: float, limit: float, starts: int) -> None:
+    assert starts_needed(3600 * hours, 3600 * limit, 360) == starts
+
+
+def test_the_predicted_checkpoint_has_names_too() -> None:
+    assert checkpoint_bytes(TEN, lyapema=True) > 16 * sum(p.numel for p in TEN)
+
+
+def test_activations_grow_in_proportion_to_the_batch() -> None:
+    """The probe of one and two images tells five, to a tenth: the kernels keep carries in blocks."""
+    code = """
+from launchers.plan.profile import activation_bytes
+from pipeline.models import build_model
+model = build_model("vim_nano", num_classes=10)
+print(*(activation_bytes(model, b, (32, 32), bf16) for bf16 in (False, True) for b in (1, 2, 5)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    numbers = [int(word) for word in done.stdout.split()]
+    for one, two, five in (numbers[:3], numbers[3:]):
+        assert one + 4 * (two - one) == pytest.approx(five, rel=0.1)
+    assert numbers[4] < numbers[1]  # bf16 keeps less

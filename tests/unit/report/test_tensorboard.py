@@ -1,0 +1,122 @@
+"""The event files, read back as TensorBoard reads them."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramValue
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from pipeline.report.tensorboard import LAYOUT, Board
+
+
+def read(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
+    return events.Reload()
+
+
+def curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, round(event.value, 4)) for event in read(folder).Scalars(name)]
+
+
+def next_second() -> None:
+    """Event files are named by the second they were opened in, and read in the order of their names."""
+    time.sleep(1.01)
+
+
+def write(board: Board, steps: range, value: float) -> None:
+    for step in steps:
+        board.scalars({"train/loss": value, "step": step, "samples": 8 * step}, step)
+
+
+def test_a_resumed_run_is_one_curve_on_both_axes(tmp_path: Path) -> None:
+    """Cut at step 7, restored from step 4."""
+    first = Board(tmp_path, 0, 8)
+    write(first, range(1, 8), 1.0)
+    first.close()
+    next_second()
+    second = Board(tmp_path, 4, 8)
+    write(second, range(5, 11), 2.0)
+    second.close()
+    assert curve(tmp_path, "train/loss") == [(s, 1.0 if s <= 4 else 2.0) for s in range(1, 11)]
+    by_samples = curve(tmp_path / "by_samples", "samples/train/loss")
+    assert by_samples == [(8 * s, 1.0 if s <= 4 else 2.0) for s in range(1, 11)]
+
+
+def test_a_run_that_starts_anew_leaves_nothing_of_the_first_start(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        board = Board(tmp_path, 0)
+        write(board, range(1, 4), value)
+        board.close()
+        next_second()
+    assert curve(tmp_path, "train/loss") == [(s, 2.0) for s in range(1, 4)]
+
+
+def test_a_rewind_undoes_what_came_after(tmp_path: Path) -> None:
+    board = Board(tmp_path, 0, 8)
+    write(board, range(1, 7), 1.0)
+    board.rewind(3)
+    write(board, range(4, 6), 2.0)
+    board.close()
+    assert curve(tmp_path, "train/loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
+
+
+def test_names_without_a_room_are_not_drawn(tmp_path: Path) -> None:
+    board = Board(tmp_path, 0)
+    write(board, range(1, 2), 1.0)
+    board.close()
+    assert read(tmp_path).Tags()["scalars"] == ["train/loss"]
+
+
+def counts_of(histogram: HistogramValue) -> dict[int, int]:
+    """Class -> how often it was named: a bucket ends half a class above its number."""
+    buckets = zip(histogram.bucket_limit, histogram.bucket, strict=True)
+    return {int(limit - 0.5): int(count) for limit, count in buckets if count}
+
+
+def test_pictures_and_histograms_are_there(tmp_path: Path) -> None:
+    board = Board(tmp_path, 0)
+    board.image("views/labelled", torch.rand(3, 20, 30), 5)
+    board.histogram("val/confidence", np.linspace(0, 1, 100), 5)
+    board.class_counts("pseudo/classes", np.array([3, 0, 1, 0]), 5)
+    board.class_counts("pseudo/classes", np.zeros(4, int), 6)  # where nothing counts there is nothing to draw
+    board.close()
+    (image,) = read(tmp_path).Images("views/labelled")
+    assert (image.step, image.width, image.height) == (5, 30, 20)
+    (histogram,) = read(tmp_path).Histograms("val/confidence")
+    assert histogram.histogram_value.num == 100
+    (classes,) = read(tmp_path).Histograms("pseudo/classes")
+    assert counts_of(classes.histogram_value) == {0: 3, 2: 1}
+
+
+def test_the_layout_names_every_chart(tmp_path: Path) -> None:
+    Board(tmp_path, 0).close()
+    (tensor,) = read(tmp_path).Tensors("custom_scalars__config__")
+    found = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
+    assert {c.title: [chart.title for chart in c.chart] for c in found.category} == {
+        group: list(charts) for group, charts in LAYOUT.items()
+    }
+
+
+def test_hparams_stand_beside_the_last_numbers(tmp_path: Path) -> None:
+    board = Board(tmp_path, 10)
+    board.hparams({"optim.lr": 1e-3, "model.image_size": [32, 32], "init_from": None}, {"test/top1": 81.5}, 10)
+    board.close()
+    events = read(tmp_path)
+    metadata = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info
+    assert start.hparams["optim.lr"].number_value == 1e-3
+    assert start.hparams["model.image_size"].string_value == "[32, 32]"
+    assert curve(tmp_path, "test/top1") == [(10, 81.5)]
+
+
+def test_without_a_folder_nothing_happens() -> None:
+    board = Board(None, 0)
+    write(board, range(2), 1.0)
+    board.image("x", torch.rand(3, 2, 2), 0)
+    board.histogram("x", [1.0], 0)
+    board.hparams({}, {}, 0)
+    board.rewind(0)
+    board.close()

@@ -1,0 +1,87 @@
+"""What is gathered together under ZeRO-3: every parameter in one block, once; and every family answers as when it is whole."""
+
+import copy
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from pipeline.models import build_model
+from pipeline.ssl.inference_copy import InferenceCopy, blocks_of
+from pipeline.train import distributed
+from pipeline.train.config import EngineConfig, OptimConfig
+from pipeline.train.engine import Engine
+
+VIT = {"image_size": 32, "options": {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}}
+ARM_FORM = {"norm": "layer", "expand": 1, "mlp": "swiglu", "directions": 4, "pool": "mean", "pos_embed": "sincos"}
+VSSD = {"image_size": 32, "width": 8, "depths": (1, 2, 1, 1), "heads": (1, 1, 2, 2), "states": 4}
+# name -> its model, the fields that make it small, and its least number of blocks.
+FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "vim": ("vim_nano", {"depth": 2}, 2),
+    "arm": ("vim_nano", {"depth": 2, **ARM_FORM}, 2),
+    "efficientvim": ("efficientvim_nano", {}, 3),
+    "vssd": ("vssd_micro", VSSD, 5),
+    "vit": ("timm/vit_tiny_patch16_224", VIT, 2),
+    "resnet": ("timm/resnet10t", {"image_size": 32}, 4),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_in_exactly_one_block(family: str) -> None:
+    name, more, count = FAMILIES[family]
+    with torch.device("meta"):
+        model: nn.Module = build_model(name, num_classes=3, **more)
+    found = [name for _, parameters in blocks_of(model) for name in parameters]
+    assert sorted(found) == sorted(name for name, _ in model.named_parameters())
+    *whole, (last, _) = blocks_of(model)
+    assert last is model
+    assert len(whole) >= count
+    assert max(len(parameters) for _, parameters in whole) < len(found)
+
+
+def answer_in_blocks(rank: int, port: int, folder: str) -> None:
+    """Every family under ZeRO-3, weights cut to the last one: its copy's answers, and those of the whole model."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    world = distributed.start(60.0)
+    found = {}
+    for family, (name, more, _) in FAMILIES.items():
+        torch.manual_seed(0)
+        model = build_model(name, num_classes=3, **more)
+        whole = copy.deepcopy(model).eval()
+        config = EngineConfig(zero_stage=3, keep_whole=0, bucket_bytes=2**20)
+        engine = Engine(model, world, optim=OptimConfig(lr=1e-3), config=config, micro_batch=1, accumulation=1)
+        tensors = {master: 1.1 * master.detach() + 0.01 for master in engine.masters}  # what an average might be
+        working = InferenceCopy(engine, copy.deepcopy(whole), tensors, average_buffers=False)
+        whole.load_state_dict(working.full_weights())
+        trained = {n for n, _ in engine.named_parameters}
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(rank))  # ranks see other images
+        with torch.no_grad():
+            for _ in range(2):
+                got, want = working.module(images), whole(images)
+                assert all(p.numel() == 0 for n, p in working.module.named_parameters() if n in trained)
+        found[family] = (got, want)
+        engine.close()
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    distributed.stop()
+
+
+def test_two_processes_gather_every_family_block_by_block(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(answer_in_blocks, (port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert list(found) == list(FAMILIES)
+        for family, (got, want) in found.items():
+            assert want.abs().max() > 1e-3, family
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, msg=lambda m, f=family: f"{f}: {m}")
