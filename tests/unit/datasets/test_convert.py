@@ -19,7 +19,7 @@ from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.order import cut_runs
 from pipeline.streaming.reader import Reader
 
-from .flaky import serve
+from tests.unit.storage.flaky import serve
 
 
 def jpeg(seed: int, width: int = 40, height: int = 30) -> bytes:

@@ -107,7 +107,7 @@ def test_the_shapes_of_an_efficientvim_tell_its_variant(name: str) -> None:
 
 @pytest.mark.parametrize("size", [(24, 16), (8, 32)], ids=["more patches", "as many in another shape"])
 def test_a_released_vim_starts_a_model_of_other_classes_and_another_size(tmp_path: Path, size) -> None:
-    """As `weights` of stage 2 does: only the head is new, and cls keeps its sample_index in the middle."""
+    """As `weights` of stage 2 does: only the head is new, and cls keeps its place in the middle."""
     state = released.filled(SMALL["vim"])
     path = saved(tmp_path, released.checkpoint(state))
     target = build_model("vim_tiny", embed_dim=32, depth=2, image_size=size, patch_size=4, num_classes=3)
@@ -175,14 +175,14 @@ def test_other_forms_of_a_file_are_read(tmp_path: Path) -> None:
     ("tokens", "given", "size", "stride"),
     [(17, None, (16, 16), None), (10, (8, 8), (8, 8), 2), (13, (8, 24), (8, 24), None), (10, (12, 12), (12, 12), None)],
 )
-def test_the_geometry_follows_from_the_sample_indices_and_the_image_size(tokens, given, size, stride, tmp_path) -> None:
+def test_the_geometry_follows_from_the_tokens_and_the_image_size(tokens, given, size, stride, tmp_path) -> None:
     state = released.filled(released.vim(dim=16, depth=1, tokens=tokens, classes=2, patch=4))
     model = convert(saved(tmp_path, state), tmp_path / "export", image_size=given).model
     assert (model.image_size, model.stride) == (size, stride)
 
 
 def test_patches_that_may_overlap_by_half_are_asked_about(tmp_path: Path) -> None:
-    """Vim's fine-grained models: 27 x 27 sample_indices are 432 px side by side, or 224 px at a stride of 8."""
+    """Vim's fine-grained models: 27 x 27 patches are 432 px side by side, or 224 px at a stride of 8."""
     state = released.filled(released.vim(dim=16, depth=1, tokens=730, classes=2, patch=16))
     path = saved(tmp_path, state)
     with pytest.raises(HandoverError, match="--image-size 432 or --image-size 224"):
@@ -252,7 +252,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "head.bias is (4,), not (5,)" in refusal({"head.bias": torch.zeros(4)})
     assert "head.bias holds torch.int64" in refusal({"head.bias": torch.zeros(5, dtype=torch.int64)})
     assert "lacks patch_embed.proj.weight" in refusal({"patch_embed.proj.weight": None})
-    assert "its 17 sample_indices are no square" in refusal({"pos_embed": torch.zeros(1, 18, 32)})
+    assert "its 17 positions are no square" in refusal({"pos_embed": torch.zeros(1, 18, 32)})
     assert "no stride cuts (16, 24) pixels into its 16 patches" in refusal({}, image_size=(16, 24))
     assert "claims more values than the file holds" in refusal(
         {"pos_embed": torch.zeros(1, 1, 32).expand(1, 10**6 + 1, 32)}

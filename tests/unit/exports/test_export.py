@@ -248,7 +248,7 @@ def test_a_pretrained_direction_starts_all_directions_and_nothing_else_is_new(tm
     assert torch.equal(target.pos_embed[:, target.middle], torch.zeros(1, 16))
 
 
-def test_sample_indices_of_another_grid_are_resized_around_the_cls_slot() -> None:
+def test_position_embeddings_of_another_grid_are_resized_around_the_cls_slot() -> None:
     target = build_model(**TINY, image_size=(48, 32))
     resized = resize_positions(sincos_positions((8, 8), 16), (8, 8), target)
     assert resized.shape == target.pos_embed.shape
