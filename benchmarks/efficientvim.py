@@ -26,6 +26,8 @@ from benchmarks import inference
 from benchmarks import pareto as front
 from pipeline.exports.onnx import write_onnx
 from pipeline.models import build_model
+from pipeline.models.efficientvim.fused import fuse
+from pipeline.models.efficientvim.packed import pack
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
 THREADS = 2
@@ -106,7 +108,7 @@ def headline(rounds: int, batch: int, folder: Path) -> dict[str, float | None]:
     with_onnx = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
     for variant, rival in (("m4", "shvit_s4"), ("m2", "shvit_s2")):
         model = ours(f"efficientvim_{variant}", 224)
-        fused, packed = model.fuse(), model.fuse().pack()
+        fused, packed = fuse(model), pack(model)
         runs[f"{variant} packed"] = lambda packed=packed: packed(images)
         answers = [fused(images), packed(images)]
         for name in (f"efficientvim_{variant}", rival):
@@ -183,9 +185,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = headline(arguments.rounds, arguments.batch, Path(folder))
     if arguments.profile:
-        by_layer(
-            ours("efficientvim_m4", 224).fuse().pack(), torch.randn(arguments.batch, 3, 224, 224), arguments.rounds
-        )
+        by_layer(pack(ours("efficientvim_m4", 224)), torch.randn(arguments.batch, 3, 224, 224), arguments.rounds)
     few = max(3, arguments.rounds // 5)
     if arguments.sizes:
         show(inference.run([], arguments.sizes, arguments.batch, few, arguments.out / "inference", deployed=True))

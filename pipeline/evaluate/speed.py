@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.models.efficientvim.fused import FusedEfficientViM
+from pipeline.models.efficientvim.fused import FusedEfficientViM, fuse
 from pipeline.models.efficientvim.model import EfficientViM
+from pipeline.models.efficientvim.packed import pack
 from pipeline.models.flops import forward_flops
 from pipeline.models.timm_model import TimmModel
 
@@ -95,7 +96,7 @@ def inference(
 def deployed(model: nn.Module) -> nn.Module:
     """The same function with fewer operations: ours fused, timm's reparameterised; any other as it is."""
     if isinstance(model, EfficientViM):
-        return model.fuse()
+        return fuse(model)
     if isinstance(model, TimmModel):
         from timm.utils.model import reparameterize_model
 
@@ -107,7 +108,7 @@ def _packed(model: nn.Module) -> nn.Module:
     if not isinstance(model, FusedEfficientViM):
         return model
     try:
-        return model.pack()
+        return pack(model)
     except EnvironmentProblem as problem:
         logger.warning("timed fused, not packed: %s", problem)
         return model

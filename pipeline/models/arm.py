@@ -14,15 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.config import (
-    PRETRAINING_FORM,
-    DecoderConfig,
-    VisionMambaConfig,
-    check_clusters,
-    check_taps,
-    default_taps,
-)
-from pipeline.models.vision_mamba import VisionMamba, cluster_order, sincos_positions
+from pipeline.models.config import DecoderConfig, VisionMambaConfig, check_clusters, check_taps, default_taps
+from pipeline.models.variants import PRETRAINING_FORM
+from pipeline.models.vision_mamba.model import VisionMamba
+from pipeline.models.vision_mamba.position_embedding import sincos_position_embedding
+from pipeline.models.vision_mamba.tokens import cluster_order
 
 
 class CrossAttentionBlock(nn.Module):
@@ -77,7 +73,7 @@ class ARM(nn.Module):
         self.to_pixels = nn.Linear(width, backbone.patch_size**2 * backbone.in_chans)
         with torch.device("cpu"):  # real on the meta device too: no state dict would bring them
             order = cluster_order(grid, side if backbone.order == "cluster" else 1)
-            positions = sincos_positions(grid, width)[:, order[self.tokens_per_cluster :]]
+            positions = sincos_position_embedding(grid, width)[:, order[self.tokens_per_cluster :]]
             mask = block_causal_mask(self.num_clusters - 1, self.tokens_per_cluster)
         self.register_buffer("pixel_order", order, persistent=False)
         self.register_buffer("positions", positions, persistent=False)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.evaluate.speed import _packed
 from pipeline.models import build_model, vssd
-from pipeline.models.efficientvim.mixers import HSMSSD, NCSSD, Attention, ChannelNorm, read_states
+from pipeline.models.efficientvim.fused import fuse
+from pipeline.models.efficientvim.mixers import NCSSD, Attention, ChannelNorm
+from pipeline.models.efficientvim.packed import pack
+from pipeline.models.layers import HSMSSD, read_states
 from pipeline.ops.native import build, vision
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
@@ -154,7 +157,7 @@ def test_logits_equal_timms_with_its_weights_and_ours(variant: str) -> None:
     images = torch.randn(2, 3, 96, 160)
     with torch.no_grad():
         want = theirs(images)
-        for model in (ours, ours.fuse(), ours.fuse().pack()):
+        for model in (ours, fuse(ours), pack(ours)):
             torch.testing.assert_close(model(images), want, rtol=0, atol=1e-5)
 
 
@@ -171,7 +174,7 @@ def test_fusing_changes_no_answer_of_any_ablation(fields: dict) -> None:
     images = torch.randn(3, 3, 50, 70)
     with torch.no_grad():
         want = model(images)
-        for fused in (model.fuse(), model.fuse().pack()):
+        for fused in (fuse(model), pack(model)):
             torch.testing.assert_close(fused(images), want, rtol=1e-5, atol=1e-5)
 
 
@@ -183,7 +186,7 @@ def test_packing_keeps_every_stride_of_the_stem(widths: tuple[int, int, int], st
     model = randomised(build_model("efficientvim_nano", **fields, stem_stride=stride))
     images = torch.randn(2, 3, 60, 76)
     with torch.no_grad():
-        torch.testing.assert_close(model.fuse().pack()(images), model(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(pack(fuse(model))(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_closed_gate_is_fused_without_cancellation() -> None:
@@ -196,26 +199,26 @@ def test_a_closed_gate_is_fused_without_cancellation() -> None:
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
-            copy.deepcopy(model).float().fuse()(images), model(images.double()).float(), rtol=1e-4, atol=1e-5
+            fuse(copy.deepcopy(model).float())(images), model(images.double()).float(), rtol=1e-4, atol=1e-5
         )
 
 
 def test_what_cannot_be_fused_is_refused() -> None:
     with pytest.raises(ConfigError, match="no classifier to fuse"):
-        build_model("efficientvim_nano", num_classes=0).eval().fuse()
+        fuse(build_model("efficientvim_nano", num_classes=0).eval())
 
 
 def test_without_a_compiler_packing_is_refused_and_fusing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     vision.vision_library.cache_clear()
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    fused = build_model("efficientvim_nano", num_classes=5).eval().fuse()
+    fused = fuse(build_model("efficientvim_nano", num_classes=5).eval())
     with pytest.raises(EnvironmentProblem, match=r"no C\+\+ compiler .*; fuse\(\) needs none"):
-        fused.pack()
+        pack(fused)
     assert _packed(fused) is fused
 
 
 def test_a_packed_model_takes_fp32_and_can_be_copied() -> None:
-    packed = build_model("efficientvim_nano", num_classes=5, image_size=32).eval().fuse().pack()
+    packed = pack(build_model("efficientvim_nano", num_classes=5, image_size=32).eval())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(copy.deepcopy(packed)(images), packed(images))
     assert torch.equal(packed(images.contiguous(memory_format=torch.channels_last)), packed(images))
@@ -319,7 +322,7 @@ def test_a_distilled_model_answers_with_both_heads_in_training_only_when_asked()
 class TestExport:
     def fused(self) -> nn.Module:
         torch.manual_seed(0)
-        return randomised(build_model("efficientvim_nano_dist", num_classes=5)).fuse()
+        return fuse(randomised(build_model("efficientvim_nano_dist", num_classes=5)))
 
     def test_torch_export_takes_any_batch(self) -> None:
         fused = self.fused()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.models import build_model
 from pipeline.models.config import SSMixupConfig, VisionMambaConfig
-from pipeline.models.vision_mamba import Mixer
+from pipeline.models.vision_mamba.mixer import Mixer
 
 DIM, TOKENS = 12, 11
 

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from pipeline.errors import ConfigError
 from pipeline.models import build_model
 from pipeline.models.arm import ARM
-from pipeline.models.config import VISION_MAMBA_VARIANTS, DecoderConfig, VisionMambaConfig
-from pipeline.models.vision_mamba import DropPath, cluster_order, sincos_positions
+from pipeline.models.config import DecoderConfig, VisionMambaConfig
+from pipeline.models.layers import DropPath
+from pipeline.models.variants import VISION_MAMBA_VARIANTS
+from pipeline.models.vision_mamba.position_embedding import sincos_position_embedding
+from pipeline.models.vision_mamba.tokens import cluster_order
 from tests.unit.models import oracle
 
 MILLIONS = {
@@ -241,7 +244,7 @@ def test_cluster_order_by_hand() -> None:
 
 
 def test_sincos_positions_by_hand() -> None:
-    p = sincos_positions((2, 3), 8)[0]
+    p = sincos_position_embedding((2, 3), 8)[0]
     row, column, k = 1, 2, 1
     omega = 10000 ** (-k / 2)
     token = p[row * 3 + column]
