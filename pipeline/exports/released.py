@@ -200,7 +200,7 @@ def _describe_efficientvim(weights: Weights, image_size: ImageSize) -> tuple[Eff
 
 def _computed_by_arm(model: nn.Module) -> dict[str, Tensor]:
     assert isinstance(model, ARM)
-    width = model.positions.shape[-1]
+    width = model.position_embedding.shape[-1]
     return {
         "mask": torch.zeros(model.mask.shape).masked_fill(~model.mask, -torch.inf),
         "dec_pos_embed": sincos_position_embedding(model.backbone.grid_size, width),

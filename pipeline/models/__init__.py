@@ -14,7 +14,9 @@ MODELS = {name: family for family in FAMILIES for name in family.variants}
 
 
 def build_model(name: str, **overrides: Any) -> "nn.Module":
-    """Build the model `name`: build_model("vim_small", image_size=384). It works under `torch.device("meta")` too.
+    """Build a model by its name, for example with `"vim_small", image_size=384`.
+
+    It works under `torch.device("meta")` too.
 
     Args:
         name: A name of `MODELS`, or `timm/NAME`.

@@ -251,7 +251,9 @@ def test_a_pretrained_direction_starts_all_directions_and_nothing_else_is_new(tm
 
 def test_position_embeddings_of_another_grid_are_resized_around_the_cls_slot() -> None:
     target = build_model(**TINY, image_size=(48, 32))
-    resized = resize_position_embedding(sincos_position_embedding((8, 8), 16), (8, 8), target)
+    resized = resize_position_embedding(
+        sincos_position_embedding((8, 8), 16), (8, 8), target.grid_size, target_cls=target.cls_index
+    )
     assert resized.shape == target.pos_embed.shape
     assert resized[:, target.cls_index].abs().sum() == 0
 
