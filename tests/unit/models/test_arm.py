@@ -1,4 +1,4 @@
-"""ARM: what it may see, what it must predict, and the number that predicting nothing scores."""
+"""ARM: what a prediction may depend on, what its targets are, and the loss of predicting zeros."""
 
 import pytest
 import torch

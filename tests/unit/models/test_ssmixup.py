@@ -1,4 +1,4 @@
-"""SSMixup against a literal reference that materialises every state, and where it is the plain block."""
+"""SSMixup agrees with a literal reference that materialises every state, and is the plain block where it should be."""
 
 import pytest
 import torch
