@@ -144,7 +144,7 @@ class VisionMambaConfig(FamilyConfig):
     def _geometry(self) -> Self:
         for side in self.image_size:
             if side < self.patch_size:
-                raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
+                raise ValueError(f"image_size {self.image_size} is below patch_size {self.patch_size}; raise it")
         if self.cls_token == "none" and self.pool == "cls":
             raise ValueError("pool=cls needs cls_token=middle; set pool=mean")
         if self.order == "cluster":
@@ -220,7 +220,7 @@ def check_clusters(model: VisionMambaConfig) -> None:
     if any(side % model.cluster_size for side in model.image_size):
         raise ValueError(f"image_size {model.image_size} must be a multiple of cluster_size {model.cluster_size}")
     if model.image_size == (model.cluster_size, model.cluster_size):
-        raise ValueError(f"image_size {model.image_size} is a single cluster; there is nothing to predict from")
+        raise ValueError(f"image_size {model.image_size} is a single cluster; lower cluster_size")
 
 
 class EfficientViMConfig(FamilyConfig):
