@@ -211,7 +211,7 @@ def main() -> None:
     if arguments.sizes:
         show(inference.run([], arguments.sizes, arguments.batch, few, arguments.out / "inference", deployed=True))
     if arguments.pareto:
-        show(pareto.run([], arguments.batch, few, arguments.out / "pareto_front"))
+        show(pareto.run([], arguments.batch, few, arguments.out / "pareto"))
     print(json.dumps({k: None if v is None else float(f"{v:.4g}") for k, v in result.items()}))
 
 

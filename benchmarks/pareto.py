@@ -39,7 +39,7 @@ class Reported(NamedTuple):
 
 # Row -> its model. The letters are the rows of Table C, whose base is M2. Its row C has the published size with NC-SSD and
 # without fusion.
-EFFICIENTVIM = {
+EFFICIENTVIMS = {
     "EfficientViM-M1": Reported("efficientvim_m1", 72.9, 224),
     "EfficientViM-M2": Reported("efficientvim_m2", 75.4, 224),
     "EfficientViM-M3": Reported("efficientvim_m3", 77.5, 224),
@@ -68,7 +68,7 @@ def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
     """Measure models in turns and write a section of a report.
 
     Args:
-        rows: Names of `EFFICIENTVIM` and `OTHERS`; empty for all.
+        rows: Names of `EFFICIENTVIMS` and `OTHERS`; empty for all.
         batch: Images in a batch; it is halved where memory is short.
         rounds: Rounds that count.
         out: Folder of the section.
@@ -79,7 +79,7 @@ def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
     Raises:
         ConfigError: A row is unknown, or `batch` or `rounds` is below 1.
     """
-    known = EFFICIENTVIM | OTHERS
+    known = EFFICIENTVIMS | OTHERS
     unknown = [row for row in rows if row not in known]
     if unknown or batch < 1 or rounds < 1:
         raise ConfigError(
@@ -94,7 +94,7 @@ def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
     measured = measure_inference(models, sizes, batch=batch, rounds=rounds, device=device, deployed=True)
     costs = {cost.model: cost for cost in measured}
     table = Table(
-        name="pareto_front",
+        name="pareto",
         title="Speed, and accuracy as reported",
         header=["model", "pixels", "top-1, reported", "images/s, here", "parameters, M", "GMACs"],
         rows=[_row(row, r, costs[row]) for row, r in chosen.items()],
@@ -106,11 +106,11 @@ def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
     points = {row: (costs[row].images_per_second, r.top1) for row, r in chosen.items()}
     figure = draw(
         out / "figures",
-        "pareto_front",
+        "pareto",
         "Speed here against accuracy as reported",
         front(
             points,
-            joined=list(EFFICIENTVIM),
+            joined=list(EFFICIENTVIMS),
             xlabel="images per second, measured here",
             ylabel="top-1, percent, as reported",
         ),
