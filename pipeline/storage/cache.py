@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import DataError
+from pipeline.files import replacing
 
 NUM_LOCKS = 256
 # Sizes are summed up again after so much of the limit was added; by this the limit may be passed, per process.
@@ -83,13 +84,9 @@ def _open_whole(path: Path, size: int) -> int | None:
 
 
 def _write(path: Path, fetch: Callable[[BinaryIO], None]) -> int:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path, sync=False) as temporary, temporary.open("wb") as file:
             fetch(file)
-        partial.replace(path)
     except OSError as error:
         raise DataError(f"cache {path.parent}: {error.strerror}; free space or lower remote.cache_gb") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return os.open(path, os.O_RDONLY)
