@@ -47,6 +47,7 @@ class MapConv(Layer):
         return channels % 16 == 0 or channels % 28 == 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to a map (B, H, W, in)."""
         batch, height, width, inputs = x.shape
         assert inputs == self.inputs
         y = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, self.outputs)
@@ -85,6 +86,7 @@ class Stem(nn.Module):
         self.act = ACTIVATIONS.index(act)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Apply both convolutions to images (B, in, H, W)."""
         images, second = images.contiguous(), self.second
         batch, inputs, height, width = images.shape
         assert inputs == self.inputs

@@ -56,6 +56,7 @@ class Linear(Layer):
         self.act = ACTIVATIONS.index(act)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to rows (..., in)."""
         assert x.shape[-1] == self.inputs
         y = x.new_empty(*x.shape[:-1], self.outputs)
         sizes = x.numel() // self.inputs, self.inputs, self.outputs, self.act
@@ -122,6 +123,7 @@ class FeedForward(Local):
         self.register_buffer("down_bias", self.library.row(down_bias, self.channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to a map (B, H, W, C)."""
         y = torch.empty_like(x)
         weights = self.up, self.up_bias, self.down, self.down_bias
         self.library.run("vision_ffn", self.call(x), len(x), self.hidden, *weights, y)
@@ -155,6 +157,7 @@ class Widen(Layer):
         self.register_buffer("taps_bias", taps_bias.contiguous().float())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to a map (B, H, W, in)."""
         batch, height, width, inputs = x.shape
         assert inputs == self.inputs
         y = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, self.outputs)
@@ -167,6 +170,7 @@ class Depthwise(Local):
     """DWConv(x): a map (B, H, W, C) -> a map of the same shape."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to a map (B, H, W, C)."""
         y = torch.empty_like(x)
         self.library.run("vision_depthwise", self.call(x), len(x), y)
         return y
@@ -235,6 +239,7 @@ class Mixer(Local):
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output map (B, H, W, D) and the hidden states (B, N, D)."""
         batch, height, width, channels = x.shape
         wide, states = padded(channels), self.padded_states
         y, h = torch.empty_like(x), x.new_empty(batch, states, wide)

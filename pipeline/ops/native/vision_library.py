@@ -46,6 +46,8 @@ class ConvCall(Structure):
 
 
 class StemCall(Structure):
+    """stem.cpp: StemCall, two convolutions; the first writes no `y`, the second reads no `x`."""
+
     _fields_ = [("one", ConvCall), ("two", ConvCall)]
 
 
