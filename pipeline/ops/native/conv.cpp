@@ -20,7 +20,7 @@ using simd::W;
 // Mirrored field by field in library.py.
 struct ConvDirection {
   Strided x, o, g_o, g_x;
-  const float *weight, *bias;      // (E, K), (E), contiguous; bias may be absent
+  const float *weight, *bias;            // (E, K), (E), contiguous; bias may be absent
   float *partial_weight, *partial_bias;  // (Bt, E, K), (Bt, E)
 };
 
