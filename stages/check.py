@@ -15,8 +15,8 @@ from pipeline.errors import ConfigError, HandoverError
 from pipeline.exports.card import CARD, Card
 from pipeline.exports.prefetch import missing_weights
 from pipeline.models.config import TIMM_PREFIX, FamilyConfig, TimmConfig, VisionMambaConfig
-from pipeline.train.run import refuse_other_config
 from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
+from stages.identity import refuse_other_run
 
 STAGE_NUMBERS = {"arm": 1, "distill": 2, "semi": 3}
 
@@ -42,7 +42,7 @@ def check(
             f"data.loader.virtual_readers {config.data.loader.virtual_readers} must be a multiple of the {world_size}"
             " processes; change either"
         )
-    refuse_other_config(config.run.folder(stage), config)
+    refuse_other_run(stage, config)
     manifest, _, parts = open_data(config)
     for name, samples in streams(config, parts).items():
         if samples < config.data.loader.virtual_readers:
@@ -179,7 +179,7 @@ def is_complete(stage: str, config: StageConfig) -> bool:
     folder = config.run.folder(stage)
     if not (folder / "export" / CARD).is_file():
         return False
-    refuse_other_config(folder, config)
+    refuse_other_run(stage, config)
     try:
         Card.read(folder / "export").verify(folder / "export")
     except HandoverError as error:

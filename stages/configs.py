@@ -8,33 +8,37 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import FREE, Strict
 from pipeline.evaluate.config import ProbeConfig
 from pipeline.exports.card import Preprocessing
 from pipeline.models.config import (
     PRETRAINING_FORM,
     DecoderConfig,
     ModelConfig,
-    PseudoLabelRule,
     SSMixupConfig,
     VisionMambaConfig,
     check_clusters,
     check_taps,
 )
+from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
-from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
+from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConfig
 
 
 class DataConfig(Strict):
     """Which images. `split` says which of `train` are labelled, unlabelled and for validation; without one all are labelled."""
 
-    train: Path = Field(description="folder of shards with a manifest")
-    split: Path | None = None
-    test: Path | None = Field(None, description="folder with a manifest; evaluated once, after the last step")
+    train: Path = Field(description="folder of shards with a manifest", json_schema_extra=FREE)
+    split: Path | None = Field(None, json_schema_extra=FREE)
+    test: Path | None = Field(
+        None, description="folder with a manifest; evaluated once, after the last step", json_schema_extra=FREE
+    )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     loader: LoaderConfig = LoaderConfig()
-    eval_batch: PositiveInt = Field(256, description="samples per process and step of an evaluation")
+    eval_batch: PositiveInt = Field(
+        256, description="samples per process and step of an evaluation", json_schema_extra=FREE
+    )
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -79,6 +83,10 @@ class StageConfig(Strict):
 
     def parents(self) -> dict[str, Path]:
         """role -> folder of the export that this stage consumes."""
+        return {}
+
+    def weight_files(self) -> dict[str, Path]:
+        """Return the files of foreign weights that this stage reads, by config key."""
         return {}
 
     def claimed_labels(self) -> bool:
@@ -131,10 +139,12 @@ class ArmConfig(StageConfig):
 class TeacherConfig(Strict):
     """A frozen network whose answers the student also learns from: an export of ours, or a timm model."""
 
-    export: str | None = Field(None, description="folder, or stage name")
+    export: str | None = Field(None, description="folder, or stage name", json_schema_extra=FREE)
     timm: str | None = Field(None, description="timm model name, for example regnety_160.deit_in1k")
     weights: Path | None = Field(
-        None, description="its weights file (safetensors or a plain state dict): nothing is downloaded"
+        None,
+        description="its weights file (safetensors or a plain state dict): nothing is downloaded",
+        json_schema_extra=FREE,
     )
     kind: Literal["hard", "soft"] = "hard"
     weight: float = Field(0.5, ge=0, le=1, description="share of the teacher's loss; the labels have the rest")
@@ -143,9 +153,13 @@ class TeacherConfig(Strict):
         0, description="unlabelled images of data.split per labelled one in a step, which only the teacher teaches"
     )
     cache: Path | None = Field(
-        None, description="folder that keeps its answers by what it saw: a second run does not pay for them again"
+        None,
+        description="folder that keeps its answers by what it saw: a second run does not pay for them again",
+        json_schema_extra=FREE,
     )
-    cache_gb: float = Field(50.0, gt=0, description="GB on disk that teacher.cache may grow to; more is not kept")
+    cache_gb: float = Field(
+        50.0, gt=0, description="GB on disk that teacher.cache may grow to; more is not kept", json_schema_extra=FREE
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -179,7 +193,9 @@ class MixConfig(Strict):
 class WeightsConfig(Strict):
     """A file of released weights to start from. Nothing is downloaded."""
 
-    path: Path = Field(description="safetensors, or a plain state dict; wrapped as released is fine")
+    path: Path = Field(
+        description="safetensors, or a plain state dict; wrapped as released is fine", json_schema_extra=FREE
+    )
     saw_labels: bool = Field(True, description="false: pretrained without any label, as a masked autoencoder is")
 
 
@@ -187,7 +203,9 @@ class DistillConfig(StageConfig):
     """Stage 2: supervised training on the `labelled` stream, from an export, a file or nothing, with or without a teacher."""
 
     model: ModelConfig
-    init_from: str | None = Field(None, description="folder, or stage name; none = from scratch")
+    init_from: str | None = Field(
+        None, description="folder, or stage name; none = from scratch", json_schema_extra=FREE
+    )
     weights: WeightsConfig | None = Field(None, description="in place of init_from: a file from outside")
     teacher: TeacherConfig | None = None
     augment: AugmentConfig = AugmentConfig()
@@ -230,6 +248,14 @@ class DistillConfig(StageConfig):
             found["init_from"] = self._parent(self.init_from)
         if self.teacher and self.teacher.export:
             found["teacher"] = self._parent(self.teacher.export)
+        return found
+
+    def weight_files(self) -> dict[str, Path]:
+        found = {}
+        if self.weights:
+            found["weights.path"] = self.weights.path
+        if self.teacher and self.teacher.weights:
+            found["teacher.weights"] = self.teacher.weights
         return found
 
     def claimed_labels(self) -> bool:
@@ -289,7 +315,7 @@ class AlarmConfig(Strict):
 class SemiConfig(StageConfig):
     """Stage 3: the parent's model, on `labelled` and `unlabelled` streams, with a LyapEMA teacher (Semi-ViM)."""
 
-    init_from: str = Field(description="folder, or stage name, of a classifier's export")
+    init_from: str = Field(description="folder, or stage name, of a classifier's export", json_schema_extra=FREE)
     ema: LyapEMAConfig = LyapEMAConfig()
     weak: AugmentConfig = AugmentConfig(color_jitter=0.4)
     strong: AugmentConfig = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25)
