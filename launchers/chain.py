@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launchers.config import ClusterConfig
-from pipeline.config import apply_overrides, choose, load_config, parse_yaml
+from pipeline.config import apply_overrides, choose, find_config, load_config, read_values
 from pipeline.errors import ConfigError
 from stages import STAGES
 from stages.check import check, is_complete
@@ -50,12 +50,12 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
     steps = []
     for name, file in zip(names, files, strict=True):
         entry = choose("stage", name, STAGES)
-        path = Path(f"configs/{name}/{file}.yaml") if stage == CHAIN else Path(file)
+        path = find_config(Path(f"configs/{name}/{file}.yaml") if stage == CHAIN else Path(file))
         own = tuple(
             o.removeprefix(f"{name}:") for o in overrides if ":" not in o.partition("=")[0] or o.startswith(f"{name}:")
         )
         loaded = load_config(entry.config, path, own)
-        steps.append(Step(name, path, own, loaded, apply_overrides(parse_yaml(path.read_text(), str(path)), own)))
+        steps.append(Step(name, path, own, loaded, apply_overrides(read_values(path), own)))
     if len({step.folder.parent for step in steps}) > 1:
         places = ", ".join(f"{step.path}: {step.folder.parent}" for step in steps)
         raise ConfigError(
