@@ -32,7 +32,8 @@ class Strict(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError(
-                f"{str(value).lower()} is not allowed here; give a number or a name (YAML reads on, off, yes and no as true and false)"
+                f"{str(value).lower()} is not allowed here; give a number or a name"
+                " (YAML reads on, off, yes and no as true and false)"
             )
         return value
 

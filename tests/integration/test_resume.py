@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages import STAGES
+from stages import SPECS
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 
 
@@ -145,4 +145,4 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_config_refused(chain: S
 
 def test_every_stage_has_a_kill_test() -> None:
     marks = test_kill_9_and_resume_gives_the_same_weights_bit_for_bit.pytestmark
-    assert {case[0] for case in marks[0].args[1]} == set(STAGES)
+    assert {case[0] for case in marks[0].args[1]} == set(SPECS)

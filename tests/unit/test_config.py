@@ -20,7 +20,7 @@ from pipeline.config import (
     validate,
 )
 from pipeline.errors import ConfigError
-from stages import STAGES
+from stages import SPECS
 from tests.conftest import ROOT
 
 
@@ -155,11 +155,11 @@ def test_choose_lists_the_known_names_nearest_first() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    sorted(p for stage in STAGES for p in (ROOT / "configs" / stage).glob("*.yaml")),
+    sorted(p for stage in SPECS for p in (ROOT / "configs" / stage).glob("*.yaml")),
     ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
 def test_every_config_is_valid_and_tells_its_story(path: Path) -> None:
-    config = load_config(STAGES[path.parent.name].config, path)
+    config = load_config(SPECS[path.parent.name].config, path)
     assert config.loop.steps > 0
     header = path.read_text().split("\n\n")[0] if "\n\n" in path.read_text() else path.read_text()
     assert "# Command" in header
@@ -169,19 +169,23 @@ def test_every_config_is_valid_and_tells_its_story(path: Path) -> None:
         if other:
             path = ROOT / other
         else:  # of the command last named
-            load_config(STAGES[path.parent.name].config, path, shlex.split(arguments))
+            load_config(SPECS[path.parent.name].config, path, shlex.split(arguments))
 
 
 @pytest.mark.parametrize(
     ("path", "override", "said"),
     [
-        ("distill/demo", "mix={mixup: 0.8}", "mix needs two in each lane: loop.global_batch 4 "),
+        ("distill/demo", "mix={mixup: 0.8}", "mix needs two images of each virtual reader: loop.global_batch 4 "),
         (
             "semi/demo",
             "mixup={labelled_cutmix: 1}",
-            "mixing labelled images needs two in each lane: loop.global_batch 4 ",
+            "mixing labelled images needs two images of each virtual reader: loop.global_batch 4 ",
         ),
-        ("semi/demo", "ssmixup={}", "mixing unlabelled images needs two in each lane: loop.global_batch 4 "),
+        (
+            "semi/demo",
+            "ssmixup={}",
+            "mixing unlabelled images needs two images of each virtual reader: loop.global_batch 4 ",
+        ),
     ],
 )
 def test_a_lone_image_is_not_mixed_with_itself(path: str, override: str, said: str) -> None:
@@ -193,8 +197,8 @@ def test_a_lone_image_is_not_mixed_with_itself(path: str, override: str, said: s
         *["unlabelled_ratio=1"] * (stage == "semi"),
     ]
     with pytest.raises(ConfigError, match=said + "must be at least twice"):
-        load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", narrow)
+        load_config(SPECS[stage].config, ROOT / f"configs/{path}.yaml", narrow)
     wide = [*narrow[:2], "data.loader.virtual_readers=2", *narrow[3:]]
-    load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", wide)
-    with pytest.raises(ConfigError, match=r"needs two at once: engine\.micro_batch is 1"):
-        load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", [*wide, "engine.micro_batch=1"])
+    load_config(SPECS[stage].config, ROOT / f"configs/{path}.yaml", wide)
+    with pytest.raises(ConfigError, match=r"needs two images at once, but engine\.micro_batch is 1"):
+        load_config(SPECS[stage].config, ROOT / f"configs/{path}.yaml", [*wide, "engine.micro_batch=1"])
