@@ -29,7 +29,7 @@ from pipeline.streaming.loader import Batch
 from pipeline.train import distributed
 from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.engine import Engine
-from stages.configs import SemiConfig
+from stages.configs.semi import SemiConfig
 from stages.semi import SemiTask
 
 MODEL = "vim_small"

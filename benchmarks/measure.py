@@ -23,8 +23,9 @@ from pipeline.models import build_model
 from pipeline.report.extras import Section, write_section
 from pipeline.report.figures import draw, picture_grid
 from pipeline.report.tables import Table
+from stages import spec_of
 from stages.check import check
-from stages.configs import SemiConfig
+from stages.configs.semi import SemiConfig
 
 ROUNDS = 2  # the configs take turns
 LEFT_OUT = 5  # first steps of a process
@@ -50,7 +51,7 @@ def efficiency(configs: Sequence[Path], overrides: Sequence[str], steps: int, ou
     with tempfile.TemporaryDirectory() as runs:
         short = {path: [*overrides, *_shortened(config, steps)] for path, config in zip(configs, loaded, strict=True)}
         for path, words in short.items():
-            check("semi", load_config(SemiConfig, path, [*words, f"run.root={runs}"]), world_size=1)
+            check(load_config(SemiConfig, path, [*words, f"run.root={runs}"]), world_size=1)
         for k in range(ROUNDS):
             for i, (path, words) in enumerate(short.items()):
                 turns[path].append(_turn(path, words, Path(runs) / f"{i}-{k}"))
@@ -72,7 +73,7 @@ def efficiency(configs: Sequence[Path], overrides: Sequence[str], steps: int, ou
 
 def _shortened(config: SemiConfig, steps: int) -> list[str]:
     """Overrides: the same parents, a run of its own, every step logged, no evaluation but the last."""
-    parents = [f"{role}={where}" for role, where in config.parents().items()]
+    parents = [f"{role}={where}" for role, where in spec_of(config).parents(config).items()]
     return [*parents, f"loop.steps={steps}", "loop.log_every=1", "loop.eval_every=null", "optim.warmup_steps=1",
             "data.test=null", f"loop.save_every={steps}", "run.experiment=turn"]  # fmt: skip
 
@@ -110,7 +111,7 @@ def _row(name: str, config: SemiConfig, turns: Sequence[Turn]) -> list[str]:
     assert config.data.split is not None
     unlabelled = len(read_split(config.data.split, read_manifest(config.data.train)).part("unlabelled"))
     per_step = config.loop.global_batch * config.unlabelled_ratio
-    card = json.loads((config.parents()["init_from"] / "model.json").read_text())
+    card = json.loads((spec_of(config).parents(config)["init_from"] / "model.json").read_text())
     return [
         name,
         card["model"]["name"],

@@ -93,7 +93,7 @@ def _local(given: argparse.Namespace) -> int:
     from launchers.plan import planner
     from pipeline.report import experiment as report
 
-    planner.before(steps, given.nproc)
+    planner.plan_ahead(steps, given.nproc)
     code = local.run(steps, given.nproc)
     if code == 0:
         print(f"report: {report.run([steps[0].folder.parent], None)}")

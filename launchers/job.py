@@ -24,7 +24,7 @@ from launchers import queue
 from pipeline.errors import DistributedFailure, EnvironmentProblem, Interrupted, PipelineError
 from pipeline.files import replace_text
 from pipeline.train.signals import STOPPING, interrupt_on_signals
-from stages import STAGES
+from stages import SPECS
 
 REQUEUED = "back into the queue"
 # Seconds between attempts at a requeue: ten minutes in all, in which a slurmctld restarts. It looks at time limits twice a
@@ -165,7 +165,7 @@ def _send_back(job: str, say: Callable[[str], None]) -> None:
 def _write_report(experiment: Path, stage: str) -> None:
     """The experiment as far as it has come; with pictures of what the models see after the last stage."""
     try:
-        if stage == list(STAGES)[-1]:
+        if stage == list(SPECS)[-1]:
             from pipeline.report import experiment as report
 
             page = report.run([experiment], None)

@@ -17,12 +17,14 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import choose, load_config
 from pipeline.errors import ConfigError, DistributedFailure, EnvironmentProblem, Interrupted, PipelineError
 from pipeline.train.signals import interrupt_on_signals
-from stages import STAGES, Stage
+from stages import SPECS
 from stages.check import check, derive_batches, is_complete
+from stages.spec import StageSpec
 
 # What a disk can do to any write at any moment.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -32,7 +34,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", metavar="STAGE", help=" | ".join(STAGES))
+    parser.add_argument("stage", metavar="STAGE", help=" | ".join(SPECS))
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="for example configs/arm/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")
     parser.add_argument("--replay", nargs=2, metavar=("RUN", "DATA_STEP"), help="for example runs/demo/arm 1234")
@@ -43,18 +45,18 @@ def main(arguments: list[str]) -> int:
     interrupt_on_signals()
     threading.excepthook = _of_a_thread
     try:
-        stage = choose("stage", given.stage, STAGES)
+        spec = choose("stage", given.stage, SPECS)
         if given.replay:
-            return _replay(stage, Path(given.replay[0]), given.replay[1])
-        config = load_config(stage.config, given.config, given.overrides)
-        if is_complete(given.stage, config):
+            return _replay(spec, Path(given.replay[0]), given.replay[1])
+        config = load_config(spec.config, given.config, given.overrides)
+        if is_complete(config):
             return 0
         if rank == "0":  # the launcher has checked already; the other ranks need not again
-            check(given.stage, config, world_size=_world_size())
+            check(config, world_size=_world_size())
         logging.basicConfig(
             level=logging.INFO if rank == "0" else logging.WARNING, format="%(message)s", stream=sys.stderr
         )
-        importlib.import_module(stage.module).run(config)
+        importlib.import_module(spec.module).run(config)
     except PipelineError as error:
         # Of an interruption every rank would say the same.
         if rank == "0" or not isinstance(error, Interrupted):
@@ -91,7 +93,7 @@ def _of_a_thread(error: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(error)
 
 
-def _replay(stage: Stage, folder: Path, data_step: str) -> int:
+def _replay(spec: StageSpec[Any], folder: Path, data_step: str) -> int:
     """One process on the CPU takes a step of a run again. Returns 0 whatever it finds; the run is not touched."""
     if not data_step.isdigit():
         raise ConfigError(f"--replay: DATA_STEP is {data_step!r}; it must be a number, as in {folder}/incidents.jsonl")
@@ -99,17 +101,17 @@ def _replay(stage: Stage, folder: Path, data_step: str) -> int:
         if not (folder / name).is_file():
             raise ConfigError(f"--replay: {folder} is no run folder, it has no {name}; give runs/EXPERIMENT/STAGE")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    there = load_config(stage.config, folder / "config.yaml", [])
+    there = load_config(spec.config, folder / "config.yaml", [])
     world_size = json.loads((folder / "environment.json").read_text())["world_size"]
     # At once what a process of the run took: the whole batch of many may not fit here.
     micro_batch, _ = derive_batches(there.loop.global_batch, world_size, there.engine.micro_batch)
     alone = ("zero_stage=0", f"micro_batch={micro_batch}", "offload_optimizer=false", "compile=false")
-    config = load_config(stage.config, folder / "config.yaml", [f"engine.{value}" for value in alone])
+    config = load_config(spec.config, folder / "config.yaml", [f"engine.{value}" for value in alone])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     from pipeline.train.replay import Replay, Replayed
 
     try:
-        importlib.import_module(stage.module).run(config, Replay(folder, int(data_step)))
+        importlib.import_module(spec.module).run(config, Replay(folder, int(data_step)))
     except Replayed as found:
         print(found)
     return 0

@@ -8,21 +8,19 @@ Input: shards (only the probes, which report, read labels).  Output: a pretraine
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.evaluate.metrics import mean_loss
 from pipeline.evaluate.probes import features_of, probe
 from pipeline.models.arm import ARM, pixel_loss
-from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.report.pictures import write_grid
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.loader import Batch
 from pipeline.streaming.transforms import train_views
 from pipeline.train.replay import Replay
 from pipeline.train.task import StepOutput, Task, mean_of
-from stages.configs import ArmConfig
+from stages.configs.arm import ArmConfig
 from stages.context import StageContext
 
 NUM_PICTURES = 8
@@ -53,13 +51,13 @@ def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
 
 
 def run(config: ArmConfig, replay: Replay | None = None) -> None:
-    with StageContext("arm", config, replay) as s:
+    """Pretrain, evaluate and export; or take one step again for `replay`."""
+    with StageContext(config, replay) as s:
         arm, size = ARM(config.model, config.decoder), config.model.image_size
-        everything = np.sort(np.concatenate([s.parts.labelled, s.parts.unlabelled]))
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
-        streams = {"unlabelled": s.loader(everything, views, global_batch=config.loop.global_batch, hide_labels=True)}
-        held_out = s.parts.validation
-        pictured = s.pictures(held_out if len(held_out) else everything, NUM_PICTURES, size)
+        streams = s.loaders({"unlabelled": views})
+        held_out = s.subsets.validation
+        pictured = s.pictures(held_out if len(held_out) else s.streams["unlabelled"].sample_indices, NUM_PICTURES, size)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
             pictures = reconstructions(s.engine.module, arm, pictured)
@@ -73,7 +71,7 @@ def run(config: ArmConfig, replay: Replay | None = None) -> None:
             loss = mean_loss(s.engine.module, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
             return {"val/loss": loss} | probes(s, arm, config, step)
 
-        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, flops=TRAINING * forward_flops(arm, size))
+        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, s.flops({"student": arm}, size))
         s.export(
             s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured
         )
@@ -82,17 +80,17 @@ def run(config: ArmConfig, replay: Replay | None = None) -> None:
 def probes(s: StageContext, arm: ARM, config: ArmConfig, step: int) -> dict[str, float]:
     """val/linear and val/knn in percent, of what the decoder reads, at the steps that `probe.every` says and after the last."""
     asked = config.probe
-    if asked is None or not len(s.parts.labelled) or (step % (asked.every or step) and step < config.loop.steps):
+    if asked is None or not len(s.subsets.labelled) or (step % (asked.every or step) and step < config.loop.steps):
         return {}
-    learnt_from = s.parts.labelled[:: -(-len(s.parts.labelled) // asked.samples)]
+    learnt_from = s.subsets.labelled[:: -(-len(s.subsets.labelled) // asked.samples)]
     bank, queries = (
         features_of(
             s.engine.module,
             arm.to_decoder,
-            s.evaluator.evaluation(s.manifest, part, config.model.image_size),
+            s.evaluator.evaluation(s.manifest, sample_indices, config.model.image_size),
             s.world.device,
         )
-        for part in (learnt_from, s.parts.validation)
+        for sample_indices in (learnt_from, s.subsets.validation)
     )
     return {f"val/{name}": accuracy for name, accuracy in probe(bank, queries, asked).items()}
 

@@ -17,7 +17,6 @@ from pipeline.exports.teachers import KeptAnswers, timm_teacher
 from pipeline.exports.weights import load_weights
 from pipeline.files import sha256_of
 from pipeline.models import build_from_config
-from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
 from pipeline.report.tensorboard import Board
 from pipeline.ssl.config import LyapEMAConfig
@@ -28,7 +27,7 @@ from pipeline.streaming.transforms import train_views
 from pipeline.train.engine import Engine
 from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of
-from stages.configs import DistillConfig, TeacherConfig
+from stages.configs.distill import DistillConfig, TeacherConfig
 from stages.context import StageContext
 
 FrozenTeacher = Callable[[Tensor], Tensor]
@@ -99,32 +98,28 @@ class DistillTask(Task):
 
 
 def run(config: DistillConfig, replay: Replay | None = None) -> None:
-    with StageContext("distill", config, replay) as s:
-        num_classes = len(s.manifest.classes)
-        shape = config.model.model_copy(update={"num_classes": num_classes})
-        size = shape.image_size
+    """Train, evaluate and export; or take one step again for `replay`."""
+    with StageContext(config, replay) as s:
+        shape = s.model_config()
+        size, num_classes = shape.image_size, len(s.manifest.classes)
         model = build_from_config(shape)
         if config.init_from:
-            transfer(s.parent("init_from"), model, config.parents()["init_from"])
+            transfer(s.parent("init_from"), model, s.parent_folder("init_from"))
         if config.weights:
             load_weights(model, config.weights.path)
             if config.weights.saw_labels:
                 s.saw_external_labels(config.weights.path.name)
         average = copy.deepcopy(model) if config.average else None  # before the engine may cut the weights
-        flops = TRAINING * forward_flops(model, size)
+        built: dict[str, nn.Module] = {"student": model}
         teacher: FrozenTeacher | None = None
         if config.teacher:
-            network = frozen_teacher(s, config.teacher, size)
-            flops += forward_flops(network, size)
+            built["teacher"] = network = frozen_teacher(s, config.teacher, size)
             teacher = with_kept_answers(s, config.teacher, network) if config.teacher.cache else network
-            if hasattr(model, "set_distilled_training"):
-                model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
+        flops = s.flops(built, size)
+        if config.teacher and hasattr(model, "set_distilled_training"):
+            model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
-        streams = {"labelled": s.loader(s.parts.labelled, views, global_batch=config.loop.global_batch)}
-        if config.teacher and config.teacher.unlabelled_ratio:
-            number = config.teacher.unlabelled_ratio * config.loop.global_batch
-            streams["unlabelled"] = s.loader(s.parts.unlabelled, views, global_batch=number, hide_labels=True)
-            flops *= 1 + config.teacher.unlabelled_ratio
+        streams = s.loaders(dict.fromkeys(s.streams, views))
 
         def models() -> dict[str, nn.Module]:
             return {"student": s.engine.module} | ({"average": average} if average is not None else {})

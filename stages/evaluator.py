@@ -15,17 +15,17 @@ from pipeline.streaming.loader import Batch, evaluation_batches
 from pipeline.streaming.transforms import eval_views
 from pipeline.train.distributed import World
 from pipeline.train.run import Run
-from stages.check import Parts
-from stages.configs import DataConfig
+from stages.configs.base import DataConfig
+from stages.spec import Subsets
 
 
 class Evaluator:
     """Of the models of one stage, on `image_size` (H, W) views. Its answers are those of the export (fp32)."""
 
     def __init__(
-        self, config: DataConfig, manifest: Manifest, split: Split | None, parts: Parts, world: World, run: Run
+        self, config: DataConfig, manifest: Manifest, split: Split | None, subsets: Subsets, world: World, run: Run
     ) -> None:
-        self.config, self.manifest, self.split, self.parts = config, manifest, split, parts
+        self.config, self.manifest, self.split, self.subsets = config, manifest, split, subsets
         self.world, self.run = world, run
         self.confidence: dict[str, np.ndarray] = {}  # of each model in the last validation
 
@@ -67,14 +67,14 @@ class Evaluator:
 
     def class_counts(self) -> np.ndarray:
         """(C,) labelled images of each class."""
-        return np.bincount(self.manifest.labels[self.parts.labelled], minlength=len(self.manifest.classes))
+        return np.bincount(self.manifest.labels[self.subsets.labelled], minlength=len(self.manifest.classes))
 
     def validate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
         """val/top1, val/tail, ... of each model on the validation part; names other than `student` are prefixed."""
         row = {}
-        if len(self.parts.validation):
+        if len(self.subsets.validation):
             for name, model in models.items():
-                answers = self.answers(model, self.manifest, self.parts.validation, image_size)
+                answers = self.answers(model, self.manifest, self.subsets.validation, image_size)
                 prefix = "" if name == "student" else f"{name}_"
                 self.confidence[f"{prefix}confidence"] = answers.confidence
                 found = metrics.summary(answers, len(self.manifest.classes), self.groups())
@@ -93,7 +93,7 @@ class Evaluator:
             test, judged_on, sample_indices = (
                 self.manifest,
                 "validation images, for want of a test set",
-                self.parts.validation,
+                self.subsets.validation,
             )
         if not len(sample_indices):
             return {}

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from pipeline.evaluate.pseudo import count_pseudo_labels, pseudo_summary
 from pipeline.exports.export import transfer
 from pipeline.models import build_from_config
-from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
-from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import one_hot, soft_cross_entropy
 from pipeline.report.tensorboard import Board
 from pipeline.ssl.pseudo_labels import PseudoLabeller, PseudoLabels
@@ -32,7 +30,7 @@ from pipeline.streaming.transforms import pair_views, train_views
 from pipeline.train.engine import Engine
 from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of
-from stages.configs import SemiConfig
+from stages.configs.semi import SemiConfig, exported_model
 from stages.context import StageContext
 
 
@@ -187,34 +185,29 @@ def _supervised_metrics(loss: Tensor, logits: Tensor, labelled: Batch) -> dict[s
 
 
 def run(config: SemiConfig, replay: Replay | None = None) -> None:
-    with StageContext("semi", config, replay) as s:
-        parent, card = s.parent("init_from"), s.parent_card("init_from")
-        shape = student_of(card.model, config)
+    """Fine-tune, evaluate and export; or take one step again for `replay`."""
+    with StageContext(config, replay) as s:
+        parent = s.parent("init_from")
+        shape = s.model_config()
         size, data = shape.image_size, config.data
         model = build_from_config(shape)
-        transfer(parent, model, config.parents()["init_from"])
+        transfer(parent, model, s.parent_folder("init_from"))
         teacher = copy.deepcopy(model)  # before the engine may cut the weights
         weak, strong, views = (
             train_views(size, a, mean=data.mean, std=data.std)
             for a in (config.weak, config.strong, config.labelled or config.strong)
         )
-        labelled = config.loop.global_batch
-        ratio = config.unlabelled_ratio if config.pseudo.weight else 0
-        streams = {"labelled": s.loader(s.parts.labelled, views, global_batch=labelled)}
-        if ratio:
-            streams["unlabelled"] = s.loader(
-                s.parts.unlabelled, pair_views(weak, strong), global_batch=ratio * labelled, hide_labels=True
-            )
-        counts = np.bincount(s.manifest.labels[s.parts.labelled], minlength=len(s.manifest.classes))
+        streams = s.loaders({"labelled": views, "unlabelled": pair_views(weak, strong)})
+        counts = np.bincount(s.manifest.labels[s.subsets.labelled], minlength=len(s.manifest.classes))
         prior = torch.from_numpy(counts / counts.sum()).to(s.world.device)
         labeller = PseudoLabeller(prior, config.pseudo)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
             row = s.evaluator.validate({"student": s.engine.module, "teacher": teacher}, size)
-            if not ratio or not config.watched_samples:
+            if "unlabelled" not in streams or not config.watched_samples:
                 return row
             who = teacher if config.pseudo.labeller == "teacher" else s.engine.module
-            known = s.parts.unlabelled
+            known = s.subsets.unlabelled
             watched = known[np.linspace(0, len(known) - 1, min(config.watched_samples, len(known))).astype(int)]
             batches = s.evaluator.evaluation(s.manifest, watched, size)
             label = partial(labeller.label, watch=False)
@@ -224,29 +217,12 @@ def run(config: SemiConfig, replay: Replay | None = None) -> None:
             board.class_counts("pseudo/classes", counted.accepted.sum(0), step)
             return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
 
-        flops = (TRAINING * (1 + ratio) + ratio) * forward_flops(model, size)  # the teacher sees the unlabelled
+        flops = s.flops({"student": model}, size)
         task = s.train(model, lambda e: SemiTask(e, teacher, labeller, config, prior), streams, evaluate, size, flops)
         measured = s.measured | s.evaluator.test({"student": s.engine.module, "teacher": teacher}, size)
-        lasting = lasting_form(shape)
+        lasting = exported_model(shape)
         kept = build_from_config(lasting).state_dict()
         weights = {"student": s.engine.full_weights(), "teacher": task.teacher.full_weights()}
         weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in weights.items()}
         chosen = weights.pop(config.export)
         s.export(chosen, model=lasting, uses_labels=True, measured=measured, companions=weights)
-
-
-def student_of(parent: FamilyConfig, config: SemiConfig) -> FamilyConfig:
-    """The parent's model with this stage's drop path and SSMixup."""
-    values = parent.model_dump()
-    if config.drop_path is not None:
-        values["drop_path"] = config.drop_path
-    if config.ssmixup and config.ssmixup.axis != "sample":
-        values["ssmixup"] = {name: getattr(config.ssmixup, name) for name in SSMixupConfig.model_fields}
-    return type(parent).model_validate(values)
-
-
-def lasting_form(shape: FamilyConfig) -> FamilyConfig:
-    """Without an SSMixup that was only of training: it leaves nothing behind."""
-    if isinstance(shape, VisionMambaConfig) and shape.ssmixup and not shape.ssmixup.everywhere:
-        return shape.model_copy(update={"ssmixup": None})
-    return shape

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages import STAGES
+from stages import SPECS
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 from tests.integration.test_poison import poisoned
 
@@ -194,4 +194,4 @@ def test_a_run_resumes_though_its_dataset_its_parents_and_its_caches_have_moved(
 
 def test_every_stage_has_a_kill_test() -> None:
     marks = test_kill_9_and_resume_gives_the_same_weights_bit_for_bit.pytestmark
-    assert {case[0] for case in marks[0].args[1]} == set(STAGES)
+    assert {case[0] for case in marks[0].args[1]} == set(SPECS)

@@ -33,7 +33,7 @@ def count(zero_stage: int, world: distributed.World) -> dict[str, int]:
     found = {
         "masters": sum(m.numel() * 4 for m in engine.masters if id(m) not in own),
         "moments": sum(state[m][k].numel() * 4 for m in engine.masters for k in ("exp_avg", "exp_avg_sq")),
-        "teacher": sum(t.numel() * 4 for t in ema.teacher.values()),
+        "averages": sum(t.numel() * 4 for t in ema.teacher.values()),
     }
     if zero_stage == 3:
         found["parameters"] = sum(

@@ -9,8 +9,8 @@ import pytest
 from pipeline.config import apply_overrides, flatten, identity, parse_yaml, validate
 from pipeline.errors import DataError, HandoverError, PipelineError
 from pipeline.train.run import refuse_other_inputs, saved_inputs
-from stages import STAGES
-from stages.configs import StageConfig
+from stages import SPECS
+from stages.configs.base import StageConfig
 from tests.conftest import ROOT
 
 # How a run is computed, watched and saved.
@@ -60,10 +60,10 @@ def config_of(stage: str, *overrides: str) -> StageConfig:
     values: dict[str, Any] = parse_yaml(path.read_text(), str(path))
     if stage == "distill":
         values = {**values, "init_from": None, "weights": {"path": "a"}, "teacher": {"export": "b", "cache": "c"}}
-    return validate(STAGES[stage].config, apply_overrides(values, overrides), stage)
+    return validate(SPECS[stage].config, apply_overrides(values, overrides), stage)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SPECS)
 def test_every_knob_is_identity_but_those_that_decide_no_number(stage: str) -> None:
     config = config_of(stage)
     knobs = flatten(config.model_dump(mode="json"))
@@ -93,11 +93,9 @@ def test_a_value_may_not_change_between_two_starts(override: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "refusal"), [("data.split", DataError), ("init_from", HandoverError)])
-@pytest.mark.parametrize(("was", "now"), [({"k": "a"}, {"k": "b"}), ({"k": "a"}, {}), ({}, {"k": "b"})])
-def test_another_input_is_refused_in_a_sentence(
-    key: str, refusal: type[PipelineError], was: dict[str, str], now: dict[str, str]
-) -> None:
-    there, here = ({"data.train": "same"} | {key: v for v in known.values()} for known in (was, now))
+@pytest.mark.parametrize(("was", "now"), [("a", "b"), ("a", ""), ("", "b")])
+def test_another_input_is_refused_in_a_sentence(key: str, refusal: type[PipelineError], was: str, now: str) -> None:
+    there, here = ({"data.train": "same"} | ({key: value} if value else {}) for value in (was, now))
     with pytest.raises(refusal, match=f"runs/a holds a run with another {key}"):
         refuse_other_inputs(Path("runs/a"), there, here)
     refuse_other_inputs(Path("runs/a"), there, there)
