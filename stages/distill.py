@@ -147,7 +147,7 @@ def frozen_teacher(s: StageContext, config: TeacherConfig, image_size: tuple[int
 
 
 def with_kept_answers(s: StageContext, config: TeacherConfig, teacher: nn.Module) -> KeptAnswers:
-    """The teacher with its answers in `teacher.cache`, under the hash of its weights and the precision it computes in."""
+    """Wrap the teacher so that `teacher.cache` keeps its predictions, by the hash of its weights and its precision."""
     assert config.cache is not None
     weights = sha256_of(config.weights) if config.weights else s.parent_card("teacher").weights_sha256
     path = config.cache / f"{weights[:16]}-{s.config.engine.precision}.sqlite"

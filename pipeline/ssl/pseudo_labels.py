@@ -49,7 +49,7 @@ class PseudoLabeller:
         classes = len(prior)
         uniform = torch.full_like(prior, 1 / classes)
         self.aim = prior if rule.alignment == "labelled" else uniform
-        self.mean_probability = uniform.clone()  # of the teacher's probabilities
+        self.mean_probability = uniform.clone()  # running mean of the teacher's predictions
         self.confident = uniform.clone()  # shares of the classes among confident predictions
         self.seen = torch.zeros(2, dtype=torch.float64, device=prior.device)  # steps in each of the two means
         self._sums = torch.zeros(2, classes, dtype=torch.float64, device=prior.device)

@@ -113,7 +113,7 @@ class Saver:
             digests = [{} for _ in range(world.size)]
             dist.all_gather_object(digests, writing.digests)
         if world.is_main:
-            _complete(writing, {name: digest for part in digests for name, digest in part.items()})
+            _complete(writing, {name: digest for files in digests for name, digest in files.items()})
             for old in complete(self.folder)[self.loop.keep_checkpoints :]:
                 if not self.loop.keep_every or step_of(old) % self.loop.keep_every:
                     shutil.rmtree(old, ignore_errors=True)

@@ -32,7 +32,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((peaks for part, peaks in _GPUS.items() if part in name), None)
+        known = next((peaks for known_name, peaks in _GPUS.items() if known_name in name), None)
         if known:
             return known[0] if precision == "bf16" else known[1]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -119,6 +119,6 @@ class Recorder:
 
 def block_of(name: str) -> str:
     """Return the block that a parameter belongs to: `backbone.layers.3.mixer.D` -> `backbone.layers.3`."""
-    parts = name.split(".")
-    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[: numbered + 1])
+    words = name.split(".")
+    numbered = next((i for i, word in enumerate(words) if word.isdigit()), 0)
+    return ".".join(words[: numbered + 1])

@@ -68,8 +68,8 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="a file system of its own needs user namespaces (unshare -rm)")
-def test_a_full_disk_ends_in_5_and_the_newest_checkpoint_stands(chain: Stages, tmp_path: Path) -> None:
-    """A real file system of 3 MB fills up with checkpoints; with more room the run goes on from the newest of them."""
+def test_a_full_disk_ends_in_5_and_keeps_the_newest_checkpoint(chain: Stages, tmp_path: Path) -> None:
+    """A real file system of 3 MB fills up with checkpoints; with more space the run continues from the newest of them."""
     more = ["loop.steps=40", "loop.save_every=1", "loop.keep_checkpoints=100", f"run.root={tmp_path}"]
     command = shlex.join(chain.command("arm", *more, nproc=2))
     script = f"""
@@ -238,7 +238,7 @@ def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, data_
     )
     assert done.returncode == 0, done.stderr
     assert re.match(rf"data step {data_step} \(step {data_step}\): {finding}", done.stdout), done.stdout
-    assert "2 micro-batches a step" in done.stderr  # of what one of the two processes took at once
+    assert "2 micro-batches a step" in done.stderr  # a micro-batch is what one of the two processes took at once
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
