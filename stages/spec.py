@@ -139,6 +139,11 @@ class StageSpec(ABC, Generic[C]):
         """The stage's name, as in `python -m stages NAME` and in the run's folder."""
         return self.config.stage
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the chain ends with this stage."""
+        return self.name == self.names[-1]
+
     @abstractmethod
     def streams(self, config: C, subsets: Subsets) -> dict[str, Stream]:
         """Name the streams that the stage draws its batches from, the first stream first."""
