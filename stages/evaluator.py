@@ -87,10 +87,10 @@ class Evaluator:
         Returns the test set's top1 of each model, for the card.
         """
         if self.config.test is not None:
-            test, judged_on = read_manifest(self.config.test), "test images"
+            test, evaluated_on = read_manifest(self.config.test), "test images"
             sample_indices = np.arange(test.num_samples)
         else:
-            test, judged_on, sample_indices = (
+            test, evaluated_on, sample_indices = (
                 self.manifest,
                 "validation images, for want of a test set",
                 self.parts.validation,
@@ -102,10 +102,10 @@ class Evaluator:
             answers = self.answers(model, test, sample_indices, image_size)
             results[name] = metrics.report(answers, self.groups(), test.classes)
             if self.world.is_main:
-                answers.save(self.run.folder / f"answers-{name}.npz")
+                answers.save(self.run.folder / f"predictions-{name}.npz")
         protocol = {
             "dataset": test.hash,
-            "judged_on": judged_on,
+            "evaluated_on": evaluated_on,
             "split": self.split.hash if self.split else None,
             "protocol": self.split.protocol if self.split else "all labelled",
         }

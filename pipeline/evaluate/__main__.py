@@ -160,7 +160,7 @@ def _judge_one(name: str, folder: Path, asked: Asked, batch: int | None, world: 
     answers = ask(model, batches(asked.data, asked.sample_indices), world.device)
     results = {name: metrics.report(answers, groups, classes)}
     if world.is_main:
-        answers.save(asked.out / f"answers-{name}.npz")
+        answers.save(asked.out / f"predictions-{name}.npz")
         metrics.write_per_class(asked.out / f"per_class-{name}.csv", answers, classes, card.class_counts)
     if len(asked.held_out):
         labels, logits = collect(model, batches(asked.train, asked.held_out), world.device)

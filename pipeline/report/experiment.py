@@ -53,7 +53,7 @@ def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> Compa
     from pipeline.evaluate.predictions import Predictions
 
     stage, model = ROWS[row]
-    have, others = (_by_seed(results, stage, f"answers-{model}.npz") for results in (first, other))
+    have, others = (_by_seed(results, stage, f"predictions-{model}.npz") for results in (first, other))
     seeds = sorted(have.keys() & others.keys())
     if not seeds:
         raise NotPaired(f"no seed has answers of {row} in both (first: {_listed(have)}; this one: {_listed(others)})")
@@ -63,7 +63,7 @@ def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> Compa
     report = pairs[0][0].models[row]
     names = list(report["per_class"])
     groups = {g: np.array([names.index(n) for n in members], int) for g, members in report["groups"].items()}
-    a, b = ([Predictions.load(p[k].experiment / stage / f"answers-{model}.npz") for p in pairs] for k in (0, 1))
+    a, b = ([Predictions.load(p[k].experiment / stage / f"predictions-{model}.npz") for p in pairs] for k in (0, 1))
     try:
         found = paired(a, b, len(names), groups)
     except ValueError:

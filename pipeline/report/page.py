@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 
 from pipeline.files import replace_text
-from pipeline.report import judged, sections
+from pipeline.report import accuracy, sections
 from pipeline.report.ablation import Compare, ablation_table, designs_of
 from pipeline.report.extras import Section
 from pipeline.report.figures import Figure, data_uri, draw
@@ -50,7 +50,7 @@ def write_report(
     beside = path.with_suffix("")
     figures = beside / "figures"
     rows = judged_rows(shown)
-    tables: list[Table] = judged.tables(shown, rows) if rows else []
+    tables: list[Table] = accuracy.tables(shown, rows) if rows else []
     if len(designs) > 1 and compare and judged_rows(results):
         tables.insert(0, ablation_table(designs, compare))
     running = [sections.speed(shown), *sections.plans(shown), *sections.incidents(results)]
@@ -60,11 +60,11 @@ def write_report(
         "title": path.parent.name,
         "results": results,
         "designs": designs,
-        "headline": judged.headline(shown, rows) if rows else [],
+        "headline": accuracy.headline(shown, rows) if rows else [],
         "protocols": list(dict.fromkeys(r.protocol.rsplit("; seed", 1)[0] for r in results if r.protocol)),
         "tables": {table.name: table for table in tables},
         "running": running,
-        "judged": judged.figures(shown, rows, figures) if rows else [],
+        "judged": accuracy.figures(shown, rows, figures) if rows else [],
         "stages": [
             (
                 title,
@@ -81,8 +81,8 @@ def write_report(
         "beside": beside.name,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, _template("report.html").render(page))
-    replace_text(beside / "report.md", _template("report.md").render(page))
+    replace_text(path, _template("template.html").render(page))
+    replace_text(beside / "report.md", _template("template.md").render(page))
     return path
 
 

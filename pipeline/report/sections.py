@@ -161,7 +161,7 @@ def _numbers(plan: dict[str, Any]) -> dict[str, float]:
 
 def incidents(results: Sequence[Result]) -> list[Table]:
     rows = [
-        [f"{r.name}, {stage}", str(what.get("step", "–")), str(what.get("reason", "–")), str(what.get("position", "–"))]
+        [f"{r.name}, {stage}", str(what.get("step", "–")), str(what.get("reason", "–")), str(what.get("data_step", "–"))]
         for r in results
         for stage, run in r.stages.items()
         for what in run.incidents
@@ -177,7 +177,7 @@ def incidents(results: Sequence[Result]) -> list[Table]:
         for stage, run in r.stages.items()
         if run.status.get("state") not in (None, "complete")
     ]
-    header = ["", "step", "what", "place in the data"]
+    header = ["", "step", "what", "data step"]
     return [Table(name="incidents", title="Incidents", header=header, rows=rows)] if rows else []
 
 

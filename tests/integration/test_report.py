@@ -101,7 +101,7 @@ def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, 
     shutil.copytree(chain.runs / "smoke", other, ignore=shutil.ignore_patterns("checkpoints", "tb"))
     config = other / "semi" / "config.yaml"
     config.write_text(re.sub(r"(?m)^label_smoothing: .*$", "label_smoothing: 0.07", config.read_text()))
-    path = other / "semi" / "answers-teacher.npz"
+    path = other / "semi" / "predictions-teacher.npz"
     answers = Predictions.load(path)
     gained = (answers.labels == 9) & (answers.predicted != 9)
     assert gained.sum() > 0
@@ -117,7 +117,7 @@ def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, 
 def test_designs_are_paired_by_seed_and_only_where_they_were_asked_the_same(chain: Stages, tmp_path: Path) -> None:
     """Two seeds of two designs whose answers are alike seed by seed; then one whose answers are to other images."""
     smoke = chain.runs / "smoke"
-    answers = {s: Predictions.load(smoke / "semi" / "answers-teacher.npz") for s in (0, 1)}
+    answers = {s: Predictions.load(smoke / "semi" / "predictions-teacher.npz") for s in (0, 1)}
     answers[1] = Predictions(**{**vars(answers[1]), "predicted": (answers[1].predicted + 1) % 10})
 
     def experiment(name: str, seed: int, smoothing: float, moved: int = 0) -> Path:
@@ -126,8 +126,8 @@ def test_designs_are_paired_by_seed_and_only_where_they_were_asked_the_same(chai
         text = re.sub(r"(?m)^label_smoothing: .*$", f"label_smoothing: {smoothing}", config.read_text())
         config.write_text(re.sub(r"(?m)^  seed: .*$", f"  seed: {seed}", text))
         own = answers[seed]
-        own = Predictions(**{**vars(own), "positions": own.positions + moved})
-        own.save(tmp_path / name / "semi" / "answers-teacher.npz")
+        own = Predictions(**{**vars(own), "sample_indices": own.sample_indices + moved})
+        own.save(tmp_path / name / "semi" / "predictions-teacher.npz")
         return tmp_path / name
 
     first = [experiment("a0", 0, 0.1), experiment("a1", 1, 0.1)]

@@ -81,7 +81,7 @@ def test_a_plan_stands_beside_what_came(runs: Path) -> None:
 
 
 def test_incidents_and_what_has_not_ended_are_told(runs: Path) -> None:
-    (runs / "a" / "distill" / "incidents.jsonl").write_text('{"step": 7, "reason": "loss is nan", "position": 6}\n')
+    (runs / "a" / "distill" / "incidents.jsonl").write_text('{"step": 7, "reason": "loss is nan", "data_step": 6}\n')
     (runs / "a" / "distill" / "status.json").write_text('{"state": "interrupted", "step": 20}')
     (table,) = sections.incidents([read_result(runs / "a")])
     assert [row[1] for row in table.rows] == ["7", "20"]

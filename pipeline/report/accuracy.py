@@ -45,7 +45,7 @@ def tables(results: Sequence[Result], rows: Sequence[str]) -> list[Table]:
     groups = "; ".join(f"{name}: {_some(members)}" for name, members in first.get("groups", {}).items() if members)
     note = (
         f"{'Mean ± standard deviation over the experiments. ' if several else ''}Percent (nll in nats) on {first['samples']} "
-        f"{_judged_on(results)}, each counted once{low_high}. ece: expected calibration error. {groups}."
+        f"{_evaluated_on(results)}, each counted once{low_high}. ece: expected calibration error. {groups}."
     )
     accuracy = Table(
         name="accuracy",
@@ -99,8 +99,8 @@ def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> lis
     return drawn
 
 
-def _judged_on(results: Sequence[Result]) -> str:
-    found = [s.evaluation.get("judged_on") for s in results[0].stages.values() if s.evaluation]
+def _evaluated_on(results: Sequence[Result]) -> str:
+    found = [s.evaluation.get("evaluated_on") for s in results[0].stages.values() if s.evaluation]
     return next((words for words in found if words), "test images")
 
 
