@@ -10,7 +10,7 @@ python -m launchers report RUNS/EXPERIMENT... [--with FOLDER...]      what happe
 python -m launchers evaluate EXPORT DATA [...] [--nproc N]            python -m pipeline.evaluate in N processes
 python -m launchers efficiency CONFIG CONFIG... [key=value ...]       real stage-3 steps side by side
 python -m launchers inference MODEL... [--sizes 224 384]              throughput against resolution
-python -m launchers front                                             speed here against accuracy as reported
+python -m launchers pareto                                            measured speed against reported accuracy
 python -m launchers fields MODEL... --data DATA                       effective receptive fields
 
 `arm:key=value` overrides in that stage only; with --cluster, `cluster:key=value` in the cluster's preset. Config and parents
@@ -67,9 +67,9 @@ def main(arguments: list[str]) -> int:
     where.set_defaults(run=_status)
     reports.add_commands(commands)
     given, more = parser.parse_known_args(arguments)
-    # key=value may stand behind an option too, which argparse does not allow; `evaluate` passes everything on.
+    # key=value may stand behind an option too, which argparse does not allow; launchers/reports.py passes everything on.
     overrides = hasattr(given, "overrides") and all("=" in word and not word.startswith("-") for word in more)
-    if more and not overrides and given.command != "evaluate":
+    if more and not overrides and given.command not in reports.COMMANDS:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if overrides:
         given.overrides = [*given.overrides, *more]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluate.metrics import mean_loss
-from pipeline.evaluate.probes import features_of, probe
+from pipeline.evaluate.probes import evaluate_features, features_of
 from pipeline.models.arm import ARM, pixel_loss
 from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.report.pictures import write_grid
@@ -89,7 +89,7 @@ def probes(s: StageContext, arm: ARM, config: ArmConfig, step: int) -> dict[str,
         )
         for part in (learnt_from, s.parts.validation)
     )
-    return {f"val/{name}": accuracy for name, accuracy in probe(bank, queries, asked).items()}
+    return {f"val/{name}": accuracy for name, accuracy in evaluate_features(bank, queries, asked).items()}
 
 
 @torch.no_grad()

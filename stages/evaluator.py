@@ -10,7 +10,7 @@ from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import Split
 from pipeline.evaluate import metrics
 from pipeline.evaluate.open_set import with_outside
-from pipeline.evaluate.predictions import Predictions, ask
+from pipeline.evaluate.predictions import Predictions, predict
 from pipeline.streaming.loader import Batch, evaluation_batches
 from pipeline.streaming.transforms import eval_views
 from pipeline.train.distributed import World
@@ -49,7 +49,7 @@ class Evaluator:
         self, model: nn.Module, manifest: Manifest, sample_indices: np.ndarray, image_size: tuple[int, int]
     ) -> Predictions:
         """Of a classifier to samples of a manifest (collective), in fp32: what an export will say."""
-        return ask(model, self.evaluation(manifest, sample_indices, image_size), self.world.device)
+        return predict(model, self.evaluation(manifest, sample_indices, image_size), self.world.device)
 
     def groups(self) -> dict[str, np.ndarray]:
         """Head, medium and tail by the images that follow the split's tail; classes that it leaves out stand apart.

@@ -107,7 +107,7 @@ def lines(
     return paint
 
 
-def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel: str, ylabel: str) -> Paint:
+def pareto_front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel: str, ylabel: str) -> Paint:
     """Points (x, y), each by its name up to a colon; those `joined` lie on one line, the others stand beside it."""
 
     def paint(canvas: Any) -> None:
