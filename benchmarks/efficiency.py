@@ -87,7 +87,9 @@ def compare_configs(configs: Sequence[Path], overrides: Sequence[str], steps: in
         PipelineError: If a process fails.
     """
     if len(set(configs)) < 2:
-        raise ConfigError(f"efficiency compares configs of stage 3, but got {len(set(configs))}; give two or more configs")
+        raise ConfigError(
+            f"efficiency compares configs of stage 3, but got {len(set(configs))}; give two or more configs"
+        )
     if steps <= LEFT_OUT:
         raise ConfigError(f"--steps {steps}: the first {LEFT_OUT} are left out; give more")
     loaded = [load_config(SemiConfig, path, overrides) for path in configs]

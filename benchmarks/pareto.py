@@ -104,7 +104,10 @@ def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
         "pareto",
         "Speed here against accuracy as reported",
         pareto_front(
-            points, joined=list(EFFICIENTVIMS), xlabel="images per second, measured here", ylabel="top-1, percent, as reported"
+            points,
+            joined=list(EFFICIENTVIMS),
+            xlabel="images per second, measured here",
+            ylabel="top-1, percent, as reported",
         ),
         note="The line joins the EfficientViMs; letters are the rows of the table.",
         size=(7.6, 4.2),

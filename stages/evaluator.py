@@ -92,7 +92,7 @@ class Evaluator:
         else:
             test, evaluated_on, sample_indices = (
                 self.manifest,
-                "validation images, for want of a test set",
+                "validation images (there is no test set)",
                 self.parts.validation,
             )
         if not len(sample_indices):

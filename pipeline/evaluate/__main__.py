@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--train", type=Path, metavar="DATA", help="dataset of --split (default: DATA)")
     parser.add_argument("--split", type=Path, metavar="FILE", help="a split of --train")
-    parser.add_argument("--probe", action="store_true", help="add a linear probe and nearest neighbours on the features")
+    parser.add_argument(
+        "--probe", action="store_true", help="add a linear probe and nearest neighbours on the features"
+    )
     parser.add_argument(
         "--batch", type=int, help="images per process and step (default: the evaluation batch of the export's run)"
     )

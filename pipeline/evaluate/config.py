@@ -13,10 +13,12 @@ class ProbeConfig(Strict):
     """
 
     every: PositiveInt | None = Field(
-        None, description="optimizer steps between two probes, a multiple of loop.eval_every; null = at every evaluation"
+        None,
+        description="optimizer steps between two probes, a multiple of loop.eval_every; null = at every evaluation",
     )
     samples: PositiveInt = Field(
-        50_000, description="maximum number of labelled samples that the probes learn from, spread evenly over the subset"
+        50_000,
+        description="maximum number of labelled samples that the probes learn from, spread evenly over the subset",
     )
     neighbours: PositiveInt = Field(
         20, description="number of nearest neighbours that vote; fewer if there are fewer samples"

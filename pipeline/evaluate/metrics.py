@@ -70,7 +70,9 @@ def report(predictions: Predictions, groups: Groups, classes: tuple[str, ...]) -
     }
 
 
-def write_per_class(path: Path, predictions: Predictions, classes: tuple[str, ...], trained_on: tuple[int, ...]) -> None:
+def write_per_class(
+    path: Path, predictions: Predictions, classes: tuple[str, ...], trained_on: tuple[int, ...]
+) -> None:
     """Write a CSV with one line per class.
 
     Args:

@@ -99,7 +99,10 @@ def write_fields(
         pictures.append(for_display(field))
         titles.append(name)
         percent = 100 * sides[1] / view_size[0]
-        print(f"{name}: half of the field lies in {percent:.0f} % of the side ({time.monotonic() - began:.0f} s)", flush=True)
+        print(
+            f"{name}: half of the field lies in {percent:.0f} % of the side ({time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
     table = Table(
         name="fields",
         title="Effective receptive fields",
