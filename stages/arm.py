@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluate.metrics import mean_loss
-from pipeline.evaluate.probes import features_of, probe
+from pipeline.evaluate.probes import evaluate_features, features_of
 from pipeline.models.arm import ARM, pixel_loss
 from pipeline.report.pictures import write_grid
 from pipeline.report.tensorboard import Board
@@ -87,7 +87,7 @@ def probes(s: StageContext, arm: ARM, config: ArmConfig, step: int) -> dict[str,
         )
         for sample_indices in (learnt_from, s.subsets.validation)
     )
-    return {f"val/{name}": accuracy for name, accuracy in probe(bank, queries, asked).items()}
+    return {f"val/{name}": accuracy for name, accuracy in evaluate_features(bank, queries, asked).items()}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import Split
 from pipeline.evaluate import metrics
 from pipeline.evaluate.open_set import with_outside
-from pipeline.evaluate.predictions import Predictions, ask
+from pipeline.evaluate.predictions import Predictions, predict
 from pipeline.streaming.loader import Batch, evaluation_batches
 from pipeline.streaming.transforms import eval_views
 from pipeline.train.distributed import World
@@ -49,7 +49,7 @@ class Evaluator:
         self, model: nn.Module, manifest: Manifest, sample_indices: np.ndarray, image_size: tuple[int, int]
     ) -> Predictions:
         """Of a classifier to samples of a manifest (collective), in fp32: what an export will say."""
-        return ask(model, self.evaluation(manifest, sample_indices, image_size), self.world.device)
+        return predict(model, self.evaluation(manifest, sample_indices, image_size), self.world.device)
 
     def groups(self) -> dict[str, np.ndarray]:
         """Head, medium and tail by the images that follow the split's tail; classes that it leaves out stand apart.
@@ -87,12 +87,12 @@ class Evaluator:
         Returns the test set's top1 of each model, for the card.
         """
         if self.config.test is not None:
-            test, judged_on = read_manifest(self.config.test), "test images"
+            test, evaluated_on = read_manifest(self.config.test), "test images"
             sample_indices = np.arange(test.num_samples)
         else:
-            test, judged_on, sample_indices = (
+            test, evaluated_on, sample_indices = (
                 self.manifest,
-                "validation images, for want of a test set",
+                "validation images (there is no test set)",
                 self.subsets.validation,
             )
         if not len(sample_indices):
@@ -102,10 +102,10 @@ class Evaluator:
             answers = self.answers(model, test, sample_indices, image_size)
             results[name] = metrics.report(answers, self.groups(), test.classes)
             if self.world.is_main:
-                answers.save(self.run.folder / f"answers-{name}.npz")
+                answers.save(self.run.folder / f"predictions-{name}.npz")
         protocol = {
             "dataset": test.hash,
-            "judged_on": judged_on,
+            "evaluated_on": evaluated_on,
             "split": self.split.hash if self.split else None,
             "protocol": self.split.protocol if self.split else "all labelled",
         }
