@@ -27,21 +27,26 @@ NUM_PICTURES = 8
 
 
 class ArmTask(Task):
-    """Squared error of the predicted clusters against their standardised pixels."""
+    """Squared error of the predicted clusters against their standardised pixels.
+
+    Args:
+        arm: Makes the targets, which use no weights.
+    """
 
     names_classes = False
 
     def __init__(self, arm: ARM) -> None:
-        self.arm = arm  # for its targets, which use no weights
+        self.arm = arm
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
+        """Return the mean error over images and predicted clusters, and the error of each cluster."""
         errors = arm_loss(self.arm, model(batch["unlabelled"].images), batch["unlabelled"].images)
         clusters = {f"cluster_loss/{k:02d}": mean_of(error) for k, error in enumerate(errors.unbind(1), start=1)}
         return StepOutput(loss=errors.mean(), metrics=clusters)
 
 
 def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
-    """(B, K - 1): each image's loss on each predicted cluster."""
+    """Return each image's loss on each predicted cluster, (B, K - 1)."""
     return pixel_loss(predictions, arm.targets(images), arm.num_clusters - 1)
 
 

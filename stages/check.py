@@ -14,9 +14,9 @@ from pipeline.datasets.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError, PipelineError
 from pipeline.exports.card import CARD, Card
 from pipeline.models.config import FamilyConfig
-from pipeline.train.run import refuse_other_config
 from stages import SPECS, spec_of
 from stages.configs.base import StageConfig
+from stages.identity import refuse_other_run
 from stages.spec import ParentModel, Subsets
 
 Pending = Mapping[Path, StageConfig]  # folders of exports that earlier stages of a chain will write -> their configs
@@ -47,7 +47,7 @@ def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
         raise ConfigError(
             f"data.loader.virtual_readers {readers} must be a multiple of the {world_size} processes; change either"
         )
-    refuse_other_config(config.folder, config)
+    refuse_other_run(config)
     manifest, _, subsets = open_data(config)
     for name, stream in spec.streams(config, subsets).items():
         samples = len(stream.sample_indices)
@@ -156,12 +156,12 @@ def is_complete(config: StageConfig) -> bool:
     """Find out whether this very run has finished and its export is sound, and print the answer.
 
     Raises:
-        ConfigError: The run's folder belongs to a run with other values.
+        PipelineError: The folder belongs to another run (see `refuse_other_run`).
     """
     folder = config.folder
     if not (folder / "export" / CARD).is_file():
         return False
-    refuse_other_config(folder, config)
+    refuse_other_run(config)
     try:
         Card.read(folder / "export").verify(folder / "export")
     except HandoverError as error:

@@ -30,16 +30,18 @@ from pipeline.train.run import Run
 from pipeline.train.schedules import warmup_cosine
 from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
+from pipeline.train.training import Training
 from stages import spec_of
 from stages.check import check_parent, derive_batches, open_data
 from stages.configs.base import StageConfig
 from stages.evaluator import Evaluator
+from stages.identity import inputs_of
 from stages.visualize import show_attribution, show_views, spread
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Task)
-NUM_PROBE_IMAGES = 4
+NUM_FINGERPRINT_IMAGES = 4
 
 
 class StageContext:
@@ -180,6 +182,27 @@ class StageContext:
 
         `flops`: what a step computes per sample of the first stream, backward included.
         """
+        training, task = self.prepare(model, task_of, streams, image_size, flops)
+
+        def evaluate_and_show(step: int, board: Board) -> dict[str, float]:
+            row = evaluate(step, board)
+            self._show(task, streams, step, board, image_size)
+            return row
+
+        if self._replay:
+            raise Replayed(replay(training, self._replay))
+        fit(training, self.run, evaluate_and_show)
+        return task
+
+    def prepare(
+        self,
+        model: nn.Module,
+        task_of: Callable[[Engine], T],
+        streams: Mapping[str, Loader],
+        image_size: tuple[int, int],
+        flops: float,
+    ) -> tuple[Training, T]:
+        """Wrap the model in an engine and return all that `fit` or `replay` drives, with its Task."""
         c = self.config
         micro_batch, accumulation = derive_batches(c.loop.global_batch, self.world.size, c.engine.micro_batch)
         recorder = Recorder(c.loop.log_every)
@@ -190,46 +213,22 @@ class StageContext:
             model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation
         )
         task = task_of(self.engine)
-
-        def evaluate_and_show(step: int, board: Board) -> dict[str, float]:
-            row = evaluate(step, board)
-            self._show(task, streams, step, board, image_size)
-            return row
-
-        fingerprint = (
-            f"{self.manifest.hash} {self.split.hash if self.split else ''}"  # the config is checked by its values
-        )
-        lr_at = warmup_cosine(c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps - c.optim.cooldown_steps)
-        if self._replay:
-            raise Replayed(
-                replay(
-                    self._replay,
-                    task,
-                    self.engine,
-                    streams,
-                    steps=c.loop.steps,
-                    lr_at=lr_at,
-                    accumulation=accumulation,
-                    fingerprint=fingerprint,
-                    seed=c.run.seed,
-                )
-            )
-        fit(
-            task,
-            self.engine,
-            streams,
-            self.run,
+        training = Training(
+            task=task,
+            engine=self.engine,
+            streams=streams,
             loop=c.loop,
-            lr_at=lr_at,
+            lr_at=warmup_cosine(
+                c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps - c.optim.cooldown_steps
+            ),
             accumulation=accumulation,
-            fingerprint=fingerprint,
             seed=c.run.seed,
-            evaluate=evaluate_and_show,
+            inputs=inputs_of(c),
             recorder=recorder,
-            fingerprint_images=self._probe(image_size).to(self.world.device),
+            fingerprint_images=self._fingerprint_images(image_size).to(self.world.device),
             flops=flops * c.loop.global_batch,
         )
-        return task
+        return training, task
 
     def export(
         self,
@@ -283,7 +282,7 @@ class StageContext:
             labels = {
                 name: sample_indices for name, (_, sample_indices) in self._labels.items() if sample_indices is not None
             }
-            fingerprint_images = self._probe(model.image_size)
+            fingerprint_images = self._fingerprint_images(model.image_size)
             for name, others in (companions or {}).items():
                 folder = self.run.folder / f"export-{name}"
                 write_export(folder, card=card, weights=others, fingerprint_images=fingerprint_images, labels=labels)
@@ -315,6 +314,6 @@ class StageContext:
         view = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
         return spread(self.manifest, sample_indices, number, view).images.to(self.world.device)
 
-    def _probe(self, image_size: tuple[int, int]) -> Tensor:
+    def _fingerprint_images(self, image_size: tuple[int, int]) -> Tensor:
         sample_indices = self.subsets.validation if len(self.subsets.validation) else self.subsets.labelled
-        return self.pictures(sample_indices, NUM_PROBE_IMAGES, image_size).cpu()
+        return self.pictures(sample_indices, NUM_FINGERPRINT_IMAGES, image_size).cpu()

@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import FREE, Strict
 from pipeline.exports.card import Preprocessing
 from pipeline.streaming.config import LoaderConfig
 from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConfig
@@ -14,14 +14,17 @@ from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConf
 class DataConfig(Strict):
     """Which images a stage reads. `split` divides `train` into labelled, unlabelled and validation subsets."""
 
-    train: Path = Field(description="folder of shards with a manifest")
+    train: Path = Field(description="folder of shards with a manifest", json_schema_extra=FREE)
     split: Path | None = Field(
         None,
         description="split file that says which samples of data.train are labelled, unlabelled and for validation;"
         " null = all are labelled",
+        json_schema_extra=FREE,
     )
     test: Path | None = Field(
-        None, description="folder with a manifest; evaluated once, after the last step; null = none"
+        None,
+        description="folder with a manifest; evaluated once, after the last step; null = none",
+        json_schema_extra=FREE,
     )
     mean: tuple[float, float, float] = Field(
         (0.485, 0.456, 0.406), description="mean of red, green and blue that is subtracted from pixels in [0, 1]"
@@ -30,7 +33,9 @@ class DataConfig(Strict):
         (0.229, 0.224, 0.225), description="standard deviation of red, green and blue that pixels are divided by"
     )
     loader: LoaderConfig = Field(LoaderConfig(), description="order and speed of reading")
-    eval_batch: PositiveInt = Field(256, description="samples per process in one batch of an evaluation")
+    eval_batch: PositiveInt = Field(
+        256, description="samples per process in one batch of an evaluation", json_schema_extra=FREE
+    )
 
     @property
     def preprocessing(self) -> Preprocessing:

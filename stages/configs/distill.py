@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import FREE, Strict
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.exports.prefetch import missing_weights
 from pipeline.models.config import TIMM_PREFIX, FamilyConfig, ModelConfig, TimmConfig
@@ -17,11 +17,14 @@ from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Worklo
 class TeacherConfig(Strict):
     """A frozen network whose predictions the student also learns from: an export of ours, or a timm model."""
 
-    export: str | None = Field(None, description="an export's folder, or the name of a stage of the same experiment")
+    export: str | None = Field(
+        None, description="an export's folder, or the name of a stage of the same experiment", json_schema_extra=FREE
+    )
     timm: str | None = Field(None, description="name of a timm model, for example regnety_160.deit_in1k")
     weights: Path | None = Field(
         None,
         description="weights file of the timm model (safetensors or a plain state dict); nothing is downloaded",
+        json_schema_extra=FREE,
     )
     kind: Literal["hard", "soft"] = Field(
         "hard",
@@ -39,8 +42,11 @@ class TeacherConfig(Strict):
     cache: Path | None = Field(
         None,
         description="folder that keeps the teacher's predictions by view, so that a second run need not compute them",
+        json_schema_extra=FREE,
     )
-    cache_gb: float = Field(50.0, gt=0, description="largest size of teacher.cache in GB (10^9 bytes)")
+    cache_gb: float = Field(
+        50.0, gt=0, description="largest size of teacher.cache in GB (10^9 bytes)", json_schema_extra=FREE
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -74,7 +80,9 @@ class MixConfig(Strict):
 class WeightsConfig(Strict):
     """A file of released weights to start from. Nothing is downloaded."""
 
-    path: Path = Field(description="safetensors or a plain state dict, also inside the wrapper of a release")
+    path: Path = Field(
+        description="safetensors or a plain state dict, also inside the wrapper of a release", json_schema_extra=FREE
+    )
     saw_labels: bool = Field(
         True, description="false: pretrained without any label, for example as a masked autoencoder"
     )
@@ -87,7 +95,9 @@ class DistillConfig(StageConfig):
 
     model: ModelConfig = Field(description="the model to train; its number of classes comes from the data")
     init_from: str | None = Field(
-        None, description="export to start from: its folder, or the name of a stage of the same experiment; null = none"
+        None,
+        description="export to start from: its folder, or the name of a stage of the same experiment; null = none",
+        json_schema_extra=FREE,
     )
     weights: WeightsConfig | None = Field(None, description="file of weights from outside, in place of init_from")
     teacher: TeacherConfig | None = Field(None, description="the distillation teacher; null = none")

@@ -5,11 +5,11 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import FREE, Strict
 from pipeline.errors import ConfigError
-from pipeline.models.config import FamilyConfig, PseudoLabelRule, SSMixupConfig, VisionMambaConfig
+from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
+from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
 from pipeline.streaming.config import AugmentConfig
-from pipeline.train.config import LyapEMAConfig
 from stages.configs.base import StageConfig
 from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Workload
 
@@ -81,7 +81,8 @@ class SemiConfig(StageConfig):
     stage: ClassVar[str] = "semi"
 
     init_from: str = Field(
-        description="a classifier's export to start from: its folder, or the name of a stage of the same experiment"
+        description="a classifier's export to start from: its folder, or the name of a stage of the same experiment",
+        json_schema_extra=FREE,
     )
     ema: LyapEMAConfig = Field(LyapEMAConfig(), description="how the teacher follows the student")
     weak: AugmentConfig = Field(

@@ -9,9 +9,10 @@ import sys
 import torch
 
 from pipeline.models import build_model
+from pipeline.ssl.config import LyapEMAConfig
 from pipeline.ssl.lyapema import LyapEMA
 from pipeline.train import distributed
-from pipeline.train.config import EngineConfig, LyapEMAConfig, OptimConfig
+from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.engine import Engine
 
 MODEL = {"name": "vim_nano", "num_classes": 10}
