@@ -8,7 +8,6 @@ failure; 75 interrupted and saved, start again to continue; 130 a second Ctrl-C 
 """
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -52,7 +51,9 @@ def _run(arguments: list[str]) -> int:
         check(config, world_size=_world_size())
     level = logging.INFO if _rank() == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    importlib.import_module(spec.module).run(config)
+    from stages.drivers import train
+
+    train(config)
     return 0
 
 
@@ -73,12 +74,10 @@ def _replay(spec: StageSpec[Any], folder: Path, data_step: str) -> int:
     alone = ("zero_stage=0", f"micro_batch={micro_batch}", "offload_optimizer=false", "compile=false")
     config = load_config(spec.config, folder / "config.yaml", [f"engine.{value}" for value in alone])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    from pipeline.train.replay import Replay, Replayed
+    from pipeline.train.replay import Replay
+    from stages.drivers import replay
 
-    try:
-        importlib.import_module(spec.module).run(config, Replay(folder, int(data_step)))
-    except Replayed as found:
-        print(found)
+    print(replay(config, Replay(folder, int(data_step))))
     return 0
 
 

@@ -121,7 +121,7 @@ class StageSpec(ABC, Generic[C]):
 
     Attributes:
         config: The schema of its config files.
-        module: The module with `run(config, replay=None)`. It loads torch, so it is imported only to run.
+        module: The module with `prepare(s) -> Prepared` (`stages/drivers.py`). It loads torch, so it is imported only to run.
         produces: The kind of its export.
         number: Its place in the chain, from 1.
         names: The names of all stages, in order. A parent may be given as one of them.
