@@ -85,7 +85,11 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
 
 
 def probes(s: StageContext[ArmConfig], arm: ARM, step: int) -> dict[str, float]:
-    """val/linear and val/knn in percent, of what the decoder reads, at the steps that `probe.every` says and after the last."""
+    """Evaluate the features that the decoder reads, at the steps of `probe.every` and after the last step.
+
+    Returns:
+        val/linear (linear probe) and val/knn in percent; nothing at other steps.
+    """
     config, asked = s.config, s.config.probe
     if asked is None or not len(s.subsets.labelled) or (step % (asked.every or step) and step < config.loop.steps):
         return {}
@@ -104,7 +108,16 @@ def probes(s: StageContext[ArmConfig], arm: ARM, step: int) -> dict[str, float]:
 
 @torch.no_grad()
 def reconstructions(model: nn.Module, arm: ARM, images: Tensor) -> Tensor:
-    """(3, n, C, H, W): images, targets, and what the model predicts; the latter two standardised patch by patch."""
+    """Put images beside their targets and predictions, which are standardised patch by patch.
+
+    Args:
+        model: The network that computes.
+        arm: Makes and draws the targets.
+        images: (n, C, H, W).
+
+    Returns:
+        (3, n, C, H, W): images, targets, predictions.
+    """
     model.eval()
     predicted = model(images)
     model.train()

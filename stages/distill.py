@@ -149,7 +149,7 @@ def frozen_teacher(s: StageContext[DistillConfig], config: TeacherConfig, image_
 
 
 def with_kept_answers(s: StageContext[DistillConfig], config: TeacherConfig, teacher: nn.Module) -> KeptAnswers:
-    """The teacher with its answers in `teacher.cache`, under the hash of its weights and the precision it computes in."""
+    """Keep the teacher's predictions in `teacher.cache`, in a file for its weights and its precision."""
     assert config.cache is not None
     weights = sha256_of(config.weights) if config.weights else s.ancestry.card("teacher").weights_sha256
     path = config.cache / f"{weights[:16]}-{s.config.engine.precision}.sqlite"

@@ -51,7 +51,7 @@ def test_overrides_go_to_the_cluster_to_a_stage_or_to_all() -> None:
 
 
 def test_a_prefix_that_is_no_stage_is_refused() -> None:
-    with pytest.raises(ConfigError, match="before the colon stands a stage"):
+    with pytest.raises(ConfigError, match="'arn' before the colon is no stage; give one of arm, distill, semi"):
         read_steps("chain", "smoke", ["arn:loop.steps=9"])
 
 
