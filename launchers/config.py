@@ -61,7 +61,8 @@ class ClusterConfig(Strict):
     array_parallel: PositiveInt = Field(8, description="points of a sweep that run at the same time")
     shared: tuple[Path, ...] = Field(
         (),
-        description="folders that every node sees; run.root, data, parents and weights must lie below one of them; empty = not checked",
+        description="folders that every node sees; run.root, data, parents and weights must lie below one of them; empty ="
+        " not checked",
     )
     setup: tuple[str, ...] = Field(
         (), description="shell lines that run before the ranks, for example module load cuda"

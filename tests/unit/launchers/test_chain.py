@@ -144,7 +144,9 @@ def test_everything_a_rank_reads_must_lie_where_the_nodes_see_it(tmp_path: Path)
     for key, (override, named) in given.items():
         more = [] if key == "init_from" else ["init_from=null"]
         step = read_steps("distill", "configs/distill/smoke.yaml", [override, *more])[0]
-        with pytest.raises(ConfigError, match=rf"^{named} = {tmp_path}.* is not on a file system that the nodes share"):
+        with pytest.raises(
+            ConfigError, match=rf"^stage distill: {named} = {tmp_path}.* is not on a file system that the nodes share"
+        ):
             check_shared(step, cluster)
 
 
