@@ -13,7 +13,7 @@ from stages import SPECS
 from stages.check import check, is_complete
 from stages.configs.base import StageConfig
 
-CHAIN = "chain"
+CHAIN = "chain"  # in place of a stage's name: all stages
 
 
 class Step(NamedTuple):

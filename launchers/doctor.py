@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.exit_codes import ExitCode
 from stages import spec_of
 
-REQUIREMENTS = Path("requirements.txt")
+REQUIREMENTS, DISTRIBUTION = Path("requirements.txt"), "visionmamba-pipeline"
 MAX_SKEW_SECONDS = 5.0
 _SUM = """
 import sys, torch, torch.distributed as dist
@@ -81,24 +81,39 @@ def packages() -> Iterator[Finding]:
     """Check Python, the pinned packages and the C++ compiler."""
     yield Finding(
         f"Python {sys.version.split()[0]}",
-        "" if sys.version_info[:2] in ((3, 11), (3, 12)) else "3.11 or 3.12 is needed",
+        "" if (3, 11) <= sys.version_info[:2] <= (3, 13) else "install Python 3.11, 3.12 or 3.13",
     )
     wrong = []
-    pins = [line.split("==") for line in REQUIREMENTS.read_text().splitlines() if "==" in line]
-    for name, pin in pins:
+    pins = _pins()
+    for name, pin in pins.items():
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             found = "absent"
         if re.sub(r"\+.*", "", found) != pin:
             wrong.append(f"{name} {found} instead of {pin}")
-    yield Finding(f"{len(pins)} pinned packages", f"{', '.join(wrong)}; pip install -r {REQUIREMENTS}" if wrong else "")
+    remedy = (
+        f"pip install -r {REQUIREMENTS}" if REQUIREMENTS.exists() else f"pip install --force-reinstall {DISTRIBUTION}"
+    )
+    yield Finding(f"{len(pins)} pinned packages", f"{', '.join(wrong)}; {remedy}" if wrong else "")
     compiler = shutil.which("g++") or shutil.which("c++")
     yield Finding(
         "a C++ compiler",
         "" if compiler else "missing: apt-get install g++; without it the scan on a CPU is slow",
         needed=False,
     )
+
+
+def _pins() -> dict[str, str]:
+    """Read the pins of a checkout, or of the installed package."""
+    try:
+        lines = (
+            REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.exists() else metadata.requires(DISTRIBUTION) or []
+        )
+    except metadata.PackageNotFoundError:
+        lines = []
+    found = (line.partition("==") for line in lines if "==" in line and ";" not in line)
+    return {name.strip(): pin.strip() for name, _, pin in found if not name.startswith("#")}
 
 
 def devices() -> Iterator[Finding]:
