@@ -116,4 +116,4 @@ def test_a_teacher_may_give_targets_to_unlabelled_images(chain: Stages) -> None:
     command = chain.command("distill", "teacher.unlabelled_ratio=2", "data.split=null", config="smoke_efficientvim")
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert refused.returncode == 2
-    assert "teacher.unlabelled_ratio needs data.split" in refused.stderr
+    assert "teacher.unlabelled_ratio is 2, but without data.split no image is unlabelled" in refused.stderr
