@@ -50,11 +50,10 @@ def show(root: Path, experiments: Sequence[str]) -> int:
         {p.parent.parent.name for p in root.glob("*/*/status.json")} | {p.parent.name for p in root.glob("*/slurm")}
     )
     missing = [name for name in experiments if name not in known]
-    if missing or not known:
-        raise ConfigError(
-            f"there is no experiment {', '.join(missing) or 'at all'} in {root}; it has {', '.join(known) or 'none'}; give a"
-            " name, or the folder of the runs with --root"
-        )
+    if not known:
+        raise ConfigError(f"there is no experiment in {root}; start one, or name the folder of the runs with --root")
+    if missing:
+        raise ConfigError(f"there is no experiment {', '.join(missing)} in {root}; it has {', '.join(known)}")
     for name in experiments or known:
         for stage in SPECS:
             row = read_stage(root / name / stage)
