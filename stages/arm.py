@@ -1,9 +1,10 @@
 """Stage 1, ARM: autoregressive pretraining of a Vision Mamba on unlabelled images.
 
-Method: Ren et al., "Autoregressive Pretraining with Mamba in Vision": predict the pixels of each next cluster of patches
-from the clusters before it.
+Method: Ren et al., "Autoregressive Pretraining with Mamba in Vision": the model predicts the pixels of each cluster of
+patches from the clusters before it.
 Command: python -m stages arm configs/arm/demo.yaml
-Input: shards (only the probes, which report, read labels).  Output: a pretrainer's export, from which stage 2 takes the backbone.
+Input: shards; only the linear probe and k-NN, which report, read labels. Output: a pretrainer's export, whose backbone stage 2
+starts from.
 """
 
 from collections.abc import Mapping

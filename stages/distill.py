@@ -1,9 +1,9 @@
 """Stage 2, distil: supervised training of any model on the labelled split, with an optional distillation teacher.
 
-Method: fine-tuning as in ARM and Semi-ViT (layer decay, label smoothing, mixup, cutmix); distillation as in DeiT (hard) or
-Hinton et al. (soft), into heads of its own where the model has them; an average of the weights and MESA as in EfficientViM.
+Method: fine-tuning as in ARM and Semi-ViT (layer decay, label smoothing, mixup, CutMix). Distillation is that of DeiT (hard)
+or Hinton et al. (soft), into separate heads if the model has them. The average of the weights and MESA are EfficientViM's.
 Command: python -m stages distill configs/distill/demo.yaml
-Input: labelled shards; an export, a file of weights or nothing; a teacher or none.  Output: a classifier's export.
+Input: labelled shards; an export, a file of weights or nothing; a teacher or none. Output: a classifier's export.
 """
 
 import copy

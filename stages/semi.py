@@ -1,10 +1,10 @@
 """Stage 3, semi: semi-supervised fine-tuning with a teacher that LyapEMA moves (Semi-ViM).
 
-Method: Semi-ViM (ICCV 2025): the teacher labels weak views of unlabelled images, the student learns strong views of those
-it is confident of, beside the labelled ones; loss and views as in Semi-ViT, the teacher's rule as in `train/lyapema.py`,
-SSMixup as in `models/ssmixup.py`. Supervised training, FixMatch and Semi-ViT are configs of the same Task.
+Method: Semi-ViM (ICCV 2025). The teacher labels weak views of unlabelled images. The student learns the strong views of
+those with a confident label, beside the labelled images. Loss and views are those of Semi-ViT, the teacher's rule is in
+`pipeline/ssl/lyapema.py`. Supervised training, FixMatch and Semi-ViT are configs of the same Task.
 Command: python -m stages semi configs/semi/demo.yaml
-Input: labelled and unlabelled shards, a classifier's export.  Output: the teacher's (or student's) export.
+Input: labelled and unlabelled shards, and a classifier's export. Output: the export of the teacher (or the student).
 """
 
 import copy

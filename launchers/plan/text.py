@@ -19,10 +19,12 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
         print(f"\n== {s['stage']}: {s['steps']} steps, {s['samples']} samples{' = ' + epochs if epochs else ''}")
         print(
             f"   {s['world_size']} ranks x {s['accumulation']} micro-batches of {s['micro_batch']};"
-            f" {s['virtual_readers']} virtual readers over {s['shards']} shards; possible world sizes: {_some(s['worlds_possible'])}"
+            f" {s['virtual_readers']} virtual readers over {s['shards']} shards;"
+            f" possible world sizes: {_some(s['worlds_possible'])}"
         )
+        tflop = s["flops_per_step"] / 1e12
         print(
-            f"   {s['parameters'] / 1e6:.2f} M parameters, {s['images_per_step']} images and {s['flops_per_step'] / 1e12:.4g} TFLOP per step"
+            f"   {s['parameters'] / 1e6:.2f} M parameters, {s['images_per_step']} images and {tflop:.4g} TFLOP per step"
         )
         host = f" + {size(needs['host'])} on the host" if needs["host"] else ""
         print(f"   memory per rank, ZeRO {zero}: {size(needs['device'])}{_limit(plan['cluster'])}{host}:")
