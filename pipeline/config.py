@@ -136,6 +136,14 @@ def find_config(path: Path) -> Path:
     return next((found for folder in config_folders() if (found := folder / name).is_file()), path)
 
 
+def packaged_configs(group: str) -> list[Path]:
+    """List the config files of a stage (or `cluster`) in the first folder that has any, as `configs/STAGE/NAME.yaml`."""
+    for folder in config_folders():
+        if found := sorted((folder / group).glob("*.yaml")):
+            return [Path("configs", group, path.name) for path in found]
+    return []
+
+
 def read_values(path: Path) -> dict[str, Any]:
     """Read a config file as plain values, those of its `base:` file included.
 
@@ -169,8 +177,10 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        known = f"; there are {', '.join(str(p) for p in near)}" if near else ""
+        near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else packaged_configs(path.parent.name)
+        known = (
+            f"; there are {', '.join(str(p) for p in near)}" if near else "; `vmp configs` lists those of the package"
+        )
         raise ConfigError(f"config {path} does not exist{known}")
     try:
         text = path.read_text()

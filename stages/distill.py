@@ -1,9 +1,9 @@
 """Stage 2, distil: supervised training of any model on the labelled split, with an optional distillation teacher.
 
-Method: fine-tuning as in ARM and Semi-ViT (layer decay, label smoothing, mixup, cutmix); distillation as in DeiT (hard) or
-Hinton et al. (soft), into heads of its own where the model has them; an average of the weights and MESA as in EfficientViM.
+Method: fine-tuning as in ARM and Semi-ViT (layer decay, label smoothing, mixup, CutMix). Distillation is that of DeiT (hard)
+or Hinton et al. (soft), into separate heads if the model has them. The average of the weights and MESA are EfficientViM's.
 Command: python -m stages distill configs/distill/demo.yaml
-Input: labelled shards; an export, a file of weights or nothing; a teacher or none.  Output: a classifier's export.
+Input: labelled shards; an export, a file of weights or nothing; a teacher or none. Output: a classifier's export.
 """
 
 import copy
@@ -18,17 +18,17 @@ from pipeline.exports.weights import load_weights
 from pipeline.files import sha256_of
 from pipeline.models import build_from_config
 from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
-from pipeline.report.tensorboard import Board
 from pipeline.ssl.config import LyapEMAConfig
 from pipeline.ssl.teacher import Teacher
 from pipeline.streaming.loader import Batch
 from pipeline.streaming.mixup import mix_at_random
 from pipeline.streaming.transforms import train_views
 from pipeline.train.engine import Engine
-from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of
 from stages.configs.distill import DistillConfig, TeacherConfig
 from stages.context import StageContext
+from stages.drivers import Prepared
+from stages.handover import export
 
 FrozenTeacher = Callable[[Tensor], Tensor]
 
@@ -97,58 +97,60 @@ class DistillTask(Task):
         return {}
 
 
-def run(config: DistillConfig, replay: Replay | None = None) -> None:
-    """Train, evaluate and export; or take one step again for `replay`."""
-    with StageContext(config, replay) as s:
-        shape = s.model_config()
-        size, num_classes = shape.image_size, len(s.manifest.classes)
-        model = build_from_config(shape)
-        if config.init_from:
-            transfer(s.parent("init_from"), model, s.parent_folder("init_from"))
-        if config.weights:
-            load_weights(model, config.weights.path)
-            if config.weights.saw_labels:
-                s.saw_external_labels(config.weights.path.name)
-        average = copy.deepcopy(model) if config.average else None  # before the engine may cut the weights
-        built: dict[str, nn.Module] = {"student": model}
-        teacher: FrozenTeacher | None = None
-        if config.teacher:
-            built["teacher"] = network = frozen_teacher(s, config.teacher, size)
-            teacher = with_kept_answers(s, config.teacher, network) if config.teacher.cache else network
-        flops = s.flops(built, size)
-        if config.teacher and hasattr(model, "set_distilled_training"):
-            model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
-        views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
-        streams = s.loaders(dict.fromkeys(s.streams, views))
+def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
+    """Build the student, its average and its teacher, and say how they are evaluated and exported."""
+    config, shape = s.config, s.model_config()
+    size, num_classes = shape.image_size, len(s.manifest.classes)
+    model = build_from_config(shape)
+    if config.init_from:
+        transfer(s.ancestry.load("init_from"), model, s.ancestry.folder("init_from"))
+    if config.weights:
+        load_weights(model, config.weights.path)
+        if config.weights.saw_labels:
+            s.ancestry.saw_external_labels(config.weights.path.name)
+    average = copy.deepcopy(model) if config.average else None  # before the engine may shard the weights
+    built: dict[str, nn.Module] = {"student": model}
+    teacher: FrozenTeacher | None = None
+    if config.teacher:
+        built["teacher"] = network = frozen_teacher(s, config.teacher, size)
+        teacher = with_kept_answers(s, config.teacher, network) if config.teacher.cache else network
+    flops = s.flops(built, size)
+    if config.teacher and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
+    views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
 
-        def models() -> dict[str, nn.Module]:
-            return {"student": s.engine.module} | ({"average": average} if average is not None else {})
+    def models() -> dict[str, nn.Module]:
+        return {"student": s.engine.module} | ({"average": average} if average is not None else {})
 
-        def evaluate(step: int, board: Board) -> dict[str, float]:
-            return s.evaluator.validate(models(), size)
-
-        def task_of(engine: Engine) -> DistillTask:
-            return DistillTask(engine, config, num_classes, teacher, average)
-
-        task = s.train(model, task_of, streams, evaluate, size, flops)
+    def finish(task: DistillTask) -> None:
         measured = s.measured | s.evaluator.test(models(), size)
         weights = task.teacher.full_weights() if task.teacher else s.engine.full_weights()
-        s.export(weights, model=shape, uses_labels=True, measured=measured)
+        export(s, weights, model=shape, measured=measured)
+
+    return Prepared(
+        model=model,
+        make_task=lambda engine: DistillTask(engine, config, num_classes, teacher, average),
+        views=dict.fromkeys(s.streams, views),
+        image_size=size,
+        flops=flops,
+        evaluate=lambda step, board: s.evaluator.validate(models(), size),
+        finish=finish,
+    )
 
 
-def frozen_teacher(s: StageContext, config: TeacherConfig, image_size: tuple[int, int]) -> nn.Module:
-    """In eval mode, without gradients, on this rank's device; its labels count as seen."""
+def frozen_teacher(s: StageContext[DistillConfig], config: TeacherConfig, image_size: tuple[int, int]) -> nn.Module:
+    """Load the teacher, in eval mode and without gradients, on this rank's device. The labels that it saw count as seen."""
     if config.timm is not None and config.weights is not None:
         teacher: nn.Module = timm_teacher(config.timm, config.weights, len(s.manifest.classes), image_size)
-        s.saw_external_labels(config.timm)
+        s.ancestry.saw_external_labels(config.timm)
     else:
-        teacher = s.parent("teacher")
+        teacher = s.ancestry.load("teacher")
     return teacher.to(s.world.device).eval().requires_grad_(False)
 
 
-def with_kept_answers(s: StageContext, config: TeacherConfig, teacher: nn.Module) -> KeptAnswers:
-    """Wrap the teacher so that `teacher.cache` keeps its predictions, by the hash of its weights and its precision."""
+def with_kept_answers(s: StageContext[DistillConfig], config: TeacherConfig, teacher: nn.Module) -> KeptAnswers:
+    """Keep the teacher's predictions in `teacher.cache`, in a file for its weights and its precision."""
     assert config.cache is not None
-    weights = sha256_of(config.weights) if config.weights else s.parent_card("teacher").weights_sha256
+    weights = sha256_of(config.weights) if config.weights else s.ancestry.card("teacher").weights_sha256
     path = config.cache / f"{weights[:16]}-{s.config.engine.precision}.sqlite"
     return KeptAnswers(teacher, path, gigabytes=config.cache_gb)

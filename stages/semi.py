@@ -1,10 +1,11 @@
 """Stage 3, semi: semi-supervised fine-tuning with a teacher that LyapEMA moves (Semi-ViM).
 
-Method: Semi-ViM (ICCV 2025): the teacher labels weak views of unlabelled images, the student learns strong views of those
-it is confident of, beside the labelled ones; loss and views as in Semi-ViT, the teacher's rule as in `train/lyapema.py`,
-SSMixup as in `models/ssmixup.py`. Supervised training, FixMatch and Semi-ViT are configs of the same Task.
+Method: Semi-ViM (ICCV 2025). The teacher labels weak views of unlabelled images. The student learns the strong views of
+those with a confident label, beside the labelled images. Loss and views are those of Semi-ViT, the teacher's rule is in
+`pipeline/ssl/lyapema.py`, SSMixup in `pipeline/models/ssmixup.py`.
+Supervised training, FixMatch and Semi-ViT are configs of the same Task.
 Command: python -m stages semi configs/semi/demo.yaml
-Input: labelled and unlabelled shards, a classifier's export.  Output: the teacher's (or student's) export.
+Input: labelled and unlabelled shards, and a classifier's export. Output: the export of the teacher (or the student).
 """
 
 import copy
@@ -28,10 +29,11 @@ from pipeline.streaming.loader import Batch
 from pipeline.streaming.mixup import mix, mix_at_random, mix_by_confidence, pair_ratio
 from pipeline.streaming.transforms import pair_views, train_views
 from pipeline.train.engine import Engine
-from pipeline.train.replay import Replay
 from pipeline.train.task import Mean, StepOutput, Task, mean_of
 from stages.configs.semi import SemiConfig, exported_model
 from stages.context import StageContext
+from stages.drivers import Prepared
+from stages.handover import export
 
 
 class SemiTask(Task):
@@ -184,45 +186,56 @@ def _supervised_metrics(loss: Tensor, logits: Tensor, labelled: Batch) -> dict[s
     return {"train/supervised": mean_of(loss[None]), "train/top1": mean_of(100.0 * right)}
 
 
-def run(config: SemiConfig, replay: Replay | None = None) -> None:
-    """Fine-tune, evaluate and export; or take one step again for `replay`."""
-    with StageContext(config, replay) as s:
-        parent = s.parent("init_from")
-        shape = s.model_config()
-        size, data = shape.image_size, config.data
-        model = build_from_config(shape)
-        transfer(parent, model, s.parent_folder("init_from"))
-        teacher = copy.deepcopy(model)  # before the engine may cut the weights
-        weak, strong, views = (
-            train_views(size, a, mean=data.mean, std=data.std)
-            for a in (config.weak, config.strong, config.labelled or config.strong)
+def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
+    """Build student, teacher and labeller, and say how they are evaluated and exported."""
+    config, data = s.config, s.config.data
+    parent = s.ancestry.load("init_from")
+    shape = s.model_config()
+    size = shape.image_size
+    model = build_from_config(shape)
+    transfer(parent, model, s.ancestry.folder("init_from"))
+    teacher = copy.deepcopy(model)  # before the engine may shard the weights
+    weak, strong, views = (
+        train_views(size, a, mean=data.mean, std=data.std)
+        for a in (config.weak, config.strong, config.labelled or config.strong)
+    )
+    counts = np.bincount(s.manifest.labels[s.subsets.labelled], minlength=len(s.manifest.classes))
+    prior = torch.from_numpy(counts / counts.sum()).to(s.world.device)
+    labeller = PseudoLabeller(prior, config.pseudo)
+
+    def models() -> dict[str, nn.Module]:
+        return {"student": s.engine.module, "teacher": teacher}
+
+    def evaluate(step: int, board: Board) -> dict[str, float]:
+        row = s.evaluator.validate(models(), size)
+        if "unlabelled" not in s.streams or not config.watched_samples:
+            return row
+        labelling = models()[config.pseudo.labeller]
+        known = s.subsets.unlabelled
+        watched = known[np.linspace(0, len(known) - 1, min(config.watched_samples, len(known))).astype(int)]
+        batches = s.evaluator.evaluation(s.manifest, watched, size)
+        label = partial(labeller.label, watch=False)
+        counted = count_pseudo_labels(
+            lambda images: label(eval_logits(labelling, images)), batches, len(counts), s.world.device
         )
-        streams = s.loaders({"labelled": views, "unlabelled": pair_views(weak, strong)})
-        counts = np.bincount(s.manifest.labels[s.subsets.labelled], minlength=len(s.manifest.classes))
-        prior = torch.from_numpy(counts / counts.sum()).to(s.world.device)
-        labeller = PseudoLabeller(prior, config.pseudo)
+        board.class_counts("pseudo/classes", counted.accepted.sum(0), step)
+        return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
 
-        def evaluate(step: int, board: Board) -> dict[str, float]:
-            row = s.evaluator.validate({"student": s.engine.module, "teacher": teacher}, size)
-            if "unlabelled" not in streams or not config.watched_samples:
-                return row
-            who = teacher if config.pseudo.labeller == "teacher" else s.engine.module
-            known = s.subsets.unlabelled
-            watched = known[np.linspace(0, len(known) - 1, min(config.watched_samples, len(known))).astype(int)]
-            batches = s.evaluator.evaluation(s.manifest, watched, size)
-            label = partial(labeller.label, watch=False)
-            counted = count_pseudo_labels(
-                lambda images: label(eval_logits(who, images)), batches, len(counts), s.world.device
-            )
-            board.class_counts("pseudo/classes", counted.accepted.sum(0), step)
-            return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
-
-        flops = s.flops({"student": model}, size)
-        task = s.train(model, lambda e: SemiTask(e, teacher, labeller, config, prior), streams, evaluate, size, flops)
-        measured = s.measured | s.evaluator.test({"student": s.engine.module, "teacher": teacher}, size)
-        lasting = exported_model(shape)
-        kept = build_from_config(lasting).state_dict()
+    def finish(task: SemiTask) -> None:
+        measured = s.measured | s.evaluator.test(models(), size)
+        exported = exported_model(shape)
+        kept = build_from_config(exported).state_dict()
         weights = {"student": s.engine.full_weights(), "teacher": task.teacher.full_weights()}
         weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in weights.items()}
         chosen = weights.pop(config.export)
-        s.export(chosen, model=lasting, uses_labels=True, measured=measured, companions=weights)
+        export(s, chosen, model=exported, measured=measured, companions=weights)
+
+    return Prepared(
+        model=model,
+        make_task=lambda engine: SemiTask(engine, teacher, labeller, config, prior),
+        views={"labelled": views, "unlabelled": pair_views(weak, strong)},
+        image_size=size,
+        flops=s.flops({"student": model}, size),
+        evaluate=evaluate,
+        finish=finish,
+    )

@@ -121,7 +121,7 @@ class StageSpec(ABC, Generic[C]):
 
     Attributes:
         config: The schema of its config files.
-        module: The module with `run(config, replay=None)`. It loads torch, so it is imported only to run.
+        module: The module with `prepare(s) -> Prepared` (`stages/drivers.py`). It loads torch, so it is imported only to run.
         produces: The kind of its export.
         number: Its place in the chain, from 1.
         names: The names of all stages, in order. A parent may be given as one of them.
@@ -138,6 +138,11 @@ class StageSpec(ABC, Generic[C]):
     def name(self) -> str:
         """The stage's name, as in `python -m stages NAME` and in the run's folder."""
         return self.config.stage
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the chain ends with this stage."""
+        return self.name == self.names[-1]
 
     @abstractmethod
     def streams(self, config: C, subsets: Subsets) -> dict[str, Stream]:

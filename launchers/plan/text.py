@@ -19,11 +19,15 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
         print(f"\n== {s['stage']}: {s['steps']} steps, {s['samples']} samples{' = ' + epochs if epochs else ''}")
         print(
             f"   {s['world_size']} ranks x {s['accumulation']} micro-batches of {s['micro_batch']};"
-            f" {s['virtual_readers']} virtual_readers over {s['shards']} shards; possible worlds: {_some(s['worlds_possible'])}"
+            f" {s['virtual_readers']} virtual readers over {s['shards']} shards;"
+            f" possible world sizes: {_some(s['worlds_possible'])}"
         )
-        print(f"   {s['parameters'] / 1e6:.2f} M parameters, {s['flops_per_step'] / 1e12:.4g} TFLOP a step")
-        host = f" + {size(needs['host'])} of the host" if needs["host"] else ""
-        print(f"   memory a rank, ZeRO {zero}: {size(needs['device'])}{_limit(plan['cluster'])}{host}:")
+        tflop = s["flops_per_step"] / 1e12
+        print(
+            f"   {s['parameters'] / 1e6:.2f} M parameters, {s['images_per_step']} images and {tflop:.4g} TFLOP per step"
+        )
+        host = f" + {size(needs['host'])} on the host" if needs["host"] else ""
+        print(f"   memory per rank, ZeRO {zero}: {size(needs['device'])}{_limit(plan['cluster'])}{host}:")
         names = (
             "parameters",
             "gradients",
@@ -42,8 +46,8 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
             f"   checkpoint {size(s['checkpoint_bytes'])}, {s['checkpoints_written']} written; on disk {size(s['disk_bytes'])}"
         )
         print(
-            f"   {s['step_seconds']:.3g} s a step, {s['hours']:.3g} hours, {s['device_hours']:.3g} device-hours,"
-            f" {size(s['sent_bytes_per_step'])} sent a rank and step; {_starts(s, plan['cluster'])}"
+            f"   {s['step_seconds']:.3g} s per step, {s['hours']:.3g} hours, {s['device_hours']:.3g} device-hours,"
+            f" {size(s['sent_bytes_per_step'])} sent per rank and step; {_starts(s, plan['cluster'])}"
         )
         print("   scaling (ranks: images/s, efficiency): " + "  ".join(map(_point, s["scaling"])))
         for how, command in s["commands"].items():
@@ -74,7 +78,9 @@ def _starts(stage: Mapping[str, Any], cluster: Mapping[str, Any]) -> str:
         if stage["starts"] - 1 <= cluster["max_requeues"]
         else f"  ! more than max_requeues {cluster['max_requeues']}"
     )
-    return f"{stage['starts']} starts of {cluster['time']} ({stage['starts'] - 1} requeues){enough}"
+    number = stage["starts"]
+    words = "1 start" if number == 1 else f"{number} starts"
+    return f"{words} of {cluster['time']} ({number - 1} requeues){enough}"
 
 
 def _point(scale: Mapping[str, Any]) -> str:

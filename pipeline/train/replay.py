@@ -34,10 +34,6 @@ class Replay(NamedTuple):
     data_step: int
 
 
-class Replayed(Exception):
-    """The stage ends here; the message says what was found."""
-
-
 def replay(training: Training, asked: Replay) -> str:
     """Take one step of a run again, from the newest sound checkpoint before it, or from the start.
 

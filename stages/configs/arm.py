@@ -4,7 +4,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
-from typing_extensions import override
 
 from pipeline.evaluate.config import ProbeConfig
 from pipeline.models.config import (
@@ -71,15 +70,15 @@ class ArmSpec(StageSpec[ArmConfig]):
     module = "stages.arm"
     produces = "pretrainer"
 
-    @override
     def streams(self, config: ArmConfig, subsets: Subsets) -> dict[str, Stream]:
+        """All training images, labelled or not, without their labels."""
         everything = np.sort(np.concatenate([subsets.labelled, subsets.unlabelled]))
         return {"unlabelled": Stream(everything, config.loop.global_batch, hide_labels=True)}
 
-    @override
     def model_config(self, config: ArmConfig, num_classes: int, parent: ParentModel) -> FamilyConfig:
+        """The backbone of the config."""
         return config.model
 
-    @override
     def workload(self, config: ArmConfig, num_classes: int, parent: ParentModel) -> Workload:
+        """The backbone with its decoder."""
         return Workload((Network("student", "trained", config.model, config.decoder, trained_images=1),))

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
-from typing_extensions import override
 
 from pipeline.config import FREE, Strict
 from pipeline.errors import ConfigError, HandoverError
@@ -141,8 +140,8 @@ class DistillConfig(StageConfig):
             raise ValueError("init_from and weights are both given, but a model starts from one place; remove one")
         return self
 
-    @override
     def claimed_labels(self) -> bool:
+        """Whether the result may only have seen the labels of `data.split`."""
         return not self.allow_more_labels
 
 
@@ -153,20 +152,20 @@ class DistillSpec(StageSpec[DistillConfig]):
     module = "stages.distill"
     produces = "classifier"
 
-    @override
     def streams(self, config: DistillConfig, subsets: Subsets) -> dict[str, Stream]:
+        """The labelled images; and unlabelled ones, if `teacher.unlabelled_ratio` asks for them."""
         batch = config.loop.global_batch
         streams = {"labelled": Stream(subsets.labelled, batch)}
         if ratio := _unlabelled_ratio(config):
             streams["unlabelled"] = Stream(subsets.unlabelled, ratio * batch, hide_labels=True)
         return streams
 
-    @override
     def model_config(self, config: DistillConfig, num_classes: int, parent: ParentModel) -> FamilyConfig:
+        """The config's model, with the data's number of classes."""
         return config.model.model_copy(update={"num_classes": num_classes})
 
-    @override
     def workload(self, config: DistillConfig, num_classes: int, parent: ParentModel) -> Workload:
+        """The student, its average and the frozen teacher, as far as the config has them."""
         model, images = self.model_config(config, num_classes, parent), 1 + _unlabelled_ratio(config)
         networks = [Network("student", "trained", model, trained_images=images)]
         if config.average:
@@ -182,24 +181,24 @@ class DistillSpec(StageSpec[DistillConfig]):
             networks.append(Network("teacher", "frozen", teacher, inferred_images=images))
         return Workload(tuple(networks))
 
-    @override
     def references(self, config: DistillConfig) -> dict[str, str]:
+        """The export to start from and the teacher, if they are exports."""
         given = {"init_from": config.init_from, "teacher.export": config.teacher.export if config.teacher else None}
         return {key: reference for key, reference in given.items() if reference}
 
-    @override
     def foreign_files(self, config: DistillConfig) -> dict[str, Path]:
+        """The weights to start from and those of a timm teacher."""
         files = {"weights.path": config.weights.path} if config.weights else {}
         if config.teacher and config.teacher.weights:
             files["teacher.weights"] = config.teacher.weights
         return files
 
-    @override
     def other_paths(self, config: DistillConfig) -> dict[str, Path]:
+        """The cache of the teacher's predictions."""
         return {"teacher.cache": config.teacher.cache} if config.teacher and config.teacher.cache else {}
 
-    @override
     def check_data(self, config: DistillConfig, num_classes: int) -> None:
+        """Refuse another number of classes, missing files of weights, and labels that the result may not have seen."""
         if "num_classes" in config.model.model_fields_set and config.model.num_classes != num_classes:
             raise ConfigError(
                 f"model.num_classes is {config.model.num_classes}, but {config.data.train} has {num_classes} classes;"
@@ -217,8 +216,8 @@ class DistillSpec(StageSpec[DistillConfig]):
                     " set allow_more_labels=true to accept it and mark the result"
                 )
 
-    @override
     def check_parent(self, config: DistillConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
+        """Refuse a teacher that is no classifier or sees other images, and a start from another model."""
         if role == "teacher":
             self.need_classifier(role, folder, kind)
         there, here = model.model_dump(), config.model.model_dump()

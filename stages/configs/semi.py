@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from typing_extensions import override
 
 from pipeline.config import FREE, Strict
 from pipeline.errors import ConfigError
@@ -158,8 +157,8 @@ class SemiConfig(StageConfig):
         self.refuse_lone_images("mixing unlabelled images", self.unlabelled_ratio if paired else 0)
         return self
 
-    @override
     def claimed_labels(self) -> bool:
+        """Whether the result may only have seen the labels of `data.split`."""
         return not self.allow_more_labels
 
 
@@ -170,16 +169,16 @@ class SemiSpec(StageSpec[SemiConfig]):
     module = "stages.semi"
     produces = "classifier"
 
-    @override
     def streams(self, config: SemiConfig, subsets: Subsets) -> dict[str, Stream]:
+        """The labelled images; and unlabelled ones, unless their loss has no weight."""
         batch = config.loop.global_batch
         streams = {"labelled": Stream(subsets.labelled, batch)}
         if ratio := config.unlabelled_per_labelled:
             streams["unlabelled"] = Stream(subsets.unlabelled, ratio * batch, hide_labels=True)
         return streams
 
-    @override
     def model_config(self, config: SemiConfig, num_classes: int, parent: ParentModel) -> FamilyConfig:
+        """The parent's model, with this stage's drop path and SSMixup."""
         model = parent("init_from")
         values = model.model_dump()
         if config.drop_path is not None:
@@ -188,8 +187,8 @@ class SemiSpec(StageSpec[SemiConfig]):
             values["ssmixup"] = config.ssmixup.model_dump(include=set(SSMixupConfig.model_fields))
         return type(model).model_validate(values)
 
-    @override
     def workload(self, config: SemiConfig, num_classes: int, parent: ParentModel) -> Workload:
+        """The student, and the teacher that averages it. One of them labels the unlabelled images."""
         model, ratio = self.model_config(config, num_classes, parent), config.unlabelled_per_labelled
         labels = {config.pseudo.labeller: ratio}
         student = Network(
@@ -197,12 +196,12 @@ class SemiSpec(StageSpec[SemiConfig]):
         )
         return Workload((student, Network("teacher", "averaged", model, inferred_images=labels.get("teacher", 0))))
 
-    @override
     def references(self, config: SemiConfig) -> dict[str, str]:
+        """The classifier to start from."""
         return {"init_from": config.init_from}
 
-    @override
     def check_parent(self, config: SemiConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
+        """Refuse a pretrainer, and SSMixup for a model without opposite directions."""
         self.need_classifier(role, folder, kind)
         if config.ssmixup and (not isinstance(model, VisionMambaConfig) or model.directions == 1):
             raise ConfigError(

@@ -79,7 +79,7 @@ class TestParents:
     def test_a_pretrainer_cannot_feed_stage_3(self, chain: Stages) -> None:
         done = chain.run("semi", "run.experiment=skipped", f"init_from={chain.runs / 'smoke/arm/export'}")
         assert done.returncode == 4
-        assert "a classifier is needed" in done.stderr
+        assert "stage semi needs a classifier as its init_from" in done.stderr
 
     def test_another_shape_is_refused(self, chain: Stages) -> None:
         done = chain.run(

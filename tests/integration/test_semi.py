@@ -41,7 +41,7 @@ def test_ssmixup_is_refused_where_there_are_no_two_directions(chain: Stages, eff
     done = chain.run("semi", f"init_from={efficientvim}", "run.experiment=refused", "ssmixup={}")
     assert done.returncode == 2
     assert "efficientvim_nano" in done.stderr
-    assert "leave ssmixup out" in done.stderr
+    assert "set ssmixup=null" in done.stderr
 
 
 def test_ssmixup_and_running_means_survive_a_kill_and_leave_no_trace_in_the_export(chain: Stages) -> None:

@@ -1,5 +1,6 @@
 """What the stages say of themselves: streams, networks, paths. Everything that checks and plans reads it."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pipeline.errors import ConfigError
 from stages import SPECS, spec_of
 from stages.check import check
 from stages.spec import Subsets
+from tests.conftest import ROOT
 
 TEACHER = "teacher={timm: resnet18, weights: w.pt, unlabelled_ratio: %d}"
 
@@ -126,3 +128,15 @@ def test_paths_are_named_by_their_keys(tmp_path: Path) -> None:
     assert found["init_from"] == tmp_path / "smoke/arm/export"
     given = step_of("init_from=null", f"teacher={{export: {tmp_path}}}").config
     assert spec_of(given).paths(given)["teacher.export"] == spec_of(given).parents(given)["teacher"] == tmp_path
+
+
+@pytest.mark.parametrize("top", ["launchers", "pipeline", "benchmarks", "studies"])
+def test_nobody_asks_which_stage_a_config_belongs_to(top: str) -> None:
+    """The spec says it; a new stage then needs no other file."""
+    asking = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / top).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"isinstance\((self\.|step\.)?config,|getattr\((self\.|step\.)?config, [\"']", line)
+    ]
+    assert asking == []

@@ -51,7 +51,7 @@ def test_overrides_go_to_the_cluster_to_a_stage_or_to_all() -> None:
 
 
 def test_a_prefix_that_is_no_stage_is_refused() -> None:
-    with pytest.raises(ConfigError, match="before the colon stands a stage"):
+    with pytest.raises(ConfigError, match="'arn' before the colon is no stage; give one of arm, distill, semi"):
         read_steps("chain", "smoke", ["arn:loop.steps=9"])
 
 
@@ -104,11 +104,11 @@ class TestBeforeAnythingIsSubmitted:
         with pytest.raises(HandoverError, match=r"has model.embed_dim = 32, this config 48"):
             open_steps(read_steps("chain", "smoke", [*data, "distill:model.embed_dim=48"]), 2)
 
-    def test_lanes_are_a_multiple_of_the_ranks(self, data: list[str]) -> None:
+    def test_virtual_readers_are_a_multiple_of_the_ranks(self, data: list[str]) -> None:
         with pytest.raises(ConfigError, match="virtual_readers 4 must be a multiple of the 8 processes"):
             open_steps(read_steps("chain", "smoke", data), 8)
 
-    def test_more_lanes_than_samples_are_refused(self, data: list[str]) -> None:
+    def test_more_virtual_readers_than_samples_are_refused(self, data: list[str]) -> None:
         more = ["distill:data.loader.virtual_readers=64", "distill:loop.global_batch=64"]
         with pytest.raises(ConfigError, match="virtual_readers is 64, but there are only 51 labelled samples"):
             open_steps(read_steps("chain", "smoke", [*data, *more]), 2)
@@ -144,7 +144,9 @@ def test_everything_a_rank_reads_must_lie_where_the_nodes_see_it(tmp_path: Path)
     for key, (override, named) in given.items():
         more = [] if key == "init_from" else ["init_from=null"]
         step = read_steps("distill", "configs/distill/smoke.yaml", [override, *more])[0]
-        with pytest.raises(ConfigError, match=rf"^{named} = {tmp_path}.* is not on a file system that the nodes share"):
+        with pytest.raises(
+            ConfigError, match=rf"^stage distill: {named} = {tmp_path}.* is not on a file system that the nodes share"
+        ):
             check_shared(step, cluster)
 
 

@@ -96,7 +96,7 @@ def test_the_predicted_checkpoint_has_names_too() -> None:
 
 
 def test_activations_grow_in_proportion_to_the_batch() -> None:
-    """The probe of one and two images tells five, to a tenth: the kernels keep carries in blocks."""
+    """Batches of one and two images predict a batch of five within 10 %: the kernels keep carries in blocks."""
     code = """
 from launchers.plan.profile import activation_bytes
 from pipeline.models import build_model

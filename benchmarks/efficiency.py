@@ -1,27 +1,28 @@
-"""What it costs, and what it sees: measured side by side, kept as sections that a report takes in.
+"""Time real stage-3 steps of several configs (the supplement's Table 5): time per epoch, FLOPs, peak memory.
 
-`efficiency`  real stage-3 steps of two configs (the supplement's Table 5): time per epoch, FLOPs, peak memory.
-`fields`      effective receptive fields of models by name (EfficientViM's Figure C).
+python -m benchmarks.efficiency CONFIG CONFIG... [key=value ...] [--steps N]
+
+The command writes a table into a folder that `python -m pipeline.report ... --with FOLDER` takes in.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from pipeline.cli import guarded
 from pipeline.config import load_config
 from pipeline.datasets.manifest import read_manifest
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.models import build_model
-from pipeline.report.extras import Section, write_section
-from pipeline.report.figures import draw, picture_grid
+from pipeline.jsonl import read_rows
+from pipeline.report.extras import Section, show_section, write_section
 from pipeline.report.tables import Table
 from stages import spec_of
 from stages.check import check
@@ -32,18 +33,64 @@ LEFT_OUT = 5  # first steps of a process
 
 
 class Turn(NamedTuple):
-    """One process of one config."""
+    """Costs of one process that trains one config.
 
-    step_seconds: float  # median
+    Attributes:
+        step_seconds: Median time of a step.
+        images_per_second: Median throughput.
+        tflop_per_step: Median TFLOPs of a step.
+        peak_gib: Largest memory, on a GPU as allocated, on a CPU of the whole process.
+    """
+
+    step_seconds: float
     images_per_second: float
     tflop_per_step: float
     peak_gib: float
 
 
-def efficiency(configs: Sequence[Path], overrides: Sequence[str], steps: int, out: Path) -> Path:
-    """Each config's stage 3, started from its parent for `steps` steps, in turns; every step is logged, none is evaluated."""
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.efficiency",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="+", metavar="CONFIG | key=value")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each process")
+    parser.add_argument("--out", type=Path, default=Path("runs/efficiency"))
+    given = parser.parse_args(arguments)
+    overrides = [word for word in given.words if "=" in word]
+    configs = [Path(word) for word in given.words if "=" not in word]
+    print(show_section(compare_configs(configs, overrides, given.steps, given.out)))
+    return 0
+
+
+def compare_configs(configs: Sequence[Path], overrides: Sequence[str], steps: int, out: Path) -> Path:
+    """Train each config's stage 3 from its parent in turns, and write the costs as a section.
+
+    Every step is logged and none is evaluated.
+
+    Args:
+        configs: Two or more configs of stage 3.
+        overrides: `key=value`, for all of them.
+        steps: Steps of each process, more than `LEFT_OUT`.
+        out: The section's folder.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: If there are too few configs or steps.
+        PipelineError: If a process fails.
+    """
     if len(set(configs)) < 2:
-        raise ConfigError("efficiency compares: give two or more configs of stage 3")
+        raise ConfigError(
+            f"efficiency compares configs of stage 3, but got {len(set(configs))}; give two or more configs"
+        )
     if steps <= LEFT_OUT:
         raise ConfigError(f"--steps {steps}: the first {LEFT_OUT} are left out; give more")
     loaded = [load_config(SemiConfig, path, overrides) for path in configs]
@@ -64,9 +111,9 @@ def efficiency(configs: Sequence[Path], overrides: Sequence[str], steps: int, ou
         title="A semi-supervised step, side by side",
         header=["config", "model", "ms/step", "images/s", "epoch", "TFLOPs/step", "GFLOPs/image", "peak GiB"],
         rows=rows,
-        note=f"Medians of {ROUNDS} turns of {steps} steps of one process each, the first {LEFT_OUT} left out. An epoch is one "
-        "pass over the unlabelled images. FLOPs (2 a multiply-add) of student and teacher, backward included. "
-        "Peak: what the process held at most, or on a GPU what was allocated.",
+        note=f"Medians of {ROUNDS} turns of {steps} steps, one process each, without the first {LEFT_OUT} steps. An epoch is "
+        "one pass over the unlabelled images. FLOPs count 2 for a multiply-add, and include student, teacher and the backward "
+        "pass. Peak is the largest memory of the process, or on a GPU the largest allocated.",
     )
     return write_section(out, Section("Efficiency of training", [table], []))
 
@@ -90,12 +137,11 @@ def _turn(path: Path, overrides: Sequence[str], folder: Path) -> Turn:
         raise PipelineError(
             f"{path} did not run: {said.strip().splitlines()[-1] if said.strip() else process.returncode}"
         )
-    lines_ = (folder / "turn" / "semi" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines_) if "perf/step_seconds" in row][LEFT_OUT:]
-    seconds = median(row["perf/step_seconds"] for row in rows)
-    on_gpu = json.loads((folder / "turn" / "semi" / "environment.json").read_text()).get("gpus")
+    run = folder / "turn" / "semi"
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "perf/step_seconds" in row][LEFT_OUT:]
+    on_gpu = json.loads((run / "environment.json").read_text()).get("gpus")
     return Turn(
-        step_seconds=seconds,
+        step_seconds=median(row["perf/step_seconds"] for row in rows),
         images_per_second=median(row["perf/images_per_second"] for row in rows),
         tflop_per_step=median(row["perf/tflops"] * row["perf/step_seconds"] for row in rows),
         peak_gib=max(row["perf/memory_gib"] for row in rows) if on_gpu else usage.ru_maxrss / 2**20,
@@ -126,61 +172,10 @@ def _row(name: str, config: SemiConfig, turns: Sequence[Turn]) -> list[str]:
 
 def _ratio(name: str, first: Sequence[Turn], other: Sequence[Turn]) -> list[str]:
     a, b = _median(first), _median(other)
-    time_, flops = b.step_seconds / a.step_seconds, b.tflop_per_step / a.tflop_per_step
-    cells = [time_, b.images_per_second / a.images_per_second, None, flops, None, b.peak_gib / a.peak_gib]
+    seconds, flops = b.step_seconds / a.step_seconds, b.tflop_per_step / a.tflop_per_step
+    cells = [seconds, b.images_per_second / a.images_per_second, None, flops, None, b.peak_gib / a.peak_gib]
     return [name, "", *("" if c is None else f"{c:.2f} ×" for c in cells)]
 
 
-def fields(names: Sequence[str], data: Path, size: int, images: int, weights: dict[str, Path], out: Path) -> Path:
-    """Receptive fields over images of a dataset; `weights`: name -> an export to look at instead of a fresh model."""
-    import numpy as np
-    import torch
-
-    from pipeline.evaluate.receptive_field import for_display, receptive_field, side_of_share
-    from pipeline.exports.export import load_export
-    from pipeline.streaming.loader import evaluation_batches
-    from pipeline.streaming.transforms import eval_views
-
-    if images < 1:
-        raise ConfigError(f"--images {images}: at least one is needed")
-    manifest = read_manifest(data)
-    chosen = np.unique(np.linspace(0, manifest.num_samples - 1, images).astype(int))
-    rows: list[list[str]] = []
-    pictures: list[Any] = []
-    titles: list[str] = []
-    for name in [*names, *weights]:
-        began = time.monotonic()
-        torch.manual_seed(0)
-        if name in weights:
-            model, card = load_export(weights[name])
-            view_size, mean, std = card.model.image_size, card.preprocessing.mean, card.preprocessing.std
-        else:
-            model = build_model(name, image_size=size)
-            view_size, mean, std = (size, size), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        model.requires_grad_(False)
-        views = eval_views(view_size, mean=mean, std=std)
-        batches = evaluation_batches(manifest, chosen, batch_size=4, rank=0, world_size=1, views=views)
-        field = receptive_field(model, (b.images[b.indices >= 0] for b in batches))
-        sides = [side_of_share(field, share) for share in (0.2, 0.5, 0.95)]
-        rows.append([name, "export" if name in weights else "fresh", str(view_size[0]), *map(str, sides)])
-        pictures.append(for_display(field))
-        titles.append(name)
-        print(
-            f"{name}: {100 * sides[1] / view_size[0]:.0f} % of the side holds half ({time.monotonic() - began:.0f} s)",
-            flush=True,
-        )
-    table = Table(
-        name="fields",
-        title="Effective receptive fields",
-        header=["model", "weights", "pixels", "20 % in", "50 % in", "95 % in"],
-        rows=rows,
-        note="Sides, in pixels, of the smallest centred squares that hold a share of the field. Fresh weights show the "
-        "architecture only.",
-    )
-    note = (
-        f"Of the central pixel of the last map, mean over {len(chosen)} images; (gradient / largest) to the power 0.2."
-    )
-    size_ = (7.6, 7.6 / max(2, len(pictures)) + 0.2)
-    figure = draw(out / "figures", "fields", "Effective receptive fields", picture_grid([pictures], [""], [titles]),
-                  note=note, size=size_, wide=True)  # fmt: skip
-    return write_section(out, Section("Receptive fields", [table], [figure]))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
