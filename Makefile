@@ -79,14 +79,14 @@ study: $(STAMP)  ## stage 3 on two bundled datasets: what helps, STUDY_SEEDS="0 
 tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
-.PHONY: chain report evaluate efficiency inference front fields
+.PHONY: chain report evaluate efficiency inference pareto fields
 chain: $(STAMP)  ## a plan, the three stages of configs/STAGE/NAME.yaml, the report of their experiment: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
 	@$(PY) -m launchers local chain $(NAME) $(ARGS) --nproc $(NPROC)
 
 report: $(STAMP)  ## what happened and how good it is, on one page: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
 	@$(PY) -m launchers report $(EXPERIMENT) $(ARGS)
 
-evaluate: $(STAMP)  ## judge an export: EXPORT=runs/E/semi/export DATA=data/D NPROC=2 ARGS="--train DATA --split FILE"
+evaluate: $(STAMP)  ## evaluate an export: EXPORT=runs/E/semi/export DATA=data/D NPROC=2 ARGS="--train DATA --split FILE"
 	@$(PY) -m launchers evaluate $(EXPORT) $(DATA) $(ARGS) --nproc $(NPROC)
 
 efficiency: $(STAMP)  ## real stage-3 steps side by side: CONFIGS="configs/semi/a.yaml configs/semi/b.yaml" ARGS=
@@ -95,8 +95,8 @@ efficiency: $(STAMP)  ## real stage-3 steps side by side: CONFIGS="configs/semi/
 inference: $(STAMP)  ## throughput against resolution: MODELS="efficientvim_m4 timm/resnet50" ARGS="--sizes 224 384"
 	@$(PY) -m launchers inference $(MODELS) $(ARGS)
 
-front: $(STAMP)  ## speed measured here against accuracy as papers report it: ARGS="--batch 16"
-	@$(PY) -m launchers front $(ARGS)
+pareto: $(STAMP)  ## speed measured here against accuracy as papers report it: ARGS="--batch 16"
+	@$(PY) -m launchers pareto $(ARGS)
 
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)

@@ -5,6 +5,8 @@ for 300 epochs (EfficientViM's Tables C and E and its README, SHViT's README); n
 EfficientViMs; what lies below and to the left of it is slower and less accurate.
 """
 
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.inference import place
+from pipeline.cli import guarded
 from pipeline.errors import ConfigError
 from pipeline.evaluate.speed import Cost, measure_inference
 from pipeline.models import build_model
-from pipeline.report.extras import Section, write_section
-from pipeline.report.figures import draw, front
+from pipeline.report.extras import Section, show_section, write_section
+from pipeline.report.figures import draw, pareto_front
 from pipeline.report.tables import Table
 
 
@@ -64,6 +67,22 @@ OTHERS = {
 }
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pareto", description=__doc__)
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="rows of the table (default: all)")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs/pareto"))
+    given = parser.parse_args(arguments)
+    print(show_section(run(given.rows, given.batch, given.rounds, given.out)))
+    return 0
+
+
 def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
     """Measure models in turns and write a section of a report.
 
@@ -108,7 +127,7 @@ def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
         out / "figures",
         "pareto",
         "Speed here against accuracy as reported",
-        front(
+        pareto_front(
             points,
             joined=list(EFFICIENTVIMS),
             xlabel="images per second, measured here",
@@ -130,3 +149,7 @@ def _row(name: str, reported: Reported, cost: Cost) -> list[str]:
         f"{cost.parameters / 1e6:.2f}",
         f"{cost.gmacs:.3f}",
     ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What is to be started, as values: the stages of an experiment in their order, or many experiments of a sweep. Torch-free."""
+"""What a command is to start, as values (torch-free): one stage, the stages of a chain, or the points of a sweep."""
 
 import itertools
 import re
@@ -7,55 +7,78 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launchers.config import ClusterConfig
-from pipeline.config import apply_overrides, choose, load_config, parse_yaml
+from pipeline.config import apply_overrides, choose, find_config, load_config, read_values
 from pipeline.errors import ConfigError
-from stages import STAGES
+from stages import SPECS
 from stages.check import check, is_complete
-from stages.configs import StageConfig
+from stages.configs.base import StageConfig
 
-CHAIN = "chain"
+CHAIN = "chain"  # in place of a stage's name: all stages
 
 
 class Step(NamedTuple):
-    """One stage of one experiment. `values` is its config file with the overrides in it: what a job will read."""
+    """One stage of one experiment.
 
-    stage: str
+    Attributes:
+        path: The config file.
+        overrides: The overrides that hold for this stage.
+        config: Both, validated.
+        values: Both, as plain values; a job of SLURM reads a file of them.
+    """
+
     path: Path
     overrides: tuple[str, ...]
     config: StageConfig
     values: dict[str, Any]
 
     @property
+    def stage(self) -> str:
+        """The stage's name."""
+        return self.config.stage
+
+    @property
     def folder(self) -> Path:
-        return self.config.run.folder(self.stage)
+        """The run's folder."""
+        return self.config.folder
 
 
 def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
-    """The steps of STAGE CONFIG, or of `chain NAME`: configs/STAGE/NAME.yaml of every stage (or a NAME for each, with commas).
+    """Read the configs of one stage or of the whole chain.
 
-    `arm:optim.lr=1e-3` overrides in that stage only.
+    Args:
+        stage: The stage's name, or `chain`.
+        config: The config file; for the chain a NAME (configs/STAGE/NAME.yaml of every stage), or one for each, with commas.
+        overrides: Words such as `optim.lr=1e-3`; `arm:optim.lr=1e-3` holds in that stage only.
+
+    Raises:
+        ConfigError: A file, a key or a value is wrong, or the stages do not share an experiment.
     """
-    names = list(STAGES) if stage == CHAIN else [stage]
+    names = list(SPECS) if stage == CHAIN else [stage]
     for override in overrides:
         head = re.match(r"([a-z]+):", override)
-        if head and (head[1] not in STAGES):
+        if head and (head[1] not in SPECS):
             raise ConfigError(
-                f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}); `cluster` where jobs are meant"
+                f"override {override!r}: {head[1]!r} before the colon is no stage; give one of {', '.join(SPECS)}, or cluster"
+                " for the preset of slurm, plan and doctor"
             )
         if head and head[1] not in names:
-            raise ConfigError(f"override {override!r} is of stage {head[1]}, which is not among {', '.join(names)}")
+            raise ConfigError(
+                f"override {override!r} is for stage {head[1]}, but only {', '.join(names)} is started; remove the override"
+            )
     files = config.split(",") if "," in config and stage == CHAIN else [config] * len(names)
     if len(files) != len(names):
-        raise ConfigError(f"chain {config}: give one name for all stages, or one for each of {', '.join(names)}")
+        raise ConfigError(
+            f"chain {config}: there are {len(files)} names; give one for all stages, or one for each of {', '.join(names)}"
+        )
     steps = []
     for name, file in zip(names, files, strict=True):
-        entry = choose("stage", name, STAGES)
-        path = Path(f"configs/{name}/{file}.yaml") if stage == CHAIN else Path(file)
+        entry = choose("stage", name, SPECS)
+        path = find_config(Path(f"configs/{name}/{file}.yaml") if stage == CHAIN else Path(file))
         own = tuple(
             o.removeprefix(f"{name}:") for o in overrides if ":" not in o.partition("=")[0] or o.startswith(f"{name}:")
         )
         loaded = load_config(entry.config, path, own)
-        steps.append(Step(name, path, own, loaded, apply_overrides(parse_yaml(path.read_text(), str(path)), own)))
+        steps.append(Step(path, own, loaded, apply_overrides(read_values(path), own)))
     if len({step.folder.parent for step in steps}) > 1:
         places = ", ".join(f"{step.path}: {step.folder.parent}" for step in steps)
         raise ConfigError(
@@ -65,9 +88,16 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
 
 
 def read_points(stage: str, config: str, overrides: Sequence[str], sweep: Sequence[str]) -> list[list[Step]]:
-    """The steps of every point of the grid that `sweep` spans (`optim.lr=1e-3,3e-3`, ...); of one point without any.
+    """Read the steps of every point of a sweep.
 
-    A point is an experiment of its own, named after its values.
+    Args:
+        stage: As in `read_steps`.
+        config: As in `read_steps`.
+        overrides: As in `read_steps`.
+        sweep: The axes of a grid, such as `optim.lr=1e-3,3e-3`. Each point is an experiment named after its values.
+
+    Returns:
+        The steps of each point; of one point without a sweep.
     """
     base = read_steps(stage, config, overrides)
     if not sweep:
@@ -76,32 +106,44 @@ def read_points(stage: str, config: str, overrides: Sequence[str], sweep: Sequen
     points = []
     for chosen in itertools.product(*axes):
         if any(not value for _, value in chosen):
-            raise ConfigError(f"sweep {', '.join(sweep)}: expected key=value,value, for example optim.lr=1e-3,3e-3")
+            raise ConfigError(f"--sweep {', '.join(sweep)}: expected key=value,value, for example optim.lr=1e-3,3e-3")
         name = "-".join(f"{_short(key)}_{value}" for key, value in chosen)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{base[0].config.run.experiment}-{name}")
         values = [f"{key}={value}" for key, value in chosen]
         points.append(read_steps(stage, config, [*overrides, *values, f"run.experiment={name}"]))
     if len({point[0].folder for point in points}) < len(points):
-        raise ConfigError(f"sweep {', '.join(sweep)}: two points would have the same name; give each value once")
+        raise ConfigError(f"--sweep {', '.join(sweep)}: two points would have the same name; give each value once")
     return points
 
 
 def _short(key: str) -> str:
-    """`optim.lr` -> `lr`; `arm:optim.lr` -> `arm.lr`, for two stages' values of one key are two sweeps."""
+    """Shorten `optim.lr` to `lr`, and `arm:optim.lr` to `arm.lr`: one key of two stages makes two different sweeps."""
     stage, colon, rest = key.rpartition(":")
     return f"{stage}{'.' if colon else ''}{rest.rpartition('.')[2]}"
 
 
 def read_cluster(path: Path, overrides: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
-    """The preset with its `cluster:key=value` overrides, and the overrides that are left for the stages."""
+    """Read a cluster's preset.
+
+    Args:
+        path: The preset's file.
+        overrides: Those of the form `cluster:key=value` hold for the preset.
+
+    Returns:
+        The preset, and the overrides that are left for the stages.
+    """
     own = [o.removeprefix("cluster:") for o in overrides if o.startswith("cluster:")]
     return load_config(ClusterConfig, path, own), [o for o in overrides if not o.startswith("cluster:")]
 
 
 def open_steps(steps: Sequence[Step], world_size: int) -> list[Step]:
-    """Those that are not complete yet, each checked as far as it can be before its parents are there."""
-    todo = [step for step in steps if not is_complete(step.stage, step.config)]
+    """Select the steps that are not complete, and check each as far as possible before its parents exist.
+
+    Raises:
+        PipelineError: What a stage would end in.
+    """
+    todo = [step for step in steps if not is_complete(step.config)]
     pending = {step.folder / "export": step.config for step in todo}
     for step in todo:
-        check(step.stage, step.config, world_size, pending)
+        check(step.config, world_size, pending)
     return todo

@@ -1,4 +1,4 @@
-"""A SLURM cluster as values (torch-free): what `configs/cluster/*.yaml` may say. One task is one rank, with one GPU or none."""
+"""The schema of a SLURM cluster's preset, `configs/cluster/*.yaml` (torch-free)."""
 
 import re
 from pathlib import Path
@@ -12,53 +12,69 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,3}):(?P<minutes>[0-5]\d):
 
 
 def seconds_of(time: str) -> int:
-    """Of SLURM's `H:MM:SS` or `D-HH:MM:SS`. Raises ValueError for anything else: a bare number is minutes to SLURM and
-    seconds to people."""
+    """Read a time of SLURM, `H:MM:SS` or `D-HH:MM:SS`, as seconds.
+
+    Raises:
+        ValueError: The text has another form. A bare number is refused: SLURM reads minutes, and people mean seconds.
+    """
     match = _TIME.fullmatch(time)
     if match is None:
-        raise ValueError("a time is H:MM:SS or D-HH:MM:SS, for example 12:00:00 or 2-00:00:00")
+        raise ValueError("give a time as H:MM:SS or D-HH:MM:SS, for example 12:00:00 or 2-00:00:00")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 
 
 def _checked_time(time: str) -> str:
     if seconds_of(time) < 60:
-        raise ValueError("SLURM counts in minutes, and a time of zero waits for ever: give one at least")
+        raise ValueError("SLURM counts in minutes, and a job of zero minutes never starts; give 0:01:00 or more")
     return time
 
 
 class ClusterConfig(Strict):
-    """What a job asks for. `nodes` x `tasks_per_node` is the world size."""
+    """What a job asks SLURM for. One task is one rank, with one GPU or none; `nodes` x `tasks_per_node` is the world size."""
 
-    partition: str | None = Field(None, description="none = the cluster's default")
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    nodes: PositiveInt = 1
-    gpus_per_node: NonNegativeInt = 0
-    tasks_per_node: PositiveInt | None = Field(None, description="ranks of a node; none = one a GPU, or one")
-    cpus_per_task: PositiveInt = Field(1, description="for a rank and its data workers")
-    memory_gb: NonNegativeInt = Field(0, description="of a node; 0 = all of it")
+    partition: str | None = Field(
+        None, description="partition, or several with commas, of which SLURM takes one; null = the cluster's default"
+    )
+    account: str | None = Field(None, description="account that is charged; null = your default account")
+    qos: str | None = Field(None, description="quality of service; null = the default")
+    constraint: str | None = Field(None, description="features that the nodes must have, for example a100; null = any")
+    nodes: PositiveInt = Field(1, description="number of nodes")
+    gpus_per_node: NonNegativeInt = Field(0, description="GPUs of each node; 0 = train on CPUs")
+    tasks_per_node: PositiveInt | None = Field(
+        None, description="ranks on each node; null = one per GPU, or a single one without GPUs"
+    )
+    cpus_per_task: PositiveInt = Field(1, description="CPUs of each rank and its data workers")
+    memory_gb: NonNegativeInt = Field(0, description="memory of each node in GB; 0 = all of it")
     device_memory_gb: PositiveFloat | None = Field(
-        None, description="of one GPU (10^9 bytes); the plan holds the memory of a rank against it. None: not checked"
+        None,
+        description="memory of one GPU in GB (10^9 bytes), which the plan compares with the need of a rank; null = not compared",
     )
-    time: Annotated[str, AfterValidator(_checked_time)] = Field(description="limit of one start, H:MM:SS or D-HH:MM:SS")
+    time: Annotated[str, AfterValidator(_checked_time)] = Field(
+        description="time limit of one start, H:MM:SS or D-HH:MM:SS"
+    )
     signal_seconds: PositiveInt = Field(
-        120, description="before the limit, when the ranks are told to save; SLURM may be a minute early"
+        120,
+        description="seconds before the time limit at which the ranks are told to save; SLURM may be a minute early",
     )
-    max_requeues: NonNegativeInt = Field(30, description="starts of one job beyond the first; then it ends with 75")
-    array_parallel: PositiveInt = Field(8, description="points of a sweep that run at once")
+    max_requeues: NonNegativeInt = Field(30, description="how often one job is requeued; after that it ends with 75")
+    array_parallel: PositiveInt = Field(8, description="points of a sweep that run at the same time")
     shared: tuple[Path, ...] = Field(
         (),
-        description="folders that every node sees; run.root and the data must lie below one. None given: not checked",
+        description="folders that every node sees; run.root, data, parents and weights must lie below one of them; empty ="
+        " not checked",
     )
-    setup: tuple[str, ...] = Field((), description="shell lines before the ranks start, for example module load cuda")
-    extra: dict[str, str] = Field(default_factory=dict, description="further options of sbatch, name: value")
+    setup: tuple[str, ...] = Field(
+        (), description="shell lines that run before the ranks, for example module load cuda"
+    )
+    extra: dict[str, str] = Field(default_factory=dict, description="further options of sbatch, as name: value")
 
     @property
     def ranks_per_node(self) -> int:
+        """The number of ranks on each node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
     @property
     def world_size(self) -> int:
+        """The number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node

@@ -1,6 +1,6 @@
-"""The whole chain on the bundled digits: shards, three stages for each seed, a table and a report.
+"""The whole chain on the bundled digits: shards, all stages for each seed, a table and a report.
 
-Everything is a run like any other, so whatever is done already is reused and whatever was interrupted continues.
+These are runs like any other: complete ones are reused, and interrupted ones continue.
 """
 
 import time
@@ -18,7 +18,15 @@ PROTOCOL = "--imbalance 10 --labelled 0.1 --validation-per-class 15".split()
 
 
 def run(seeds: Sequence[int], nproc: int) -> int:
-    """Returns 0, or the exit code of the first step that did not complete."""
+    """Run the demo.
+
+    Args:
+        seeds: One experiment for each; a seed decides the split, the weights and the order of the data.
+        nproc: The number of processes of each stage.
+
+    Returns:
+        0, or the exit code of the first step that did not complete.
+    """
     from pipeline.data import main as data
 
     started = time.monotonic()
@@ -31,7 +39,7 @@ def run(seeds: Sequence[int], nproc: int) -> int:
             return code
         overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
         steps = chain.read_steps(chain.CHAIN, "demo", overrides)
-        planner.before(steps, nproc)
+        planner.plan_ahead(steps, nproc)
         code = local.run(steps, nproc)
     if code:
         return code
@@ -46,5 +54,5 @@ def run(seeds: Sequence[int], nproc: int) -> int:
 
 
 def _gain(results: Sequence[Result]) -> float:
-    """Points of top-1 that stage 3's teacher adds to stage 2, mean over the seeds."""
+    """Points of top-1 by which stage 3's teacher exceeds stage 2, mean over the seeds."""
     return sum(r.models["stage 3, teacher"]["top1"] - r.models["stage 2"]["top1"] for r in results) / len(results)

@@ -1,7 +1,7 @@
-"""Whether this machine, and the cluster if one is near, can run a chain: each line OK, or what to do.
+"""Checks whether this machine, and the cluster if there is one, can run a chain: each line is OK or says what to do.
 
-Everything is tried, not looked up: kernels are compared with the reference, files are renamed under a reader, two
-processes sum a tensor.
+The checks try things instead of looking them up: kernels are compared with the reference, files are renamed while they are
+read, two processes sum a tensor.
 """
 
 import re
@@ -20,10 +20,11 @@ from launchers.chain import Step
 from launchers.config import ClusterConfig
 from launchers.filesystem import RENAMES, locks, renames_seen_halfway
 from launchers.local import spawn
-from pipeline.errors import EnvironmentProblem, PipelineError
-from stages.configs import DistillConfig
+from pipeline.errors import PipelineError
+from pipeline.exit_codes import ExitCode
+from stages import spec_of
 
-REQUIREMENTS = Path("requirements.txt")
+REQUIREMENTS, DISTRIBUTION = Path("requirements.txt"), "visionmamba-pipeline"
 MAX_SKEW_SECONDS = 5.0
 _SUM = """
 import sys, torch, torch.distributed as dist
@@ -38,7 +39,13 @@ sys.exit(not bool((x == 2).all()))
 
 
 class Finding(NamedTuple):
-    """`remedy` is empty where all is well; `needed` false where the pipeline does without."""
+    """One line of the doctor.
+
+    Attributes:
+        what: What was checked, and what was found.
+        remedy: What to do; empty if all is well.
+        needed: Whether the pipeline cannot do without it.
+    """
 
     what: str
     remedy: str = ""
@@ -46,7 +53,11 @@ class Finding(NamedTuple):
 
 
 def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
-    """Print a line a finding; returns 0, or 5 if something needed is not well."""
+    """Run all checks and print one line for each finding.
+
+    Returns:
+        0, or 5 if something that is needed fails.
+    """
     root = steps[0].config.run.root
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         packages,
@@ -55,39 +66,58 @@ def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
         communication,
         lambda: disk(root),
         lambda: data(steps),
-        lambda: cluster_near(steps, cluster),
+        lambda: slurm(steps, cluster),
     )
-    ill = False
+    failed = False
     for check in checks:
         for finding in check():
             mark = "OK     " if not finding.remedy else "PROBLEM" if finding.needed else "without"
             print(f"{mark}  {finding.what}{': ' + finding.remedy if finding.remedy else ''}", flush=True)
-            ill |= bool(finding.remedy) and finding.needed
-    return EnvironmentProblem.exit_code if ill else 0
+            failed |= bool(finding.remedy) and finding.needed
+    return ExitCode.ENVIRONMENT if failed else ExitCode.COMPLETE
 
 
 def packages() -> Iterator[Finding]:
+    """Check Python, the pinned packages and the C++ compiler."""
     yield Finding(
         f"Python {sys.version.split()[0]}",
-        "" if sys.version_info[:2] in ((3, 11), (3, 12)) else "3.11 or 3.12 is needed",
+        "" if (3, 11) <= sys.version_info[:2] <= (3, 13) else "install Python 3.11, 3.12 or 3.13",
     )
     wrong = []
-    pins = [line.split("==") for line in REQUIREMENTS.read_text().splitlines() if "==" in line]
-    for name, pin in pins:
+    pins = _pins()
+    for name, pin in pins.items():
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             found = "absent"
         if re.sub(r"\+.*", "", found) != pin:
             wrong.append(f"{name} {found} instead of {pin}")
-    yield Finding(f"{len(pins)} pinned packages", f"{', '.join(wrong)}; pip install -r {REQUIREMENTS}" if wrong else "")
+    remedy = (
+        f"pip install -r {REQUIREMENTS}" if REQUIREMENTS.exists() else f"pip install --force-reinstall {DISTRIBUTION}"
+    )
+    yield Finding(f"{len(pins)} pinned packages", f"{', '.join(wrong)}; {remedy}" if wrong else "")
     compiler = shutil.which("g++") or shutil.which("c++")
     yield Finding(
-        "a C++ compiler", "" if compiler else "apt-get install g++; the CPU scan is slow without", needed=False
+        "a C++ compiler",
+        "" if compiler else "missing: apt-get install g++; without it the scan on a CPU is slow",
+        needed=False,
     )
 
 
+def _pins() -> dict[str, str]:
+    """Read the pins of a checkout, or of the installed package."""
+    try:
+        lines = (
+            REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.exists() else metadata.requires(DISTRIBUTION) or []
+        )
+    except metadata.PackageNotFoundError:
+        lines = []
+    found = (line.partition("==") for line in lines if "==" in line and ";" not in line)
+    return {name.strip(): pin.strip() for name, _, pin in found if not name.startswith("#")}
+
+
 def devices() -> Iterator[Finding]:
+    """List the GPUs that torch sees."""
     import torch
 
     if not torch.cuda.is_available():
@@ -99,6 +129,7 @@ def devices() -> Iterator[Finding]:
 
 
 def kernels() -> Iterator[Finding]:
+    """Compare every kernel of the scan with the reference."""
     import torch
 
     from pipeline.ops import choice
@@ -115,6 +146,7 @@ def kernels() -> Iterator[Finding]:
 
 
 def communication() -> Iterator[Finding]:
+    """Let two processes sum a tensor, and look for free ports."""
     import torch
     import torch.distributed as dist
 
@@ -123,11 +155,12 @@ def communication() -> Iterator[Finding]:
         backends.append("nccl")
     elif torch.cuda.is_available():
         version = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "absent"
-        yield Finding(f"NCCL {version}", "it is tried where there are two GPUs", needed=False)
+        yield Finding(f"NCCL {version}", "not tried: that needs two GPUs", needed=False)
     for backend in backends:
         code = spawn([sys.executable, "-c", _SUM, backend], 2)
         yield Finding(
-            f"two processes sum a tensor over {backend}", f"they ended with {code}; see above" if code else ""
+            f"two processes sum a tensor over {backend}",
+            f"they ended with exit code {code}; their messages are above" if code else "",
         )
     low, high = 20_000, 32_000  # where pipeline.train.distributed puts the ports of SLURM's jobs
     taken = sum(not _free(port) for port in range(low, high, 100))
@@ -145,55 +178,55 @@ def _free(port: int) -> bool:
 
 
 def disk(root: Path) -> Iterator[Finding]:
-    """Where the runs will lie: room, renames that nobody sees halfway, locks, and its clock."""
+    """Check the folder of the runs: free space, atomic renames, locks and its clock."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".doctor-") as name:
             folder = Path(name)
             free = shutil.disk_usage(folder).free / 1e9
             yield Finding(
-                f"{root}: {free:.0f} GB free", "make room: a plan says how much is needed" if free < 5 else ""
+                f"{root}: {free:.0f} GB free",
+                "free some space; `python -m launchers plan` says how much is needed" if free < 5 else "",
             )
             gaps = renames_seen_halfway(folder)
-            remedy = f"a reader saw {gaps} of {RENAMES} halfway; put run.root on another file system" if gaps else ""
-            yield Finding(f"{root}: {RENAMES} renames under a reader", remedy)
+            remedy = f"a reader saw {gaps} of {RENAMES} half done; put run.root on another file system" if gaps else ""
+            yield Finding(f"{root}: {RENAMES} renames while the file is read", remedy)
             yield Finding(
-                f"{root}: locks", "" if locks(folder) else "flock does not exclude there; start each run once only"
+                f"{root}: locks",
+                ""
+                if locks(folder)
+                else "flock does not keep a second process out; take care to start each run only once",
             )
             (folder / "clock").touch()
             skew = abs((folder / "clock").stat().st_mtime - time.time())
             yield Finding(
-                f"{root}: its clock is {skew:.1f} s from ours",
-                "set the clocks (NTP): heartbeats are compared with them" if skew > MAX_SKEW_SECONDS else "",
+                f"{root}: its clock differs from this machine's by {skew:.1f} s",
+                "synchronise the clocks (NTP): heartbeats are compared with them" if skew > MAX_SKEW_SECONDS else "",
             )
     except OSError as error:
         yield Finding(f"{root}", f"cannot be written ({error.strerror}); choose another run.root")
 
 
 def data(steps: Sequence[Step]) -> Iterator[Finding]:
+    """Open the data of every stage, and look for the files of weights from outside."""
     from stages.check import open_data
 
     for step in steps:
         try:
-            manifest, _, parts = open_data(step.config)
+            manifest, _, subsets = open_data(step.config)
         except PipelineError as error:
             yield Finding(f"data of {step.stage}", str(error))
         else:
-            yield Finding(f"data of {step.stage}: {manifest.num_samples} images, {len(parts.labelled)} labelled")
-        if isinstance(step.config, DistillConfig):
-            files = {"the teacher's weights": step.config.teacher.weights if step.config.teacher else None}
-            files["the weights to start from"] = step.config.weights.path if step.config.weights else None
-            for what, path in files.items():
-                if path is not None:
-                    there = path.is_file()
-                    yield Finding(
-                        f"{what}, {path}", "" if there else "not there; put the file there: nothing is downloaded"
-                    )
+            yield Finding(f"data of {step.stage}: {manifest.num_samples} images, {len(subsets.labelled)} labelled")
+        for key, path in spec_of(step.config).foreign_files(step.config).items():
+            missing = "the file is missing; put it there: nothing is downloaded"
+            yield Finding(f"{key} = {path}", "" if path.is_file() else missing)
 
 
-def cluster_near(steps: Sequence[Step], cluster: ClusterConfig) -> Iterator[Finding]:
+def slurm(steps: Sequence[Step], cluster: ClusterConfig) -> Iterator[Finding]:
+    """Check the preset against the cluster, if this is a machine of one."""
     if not queue.available():
-        yield Finding("SLURM", "no sbatch here; `local` and torchrun work", needed=False)
+        yield Finding("SLURM", "not installed here; `python -m launchers local` and torchrun work", needed=False)
         return
     try:
         told = dict(re.findall(r"^(\w+)\s*= (.*)$", queue.ask("scontrol", "show", "config"), re.MULTILINE))
@@ -207,13 +240,15 @@ def cluster_near(steps: Sequence[Step], cluster: ClusterConfig) -> Iterator[Find
     except PipelineError as error:
         yield Finding("SLURM", str(error))
         return
-    yield Finding(f"SLURM {told.get('SLURM_VERSION', '')}, partition {cluster.partition or 'by default'}")
+    yield Finding(f"SLURM {told.get('SLURM_VERSION', '')}, partition {cluster.partition or '(the default)'}")
     wait = int(told.get("KillWait", "30 sec").split()[0])
     yield Finding(
         f"SLURM gives {wait} s between a preemption's SIGTERM and the kill",
-        "work since the last save may be lost then; lower loop.save_every" if wait < 30 else "",
+        "a save may not fit into that time, and work since the last one is then lost; lower loop.save_every"
+        if wait < 30
+        else "",
         needed=False,
     )
     if not cluster.shared:
-        remedy = "list the folders that every node sees under shared in the preset, so that others are refused"
+        remedy = "none are listed in the preset, so paths are not checked; list the folders that every node sees under `shared`"
         yield Finding("shared folders", remedy, needed=False)

@@ -1,4 +1,4 @@
-"""What a folder's file system is and does: tried, not looked up."""
+"""Tests of a folder's file system: its type, its renames and its locks."""
 
 import fcntl
 import os
@@ -9,7 +9,7 @@ RENAMES = 300
 
 
 def file_system(path: Path) -> str:
-    """The type of the file system that a path, there already or not, lies on; empty where the system does not tell."""
+    """Return the type of the file system of a path, which need not exist; empty if the system does not say."""
     mounts = Path("/proc/mounts")
     lines = mounts.read_text().splitlines() if mounts.exists() else []
     kinds = {Path(line.split()[1]): line.split()[2] for line in lines}  # a later mount covers an earlier one
@@ -18,7 +18,7 @@ def file_system(path: Path) -> str:
 
 
 def renames_seen_halfway(folder: Path) -> int:
-    """Replace a file again and again under a reader; how often it saw neither the old nor the new text."""
+    """Replace a file many times while it is read, and count how often the reader saw neither the old nor the new text."""
     path, stop, gaps = folder / "target", threading.Event(), 0
     texts = {"a" * 4096, "b" * 4096}
     path.write_text("a" * 4096)
@@ -42,7 +42,7 @@ def renames_seen_halfway(folder: Path) -> int:
 
 
 def locks(folder: Path) -> bool:
-    """Whether flock excludes a second holder there."""
+    """Find out whether flock keeps a second process out there."""
     with (folder / "lock").open("w") as mine, (folder / "lock").open("w") as other:
         fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:

@@ -1,4 +1,4 @@
-"""What a cluster would accept and never run, or run in the wrong place: refused before anything is submitted."""
+"""Checks before a submission: SLURM accepts jobs that it never runs, or that run in the wrong place. They are refused here."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,29 @@ from launchers.config import ClusterConfig, seconds_of
 from launchers.filesystem import file_system
 from pipeline.config import flatten, load_config
 from pipeline.errors import ConfigError, EnvironmentProblem
-from stages.check import STAGE_NUMBERS
-from stages.configs import DistillConfig, StageConfig
+from stages import spec_of
 
-# Of a shell that torchrun or another launcher made: they would be believed in the job.
+# Variables that torchrun or another launcher sets in its shells. A job would inherit and believe them.
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 
 
 def refuse(points: Sequence[Sequence[Step]], cluster: ClusterConfig) -> None:
-    """Raises for what SLURM would accept and never run, and for what would run in the wrong place."""
+    """Refuse jobs that SLURM would never run or that would run in the wrong place.
+
+    Args:
+        points: The steps of every point of a sweep, or of one point.
+        cluster: The preset.
+
+    Raises:
+        PipelineError: Says what to change.
+    """
     if not queue.available():
         raise _no_slurm("there is no sbatch here", points[0])
     set_already = [name for name in _WORLD if name in os.environ]
     if set_already:
         raise EnvironmentProblem(
-            f"{', '.join(set_already)} would travel from this shell into the job, where srun says who is who;"
+            f"{', '.join(set_already)} are set in this shell, and a job would inherit them in place of srun's; type:"
             f" unset {' '.join(set_already)}"
         )
     try:
@@ -41,7 +48,7 @@ def refuse(points: Sequence[Sequence[Step]], cluster: ClusterConfig) -> None:
 def _no_slurm(why: str, steps: Sequence[Step]) -> EnvironmentProblem:
     names = [step.path.stem for step in steps]
     chain = f"chain NAME={','.join(names if len(set(names)) > 1 else names[:1])}"
-    what = chain if len(steps) > 1 else f"stage-{STAGE_NUMBERS[steps[0].stage]} CONFIG={steps[0].path}"
+    what = chain if len(steps) > 1 else f"stage-{spec_of(steps[0].config).number} CONFIG={steps[0].path}"
     return EnvironmentProblem(
         f"no SLURM answers on this machine ({why}); submit from a login node of a cluster, or run"
         f" {'the chain' if len(steps) > 1 else 'the stage'} here with: make {what}"
@@ -51,7 +58,18 @@ def _no_slurm(why: str, steps: Sequence[Step]) -> EnvironmentProblem:
 def refuse_other_values(
     step: Step, cluster: ClusterConfig, job_id: str, submitted: Path, submitted_cluster: Mapping[str, Any]
 ) -> None:
-    """Raises ConfigError unless a job in the queue was submitted with what is asked for now, to the last key."""
+    """Refuse to submit a stage with other values while its job is in the queue.
+
+    Args:
+        step: What is asked for now.
+        cluster: The preset of now.
+        job_id: The job in the queue.
+        submitted: The config file of that job.
+        submitted_cluster: The preset of that job.
+
+    Raises:
+        ConfigError: A key differs.
+    """
     asked = {**step.config.model_dump(mode="json"), "cluster": cluster.model_dump(mode="json")}
     before = load_config(type(step.config), submitted).model_dump(mode="json")
     there, here = flatten({**before, "cluster": submitted_cluster}), flatten(asked)
@@ -59,16 +77,20 @@ def refuse_other_values(
     if different:
         key = different[0]
         raise ConfigError(
-            f"job {job_id}, {step.stage} of {step.config.run.experiment}, is in the queue with other values"
-            f" ({len(different)} keys differ; {key} was {there.get(key)!r}, is now {here.get(key)!r}); give it the values it"
-            f" was submitted with, or `scancel {job_id}` and submit again"
+            f"job {job_id}, stage {step.stage} of {step.config.run.experiment}, is in the queue with other values"
+            f" ({len(different)} keys differ; {key} was {there.get(key)!r}, is now {here.get(key)!r}); give the values that it"
+            f" was submitted with, or type `scancel {job_id}` and submit again"
         )
 
 
 def check_partition(cluster: ClusterConfig) -> None:
-    """Against what the cluster says of itself. Raises ConfigError.
+    """Compare the preset with the partitions that the cluster has.
 
-    Of a list (`a,b`) SLURM takes whichever comes first: one that fits is enough.
+    SLURM takes any partition of a list (`a,b`), so one that fits is enough.
+
+    Raises:
+        ConfigError: No named partition exists or fits.
+        EnvironmentProblem: SLURM does not respond.
     """
     rows = [queue.fields(line) for line in queue.ask("scontrol", "-o", "show", "partition").splitlines()]
     known = {row["PartitionName"]: row for row in rows}
@@ -81,58 +103,47 @@ def check_partition(cluster: ClusterConfig) -> None:
     names = asked.split(",")
     for name in names:
         if name not in known:
-            raise ConfigError(f"partition {name!r} is unknown to this cluster; it has {', '.join(known)}")
+            raise ConfigError(
+                f"the cluster has no partition {name!r}; give cluster:partition=NAME, one of {', '.join(known)}"
+            )
     reasons = [_misfit(name, known[name], cluster) for name in names]
     if all(reasons):
         raise ConfigError("; ".join(reasons))
 
 
 def _misfit(name: str, partition: Mapping[str, str], cluster: ClusterConfig) -> str:
-    """Why a job would wait in that partition for ever, or nothing."""
+    """Say why a job would wait in that partition for ever; empty if it would not."""
     limit, nodes = partition.get("MaxTime", "UNLIMITED"), partition.get("TotalNodes", "")
     if limit not in ("UNLIMITED", "INFINITE") and seconds_of(cluster.time) > seconds_of(limit):
-        remedy = f"give cluster:time={limit} or less, requeues do the rest"
+        remedy = f"give cluster:time={limit} or less: a job that runs out of time is requeued and continues"
         return (
-            f"cluster time {cluster.time} is above the limit of partition {name}, {limit}: the job would wait for ever;"
+            f"cluster:time {cluster.time} is above the limit {limit} of partition {name}, so the job would wait for ever;"
             f" {remedy if seconds_of(limit) else 'choose another partition'}"
         )
     if nodes.isdigit() and cluster.nodes > int(nodes):
-        return f"{cluster.nodes} nodes are asked of partition {name}, which has {nodes}; lower cluster:nodes"
+        return f"cluster:nodes is {cluster.nodes}, but partition {name} has {nodes}; lower cluster:nodes"
     return ""
 
 
 def check_shared(step: Step, cluster: ClusterConfig) -> None:
-    """Raises ConfigError for a run folder, data or a parent that the nodes would not see, as far as it can be known."""
-    places = _places(step.config)
+    """Refuse paths of a stage that the nodes would not see, as far as this machine can know.
+
+    Raises:
+        ConfigError: A path is in memory, or outside the folders that the preset lists as shared.
+    """
+    places = spec_of(step.config).paths(step.config)
     for name, path in places.items():
-        if path is not None and file_system(path) in _IN_MEMORY:
+        if file_system(path) in _IN_MEMORY:
             raise ConfigError(
-                f"{name} = {path} lies in the memory of this machine ({file_system(path)}); no node would see it"
+                f"stage {step.stage}: {name} = {path} is in the memory of this machine ({file_system(path)}), which no node sees;"
+                " move it to a file system that the nodes share"
             )
     if not cluster.shared:
         return
     shared = [folder.resolve() for folder in cluster.shared]
     for name, path in places.items():
-        if path is not None and "://" not in str(path) and not any(path.resolve().is_relative_to(s) for s in shared):
+        if "://" not in str(path) and not any(path.resolve().is_relative_to(s) for s in shared):
             raise ConfigError(
-                f"{name} = {path} is not on a file system that the nodes share ({', '.join(map(str, cluster.shared))});"
-                " move it there, or add its folder to shared in the cluster's preset"
+                f"stage {step.stage}: {name} = {path} is not on a file system that the nodes share"
+                f" ({', '.join(map(str, cluster.shared))}); move it there, or add its folder to `shared` in the cluster's preset"
             )
-
-
-def _places(config: StageConfig) -> dict[str, Path | None]:
-    """Key -> path of whatever a rank reads or writes."""
-    data = config.data
-    places: dict[str, Path | None] = {
-        "run.root": config.run.root,
-        "data.train": data.train,
-        "data.split": data.split,
-        "data.test": data.test,
-    }
-    keys = {"teacher": "teacher.export"}
-    places |= {keys.get(role, role): folder for role, folder in config.parents().items()}
-    if isinstance(config, DistillConfig) and config.weights:
-        places["weights.path"] = config.weights.path
-    if isinstance(config, DistillConfig) and config.teacher:
-        places |= {"teacher.weights": config.teacher.weights, "teacher.cache": config.teacher.cache}
-    return places

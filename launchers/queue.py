@@ -1,4 +1,4 @@
-"""Questions to SLURM, through the commands that every cluster has. Nothing here needs accounting (sacct) to be set up."""
+"""Questions to SLURM, through the commands that every cluster has. Accounting (sacct) is not needed."""
 
 import re
 import shutil
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from pipeline.errors import EnvironmentProblem
 
-FORGOTTEN = "Invalid job id"  # scontrol's words; any other failure of it is no answer at all
-HOPELESS = "DependencyNeverSatisfied"  # a reason to be PENDING that will not pass
+FORGOTTEN = "Invalid job id"  # scontrol's words for a job that is gone; any other failure says nothing about the job
+HOPELESS = "DependencyNeverSatisfied"  # a job that is PENDING for this reason will never start
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "PREEMPTED")
 _FIELD = re.compile(r"(?:^| )([A-Za-z]+)=(\S*)")
 
 
 class JobState(NamedTuple):
-    """What SLURM says of one job; `state` is UNKNOWN once it has forgotten it."""
+    """What SLURM says about one job. `state` is UNKNOWN for a job that SLURM has forgotten."""
 
     state: str
     reason: str = ""
@@ -24,21 +24,26 @@ class JobState(NamedTuple):
 
     @property
     def active(self) -> bool:
-        """Whether it runs, or will."""
+        """Whether the job runs or will run."""
         return self.state in ACTIVE and self.reason != HOPELESS
 
 
 def available() -> bool:
+    """Find out whether SLURM's commands are installed here."""
     return shutil.which("sbatch") is not None and shutil.which("scontrol") is not None
 
 
 def ask(*command: str) -> str:
-    """The output of a SLURM command. Raises EnvironmentProblem with SLURM's own words where it fails."""
+    """Run a SLURM command and return its output.
+
+    Raises:
+        EnvironmentProblem: The command is missing, fails or takes longer than a minute; with SLURM's own words.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EnvironmentProblem(
-            f"{command[0]} cannot be asked ({error}); is this a login node of the cluster?"
+            f"{command[0]} cannot be run ({error}); run this on a login node of the cluster"
         ) from None
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
@@ -47,14 +52,15 @@ def ask(*command: str) -> str:
 
 
 def fields(line: str) -> dict[str, str]:
-    """The Key=value pairs of one line of `scontrol -o show`."""
+    """Read the Key=value pairs of one line of `scontrol -o show`."""
     return dict(_FIELD.findall(line))
 
 
 def job_state(job_id: str) -> JobState:
-    """Of a job or of one task of an array; from slurmctld while it remembers the job, from accounting after that.
+    """Ask for the state of a job or of one task of an array: slurmctld first, and accounting if that has forgotten it.
 
-    Raises EnvironmentProblem where SLURM does not answer: a job of which nothing is heard may well run.
+    Raises:
+        EnvironmentProblem: SLURM does not respond. The job may well be running.
     """
     try:
         found = fields(ask("scontrol", "-o", "show", "job", job_id).splitlines()[0])
@@ -81,5 +87,5 @@ def _from_accounting(job_id: str) -> JobState:
 
 
 def requeue(job_id: str) -> None:
-    """Back into the queue under the same id, so that jobs that depend on it keep waiting."""
+    """Put a job back into the queue under the same id, so that the jobs that depend on it keep waiting."""
     ask("scontrol", "requeue", job_id)

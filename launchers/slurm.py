@@ -1,8 +1,8 @@
-"""A stage, the chain or a sweep on SLURM. The only file that knows submitit.
+"""Submit a stage, the chain or a sweep to SLURM. This is the only file that knows submitit.
 
-One task of srun is one rank. A stage waits for the one before with `afterok` (the points of a sweep for theirs, with
-`aftercorr`), and is taken out of the queue if that fails. Whatever can be refused is refused before anything is
-submitted. Submitting again submits what is neither complete nor in the queue.
+One task of srun is one rank. A stage waits for the one before it with `afterok` (a point of a sweep for its own, with
+`aftercorr`), and SLURM removes it from the queue if that one fails. All checks come before the first submission.
+Submitting again submits what is neither complete nor in the queue.
 """
 
 import json
@@ -23,20 +23,31 @@ from launchers.preflight import refuse, refuse_other_values
 from pipeline.errors import EnvironmentProblem, PipelineError
 from pipeline.files import replace_text
 
-FOLDER = "slurm"  # of an experiment: logs of every rank, what was submitted, and how each start ended
+FOLDER = "slurm"  # in an experiment's folder: the logs of all ranks, what was submitted, and how each start ended
 
 
 class Submitted(NamedTuple):
+    """A job in the queue."""
+
     stage: str
     experiment: Path
     job_id: str
-    state: str  # submitted, or queued already
+    state: str  # `submitted` or `queued already`
 
 
 def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig, folder: Path) -> list[Submitted]:
-    """Submit what is open of every point; returns all jobs that are in the queue for it, in the order of the stages.
+    """Submit the stages that are neither complete nor in the queue.
 
-    The logs lie in `folder`: that of the experiment, or for a sweep one beside its points'.
+    Args:
+        points: The steps of every point of a sweep, or of one point.
+        cluster: The preset.
+        folder: Where the logs go: the experiment's folder, or for a sweep one beside those of its points.
+
+    Returns:
+        All jobs that are now in the queue.
+
+    Raises:
+        PipelineError: Something is refused. Nothing is submitted then.
     """
     refuse(points, cluster)
     todo = [open_steps(point, cluster.world_size) for point in points]
@@ -46,11 +57,11 @@ def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig, folder: Path) 
     for point, queued in zip(todo, there, strict=True):
         jobs += [Submitted(step.stage, step.folder.parent, job, "queued already") for step, job in queued]
         rest = point[point.index(queued[-1][0]) + 1 :] if queued else point
-        if rest and queued:  # what has left the queue waits again for what is still in it
+        if rest and queued:  # the rest waits for the last stage that is still in the queue
             jobs += _submit([rest], cluster, (folder / FOLDER).absolute(), queued[-1][1])
         elif rest:
             free.append(rest)
-    # Arrays whose tasks wait for one another must be of the same points: group by what is open.
+    # Arrays whose tasks wait for one another must have the same points, so points are grouped by their open stages.
     for stages in dict.fromkeys(tuple(step.stage for step in point) for point in free):
         together = [point for point in free if tuple(step.stage for step in point) == stages]
         jobs += _submit(together, cluster, (folder / FOLDER).absolute())
@@ -58,9 +69,9 @@ def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig, folder: Path) 
 
 
 def _submit(points: Sequence[Sequence[Step]], cluster: ClusterConfig, logs: Path, before: str = "") -> list[Submitted]:
-    """One job per stage, or one array per stage, each waiting for the one before; all or none.
+    """Submit one job, or one array, per stage, each waiting for the one before; all or none.
 
-    The first waits for the job `before`, if there is one.
+    The first waits for the job `before`, if one is given.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -85,13 +96,22 @@ def _submit(points: Sequence[Sequence[Step]], cluster: ClusterConfig, logs: Path
             queue.ask("scancel", job)
         words = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
         raise EnvironmentProblem(
-            f"SLURM refuses the job: {words[-1] if words else error}; nothing is submitted"
+            f"SLURM refuses the job ({words[-1] if words else error}); nothing is submitted; change what the preset asks for"
+            " with cluster:key=value"
         ) from None
     return done
 
 
 def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, points: int) -> dict[str, Any]:
-    """What sbatch is asked for, in submitit's words."""
+    """Translate a preset into submitit's parameters of sbatch.
+
+    Args:
+        cluster: The preset.
+        step: The stage.
+        logs: The folder of all logs.
+        before: The id of the job that this one waits for, or empty.
+        points: The number of points that are submitted together.
+    """
     config = step.config.run
     optional = {"partition", "account", "qos", "constraint"}
     asked = {name: value for name in sorted(optional) if (value := getattr(cluster, name)) is not None}
@@ -110,14 +130,14 @@ def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, poin
         "time": seconds_of(cluster.time) // 60,
         "signal_delay_s": cluster.signal_seconds,
         "array_parallelism": cluster.array_parallel,
-        # A rank that fails ends the others at once; srun does not take the CPUs of sbatch over by itself.
+        # -K1: a rank that fails ends the others at once. srun does not inherit the CPUs of sbatch.
         "srun_args": ["-K1", f"--cpus-per-task={cluster.cpus_per_task}"],
         "setup": [
             *cluster.setup,
             f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cluster.cpus_per_task}}}",
             "export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}",
-            f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -rf {own}  # of an older cluster that counted from 1 too',
-            "trap : TERM USR1 USR2  # the verdict comes after srun, whatever ends it",
+            f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -rf {own}  # left by an older cluster with the same job id',
+            "trap : TERM USR1 USR2  # the verdict comes after srun, however that ends",
         ],
         "teardown": ["code=$?", f"exec {shlex.join(verdict)} $code {cluster.max_requeues}"],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **cluster.extra},
@@ -125,7 +145,7 @@ def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, poin
 
 
 def script(cluster: ClusterConfig, step: Step, logs: Path, before: str) -> str:
-    """The batch script of a single run, as it would be submitted."""
+    """Return the batch script of a single run, as it would be submitted. The arguments are those of `parameters`."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
@@ -133,9 +153,10 @@ def script(cluster: ClusterConfig, step: Step, logs: Path, before: str) -> str:
 
 
 def active_job(step: Step, cluster: ClusterConfig) -> str:
-    """The id of this step's job if it is in the queue, or empty.
+    """Return the id of this step's job if it is in the queue, or an empty string.
 
-    Raises ConfigError if it was submitted with other values: the queue holds what was asked then, not what is asked now.
+    Raises:
+        ConfigError: The job was submitted with other values, which it will use.
     """
     told = record(step.folder)
     if not told or not queue.job_state(told["job"]).active:
@@ -145,7 +166,7 @@ def active_job(step: Step, cluster: ClusterConfig) -> str:
 
 
 def record(run: Path) -> dict[str, Any]:
-    """What was last submitted for a run's folder."""
+    """Read what was last submitted for a run's folder; empty if nothing was."""
     path = run.parent / FOLDER / f"{run.name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -155,7 +176,7 @@ def _frozen_config(step: Step) -> Path:
 
 
 def _frozen(step: Step, logs: Path) -> Job:
-    """The job, with its config written beside the logs."""
+    """Make the job, and write its config beside the logs."""
     path = _frozen_config(step)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, yaml.safe_dump(step.values, sort_keys=False))

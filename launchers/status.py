@@ -1,6 +1,6 @@
-"""Where every stage of an experiment stands: queued, running, failed and why, done, and what came from what.
+"""The state of every stage of an experiment: queued, running, failed and why, complete, and from which parents.
 
-Read from the run folders (status.json, heartbeats, metrics, exports) and, where a job was submitted, from SLURM.
+It is read from the run folders (status.json, heartbeats, metrics, exports) and from SLURM, if a job was submitted.
 """
 
 import fcntl
@@ -15,29 +15,47 @@ from launchers.queue import JobState
 from launchers.slurm import record
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.exports.card import CARD, Card
-from stages import STAGES
+from stages import SPECS
 
-AGAIN = "submit the chain again to have it back"
-SILENT_SECONDS, BEATS = 120.0, 100  # without a heartbeat: this long, and this many of the run's own steps
+AGAIN = "submit the chain again to run it"
+SILENT_SECONDS, BEATS = (
+    120.0,
+    100,
+)  # a rank without a heartbeat for this long, and for the time of this many steps, hangs
 
 
 class Row(NamedTuple):
-    state: str  # complete, running, starting, queued, interrupted, failed, not run, silent, absent
+    """The state of one stage.
+
+    Attributes:
+        state: complete, running, starting, queued, interrupted, failed, not run, silent or absent.
+        words: The details.
+    """
+
+    state: str
     words: str
 
 
 def show(root: Path, experiments: Sequence[str]) -> int:
-    """Print a line a stage, of all experiments below `root` or the named ones."""
+    """Print one line per stage.
+
+    Args:
+        root: The folder of all runs.
+        experiments: The experiments to show; none = all.
+
+    Raises:
+        ConfigError: There is no such experiment.
+    """
     known = sorted(
         {p.parent.parent.name for p in root.glob("*/*/status.json")} | {p.parent.name for p in root.glob("*/slurm")}
     )
     missing = [name for name in experiments if name not in known]
-    if missing or not known:
-        raise ConfigError(
-            f"no experiment {', '.join(missing) or 'at all'} below {root}; there are: {', '.join(known) or 'none'}"
-        )
+    if not known:
+        raise ConfigError(f"there is no experiment in {root}; start one, or name the folder of the runs with --root")
+    if missing:
+        raise ConfigError(f"there is no experiment {', '.join(missing)} in {root}; it has {', '.join(known)}")
     for name in experiments or known:
-        for stage in STAGES:
+        for stage in SPECS:
             row = read_stage(root / name / stage)
             if row.state != "absent":
                 print(f"{name + '/' + stage:32s} {row.state:12s} {row.words}")
@@ -45,7 +63,7 @@ def show(root: Path, experiments: Sequence[str]) -> int:
 
 
 def read_stage(run: Path) -> Row:
-    """`run` is the folder of one stage of an experiment."""
+    """Find out the state of the stage with the run folder `run`."""
     status = _json(run / "status.json")
     told = record(run)
     if status.get("state") == "complete" and (run / "export" / CARD).is_file():
@@ -66,13 +84,13 @@ def read_stage(run: Path) -> Row:
 
 
 def _ask(job_id: str | None) -> JobState:
-    """SLURM's word on a job; UNKNOWN with the reason where it has none."""
+    """Ask SLURM for a job's state; UNKNOWN with the reason if it has none."""
     if not job_id or not queue.available():
-        return JobState("UNKNOWN", "SLURM cannot be asked here")
+        return JobState("UNKNOWN", "SLURM is not installed here")
     try:
         job = queue.job_state(job_id)
     except EnvironmentProblem:
-        return JobState("UNKNOWN", "SLURM does not answer")
+        return JobState("UNKNOWN", "SLURM does not respond")
     return job._replace(reason="SLURM has forgotten it") if job.state == "UNKNOWN" else job
 
 
@@ -80,11 +98,11 @@ def _never_started(told: dict[str, Any], job: JobState, where: str) -> Row:
     if job.state == "CANCELLED" or job.reason == queue.HOPELESS:
         earlier = _ask(told["after"])
         if earlier.active:
-            return Row("not run", f"{where} was cancelled, while job {told['after']}, its parent, goes on; {AGAIN}")
+            return Row("not run", f"{where} was cancelled, but job {told['after']}, its parent, continues; {AGAIN}")
         if earlier.state in ("COMPLETED", "UNKNOWN"):
             return Row("not run", f"{where} was cancelled before it started; {AGAIN}")
         why = f"job {told['after']}, which it needs, did not complete"
-        return Row("not run", f"{where} was taken out of the queue: {why}")
+        return Row("not run", f"{where} was removed from the queue: {why}")
     return Row(
         "failed", f"{where}: {job.state} with exit code {job.exit_code}; see {told['logs']}/{told['job']}_0_log.err"
     )
@@ -98,25 +116,25 @@ def _of_status(run: Path, status: dict[str, Any], told: dict[str, Any], job: Job
     step_seconds = _last(run, "perf/step_seconds")
     if status["state"] == "running" or job.active:
         left = status.get("steps", 0) - status.get("step", 0)
-        eta = _clock(left * step_seconds) if step_seconds else "unknown"  # until the first row of the log
+        eta = _clock(left * step_seconds) if step_seconds else "unknown"  # before the first row of the log
         words = f"{reached.removeprefix('; ')}, eta {eta}, last heartbeat {_clock(age)} ago"
         words += f", {where}" if where else ""
         fresh = age <= SILENT_SECONDS + BEATS * step_seconds
         unsure = bool(told) and job.state == "UNKNOWN"
         words += f", {job.reason}" if unsure else ""
-        # A run of another machine holds no lock that is seen here: where SLURM does not know, its heartbeat does.
+        # The lock of a run on another machine is not seen here: if SLURM does not know the job, its heartbeat decides.
         if not (job.active or _held(run) or (unsure and fresh)):
             ended = f", which is {job.state}" if told and not unsure else ""
-            return Row("silent", f"{words}{ended}: ended without a word; start it again to continue")
+            return Row("silent", f"{words}{ended}: it ended without a message; start it again to continue")
         if not fresh:
-            return Row("silent", f"{words}: a rank hangs; after engine.timeout_seconds the run ends with 7")
+            return Row("silent", f"{words}: a rank hangs; the run ends with exit code 7 after engine.timeout_seconds")
         return Row("running", words)
     ended = f"; {where} {_verdict(told)}" if told else ""
-    return Row(status["state"], f"all is saved{reached}; start it again to continue{ended}")
+    return Row(status["state"], f"everything is saved{reached}; start it again to continue{ended}")
 
 
 def _lineage(run: Path) -> str:
-    """What the weights are, and of which parents; says so if a parent has been trained anew since."""
+    """Name the weights and their parents, and say if a parent has been trained again since."""
     try:
         card = Card.read(run / "export")
     except HandoverError as error:
@@ -126,7 +144,7 @@ def _lineage(run: Path) -> str:
         words.append(f"{parent.role} {Path(parent.path).parent.name} {parent.weights_sha256[:12]}")
         now = _json(Path(parent.path) / CARD).get("weights_sha256", parent.weights_sha256)
         if now != parent.weights_sha256:
-            words[-1] += f" (STALE: it holds {now[:12]} now)"
+            words[-1] += f" (STALE: the parent holds {now[:12]} now)"
     return ", ".join(words)
 
 
@@ -141,13 +159,13 @@ def _reached(status: dict[str, Any]) -> str:
 
 
 def _heartbeat_age(run: Path, status: dict[str, Any]) -> float:
-    """Of the rank that is silent longest: one that hangs holds all."""
+    """Seconds since the last heartbeat of the rank that is silent longest: one that hangs stops all."""
     beats = [path.stat().st_mtime for path in (run / "heartbeat").glob("rank_*")]
     return time.time() - max(min(beats, default=0.0), status["time"])
 
 
 def _held(run: Path) -> bool:
-    """Whether a process works in the folder: it holds the lock."""
+    """Whether a process on this machine works in the folder: then it holds the lock."""
     try:
         with (run / ".lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -166,10 +184,10 @@ def _last(run: Path, name: str) -> float:
 
 
 def _verdict(told: dict[str, Any]) -> str:
-    """What followed from the last start of the job."""
+    """How the last start of the job ended, and what followed."""
     path = Path(told["logs"]) / told["job"] / "verdicts.jsonl"
     if not path.is_file():
-        return "left no verdict"
+        return "has no verdict yet"
     row = json.loads(path.read_text().splitlines()[-1])
     return f"ended with {row['code']}: {row['then']}"
 

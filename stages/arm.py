@@ -1,100 +1,124 @@
 """Stage 1, ARM: autoregressive pretraining of a Vision Mamba on unlabelled images.
 
-Method: Ren et al., "Autoregressive Pretraining with Mamba in Vision": predict the pixels of each next cluster of patches
-from the clusters before it.
+Method: Ren et al., "Autoregressive Pretraining with Mamba in Vision": the model predicts the pixels of each cluster of
+patches from the clusters before it.
 Command: python -m stages arm configs/arm/demo.yaml
-Input: shards (only the probes, which report, read labels).  Output: a pretrainer's export, from which stage 2 takes the backbone.
+Input: shards; only the linear probe and k-NN, which report, read labels. Output: a pretrainer's export, whose backbone stage 2
+starts from.
 """
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.evaluate.metrics import mean_loss
-from pipeline.evaluate.probes import features_of, probe
+from pipeline.evaluate.probes import evaluate_features, features_of
 from pipeline.models.arm import ARM, pixel_loss
-from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.report.pictures import write_grid
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.loader import Batch
 from pipeline.streaming.transforms import train_views
-from pipeline.train.replay import Replay
 from pipeline.train.task import StepOutput, Task, mean_of
-from stages.configs import ArmConfig
+from stages.configs.arm import ArmConfig
 from stages.context import StageContext
+from stages.drivers import Prepared
+from stages.handover import export
 
 NUM_PICTURES = 8
 
 
 class ArmTask(Task):
-    """Squared error of the predicted clusters against their standardised pixels."""
+    """Squared error of the predicted clusters against their standardised pixels.
+
+    Args:
+        arm: Makes the targets, which use no weights.
+    """
 
     names_classes = False
 
     def __init__(self, arm: ARM) -> None:
-        self.arm = arm  # for its targets, which use no weights
+        self.arm = arm
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
+        """Return the mean error over images and predicted clusters, and the error of each cluster."""
         errors = arm_loss(self.arm, model(batch["unlabelled"].images), batch["unlabelled"].images)
         clusters = {f"cluster_loss/{k:02d}": mean_of(error) for k, error in enumerate(errors.unbind(1), start=1)}
         return StepOutput(loss=errors.mean(), metrics=clusters)
 
 
 def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
-    """(B, K - 1): each image's loss on each predicted cluster."""
+    """Return each image's loss on each predicted cluster, (B, K - 1)."""
     return pixel_loss(predictions, arm.targets(images), arm.num_clusters - 1)
 
 
-def run(config: ArmConfig, replay: Replay | None = None) -> None:
-    with StageContext("arm", config, replay) as s:
-        arm, size = ARM(config.model, config.decoder), config.model.image_size
-        everything = np.sort(np.concatenate([s.parts.labelled, s.parts.unlabelled]))
-        views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
-        streams = {"unlabelled": s.loader(everything, views, global_batch=config.loop.global_batch, hide_labels=True)}
-        held_out = s.parts.validation
-        pictured = s.pictures(held_out if len(held_out) else everything, NUM_PICTURES, size)
+def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
+    """Build the backbone with its decoder, and say how they are evaluated and exported."""
+    config = s.config
+    arm, size = ARM(config.model, config.decoder), config.model.image_size
+    held_out = s.subsets.validation
+    pictured = s.pictures(held_out if len(held_out) else s.streams["unlabelled"].sample_indices, NUM_PICTURES, size)
 
-        def evaluate(step: int, board: Board) -> dict[str, float]:
-            pictures = reconstructions(s.engine.module, arm, pictured)
-            if s.world.is_main:
-                path = s.run.folder / "report" / "reconstructions.png"
-                grid = write_grid(path, pictures, mean=config.data.mean, std=config.data.std)
-                board.image("input, target, prediction", grid, step)
-            if not len(held_out):
-                return {}
-            batches = s.evaluator.evaluation(s.manifest, held_out, size)
-            loss = mean_loss(s.engine.module, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
-            return {"val/loss": loss} | probes(s, arm, config, step)
+    def evaluate(step: int, board: Board) -> dict[str, float]:
+        pictures = reconstructions(s.engine.module, arm, pictured)
+        if s.world.is_main:
+            path = s.run.folder / "report" / "reconstructions.png"
+            grid = write_grid(path, pictures, mean=config.data.mean, std=config.data.std)
+            board.image("input, target, prediction", grid, step)
+        if not len(held_out):
+            return {}
+        batches = s.evaluator.evaluation(s.manifest, held_out, size)
+        loss = mean_loss(s.engine.module, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
+        return {"val/loss": loss} | probes(s, arm, step)
 
-        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, flops=TRAINING * forward_flops(arm, size))
-        s.export(
-            s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured
-        )
+    def finish(task: ArmTask) -> None:
+        export(s, s.engine.full_weights(), model=config.model, decoder=config.decoder, measured=s.measured)
+
+    return Prepared(
+        model=arm,
+        make_task=lambda engine: ArmTask(arm),
+        views={"unlabelled": train_views(size, config.augment, mean=config.data.mean, std=config.data.std)},
+        image_size=size,
+        flops=s.flops({"student": arm}, size),
+        evaluate=evaluate,
+        finish=finish,
+    )
 
 
-def probes(s: StageContext, arm: ARM, config: ArmConfig, step: int) -> dict[str, float]:
-    """val/linear and val/knn in percent, of what the decoder reads, at the steps that `probe.every` says and after the last."""
-    asked = config.probe
-    if asked is None or not len(s.parts.labelled) or (step % (asked.every or step) and step < config.loop.steps):
+def probes(s: StageContext[ArmConfig], arm: ARM, step: int) -> dict[str, float]:
+    """Evaluate the features that the decoder reads, at the steps of `probe.every` and after the last step.
+
+    Returns:
+        val/linear (linear probe) and val/knn in percent; nothing at other steps.
+    """
+    config, asked = s.config, s.config.probe
+    if asked is None or not len(s.subsets.labelled) or (step % (asked.every or step) and step < config.loop.steps):
         return {}
-    learnt_from = s.parts.labelled[:: -(-len(s.parts.labelled) // asked.samples)]
+    learnt_from = s.subsets.labelled[:: -(-len(s.subsets.labelled) // asked.samples)]
     bank, queries = (
         features_of(
             s.engine.module,
             arm.to_decoder,
-            s.evaluator.evaluation(s.manifest, part, config.model.image_size),
+            s.evaluator.evaluation(s.manifest, sample_indices, config.model.image_size),
             s.world.device,
         )
-        for part in (learnt_from, s.parts.validation)
+        for sample_indices in (learnt_from, s.subsets.validation)
     )
-    return {f"val/{name}": accuracy for name, accuracy in probe(bank, queries, asked).items()}
+    return {f"val/{name}": accuracy for name, accuracy in evaluate_features(bank, queries, asked).items()}
 
 
 @torch.no_grad()
 def reconstructions(model: nn.Module, arm: ARM, images: Tensor) -> Tensor:
-    """(3, n, C, H, W): images, targets, and what the model predicts; the latter two standardised patch by patch."""
+    """Put images beside their targets and predictions, which are standardised patch by patch.
+
+    Args:
+        model: The network that computes.
+        arm: Makes and draws the targets.
+        images: (n, C, H, W).
+
+    Returns:
+        (3, n, C, H, W): images, targets, predictions.
+    """
     model.eval()
     predicted = model(images)
     model.train()

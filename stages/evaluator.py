@@ -1,4 +1,4 @@
-"""How a stage's models are judged: on its validation part while it trains, on its test set once, by one table of answers."""
+"""The evaluation of a stage's models: on the validation subset during training, on the test set once at the end."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,29 +10,47 @@ from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import Split
 from pipeline.evaluate import metrics
 from pipeline.evaluate.open_set import with_outside
-from pipeline.evaluate.predictions import Predictions, ask
+from pipeline.evaluate.predictions import Predictions, predict
 from pipeline.streaming.loader import Batch, evaluation_batches
 from pipeline.streaming.transforms import eval_views
 from pipeline.train.distributed import World
 from pipeline.train.run import Run
-from stages.check import Parts
-from stages.configs import DataConfig
+from stages.configs.base import DataConfig
+from stages.spec import Subsets
 
 
 class Evaluator:
-    """Of the models of one stage, on `image_size` (H, W) views. Its answers are those of the export (fp32)."""
+    """Evaluates the models of one stage in fp32, as its export will compute.
+
+    Args:
+        config: Which images.
+        manifest: The training manifest.
+        split: Its split, or None.
+        subsets: The subsets of the split.
+        world: The processes that share the work.
+        run: Receives evaluation.json and the predictions.
+
+    Attributes:
+        confidence: The confidences of the last validation, by the name of the model.
+    """
 
     def __init__(
-        self, config: DataConfig, manifest: Manifest, split: Split | None, parts: Parts, world: World, run: Run
+        self, config: DataConfig, manifest: Manifest, split: Split | None, subsets: Subsets, world: World, run: Run
     ) -> None:
-        self.config, self.manifest, self.split, self.parts = config, manifest, split, parts
+        self.config, self.manifest, self.split, self.subsets = config, manifest, split, subsets
         self.world, self.run = world, run
         self.confidence: dict[str, np.ndarray] = {}  # of each model in the last validation
 
     def evaluation(
         self, manifest: Manifest, sample_indices: np.ndarray, image_size: tuple[int, int]
     ) -> Iterator[Batch]:
-        """Every sample once over the ranks, as many batches on each."""
+        """Iterate over samples of a manifest: each once over all ranks, and as many batches on every rank.
+
+        Args:
+            manifest: The dataset.
+            sample_indices: The samples.
+            image_size: (height, width) in pixels.
+        """
         views = eval_views(image_size, mean=self.config.mean, std=self.config.std)
         return evaluation_batches(
             manifest,
@@ -45,16 +63,17 @@ class Evaluator:
             remote=self.config.loader.remote,
         )
 
-    def answers(
+    def predictions(
         self, model: nn.Module, manifest: Manifest, sample_indices: np.ndarray, image_size: tuple[int, int]
     ) -> Predictions:
-        """Of a classifier to samples of a manifest (collective), in fp32: what an export will say."""
-        return ask(model, self.evaluation(manifest, sample_indices, image_size), self.world.device)
+        """Let a classifier predict samples of a manifest in fp32 (collective). The arguments are those of `evaluation`."""
+        return predict(model, self.evaluation(manifest, sample_indices, image_size), self.world.device)
 
     def groups(self) -> dict[str, np.ndarray]:
-        """Head, medium and tail by the images that follow the split's tail; classes that it leaves out stand apart.
+        """Group the classes into head, medium and tail by their number of images; classes outside the split are apart.
 
-        Unlabelled images count too, by their hidden labels: a tenth of the labels alone is full of ties. No loss sees them.
+        Unlabelled images count too, by their hidden labels, because a tenth of the labels alone has many ties. No loss sees
+        these labels.
         """
         num_classes = len(self.manifest.classes)
         if self.split is None:
@@ -66,46 +85,61 @@ class Evaluator:
         return with_outside(class_groups(counts[seen], ranks=np.array(header["class_ranks"])[seen]), seen, num_classes)
 
     def class_counts(self) -> np.ndarray:
-        """(C,) labelled images of each class."""
-        return np.bincount(self.manifest.labels[self.parts.labelled], minlength=len(self.manifest.classes))
+        """Count the labelled images of each class: (C,)."""
+        return np.bincount(self.manifest.labels[self.subsets.labelled], minlength=len(self.manifest.classes))
 
     def validate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
-        """val/top1, val/tail, ... of each model on the validation part; names other than `student` are prefixed."""
+        """Evaluate models on the validation subset (collective).
+
+        Args:
+            models: The models by name.
+            image_size: (height, width) in pixels.
+
+        Returns:
+            val/top1, val/tail, ...; the names of models other than `student` are prefixed. Nothing without the subset.
+        """
         row = {}
-        if len(self.parts.validation):
+        if len(self.subsets.validation):
             for name, model in models.items():
-                answers = self.answers(model, self.manifest, self.parts.validation, image_size)
+                found = self.predictions(model, self.manifest, self.subsets.validation, image_size)
                 prefix = "" if name == "student" else f"{name}_"
-                self.confidence[f"{prefix}confidence"] = answers.confidence
-                found = metrics.summary(answers, len(self.manifest.classes), self.groups())
-                row.update({f"val/{prefix}{k}": v for k, v in found.items()})
+                self.confidence[f"{prefix}confidence"] = found.confidence
+                summary = metrics.summary(found, len(self.manifest.classes), self.groups())
+                row.update({f"val/{prefix}{k}": v for k, v in summary.items()})
         return row
 
     def test(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
-        """Evaluator once on the test set, or on the validation part if there is none; writes evaluation.json and every answer.
+        """Evaluate models on the test set, or on the validation subset if there is none (collective).
 
-        Returns the test set's top1 of each model, for the card.
+        Writes evaluation.json and all predictions into the run's folder.
+
+        Args:
+            models: The models by name.
+            image_size: (height, width) in pixels.
+
+        Returns:
+            The top-1 of each model on the test set, for the card; nothing without one.
         """
         if self.config.test is not None:
-            test, judged_on = read_manifest(self.config.test), "test images"
+            test, evaluated_on = read_manifest(self.config.test), "test images"
             sample_indices = np.arange(test.num_samples)
         else:
-            test, judged_on, sample_indices = (
+            test, evaluated_on, sample_indices = (
                 self.manifest,
-                "validation images, for want of a test set",
-                self.parts.validation,
+                "validation images (there is no test set)",
+                self.subsets.validation,
             )
         if not len(sample_indices):
             return {}
         results = {}
         for name, model in models.items():
-            answers = self.answers(model, test, sample_indices, image_size)
-            results[name] = metrics.report(answers, self.groups(), test.classes)
+            found = self.predictions(model, test, sample_indices, image_size)
+            results[name] = metrics.report(found, self.groups(), test.classes)
             if self.world.is_main:
-                answers.save(self.run.folder / f"answers-{name}.npz")
+                found.save(self.run.folder / f"predictions-{name}.npz")
         protocol = {
             "dataset": test.hash,
-            "judged_on": judged_on,
+            "evaluated_on": evaluated_on,
             "split": self.split.hash if self.split else None,
             "protocol": self.split.protocol if self.split else "all labelled",
         }

@@ -1,4 +1,4 @@
-"""What people look at while a stage trains: the views as they are trained on, where the model looks, how sure it is."""
+"""Pictures for the board during training: the views that a stage trains on, and where its model looks."""
 
 import logging
 from collections.abc import Mapping
@@ -22,7 +22,14 @@ NUM_PICTURES = 8
 
 
 def spread(manifest: Manifest, sample_indices: np.ndarray, number: int, view: View) -> Batch:
-    """`number` samples spread over `sample_indices`, alike on every rank."""
+    """Load samples spread evenly over `sample_indices`, the same on every rank.
+
+    Args:
+        manifest: The dataset.
+        sample_indices: The samples to choose from.
+        number: How many; fewer if there are fewer.
+        view: The transform of each image.
+    """
     chosen = sample_indices[np.linspace(0, len(sample_indices) - 1, min(number, len(sample_indices))).astype(int)]
     return next(iter(evaluation_batches(manifest, chosen, batch_size=len(chosen), rank=0, world_size=1, views=view)))
 
@@ -36,7 +43,7 @@ def show_views(
     manifest: Manifest,
     look: Preprocessing,
 ) -> None:
-    """The first images of each stream as they are trained on; with a `model`, under each what the task says of it."""
+    """Draw images of each stream as they are trained on; with a `model`, with the task's caption under each."""
     for name, stream in streams.items():
         batch = spread(manifest, stream.order.sample_indices, NUM_PICTURES, stream.views)
         captions = task.captions(model, batch) if model is not None else None
@@ -55,15 +62,17 @@ def show_attribution(
     image_size: tuple[int, int],
     look: Preprocessing,
 ) -> None:
-    """Where a classifier looks, and what it says. `model` is bare: a backward pass through
-    DeepSpeed's wrapper is a step to it."""
+    """Draw where a classifier looks (Grad-CAM) and what it predicts.
+
+    `model` is the bare module, because DeepSpeed's wrapper would take a backward pass for a step.
+    """
     batch = spread(manifest, sample_indices, NUM_PICTURES, eval_views(image_size, mean=look.mean, std=look.std))
     try:
-        maps, answers = gradcam(model, batch.images.to(next(model.parameters()).device))
-    except (PipelineError, RuntimeError, IndexError) as error:  # a layout nobody foresaw: no reason to stop
+        maps, predicted = gradcam(model, batch.images.to(next(model.parameters()).device))
+    except (PipelineError, RuntimeError, IndexError) as error:  # an unknown layout is no reason to stop
         logger.warning("no attribution maps: %s", error)
         return
-    pairs = zip(answers.tolist(), batch.labels.tolist(), strict=True)
+    pairs = zip(predicted.tolist(), batch.labels.tolist(), strict=True)
     said = [f"{manifest.classes[a]}{'' if a == t else f' (is {manifest.classes[t]})'}" for a, t in pairs]
     rows = [to_pixels(batch.images, look.mean, look.std), overlay(batch.images, maps.cpu(), look.mean, look.std)]
     board.image("attribution", captioned(rows, ["image", "Grad-CAM"], [said, [""] * len(said)]), step)

@@ -1,4 +1,4 @@
-"""A plan as text, for a person."""
+"""The printed form of a plan."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,12 @@ from typing import Any
 
 
 def show(plan: Mapping[str, Any], folder: Path | None) -> None:
-    """`folder`: where its files are; None if there are none."""
+    """Print a plan.
+
+    Args:
+        plan: As in plan.json.
+        folder: The experiment's folder, if the plan is written there; None if it is printed only.
+    """
     for s in plan["stages"]:
         zero = str(s["zero_stage"])
         needs = s["memory"][zero]
@@ -14,19 +19,23 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
         print(f"\n== {s['stage']}: {s['steps']} steps, {s['samples']} samples{' = ' + epochs if epochs else ''}")
         print(
             f"   {s['world_size']} ranks x {s['accumulation']} micro-batches of {s['micro_batch']};"
-            f" {s['virtual_readers']} virtual_readers over {s['shards']} shards; possible worlds: {_some(s['worlds_possible'])}"
+            f" {s['virtual_readers']} virtual readers over {s['shards']} shards;"
+            f" possible world sizes: {_some(s['worlds_possible'])}"
         )
-        print(f"   {s['parameters'] / 1e6:.2f} M parameters, {s['flops_per_step'] / 1e12:.4g} TFLOP a step")
-        host = f" + {size(needs['host'])} of the host" if needs["host"] else ""
-        print(f"   memory a rank, ZeRO {zero}: {size(needs['device'])}{_room(plan['cluster'])}{host}:")
+        tflop = s["flops_per_step"] / 1e12
+        print(
+            f"   {s['parameters'] / 1e6:.2f} M parameters, {s['images_per_step']} images and {tflop:.4g} TFLOP per step"
+        )
+        host = f" + {size(needs['host'])} on the host" if needs["host"] else ""
+        print(f"   memory per rank, ZeRO {zero}: {size(needs['device'])}{_limit(plan['cluster'])}{host}:")
         names = (
             "parameters",
             "gradients",
             "masters",
             "moments",
-            "teacher",
-            "working_teacher",
-            "frozen_teacher",
+            "averages",
+            "inference_copies",
+            "frozen",
             "buckets",
             "activations",
         )
@@ -37,8 +46,8 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
             f"   checkpoint {size(s['checkpoint_bytes'])}, {s['checkpoints_written']} written; on disk {size(s['disk_bytes'])}"
         )
         print(
-            f"   {s['step_seconds']:.3g} s a step, {s['hours']:.3g} hours, {s['device_hours']:.3g} device-hours,"
-            f" {size(s['sent_bytes_per_step'])} sent a rank and step; {_starts(s, plan['cluster'])}"
+            f"   {s['step_seconds']:.3g} s per step, {s['hours']:.3g} hours, {s['device_hours']:.3g} device-hours,"
+            f" {size(s['sent_bytes_per_step'])} sent per rank and step; {_starts(s, plan['cluster'])}"
         )
         print("   scaling (ranks: images/s, efficiency): " + "  ".join(map(_point, s["scaling"])))
         for how, command in s["commands"].items():
@@ -49,29 +58,29 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
     for problem in plan["problems"]:
         print(f"! {problem}")
     if folder is None:
-        print("not written: the experiment has begun, and keeps the plan it has")
+        print("not written: the experiment has begun, and keeps the plan that it has")
         return
-    print(
-        f"the resolved configs and the batch scripts, to be read: {folder / 'plan'}; all numbers: {folder / 'plan.json'}"
-    )
+    print(f"resolved configs and batch scripts: {folder / 'plan'}; all numbers: {folder / 'plan.json'}")
 
 
-def _room(cluster: Mapping[str, Any]) -> str:
+def _limit(cluster: Mapping[str, Any]) -> str:
     if not cluster["gpus_per_node"]:
         return ""
     there = cluster["device_memory_gb"]
-    return f" of {there:g} GB" if there else " (of a GPU whose device_memory_gb the preset does not tell: not compared)"
+    return f" of {there:g} GB" if there else " (not compared: the preset states no device_memory_gb)"
 
 
 def _starts(stage: Mapping[str, Any], cluster: Mapping[str, Any]) -> str:
     if not stage["starts"]:
-        return "no start is long enough"
+        return "no start is long enough to train"
     enough = (
         ""
         if stage["starts"] - 1 <= cluster["max_requeues"]
         else f"  ! more than max_requeues {cluster['max_requeues']}"
     )
-    return f"{stage['starts']} starts of {cluster['time']} ({stage['starts'] - 1} requeues){enough}"
+    number = stage["starts"]
+    words = "1 start" if number == 1 else f"{number} starts"
+    return f"{words} of {cluster['time']} ({number - 1} requeues){enough}"
 
 
 def _point(scale: Mapping[str, Any]) -> str:
@@ -85,7 +94,7 @@ def _some(worlds: Sequence[int]) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes, in powers of a thousand."""
+    """Format a number of bytes, in powers of a thousand."""
     for unit in ("B", "KB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.exports.card import Card
-from stages import STAGES
+from stages import SPECS
 from tests.conftest import Stages
 from tests.golden.write import FOLDER, losses
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SPECS)
 def test_losses_are_the_golden_ones(chain: Stages, stage: str) -> None:
     golden = json.loads((FOLDER / f"{stage}.json").read_text())
     found = losses(chain.runs / "smoke" / stage, stage)
@@ -32,7 +32,7 @@ def test_a_second_start_says_what_is_done_and_does_nothing(chain: Stages) -> Non
 
 
 def test_every_export_names_its_parent_its_data_and_the_labels_it_has_seen(chain: Stages) -> None:
-    cards = {stage: Card.read(chain.runs / "smoke" / stage / "export") for stage in STAGES}
+    cards = {stage: Card.read(chain.runs / "smoke" / stage / "export") for stage in SPECS}
     assert cards["arm"].labels_seen == ()
     assert cards["distill"].lineage.parents[0].weights_sha256 == cards["arm"].weights_sha256
     assert cards["semi"].lineage.parents[0].weights_sha256 == cards["distill"].weights_sha256
@@ -79,7 +79,7 @@ class TestParents:
     def test_a_pretrainer_cannot_feed_stage_3(self, chain: Stages) -> None:
         done = chain.run("semi", "run.experiment=skipped", f"init_from={chain.runs / 'smoke/arm/export'}")
         assert done.returncode == 4
-        assert "a classifier is needed" in done.stderr
+        assert "stage semi needs a classifier as its init_from" in done.stderr
 
     def test_another_shape_is_refused(self, chain: Stages) -> None:
         done = chain.run(

@@ -101,13 +101,13 @@ def test_a_second_run_does_not_ask_the_teacher_again(chain: Stages, tmp_path: Pa
     assert losses(second) == losses(first)
 
 
-def test_mesa_adds_the_averages_answers_from_its_step_on(chain: Stages) -> None:
+def test_mesa_adds_the_averages_predictions_from_its_step_on(chain: Stages) -> None:
     folder = run(chain, "distill", "run.experiment=mesa", "teacher=null", "mesa={start: 0.5}", "optim.cooldown_steps=0")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/mesa" in row] == [5, 6, 7, 8]
 
 
-def test_a_teacher_may_answer_for_unlabelled_images(chain: Stages) -> None:
+def test_a_teacher_may_give_targets_to_unlabelled_images(chain: Stages) -> None:
     """As many steps, three times the images; a run without a split has none to offer."""
     folder = run(chain, "distill", "run.experiment=unlabelled", "teacher.unlabelled_ratio=2", "loop.steps=5")
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])
@@ -116,4 +116,4 @@ def test_a_teacher_may_answer_for_unlabelled_images(chain: Stages) -> None:
     command = chain.command("distill", "teacher.unlabelled_ratio=2", "data.split=null", config="smoke_efficientvim")
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert refused.returncode == 2
-    assert "teacher.unlabelled_ratio needs data.split" in refused.stderr
+    assert "teacher.unlabelled_ratio is 2, but without data.split no image is unlabelled" in refused.stderr

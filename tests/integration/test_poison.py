@@ -1,4 +1,4 @@
-"""Labels of unlabelled samples never reach a loss: whatever stands there, the weights are the same."""
+"""Labels of unlabelled samples never reach a loss: whatever they are, the weights are the same."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def poisoned(digits: Path, folder: Path) -> Path:
         rows = slice(first, first + shard.count)
         index = ShardIndex(
             shard=shard,
-            members=[manifest.member(data_step) for data_step in range(rows.start, rows.stop)],
+            members=[manifest.member(index) for index in range(rows.start, rows.stop)],
             offsets=manifest.samples["offset"][rows].tolist(),
             lengths=manifest.samples["length"][rows].tolist(),
             labels=labels[rows].tolist(),
@@ -33,8 +33,8 @@ def poisoned(digits: Path, folder: Path) -> Path:
         first = rows.stop
     changed = write_manifest(folder / "train", manifest.classes, indices)
     assert (read_manifest(folder / "train").labels != manifest.labels).sum() > 0.7 * len(hidden)
-    header, _, letters = (digits / "split.json").read_bytes().partition(b"\n")
-    text = json.dumps(json.loads(header) | {"manifest": changed.hash}).encode() + b"\n" + letters
+    header, _, codes = (digits / "split.json").read_bytes().partition(b"\n")
+    text = json.dumps(json.loads(header) | {"manifest": changed.hash}).encode() + b"\n" + codes
     (folder / "split.json").write_bytes(text)
     return folder
 
@@ -48,4 +48,4 @@ def test_random_labels_on_unlabelled_samples_leave_every_weight_of_stage_3_ident
     straight = chain.runs / "smoke" / "semi" / "export" / "model.safetensors"
     assert (run / "export" / "model.safetensors").read_bytes() == straight.read_bytes()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert max(row.get("ssl/mask_rate", 0) for row in rows) > 0  # unlabelled samples did take part
+    assert max(row.get("ssl/mask_rate", 0) for row in rows) > 0  # unlabelled samples did count

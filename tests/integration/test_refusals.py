@@ -17,7 +17,7 @@ CONFIG = {
     "loop.global_batch=18": "must be a multiple of data.loader.virtual_readers 4",
     "model.name=vim_tinny": "model name 'vim_tinny' is unknown; known: vim_tiny",
     "model.cluster_size=12": "image_size (32, 32) must be a multiple of cluster_size 12",
-    "engine.micro_batch=7": "unequal parts",
+    "engine.micro_batch=7": "unequal micro-batches",
 }
 
 
@@ -62,7 +62,7 @@ def test_an_unknown_stage_or_config_lists_what_there_is(stages: Stages) -> None:
     assert_refused(absent, 2, "configs/semi/smok.yaml does not exist; there are")
 
 
-def test_processes_that_do_not_divide_the_lanes_end_in_2_before_any_starts(stages: Stages) -> None:
+def test_processes_that_do_not_divide_the_virtual_readers_end_in_2_before_any_starts(stages: Stages) -> None:
     assert_refused(stages.run("arm", "run.experiment=refused", nproc=3), 2, "multiple of the 3 processes")
 
 

@@ -1,4 +1,4 @@
-"""Where a stage stands, told from its folder alone: runs without SLURM."""
+"""The state of a stage, read from its folder alone: runs without SLURM."""
 
 import fcntl
 import json
@@ -38,7 +38,7 @@ def test_a_parent_that_was_trained_anew_is_told(chain: Stages, tmp_path: Path) -
     assert "STALE" not in status.read_stage(run).words
     shutil.rmtree(parent / "export")
     shutil.copytree(chain.runs / "smoke/semi/export", parent / "export")
-    assert "STALE: it holds" in status.read_stage(run).words
+    assert "STALE: the parent holds" in status.read_stage(run).words
 
 
 def test_a_killed_run_is_silent_and_a_living_one_runs(chain: Stages) -> None:
@@ -61,14 +61,14 @@ def test_a_killed_run_is_silent_and_a_living_one_runs(chain: Stages) -> None:
     assert "eta 0:" in alive.words
     killed = status.read_stage(run)
     assert killed.state == "silent"
-    assert "ended without a word; start it again to continue" in killed.words
-    # The same folder seen from elsewhere, of a job that SLURM says nothing about: its heartbeat speaks.
+    assert "ended without a message; start it again to continue" in killed.words
+    # The same folder as another machine sees it, with a job that SLURM does not know: its heartbeat decides.
     told = {"job": "1", "logs": str(run.parent / "slurm"), "after": ""}
     (run.parent / "slurm").mkdir()
     (run.parent / "slurm" / "arm.json").write_text(json.dumps(told))
     unknown = status.read_stage(run)
     assert unknown.state == "running"
-    assert re.search("job 1, SLURM (cannot be asked here|does not answer)", unknown.words)
+    assert re.search("job 1, SLURM (is not installed here|does not respond)", unknown.words)
     old = {**json.loads((run / "status.json").read_text()), "time": 0}
     (run / "status.json").write_text(json.dumps(old))
     for beat in (run / "heartbeat").iterdir():
@@ -83,7 +83,7 @@ def test_an_interrupted_run_and_a_failed_one_say_how_they_ended(chain: Stages) -
     assert chain.run("arm", "run.experiment=blown", "optim.lr=1e30").returncode == 6
     failed = status.read_stage(chain.runs / "blown" / "arm")
     assert failed.state == "failed"
-    assert re.search(r"is (nan|inf) by step \d+, first at data_step", failed.words)
+    assert re.search(r"is (nan|inf) by step \d+, first at data step", failed.words)
 
 
 def test_before_the_first_row_of_the_log_no_end_is_foretold(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_before_the_first_row_of_the_log_no_end_is_foretold(tmp_path: Path) -> N
 
 
 def test_an_unknown_experiment_is_refused_with_those_that_are_there(chain: Stages) -> None:
-    with pytest.raises(ConfigError, match=r"no experiment smock below .*; there are: .*smoke"):
+    with pytest.raises(ConfigError, match=r"no experiment smock in .*; it has .*smoke"):
         status.show(chain.runs, ["smock"])
 
 

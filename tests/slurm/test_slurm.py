@@ -77,7 +77,7 @@ def test_without_a_requeue_left_an_interrupted_stage_is_a_failed_job(person: Per
     assert f"waits for job {jobs['arm']}" in running
     subprocess.run(["scancel", jobs["semi"]], check=True)
     cancelled = person.type("status", "spent", "--root", str(person.runs)).stdout.splitlines()[2]
-    assert f"job {jobs['semi']} was cancelled, while job {jobs['distill']}, its parent, goes on" in cancelled
+    assert f"job {jobs['semi']} was cancelled, but job {jobs['distill']}, its parent, continues" in cancelled
     for other, was in (("distill:optim.lr=3e-3", "optim.lr was 0.002"), ("cluster:time=0:30:00", "'1:00:00'")):
         refused = person.slurm("chain", "smoke", *more, other)
         assert refused.returncode == 2

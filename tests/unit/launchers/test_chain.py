@@ -12,7 +12,7 @@ from launchers.filesystem import file_system
 from launchers.preflight import check_shared, refuse
 from pipeline.config import load_config, parse_yaml
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
-from stages import STAGES
+from stages import SPECS
 
 CPU = Path("configs/cluster/cpu.yaml")
 
@@ -45,13 +45,13 @@ def test_overrides_go_to_the_cluster_to_a_stage_or_to_all() -> None:
     cluster, left = read_cluster(CPU, ["cluster:nodes=4", "run.seed=7", "arm:loop.steps=9"])
     assert cluster.nodes == 4
     steps = read_steps("chain", "smoke", left)
-    assert [s.stage for s in steps] == list(STAGES)
+    assert [s.stage for s in steps] == list(SPECS)
     assert [s.config.run.seed for s in steps] == [7, 7, 7]
     assert [s.config.loop.steps for s in steps] == [9, 8, 8]
 
 
 def test_a_prefix_that_is_no_stage_is_refused() -> None:
-    with pytest.raises(ConfigError, match="before the colon stands a stage"):
+    with pytest.raises(ConfigError, match="'arn' before the colon is no stage; give one of arm, distill, semi"):
         read_steps("chain", "smoke", ["arn:loop.steps=9"])
 
 
@@ -59,7 +59,7 @@ def test_what_a_job_reads_is_the_config_that_was_checked(tmp_path: Path) -> None
     for step in read_steps("chain", "smoke", ["optim.lr=1e-5"]):
         frozen = tmp_path / "config.yaml"
         frozen.write_text(yaml.safe_dump(step.values))
-        assert load_config(STAGES[step.stage].config, frozen) == step.config
+        assert load_config(SPECS[step.stage].config, frozen) == step.config
 
 
 def test_a_sweep_is_a_grid_of_experiments_with_names_that_tell() -> None:
@@ -72,9 +72,9 @@ def test_a_sweep_is_a_grid_of_experiments_with_names_that_tell() -> None:
 
 def test_the_same_key_of_two_stages_makes_two_sweeps() -> None:
     names = {
-        read_points("chain", "smoke", [], [f"{stage}:optim.lr=1e-3"])[0][0].config.run.experiment for stage in STAGES
+        read_points("chain", "smoke", [], [f"{stage}:optim.lr=1e-3"])[0][0].config.run.experiment for stage in SPECS
     }
-    assert names == {f"smoke-{stage}.lr_1e-3" for stage in STAGES}
+    assert names == {f"smoke-{stage}.lr_1e-3" for stage in SPECS}
 
 
 def test_a_sweep_with_a_value_twice_is_refused() -> None:
@@ -104,11 +104,11 @@ class TestBeforeAnythingIsSubmitted:
         with pytest.raises(HandoverError, match=r"has model.embed_dim = 32, this config 48"):
             open_steps(read_steps("chain", "smoke", [*data, "distill:model.embed_dim=48"]), 2)
 
-    def test_lanes_are_a_multiple_of_the_ranks(self, data: list[str]) -> None:
+    def test_virtual_readers_are_a_multiple_of_the_ranks(self, data: list[str]) -> None:
         with pytest.raises(ConfigError, match="virtual_readers 4 must be a multiple of the 8 processes"):
             open_steps(read_steps("chain", "smoke", data), 8)
 
-    def test_more_lanes_than_samples_are_refused(self, data: list[str]) -> None:
+    def test_more_virtual_readers_than_samples_are_refused(self, data: list[str]) -> None:
         more = ["distill:data.loader.virtual_readers=64", "distill:loop.global_batch=64"]
         with pytest.raises(ConfigError, match="virtual_readers is 64, but there are only 51 labelled samples"):
             open_steps(read_steps("chain", "smoke", [*data, *more]), 2)
@@ -144,7 +144,9 @@ def test_everything_a_rank_reads_must_lie_where_the_nodes_see_it(tmp_path: Path)
     for key, (override, named) in given.items():
         more = [] if key == "init_from" else ["init_from=null"]
         step = read_steps("distill", "configs/distill/smoke.yaml", [override, *more])[0]
-        with pytest.raises(ConfigError, match=rf"^{named} = {tmp_path}.* is not on a file system that the nodes share"):
+        with pytest.raises(
+            ConfigError, match=rf"^stage distill: {named} = {tmp_path}.* is not on a file system that the nodes share"
+        ):
             check_shared(step, cluster)
 
 

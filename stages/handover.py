@@ -1,0 +1,69 @@
+"""The end of a stage: the export that the next stage starts from, with its card."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.config import flatten
+from pipeline.exports.card import Card
+from pipeline.exports.export import write_export
+from pipeline.models.config import DecoderConfig, FamilyConfig
+from pipeline.report.tensorboard import Board
+from stages.context import StageContext
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    s: StageContext[Any],
+    weights: Mapping[str, Tensor],
+    *,
+    model: FamilyConfig,
+    decoder: DecoderConfig | None = None,
+    measured: dict[str, float],
+    companions: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Write the export of a stage. Rank 0 writes; the other ranks do nothing.
+
+    Args:
+        s: The stage's context.
+        weights: The model's weights by name, whole.
+        model: The config of the model.
+        decoder: The decoder of a pretrainer; None for a classifier, which has learnt from this run's labels.
+        measured: Numbers for the card.
+        companions: Weights of models that were trained beside it; `name` is exported into export-NAME.
+    """
+    classifier = decoder is None
+    if classifier:
+        s.ancestry.saw_own_labels()
+    if not s.world.is_main:
+        return
+    groups = s.evaluator.groups() if classifier else {}
+    card = Card(
+        kind="classifier" if classifier else "pretrainer",
+        model=model,
+        decoder=decoder,
+        classes=s.manifest.classes if classifier else (),
+        class_counts=tuple(s.evaluator.class_counts().tolist()) if classifier else (),
+        class_groups={name: tuple(classes.tolist()) for name, classes in groups.items()},
+        eval_batch=s.config.data.eval_batch,
+        preprocessing=s.config.data.preprocessing,
+        weights_sha256="",
+        fingerprint_sha256="",
+        lineage=s.ancestry.lineage(s.run),
+        labels_seen=s.ancestry.labels_seen(),
+        more_labels_than_claimed=s.ancestry.more_labels_than_claimed,
+        metrics=measured,
+    )
+    images, labels = s.fingerprint_images(model.image_size), s.ancestry.labelled_indices()
+    for name, others in (companions or {}).items():
+        folder = s.run.folder / f"export-{name}"
+        write_export(folder, card=card, weights=others, fingerprint_images=images, labels=labels)
+    write_export(s.run.export, card=card, weights=weights, fingerprint_images=images, labels=labels)
+    logger.info("exported %s", s.run.export)
+    loop = s.config.loop
+    board = Board(s.run.folder / "tb", loop.steps, loop.global_batch)
+    board.hparams(flatten(s.config.model_dump(mode="json")), measured, loop.steps)
+    board.close()
