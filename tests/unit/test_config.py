@@ -43,6 +43,12 @@ def test_an_unknown_key_inside_an_optional_section_is_explained_too() -> None:
     )
 
 
+def test_a_key_that_was_renamed_is_refused_with_its_new_name() -> None:
+    path = ROOT / "configs/semi/smoke.yaml"
+    with pytest.raises(ConfigError, match=r"data\.loader\.lanes: .* write data\.loader\.virtual_readers"):
+        load_config(STAGES["semi"].config, path, ["data.loader.lanes=4"])
+
+
 def test_all_problems_are_told_at_once() -> None:
     text = refusal({"optim": {"lr": -1, "steps": "many"}})
     assert "3 problems" in text
