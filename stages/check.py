@@ -169,7 +169,7 @@ def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Parts]:
         nothing = np.empty(0, np.int64)
         return manifest, None, Parts(np.arange(manifest.num_samples), nothing, nothing)
     split = read_split(config.data.split, manifest)
-    return manifest, split, Parts(*(split.part(name) for name in Parts._fields))
+    return manifest, split, Parts(*(split.subset(name) for name in Parts._fields))
 
 
 def streams(config: StageConfig, parts: Parts) -> dict[str, int]:

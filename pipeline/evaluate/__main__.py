@@ -88,7 +88,7 @@ def _check(given: argparse.Namespace) -> Asked:
     split = read_split(given.split, train) if given.split else None
     if given.part and train.hash != data.hash:
         raise ConfigError(f"--part {given.part} is of {given.train}, not of {given.data}; give the same folder twice")
-    sample_indices = split.part(given.part) if split and given.part else np.arange(data.num_samples)
+    sample_indices = split.subset(given.part) if split and given.part else np.arange(data.num_samples)
     if not len(sample_indices):
         raise ConfigError(f"{given.split} leaves no {given.part} samples; judge another part")
     out = given.out or given.export.parent / f"evaluation-{given.data.name}"
@@ -96,8 +96,8 @@ def _check(given: argparse.Namespace) -> Asked:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be written ({error.strerror}); choose another --out") from None
-    held_out = split.part("validation") if split and given.part != "validation" else np.empty(0, np.int64)
-    bank = split.part("labelled") if split and given.probe else np.empty(0, np.int64)
+    held_out = split.subset("validation") if split and given.part != "validation" else np.empty(0, np.int64)
+    bank = split.subset("labelled") if split and given.probe else np.empty(0, np.int64)
     learnt_from = np.concatenate([held_out, bank])
     if train.hash == data.hash and (both := np.intersect1d(sample_indices, learnt_from)).size:
         raise ConfigError(
