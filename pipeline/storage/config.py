@@ -1,4 +1,4 @@
-"""How bytes behind an address are fetched (torch-free)."""
+"""What a config file may say about remote shards (torch-free)."""
 
 from typing import Annotated
 
@@ -10,10 +10,14 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class RemoteConfig(Strict):
-    """How shards behind http(s) or s3 are fetched; without effect on local ones."""
+    """How shards behind http(s) or s3 are fetched; local shards ignore it."""
 
-    cache: str = ""  # folder on a local disk, shared by the processes of a node
-    cache_gb: Annotated[float, Field(gt=0.0)] = 50.0  # 10^9 bytes
-    timeout_seconds: Annotated[float, Field(gt=0.0)] = 30.0  # without a byte
-    attempts: Positive = 8  # in a row that bring no byte
-    backoff_seconds: Annotated[float, Field(ge=0.0)] = 0.5  # before the second attempt; doubles up to 30 s
+    cache: str = Field(
+        "", description="folder on a local disk that keeps what was fetched; the processes of a node share it"
+    )
+    cache_gb: float = Field(50.0, gt=0.0, description="size to which the cache may grow, in GB (10^9 bytes)")
+    timeout_seconds: float = Field(30.0, gt=0.0, description="seconds without a byte before a connection is given up")
+    attempts: Positive = Field(8, description="attempts in a row that bring no byte before the run ends")
+    backoff_seconds: float = Field(
+        0.5, ge=0.0, description="seconds before the second attempt; the wait doubles up to 30 seconds"
+    )

@@ -127,7 +127,11 @@ def test_every_config_in_the_house_is_valid_and_tells_its_story(path: Path) -> N
             "mixup={labelled_cutmix: 1}",
             "mixing labelled images needs two images in each virtual reader: loop.global_batch 4 ",
         ),
-        ("semi/demo", "ssmixup={}", "mixing unlabelled images needs two images in each virtual reader: loop.global_batch 4 "),
+        (
+            "semi/demo",
+            "ssmixup={}",
+            "mixing unlabelled images needs two images in each virtual reader: loop.global_batch 4 ",
+        ),
     ],
 )
 def test_a_lone_image_is_not_mixed_with_itself(path: str, override: str, said: str) -> None:
