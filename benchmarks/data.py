@@ -31,7 +31,7 @@ from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Loader
-from pipeline.streaming.order import Order, cut_blocks, rank_lanes, shuffle_quality
+from pipeline.streaming.order import Order, cut_blocks, readers_of_rank, shuffle_quality
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.transforms import crop_resize, train_views
 from tests.unit.storage.flaky import serve
@@ -256,7 +256,7 @@ def bytes_fetched(folder: Path) -> dict[str, float]:
             ]
             for step in range(local.num_samples // batch):
                 for rank, reader in enumerate(readers):
-                    for sample_index in order.step(step, rank_lanes(virtual_readers, rank, RANKS)).ravel().tolist():
+                    for sample_index in order.step(step, readers_of_rank(virtual_readers, rank, RANKS)).ravel().tolist():
                         reader.read(sample_index)
             for reader in readers:
                 reader.close()

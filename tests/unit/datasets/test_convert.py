@@ -18,7 +18,6 @@ from pipeline.images import decode
 from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.order import cut_runs
 from pipeline.streaming.reader import Reader
-
 from tests.unit.storage.flaky import serve
 
 
