@@ -67,7 +67,7 @@ class Way(NamedTuple):
     g_p: View | None = None
     g_u: View | None = None
     g_delta: View | None = None
-    parts: tuple[Any, ...] | None = None  # partial sums of the gradients of A, B, C, D, bias
+    partials: tuple[Any, ...] | None = None  # partial sums of the gradients of A, B, C, D, bias
 
 
 def _compose(a1, b1, a2, b2):
@@ -247,12 +247,12 @@ def _backward_one(
         tl.store(_at(w.g_u, b, channel, time), g_u.to(w.g_u.p.dtype.element_ty), mask=mask)
         tl.store(_at(w.g_delta, b, channel, time), g_delta.to(w.g_delta.p.dtype.element_ty), mask=mask)
         row = ((b * G * blocks + index) * L + time)[:, None] * N_all + state[None, :]
-        tl.store(w.parts[1] + row, tl.sum(lam * (dt * u)[:, :, None], axis=0), mask=states_mask)
-        tl.store(w.parts[2] + row, tl.sum(hidden * g_Ch[:, :, None], axis=0), mask=states_mask)
+        tl.store(w.partials[1] + row, tl.sum(lam * (dt * u)[:, :, None], axis=0), mask=states_mask)
+        tl.store(w.partials[2] + row, tl.sum(hidden * g_Ch[:, :, None], axis=0), mask=states_mask)
     own = b * E_all + channel
-    tl.store(w.parts[0] + own[:, None] * N_all + state[None, :], g_rates, mask=real)
-    tl.store(w.parts[3] + own, g_skip, mask=inside)
-    tl.store(w.parts[4] + own, g_shift, mask=inside)
+    tl.store(w.partials[0] + own[:, None] * N_all + state[None, :], g_rates, mask=real)
+    tl.store(w.partials[3] + own, g_skip, mask=inside)
+    tl.store(w.partials[4] + own, g_shift, mask=inside)
 
 
 def scan_backward(

@@ -65,28 +65,30 @@ class TritonLibrary:
         """Implement `Kernels.scan_backward`."""
         sizes = _Sizes(problem)
         batch, channels, steps, states = sizes.batch, sizes.channels, sizes.steps, sizes.states
-        ways, grads, parts = [], [], []
+        ways, grads, partials = [], [], []
         for k, given in enumerate(problem.inputs):
             g_u, g_delta = torch.empty_like(given.u), torch.empty_like(given.delta)
             shared = (batch * sizes.groups, sizes.blocks, steps, states)
             shapes = ((batch, channels, states), shared, shared, (batch, channels), (batch, channels))
-            parts.append(tuple(given.u.new_empty(shape, dtype=torch.float32) for shape in shapes))
+            partials.append(tuple(given.u.new_empty(shape, dtype=torch.float32) for shape in shapes))
             grads.append((g_u, g_delta))
             g_p = _view_or_none(g_ps[k] if g_ps else None)
-            ways.append(_way(problem, k, carries[k], g_p=g_p, g_u=_view(g_u), g_delta=_view(g_delta), parts=parts[-1]))
+            ways.append(
+                _way(problem, k, carries[k], g_p=g_p, g_u=_view(g_u), g_delta=_view(g_delta), partials=partials[-1])
+            )
         if g_o.numel():
             self._backward[(sizes.programs,)](*_two(ways), _view(g_o), _view_or_none(g_z), **sizes.arguments)
         results = []
-        for given, (g_u, g_delta), (part_A, part_B, part_C, part_D, part_bias) in zip(
-            problem.inputs, grads, parts, strict=True
+        for given, (g_u, g_delta), (partial_A, partial_B, partial_C, partial_D, partial_bias) in zip(
+            problem.inputs, grads, partials, strict=True
         ):
             g_B, g_C = (
-                part.sum(1).view(batch, sizes.groups, steps, states).transpose(2, 3).reshape(given.B.shape)
-                for part in (part_B, part_C)
+                partial.sum(1).view(batch, sizes.groups, steps, states).transpose(2, 3).reshape(given.B.shape)
+                for partial in (partial_B, partial_C)
             )
-            g_D = None if given.D is None else part_D.sum(0)
-            g_bias = None if given.bias is None else part_bias.sum(0)
-            results.append(ScanInputs(g_u, g_delta, part_A.sum(0), g_B, g_C, g_D, g_bias))
+            g_D = None if given.D is None else partial_D.sum(0)
+            g_bias = None if given.bias is None else partial_bias.sum(0)
+            results.append(ScanInputs(g_u, g_delta, partial_A.sum(0), g_B, g_C, g_D, g_bias))
         return results
 
     def conv_forward(self, x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool]) -> list[Tensor]:

@@ -222,7 +222,7 @@ class Mixer(Local):
             b, c, d = rows_of.split(list(rows))
             d = d.expand(self.states, *d.shape[1:])
             pad = (0, 0) * (rows_of.dim() - 1) + (0, self.padded_states - self.states)
-            return torch.cat([F.pad(part, pad) for part in (b, c, d)])
+            return torch.cat([F.pad(group, pad) for group in (b, c, d)])
 
         buffers = {
             "gamma": self.library.row(gamma, self.channels),
