@@ -1,12 +1,12 @@
-"""What the engine costs: python -m benchmarks.engine prints one JSON line last.
+"""The cost of the engine: `python -m benchmarks.engine` prints one JSON line last.
 
-Two processes with one thread each, interleaved step by step, medians:
-- step_vs_bare_loop: a step of `fit` over the bare loop's step beside it, on an engine of its own (Vim-Tiny at 224), the
+Two processes of one thread each take interleaved steps; the numbers are medians:
+- step_vs_bare_loop: a step of `fit` over a step of a bare loop beside it, each on its own engine (Vim-Tiny at 224); the
   median over the pairs, with its quartiles;
-- zero1_vs_ddp: our engine at ZeRO-1 over DistributedDataParallel and AdamW (timm's ViT-Tiny at 224, 8 a process);
+- zero1_vs_ddp: our engine at ZeRO-1 over DistributedDataParallel and AdamW (timm's ViT-Tiny at 224, 8 images per process);
 - save_stall_vs_step: the longest step of `fit` while a checkpoint of a 26 M model (Vim-Small) is copied and written in the
-  background, over the median step without;
-- resume_seconds: from the call to the proved answer of a probe, for 98 M weights (Vim-Base) with moments, hashes checked.
+  background, over the median step without a save;
+- resume_seconds: from the call to the checked fingerprint, for 98 M weights (Vim-Base) with moments, hashes checked.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,13 +33,14 @@ from pipeline.streaming.loader import Loader
 from pipeline.train import checkpoint, distributed
 from pipeline.train.checkpoint import Saver
 from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig
-from pipeline.train.distributed import World
+from pipeline.train.distributed import World, barrier
 from pipeline.train.engine import Engine
 from pipeline.train.loop import fit
 from pipeline.train.optim import Trainable, parameter_groups
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
 from pipeline.train.task import StepOutput, Task, mean_of
+from pipeline.train.training import Training
 
 OPTIM = OptimConfig(lr=1e-4, clip_norm=1.0)
 SIZE = 224
@@ -48,7 +48,10 @@ SAVE_EVERY = 8
 
 
 class Classify(Task):
+    """Plain classification."""
+
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
+        """Return the cross-entropy of the labelled batch."""
         images, labels = batch["labelled"].images, batch["labelled"].labels
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
@@ -56,14 +59,20 @@ class Classify(Task):
 
 
 class Timed:
-    """The stream of one batch; it sees when `fit` asks for the next, and may do something else in between."""
+    """A stream that repeats one batch and takes the time until `fit` asks for the next.
+
+    Args:
+        batch: What it yields.
+        between: Something to time between two steps; it returns seconds.
+    """
 
     def __init__(self, batch: Batch, between: Callable[[], float] | None = None) -> None:
         self.batch, self.between = batch, between
         self.steps: list[float] = []
         self.others: list[float] = []
 
-    def batches(self, position: int) -> Iterator[Batch]:
+    def batches(self, data_step: int) -> Iterator[Batch]:
+        """Yield the batch without end."""
         while True:
             if self.between:
                 self.others.append(self.between())
@@ -72,20 +81,22 @@ class Timed:
             self.steps.append(time.perf_counter() - given)
 
     def close(self) -> None:
-        pass
+        """Do nothing."""
 
 
 class Values(Strict):
-    """A run's config has to be something."""
+    """The empty config of these runs."""
 
 
 def batch_of(size: int) -> Batch:
+    """Return a batch of random images."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, SIZE, SIZE, generator=generator)
     return Batch(images=images, labels=torch.arange(size) % 10, indices=torch.arange(size), virtual_readers=1)
 
 
 def engine_of(model: nn.Module, world: World, size: int, zero_stage: int = 1) -> Engine:
+    """Return an engine for micro-batches of `size`, without accumulation."""
     config = EngineConfig(zero_stage=zero_stage)  # type: ignore[arg-type]
     return Engine(model, world, optim=OPTIM, config=config, micro_batch=size, accumulation=1)
 
@@ -93,22 +104,26 @@ def engine_of(model: nn.Module, world: World, size: int, zero_stage: int = 1) ->
 def run_fit(
     engine: Engine, stream: Timed, folder: Path, world: World, recorder: Recorder, *, steps: int, save_every: int
 ) -> None:
+    """Run the real loop on one batch."""
     loop = LoopConfig(steps=steps, global_batch=len(stream.batch) * world.size, log_every=10, save_every=save_every)
 
     def nothing(step: int, board: Board) -> dict[str, float]:
         return {}
 
-    fit(
-        Classify(),
-        engine,
-        {"labelled": cast(Loader, stream)},
-        Run(folder, Values(), world),
+    fit(training_of(engine, stream, recorder, loop), Run(folder, Values(), world), nothing)
+
+
+def training_of(engine: Engine, stream: Timed, recorder: Recorder, loop: LoopConfig) -> Training:
+    """Return a classification that `fit` can drive."""
+    return Training(
+        task=Classify(),
+        engine=engine,
+        streams={"labelled": cast(Loader, stream)},
         loop=loop,
         lr_at=lambda step: OPTIM.lr,
         accumulation=1,
-        fingerprint="",
         seed=0,
-        evaluate=nothing,
+        inputs={},
         recorder=recorder,
         fingerprint_images=stream.batch.images[:2],
         flops=1.0,
@@ -116,6 +131,7 @@ def run_fit(
 
 
 def fit_against_bare(world: World, folder: Path, pairs: int) -> dict[str, float]:
+    """Time steps of `fit` and of a bare loop in turn."""
     size, task = 4, Classify()
     batch = batch_of(size)
     torch.manual_seed(0)
@@ -150,6 +166,7 @@ def fit_against_bare(world: World, folder: Path, pairs: int) -> dict[str, float]
 
 
 def zero_against_ddp(world: World, pairs: int) -> dict[str, float]:
+    """Time steps at ZeRO-1 and under DistributedDataParallel in turn."""
     size = 8
     batch = batch_of(size)
     engine = engine_of(build_model("timm/vit_tiny_patch16_224", num_classes=10), world, size)
@@ -178,13 +195,14 @@ def zero_against_ddp(world: World, pairs: int) -> dict[str, float]:
 
 
 def saving(world: World, folder: Path, saves: int) -> dict[str, float]:
+    """Time steps with and without a background save."""
     size = 2
     recorder, model = Recorder(log_every=50), build_model("vim_small", num_classes=10)
     recorder.watch(model)
     engine, stream = engine_of(model, world, size), Timed(batch_of(size))
     run_fit(engine, stream, folder / "save", world, recorder, steps=SAVE_EVERY * (saves + 1), save_every=SAVE_EVERY)
-    # Step k of the list ends with what `fit` does after it: the steps SAVE_EVERY - 1, 2 SAVE_EVERY - 1, ... copy, the half
-    # of the interval behind them runs beside the writing and ends with its completion at a vote.
+    # The time of step k includes what `fit` does after it. The steps SAVE_EVERY - 1, 2 SAVE_EVERY - 1, ... copy the shards.
+    # The first half of each interval after them runs beside the writing and ends when a vote completes it.
     busy = [t for k, t in enumerate(stream.steps) if k >= SAVE_EVERY - 1 and (k + 1) % SAVE_EVERY <= SAVE_EVERY // 2]
     quiet = [t for k, t in enumerate(stream.steps) if k >= 2 and (k + 1) % SAVE_EVERY > SAVE_EVERY // 2]
     median = statistics.median(quiet)
@@ -193,23 +211,25 @@ def saving(world: World, folder: Path, saves: int) -> dict[str, float]:
 
 
 def resuming(world: World, folder: Path) -> dict[str, float]:
-    engine, task = engine_of(build_model("vim_base", num_classes=10), world, 1), Classify()
-    batch = batch_of(1)
-    engine.backward(task.loss(engine.model, {"labelled": batch}).loss)
+    """Time the restore of a large checkpoint."""
+    engine, batch = engine_of(build_model("vim_base", num_classes=10), world, 1), batch_of(1)
+    loop = LoopConfig(steps=1, global_batch=world.size, background_save=False)
+    training = training_of(engine, Timed(batch), Recorder(log_every=50), loop)
+    engine.backward(training.task.loss(engine.model, {"labelled": batch}).loss)
     engine.step(OPTIM.lr)
-    saver = Saver(folder, engine=engine, task=task, fingerprint="", keep=1, keep_every=None, background=False)
-    saver.save(1, {})
-    dist.barrier()
+    Saver(folder, training).save(1, {})
+    barrier(world)
     begin = time.perf_counter()
-    step, _ = checkpoint.restore(folder, engine=engine, task=task, fingerprint="")
-    task.probe(engine.model, batch.images)
-    dist.barrier()
+    step, _ = checkpoint.restore(folder, training)
+    training.fingerprint()
+    barrier(world)
     assert step == 1
     gigabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
     return {"resume_seconds": time.perf_counter() - begin, "resume_gigabytes": gigabytes}
 
 
 def worker(folder: Path, pairs: int, saves: int) -> None:
+    """Measure everything on one rank."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     world = distributed.start(600)
@@ -223,6 +243,7 @@ def worker(folder: Path, pairs: int, saves: int) -> None:
 
 
 def main() -> None:
+    """Start two ranks and print what they measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40, help="interleaved pairs of steps (default 40)")
     parser.add_argument("--saves", type=int, default=4, help="checkpoints written beside the training (default 4)")

@@ -1,7 +1,7 @@
-"""LyapEMA's certificate against an adversary, and what the teacher costs: python -m benchmarks.lyapema.
+"""LyapEMA's certificate against an adversary, and the cost of the teacher: `python -m benchmarks.lyapema`.
 
-One JSON object is printed last. The times are of one process on 2 threads and the 25.8 M weights of vim_small; rivals take
-turns, so that a machine with other work on it slows them together, and medians are compared.
+It prints one JSON object last. The times are those of one process on 2 threads and the 25.8 M weights of vim_small. Rivals
+take turns, so that other work on the machine slows them together, and medians are compared.
 """
 
 import argparse
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from pipeline.models import build_model
 from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
-from pipeline.ssl.inference_copy import InferenceCopy, blocks_of
+from pipeline.ssl.inference_copy import blocks_of
 from pipeline.ssl.lyapema import MEASURE_EVERY, LyapEMA
 from pipeline.ssl.pseudo_labels import PseudoLabeller
+from pipeline.ssl.teacher import Teacher
 from pipeline.streaming.loader import Batch
 from pipeline.train import distributed
 from pipeline.train.config import EngineConfig, OptimConfig
@@ -39,7 +40,7 @@ SLACK = 1e-14
 
 
 def adversary(weights: list[Tensor], teacher: list[Tensor], rng: random.Random) -> None:
-    """Gradients of one student move: at random, straight away from the teacher, straight to it, or none at all."""
+    """Set the gradients of one student move: random, straight away from the teacher, straight to it, or zero."""
     size = 10 ** rng.uniform(-5, 2)
     kind = rng.choice(["random", "away", "away", "towards", "still"])
     for w, t in zip(weights, teacher, strict=True):
@@ -53,7 +54,7 @@ def adversary(weights: list[Tensor], teacher: list[Tensor], rng: random.Random) 
 
 
 def violations(mode: str, dtype: torch.dtype) -> tuple[int, float]:
-    """Moves after which V exceeds max(V before, R²/2), and the largest relative error of V' = a²|d|²/2."""
+    """Count the moves after which V exceeds max(V before, R²/2), and find the largest relative error of V' = a²|d|²/2."""
     torch.manual_seed(0)
     rng = random.Random(0)
     weights = [nn.Parameter(torch.randn(n, dtype=dtype)) for n in (700, 1, 50)]
@@ -79,6 +80,7 @@ def violations(mode: str, dtype: torch.dtype) -> tuple[int, float]:
 
 
 def certificate_rows() -> dict[str, float]:
+    """Attack the certificate with and without the guard."""
     guarded, error = violations("guarded", torch.float64)
     rounded, _ = violations("guarded", torch.float32)
     return {
@@ -92,7 +94,7 @@ def certificate_rows() -> dict[str, float]:
 
 
 def cost_rows(rounds: int) -> dict[str, float]:
-    """A whole update, with its share of the steps that are measured, against timm's average of the same model."""
+    """Time a whole update, with its share of measured steps, against timm's average of the same model."""
     allow_torchvision()
     from timm.utils import ModelEmaV3
 
@@ -104,7 +106,7 @@ def cost_rows(rounds: int) -> dict[str, float]:
         optimizer = torch.optim.SGD(weights, lr=0.0)
         teachers[name] = (LyapEMA(weights, optimizer, LyapEMAConfig(warmup_steps=0, pull=pull)), optimizer)
     for w in weights:
-        w.grad = w.detach()  # only there, so that the hooks take the weight for one that is stepped
+        w.grad = w.detach()  # the hooks skip weights without a gradient
     seconds: dict[str, list[float]] = {name: [] for name in ("ema", "update", "pull", "measured", "pull measured")}
 
     def clock(name: str, run: Any) -> None:
@@ -141,7 +143,7 @@ def cost_rows(rounds: int) -> dict[str, float]:
 
 
 def semi_config() -> SemiConfig:
-    """Stage 3's own defaults; nothing is read from the paths."""
+    """Return stage 3's defaults; nothing is read from the paths."""
     return SemiConfig.model_validate(
         {
             "run": {"experiment": "benchmark"},
@@ -156,6 +158,7 @@ def semi_config() -> SemiConfig:
 
 
 def engine_of(model: nn.Module, zero_stage: int) -> Engine:
+    """Return an engine for micro-batches of 16."""
     return Engine(
         model,
         distributed.start(600.0),
@@ -167,7 +170,7 @@ def engine_of(model: nn.Module, zero_stage: int) -> Engine:
 
 
 def step_seconds() -> float:
-    """A step of stage 3 at 224 px, 16 labelled and 16 unlabelled images: the faster of two."""
+    """Time a step of stage 3 at 224 px with 16 labelled and 16 unlabelled images; return the faster of two."""
     model, config = build_model(MODEL), semi_config()
     teacher = copy.deepcopy(model)
     engine = engine_of(model, 0)
@@ -187,7 +190,7 @@ def step_seconds() -> float:
         output = task.loss(engine.model, batch)
         engine.backward(output.loss)
         engine.step(1e-4)
-        task.after_step(engine, output.loss.detach())
+        task.after_step(output.loss.detach())
         seconds.append(time.perf_counter() - begin)
     engine.close()
     distributed.stop()
@@ -202,19 +205,18 @@ def _sharded(rank: int, zero_stage: int, port: int, results: Any) -> None:
     module = copy.deepcopy(model)
     blocks = [sum(4 * p.numel() for p in parameters.values()) for _, parameters in blocks_of(module)]
     engine = engine_of(model, zero_stage)
-    ema = LyapEMA(engine.masters, engine.base_optimizer, LyapEMAConfig(), engine.all_reduce, engine.num_weights)
-    working = InferenceCopy(engine, module, ema.teacher, average_buffers=False)
-    held = sum(4 * p.numel() for p in working.module.parameters())
-    if working.by_blocks:  # at rest nothing; at work what is outside of blocks and one block
+    teacher = Teacher(engine, module, LyapEMAConfig())
+    held = sum(4 * p.numel() for p in teacher.module.parameters())
+    if teacher.copy.by_blocks:  # nothing between forward passes; inside one, what is outside of blocks and one block
         held = blocks[-1] + max(blocks[:-1])
-    own = sum(4 * t.numel() for t in ema.teacher.values())
+    own = sum(4 * t.numel() for t in teacher.sharded_state().values())
     results.put((zero_stage, own / (4 * engine.num_weights / 2), held, 4 * engine.num_weights))
     engine.close()
     distributed.stop()
 
 
 def memory_rows() -> dict[str, Any]:
-    """Bytes of the teacher on a rank over 4P/N, at two processes; and apart, what the inference copy holds and moves."""
+    """Measure the teacher's bytes on a rank over 4P/N at two processes, and what the inference copy holds and moves."""
     context = multiprocessing.get_context("spawn")
     ratios, copies, gathered = {}, {}, 0
     for zero_stage in (1, 2, 3):
@@ -239,6 +241,7 @@ def memory_rows() -> dict[str, Any]:
 
 
 def main() -> None:
+    """Print all numbers."""
     parser = argparse.ArgumentParser("python -m benchmarks.lyapema", description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
     rounds = parser.parse_args().rounds

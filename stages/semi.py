@@ -69,9 +69,7 @@ class SemiTask(Task):
             logits = model(images).float()
             supervised = soft_cross_entropy(logits + self.adjustment, targets, c.label_smoothing).mean()
             return StepOutput(loss=supervised, metrics=_supervised_metrics(supervised, logits, labelled))
-        pseudo = self.labeller.label(
-            eval_logits(self.teacher.module if c.pseudo.labeller == "teacher" else model, unlabelled.images)
-        )
+        pseudo = self.labeller.label(eval_logits(self._labelling_network(model), unlabelled.images))
         strong, guesses, accepted, blend = self._mixed(unlabelled, pseudo)
         # One forward pass for both streams; labelled images have a share in SSMixup only where every image has.
         everything = torch.cat([images, strong])
@@ -96,8 +94,11 @@ class SemiTask(Task):
         }
         return StepOutput(loss=supervised + weight * (each * accepted).sum() / count, metrics=metrics)
 
+    def _labelling_network(self, model: nn.Module) -> nn.Module:
+        return self.teacher.module if self.config.pseudo.labeller == "teacher" else model
+
     def _mixed(self, batch: Batch, pseudo: PseudoLabels) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Strong views, their targets, which of them count, and SSMixup's blend (B, 2) if the model has it."""
+        """Strong views, their targets, which are accepted, and SSMixup's blend (B, 2) if the model has it."""
         assert batch.strong is not None
         c, partner = self.config, batch.partner()
         images, targets, accepted = batch.strong, pseudo.targets, pseudo.accepted
@@ -135,7 +136,7 @@ class SemiTask(Task):
         if self.teacher.updates < limits.after_steps:
             return []
         watched = {
-            "ssl/mask_rate": (limits.mask_rate, "hardly a pseudo-label counts: lower pseudo.threshold"),
+            "ssl/mask_rate": (limits.mask_rate, "hardly any pseudo-label is accepted: lower pseudo.threshold"),
             "ssl/class_entropy": (
                 limits.class_entropy,
                 "the pseudo-labels collapse to few classes: try pseudo.alignment",
@@ -152,12 +153,12 @@ class SemiTask(Task):
         ]
 
     def captions(self, model: nn.Module, batch: Batch) -> list[str] | None:
-        """The pseudo-label of each weak view, its confidence, and whether it counts."""
+        """Return the pseudo-label of each weak view, its confidence, and whether it is accepted."""
         if batch.strong is None:
             return None
-        who = self.teacher.module if self.config.pseudo.labeller == "teacher" else model
-        images = batch.images.to(next(who.parameters()).device)
-        pseudo = self.labeller.label(eval_logits(who, images), watch=False)
+        network = self._labelling_network(model)
+        images = batch.images.to(next(network.parameters()).device)
+        pseudo = self.labeller.label(eval_logits(network, images), watch=False)
         rows = zip(pseudo.labels.tolist(), pseudo.confidence.tolist(), pseudo.accepted.tolist(), strict=True)
         return [f"{c} {100 * share:.0f}% {'✓' if counts else '–'}" for c, share, counts in rows]
 

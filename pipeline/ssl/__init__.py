@@ -1,0 +1,1 @@
+"""Semi-supervised learning: the teacher, its moving average, and pseudo-labels."""

@@ -12,12 +12,17 @@ class LyapEMAConfig(Strict):
 
     preset: Literal["none", "supplement"] = Field(
         "none",
-        description="supplement: eq. 3-5 as printed (lyap, l2, offset 0, no clamp, no warm-up); give gamma and pull yourself",
+        description="supplement: eq. 3-5 as printed (lyap, l2, offset 0, no clamp, no warm-up), for which gamma and pull must be"
+        " given",
     )
-    mode: Literal["ema", "lyap", "guarded"] = "guarded"
+    mode: Literal["ema", "lyap", "guarded"] = Field(
+        "guarded",
+        description="how the decay is decided: constant or a ramp (ema), by the discrepancy (lyap), or by the discrepancy with"
+        " the guard that keeps V from growing (guarded)",
+    )
     signal: Literal["discrepancy", "energy"] = Field(
         "discrepancy",
-        description="what the decay answers to: |s-t| (the supplement), or the fall of V in the student's step (the README)",
+        description="what the decay follows: |s-t| (the supplement), or the fall of V in the student's step (the README)",
     )
     norm: Literal["l2", "rms", "relative", "lag"] = Field(
         "lag", description="how |s-t| is measured; lag = in mean student steps, without dimension"
@@ -27,15 +32,27 @@ class LyapEMAConfig(Strict):
         0.97, gt=0, lt=1, description="decay at no discrepancy (0.5 = the supplement); in mode ema, the decay"
     )
     final_decay: float | None = Field(
-        None, gt=0, lt=1, description="mode ema: the decay after `ramp_steps`, reached from base_decay by half a cosine"
+        None,
+        gt=0,
+        lt=1,
+        description="mode ema: the decay after ramp_steps, reached from base_decay by half a cosine; none = no ramp",
     )
-    ramp_steps: NonNegativeInt = 0
-    min_decay: float = Field(0.0, ge=0, lt=1)
-    max_decay: float = Field(0.999, gt=0, le=1)
-    pull: float = Field(0.0, ge=0, lt=1, description="lambda: the student's step towards the teacher, not scaled by lr")
-    warmup_steps: NonNegativeInt = Field(20, description="steps with decay (1+k)/(10+k) at most, and no guard")
+    ramp_steps: NonNegativeInt = Field(
+        0, description="mode ema: optimizer steps of the ramp to final_decay; 0 = no ramp"
+    )
+    min_decay: float = Field(0.0, ge=0, lt=1, description="lower bound of the decay in the modes lyap and guarded")
+    max_decay: float = Field(0.999, gt=0, le=1, description="upper bound of the decay in the modes lyap and guarded")
+    pull: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="lambda: share of the way to the teacher that the student moves per step, not scaled by lr",
+    )
+    warmup_steps: NonNegativeInt = Field(
+        20, description="first updates k, with a decay of (1+k)/(10+k) at most and without the guard"
+    )
     radius_steps: float = Field(
-        50.0, gt=0, description="guard: smallest radius of the trust region, in mean student steps"
+        50.0, gt=0, description="mode guarded: smallest radius of the trust region, in mean student steps"
     )
     buffers: Literal["copy", "average"] = Field(
         "copy", description="the teacher's running statistics: the student's, or averaged with the same decay"
@@ -65,11 +82,13 @@ class LyapEMAConfig(Strict):
         if (self.final_decay is None) != (self.ramp_steps == 0):
             raise ValueError("final_decay and ramp_steps belong together: give both or neither")
         if self.final_decay is not None and self.mode != "ema":
-            raise ValueError(f"final_decay is of mode ema; in mode {self.mode} the discrepancy decides the decay")
+            raise ValueError(
+                f"final_decay works in mode ema only; in mode {self.mode} the discrepancy decides the decay"
+            )
         return self
 
 
-# sigmoid(gamma |s - t|) lies in [0.5, 1) by itself.
+# With base_decay 0.5, sigmoid(gamma |s - t|) lies in [0.5, 1) without a clamp.
 SUPPLEMENT: dict[str, Any] = {
     "mode": "lyap",
     "signal": "discrepancy",
@@ -82,14 +101,17 @@ SUPPLEMENT: dict[str, Any] = {
 
 
 class PseudoLabelRule(Strict):
-    """From a teacher's answers to labels, and which of them count."""
+    """How a teacher's predictions become pseudo-labels, and which of them are accepted."""
 
-    kind: Literal["hard", "soft"] = "hard"
-    temperature: float = Field(1.0, gt=0, description="of the teacher's softmax; below 1 sharpens")
-    threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label counts (tau)")
+    kind: Literal["hard", "soft"] = Field("hard", description="the most probable class, or the teacher's probabilities")
+    temperature: float = Field(1.0, gt=0, description="temperature of the teacher's softmax; below 1 sharpens")
+    threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label is accepted (tau)")
     thresholds: Literal["fixed", "class_balanced"] = Field(
-        "fixed", description="class_balanced: lower for classes that are rare among confident answers (FlexMatch)"
+        "fixed",
+        description="one threshold for all classes, or a lower one for classes that are rare among confident predictions"
+        " (FlexMatch)",
     )
     alignment: Literal["none", "uniform", "labelled"] = Field(
-        "none", description="distribution alignment: the mean answer is moved to uniform, or to the labels' shares"
+        "none",
+        description="distribution alignment: moves the mean prediction to uniform, or to the classes' shares of the labels",
     )

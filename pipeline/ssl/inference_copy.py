@@ -1,9 +1,9 @@
-"""The teacher that answers: whole parameters in a module, made of the shards that LyapEMA moves.
+"""The inference copy: a materialised copy of the teacher, made of the shards that LyapEMA moves.
 
-Under ZeRO 0 to 2 every rank holds the whole copy, 4P bytes in fp32 (A and the step sizes of a scan do not survive bf16),
-refreshed by one all-gather of 4P bytes after each update. Under ZeRO-3 no rank holds more than the parameters outside
-of blocks and those of the block at work: each is gathered when its forward begins and let go when it ends, 4P bytes a
-forward pass. Every rank must then call the copy equally often, as training and evaluation do.
+Under ZeRO 0 to 2 every rank holds the whole copy, 4P bytes in fp32 (A and the step sizes of a scan do not survive bf16).
+One all-gather of 4P bytes refreshes it after each update. Under ZeRO-3 a rank holds the parameters outside of blocks and
+those of the block that computes. They are gathered when a forward begins and released when it ends, 4P bytes per forward
+pass. Every rank must then call the copy equally often, as training and evaluation do.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,14 @@ from pipeline.train.engine import Engine
 
 
 class InferenceCopy:
-    """`module`, in eval mode and without gradients, with the weights `tensors` ({master: its average})."""
+    """A module in eval mode and without gradients, with the weights of an average.
+
+    Args:
+        engine: The student under training.
+        module: A copy of the student, whole; it is used in place.
+        tensors: {master: its average}.
+        average_buffers: Whether running statistics are averaged too; otherwise they are the student's.
+    """
 
     def __init__(self, engine: Engine, module: nn.Module, tensors: Mapping[Tensor, Tensor], *, average_buffers: bool):
         self.engine, self.tensors, self.average_buffers = engine, tensors, average_buffers
@@ -31,7 +38,12 @@ class InferenceCopy:
         self.refresh()
 
     def refresh(self, one_minus_alpha: Tensor | None = None) -> None:
-        """After an update of the teacher (collective); running statistics are the student's, or averaged with alpha."""
+        """Bring the copy up to date (collective).
+
+        Args:
+            one_minus_alpha: Weight of the student in the last update, for averaged running statistics; None after a
+                restore, when they are up to date.
+        """
         if not self.by_blocks:
             self.engine.gather(self.tensors, self._trained({n: p.data for n, p in self.module.named_parameters()}))
         latest, averaged = dict(self.engine.module.named_buffers()), self.averaged_buffers()
@@ -42,12 +54,12 @@ class InferenceCopy:
                 buffer.lerp_(latest[name], one_minus_alpha.to(buffer))
 
     def averaged_buffers(self) -> dict[str, Tensor]:
-        """Running statistics that are averages of the student's, and so a state of their own."""
+        """Return the running statistics that are averages of the student's, and so a state of their own."""
         lasting = self.module.state_dict().keys() if self.average_buffers else ()
         return {n: b for n, b in self.module.named_buffers() if n in lasting and b.is_floating_point()}
 
     def full_weights(self) -> dict[str, Tensor]:
-        """The whole state dict on the CPU (collective; all ranks get it)."""
+        """Return the whole state dict on the CPU (collective; all ranks get it)."""
         full = self._trained({name: torch.empty(shape) for name, shape in self._shapes.items()})
         full = {name: tensor.to(self.engine.world.device) for name, tensor in full.items()}
         self.engine.gather(self.tensors, full)
@@ -57,34 +69,37 @@ class InferenceCopy:
         return {name: tensors[name] for name, _ in self.engine.named_parameters}
 
     def _gather_around(self, block: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-        """Whichever module of the block is called first (itself, or a part that its parent calls) has all under it whole."""
-        at_work = 0
+        """Make the parameters under a module whole while the module computes, whichever module of the block is called."""
+        depth = 0  # nested forwards of the block
 
         def gather(owned: dict[str, nn.Parameter], *_: Any) -> None:
-            nonlocal at_work
-            at_work += 1
-            if at_work == 1:
+            nonlocal depth
+            depth += 1
+            if depth == 1:
                 for name, parameter in owned.items():
                     parameter.data = torch.empty(self._shapes[name], device=self.engine.world.device)
                 self.engine.gather(self.tensors, {name: parameter.data for name, parameter in owned.items()})
 
         def release(owned: dict[str, nn.Parameter], *_: Any) -> None:
-            nonlocal at_work
-            at_work -= 1
-            if not at_work:
-                _let_go(owned.values())
+            nonlocal depth
+            depth -= 1
+            if not depth:
+                _release(owned.values())
 
         for module in block.modules():
             under = {id(p) for p in module.parameters()}
             if owned := {name: p for name, p in parameters.items() if id(p) in under}:
                 module.register_forward_pre_hook(partial(gather, owned))
                 module.register_forward_hook(partial(release, owned))
-        _let_go(parameters.values())
+        _release(parameters.values())
 
 
 def blocks_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
-    """The items of a module's outermost lists and sequences (of a list of lists, the inner items), and last the module itself,
-    each with the parameters (by their full names) that no other has: what one forward uses together."""
+    """Return the blocks of a module, each with the parameters that one forward of it uses together.
+
+    The blocks are the items of the outermost lists and sequences (in a list of lists, the inner items). The last entry is
+    the module itself, with the parameters that lie in no block. Parameters have their full names.
+    """
     blocks: list[tuple[str, nn.Module]] = []
 
     def visit(prefix: str, node: nn.Module, listed: bool) -> None:
@@ -101,6 +116,6 @@ def blocks_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Parameter
     return [*found, (module, {n: p for n, p in module.named_parameters() if n not in taken})]
 
 
-def _let_go(parameters: Iterable[nn.Parameter]) -> None:
+def _release(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.data = parameter.data.new_empty(0)

@@ -1,0 +1,1 @@
+"""Training: the loop, the engine, checkpoints and the run's folder."""

@@ -1,12 +1,12 @@
-"""Checkpoints: what continues this run. Written per parameter, so they know neither a world size nor a ZeRO stage.
+"""Checkpoints, from which this run continues. They are written per parameter, so they know no world size and no ZeRO stage.
 
 checkpoints/step_00000500/
   shards_00000.safetensors   "KIND/NAME@START": elements of the flattened parameter NAME (master, exp_avg, ..., teacher, buffer)
-  state.json                 step, AdamW's count, the task's and the loop's numbers, the probe's answer, a fingerprint
-  COMPLETE                   sha256 of every file; a folder without it does not exist for anyone
+  state.json                 step, AdamW's count, the task's numbers, the loop's (with the fingerprint), hashes of the inputs
+  COMPLETE                   SHA-256 of every file; a folder without it is not a checkpoint
 
-A save is collective. Every rank copies its shards (the only stall), a thread of its own writes them into a temporary
-folder, and at a later step boundary, when all have finished, rank 0 marks the folder complete and renames it.
+A save is collective. Every rank copies its shards, which is the only stall. A thread of each rank writes them into a
+temporary folder. At a later step boundary, when all have finished, rank 0 marks the folder complete and renames it.
 """
 
 import json
@@ -37,7 +37,12 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes the checkpoints of one run: the newest `keep`, and every `keep_every`-th step for ever."""
+    """Writes the checkpoints of one run; keeps the newest `loop.keep_checkpoints`, and those of `loop.keep_every` for ever.
+
+    Args:
+        folder: The folder `checkpoints` of the run.
+        training: What is saved.
+    """
 
     def __init__(self, folder: Path, training: Training) -> None:
         self.folder, self.training = folder, training
@@ -45,7 +50,16 @@ class Saver:
         self._writing: _Writing | None = None
 
     def save(self, step: int, loop_state: dict[str, Any]) -> None:
-        """Begin a save, after the one before has ended (collective). Raises Diverged for a value that is not finite."""
+        """Begin a save, after the previous one has ended (collective).
+
+        Args:
+            step: Optimizer steps that the weights have seen.
+            loop_state: The loop's own numbers, equal on all ranks.
+
+        Raises:
+            Diverged: If a value is not finite.
+            EnvironmentProblem: If the folder cannot be written.
+        """
         self.finish()
         world = self.engine.world
         temporary = self.folder / f".step_{step:08d}.tmp"
@@ -54,7 +68,7 @@ class Saver:
         problem = "" if not world.is_main else _make_empty(temporary)
         if any_rank(bool(bad), world):
             raise Diverged(
-                f"step {step} is not saved: {bad or 'a shard of another rank'} is not finite; the checkpoints before it stand"
+                f"step {step} is not saved: {bad or 'a shard of another rank'} is not finite; earlier checkpoints are kept"
             )
         if any_rank(bool(problem), world):
             raise EnvironmentProblem(f"no checkpoint can be written: {problem or 'rank 0 cannot make its folder'}")
@@ -71,9 +85,13 @@ class Saver:
             self.finish()
 
     def finish(self, wait: bool = True) -> None:
-        """Complete a save whose writing has ended on all ranks, waiting for it if asked (collective).
+        """Complete a save whose writing has ended on all ranks (collective).
 
-        Raises EnvironmentProblem where a rank could not write; the checkpoints before it stand.
+        Args:
+            wait: Whether to wait until it has ended; otherwise an unfinished save is left for the next call.
+
+        Raises:
+            EnvironmentProblem: If a rank could not write; earlier checkpoints are kept.
         """
         writing, world = self._writing, self.engine.world
         if writing is None:
@@ -88,14 +106,14 @@ class Saver:
                 shutil.rmtree(writing.temporary, ignore_errors=True)
             raise EnvironmentProblem(
                 f"checkpoint {writing.final.name} could not be written: {writing.problem or 'another rank failed'};"
-                " make room and start again: the checkpoints before it stand"
+                " free space and start again: earlier checkpoints are kept"
             )
         digests: list[dict[str, str]] = [writing.digests]
         if world.size > 1:
             digests = [{} for _ in range(world.size)]
             dist.all_gather_object(digests, writing.digests)
         if world.is_main:
-            _complete(writing, {name: digest for part in digests for name, digest in part.items()})
+            _complete(writing, {name: digest for files in digests for name, digest in files.items()})
             for old in complete(self.folder)[self.loop.keep_checkpoints :]:
                 if not self.loop.keep_every or step_of(old) % self.loop.keep_every:
                     shutil.rmtree(old, ignore_errors=True)
@@ -103,7 +121,7 @@ class Saver:
 
 
 class _Writing(Thread):
-    """One rank's part of one save."""
+    """The thread that writes the shards of one rank for one save."""
 
     def __init__(
         self, temporary: Path, final: Path, rank: int, tensors: dict[str, Tensor], state: dict[str, Any]
@@ -114,6 +132,7 @@ class _Writing(Thread):
         self.problem = ""
 
     def run(self) -> None:
+        """Write the files, and keep their hashes or the reason why they could not be written."""
         try:
             if self.tensors:
                 path = self.temporary / f"shards_{self.rank:05d}.safetensors"
@@ -123,7 +142,7 @@ class _Writing(Thread):
                 self.digests[path.name] = replace_text(path, json.dumps(self.state, indent=1))
         except OSError as error:
             self.problem = f"{error.strerror} ({path})"
-        except Exception as error:  # whatever it is, what it left is no checkpoint
+        except Exception as error:  # a thread cannot raise to the training; `finish` does
             self.problem = f"{type(error).__name__}: {error}"
         finally:
             self.tensors = {}
@@ -136,11 +155,22 @@ def restore(
     accept: Callable[[dict[str, Any]], bool] = lambda state: True,
     set_aside: bool = True,
 ) -> tuple[int, dict[str, Any]]:
-    """Continue from the newest sound checkpoint whose state is accepted, walking back over damaged ones (collective).
+    """Continue from the newest sound checkpoint whose state is accepted, and skip damaged ones (collective).
 
-    Returns its step and the loop's numbers; (0, {}) if there is none. The ranks share the reading of hashes and go by
-    the list of rank 0, so they cannot disagree. Damaged ones are set aside under another name, lest they count among
-    those that are kept.
+    The ranks share the work of hashing and all use the list of rank 0, so they cannot disagree.
+
+    Args:
+        folder: The folder `checkpoints` of the run.
+        training: What is restored, in place.
+        accept: Decides by the saved state whether a checkpoint will do.
+        set_aside: Whether damaged ones are renamed, so that they do not count among those that are kept.
+
+    Returns:
+        The checkpoint's step and the loop's numbers; (0, {}) if there is none.
+
+    Raises:
+        DataError: If the run trains on another dataset or split.
+        HandoverError: If the run has other parents, or elements of a parameter are missing.
     """
     engine, task, world = training.engine, training.task, training.engine.world
     found: list[list[Path]] = [complete(folder)]
@@ -149,7 +179,9 @@ def restore(
     for path in found[0]:
         damage = _damage(path, world.rank, world.size)
         if any_rank(bool(damage), world):
-            logger.warning("%s is damaged (%s); going back to the one before", path, damage or "seen by another rank")
+            logger.warning(
+                "%s is damaged (%s); the previous checkpoint is tried", path, damage or "found by another rank"
+            )
             if world.is_main and set_aside:
                 os.rename(path, path.with_name(f"damaged_{path.name}"))
             continue
@@ -168,7 +200,7 @@ def restore(
 
 
 def remove_after(folder: Path, step: int, world: World) -> None:
-    """Remove the checkpoints of later steps: no restart may continue from them (collective)."""
+    """Remove the checkpoints of later steps, so that no restart continues from them (collective)."""
     if world.is_main:
         for path in complete(folder):
             if step_of(path) > step:
@@ -178,21 +210,22 @@ def remove_after(folder: Path, step: int, world: World) -> None:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
+    """Return the complete checkpoints, newest first."""
     return sorted((p.parent for p in folder.glob("step_*/COMPLETE")), reverse=True)
 
 
 def step_of(path: Path) -> int:
+    """Return the optimizer step of a checkpoint by its folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
 def _buffers(engine: Engine, task: Task) -> dict[str, Tensor]:
-    """Whole tensors beside the weights, which rank 0 saves for all: counters fit fp32 up to 16 million steps."""
+    """Whole tensors beside the weights, saved by rank 0 for all; as fp32, which holds counters up to 16 million steps."""
     return engine.buffers() | {f"task.{name}": value for name, value in task.buffers().items()}
 
 
 def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
-    """Copies of all that this rank owns: training goes on while they are written."""
+    """Copies of all that this rank owns, so that training can continue while they are written."""
     moments = engine.base_optimizer.state
     extra = task.sharded_state()
     tensors = {}
@@ -202,7 +235,7 @@ def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
         kinds.update({kind: by_flat[shard.flat] for kind, by_flat in extra.items()})
         for kind, tensor in kinds.items():
             tensors[f"{kind}/{shard.name}@{shard.start}"] = shard.of(tensor).to("cpu", copy=True)
-    if engine.world.is_main:  # every rank has its own running statistics; those of rank 0 go on, as they are exported
+    if engine.world.is_main:  # each rank has running statistics; those of rank 0 are saved, as they are exported
         own = _buffers(engine, task)
         tensors |= {f"buffer/{name}@0": b.flatten().float().to("cpu", copy=True) for name, b in own.items()}
     return tensors
@@ -224,7 +257,7 @@ def _make_empty(folder: Path) -> str:
 
 
 def _reader(path: Path) -> Callable[[str, str, int, int], Tensor]:
-    """Elements of a saved parameter, whichever ranks' files hold them."""
+    """A function that reads elements of a saved parameter, whichever ranks' files hold them."""
     files = [safe_open(file, framework="pt") for file in sorted(path.glob("shards_*.safetensors"))]
     pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
     for file in files:
@@ -249,7 +282,7 @@ def _reader(path: Path) -> Callable[[str, str, int, int], Tensor]:
 
 
 def _damage(path: Path, rank: int, world_size: int) -> str:
-    """What is wrong with this rank's share of the files of a checkpoint, or nothing."""
+    """What is wrong with this rank's share of the files of a checkpoint, or an empty string."""
     try:
         files = json.loads((path / "COMPLETE").read_text())
         share = sorted(files.items())[rank::world_size]

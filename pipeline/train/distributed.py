@@ -1,8 +1,9 @@
-"""The process group, from the environment. Environment variables are read in this file only.
+"""The process group, from the environment.
 
-torchrun, DeepSpeed's launcher, `python -m launchers` and submitit name RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT; plain srun names SLURM_PROCID and the like, from which the same follow, the port from the job's id. None of
-either is a world of one. Contradictions are refused: sixteen tasks that each believe to be alone train sixteen models.
+torchrun, DeepSpeed's launcher, `python -m launchers` and submitit set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Plain srun sets SLURM_PROCID and the like, from which the same five follow (the port from the job's id).
+Without either, the world has one process. Contradictions are refused: sixteen tasks of which each takes itself for the
+only one would train sixteen models.
 """
 
 import importlib
@@ -30,19 +31,32 @@ _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST"
 
 @dataclass(frozen=True)
 class World:
+    """This process among those that train together.
+
+    Args:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        device: Where this process computes.
+    """
+
     rank: int
     size: int
     device: torch.device
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
 
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process. Raises EnvironmentProblem if they contradict."""
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process.
+
+    Raises:
+        EnvironmentProblem: If the variables contradict one another.
+    """
     given = {name: environment[name] for name in NAMES if name in environment}
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))  # of the srun step, not of the allocation around a shell
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))  # the srun step's, not the allocation's around a shell
     if len(given) == len(NAMES):
         if tasks > 1 and int(given["WORLD_SIZE"]) % tasks:
             raise EnvironmentProblem(
@@ -50,14 +64,14 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
                 " ever; unset RANK and WORLD_SIZE, or start one task per node with torchrun inside"
             )
         place = environment.get("SLURM_PROCID", given["RANK"])
-        # torchrun numbers its processes as they come, whatever srun calls them.
+        # torchrun numbers its processes in the order in which they arrive, not by srun's numbers.
         if (
             tasks == int(given["WORLD_SIZE"]) > 1
             and place != given["RANK"]
             and "TORCHELASTIC_RUN_ID" not in environment
         ):
             raise EnvironmentProblem(
-                f"RANK is {given['RANK']} in srun's task {place} of {tasks}: all tasks would take the same place; unset RANK"
+                f"RANK is {given['RANK']} in srun's task {place} of {tasks}: all tasks would take the same rank; unset RANK"
             )
         return given
     if given and tasks == 1:
@@ -89,22 +103,28 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """Alike on all nodes and another at each start of a requeued job, so that ranks of two starts never meet; below the
-    range from which Linux hands out ports."""
+    """A port that is equal on all nodes and differs between the starts of a requeued job, so that their ranks never meet.
+
+    It lies below the range from which Linux hands out ports.
+    """
     starts = int(environment["SLURM_JOB_ID"]) * 37 + int(environment.get("SLURM_RESTART_COUNT", "0"))
     return 20_000 + starts % 12_000
 
 
 def first_host(nodes: str) -> str:
-    """The first name of SLURM's node list: `gpu[003-007,9],cpu1` -> `gpu003`."""
+    """Return the first name of SLURM's node list: `gpu[003-007,9],cpu1` -> `gpu003`."""
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
     if match is None:
-        raise EnvironmentProblem(f"{nodes!r} is no node list of SLURM")
+        raise EnvironmentProblem(f"{nodes!r} is not a node list of SLURM; expected one such as gpu[003-007,9],cpu1")
     return match.group(1) + (match.group(2) or "")
 
 
 def start(timeout_seconds: float) -> World:
-    """Join the process group through DeepSpeed: NCCL on GPUs, gloo elsewhere; a collective may take `timeout_seconds`."""
+    """Join the process group through DeepSpeed, with NCCL on GPUs and gloo elsewhere.
+
+    Args:
+        timeout_seconds: How long a collective may take before it fails.
+    """
     found = rendezvous(os.environ)
     os.environ.update(found)
     gpus = torch.cuda.is_available()
@@ -124,7 +144,16 @@ def start(timeout_seconds: float) -> World:
 
 
 def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:
-    """Index of this rank's GPU among the visible ones. Raises EnvironmentProblem if there are fewer than ranks."""
+    """Return the index of this rank's GPU among the visible ones.
+
+    Args:
+        local_rank: Number of this process on its node.
+        visible: Number of GPUs that this process sees.
+        environment: The environment variables.
+
+    Raises:
+        EnvironmentProblem: If there are fewer GPUs than ranks.
+    """
     if local_rank < visible:
         return local_rank
     if visible == 1 and "SLURM_PROCID" in environment:  # srun --gpus-per-task=1 shows each task its own
@@ -136,18 +165,19 @@ def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int
 
 
 def limit_collectives(timeout_seconds: float) -> None:
-    """Give every process group the time-out: DeepSpeed makes groups of its own, with torch's half hour."""
+    """Set the time-out of every process group; DeepSpeed makes groups of its own, with torch's half hour."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def stop() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """True on all ranks if it is true on one (collective)."""
+    """Return whether the flag is true on at least one rank (collective)."""
     if world.size == 1:
         return flag
     vote = torch.tensor([float(flag)], device=world.device)
@@ -161,7 +191,7 @@ def barrier(world: World) -> None:
 
 
 def is_communication_failure(error: BaseException) -> bool:
-    """Whether an exception says that another rank is gone or silent. Gloo raises plain RuntimeErrors."""
+    """Return whether an exception says that another rank is gone or silent; gloo raises plain RuntimeErrors."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error)
@@ -171,7 +201,7 @@ def is_communication_failure(error: BaseException) -> bool:
 
 
 def _log_table(world: World, backend: str, found: Mapping[str, str]) -> None:
-    """One line a rank, on rank 0: who is where."""
+    """Log on rank 0 where each rank runs."""
     if world.size == 1:
         return
     places: list[str] = [""] * world.size
@@ -183,7 +213,7 @@ def _log_table(world: World, backend: str, found: Mapping[str, str]) -> None:
 
 def _import_deepspeed() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # FutureWarnings of its own imports
+        warnings.simplefilter("ignore")  # its own imports raise FutureWarnings
         try:
             import deepspeed
 

@@ -1,4 +1,4 @@
-"""When training leaves the road: which step it was, seen alike by all ranks, and what data is not to be seen again."""
+"""Divergence: which step was the first bad one, equal on all ranks, and which data a rewind leaves out."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,20 +13,35 @@ from pipeline.train.distributed import World
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
 
-FEWEST = 20  # losses that tell what is usual
+FEWEST = 20  # losses, below which there is no telling what is usual
 _NONE = 2**62
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """`data_step`: the place in the data of the first bad step."""
+    """What the divergence check finds.
+
+    Args:
+        reason: What is wrong, for people.
+        data_step: The step of the data at which it began.
+    """
 
     reason: str
     data_step: int
 
 
 def find_anomaly(row: Mapping[str, float], recorder: Recorder, loop: LoopConfig, world: World) -> Anomaly | None:
-    """Evaluator a logged row, equal on all ranks, and name the bad step among those since the last log line (collective)."""
+    """Check a logged row, and name the first bad step among those since the last log line (collective).
+
+    Args:
+        row: The logged means, equal on all ranks.
+        recorder: This rank's last steps.
+        loop: The limits.
+        world: The processes.
+
+    Returns:
+        The anomaly, equal on all ranks, or None.
+    """
     skipped = row["train/skipped_updates"]
     bad = next((f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)), "")
     if not bad and skipped >= loop.max_skipped_steps:
@@ -35,19 +50,25 @@ def find_anomaly(row: Mapping[str, float], recorder: Recorder, loop: LoopConfig,
         return Anomaly(bad, _first_bad(recorder, world))
     if loop.spike_mads:
         losses = recorder.losses()
-        if world.size > 1:  # of the whole batch: the ranks' own would let them disagree
+        if world.size > 1:  # means over the whole batch: with their own losses the ranks could disagree
             dist.all_reduce(losses)
             losses /= world.size
         if is_spike(row["train/loss"], losses, loop.spike_mads):
             unchecked = recorder.unchecked
             highest = int(losses[-len(unchecked) :].argmax())
-            reason = f"the loss {row['train/loss']:.4g} lies over {loop.spike_mads:g} deviations above those before"
+            reason = f"the loss {row['train/loss']:.4g} is over {loop.spike_mads:g} deviations above the median"
             return Anomaly(reason, unchecked[highest].data_step)
     return None
 
 
 def is_spike(loss: float, losses: torch.Tensor, mads: float) -> bool:
-    """Whether `loss` lies that many median absolute deviations above the median of `losses` (steps,)."""
+    """Return whether a loss is a spike.
+
+    Args:
+        loss: The loss in question.
+        losses: (steps,) the recorded losses; fewer than FEWEST of them tell nothing.
+        mads: Median absolute deviations above the median from which it is one.
+    """
     if len(losses) < FEWEST:
         return False
     deviation = (losses - losses.median()).abs().median().clamp(min=1e-8)
@@ -55,7 +76,7 @@ def is_spike(loss: float, losses: torch.Tensor, mads: float) -> bool:
 
 
 def _first_bad(recorder: Recorder, world: World) -> int:
-    """Position of the first step with a number that is not finite on some rank; if none saw one, of the newest step."""
+    """The first data step with a number that is not finite on some rank; the newest data step if there is none."""
     first = torch.tensor(next((r.data_step for r in recorder.unchecked if r.is_bad()), _NONE), device=world.device)
     if world.size > 1:
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
@@ -63,23 +84,23 @@ def _first_bad(recorder: Recorder, world: World) -> int:
 
 
 def report(anomaly: Anomaly, run: Run, recorder: Recorder, step: int, rewinds: int) -> None:
-    """Leave behind what a person needs: the incident, and every rank's last steps."""
+    """Write what a person needs to find the cause: the incident, and every rank's last steps."""
     run.incident({"step": step, "reason": anomaly.reason, "data_step": anomaly.data_step, "number": rewinds})
     recorder.dump(run.folder / "report" / f"flight_step_{step:08d}_rank_{run.world.rank:05d}.jsonl")
 
 
 def advice(anomaly: Anomaly, run: Run, step: int, rewinds: int) -> str:
-    """The last sentence of a run that has given up after so many rewinds."""
+    """Return the last sentence of a run that gives up after so many rewinds."""
     tried = f" after {rewinds} rewinds" if rewinds else ""
     return (
-        f"{anomaly.reason} by step {step}{tried}, first at data_step {anomaly.data_step} of the data; the last steps are in"
+        f"{anomaly.reason} by step {step}{tried}, first at data step {anomaly.data_step}; the last steps are in"
         f" {run.folder / 'report'}, `python -m stages {run.folder.name} --replay {run.folder} {anomaly.data_step}` names the"
         " module; lower optim.lr, lengthen optim.warmup_steps, or set loop.on_divergence=rewind"
     )
 
 
 def data_step_of(step: int, left_out: Sequence[int]) -> int:
-    """Place in the data of an optimizer step, when the places `left_out` are passed over."""
+    """Return the step of the data that an optimizer step takes, when the data steps `left_out` are skipped."""
     data_step = step
     for hole in sorted(left_out):
         if hole <= data_step:
@@ -88,5 +109,5 @@ def data_step_of(step: int, left_out: Sequence[int]) -> int:
 
 
 def next_data_step(state: Mapping[str, Any]) -> int:
-    """Place in the data of the first step that a checkpoint of this state has not seen."""
+    """Return the first data step that a checkpoint of this state has not seen."""
     return data_step_of(state["step"], state["loop"]["left_out"])

@@ -1,8 +1,8 @@
-"""DeepSpeed behind a handful of calls. The only file that knows how ZeRO cuts the weights.
+"""DeepSpeed behind a few calls. This is the only file that knows how ZeRO cuts the weights.
 
-`Engine.shards` says, at every ZeRO stage, which slice of which parameter's fp32 master this rank owns and where it
-lies in the optimizer. The teacher, the checkpoints and the export are written against shards, so none of them knows
-a stage or a world size.
+`Engine.shards` says, at every ZeRO stage, which slice of which parameter's fp32 master this rank owns and where the slice
+lies in the optimizer. The teacher, the checkpoints and the export are written against shards, so they know neither a ZeRO
+stage nor a world size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,15 @@ from pipeline.train.optim import Trainable, parameter_groups
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements [start, start + numel) of the flattened parameter `name`; they lie at `offset` of the optimizer's `flat`."""
+    """The slice of one parameter's fp32 master that this rank owns.
+
+    Args:
+        name: Name of the parameter.
+        start: First element, counted in the flattened parameter.
+        numel: Number of elements.
+        flat: The optimizer's tensor that holds them.
+        offset: Where they begin in `flat`.
+    """
 
     name: str
     start: int
@@ -30,12 +38,21 @@ class Shard:
     offset: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This shard's view (numel,) of a tensor laid out like `flat` (the master itself, a moment, a teacher)."""
+        """Return this shard's view (numel,) of a tensor laid out like `flat` (the master itself, a moment, a teacher)."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 class Engine:
-    """A model under training. `model` is what a loss calls; gradients are averaged over ranks and micro-batches."""
+    """A model under training. A loss calls `Engine.model`; gradients are averaged over ranks and micro-batches.
+
+    Args:
+        model: The network, whole and on any device.
+        world: The processes.
+        optim: AdamW's settings.
+        config: How the work is distributed.
+        micro_batch: Samples of the first stream that a process computes at once.
+        accumulation: Micro-batches per optimizer step.
+    """
 
     def __init__(
         self,
@@ -74,93 +91,103 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The bare module: what evaluations run, in fp32 whatever the precision of training; its buffers, its mode."""
+        """The bare module. Evaluations run it, in fp32 whatever the precision of training."""
         return self._deepspeed.module
 
     @property
     def num_weights(self) -> int:
-        """Trained weights of the whole model, each once, however they are cut."""
+        """Number of trained weights of the whole model, however they are cut."""
         return sum(full_shape(p).numel() for _, p in self.named_parameters)
 
     @property
     def masters(self) -> list[Tensor]:
-        """The fp32 tensors this rank's optimizer steps: flat partitions under ZeRO, whole parameters without."""
+        """The fp32 tensors that this rank's optimizer steps: flat partitions under ZeRO 1 to 3, whole parameters under ZeRO 0."""
         return list({id(shard.flat): shard.flat for shard in self.shards}.values())
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The compute precision, for forward passes outside of `model` too."""
+        """Return a context with the compute precision, also for forward passes outside of `model`."""
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's loss."""
         self._deepspeed.backward(loss)
 
     def step(self, lr: float) -> bool:
-        """Count one micro-batch; at the last one of the accumulation, update with `lr`. True if weights moved."""
+        """Count one micro-batch, and update the weights after the last one of the accumulation.
+
+        Args:
+            lr: Learning rate of the step, before layer decay.
+
+        Returns:
+            Whether the weights moved: false between updates, and for a skipped update.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         before = self._deepspeed.skipped_steps
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
-        if boundary and self.config.zero_stage == 0:  # where DeepSpeed keeps no norm
+        if boundary and self.config.zero_stage == 0:  # DeepSpeed keeps no norm there
             self._norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.named_parameters if p.grad is not None])
         self._deepspeed.step()
         return bool(boundary) and self._deepspeed.skipped_steps == before
 
     def grad_norm(self) -> float:
-        """Global norm of the gradient, before clipping, at the last update."""
+        """Return the global norm of the gradient at the last update, before clipping."""
         return float(self._norm if self.config.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
 
     def weight_norm(self) -> float:
-        """Global norm of the fp32 weights: not finite if one of them is not (collective)."""
+        """Return the global norm of the fp32 weights, which is not finite if a weight is not (collective)."""
         squares = [torch.linalg.vector_norm(shard.of(shard.flat)).square() for shard in self.shards]
         total = torch.stack(squares).sum() if squares else torch.zeros((), device=self.world.device)
         return float(self.all_reduce(total).sqrt())
 
     def all_reduce(self, value: Tensor) -> Tensor:
-        """Sum over the owners of shards: over ranks, or as it is where every rank holds everything."""
+        """Sum a value over the owners of shards; where every rank holds everything it is returned as it is."""
         if self.replicated:
             return value
-        on_device = value.to(self.world.device)  # NCCL does not reduce what was offloaded
+        on_device = value.to(self.world.device)  # NCCL reduces no tensors in the host's memory
         dist.all_reduce(on_device)
         return on_device.to(value.device)
 
     def gather(self, tensors: Mapping[Tensor, Tensor] | None, into: Mapping[str, Tensor]) -> None:
         """Assemble whole parameters from the ranks' shards (collective).
 
-        `tensors` maps each of `masters` to a tensor of its layout (none: the masters themselves); `into` maps the names
-        of some parameters, or of all, to the tensors that receive them. What travels has the dtype of the receiver.
+        Args:
+            tensors: Master -> a tensor of its layout; None for the masters themselves.
+            into: Name of a parameter -> the tensor that receives it, for some parameters or all. The bytes travel in
+                the dtype of the receivers.
         """
         dtype = next(iter(into.values())).dtype
         shards = [shard for shard in self.shards if shard.name in into]
         own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]).to(dtype) for shard in shards]
         if self.replicated:
-            parts = [torch.cat(own)]
+            pieces = [torch.cat(own)]
             layout = [[(s.name, s.start, s.numel) for s in shards]]
         else:
-            layout = [[piece for piece in rank if piece[0] in into] for rank in self._gathered_layout()]
+            layout = [[shard for shard in rank if shard[0] in into] for rank in self._gathered_layout()]
             longest = max(sum(numel for *_, numel in rank) for rank in layout)
             flat = torch.zeros(longest, dtype=dtype, device=self.world.device)
             if own:
                 flat[: sum(len(o) for o in own)].copy_(torch.cat(own))
-            parts = [torch.empty_like(flat) for _ in layout]
-            dist.all_gather(parts, flat)
+            pieces = [torch.empty_like(flat) for _ in layout]
+            dist.all_gather(pieces, flat)
         with torch.no_grad():
-            for part, rank in zip(parts, layout, strict=True):
-                position = 0
+            for piece, rank in zip(pieces, layout, strict=True):
+                offset = 0
                 for name, start, numel in rank:
-                    into[name].view(-1)[start : start + numel].copy_(part[position : position + numel])
-                    position += numel
+                    into[name].view(-1)[start : start + numel].copy_(piece[offset : offset + numel])
+                    offset += numel
 
     def buffers(self) -> dict[str, Tensor]:
-        """The model's running statistics and whatever else is saved of it beside weights, equal on all ranks."""
+        """Return the running statistics and all else that the model saves beside its weights, equal on all ranks."""
         weights = dict(self.module.named_parameters())
         return {name: value for name, value in self.module.state_dict().items() if name not in weights}
 
     def full_weights(self) -> dict[str, Tensor]:
-        """The whole state dict on the CPU, parameters from the fp32 masters (collective; all ranks get it)."""
+        """Return the whole state dict on the CPU, parameters from the fp32 masters (collective; all ranks get it)."""
         shapes = {name: full_shape(p) for name, p in self.named_parameters}
         full = {name: torch.empty(shape, device=self.world.device) for name, shape in shapes.items()}
         self.gather(None, full)
-        # ZeRO-3 cuts the frozen parameters (fixed positions) too, and no optimizer has masters of them.
+        # ZeRO-3 also cuts the frozen parameters (fixed position embeddings), and no optimizer has masters of them.
         frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         with self._whole(frozen.values()):
             fixed = {name: p.detach().cpu().clone() for name, p in frozen.items()}
@@ -178,9 +205,12 @@ class Engine:
         optimizer_step: float,
         kinds: Mapping[str, Mapping[Tensor, Tensor]],
     ) -> None:
-        """Put saved shards in place. `read(kind, name, start, numel)` gives elements of a saved whole parameter.
+        """Restore masters, moments, every extra kind, and the copies that compute (collective).
 
-        Restores masters, moments (with AdamW's step count), every extra kind, and the copies that compute.
+        Args:
+            read: (kind, name, start, numel) -> elements (numel,) of a saved whole parameter.
+            optimizer_step: AdamW's count of updates.
+            kinds: Name of an extra kind -> {master: the tensor to fill}.
         """
         state = self.base_optimizer.state
         for flat in self.masters:
@@ -202,12 +232,12 @@ class Engine:
         self._refresh_compute_copies(read)
 
     def optimizer_step(self) -> float:
-        """AdamW's own count of updates (skipped ones do not count)."""
+        """Return AdamW's own count of updates, without skipped ones."""
         first = self.base_optimizer.state.get(self.masters[0], {})
         return float(first["step"]) if "step" in first else 0.0
 
     def close(self) -> None:
-        """Must run before the process group goes: ZeRO-3 may abort at exit otherwise."""
+        """Release DeepSpeed; this must happen before the process group ends, or ZeRO-3 may abort at exit."""
         self._deepspeed.destroy()
 
     def _find_shards(self) -> list[Shard]:
@@ -230,8 +260,11 @@ class Engine:
         return shards
 
     def _clear_padding(self) -> None:
-        """DeepSpeed pads a rank's part of a parameter with memory as it was found, a huge number or a NaN by chance: it would
-        count in every norm that is taken over a whole flat tensor. Its gradient is zero, so it stays what it is made here."""
+        """Set the padding of flat tensors to zero.
+
+        DeepSpeed pads a rank's slice of a parameter with uninitialised memory, by chance a huge number or a NaN, which
+        would count in every norm over a whole flat tensor. The padding's gradient is zero, so it stays zero.
+        """
         for flat in self.masters:
             own = sorted((shard.offset, shard.offset + shard.numel) for shard in self.shards if shard.flat is flat)
             ends, starts = [0, *(end for _, end in own)], [*(start for start, _ in own), flat.numel()]
@@ -239,7 +272,7 @@ class Engine:
                 flat.detach().view(-1)[end:start].zero_()
 
     def _refresh_compute_copies(self, read: Callable[[str, str, int, int], Tensor]) -> None:
-        """Under ZeRO the weights that compute are copies of the masters: bring them up to date."""
+        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters."""
         if self.config.zero_stage in (1, 2):
             for name, p in self.named_parameters:
                 p.data.copy_(read("master", name, 0, p.numel()).view(p.shape))
@@ -261,7 +294,7 @@ class Engine:
 
 
 def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """The whole DeepSpeed dictionary; what matters is stated, since its defaults surprise (it clips at 1.0, for one)."""
+    """Return the whole DeepSpeed config; it states what matters, since defaults surprise (DeepSpeed clips at 1.0)."""
     elements = config.bucket_bytes // 4
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
@@ -288,8 +321,8 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps what is offloaded too
-        # DeepSpeed switches an autocast around its forward off unless it is told of it here; no module is on the list of
-        # those whose gradients travel in bf16.
+        # Unless it is told here, DeepSpeed switches off an autocast around its forward. No module is on the list of those
+        # whose gradients travel in bf16.
         "torch_autocast": {
             "enabled": config.precision == "bf16",
             "dtype": "bfloat16",
@@ -303,5 +336,5 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, of which ZeRO-3 may have left this rank a part."""
+    """Return the shape of the unpartitioned parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)

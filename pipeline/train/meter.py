@@ -1,4 +1,4 @@
-"""What is measured between two log lines: the means of the losses, and how well the machine is used."""
+"""Measurements between two log lines: the means of the losses, and how well the machine is used."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -13,10 +13,15 @@ from pipeline.train.task import Mean
 
 
 class Meter:
-    """Means since the last flush, over all ranks, by counts. Nothing is read from the device before `flush`."""
+    """Means since the last flush, over all ranks, by counts. Nothing is read from the device before `flush`.
+
+    Args:
+        world: The processes.
+        flops: FLOPs of a step over all ranks.
+        peak: FLOP/s of one rank's device.
+    """
 
     def __init__(self, world: World, flops: float, peak: float) -> None:
-        """`flops` of a step over all ranks; `peak`: FLOP/s of one rank's device."""
         self.world, self.flops, self.peak = world, flops, peak
         self._reset()
 
@@ -26,20 +31,21 @@ class Meter:
         self._steps = self._images = self._skipped = 0
 
     def add(self, metrics: Iterable[tuple[str, Mean]]) -> None:
+        """Add the means of one step."""
         for name, mean in metrics:
             total, weight = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (total + mean.total.double(), weight + mean.weight)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent here is time without data."""
+        """Count the time spent inside as time without data."""
         begin = time.monotonic()
         yield
         self._waited += time.monotonic() - begin
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Time spent here, on evaluation or a save, is no time of a step."""
+        """Leave the time spent inside (an evaluation, a save) out of the step times."""
         begin = time.monotonic()
         yield
         self._started += time.monotonic() - begin
@@ -56,7 +62,7 @@ class Meter:
         self._skipped += not moved
 
     def flush(self) -> dict[str, float]:
-        """name -> mean (collective: all ranks have metered the same names); a mean of nothing is left out."""
+        """Return name -> mean and begin anew (collective: all ranks have added the same names); a mean of nothing is left out."""
         names = sorted(self._sums)
         device = self.world.device
         pairs = [[torch.as_tensor(x, dtype=torch.float64, device=device) for x in self._sums[name]] for name in names]
@@ -78,5 +84,5 @@ class Meter:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """This rank's peak on its GPU since the start, or what its process holds now."""
+    """Return the bytes that this rank has used on its GPU at most, or that its process holds now on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

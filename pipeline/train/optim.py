@@ -1,4 +1,4 @@
-"""Parameter groups: what decays, and how fast each layer learns."""
+"""Parameter groups: which weights decay, and how fast each layer learns."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,16 +12,20 @@ from pipeline.train.config import OptimConfig
 class Trainable(Protocol):
     """What training asks of a model beside `forward`."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def no_weight_decay(self) -> set[str]: ...
-    def layer_of(self, name: str) -> int: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name, parameter)."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Return names of matrices that must not decay."""
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer that a parameter belongs to, from 0 at the input."""
 
 
 def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups with `weight_decay` and `lr_scale` = layer_decay^(layers above), in a fixed order.
+    """Return groups with `weight_decay` and `lr_scale` = layer_decay^(layers above), in a fixed order.
 
-    Vectors (biases, norms, D) never decay, nor what the model's `no_weight_decay()` names. `layer_of(name)` of the
-    model counts layers from 0 at the input.
+    Vectors (biases, norms, D) never decay, nor does what the model's `no_weight_decay()` names.
     """
     exempt = model.no_weight_decay()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""What a device could compute at best: the denominator of model FLOPs utilisation (MFU)."""
+"""The peak FLOP/s of a device: the denominator of model FLOPs utilisation (MFU)."""
 
 import time
 
@@ -21,11 +21,18 @@ _SIDE = 1024
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of one device in `precision` (fp32 | bf16): from the data sheet of a known GPU, else of a matrix product
-    measured here and now, so that MFU on a CPU reads "as fast as its own matmul"."""
+    """Return the peak FLOP/s of one device.
+
+    A known GPU has the number of its data sheet. Any other device has that of a matrix product measured here and now, so
+    an MFU of 1 on a CPU means "as fast as its own matrix product".
+
+    Args:
+        device: The device of one rank.
+        precision: fp32 or bf16.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((peaks for part, peaks in _GPUS.items() if part in name), None)
+        known = next((peaks for known_name, peaks in _GPUS.items() if known_name in name), None)
         if known:
             return known[0] if precision == "bf16" else known[1]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

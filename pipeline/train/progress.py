@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a bar on a terminal, one plain line per interval elsewhere."""
+"""Progress for people: a bar on a terminal, one plain line per log interval elsewhere."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
-# In the line, in this order; everything else is in metrics.jsonl.
+# The numbers of a line, in this order; all others are in metrics.jsonl.
 _SHOWN = (
     "train/loss",
     "train/lr",
@@ -27,7 +27,14 @@ _SHOWN = (
 
 
 class Progress:
-    """Of `total` steps; silent unless `shown` (rank 0)."""
+    """Progress of a run on the screen.
+
+    Args:
+        name: Name of the stage.
+        done: Steps done so far.
+        total: Steps of the whole run.
+        shown: Whether anything is shown (on rank 0).
+    """
 
     def __init__(self, name: str, *, done: int, total: int, shown: bool) -> None:
         self.name, self.total, self.shown = name, total, shown
@@ -39,11 +46,12 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=name, unit="step", dynamic_ncols=True, leave=True)
 
     def advance(self) -> None:
+        """Count a step."""
         if self._bar:
             self._bar.update()
 
     def rewind(self, step: int) -> None:
-        """Go on from an earlier step; what is left is estimated from there."""
+        """Continue from an earlier step, and estimate the time left from there."""
         self._started, self._start = time.monotonic(), step
         if self._bar:
             self._bar.reset()
@@ -51,6 +59,7 @@ class Progress:
             self._bar.refresh()
 
     def line(self, step: int, row: Mapping[str, float]) -> None:
+        """Show the main numbers of a row, and the time left."""
         shown = [f"{key.removeprefix('train/').replace('/', ' ')} {row[key]:.4g}" for key in _SHOWN if key in row]
         if self._bar:
             self._bar.set_postfix_str("  ".join(shown))
@@ -60,6 +69,7 @@ class Progress:
             logger.info("%s step %d/%d  %s  eta %s", self.name, step, self.total, "  ".join(shown), _clock(left))
 
     def close(self) -> None:
+        """Close the bar."""
         if self._bar:
             self._bar.close()
 

@@ -1,7 +1,7 @@
-"""The flight recorder: the last steps as sample positions and numbers, so that a bad one can be named and replayed.
+"""The flight recorder: the last steps as sample indices and numbers, so that a bad step can be named and replayed.
 
-It keeps ids instead of tensors, since the stream is exact: the batch of a data_step can be drawn again at any time.
-Everything stays on the device until `dump` or a question is asked.
+It keeps indices instead of images, since the stream is exact: the batch of a data step can be drawn again at any time.
+Everything stays on the device until it is dumped or checked.
 """
 
 import json
@@ -22,7 +22,15 @@ STEPS_KEPT = 256  # at least; more where log lines are farther apart
 
 @dataclass
 class Record:
-    """One optimizer step on this rank. `data_step`: its place in the data, which differs from `step` after a rewind."""
+    """One optimizer step on this rank.
+
+    Args:
+        step: Optimizer steps before it.
+        data_step: The step of the data that it took; after a rewind it differs from `step`.
+        samples: Sample indices (B,) by stream.
+        loss: Scalar, on the device.
+        block_squares: (blocks,) squared gradient norms, or None.
+    """
 
     step: int
     data_step: int
@@ -31,14 +39,17 @@ class Record:
     block_squares: Tensor | None
 
     def is_bad(self) -> bool:
-        """Whether the loss, or a gradient of it, is not finite."""
+        """Return whether the loss or one of its gradients is not finite."""
         squares = self.block_squares
         return not math.isfinite(float(self.loss)) or (squares is not None and not bool(torch.isfinite(squares).all()))
 
 
 class Recorder:
-    """Of one rank; reaches back to the last log line at least. `watch` sees the gradients of a model before the engine
-    reduces and frees them."""
+    """The last steps of one rank, back to the last log line at least.
+
+    Args:
+        log_every: Steps between two log lines.
+    """
 
     def __init__(self, log_every: int) -> None:
         self.records: deque[Record] = deque(maxlen=max(STEPS_KEPT, log_every))
@@ -47,7 +58,11 @@ class Recorder:
         self._squares: Tensor | None = None
 
     def watch(self, model: nn.Module) -> None:
-        """Before the engine wraps the model. The norms are of this rank's gradients, over its own micro-batches."""
+        """Measure the gradients of a model by hooks, before the engine reduces and frees them.
+
+        Call it before the engine wraps the model. The norms are those of this rank's gradients, summed over its
+        micro-batches.
+        """
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.blocks = list(dict.fromkeys(block_of(name) for name, _ in named))
         self._squares = torch.zeros(len(self.blocks), device=named[0][1].device)
@@ -63,7 +78,7 @@ class Recorder:
             parameter.register_hook(hook(self.blocks.index(block_of(name))))
 
     def note(self, step: int, data_step: int, drawn: Mapping[str, Batch], loss: Tensor) -> None:
-        """A step is over."""
+        """Record a step that is over."""
         squares = None
         if self._squares is not None:
             squares = self._squares.clone()
@@ -77,20 +92,20 @@ class Recorder:
         return list(self.records)[len(self.records) - self._unchecked :]
 
     def mark_checked(self) -> None:
-        """All steps up to here are good."""
+        """Call all steps up to here good."""
         self._unchecked = 0
 
     def losses(self) -> Tensor:
-        """(kept steps,) of this rank, float64 on the device."""
+        """Return the recorded losses of this rank, (steps,) in float64 on the device."""
         return torch.stack([record.loss.double() for record in self.records])
 
     def forget_from(self, step: int) -> None:
-        """Steps that a rewind undoes, among them all that are unchecked."""
+        """Forget the steps that a rewind undoes, among them all that are unchecked."""
         self.records = deque((r for r in self.records if r.step < step), maxlen=self.records.maxlen)
         self._unchecked = 0
 
     def dump(self, path: Path) -> None:
-        """One JSON object a step: samples, loss, gradient norm of every block."""
+        """Write one JSON object per step: samples, loss, gradient norm of every block."""
         lines = []
         for r in self.records:
             squares = [] if r.block_squares is None else r.block_squares.sqrt().tolist()
@@ -103,7 +118,7 @@ class Recorder:
 
 
 def block_of(name: str) -> str:
-    """The block a parameter belongs to: `backbone.layers.3.mixer.D` -> `backbone.layers.3`."""
-    parts = name.split(".")
-    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[: numbered + 1])
+    """Return the block that a parameter belongs to: `backbone.layers.3.mixer.D` -> `backbone.layers.3`."""
+    words = name.split(".")
+    numbered = next((i for i, word in enumerate(words) if word.isdigit()), 0)
+    return ".".join(words[: numbered + 1])

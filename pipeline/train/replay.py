@@ -1,7 +1,8 @@
-"""What happened at a step: its batch is drawn again, on weights restored from before it, under the eyes of hooks.
+"""Replay: one step of a run is taken again, with hooks on every module, to find the first value that is not finite.
 
-The stream is exact and checkpoints know no world size, so one process on a CPU can take the steps of many. What it does
-not repeat bit for bit: the order of sums, other kernels than the run's, and with drop path the masks of other ranks.
+Its batch is drawn again and its weights are restored from before it. The stream is exact and checkpoints know no world
+size, so one process on a CPU can take the steps of many. Not bit for bit the same are the order of sums, the kernels, and
+with drop path the masks of other ranks.
 """
 
 import logging
@@ -73,8 +74,11 @@ def replay(training: Training, asked: Replay) -> str:
 
 
 class Watch:
-    """Hooks on every module and weight of `model`; `found` names the first value that is not finite, in the order of
-    computation: forward from the input, backward from the loss."""
+    """Hooks on every module and weight of `model`.
+
+    `found` names the first value that is not finite, in the order of computation: forward from the input, backward from
+    the loss.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.found = ""
@@ -87,6 +91,7 @@ class Watch:
                 self._handles.append(weight.register_hook(self._backward(f"the gradient of {name}")))
 
     def close(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -110,7 +115,7 @@ class Watch:
 
 
 def bad_images(drawn: Mapping[str, Batch]) -> str:
-    """Which samples' images are not finite, or nothing."""
+    """Return which samples' images are not finite, or an empty string."""
     for name, batch in drawn.items():
         finite = batch.images.flatten(1).isfinite().all(1)
         if not finite.all():
@@ -121,7 +126,7 @@ def bad_images(drawn: Mapping[str, Batch]) -> str:
 def _bad_loss(loss: Tensor) -> str:
     if _finite(loss):
         return (
-            f"every value is finite, the loss is {float(loss):.6g}: what went wrong in the run was its hardware,"
+            f"every value is finite, the loss is {float(loss):.6g}: the run's fault came from its hardware,"
             " a kernel of its device, or the masks of another rank's drop path"
         )
     return f"the loss is {float(loss)}, though every module and gradient is finite: it arises in the loss itself"
@@ -142,7 +147,7 @@ def _what(tensor: Tensor) -> str:
 
 
 def _range(values: tuple[Any, ...]) -> str:
-    """The range of what is finite, and whether all is."""
+    """The range of the values, if all are finite."""
     tensors = _tensors(values)
     if not tensors:
         return "are none"

@@ -1,4 +1,4 @@
-"""A run's folder: its identity, its provenance, its numbers.
+"""A run's folder: its identity, its provenance and its numbers.
 
 runs/EXPERIMENT/STAGE/
   config.yaml  environment.json  status.json  metrics.jsonl  evaluation.json  log.txt  tb/  checkpoints/  export/  report/
@@ -34,7 +34,18 @@ _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy",
 
 
 class Run:
-    """The folder of one stage of one experiment. Rank 0 writes; the others only know the paths."""
+    """The folder of one stage of one experiment. Rank 0 writes; the other ranks only know the paths.
+
+    Whether the folder belongs to the same run is checked before (`stages.identity.refuse_other_run`).
+
+    Args:
+        folder: ROOT/EXPERIMENT/STAGE.
+        config: The config of the stage.
+        world: The processes.
+
+    Raises:
+        EnvironmentProblem: If the folder cannot be written, or another process is working in it.
+    """
 
     def __init__(self, folder: Path, config: BaseModel, world: "World") -> None:
         self.folder, self.world, self.config = folder, world, config
@@ -51,7 +62,7 @@ class Run:
 
     def _open(self) -> None:
         (self.folder / "report").mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")  # held by the system while this process lives
+        self._lock = (self.folder / ".lock").open("w")  # the system holds it while this process lives
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -61,40 +72,41 @@ class Run:
         replace_text(self.folder / "config.yaml", dump_yaml(self.config))
         replace_text(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
         logging.getLogger().addHandler(_file_handler(self.folder / "log.txt"))
-        for beat in (self.folder / "heartbeat").glob("rank_*"):  # of a larger world, it would look like one that hangs
+        for beat in (self.folder / "heartbeat").glob("rank_*"):  # a rank of a larger world would look as if it hung
             if int(beat.name.removeprefix("rank_")) >= self.world.size:
                 beat.unlink()
 
     def status(self, state: str, **more: Any) -> None:
-        """What `state` the run is in (running, interrupted, failed, complete), for people and `status`."""
+        """Write the state of the run (running, interrupted, failed, complete), for people and for `launchers status`."""
         if self.world.is_main:
             replace_text(self.folder / "status.json", json.dumps({"state": state, "time": time.time(), **more}))
 
     def truncate_metrics(self, step: int) -> None:
-        """Forget rows after `step`: a resumed run writes them again."""
+        """Remove the rows after `step`; a resumed run writes them again."""
         path = self.folder / "metrics.jsonl"
         if self.world.is_main and path.exists():
             rows = [row for row in _rows(path) if row["step"] <= step]
             replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def incident(self, what: dict[str, Any]) -> None:
-        """Something that was not as planned, for the report."""
+        """Note something that was not as planned, for the report."""
         if self.world.is_main:
             with (self.folder / "incidents.jsonl").open("a") as file:
                 file.write(json.dumps({"time": time.time(), **what}) + "\n")
 
     def beat(self) -> None:
-        """This rank is alive: the time of its heartbeat file says when it last was."""
+        """Touch this rank's heartbeat file; its time says when the rank was last alive."""
         (self.folder / "heartbeat").mkdir(exist_ok=True)
         (self.folder / "heartbeat" / f"rank_{self.world.rank:05d}").touch()
 
     def append_metrics(self, row: dict[str, float]) -> None:
+        """Append a row to metrics.jsonl."""
         if self.world.is_main:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def last_row(self, prefix: str) -> dict[str, float]:
-        """The newest values whose names start with `prefix`, on rank 0; nothing elsewhere."""
+        """Return the newest values whose names start with `prefix`, on rank 0; nothing on other ranks."""
         path = self.folder / "metrics.jsonl"
         if not self.world.is_main or not path.exists():
             return {}
@@ -102,6 +114,7 @@ class Run:
         return next((found for row in rows if (found := {k: v for k, v in row.items() if k.startswith(prefix)})), {})
 
     def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run's folder."""
         if self.world.is_main:
             replace_text(self.folder / name, json.dumps(value, indent=1))
 

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 
-Schedule = Callable[[int], float]  # of the optimizer step
+Schedule = Callable[[int], float]  # optimizer step -> value
 
 
 def warmup_cosine(peak: float, final: float, warmup: int, total: int) -> Schedule:
-    """Linear rise to `peak`, reached at step `warmup`, then half a cosine down to `final` at step `total`.
+    """Return a linear rise to `peak`, reached at step `warmup`, then half a cosine down to `final` at step `total`.
 
-    Step 0 already moves (peak / (warmup + 1)): a first step of zero would only waste a batch.
+    Step 0 has peak / (warmup + 1): a first step of zero would only waste a batch.
     """
 
     def lr_at(step: int) -> float:

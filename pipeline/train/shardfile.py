@@ -1,6 +1,6 @@
-"""A safetensors file written and hashed in one pass that leaves the interpreter free: a save must not stall training.
+"""A safetensors file written and hashed in one pass that frees the interpreter: a save must not stall training.
 
-safetensors' own writer first turns every tensor into a Python bytes object, under the interpreter's lock.
+The own writer of safetensors first turns every tensor into a Python bytes object, under the interpreter's lock.
 """
 
 import hashlib
@@ -14,11 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK = 16 * 2**20  # bytes a write; large ones release the lock, and a signal is not kept waiting
+_CHUNK = 16 * 2**20  # bytes per write: large enough to release the lock, small enough that a signal need not wait
 
 
 def write_shards(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write flat fp32 CPU tensors to `path`, on the disk when this returns; the sha256 of the file. Raises OSError."""
+    """Write flat fp32 CPU tensors, and return when they are on the disk.
+
+    Args:
+        path: The file to write.
+        tensors: Contiguous fp32 tensors (numel,) on the CPU, by key.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
     header, offset = {}, 0
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
@@ -27,11 +38,11 @@ def write_shards(path: Path, tensors: Mapping[str, Tensor]) -> str:
         header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        parts: list[Any] = [struct.pack("<Q", len(text)) + text, *(tensor.numpy() for tensor in tensors.values())]
-        for view in (memoryview(part).cast("B") for part in parts):
+        pieces: list[Any] = [struct.pack("<Q", len(text)) + text, *(tensor.numpy() for tensor in tensors.values())]
+        for view in (memoryview(piece).cast("B") for piece in pieces):
             for begin in range(0, len(view), _CHUNK):
                 chunk = view[begin : begin + _CHUNK]
                 digest.update(chunk)

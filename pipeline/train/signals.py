@@ -1,4 +1,4 @@
-"""Signals set a flag; the loop reads it at a step boundary, where all ranks can act together. Torch-free."""
+"""Signals set a flag, which the loop reads at a step boundary, where all ranks can act together (torch-free)."""
 
 import signal
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """While inside, signals only set the flag; a second SIGINT is a person's last word and interrupts at once."""
+    """Let signals only set the flag while inside; a second SIGINT interrupts at once."""
     flag = StopFlag()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -38,7 +38,7 @@ def stop_flag() -> Iterator[StopFlag]:
 
 
 def interrupt_on_signals() -> None:
-    """Before and after the loop a signal ends the process at once: nothing is in flight that a restart would miss."""
+    """Let a signal end the process at once, before and after the loop, where a restart loses nothing."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(

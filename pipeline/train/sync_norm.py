@@ -1,7 +1,7 @@
-"""Batch norms whose statistics are of the whole micro-batch, over all ranks, on a CPU as on a GPU.
+"""Batch norms with the statistics of the whole micro-batch, over all ranks, on a CPU as on a GPU.
 
-torch's own SyncBatchNorm refuses CPU tensors. Without this each rank would train with statistics of its own and the export
-would keep those of rank 0.
+torch's own SyncBatchNorm refuses CPU tensors. Without this module each rank would train with its own statistics, and the
+export would keep those of rank 0.
 """
 
 import logging
@@ -15,29 +15,31 @@ logger = logging.getLogger(__name__)
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; its gradient is the sum of theirs."""
+    """The sum of a tensor over all ranks; its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(context: Any, value: Tensor) -> Tensor:
+        """Sum a tensor over all ranks."""
         total = value.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
+        """Sum the gradient over all ranks."""
         total = gradients[0].clone()
         dist.all_reduce(total)
         return total
 
 
 class _Synchronised(nn.modules.batchnorm._BatchNorm):
-    """In training, mean first and deviations from it second: two small sums over the ranks, and no cancellation."""
+    """A batch norm that sums the mean first and then the deviations from it over the ranks, so that nothing cancels."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of positions."""
+        """Any number of dimensions is fine."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, ...) -> the same."""
+        """Normalise (B, C, ...) per channel."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
         x = input.float()
@@ -63,9 +65,9 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norms(model: nn.Module) -> None:
-    """Let every batch norm of `model` see all ranks, in place: names, parameters and buffers stay."""
+    """Let every batch norm of `model` see all ranks, in place; names, parameters and buffers do not change."""
     for name, module in model.named_modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
             module.__class__ = _Synchronised
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _Synchronised):
-            logger.warning("%s (%s) keeps statistics of each rank", name, type(module).__name__)
+            logger.warning("%s (%s) keeps separate statistics on each rank", name, type(module).__name__)

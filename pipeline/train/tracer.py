@@ -1,6 +1,6 @@
-"""A profile on demand: `touch RUN/profile`, and rank 0 traces its next steps into RUN/report/trace_step_N.json.
+"""A profile on demand: after `touch RUN/profile` rank 0 traces its next steps into RUN/report/trace_step_N.json.
 
-The trace opens in https://ui.perfetto.dev or chrome://tracing. Nothing else is asked of a run: no restart, no option.
+The trace opens in https://ui.perfetto.dev or chrome://tracing. It needs no restart and no option.
 """
 
 import logging
@@ -17,7 +17,12 @@ STEPS_TRACED = 5
 
 
 class Tracer:
-    """Of one rank; all but rank 0 never look."""
+    """On-demand profiler, active on rank 0 only.
+
+    Args:
+        folder: The folder of the run.
+        world: The processes.
+    """
 
     def __init__(self, folder: Path, world: World) -> None:
         self.folder, self.shown = folder, world.is_main
@@ -25,7 +30,12 @@ class Tracer:
         self._until = 0
 
     def advance(self, step: int, *, look: bool) -> None:
-        """After a step; `look` now and then for the file that asks."""
+        """Call this after every step.
+
+        Args:
+            step: Optimizer steps done.
+            look: Whether to look for the file `profile`, which asks for a trace.
+        """
         if self._profile is not None and step >= self._until:
             self.close()
         if look and self.shown and self._profile is None and (asked := self.folder / "profile").exists():
@@ -36,7 +46,7 @@ class Tracer:
             self._profile.start()
 
     def close(self) -> None:
-        """Write what is being traced."""
+        """End a trace, if one is being made, and write it."""
         if self._profile is None:
             return
         self._profile.stop()

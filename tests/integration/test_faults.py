@@ -54,12 +54,12 @@ def test_a_run_continues_on_other_processes_and_another_zero_stage(chain: Stages
 
 
 def samples(run: Path) -> dict[int, dict[str, list[int]]]:
-    """step -> stream -> manifest positions in the order of the virtual_readers, all ranks together."""
+    """step -> stream -> sample indices in the order of the virtual readers, all ranks together."""
     found: dict[int, dict[str, list[int]]] = {}
     for path in sorted((run / "report").glob("flight_rank_*.jsonl")):
         for row in map(json.loads, path.read_text().splitlines()):
-            for stream, positions in row["samples"].items():
-                found.setdefault(row["step"], {}).setdefault(stream, []).extend(positions)
+            for stream, indices in row["samples"].items():
+                found.setdefault(row["step"], {}).setdefault(stream, []).extend(indices)
     return found
 
 
@@ -68,8 +68,8 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="a file system of its own needs user namespaces (unshare -rm)")
-def test_a_full_disk_ends_in_5_and_the_newest_checkpoint_stands(chain: Stages, tmp_path: Path) -> None:
-    """A real file system of 3 MB fills up with checkpoints; with more room the run goes on from the newest of them."""
+def test_a_full_disk_ends_in_5_and_keeps_the_newest_checkpoint(chain: Stages, tmp_path: Path) -> None:
+    """A real file system of 3 MB fills up with checkpoints; with more space the run continues from the newest of them."""
     more = ["loop.steps=40", "loop.save_every=1", "loop.keep_checkpoints=100", f"run.root={tmp_path}"]
     command = shlex.join(chain.command("arm", *more, nproc=2))
     script = f"""
@@ -147,7 +147,7 @@ def loop_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def left_out_from_the_start(run: Path, data_step: int, root: Path) -> Path:
-    """A folder in which a run like `run` will start from its step 0, but pass over a data_step of the data."""
+    """A folder in which a run like `run` will start from its step 0, but leave out one data step."""
     copy = root / run.parent.name / run.name
     start = copy / "checkpoints" / "step_00000000"
     shutil.copytree(run / "checkpoints" / start.name, start)
@@ -161,8 +161,8 @@ def left_out_from_the_start(run: Path, data_step: int, root: Path) -> Path:
 
 
 def test_an_infinity_on_one_rank_rewinds_all_and_the_end_never_saw_that_batch(chain: Stages, tmp_path: Path) -> None:
-    """Position 2 is bad on rank 1; a save (step 3) falls between it and the log line (step 4). The run ends, to the bit, as
-    one that has passed over data_step 2 from the start."""
+    """Data step 2 is bad on rank 1; a save (step 3) falls between it and the log line (step 4). The run ends, to the bit, as
+    one that has left out data step 2 from the start."""
     more = ["run.experiment=planted", "loop.log_every=4", "loop.save_every=3", "loop.keep_checkpoints=100"]
     code, run = planted(chain, "infinity", 2, 1, *more)
     assert code == 0
@@ -237,8 +237,8 @@ def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, data_
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.match(rf"data_step {data_step} \(step {data_step}\): {finding}", done.stdout), done.stdout
-    assert "2 micro-batches a step" in done.stderr  # of what one of the two processes took at once
+    assert re.match(rf"data step {data_step} \(step {data_step}\): {finding}", done.stdout), done.stdout
+    assert "2 micro-batches a step" in done.stderr  # a micro-batch is what one of the two processes took at once
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -253,7 +253,7 @@ def test_a_replay_beyond_the_end_of_the_run_is_refused(chain: Stages) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert f"DATA_STEP is 8, but the 8 steps of {run} end at data_step 7" in done.stderr
+    assert f"DATA_STEP is 8, but the 8 steps of {run} end at data step 7" in done.stderr
 
 
 def test_a_touched_file_gives_a_trace(chain: Stages) -> None:

@@ -1,4 +1,4 @@
-"""Labels of unlabelled samples never reach a loss: whatever stands there, the weights are the same."""
+"""Labels of unlabelled samples never reach a loss: whatever they are, the weights are the same."""
 
 import json
 import shutil
@@ -47,4 +47,4 @@ def test_random_labels_on_unlabelled_samples_leave_every_weight_of_stage_3_ident
     straight = chain.runs / "smoke" / "semi" / "export" / "model.safetensors"
     assert (run / "export" / "model.safetensors").read_bytes() == straight.read_bytes()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert max(row.get("ssl/mask_rate", 0) for row in rows) > 0  # unlabelled samples did take part
+    assert max(row.get("ssl/mask_rate", 0) for row in rows) > 0  # unlabelled samples did count

@@ -86,7 +86,7 @@ def test_a_collapse_is_an_incident(chain: Stages) -> None:
     more = ["alarms.after_steps=2", "pseudo.threshold=1.0", "loop.steps=4", "run.experiment=collapse"]
     done = chain.run("semi", *parents(chain, "semi"), *more)
     assert done.returncode == 0
-    assert "hardly a pseudo-label counts" in done.stderr
+    assert "hardly any pseudo-label is accepted" in done.stderr
     incidents = (chain.runs / "collapse" / "semi" / "incidents.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in incidents] == [2, 3, 4]
 

@@ -83,7 +83,7 @@ def test_an_interrupted_run_and_a_failed_one_say_how_they_ended(chain: Stages) -
     assert chain.run("arm", "run.experiment=blown", "optim.lr=1e30").returncode == 6
     failed = status.read_stage(chain.runs / "blown" / "arm")
     assert failed.state == "failed"
-    assert re.search(r"is (nan|inf) by step \d+, first at data_step", failed.words)
+    assert re.search(r"is (nan|inf) by step \d+, first at data step", failed.words)
 
 
 def test_before_the_first_row_of_the_log_no_end_is_foretold(tmp_path: Path) -> None:

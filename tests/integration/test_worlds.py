@@ -16,7 +16,7 @@ SHORT = "loop.steps=5"
 
 
 def short(chain: Stages, stage: str) -> list[str]:
-    """Five steps from the smoke chain's parents; in stage 3 the decay answers to the discrepancy from the second on."""
+    """Five steps from the smoke chain's parents; in stage 3 the decay follows the discrepancy from the second on."""
     return [*parents(chain, stage), SHORT, *(["ema.warmup_steps=1"] if stage == "semi" else [])]
 
 
@@ -74,7 +74,7 @@ def test_zero_3_may_cut_every_parameter(chain: Stages, alone, stage: str) -> Non
 
 
 def test_ssmixup_and_the_students_own_labels_are_the_same_under_zero_3(chain: Stages) -> None:
-    """What else reads weights there: SSMixup's own parameters, and a pass without gradients through the student."""
+    """Two more readers of weights under ZeRO-3: SSMixup's own parameters, and a pass without gradients through the student."""
     methods = ["ssmixup={readout: shared_C, nu: learned}", "pseudo.labeller=student", "pseudo.threshold=0.1"]
     cut = ["run.experiment=methods-cut", "engine.zero_stage=3", "engine.keep_whole=0"]
     alone = chain.complete("semi", *short(chain, "semi"), "run.experiment=methods", *methods)

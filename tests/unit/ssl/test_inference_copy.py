@@ -1,4 +1,4 @@
-"""What is gathered together under ZeRO-3: every parameter in one block, once; and every family answers as when it is whole."""
+"""ZeRO-3 gathers each parameter with exactly one block, and every family then computes what the whole model computes."""
 
 import copy
 import os
@@ -45,8 +45,8 @@ def test_every_parameter_is_in_exactly_one_block(family: str) -> None:
     assert max(len(parameters) for _, parameters in whole) < len(found)
 
 
-def answer_in_blocks(rank: int, port: int, folder: str) -> None:
-    """Every family under ZeRO-3, weights cut to the last one: its copy's answers, and those of the whole model."""
+def compute_in_blocks(rank: int, port: int, folder: str) -> None:
+    """Save the outputs of every family's inference copy under ZeRO-3, with every weight cut, and those of the whole model."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     warnings.simplefilter("ignore")
@@ -60,14 +60,14 @@ def answer_in_blocks(rank: int, port: int, folder: str) -> None:
         config = EngineConfig(zero_stage=3, keep_whole=0, bucket_bytes=2**20)
         engine = Engine(model, world, optim=OptimConfig(lr=1e-3), config=config, micro_batch=1, accumulation=1)
         tensors = {master: 1.1 * master.detach() + 0.01 for master in engine.masters}  # what an average might be
-        working = InferenceCopy(engine, copy.deepcopy(whole), tensors, average_buffers=False)
-        whole.load_state_dict(working.full_weights())
+        inference = InferenceCopy(engine, copy.deepcopy(whole), tensors, average_buffers=False)
+        whole.load_state_dict(inference.full_weights())
         trained = {n for n, _ in engine.named_parameters}
         images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(rank))  # ranks see other images
         with torch.no_grad():
             for _ in range(2):
-                got, want = working.module(images), whole(images)
-                assert all(p.numel() == 0 for n, p in working.module.named_parameters() if n in trained)
+                got, want = inference.module(images), whole(images)
+                assert all(p.numel() == 0 for n, p in inference.module.named_parameters() if n in trained)
         found[family] = (got, want)
         engine.close()
     torch.save(found, Path(folder) / f"{rank}.pt")
@@ -78,7 +78,7 @@ def test_two_processes_gather_every_family_block_by_block(tmp_path: Path) -> Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(answer_in_blocks, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(compute_in_blocks, (port, str(tmp_path)), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert list(found) == list(FAMILIES)

@@ -12,7 +12,7 @@ PRIOR = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
 LOGITS = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]]))
 
 
-def test_hard_labels_count_from_the_threshold_on() -> None:
+def test_hard_labels_are_accepted_from_the_threshold_on() -> None:
     pseudo = PseudoLabeller(PRIOR, PseudoLabelRule(threshold=0.5)).label(LOGITS)
     assert pseudo.labels.tolist() == [0, 0]
     torch.testing.assert_close(pseudo.confidence, torch.tensor([0.7, 0.4]))
@@ -20,13 +20,13 @@ def test_hard_labels_count_from_the_threshold_on() -> None:
     assert pseudo.targets.tolist() == [[1, 0, 0], [1, 0, 0]]
 
 
-def test_soft_labels_are_the_answers_at_a_temperature() -> None:
+def test_soft_labels_are_the_predictions_at_a_temperature() -> None:
     pseudo = PseudoLabeller(PRIOR, PseudoLabelRule(kind="soft", temperature=0.5)).label(LOGITS)
     squares = LOGITS.exp() ** 2
     torch.testing.assert_close(pseudo.targets, squares / squares.sum(1, keepdim=True))
 
 
-def test_alignment_moves_the_mean_answer_to_its_aim() -> None:
+def test_alignment_moves_the_mean_prediction_to_its_aim() -> None:
     torch.manual_seed(0)
     logits = torch.randn(4000, 3) + torch.tensor([2.0, 0.0, -1.0])
     for alignment, aim in (("labelled", PRIOR), ("uniform", torch.full((3,), 1 / 3, dtype=torch.float64))):
@@ -54,8 +54,8 @@ def test_micro_batches_and_a_restore_give_the_same_labels() -> None:
     for _ in range(5):
         logits = 2 * torch.randn(8, 3)
         whole.label(logits)
-        for part in logits.chunk(4):
-            cut.label(part)
+        for micro_batch in logits.chunk(4):
+            cut.label(micro_batch)
         whole.label(logits, watch=False)
         whole.update()
         cut.update()
@@ -70,16 +70,16 @@ def test_micro_batches_and_a_restore_give_the_same_labels() -> None:
 
 
 def test_running_means_weigh_the_first_steps_alike_and_then_forget() -> None:
-    """Against literal means of the steps that said something: of confident answers, not every step does."""
+    """Against literal means over the steps that count; a step without a confident prediction does not count for the second."""
     torch.manual_seed(0)
     labeller = PseudoLabeller(PRIOR, PseudoLabelRule(threshold=0.6))
-    answered: list[torch.Tensor] = []
+    predicted: list[torch.Tensor] = []
     confident: list[torch.Tensor] = []
     for step in range(HORIZON + 20):
-        logits = torch.randn(4, 3) * (0.1 if step < 3 else 2.0)  # nobody is sure of anything at first
-        answers = torch.softmax(logits, 1)
-        answered.append(answers.double().mean(0))
-        sure = answers[answers.max(1).values >= 0.6].argmax(1)
+        logits = torch.randn(4, 3) * (0.1 if step < 3 else 2.0)  # no prediction is confident at first
+        probabilities = torch.softmax(logits, 1)
+        predicted.append(probabilities.double().mean(0))
+        sure = probabilities[probabilities.max(1).values >= 0.6].argmax(1)
         if len(sure):
             confident.append(torch.bincount(sure, minlength=3).double() / len(sure))
         labeller.label(logits)
@@ -88,15 +88,15 @@ def test_running_means_weigh_the_first_steps_alike_and_then_forget() -> None:
             twin = PseudoLabeller(PRIOR, labeller.rule)
             twin.load_state_dict(labeller.state_dict())
             labeller = twin
-        for mean, shares in ((labeller.mean_probability, answered), (labeller.confident, confident)):
+        for mean, shares in ((labeller.mean_probability, predicted), (labeller.confident, confident)):
             want = torch.stack(shares[:HORIZON]).mean(0) if shares else torch.full((3,), 1 / 3, dtype=torch.float64)
             for share in shares[HORIZON:]:
                 want = want + (share - want) / HORIZON
             torch.testing.assert_close(mean, want, rtol=1e-6, atol=0)
-    assert len(answered) - 3 >= len(confident) > HORIZON
+    assert len(predicted) - 3 >= len(confident) > HORIZON
 
 
-def test_collapse_shows_in_the_entropy_of_the_mean_answer() -> None:
+def test_collapse_shows_in_the_entropy_of_the_mean_prediction() -> None:
     labeller = PseudoLabeller(PRIOR, PseudoLabelRule())
     assert float(labeller.class_entropy()) == pytest.approx(1.0)
     labeller.label(torch.tensor([[50.0, 0.0, 0.0]] * 4))

@@ -1,4 +1,4 @@
-"""Where a process finds itself: torchrun, srun, alone, or in a contradiction."""
+"""How a process finds its rank: from torchrun, from srun, alone, or in a contradiction."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_a_rank_that_is_not_its_task_is_refused() -> None:
     both = {**SRUN, **TORCHRUN, "WORLD_SIZE": SRUN["SLURM_NTASKS"], "RANK": SRUN["SLURM_PROCID"]}
     assert rendezvous(both)["RANK"] == SRUN["SLURM_PROCID"]
     other = {**both, "RANK": str(int(SRUN["SLURM_PROCID"]) - 1)}
-    with pytest.raises(EnvironmentProblem, match="all tasks would take the same place; unset RANK"):
+    with pytest.raises(EnvironmentProblem, match="all tasks would take the same rank; unset RANK"):
         rendezvous(other)
     assert rendezvous({**other, "TORCHELASTIC_RUN_ID": "x"})["RANK"] == other["RANK"]
 

@@ -1,4 +1,4 @@
-"""What is judged at a log line, and where a rewind may go back to."""
+"""What counts as a divergence at a log line, and where a rewind goes back to."""
 
 from pathlib import Path
 
@@ -30,10 +30,10 @@ def row(loss: float, skipped: float = 0.0) -> dict[str, float]:
 
 
 @given(st.sets(st.integers(0, 40)), st.integers(0, 60))
-def test_positions_are_the_places_that_are_not_left_out(left_out: set[int], step: int) -> None:
-    open_places = [place for place in range(200) if place not in left_out]
-    assert data_step_of(step, list(left_out)) == open_places[step]
-    assert next_data_step({"step": step, "loop": {"left_out": list(left_out)}}) == open_places[step]
+def test_data_steps_are_those_that_are_not_left_out(left_out: set[int], step: int) -> None:
+    data_steps = [data_step for data_step in range(200) if data_step not in left_out]
+    assert data_step_of(step, list(left_out)) == data_steps[step]
+    assert next_data_step({"step": step, "loop": {"left_out": list(left_out)}}) == data_steps[step]
 
 
 def test_only_steps_since_the_last_log_line_are_blamed() -> None:
@@ -51,15 +51,15 @@ def test_without_a_bad_loss_or_gradient_the_newest_step_is_blamed() -> None:
     assert (anomaly.reason, anomaly.data_step) == ("train/weight_norm is nan", 2)
 
 
-@pytest.mark.parametrize(("most", "troubled"), [(1, True), (3, False)])
-def test_skipped_updates_are_a_divergence_from_the_given_number_on(most: int, troubled: bool) -> None:
+@pytest.mark.parametrize(("most", "diverged"), [(1, True), (3, False)])
+def test_skipped_updates_are_a_divergence_from_the_given_number_on(most: int, diverged: bool) -> None:
     loop = LOOP.model_copy(update={"max_skipped_steps": most})
-    assert (find_anomaly(row(1.0, skipped=2.0), recorded(1.0, 1.0), loop, ALONE) is not None) == troubled
+    assert (find_anomaly(row(1.0, skipped=2.0), recorded(1.0, 1.0), loop, ALONE) is not None) == diverged
 
 
-def test_a_spike_is_of_the_highest_step_since_the_last_log_line() -> None:
+def test_a_spike_names_the_step_with_the_highest_loss_since_the_last_log_line() -> None:
     usual = [1.0 + 0.01 * (step % 5) for step in range(30)]
-    recorder = recorded(*usual[:10], 9.0, *usual[11:])  # 9.0 was judged good, before there were enough to compare with
+    recorder = recorded(*usual[:10], 9.0, *usual[11:])  # 9.0 passed, when there were too few losses to compare it with
     recorder.mark_checked()
     for step, loss in ((30, 1.0), (31, 5.0), (32, 1.2)):
         recorder.note(step, step, {}, torch.tensor(loss))

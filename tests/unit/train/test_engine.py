@@ -1,4 +1,4 @@
-"""The seam with DeepSpeed, in one process of its own: it takes hold of the process group and of autocast."""
+"""The seam with DeepSpeed, in a process of its own, since DeepSpeed changes the process group and autocast."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ world = distributed.start(60)
 model = build_model("vim_nano", num_classes=4, depth=1)
 engine = Engine(model, world, optim=OptimConfig(lr=1e-3), config=EngineConfig(precision="bf16"), micro_batch=2, accumulation=1)
 print(engine.module(torch.randn(2, 3, 32, 32)).dtype)
-# DeepSpeed asks this, which knows CUDA alone: answer as a GPU would.
+# DeepSpeed calls this function, which knows CUDA only: return what it returns on a GPU.
 torch.is_autocast_enabled = lambda *_: True
 with engine.precision():
     print(engine.model(torch.randn(2, 3, 32, 32)).dtype, next(engine.module.parameters()).dtype)
