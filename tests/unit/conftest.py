@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.datasets.convert.sources import digits
+from pipeline.datasets.convert.digits import digits
 from pipeline.datasets.convert.writer import convert
 from pipeline.datasets.manifest import Manifest
 
