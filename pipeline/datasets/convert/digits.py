@@ -51,6 +51,6 @@ def digits(seed: int, test_per_class: int = 40) -> tuple[Digits, Digits]:
 
     def subset(name: str, items: NDArray[np.int64]) -> Digits:
         keys = [f"digit-{item:04d}" for item in items]
-        return Digits(f"digits, {name} part, seed {seed}", items, images[items], labels[items].tolist(), keys)
+        return Digits(f"digits, {name}, seed {seed}", items, images[items], labels[items].tolist(), keys)
 
     return subset("train", rest), subset("test", held_out)

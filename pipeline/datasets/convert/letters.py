@@ -56,7 +56,7 @@ def letters(seed: int, train_per_class: int = 200, test_per_class: int = 40) -> 
     def subset(name: str, begin: int, end: int) -> Letters:
         chosen = [(c, c * per_class + k) for c in range(len(CLASSES)) for k in range(begin, end)]
         keys = [f"letter-{number:05d}" for _, number in chosen]
-        return Letters(f"letters, {name} part, seed {seed}", seed, keys, [c for c, _ in chosen])
+        return Letters(f"letters, {name}, seed {seed}", seed, keys, [c for c, _ in chosen])
 
     return subset("train", 0, train_per_class), subset("test", train_per_class, per_class)
 

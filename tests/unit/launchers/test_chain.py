@@ -104,11 +104,11 @@ class TestBeforeAnythingIsSubmitted:
         with pytest.raises(HandoverError, match=r"has model.embed_dim = 32, this config 48"):
             open_steps(read_steps("chain", "smoke", [*data, "distill:model.embed_dim=48"]), 2)
 
-    def test_lanes_are_a_multiple_of_the_ranks(self, data: list[str]) -> None:
+    def test_virtual_readers_are_a_multiple_of_the_ranks(self, data: list[str]) -> None:
         with pytest.raises(ConfigError, match="virtual_readers 4 must be a multiple of the 8 processes"):
             open_steps(read_steps("chain", "smoke", data), 8)
 
-    def test_more_lanes_than_samples_are_refused(self, data: list[str]) -> None:
+    def test_more_virtual_readers_than_samples_are_refused(self, data: list[str]) -> None:
         more = ["distill:data.loader.virtual_readers=64", "distill:loop.global_batch=64"]
         with pytest.raises(ConfigError, match="virtual_readers is 64, but there are only 51 labelled samples"):
             open_steps(read_steps("chain", "smoke", [*data, *more]), 2)
