@@ -157,28 +157,28 @@ def _hold_out(
 
 def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
     """Return the protocol in words."""
-    parts = []
+    phrases = []
     if config.pool_list:
-        parts.append(f"only the samples of {Path(config.pool_list).name}")
+        phrases.append(f"only the samples of {Path(config.pool_list).name}")
     if config.imbalance > 1:
         scope = "labelled and unlabelled alike" if config.scope == "both" else "the labelled samples only"
         size = "the largest class" if config.relative_to == "largest" else "each class's own size"
-        parts.append(
+        phrases.append(
             f"{config.profile} imbalance {config.imbalance:g} of {size} over {num_classes} classes, head to tail by "
             f"{config.class_order}, {scope}"
         )
     if config.ood_classes:
         where = "labelled nor unlabelled" if config.ood_scope == "all" else "labelled, though unlabelled,"
-        parts.append(f"the last {config.ood_classes} classes neither {where} nor in validation")
+        phrases.append(f"the last {config.ood_classes} classes neither {where} nor in validation")
     if config.labelled_list:
-        parts.append(f"labelled as in {Path(config.labelled_list).name}")
+        phrases.append(f"labelled as in {Path(config.labelled_list).name}")
     else:
         least = config.min_labelled_per_class
         how = "at random" if config.rounding == "random" else "to the nearest"
-        parts.append(f"{config.labelled:.4g} of each class labelled, at least {least}, rounded {how}")
+        phrases.append(f"{config.labelled:.4g} of each class labelled, at least {least}, rounded {how}")
     if config.validation_per_class:
-        parts.append(f"{config.validation_per_class} per class held out for validation")
-    return "; ".join([*parts, f"seed {seed}"])
+        phrases.append(f"{config.validation_per_class} per class held out for validation")
+    return "; ".join([*phrases, f"seed {seed}"])
 
 
 def write_split(split: Split, path: Path) -> None:

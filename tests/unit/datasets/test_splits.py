@@ -82,3 +82,18 @@ def test_the_command_makes_a_split_once(digits_folder: Path, tmp_path: Path, cap
     assert "already holds a split by another" in capsys.readouterr().err
     assert main([*command, "--labelled", "2"]) == 2
     assert "labelled = '2'" in capsys.readouterr().err
+
+
+def test_the_help_describes_every_option(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["split", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(" ".join((field.description or "?").split()) in text for field in SplitConfig.model_fields.values())
+
+
+def test_a_path_that_cannot_be_written_is_a_sentence(digits_folder: Path, tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["split", str(digits_folder / "train"), "--out", str(tmp_path / "file" / "split.json")]) == 5
+    assert "file: there is a file where a folder is needed; give another path" in capsys.readouterr().err
+    assert main(["convert", "digits", "--out", str(tmp_path / "file")]) == 5
+    assert "there is a file where a folder is needed" in capsys.readouterr().err
