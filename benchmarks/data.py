@@ -1,9 +1,9 @@
-"""The data plane in numbers: python -m benchmarks.data [--rounds 5]. Its last line is a JSON object.
+"""Benchmark of reading data: python -m benchmarks.data [--rounds 5]. Its last line is a JSON object.
 
-Throughput is measured against timm's own WebDataset path (its reader, its transforms, uint8 fast collate, its
-prefetcher's normalisation), side by side: the same shards, the same number of workers, turn by turn in one run,
-between two batches of the steady state. The ratio is the median over the turns, so that a machine shared with
-others slows both. Needs about 400 MB of temporary space and three minutes on two cores.
+Throughput is compared with timm's own WebDataset path: its reader, its transforms, uint8 fast collate, its prefetcher's
+normalisation. Both sides read the same shards with as many workers and take turns in one run; the clock runs between two
+batches of the steady state. The ratio is the median over the turns, so that a machine shared with other work slows both.
+Needs about 400 MB of temporary space and three minutes on two cores.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Loader
-from pipeline.streaming.order import Order, cut_blocks, rank_lanes, shuffle_quality
+from pipeline.streaming.order import Order, cut_blocks, readers_of_rank, shuffle_quality
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.transforms import crop_resize, train_views
 from tests.unit.storage.flaky import serve
@@ -57,10 +57,12 @@ class Photographs:
         self.labels = [k % 10 for k in range(NUM_IMAGES)]
 
     def read(self, item: int) -> tuple[str, bytes]:
+        """Return the extension and the bytes of one image."""
         return "jpg", self.jpegs[item % len(self.jpegs)]
 
 
 def photographs(count: int = 128) -> Photographs:
+    """Return a source of NUM_IMAGES images that repeats `count` random crops."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
@@ -76,7 +78,7 @@ def photographs(count: int = 128) -> Photographs:
 
 
 def steady_rate(batches: Iterable[int]) -> float:
-    """Images per second between batch FIRST and batch LAST of an iterator of batch sizes."""
+    """Return the images per second between batch FIRST and batch LAST of an iterator of batch sizes."""
     seen, start = 0, 0.0
     for number, size in enumerate(itertools.islice(batches, LAST + 1)):
         if number == FIRST:
@@ -87,6 +89,7 @@ def steady_rate(batches: Iterable[int]) -> float:
 
 
 def timm_rate(manifest: Manifest, rand_augment: str) -> float:
+    """Return the images per second of timm's path."""
     from timm.data import create_dataset, create_loader
 
     shards = f"{{000000..{len(manifest.shards) - 1:06d}}}.tar|{manifest.num_samples}"
@@ -108,6 +111,7 @@ def timm_rate(manifest: Manifest, rand_augment: str) -> float:
 
 
 def our_rate(manifest: Manifest, rand_augment: str) -> float:
+    """Return the images per second of our loader."""
     loader = Loader(
         manifest,
         np.arange(manifest.num_samples),
@@ -124,6 +128,7 @@ def our_rate(manifest: Manifest, rand_augment: str) -> float:
 
 
 def throughput(manifest: Manifest, rounds: int) -> dict[str, float]:
+    """Measure both sides in turn, `rounds` times, without and with RandAugment."""
     found: dict[str, float] = {}
     for name, rand_augment in (("", ""), ("_randaugment", RAND_AUGMENT)):
         pairs = []
@@ -139,7 +144,7 @@ def throughput(manifest: Manifest, rounds: int) -> dict[str, float]:
 
 
 def decoders(jpegs: list[bytes]) -> dict[str, float]:
-    """Milliseconds a picture on one core, turn by turn, and levels of 255 by which the fast flags differ."""
+    """Measure milliseconds per image on one core, in turn, and by how many levels of 255 the fast flags differ."""
     import simplejpeg
 
     def fast(data: bytes) -> np.ndarray:
@@ -177,7 +182,7 @@ def decoders(jpegs: list[bytes]) -> dict[str, float]:
 
 
 def seek(folder: Path) -> dict[str, float]:
-    """ImageNet's size: open the manifest, build the loader, find the step at 90 % of an epoch; no images exist."""
+    """Open a manifest of ImageNet's size, build the loader, find the step at 90 % of an epoch; no images exist."""
     shards, per_shard, image = 641, 2000, 110_000
     rng = np.random.default_rng(0)
     indices = []
@@ -219,7 +224,7 @@ def seek(folder: Path) -> dict[str, float]:
 
 
 def bytes_fetched(folder: Path) -> dict[str, float]:
-    """One epoch of 8 ranks over http: with a cache each, as on 8 nodes, and with a shared one. No decoding."""
+    """Read one epoch of 8 ranks over http: with a cache each, as on 8 nodes, and with a shared one. No decoding."""
     rng = np.random.default_rng(0)
 
     @dataclass
@@ -256,7 +261,9 @@ def bytes_fetched(folder: Path) -> dict[str, float]:
             ]
             for step in range(local.num_samples // batch):
                 for rank, reader in enumerate(readers):
-                    for sample_index in order.step(step, rank_lanes(virtual_readers, rank, RANKS)).ravel().tolist():
+                    for sample_index in (
+                        order.step(step, readers_of_rank(virtual_readers, rank, RANKS)).ravel().tolist()
+                    ):
                         reader.read(sample_index)
             for reader in readers:
                 reader.close()
@@ -266,7 +273,7 @@ def bytes_fetched(folder: Path) -> dict[str, float]:
 
 
 def first_epoch(manifest: Manifest) -> dict[str, int]:
-    """The samples that 8 ranks hand out in the first epoch, read and decoded."""
+    """Count samples that 8 ranks read twice or never in the first epoch."""
     views = train_views((32, 32), AugmentConfig(), MEAN, STD)
     ranks = []
     for rank in range(RANKS):
@@ -292,6 +299,7 @@ def first_epoch(manifest: Manifest) -> dict[str, int]:
 
 
 def main() -> None:
+    """Measure everything and print it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
     rounds = parser.parse_args().rounds

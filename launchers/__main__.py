@@ -1,4 +1,6 @@
-"""python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
+"""Start stages on this machine or on SLURM, plan them, and follow them.
+
+python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
 python -m launchers local chain NAME [key=value ...] [--nproc N]      a plan, configs/STAGE/NAME.yaml of every stage, a report
 python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
 python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml of every stage

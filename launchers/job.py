@@ -52,6 +52,7 @@ class Job:
     logs: Path
 
     def __call__(self) -> None:
+        """Run the stage as this rank, leave the code in a file if it is not 0, and end the process."""
         interrupt_on_signals()  # instead of submitit's handlers
         rank = os.environ.get("SLURM_PROCID", "0")
         code = guarded(self._run, [self.stage, str(self.config)], rank=rank)

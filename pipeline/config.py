@@ -28,7 +28,7 @@ class Strict(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1, and YAML takes `off` for false."""
+        """Pydantic takes true for 1, and YAML takes `off` for false."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError(
@@ -39,6 +39,9 @@ class Strict(BaseModel):
 
 
 M = TypeVar("M", bound=BaseModel)
+
+# Old name of a key -> its name now. Nothing reads the old name: the refusal of an unknown key says the new one.
+RENAMED = {"lanes": "virtual_readers"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -295,6 +298,8 @@ def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
     name = ".".join(path)
     if detail["type"] == "extra_forbidden":
         known = _keys_at(schema, location[:-1])
+        if (new := RENAMED.get(path[-1])) in known:
+            return f"{name}: this key is called {new} now; write {'.'.join([*path[:-1], new])}"
         close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{name}: unknown key; {hint}(known: {', '.join(nearest(path[-1], known))})"

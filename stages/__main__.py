@@ -1,8 +1,10 @@
-"""python -m stages <arm|distill|semi> CONFIG [key=value ...]
-python -m stages <arm|distill|semi> --replay RUN DATA_STEP
+"""Run one stage in this process, or replay one step of a run.
 
-Run one stage in this process: as one rank of several, if torchrun's environment variables say so. With --replay, take one
-data step of a finished or failed run again, in one process on the CPU, and name the first value that is not finite.
+python -m stages STAGE CONFIG [key=value ...]
+python -m stages STAGE --replay RUN DATA_STEP
+
+The process is one rank of several if torchrun's environment variables say so. With --replay, it takes one data step of a
+finished or failed run again, alone and on the CPU, and names the first value that is not finite.
 Exit codes: 0 complete; 1 bug; 2 config; 3 data; 4 hand-over or checkpoint; 5 environment; 6 diverged; 7 distributed
 failure; 75 interrupted and saved, start again to continue; 130 a second Ctrl-C ended it without saving.
 """

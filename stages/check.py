@@ -17,7 +17,7 @@ from pipeline.models.config import FamilyConfig
 from stages import SPECS, spec_of
 from stages.configs.base import StageConfig
 from stages.identity import refuse_other_run
-from stages.spec import ParentModel, Subsets
+from stages.spec import ParentModel, Stream, Subsets
 
 Pending = Mapping[Path, StageConfig]  # folders of exports that earlier stages of a chain will write -> their configs
 NONE_PENDING: Pending = MappingProxyType({})
@@ -41,22 +41,11 @@ def check(config: StageConfig, world_size: int, pending: Pending = NONE_PENDING)
 
 
 def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
-    spec, readers = spec_of(config), config.data.loader.virtual_readers
+    spec = spec_of(config)
     derive_batches(config.loop.global_batch, world_size, config.engine.micro_batch)
-    if readers % world_size:
-        raise ConfigError(
-            f"data.loader.virtual_readers {readers} must be a multiple of the {world_size} processes; change either"
-        )
     refuse_other_run(config)
     manifest, _, subsets = open_data(config)
-    for name, stream in spec.streams(config, subsets).items():
-        samples = len(stream.sample_indices)
-        if samples < readers:
-            raise ConfigError(
-                f"data.loader.virtual_readers is {readers}, but there are only {samples} {name} samples to share"
-                f" among them; give a multiple of the {world_size} processes that is at most {samples} and divides"
-                " loop.global_batch, or another data.split"
-            )
+    check_readers(config, spec.streams(config, subsets), world_size)
     if config.data.test is not None:
         test = read_manifest(config.data.test)
         if test.classes != manifest.classes:
@@ -73,6 +62,43 @@ def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
         card = Card.read(folder, remedy=_remedy(config, folder))
         card.verify(folder)
         check_parent(config, role, folder, card, manifest, subsets)
+
+
+def check_readers(config: StageConfig, streams: Mapping[str, Stream], world_size: int) -> None:
+    """Refuse a number of processes that cannot share the streams of a stage evenly.
+
+    Raises:
+        ConfigError: Says how many processes can, or what to change.
+    """
+    samples = {name: len(stream.sample_indices) for name, stream in streams.items()}
+    given, batch, readers = (
+        config.data.loader.virtual_readers,
+        config.loop.global_batch,
+        config.virtual_readers(samples.values()),
+    )
+    name, fewest = min(samples.items(), key=lambda item: item[1])
+    if not fewest:
+        raise ConfigError(
+            f"there are no {name} samples in {config.data.split or config.data.train}; choose another data.split"
+        )
+    if fewest < readers:
+        raise ConfigError(
+            f"data.loader.virtual_readers is {readers}, but there are only {fewest} {name} samples to share among them;"
+            " leave virtual_readers out"
+        )
+    if readers % world_size == 0:
+        return
+    if given:
+        raise ConfigError(
+            f"data.loader.virtual_readers {given} must be a multiple of the {world_size} processes;"
+            " leave virtual_readers out, or change the number of processes"
+        )
+    fewer = max(n for n in range(1, world_size) if readers % n == 0)
+    reason = f"has only {fewest} {name} samples" if fewest < batch else "mixes images in pairs that stay in one process"
+    raise ConfigError(
+        f"{world_size} processes cannot share the batches evenly: this stage has loop.global_batch {batch} and {reason};"
+        f" start {fewer}, or change loop.global_batch"
+    )
 
 
 def check_parent(
@@ -121,7 +147,7 @@ def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Subsets]:
         nothing = np.empty(0, np.int64)
         return manifest, None, Subsets(np.arange(manifest.num_samples), nothing, nothing)
     split = read_split(config.data.split, manifest)
-    return manifest, split, Subsets(*(split.part(name) for name in Subsets._fields))
+    return manifest, split, Subsets(*(split.subset(name) for name in Subsets._fields))
 
 
 def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:

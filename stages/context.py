@@ -128,7 +128,8 @@ class StageContext(Generic[C]):
         Args:
             views: The transform of each stream's images. Streams that the stage does not have are ignored.
         """
-        config = self.config.data.loader
+        readers = self.config.virtual_readers(len(stream.sample_indices) for stream in self.streams.values())
+        config = self.config.data.loader.model_copy(update={"virtual_readers": readers})
         return {
             name: Loader(
                 self.manifest,

@@ -168,7 +168,7 @@ def pretraining() -> list[str]:
 def _length(images: int, size: int, epochs: int, batch: int | None = None) -> list[str]:
     batch = batch or size
     steps, warmup = round(epochs * images / size), round(5 * images / size)
-    virtual_readers = min(256, batch // 2)  # two images a lane at least: partners of a mixup are found inside one
+    virtual_readers = min(256, batch // 2)  # at least two images each: partners of a mixup are found inside one
     return [
         f"loop.global_batch={batch}",
         f"data.loader.virtual_readers={virtual_readers}",

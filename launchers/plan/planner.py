@@ -9,7 +9,6 @@ EXPERIMENT/
 """
 
 import json
-import math
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -124,7 +123,7 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
     except ConfigError:  # it is among the problems; the plan continues with the nearest numbers
         micro_batch, accumulation = max(1, config.loop.global_batch // world), 1
     machine = hardware(config, cluster, step.folder)
-    averages, loop = body.workload.averages, config.loop
+    averages, loop, readers = body.workload.averages, config.loop, _virtual_readers(config, streams)
     by_stage = {}
     for zero in ZERO_STAGES:
         needs = memory(
@@ -154,11 +153,9 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
         "samples": loop.steps * loop.global_batch,
         "epochs": _epochs(config, streams),
         "images_per_step": body.workload.images * loop.global_batch,
-        "virtual_readers": config.data.loader.virtual_readers,
+        "virtual_readers": readers,
         "shards": shards,
-        "worlds_possible": [
-            n for n in range(1, 513) if math.gcd(config.data.loader.virtual_readers, loop.global_batch) % n == 0
-        ],
+        "worlds_possible": [n for n in range(1, 513) if readers % n == 0],
         "parameters": sum(p.numel for p in body.parameters),
         "averages": list(averages),
         "frozen_parameters": body.frozen_parameters,
@@ -175,7 +172,7 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
         "hours": loop.steps * seconds / 3600,
         "device_hours": world * loop.steps * seconds / 3600,
         "starts": starts,
-        "scaling": [_scale(n, body, config, replace(machine, node_devices=A100.node_devices)) for n in WORLDS],
+        "scaling": [_scale(n, body, config, readers, replace(machine, node_devices=A100.node_devices)) for n in WORLDS],
         "commands": _commands(step, cluster),
     }
 
@@ -219,6 +216,12 @@ def _epochs(config: StageConfig, streams: Mapping[str, Stream]) -> dict[str, flo
     }
 
 
+def _virtual_readers(config: StageConfig, streams: Mapping[str, Stream]) -> int:
+    """Virtual readers as the stage will have them; without data, as many as the batch allows."""
+    samples = [len(stream.sample_indices) for stream in streams.values()] or [config.loop.global_batch]
+    return config.virtual_readers(samples)
+
+
 def _traffic(body: Profile, config: StageConfig, world: int, accumulation: int) -> int:
     return traffic(
         body.parameters,
@@ -229,7 +232,7 @@ def _traffic(body: Profile, config: StageConfig, world: int, accumulation: int) 
     )
 
 
-def _scale(world: int, body: Profile, config: StageConfig, machine: Hardware) -> dict[str, Any]:
+def _scale(world: int, body: Profile, config: StageConfig, readers: int, machine: Hardware) -> dict[str, Any]:
     """Predict the same global batch on `world` devices."""
     flops = body.flops * config.loop.global_batch
     alone = step_seconds(flops, 0, 1, machine)
@@ -240,7 +243,7 @@ def _scale(world: int, body: Profile, config: StageConfig, machine: Hardware) ->
     seconds = step_seconds(flops, _traffic(body, config, world, accumulation), world, machine)
     return {
         "world_size": world,
-        "possible": config.data.loader.virtual_readers % world == 0,
+        "possible": readers % world == 0,
         "step_seconds": seconds,
         "images_per_second": config.loop.global_batch * body.workload.images / seconds,
         "efficiency": alone / (world * seconds),

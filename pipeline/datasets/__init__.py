@@ -1,1 +1,1 @@
-"""Shards that can be trusted, streamed once, and resumed exactly at any world size."""
+"""Making and describing datasets: shards with a manifest, and splits of their samples."""

@@ -1,6 +1,6 @@
 """How a dataset is split, as values (torch-free)."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -8,30 +8,59 @@ from pipeline.config import Strict
 
 
 class SplitConfig(Strict):
-    """Which samples are labelled, unlabelled and held out; semi-supervised papers leave most of this unsaid.
+    """Which samples are labelled, unlabelled and held out for validation; papers leave most of these choices unsaid.
 
-    Validation is taken first, then the imbalance, then the label fraction. Validation is for thresholds and the
-    choice of models; a test set is a dataset of its own.
+    Validation samples are taken first, then the imbalance is applied, then the labelled samples are chosen. Validation
+    serves thresholds and the choice of models; a test set is a dataset of its own.
     """
 
-    imbalance: Annotated[float, Field(ge=1.0)] = 1.0  # head class / tail class; 1 keeps every sample
-    profile: Literal["exponential", "supplement"] = "exponential"  # the paper's formula, or its wording (10, 100, 1000)
-    relative_to: Literal["largest", "own"] = "largest"  # what n_max is: the largest class, or each class's own size
-    class_order: Literal["index", "frequency", "random"] = "index"  # head to tail
-    scope: Literal["both", "labelled"] = "both"  # labelled: whatever is not labelled stays, as unlabelled
-    ood_classes: Annotated[int, Field(ge=0)] = 0  # the last of the order, never labelled and not in validation
-    ood_scope: Literal["all", "labelled"] = "all"  # all: not among the unlabelled either
-    labelled: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # fraction of each class that keeps its label
-    min_labelled_per_class: Annotated[int, Field(ge=0)] = 1
-    rounding: Literal["random", "nearest"] = "random"  # of counts; random keeps their mean, seeded per class
-    validation_per_class: Annotated[int, Field(ge=0)] = 0  # balanced
-    labelled_list: str = ""  # file naming exactly the labelled samples, as ImageNet's published 1 % and 10 %
-    pool_list: str = ""  # file naming all that may be trained on, as ImageNet-LT's
+    imbalance: float = Field(
+        1.0, ge=1.0, description="samples of the largest class per sample of the smallest one; 1 = every sample is kept"
+    )
+    profile: Literal["exponential", "supplement"] = Field(
+        "exponential",
+        description="how class sizes fall: n_max * imbalance^(-rank/(classes-1)), or as the supplement of Semi-ViM words "
+        "it for 10, 100 and 1000",
+    )
+    relative_to: Literal["largest", "own"] = Field(
+        "largest", description="what n_max is: the size of the largest class, or each class's own size"
+    )
+    class_order: Literal["index", "frequency", "random"] = Field(
+        "index", description="order of the classes from head to tail: by number, by size, or at random"
+    )
+    scope: Literal["both", "labelled"] = Field(
+        "both",
+        description="what is long-tailed: labelled and unlabelled samples; or the labelled ones only, so that all other "
+        "samples are unlabelled",
+    )
+    ood_classes: int = Field(
+        0, ge=0, description="how many classes, the last in class_order, are never labelled and never in validation"
+    )
+    ood_scope: Literal["all", "labelled"] = Field(
+        "all", description="where the ood_classes are missing: everywhere, or among the labelled samples only"
+    )
+    labelled: float = Field(1.0, gt=0.0, le=1.0, description="fraction of each class that keeps its label")
+    min_labelled_per_class: int = Field(1, ge=0, description="least number of labelled samples in each class")
+    rounding: Literal["random", "nearest"] = Field(
+        "random",
+        description="how counts are rounded: at random so that the mean is kept (seeded per class), or to the nearest",
+    )
+    validation_per_class: int = Field(0, ge=0, description="samples of each class that are held out for validation")
+    labelled_list: str = Field(
+        "",
+        description="file that names exactly the labelled samples, one a line, such as ImageNet's published 1 % and 10 %",
+    )
+    pool_list: str = Field(
+        "",
+        description="file that names all samples that may be used, one a line, such as ImageNet-LT's; others are unused",
+    )
 
     @model_validator(mode="after")
     def _lists_stand_alone(self) -> "SplitConfig":
         if self.labelled_list and (self.imbalance > 1 or self.labelled < 1 or self.ood_classes):
-            raise ValueError("labelled_list alone says which samples are labelled; leave out imbalance, labelled, ood")
+            raise ValueError(
+                "labelled_list already says which samples are labelled; leave out imbalance, labelled and ood_classes"
+            )
         if self.profile == "supplement" and self.imbalance not in (1, 10, 100, 1000):
             raise ValueError(f"profile = supplement describes imbalance 10, 100 and 1000, not {self.imbalance:g}")
         return self

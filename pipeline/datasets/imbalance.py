@@ -1,4 +1,4 @@
-"""How many samples each class of a long-tailed dataset keeps, and which classes are head, medium and tail."""
+"""Long-tailed datasets: how many samples each class keeps, and which classes are head, medium and tail."""
 
 import math
 
@@ -13,9 +13,10 @@ from pipeline.errors import ConfigError
 Counts = NDArray[np.int64]
 _ORDER = 13  # stream of random numbers
 
-# The supplement's wording (3.2): what the top, the middle and the last classes keep, and which share of the classes
-# are top and last. IF 10 and 100 name no borders: thirds. IF 1000 has the top 10 and the last 100 of 1000 classes,
-# and says "a drastic drop" for these: 1 / IF. It differs from the formula, whose middle class keeps r^-0.5.
+# Semi-ViM's supplement in its own words (3.2): which share of their samples the top, the middle and the last classes
+# keep, and which share of the classes are top and last. For imbalance 10 and 100 it names no borders, so we take thirds.
+# For 1000 it names the top 10 and the last 100 of 1000 classes, and "a drastic drop" for the last: 1 / imbalance.
+# This differs from the formula, whose middle class keeps imbalance^-0.5.
 _WORDED = {
     10: ((1.0, 0.5, 0.1), (1 / 3, 1 / 3)),
     100: ((1.0, 0.2, 0.01), (1 / 3, 1 / 3)),
@@ -24,7 +25,13 @@ _WORDED = {
 
 
 def class_ranks(available: Counts, order: str, seed: int) -> Counts:
-    """(C,) the rank of each class, 0 the head and C - 1 the tail."""
+    """Return (C,) the rank of each class, from 0 (head) to C - 1 (tail).
+
+    Args:
+        available: (C,) samples of each class.
+        order: "index", "frequency" or "random".
+        seed: Seed of the random order.
+    """
     orders = {
         "index": lambda: np.arange(len(available)),
         "frequency": lambda: np.argsort(-available, kind="stable"),
@@ -34,7 +41,13 @@ def class_ranks(available: Counts, order: str, seed: int) -> Counts:
 
 
 def target_counts(available: Counts, ranks: Counts, config: SplitConfig) -> NDArray[np.float64]:
-    """(C,) the mean number of samples that each class keeps, at most what it has (at the head n_max)."""
+    """Return (C,) the mean number of samples that each class keeps, at most what it has.
+
+    Args:
+        available: (C,) samples of each class.
+        ranks: (C,) rank of each class, 0 = head.
+        config: Imbalance, profile and n_max.
+    """
     if config.imbalance == 1:
         return available.astype(np.float64)
     kept = {"exponential": _exponential, "supplement": _worded}[config.profile](ranks, config.imbalance)
@@ -43,7 +56,7 @@ def target_counts(available: Counts, ranks: Counts, config: SplitConfig) -> NDAr
 
 
 def _exponential(ranks: Counts, factor: float) -> NDArray[np.float64]:
-    """n_c / n_max = r^(−c/(C−1))."""
+    """Return n_c / n_max = r^(−c/(C−1)), with r the imbalance and c the rank."""
     return factor ** (-ranks / max(1, len(ranks) - 1))
 
 
@@ -54,15 +67,31 @@ def _worded(ranks: Counts, factor: float) -> NDArray[np.float64]:
 
 
 def round_count(value: float, rule: str, draw: float) -> int:
-    """To the nearest (half up), or down or up so that the mean over uniform draws is `value`."""
+    """Round a count.
+
+    Args:
+        value: The count before rounding.
+        rule: "nearest" rounds half up; "random" rounds down or up so that the mean over uniform draws is `value`.
+        draw: A uniform draw from [0, 1).
+    """
     return math.floor(value + 0.5) if rule == "nearest" else math.floor(value) + (draw < value - math.floor(value))
 
 
 def class_groups(counts: Counts, rule: str = "thirds", k: int = 0, *, ranks: Counts | None = None) -> dict[str, Counts]:
-    """Classes as "head", "medium" and "tail" by their number of training samples, (C,) `counts`.
+    """Group the classes into "head", "medium" and "tail" by their number of training samples.
 
-    `rule`: "thirds" of the classes; "count", ImageNet-LT's more than 100, 20 to 100, fewer than 20; or "ends", the
-    `k` most and the `k` least frequent. Ties go by the protocol's `ranks` (C,), where there are any, then by class number.
+    Args:
+        counts: (C,) training samples of each class.
+        rule: "thirds" of the classes; "count" as in ImageNet-LT: more than 100, 20 to 100, fewer than 20; or "ends": the
+            `k` most and the `k` least frequent.
+        k: Classes at each end, for "ends".
+        ranks: (C,) ranks of the split's protocol, which decide ties; then the class number decides.
+
+    Returns:
+        Sorted class numbers by the name of the group.
+
+    Raises:
+        ConfigError: The rule is unknown, or `k` is impossible.
     """
     order = np.lexsort((np.arange(len(counts)), np.zeros_like(counts) if ranks is None else ranks, -counts))
     if rule == "ends" and not 0 < 2 * k <= len(counts):
@@ -74,5 +103,5 @@ def class_groups(counts: Counts, rule: str = "thirds", k: int = 0, *, ranks: Cou
         "ends": (k, len(counts) - k),
     }
     first, second = choose("rule for class groups", rule, borders)
-    parts = (order[:first], order[first:second], order[second:])
-    return {name: np.sort(part) for name, part in zip(("head", "medium", "tail"), parts, strict=True)}
+    groups = (order[:first], order[first:second], order[second:])
+    return {name: np.sort(group) for name, group in zip(("head", "medium", "tail"), groups, strict=True)}

@@ -1,4 +1,4 @@
-"""A manifest for WebDataset tars that exist already, here or behind a URL: read once, never rewritten."""
+"""Manifests for WebDataset tars that exist already, here or behind a URL; the tars stay as they are."""
 
 import functools
 import io
@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.datasets.convert.writer import run_parallel
 from pipeline.datasets.manifest import (
     HEADER,
     NAMES,
@@ -17,19 +16,33 @@ from pipeline.datasets.manifest import (
     sample_key,
     write_manifest,
 )
+from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.tars import scan_shard
 from pipeline.errors import DataError
+from pipeline.files import replace_bytes
 from pipeline.storage.config import RemoteConfig
 from pipeline.storage.remote import fetch, remote_size
 
 
 def index_folder(folder: Path, classes: Sequence[str] | None, processes: int) -> tuple[Manifest, bool]:
-    """A manifest beside WebDataset tars that are there already; nothing is rewritten."""
+    """Write a manifest beside the WebDataset tars of a folder, unless it is there already.
+
+    Args:
+        folder: Folder of the tars.
+        classes: Names of the classes; None = their numbers.
+        processes: How many processes scan tars.
+
+    Returns:
+        The manifest, and whether it was there already.
+
+    Raises:
+        DataError: There are no tars, one of them is damaged, or two hold the same sample.
+    """
     if (folder / HEADER).exists():
         return read_manifest(folder), True
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise DataError(f"{folder} has no .tar files; give a folder of WebDataset shards")
+        raise DataError(f"{folder} has no .tar files; give a folder of WebDataset tars")
     scan = functools.partial(scan_shard, num_classes=len(classes) if classes else None)
     return _write_index(folder, classes, list(run_parallel(scan, tars, processes, "shards"))), False
 
@@ -37,10 +50,21 @@ def index_folder(folder: Path, classes: Sequence[str] | None, processes: int) ->
 def index_remote(
     source: str, out: Path, classes: Sequence[str] | None, remote: RemoteConfig, processes: int
 ) -> tuple[Manifest, bool]:
-    """A manifest in `out` for shards that stay at a URL.
+    """Write a manifest in `out` for shards that stay at a URL, unless it is there already.
 
-    `source` is a folder's address with a manifest, which is copied; or one with a range of numbers in braces, as
-    WebDataset writes it (https://host/train-{000000..000063}.tar), whose shards are then read once each.
+    Args:
+        source: URL of a folder with a manifest, which is copied. Or URLs of tars with a range of numbers in braces, as
+            WebDataset writes it (https://host/train-{000000..000063}.tar); each tar is then read once.
+        out: Folder for the manifest.
+        classes: Names of the classes; None = their numbers.
+        remote: How the shards are fetched.
+        processes: How many processes scan tars.
+
+    Returns:
+        The manifest, and whether it was there already.
+
+    Raises:
+        DataError: A tar cannot be fetched or is damaged, or two hold the same sample.
     """
     if (out / HEADER).exists():
         return read_manifest(out), True
@@ -54,7 +78,7 @@ def index_remote(
             data = content.getvalue()
             if name == HEADER:
                 data = json.dumps(json.loads(data) | {"location": source.rstrip("/")}, indent=1).encode()
-            (out / name).write_bytes(data)
+            replace_bytes(out / name, data)
         return read_manifest(out), False
     from webdataset.shardlists import expand_urls
 

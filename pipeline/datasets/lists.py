@@ -1,4 +1,4 @@
-"""Published lists of images, as files: which samples of a dataset they name."""
+"""Published lists of images: which samples of a dataset they name."""
 
 import hashlib
 import re
@@ -7,18 +7,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets.convert.sources import keys_of
+from pipeline.datasets.convert.source import keys_of
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import DataError
 
 
 def read_list(path: Path, manifest: Manifest) -> tuple[NDArray[np.int64], str]:
-    """Sorted manifest sample_indices of the images that a text or CSV file names, and the file's sha256.
+    """Find the samples that a text or CSV file names, one a line.
 
-    A line names an image by its file name, with or without folders and extension, further columns ignored
-    (SimCLR's `1percent.txt`, ImageNet-LT's `train/n01440764/n01440764_190.JPEG 0`); or by a bare number, the place
-    in torchvision's ImageFolder, which is the order of the keys (the index files of EMAN and Semi-ViT). A first
-    line of column titles is skipped.
+    A line names an image by its file name, with or without folders and extension; further columns are ignored
+    (SimCLR's `1percent.txt`, ImageNet-LT's `train/n01440764/n01440764_190.JPEG 0`). Or a line is a bare number: the place
+    in torchvision's ImageFolder, which is the order of the keys (the index files of EMAN and Semi-ViT). A first line of
+    column titles is skipped.
+
+    Args:
+        path: The list.
+        manifest: The dataset.
+
+    Returns:
+        (N,) sorted sample indices, and the SHA-256 of the file.
+
+    Raises:
+        DataError: The file is missing or empty, or a line names no sample, several, or the sample of another line.
     """
     if not path.is_file():
         raise DataError(f"list {path} does not exist; give a file with one image a line")
@@ -32,14 +42,18 @@ def read_list(path: Path, manifest: Manifest) -> tuple[NDArray[np.int64], str]:
         found = _by_number([int(row[0]) for row in rows], keys, path)
     else:
         found = _by_name(names, keys, path)
-    if len(set(found)) < len(found) or not found:
-        raise DataError(f"list {path} names {len(found) - len(set(found))} images twice, or none at all")
+    if not found:
+        raise DataError(f"list {path} names no image; give a file with one image a line")
+    if repeated := len(found) - len(set(found)):
+        raise DataError(f"list {path} names {repeated} images twice; remove the repeated lines")
     return np.sort(np.array(found)), hashlib.sha256(content).hexdigest()
 
 
 def _by_number(numbers: list[int], keys: list[str], path: Path) -> list[int]:
     if numbers and max(numbers) >= len(keys):
-        raise DataError(f"list {path} has number {max(numbers)}, the dataset {len(keys)} samples (counted from 0)")
+        raise DataError(
+            f"list {path} has number {max(numbers)}, but {len(keys)} samples are counted from 0; is it another dataset's?"
+        )
     order = np.argsort(np.array(keys), kind="stable")
     return [int(order[number]) for number in numbers]
 

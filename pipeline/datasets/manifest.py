@@ -1,16 +1,15 @@
-"""What a dataset is: shards with sizes and checksums; per sample its member, bytes, label; the classes.
+"""The manifest of a dataset: its shards with sizes and checksums, its classes, and where each sample is.
 
-Three files beside the tars. `manifest.json` holds the shards, the classes and the checksums of the other two;
-`manifest.samples.npy` is a table of 24 bytes a sample, `manifest.names.bin` the member names end to end. Both are
-memory-mapped, so that 1.28 million samples open in a fraction of a second and the workers of a node share them.
-A sample's sample_index is its row: shards in order of name, samples in order of their bytes.
+The manifest is three files beside the tars. `manifest.json` holds the shards, the classes and the checksums of the other
+two. `manifest.samples.npy` is a table of 24 bytes per sample, and `manifest.names.bin` holds the member names end to end.
+Both are memory-mapped: 1.28 million samples open in a fraction of a second, and the workers of a node share them.
+The sample index is the row of a sample in the table: shards in order of name, samples in order of their bytes.
 """
 
 import functools
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import DataError
+from pipeline.files import replace_bytes, replace_text, sha256_of
 
 VERSION = 1
 SAMPLE = np.dtype([("offset", "<u8"), ("name", "<u8"), ("length", "<u4"), ("label", "<i4")])
@@ -28,25 +28,51 @@ HEADER, SAMPLES, NAMES = "manifest.json", "manifest.samples.npy", "manifest.name
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    name: str  # a plain file name: a shard lies beside its manifest, or directly under `Manifest.location`
-    size: int  # bytes
+    """One tar of a dataset.
+
+    Attributes:
+        name: A plain file name; the tar is beside its manifest, or directly under `Manifest.location`.
+        size: Bytes.
+        sha256: Of the whole tar.
+        count: Samples.
+    """
+
+    name: str
+    size: int
     sha256: str
-    count: int  # samples
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """A shard and its samples, as a scan of the tar found them."""
+    """A shard and its samples, as a scan of the tar found them; the four lists have one entry per sample.
+
+    Attributes:
+        shard: The tar.
+        members: Name of the image in the tar.
+        offsets: First byte of the image in the tar.
+        lengths: Bytes of the image.
+        labels: Class; -1 where it is unknown.
+    """
 
     shard: Shard
-    members: list[str]  # of the images
-    offsets: list[int]  # of the image's first byte in the tar
+    members: list[str]
+    offsets: list[int]
     lengths: list[int]
-    labels: list[int]  # -1 where none is known
+    labels: list[int]
 
 
 class Manifest:
-    """An opened dataset. Read-only; crossing to another process reopens the files."""
+    """An opened dataset, read-only; `read_manifest` makes it, and pickling it reopens the files.
+
+    Attributes:
+        folder: Folder of the manifest.
+        hash: SHA-256 of everything but the location: a copy elsewhere is the same dataset.
+        location: URL of the shards; empty if they are in `folder`.
+        classes: Names of the classes; a label is an index into them.
+        shards: The tars, in order of name.
+        samples: (num_samples,) the table of samples, of type `SAMPLE`.
+    """
 
     def __init__(
         self,
@@ -57,13 +83,13 @@ class Manifest:
         names: NDArray[np.uint8],
     ) -> None:
         self.folder = folder
-        self.hash = digest  # of everything but the location: a copy elsewhere is the same dataset
-        self.location: str = header["location"]  # empty: the shards lie in `folder`; else a URL
+        self.hash = digest
+        self.location: str = header["location"]
         self.classes: tuple[str, ...] = tuple(header["classes"])
         self.shards = tuple(Shard(**shard) for shard in header["shards"])
         self.samples = samples
         self._names = names
-        self._ends = np.cumsum([shard.count for shard in self.shards])  # first sample_index after each shard
+        self._ends = np.cumsum([shard.count for shard in self.shards])  # first sample index after each shard
 
     def __reduce__(self) -> tuple[Any, ...]:
         return read_manifest, (self.folder,)
@@ -73,49 +99,56 @@ class Manifest:
 
     @property
     def num_samples(self) -> int:
+        """How many samples the dataset has."""
         return len(self.samples)
 
     @functools.cached_property
     def labels(self) -> NDArray[np.int64]:
-        """(num_samples,) class of each sample, -1 where none is known."""
+        """(num_samples,) class of each sample; -1 where it is unknown."""
         return self.samples["label"].astype(np.int64)
 
     def shard_of(self, sample_indices: ArrayLike) -> NDArray[np.int64]:
-        """The index of the shard that holds each sample_index."""
+        """Return the index of the shard that holds each sample."""
         return np.searchsorted(self._ends, sample_indices, side="right")
 
     def member(self, sample_index: int) -> str:
-        """The image's name in its tar."""
+        """Return the name of a sample's image in its tar."""
         start = int(self.samples["name"][sample_index])
         last = sample_index + 1 == self.num_samples
         stop = len(self._names) if last else int(self.samples["name"][sample_index + 1])
         return self._names[start:stop].tobytes().decode()
 
     def key(self, sample_index: int) -> str:
-        """WebDataset's key: the member's name up to the first dot of its last part."""
+        """Return WebDataset's key of a sample: `sample_key` of its member."""
         return sample_key(self.member(sample_index))
 
 
 def sample_key(member: str) -> str:
+    """Return the name of a tar's member up to the first dot of its last component, as WebDataset does."""
     folder, slash, name = member.rpartition("/")
     return folder + slash + name.split(".", 1)[0]
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Open the dataset in `folder`; DataError if it is missing, damaged, or does not match its tars' sizes."""
+    """Open the dataset in `folder`.
+
+    Raises:
+        DataError: The manifest is missing or damaged, or a local tar is missing or has another size.
+    """
     folder = Path(folder)
     path = folder / HEADER
     try:
         raw = path.read_bytes()
     except OSError:
-        tars = "its tars have no manifest yet" if any(folder.glob("*.tar")) else "there are no shards"
-        raise DataError(
-            f"{path} does not exist: {tars}; `python -m pipeline.data convert --help` shows how to make a dataset"
-        ) from None
+        if any(folder.glob("*.tar")):
+            make = f"its tars have no manifest yet; make it with `python -m pipeline.data convert tars {folder}`"
+        else:
+            make = "there are no shards; `python -m pipeline.data convert --help` shows how to make a dataset"
+        raise DataError(f"{path} does not exist: {make}") from None
     try:
         header = json.loads(raw)
         if header["version"] != VERSION:
-            raise DataError(f"{path} has version {header['version']}, this code reads {VERSION}: convert again")
+            raise DataError(f"{path} has version {header['version']}, this code reads {VERSION}; convert again")
         _check_content(folder / SAMPLES, header["samples_sha256"])
         _check_content(folder / NAMES, header["names_sha256"])
         names = np.memmap(folder / NAMES, np.uint8, "r") if header["num_samples"] else np.zeros(0, np.uint8)
@@ -133,7 +166,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_sizes(manifest: Manifest) -> None:
-    """DataError unless every local shard exists with the size that the manifest states."""
+    """Check that every local shard exists with the size that the manifest states.
+
+    Raises:
+        DataError: One does not.
+    """
     for shard in manifest.shards:
         path = manifest.folder / shard.name
         size = path.stat().st_size if path.is_file() else None
@@ -147,7 +184,14 @@ def check_sizes(manifest: Manifest) -> None:
 
 
 def write_manifest(folder: Path, classes: Sequence[str], indices: Sequence[ShardIndex], location: str = "") -> Manifest:
-    """Write the three files, the header last, so that a manifest which can be read is complete."""
+    """Write the three files, the header last, so that a manifest that can be read is complete.
+
+    Args:
+        folder: Folder of the manifest, and of the shards unless `location` is given.
+        classes: Names of the classes.
+        indices: The scanned shards, in order of name.
+        location: URL of the shards, if they are elsewhere.
+    """
     samples = np.zeros(sum(index.shard.count for index in indices), SAMPLE)
     for field, values in (
         ("offset", [offset for index in indices for offset in index.offsets]),
@@ -161,12 +205,12 @@ def write_manifest(folder: Path, classes: Sequence[str], indices: Sequence[Shard
         "version": VERSION,
         "location": location,
         "num_samples": len(samples),
-        "samples_sha256": _write(folder / SAMPLES, _npy(samples)),
-        "names_sha256": _write(folder / NAMES, b"".join(members)),
+        "samples_sha256": replace_bytes(folder / SAMPLES, _npy(samples)),
+        "names_sha256": replace_bytes(folder / NAMES, b"".join(members)),
         "classes": list(classes),
         "shards": [asdict(index.shard) for index in indices],
     }
-    _write(folder / HEADER, (json.dumps(header, indent=1) + "\n").encode())
+    replace_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
     return read_manifest(folder)
 
 
@@ -176,31 +220,36 @@ def _npy(samples: NDArray[np.void]) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, content: bytes) -> str:
-    """Write all or nothing; returns the sha256."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return hashlib.sha256(content).hexdigest()
+def read_image(manifest: Manifest, sample_index: int) -> bytes:
+    """Return the stored bytes of one image of a local dataset; training uses `streaming.reader.Reader`.
+
+    Raises:
+        DataError: The shards are remote, or the shard cannot be read.
+    """
+    shard = manifest.shards[int(manifest.shard_of(sample_index))]
+    if manifest.location:
+        raise DataError(f"the shards of {manifest.folder} are at {manifest.location}; copy them here to read images")
+    try:
+        with (manifest.folder / shard.name).open("rb") as file:
+            file.seek(int(manifest.samples["offset"][sample_index]))
+            return file.read(int(manifest.samples["length"][sample_index]))
+    except OSError as error:
+        raise DataError(f"{manifest.folder / shard.name} cannot be read ({error.strerror}); restore it") from None
 
 
 def _identity(header: dict[str, Any]) -> str:
-    """sha256 of the header without its location; the header itself holds the checksums of everything else."""
+    """Return the SHA-256 of the header without its location; the header holds the checksums of everything else."""
     content = {name: value for name, value in header.items() if name != "location"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_content(path: Path, sha256: str) -> None:
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise DataError(f"{path} is not the file that {HEADER} was written with; convert again or restore it")
+    if sha256_of(path) != sha256:
+        raise DataError(f"{path} is not the file that {HEADER} was written with; convert again or restore it")
 
 
 def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
-    """What contradicts itself in a manifest whose checksums hold; empty if nothing does."""
+    """Return what contradicts itself in a manifest whose checksums hold; empty if nothing does."""
     samples, shards = manifest.samples, manifest.shards
     if not isinstance(header["classes"], list) or not all(isinstance(name, str) for name in header["classes"]):
         return "has no list of class names"

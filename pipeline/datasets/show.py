@@ -1,4 +1,4 @@
-"""A dataset or a split at a glance: counts, histogram, imbalance, and a contact sheet."""
+"""Descriptions of a dataset or a split: counts, histogram, imbalance, and a contact sheet."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,17 +8,20 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from pipeline import seeds
-from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.manifest import Manifest, read_image
 from pipeline.images import decode
-from pipeline.storage.config import RemoteConfig
-from pipeline.streaming.order import cut_runs
-from pipeline.streaming.reader import Reader
 
-_ROWS = 20  # of the histogram; more classes are gathered
+_ROWS = 20  # of the histogram; more classes share rows
 
 
 def describe(manifest: Manifest, sample_indices: NDArray[np.int64], title: str) -> Iterator[str]:
-    """Lines of text about the samples at `sample_indices`."""
+    """Yield lines of text about some samples: their number, size, imbalance and histogram of classes.
+
+    Args:
+        manifest: The dataset.
+        sample_indices: (N,) the samples.
+        title: What the first line calls them.
+    """
     labels = manifest.labels[sample_indices]
     counts = np.bincount(labels[labels >= 0], minlength=len(manifest.classes))
     size = int(manifest.samples["length"][sample_indices].astype(np.int64).sum())
@@ -44,25 +47,35 @@ def contact_sheet(
     classes: int = 20,
     side: int = 96,
 ) -> None:
-    """A PNG with a row of randomly chosen pictures for each of up to `classes` classes, most frequent first."""
+    """Write a PNG with a row of randomly chosen images for each class, the most frequent class first.
+
+    Args:
+        manifest: The dataset; its shards are local.
+        sample_indices: (N,) the samples to choose from.
+        path: The PNG.
+        per_class: Images in a row.
+        classes: Rows; of more classes, a selection from the most to the least frequent is shown.
+        side: Side of an image in pixels.
+
+    Raises:
+        DataError: The shards are remote, or an image cannot be read.
+    """
     labels = manifest.labels[sample_indices]
     known, counts = np.unique(labels, return_counts=True)
     chosen = known[np.argsort(-counts, kind="stable")]
     rows = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(classes, len(chosen))).round().astype(int))]
     sheet = Image.new("RGB", (160 + per_class * side, len(rows) * side), "white")
     draw = ImageDraw.Draw(sheet)
-    reader = Reader(manifest, sample_indices, cut_runs(manifest, sample_indices), RemoteConfig())
     for row, label in enumerate(rows.tolist()):
         members = sample_indices[labels == label]
         name = manifest.classes[label] if label >= 0 else "no label"
         draw.text((4, row * side + 4), f"{name[:24]}\n{len(members):,}", fill="black")
         for column, k in enumerate(seeds.permutation(len(members), label)[:per_class]):
-            picture = Image.fromarray(decode(reader.read(int(members[k]))))
+            picture = Image.fromarray(decode(read_image(manifest, int(members[k]))))
             picture.thumbnail((side - 4, side - 4))
-            if max(picture.size) < side // 2:  # an 8 x 8 digit is shown large, its pixels visible
+            if max(picture.size) < side // 2:  # small images are enlarged so that their pixels are visible
                 factor = (side - 4) // max(picture.size)
                 size = (picture.width * factor, picture.height * factor)
                 picture = picture.resize(size, Image.Resampling.NEAREST)
             sheet.paste(picture, (160 + column * side + 2, row * side + 2))
-    reader.close()
     sheet.save(path, "PNG")

@@ -1,7 +1,7 @@
-"""What is in a tar, read strictly: a shard that is cut off, hostile or not plain is refused, never read in part.
+"""A strict reader of tars: a shard that is cut off, hostile or not plain is refused, never read in part.
 
-Python's tarfile takes a damaged header for the end of the archive, which silently drops the rest; so the headers
-are read here. Only their bytes are touched: no member is written anywhere, no link followed, nothing unpickled.
+Python's tarfile takes a damaged header for the end of the archive and silently drops the rest, so the headers are read
+here. Members are only read: none is written anywhere, no link is followed, nothing is unpickled.
 """
 
 import hashlib
@@ -22,15 +22,31 @@ _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
 
 @dataclass(frozen=True)
 class Member:
+    """A regular file in a tar.
+
+    Attributes:
+        name: Its path in the tar.
+        offset: Its first byte in the tar.
+        size: Bytes.
+    """
+
     name: str
-    offset: int  # of its first byte in the tar
+    offset: int
     size: int
 
 
 def scan_shard(path: Path, num_classes: int | None = None) -> ShardIndex:
-    """The samples of one tar and its checksum; labels are the numbers in the `cls` members, -1 without one.
+    """Scan one tar: its checksum and its samples, whose labels are the numbers in the `cls` members.
 
-    DataError with the tar's name for anything but complete, plain, uniquely named samples.
+    Args:
+        path: The tar.
+        num_classes: Refuse labels from this number on; None = any number is a label.
+
+    Returns:
+        The shard and its samples; the label of a sample without a `cls` member is -1.
+
+    Raises:
+        DataError: The tar holds anything but complete, plain, uniquely named samples.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -42,7 +58,11 @@ def scan_shard(path: Path, num_classes: int | None = None) -> ShardIndex:
 
 
 def read_members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """The regular files of a tar of `size` bytes, in order; DataError at the first thing that is not right."""
+    """Yield the regular files of a tar of `size` bytes, in order.
+
+    Raises:
+        DataError: At the first thing that is not right.
+    """
     offset, long_name, long_size = 0, "", -1
     while True:
         file.seek(offset)
@@ -117,7 +137,7 @@ def _label(file: BinaryIO, member: Member, num_classes: int | None) -> int:
 
 
 def _parse(header: bytes, offset: int) -> tuple[str, int, bytes]:
-    """Name, size and kind of a ustar or GNU header whose checksum holds."""
+    """Return name, size and kind of a ustar or GNU header whose checksum holds."""
     field = header[148:156]
     try:
         stated = int(field.strip(b"\0 ") or b"x", 8)
@@ -134,7 +154,7 @@ def _parse(header: bytes, offset: int) -> tuple[str, int, bytes]:
 
 
 def _pax(record: bytes, name: str) -> tuple[str, int]:
-    """The path and size of a pax header; only these two change what is read."""
+    """Return the path and size of a pax header; only these two change what is read."""
     size = -1
     while record.strip(b"\0"):
         length, _, _ = record.partition(b" ")

@@ -1,4 +1,4 @@
-"""What a loader hands to a task."""
+"""The batch that a loader gives to a task."""
 
 from dataclasses import dataclass, replace
 
@@ -10,18 +10,29 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Samples lane by lane. Shapes: B samples, a multiple of `virtual_readers`; H, W height and width of the view."""
+    """Samples of one or more virtual readers, one virtual reader after the other.
 
-    images: Tensor  # (B, 3, H, W) float32, normalised; the weak view if there is a strong one
-    strong: Tensor | None = None  # (B, 3, H, W) float32, normalised
-    labels: Tensor  # (B,) int64; -1 is hidden or padding
-    indices: Tensor  # (B,) int64 manifest sample_indices; -1 is padding
+    Shapes: B samples, a multiple of `virtual_readers`; H, W height and width of the view in pixels.
+
+    Attributes:
+        images: (B, 3, H, W) float32, normalised; the weak view if there is a strong one.
+        strong: (B, 3, H, W) float32, normalised strong view, or None.
+        labels: (B,) int64 class; -1 is hidden or padding.
+        indices: (B,) int64 sample index; -1 is padding.
+        virtual_readers: How many virtual readers the samples come from, B / `virtual_readers` from each.
+    """
+
+    images: Tensor
+    strong: Tensor | None = None
+    labels: Tensor
+    indices: Tensor
     virtual_readers: int
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Return this batch on `device`."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=non_blocking),
@@ -31,28 +42,36 @@ class Batch:
         )
 
     def chunks(self, n: int) -> "list[Batch]":
-        """`n` equal consecutive parts, for gradient accumulation: whole virtual_readers where `n` divides the virtual_readers."""
+        """Cut the batch into `n` equal, consecutive micro-batches, for gradient accumulation.
+
+        A micro-batch holds whole virtual readers if `n` divides their number. Otherwise it counts as one virtual reader.
+
+        Raises:
+            ConfigError: `n` does not divide the number of samples.
+        """
         if len(self) % n:
-            raise ConfigError(f"a batch of {len(self)} samples cannot be cut into {n} equal parts; choose a divisor")
+            raise ConfigError(
+                f"a batch of {len(self)} samples cannot be cut into {n} equal micro-batches; choose a divisor"
+            )
         size = len(self) // n
         virtual_readers = self.virtual_readers // n if self.virtual_readers % n == 0 else 1
-        parts = [slice(k * size, (k + 1) * size) for k in range(n)]
+        slices = [slice(k * size, (k + 1) * size) for k in range(n)]
         return [
             Batch(
-                images=self.images[part],
-                strong=None if self.strong is None else self.strong[part],
-                labels=self.labels[part],
-                indices=self.indices[part],
+                images=self.images[own],
+                strong=None if self.strong is None else self.strong[own],
+                labels=self.labels[own],
+                indices=self.indices[own],
                 virtual_readers=virtual_readers,
             )
-            for part in parts
+            for own in slices
         ]
 
     def partner(self) -> Tensor:
-        """(B,) places of the partners for mixup: the B / virtual_readers consecutive samples of each virtual reader are reversed.
+        """Return (B,) the index in the batch of each sample's partner for mixup.
 
-        Virtual readers do not depend on the world size, so the pairs do not either. `chunks` of whole virtual readers keep
-        the pairs; a chunk that cuts a virtual reader is one reader of its own. The middle sample of an odd number is its own
-        partner, and so is a single one: configs that mix are then refused (`StageConfig.refuse_lone`).
+        The consecutive samples of each virtual reader are reversed. Virtual readers do not depend on the world size, so
+        the pairs do not either, and micro-batches of whole virtual readers keep them. The middle sample of an odd
+        number is its own partner, and so is a single one: the stage refuses a config that would mix a single one.
         """
         return torch.arange(len(self), device=self.labels.device).view(self.virtual_readers, -1).flip(1).flatten()

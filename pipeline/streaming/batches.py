@@ -16,45 +16,53 @@ from pipeline.streaming.order import Order, SampleIndices
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.transforms import View
 
-STEPS_AHEAD = 4  # of each worker, for which remote bytes are fetched in advance
-MAX_REPLACEMENTS = 100  # how far along its lane a slot looks for a readable image
+STEPS_AHEAD = 4  # steps of each worker whose remote bytes are fetched in advance
+MAX_REPLACEMENTS = 100  # how many samples of its virtual reader a slot tries until one can be decoded
 _VIEW = 5  # stream of random numbers
 
 
 @dataclass(kw_only=True)
-class Part:
-    """One batch as a worker hands it over: uint8, so a quarter of the bytes."""
+class RawBatch:
+    """One batch as a worker hands it over: uint8 pixels, a quarter of the bytes of float32.
 
-    views: dict[str, Tensor]  # (B, 3, H, W) uint8
-    indices: Tensor  # (B,) int64
-    unreadable: list[tuple[int, str]] = field(default_factory=list)  # sample_index and reason
-    failure: PipelineError | None = None  # a value: DataLoader would bury its sentence in a stack trace
+    Attributes:
+        views: (B, 3, H, W) uint8 pixels by the name of the view.
+        indices: (B,) int64 sample indices; -1 is padding.
+        unreadable: Sample index and reason of each sample that could not be decoded.
+        failure: The error that ended the batch. It travels as a value, since DataLoader would bury its sentence in a
+            stack trace.
+    """
+
+    views: dict[str, Tensor]
+    indices: Tensor
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
+    failure: PipelineError | None = None
 
 
-class Parts(ABC, Dataset[Part]):
-    """Batch number k of one rank; what DataLoader's workers index. Subclasses say which samples it has."""
+class Batches(ABC, Dataset[RawBatch]):
+    """The batches of one rank by number, for DataLoader's workers. Subclasses say which samples a batch has."""
 
     def __init__(self, manifest: Manifest, views: View, reader: Reader) -> None:
         self.manifest, self.views, self.reader = manifest, views, reader
-        self._prefetched = 0  # the bytes of earlier parts are there or under way
+        self._prefetched = 0  # batches below this number are fetched or being fetched
 
-    def __getitem__(self, k: int) -> Part:
+    def __getitem__(self, k: int) -> RawBatch:
         try:
             self._prefetch(k)
-            return self.part(k)
+            return self.batch(k)
         except PipelineError as error:
-            return Part(views={}, indices=torch.empty(0), failure=error)
+            return RawBatch(views={}, indices=torch.empty(0), failure=error)
 
     @abstractmethod
-    def part(self, k: int) -> Part:
-        """Batch k, read and decoded."""
+    def batch(self, k: int) -> RawBatch:
+        """Read and decode batch k."""
 
     @abstractmethod
     def needs(self, k: int) -> SampleIndices:
-        """The manifest sample_indices of part(k)."""
+        """Return the sample indices of batch k."""
 
     def _prefetch(self, k: int) -> None:
-        """This worker's own next parts; within the window, each needs only a few ranges not yet there."""
+        """Fetch the bytes of this worker's next batches ahead; within the window each needs only a few new ranges."""
         if self.manifest.location:
             worker = torch.utils.data.get_worker_info()
             stride = worker.num_workers if worker else 1
@@ -62,59 +70,65 @@ class Parts(ABC, Dataset[Part]):
                 self.reader.prefetch(self.needs(following))
                 self._prefetched = following + stride
 
-    def empty(self, count: int) -> Part:
+    def _empty(self, count: int) -> RawBatch:
+        """Return a batch of padding."""
         shape = (count, 3, *self.views.image_size)
         views = {name: _shared_pixels(shape) for name in self.views.names}
-        return Part(views=views, indices=torch.full((count,), -1))
+        return RawBatch(views=views, indices=torch.full((count,), -1))
 
 
-class TrainParts(Parts):
-    """Batch k is optimizer step k: the rank's virtual_readers of the global batch."""
+class TrainBatches(Batches):
+    """Batch k belongs to optimizer step k: the samples of this rank's `virtual_readers` in the global batch."""
 
     def __init__(self, manifest: Manifest, views: View, reader: Reader, order: Order, virtual_readers: range) -> None:
         super().__init__(manifest, views, reader)
         self.order, self.virtual_readers = order, virtual_readers
 
     def needs(self, k: int) -> SampleIndices:
+        """Return the sample indices of batch k, before any of them is replaced."""
         return self.order.step(k, self.virtual_readers).ravel()
 
-    def part(self, k: int) -> Part:
-        size = self.order.lane_batch
-        part = self.empty(len(self.virtual_readers) * size)
-        for row, lane in enumerate(self.virtual_readers):
-            sample_indices, epochs = self.order.take(lane, k * size, size)
+    def batch(self, k: int) -> RawBatch:
+        """Read and decode batch k; a sample that cannot be decoded is replaced and listed."""
+        size = self.order.reader_batch
+        batch = self._empty(len(self.virtual_readers) * size)
+        for row, virtual_reader in enumerate(self.virtual_readers):
+            sample_indices, epochs = self.order.take(virtual_reader, k * size, size)
             for column in range(size):
                 slot = row * size + column
-                place = lane, k * size + column
-                self._fill(part, slot, int(sample_indices[column]), int(epochs[column]), place)
-        return part
+                place = virtual_reader, k * size + column
+                self._fill(batch, slot, int(sample_indices[column]), int(epochs[column]), place)
+        return batch
 
-    def _fill(self, part: Part, slot: int, sample_index: int, epoch: int, place: tuple[int, int]) -> None:
-        """One sample into its slot; for one that cannot be decoded, the next readable one along its lane.
+    def _fill(self, batch: RawBatch, slot: int, sample_index: int, epoch: int, place: tuple[int, int]) -> None:
+        """Put one sample into its slot, or else the next one of its virtual reader that can be decoded.
 
-        So the global batch stays full and the same at every world size, whoever finds the damage.
+        So the global batch stays full and is the same at every world size, whichever rank finds the damage.
         """
-        lane, first = place
+        virtual_reader, first = place
         for step in range(1, MAX_REPLACEMENTS + 1):
             try:
                 pixels = decode(self.reader.read(sample_index))
             except UnreadableImage as error:
-                part.unreadable.append((sample_index, str(error)))
-                following, epochs = self.order.take(lane, first + step, 1)
+                batch.unreadable.append((sample_index, str(error)))
+                following, epochs = self.order.take(virtual_reader, first + step, 1)
                 sample_index, epoch = int(following[0]), int(epochs[0])
                 continue
             # A sample that appears several times in an epoch looks different each time.
             again = () if self.order.weights is None else place
             seed = seeds.fold(self.order.seed, epoch, sample_index, _VIEW, *again)
             for name, view in self.views.pixels(pixels, seed).items():
-                part.views[name][slot] = view
-            part.indices[slot] = sample_index
+                batch.views[name][slot] = view
+            batch.indices[slot] = sample_index
             return
-        raise DataError(f"{MAX_REPLACEMENTS} images in a row cannot be decoded, the last: {part.unreadable[-1][1]}")
+        raise DataError(
+            f"{MAX_REPLACEMENTS} images of {self.manifest.folder} in a row cannot be decoded, the last: "
+            f"{batch.unreadable[-1][1]}; `python -m pipeline.data verify {self.manifest.folder}` names all of them"
+        )
 
 
-class EvalParts(Parts):
-    """Batch k is the k-th slice of every rank's padded, equal share."""
+class EvaluationBatches(Batches):
+    """Batch k is this rank's slice of the k-th `world_size` * `batch_size` samples; the last ones are padded."""
 
     def __init__(
         self,
@@ -133,11 +147,13 @@ class EvalParts(Parts):
         return -(-len(self.sample_indices) // (self.batch_size * self.world_size))
 
     def needs(self, k: int) -> SampleIndices:
+        """Return the sample indices of batch k, without padding."""
         first = (k * self.world_size + self.rank) * self.batch_size
         return self.sample_indices[first : first + self.batch_size]
 
-    def part(self, k: int) -> Part:
-        part = self.empty(self.batch_size)
+    def batch(self, k: int) -> RawBatch:
+        """Read and decode batch k; a sample that cannot be decoded is an error."""
+        batch = self._empty(self.batch_size)
         for slot, sample_index in enumerate(self.needs(k).tolist()):
             try:
                 pixels = decode(self.reader.read(sample_index))
@@ -147,13 +163,13 @@ class EvalParts(Parts):
                     "a score must count every sample, so repair it or make a split without it"
                 ) from None
             for name, view in self.views.pixels(pixels, 0).items():
-                part.views[name][slot] = view
-            part.indices[slot] = sample_index
-        return part
+                batch.views[name][slot] = view
+            batch.indices[slot] = sample_index
+        return batch
 
 
 def _shared_pixels(shape: tuple[int, ...]) -> Tensor:
-    """Zeroed uint8; in a worker already in the shared memory that carries it over, which saves a copy."""
+    """Return zeroed uint8 pixels; in a worker they already are in the shared memory that carries them over."""
     if torch.utils.data.get_worker_info() is None:
         return torch.zeros(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")

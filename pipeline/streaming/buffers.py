@@ -1,8 +1,8 @@
-"""Batch memory used again: a fresh 40 MB tensor costs more in page faults than the pixels' normalisation.
+"""Reused batch memory: the page faults of a fresh 40 MB tensor cost more than normalising its pixels.
 
-A buffer is free when nothing but its pool refers to it. Tensors made from a numpy array hold a reference to it for
-as long as any tensor shares the storage, so a batch that someone keeps, a view of it, or what autograd saved of it
-is never written to again.
+A buffer is free when only its pool refers to it. A tensor made from a numpy array holds a reference to the array for as
+long as any tensor shares the storage. So a batch that is kept, a view of it, or what autograd saved of it is never
+overwritten.
 """
 
 import math
@@ -13,16 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_MAX_BUFFERS = 8  # beyond this somebody collects batches, and every buffer would only be searched in vain
+_MAX_BUFFERS = 8  # more are needed only if batches are kept, and then searching the pool is in vain
 
 
 class Buffers:
-    """float32 tensors of any shape, uninitialised."""
+    """A pool of float32 tensors."""
 
     def __init__(self) -> None:
         self._arrays: list[NDArray[np.float32]] = []
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
+        """Return an uninitialised tensor of this shape that nothing else uses."""
         size = math.prod(shape)
         for k in range(len(self._arrays)):
             # Two references: the list's and the argument's.

@@ -1,4 +1,7 @@
-"""What a config file may say about data. Imports nothing heavy: a misspelt key is refused before torch is loaded."""
+"""What a config file may say about streaming.
+
+The module imports nothing heavy: a misspelt key is refused before torch is loaded.
+"""
 
 from typing import Annotated, Literal
 
@@ -12,16 +15,28 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class AugmentConfig(Strict):
-    """Train-time augmentation of one view, in the order of the fields."""
+    """Augmentation of one training view, applied in the order of the fields."""
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop, as a fraction of the image's
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    horizontal_flip: Fraction = 0.5  # probability
-    color_jitter: Annotated[float, Field(ge=0.0)] = 0.0  # brightness, contrast, saturation by a factor in 1 ± this
-    rand_augment: str = ""  # timm's notation, for example "rand-m9-mstd0.5-inc1"; empty for none
-    erase: Fraction = 0.0  # probability of one erased rectangle
-    erase_fill: Literal["mean", "noise"] = "noise"
+    crop_scale: tuple[float, float] = Field(
+        (0.08, 1.0), description="least and largest area of the random crop, as a fraction of the image's"
+    )
+    crop_ratio: tuple[float, float] = Field(
+        (3 / 4, 4 / 3), description="least and largest width / height of the random crop"
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bicubic", description="how pixels are interpolated when the crop is resized"
+    )
+    horizontal_flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    color_jitter: float = Field(
+        0.0, ge=0.0, description="strength s: brightness, contrast and saturation change by a factor in 1 ± s; 0 = off"
+    )
+    rand_augment: str = Field(
+        "", description="RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; empty = off"
+    )
+    erase: Fraction = Field(0.0, description="probability that one random rectangle is erased")
+    erase_fill: Literal["mean", "noise"] = Field(
+        "noise", description="what an erased rectangle is filled with: the mean colour, or noise about it"
+    )
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "AugmentConfig":
@@ -42,18 +57,63 @@ STRONG = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25)
 
 
 class LoaderConfig(Strict):
-    """How an epoch is ordered, and by how many hands it is read."""
+    """How the samples of a stream are ordered, read and decoded."""
 
-    virtual_readers: Positive = 8  # virtual readers: divides the global batch, a multiple of the world size
-    window: Positive = 32_768  # reach of the shuffle, in samples over all virtual_readers
+    virtual_readers: Positive | None = Field(
+        None,
+        description="number of equal shares into which the order of the samples is cut; each process owns whole shares. "
+        "null = derived, so that every number of processes that divides loop.global_batch fits if there are enough "
+        "samples. A given number must divide loop.global_batch and be a multiple of the number of processes",
+    )
+    window: Positive = Field(
+        32_768, description="how far the shuffle moves a sample at most, in samples over all virtual readers"
+    )
     workers: int = Field(
         2,
         ge=0,
-        description="processes per rank; 0 reads and decodes in the training process",
+        description="processes per rank that read and decode; 0 = the training process does it itself",
         json_schema_extra=FREE,
     )
-    prefetch: Positive = Field(2, description="batches ahead, per worker", json_schema_extra=FREE)
-    sampling: Literal["uniform", "class_balanced", "repeat_factor"] = "uniform"
-    repeat_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.001  # repeat_factor: classes rarer than this repeat
-    max_unreadable: Fraction = 0.001  # of the samples, before the run stops; those below it are replaced and named
-    remote: RemoteConfig = Field(RemoteConfig(), json_schema_extra=FREE)
+    prefetch: Positive = Field(2, description="batches that each worker makes ahead", json_schema_extra=FREE)
+    sampling: Literal["uniform", "class_balanced", "repeat_factor"] = Field(
+        "uniform",
+        description="how often labelled samples appear: each once an epoch; every class equally often; or rare classes "
+        "repeated as in LVIS. Unlabelled streams are always uniform",
+    )
+    repeat_threshold: float = Field(
+        0.001,
+        gt=0.0,
+        le=1.0,
+        description="repeat_factor: classes with less than this share of the samples are repeated",
+    )
+    max_unreadable: Fraction = Field(
+        0.001,
+        description="share of the samples that may fail to decode before the run ends; those are replaced and named in "
+        "quarantine.jsonl",
+    )
+    remote: RemoteConfig = Field(
+        RemoteConfig(), description="how shards behind http(s) or s3 are fetched", json_schema_extra=FREE
+    )
+
+
+def derive_virtual_readers(global_batch: int, samples: int, *, mixed: bool = False) -> int:
+    """Choose into how many virtual readers the order of a run is cut.
+
+    The result is the largest divisor of `global_batch` that leaves every virtual reader at least one sample of the stream
+    and, with `mixed`, at least two images of each batch, since partners are found inside a virtual reader. Usually it is
+    `global_batch` itself, or half of it with `mixed`.
+
+    A process owns whole virtual readers, so every number of processes that divides the result serves the same global
+    batches. The rule knows the batch and the data but not the number of processes. So a run that is resumed with more
+    or fewer processes has the same virtual readers, and with them the same order and the same mixed pairs.
+
+    Args:
+        global_batch: Samples per optimizer step over all processes.
+        samples: Samples of the smallest stream of the run.
+        mixed: Whether a stream with `global_batch` images per step mixes them in pairs.
+
+    Returns:
+        The number of virtual readers, at least 1.
+    """
+    most = min(samples, global_batch // 2 if mixed else global_batch)
+    return max((d for d in range(1, most + 1) if global_batch % d == 0), default=1)

@@ -1,4 +1,4 @@
-"""Endless batches for one rank; the loader's whole state is the optimizer step."""
+"""Endless training batches and finite evaluation batches of one rank."""
 
 import itertools
 import logging
@@ -13,26 +13,41 @@ from pipeline.datasets.manifest import Manifest
 from pipeline.errors import ConfigError
 from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.batch import Batch
-from pipeline.streaming.batches import EvalParts, Part, TrainParts
+from pipeline.streaming.batches import EvaluationBatches, RawBatch, TrainBatches
 from pipeline.streaming.buffers import Buffers
-from pipeline.streaming.config import LoaderConfig
-from pipeline.streaming.order import Order, SampleIndices, cut_blocks, cut_runs, rank_lanes
+from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
+from pipeline.streaming.order import Order, SampleIndices, cut_blocks, cut_runs, readers_of_rank
 from pipeline.streaming.quarantine import Quarantine
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.sampling import sample_weights
 from pipeline.streaming.transforms import View
-from pipeline.streaming.workers import make_parts
+from pipeline.streaming.workers import read_batches
 
 logger = logging.getLogger(__name__)
 
 
 class Loader:
-    """Endless batches of one rank, the same global batches for every world size that divides the virtual_readers.
+    """Endless batches of one rank; the global batches are the same for every world size.
 
-    Its state is one integer: `batches(step)` begins with the batch of that optimizer step, by arithmetic.
-    `sample_indices` are manifest sample_indices; `hide_labels` hands out -1 for every label. Samples that cannot be decoded
-    are replaced, counted and, with `quarantine`, named in that file (one JSON object a line); past
-    `config.max_unreadable` of this rank's share, DataError.
+    The whole state is one integer, the step: `batches(step)` begins there by arithmetic. A sample that cannot be
+    decoded is replaced by the next one of its virtual reader, counted, and named in the quarantine file.
+
+    Args:
+        manifest: The dataset.
+        sample_indices: Sample indices of the stream, in any order.
+        global_batch: Samples per step over all ranks.
+        rank: This process's number, from 0.
+        world_size: Number of processes; divides the number of virtual readers.
+        seed: Seed of the order and of the views.
+        views: Makes the views of one image.
+        config: How the stream is ordered and read. Without `virtual_readers` they are derived for this stream alone.
+        hide_labels: Give -1 as every label.
+        quarantine: File to append undecodable samples to, one JSON object a line; None = only log them.
+
+    Raises:
+        ConfigError: The numbers do not fit each other, or the sampling would reveal hidden labels.
+        DataError: There are no samples. `batches` raises it when more samples than `config.max_unreadable` allows,
+            as a share of this rank's samples, cannot be decoded.
     """
 
     def __init__(
@@ -51,63 +66,65 @@ class Loader:
     ) -> None:
         sample_indices = np.sort(np.asarray(sample_indices, np.int64))
         weights, groups = sample_weights(manifest.labels[sample_indices], config)
-        if 0 < len(sample_indices) < config.virtual_readers:
+        num_readers = config.virtual_readers or derive_virtual_readers(global_batch, len(sample_indices))
+        if 0 < len(sample_indices) < num_readers:
             raise ConfigError(
-                f"virtual_readers = {config.virtual_readers} but only {len(sample_indices)} samples of {manifest.folder};"
-                f" lower virtual_readers to a multiple of {world_size} that divides the global batch of {global_batch}"
+                f"data.loader.virtual_readers is {num_readers}, but {manifest.folder} has only {len(sample_indices)}"
+                " samples to share among them; leave virtual_readers out"
             )
         if hide_labels and config.sampling != "uniform":
             raise ConfigError(
-                f"sampling = {config.sampling} of a stream whose labels are hidden would tell them; use uniform"
+                f"data.loader.sampling={config.sampling} would reveal the labels of a stream that hides them;"
+                " set it to uniform"
             )
         _check_cache(manifest, sample_indices, config, world_size)
-        blocks, runs = cut_blocks(manifest, sample_indices, config.virtual_readers)
+        blocks, runs = cut_blocks(manifest, sample_indices, num_readers)
         order = Order(
             sample_indices,
             blocks,
             global_batch=global_batch,
-            virtual_readers=config.virtual_readers,
+            virtual_readers=num_readers,
             window=config.window,
             seed=seed,
             weights=weights,
             groups=groups,
         )
         self.order, self.config, self.views = order, config, views
-        self._lanes = rank_lanes(config.virtual_readers, rank, world_size)
+        self._readers = readers_of_rank(num_readers, rank, world_size)
         reader = Reader(manifest, sample_indices, runs, config.remote)
-        self._source = TrainParts(manifest, views, reader, order, self._lanes)
+        self._source = TrainBatches(manifest, views, reader, order, self._readers)
         self._labels = None if hide_labels else manifest.labels
         self._quarantine = Quarantine(
             manifest, quarantine, int(config.max_unreadable * len(sample_indices) / world_size)
         )
         self._buffers = Buffers()
-        self._running: list[Generator[Part, None, None]] = []
+        self._running: list[Generator[RawBatch, None, None]] = []
         logger.info(
-            "%s: an epoch is %d samples = %.1f steps of %d; %d shards, %d blocks, %d virtual_readers",
+            "%s: an epoch is %d samples = %.1f steps of %d; %d shards, %d blocks, %d virtual readers",
             manifest.folder,
             order.epoch_size,
             self.steps_per_epoch,
             global_batch,
             len(manifest.shards),
             len(blocks) - 1,
-            config.virtual_readers,
+            num_readers,
         )
 
     @property
     def steps_per_epoch(self) -> float:
-        """Epochs follow one another without a seam, so this need not be whole."""
+        """Steps that one pass over the stream takes; not whole where a batch straddles two epochs."""
         return self.order.epoch_size / self.order.global_batch
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """This rank's part of global batch `start_step` and of all that follow; never ends."""
-        parts = make_parts(self._source, itertools.count(start_step), self.config.workers, self.config.prefetch)
-        self._running.append(parts)
-        for part in parts:
-            self._quarantine.add(part.unreadable)
-            yield _batch(part, self.views, self._labels, len(self._lanes), self._buffers)
+        """Yield this rank's share of global batch `start_step` and of every later one; never ends."""
+        raw_batches = read_batches(self._source, itertools.count(start_step), self.config.workers, self.config.prefetch)
+        self._running.append(raw_batches)
+        for raw in raw_batches:
+            self._quarantine.add(raw.unreadable)
+            yield _batch(raw, self.views, self._labels, len(self._readers), self._buffers)
 
     def close(self) -> None:
-        """Ends the worker processes; iterators handed out before end too."""
+        """End the worker processes, and with them every iterator that `batches` has given out."""
         while self._running:
             self._running.pop().close()
         self._source.reader.close()
@@ -124,45 +141,59 @@ def evaluation_batches(
     workers: int = 0,
     remote: RemoteConfig = RemoteConfig(),  # noqa: B008 - frozen
 ) -> Iterator[Batch]:
-    """Every sample exactly once over all ranks, the same number of batches on each; padding has label and index -1.
+    """Yield every sample exactly once over all ranks, in the same number of batches on each rank.
 
-    `batch_size` is per rank. DataError for a sample that cannot be decoded: a score must not skip any.
+    Args:
+        manifest: The dataset.
+        sample_indices: Sample indices to evaluate, in any order.
+        batch_size: Samples per rank and batch; the last batches are padded with label and index -1.
+        rank: This process's number, from 0.
+        world_size: Number of processes.
+        views: Makes the view of one image.
+        workers: Processes that read and decode; 0 = this process.
+        remote: How remote shards are fetched.
+
+    Raises:
+        DataError: A sample cannot be decoded. A score must count every sample, so none is skipped.
     """
     buffers = Buffers()
     sample_indices = np.sort(np.asarray(sample_indices, np.int64))
     reader = Reader(manifest, sample_indices, cut_runs(manifest, sample_indices), remote)
-    source = EvalParts(manifest, views, reader, sample_indices, batch_size, rank, world_size)
-    parts = make_parts(source, range(len(source)), workers, prefetch=2)
+    source = EvaluationBatches(manifest, views, reader, sample_indices, batch_size, rank, world_size)
+    raw_batches = read_batches(source, range(len(source)), workers, prefetch=2)
     try:
-        for part in parts:
-            yield _batch(part, views, manifest.labels, 1, buffers)
+        for raw in raw_batches:
+            yield _batch(raw, views, manifest.labels, 1, buffers)
     finally:
-        parts.close()
+        raw_batches.close()
         source.reader.close()
 
 
 def _check_cache(manifest: Manifest, sample_indices: SampleIndices, config: LoaderConfig, world_size: int) -> None:
-    """ConfigError if the cache cannot hold what this rank shuffles at a time: every range would be fetched again."""
+    """Refuse a cache that cannot hold what this rank shuffles at a time: every range would be fetched again."""
     if manifest.location and len(sample_indices):
         mean = float(manifest.samples["length"][sample_indices].mean())
         needed = mean * min(2 * config.window, len(sample_indices)) / world_size / 1e9
         if needed > config.remote.cache_gb:
             raise ConfigError(
-                f"remote.cache_gb = {config.remote.cache_gb:g} is less than the {needed:.3g} GB that window = "
-                f"{config.window} keeps in use on one rank; raise it or lower window"
+                f"data.loader.remote.cache_gb {config.remote.cache_gb:g} is less than the {needed:.3g} GB that "
+                f"data.loader.window {config.window} keeps in use on one rank; raise cache_gb or lower window"
             )
 
 
-def _batch(part: Part, views: View, labels: NDArray[np.int64] | None, virtual_readers: int, buffers: Buffers) -> Batch:
-    hidden = torch.full_like(part.indices, -1)
+def _batch(
+    raw: RawBatch, views: View, labels: NDArray[np.int64] | None, virtual_readers: int, buffers: Buffers
+) -> Batch:
+    """Return the normalised batch with its labels, -1 where they are hidden (`labels` is None) or padding."""
+    found = torch.full_like(raw.indices, -1)
     if labels is not None:
-        known = torch.from_numpy(labels[part.indices.numpy()])
-        hidden = torch.where(part.indices >= 0, known, hidden)
-    images = {name: views.normalise(view, buffers.take(view.shape)) for name, view in part.views.items()}
+        known = torch.from_numpy(labels[raw.indices.numpy()])
+        found = torch.where(raw.indices >= 0, known, found)
+    images = {name: views.normalise(view, buffers.take(view.shape)) for name, view in raw.views.items()}
     return Batch(
         images=images["images"],
         strong=images.get("strong"),
-        labels=hidden,
-        indices=part.indices,
+        labels=found,
+        indices=raw.indices,
         virtual_readers=virtual_readers,
     )

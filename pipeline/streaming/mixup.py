@@ -1,6 +1,7 @@
-"""Two images in one, two targets in one: mixup, cutmix, and Semi-ViT's probabilistic pseudo-mixup. B images, C classes.
+"""Mixup, CutMix, and Semi-ViT's probabilistic pseudo-mixup: two images in one, two targets in one.
 
 Every image of a batch is mixed with its partner (`Batch.partner`), each with its own ratio and its own box.
+Shapes: B images, C classes, H, W height and width in pixels.
 """
 
 import torch
@@ -8,10 +9,18 @@ from torch import Tensor
 
 
 def mix(images: Tensor, targets: Tensor, partner: Tensor, ratio: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (B, 3, H, W) and targets (B, C) with a share `ratio` (B,) of their own and the rest of their partner's.
+    """Mix every image and its target with those of its partner.
 
-    Where `cut` (B,), a box of the partner's pixels stands in the image (CutMix); elsewhere pixels are averaged (Mixup).
-    Returns images, targets, and the ratios (B,) that hold, since a box is clipped at the border.
+    Args:
+        images: (B, 3, H, W).
+        targets: (B, C) class probabilities.
+        partner: (B,) index of each image's partner.
+        ratio: (B,) share that each image keeps of its own; the rest is its partner's.
+        cut: (B,) bool; True = a box of the partner's pixels replaces the image's (CutMix), False = pixels are averaged
+            (Mixup).
+
+    Returns:
+        The mixed images, the mixed targets, and (B,) the ratios that hold, since a box is clipped at the border.
     """
     height, width = images.shape[-2:]
     mask, kept = _boxes(ratio, height, width)
@@ -25,11 +34,22 @@ def mix(images: Tensor, targets: Tensor, partner: Tensor, ratio: Tensor, cut: Te
 def mix_by_confidence(
     images: Tensor, targets: Tensor, confidence: Tensor, partner: Tensor, cut_share: float
 ) -> tuple[Tensor, Tensor]:
-    """Probabilistic pseudo-mixup (Cai et al. 2022, Semi-ViT): own share c / (c + c of the partner); each image is cut with
-    probability `cut_share`.
+    """Mix by confidence: probabilistic pseudo-mixup (Cai et al. 2022, Semi-ViT).
 
-    Deviation: Semi-ViT pairs by a random permutation of a process's batch, this inside each
-    virtual reader, alike at every world size.
+    An image of confidence c keeps the share c / (c + c of the partner).
+
+    Deviation: Semi-ViT pairs by a random permutation of a process's batch. Here partners are found inside a virtual
+    reader, so pairs are the same at every world size.
+
+    Args:
+        images: (B, 3, H, W).
+        targets: (B, C) class probabilities.
+        confidence: (B,) of the pseudo-labels.
+        partner: (B,) index of each image's partner.
+        cut_share: Probability that an image is cut instead of averaged.
+
+    Returns:
+        The mixed images and the mixed targets.
     """
     ratio = pair_ratio(confidence, partner)
     cut = torch.rand(len(images), device=images.device) < cut_share
@@ -40,7 +60,18 @@ def mix_by_confidence(
 def mix_at_random(
     images: Tensor, targets: Tensor, partner: Tensor, *, mixup: float, cutmix: float
 ) -> tuple[Tensor, Tensor]:
-    """Mixup and CutMix with ratios from Beta(a, a); a of each method, 0 switches it off; even chances if both are on."""
+    """Mix with ratios drawn from Beta(a, a).
+
+    Args:
+        images: (B, 3, H, W).
+        targets: (B, C) class probabilities.
+        partner: (B,) index of each image's partner.
+        mixup: a of Mixup; 0 = off.
+        cutmix: a of CutMix; 0 = off. If both are on, each image has even chances of either.
+
+    Returns:
+        The mixed images and the mixed targets.
+    """
     if not mixup and not cutmix:
         return images, targets
     count = len(images)
@@ -52,12 +83,12 @@ def mix_at_random(
 
 
 def pair_ratio(confidence: Tensor, partner: Tensor) -> Tensor:
-    """(B,) c / (c + c of the partner)."""
+    """Return (B,) the ratio c / (c + c of the partner) of each confidence c."""
     return confidence / (confidence + confidence[partner]).clamp(min=1e-8)
 
 
 def _boxes(ratio: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """(B, H, W) 0 inside a random box of area 1 - ratio, 1 outside; and (B,) the share that is outside."""
+    """Return (B, H, W), 0 inside a random box of area 1 - ratio and 1 outside, and (B,) the share outside."""
     side = (1 - ratio).clamp(min=0).sqrt()
     spans = []
     for length in (height, width):

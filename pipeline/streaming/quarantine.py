@@ -1,4 +1,4 @@
-"""Samples that could not be decoded: counted, named, and too many of them the end of the run."""
+"""Samples that could not be decoded: they are counted and named, and too many of them end the run."""
 
 import json
 import logging
@@ -12,14 +12,24 @@ logger = logging.getLogger(__name__)
 
 
 class Quarantine:
-    """Distinct unreadable samples that one rank met, up to `allowed`; appended to `path` if one is given."""
+    """The distinct unreadable samples that one rank has met.
+
+    Args:
+        manifest: Their dataset.
+        path: File to append them to, one JSON object a line; None = only log them.
+        allowed: How many samples may be unreadable before the run ends.
+    """
 
     def __init__(self, manifest: Manifest, path: Path | None, allowed: int) -> None:
         self.manifest, self.path, self.allowed = manifest, path, allowed
         self.sample_indices: set[int] = set()
 
     def add(self, found: Iterable[tuple[int, str]]) -> None:
-        """DataError when the samples met so far are more than `allowed`."""
+        """Record sample indices with their reasons.
+
+        Raises:
+            DataError: More samples than `allowed` have been met.
+        """
         for sample_index, reason in found:
             if sample_index in self.sample_indices:
                 continue
@@ -35,5 +45,5 @@ class Quarantine:
             named = f"; {self.path} names them" if self.path else ""
             raise DataError(
                 f"{len(self.sample_indices)} samples of {self.manifest.folder} cannot be decoded, {self.allowed} are "
-                f"allowed on this rank, the last: {reason}{named}; repair the shards or raise max_unreadable"
+                f"allowed per process, the last: {reason}{named}; repair the shards or raise data.loader.max_unreadable"
             )

@@ -1,4 +1,4 @@
-"""The bytes of a sample, from a local shard or, in ranges kept in a cache, from a remote one."""
+"""The bytes of a sample: from a local shard, or from a remote one in ranges that a cache keeps."""
 
 import os
 from collections import OrderedDict
@@ -17,14 +17,20 @@ from pipeline.storage.config import RemoteConfig
 from pipeline.storage.remote import fetch
 
 MAX_OPEN_FILES = 64  # far under the usual limit of 1024 descriptors, with many workers on a node
-FETCH_THREADS = 4  # per process; a range of 2 MB is mostly waiting
+FETCH_THREADS = 4  # per process; fetching a range of 2 MB is mostly waiting
 
 
 class Reader:
-    """Reads single samples of one dataset by offset; one per process.
+    """Reads single samples of one dataset by offset; each process has its own.
 
-    `sample_indices` are all that will ever be read, sorted, and `runs` cuts them into what one request fetches
-    (first index of each run, and the end). Both matter to remote shards only.
+    Args:
+        manifest: The dataset.
+        sample_indices: (N,) sorted sample indices of all samples that will ever be read; for remote shards only.
+        runs: First index into `sample_indices` of each range that one request fetches, and N at the end.
+        remote: How remote shards are fetched.
+
+    Raises:
+        ConfigError: The shards are remote and `remote.cache` is empty.
     """
 
     def __init__(
@@ -39,13 +45,17 @@ class Reader:
         if manifest.location:
             if not remote.cache:
                 raise ConfigError(
-                    f"{manifest.folder} has its shards at {manifest.location}, but remote.cache is empty; "
-                    "name a folder on a local disk"
+                    f"{manifest.folder} has its shards at {manifest.location}, but data.loader.remote.cache is empty; "
+                    "set it to a folder on a local disk"
                 )
             self._cache = Cache(Path(remote.cache), int(remote.cache_gb * 1e9))
 
     def read(self, sample_index: int) -> bytes:
-        """The image's bytes as stored; DataError if the shard no longer holds them or cannot be reached."""
+        """Return the image's bytes as stored.
+
+        Raises:
+            DataError: The shard no longer holds them or cannot be reached.
+        """
         sample = self.manifest.samples[sample_index]
         offset, length = int(sample["offset"]), int(sample["length"])
         if self._cache is None:
@@ -56,11 +66,14 @@ class Reader:
             descriptor, start = self._descriptor(run, self._open_run), self._extent(run)[1]
         data = os.pread(descriptor, length, offset - start)
         if len(data) != length:
-            raise DataError(f"{self.manifest.folder}: sample {self.manifest.key(sample_index)!r} is cut off; verify it")
+            raise DataError(
+                f"{self.manifest.folder}: sample {self.manifest.key(sample_index)!r} is cut off; "
+                f"`python -m pipeline.data verify {self.manifest.folder}` finds all damage"
+            )
         return data
 
     def prefetch(self, sample_indices: NDArray[np.int64]) -> None:
-        """Begin to fetch what these sample_indices need, in the background; errors show when they are read."""
+        """Start to fetch these samples in the background; an error shows when one is read."""
         if self._cache is None:
             return
         if self._pool is None:
@@ -69,9 +82,10 @@ class Reader:
             self._asked.add(run)
             self._pool.submit(self._fetch_ahead, run)
         if len(self._asked) > 4096:
-            self._asked.clear()  # by now they may have left the cache
+            self._asked.clear()  # the first of them may have left the cache
 
     def close(self) -> None:
+        """Close all files and end the threads."""
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -83,7 +97,7 @@ class Reader:
         return int(np.searchsorted(self._runs, index, side="right")) - 1
 
     def _extent(self, run: int) -> tuple[int, int, int]:
-        """Shard, first byte and end of a run."""
+        """Return the shard, the first byte and the end of a run."""
         first, last = self._sample_indices[self._runs[run]], self._sample_indices[self._runs[run + 1] - 1]
         samples = self.manifest.samples
         stop = int(samples["offset"][last]) + int(samples["length"][last])
@@ -108,7 +122,9 @@ class Reader:
         try:
             return os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{path} cannot be opened ({error.strerror}); it was there at the start") from None
+            raise DataError(
+                f"{path} cannot be opened ({error.strerror}), though it was there at the start; restore it"
+            ) from None
 
     def _descriptor(self, key: int, opener: Callable[[int], int]) -> int:
         if key not in self._open:

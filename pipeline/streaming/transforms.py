@@ -1,7 +1,7 @@
-"""From decoded pixels to what a model sees: train, evaluation and weak/strong views.
+"""Views: what a model sees of a decoded image, for training, for evaluation, and as weak/strong pairs.
 
-Pixels stay uint8 until the batch is whole: a quarter of the bytes to hand from the workers, one normalisation per
-batch. All randomness comes from the seed of the call. Shapes: H, W height and width of the view.
+Pixels stay uint8 until the batch is whole: workers hand over a quarter of the bytes, and a batch is normalised once.
+All randomness comes from the seed of the call. Shapes: H, W height and width of the view in pixels.
 """
 
 import functools
@@ -25,7 +25,14 @@ Picture = bytes | Image.Image | Pixels
 
 
 class View:
-    """One picture per sample; `pixels` is what varies."""
+    """Makes one view of an image.
+
+    Args:
+        image_size: H, W.
+        mean: Mean per channel of pixels in [0, 1].
+        std: Standard deviation per channel of pixels in [0, 1].
+        pixels: Makes the (3, H, W) uint8 view from the decoded image and a seed.
+    """
 
     names: tuple[str, ...] = ("images",)
 
@@ -41,23 +48,27 @@ class View:
         self._pixels = pixels
 
     def pixels(self, image: Pixels, seed: int) -> dict[str, Tensor]:
-        """(3, H, W) uint8 under each of `names`."""
+        """Return a (3, H, W) uint8 view under each of `names`."""
         return {"images": self._pixels(image, seed)}
 
     def normalise(self, images: Tensor, out: Tensor | None = None) -> Tensor:
-        """(..., 3, H, W) uint8 to float32 with the view's mean and std, which are of pixels in [0, 1]."""
+        """Convert (..., 3, H, W) uint8 to float32 normalised by the view's mean and std, into `out` if given."""
         scale = torch.tensor([1 / (255 * std) for std in self.std])[:, None, None]
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)])[:, None, None]
         result = torch.empty(images.shape) if out is None else out
         return result.copy_(images).mul_(scale).add_(shift)
 
     def __call__(self, picture: Picture, seed: int) -> dict[str, Tensor]:
-        """The normalised views of one picture; DataError if its bytes are no image."""
+        """Return the normalised views of one picture.
+
+        Raises:
+            DataError: The bytes are no image.
+        """
         return {name: self.normalise(view) for name, view in self.pixels(as_pixels(picture), seed).items()}
 
 
 class PairView(View):
-    """A weak and a strong view of one decoded picture, each with its own crop."""
+    """Makes a weak and a strong view of one decoded image, each with its own crop."""
 
     names = ("images", "strong")
 
@@ -66,10 +77,12 @@ class PairView(View):
         self._strong = strong
 
     def pixels(self, image: Pixels, seed: int) -> dict[str, Tensor]:
+        """Return both (3, H, W) uint8 views."""
         return {"images": self._pixels(image, seed), "strong": self._strong._pixels(image, seeds.fold(seed, 1))}
 
 
 def as_pixels(picture: Picture) -> Pixels:
+    """Return (height, width, 3) uint8 pixels of encoded bytes or of a Pillow image; pixels are returned as they are."""
     if isinstance(picture, bytes):
         return decode(picture)
     return np.array(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
@@ -78,7 +91,14 @@ def as_pixels(picture: Picture) -> Pixels:
 def train_views(
     image_size: tuple[int, int], config: AugmentConfig, mean: Sequence[float], std: Sequence[float]
 ) -> View:
-    """A random crop of the picture and whatever else `config` asks for."""
+    """Return the training view: a random crop, then the augmentation of `config`.
+
+    Args:
+        image_size: H, W.
+        config: The augmentation.
+        mean: Mean per channel of pixels in [0, 1].
+        std: Standard deviation per channel of pixels in [0, 1].
+    """
     augment = _rand_augment(config.rand_augment, image_size, tuple(mean), config.interpolation)
     fill = np.array([round(255 * m) for m in mean], np.float64)
 
@@ -110,7 +130,15 @@ def eval_views(
     crop_fraction: float = 0.875,
     interpolation: str = "bicubic",
 ) -> View:
-    """The shorter side resized so that the view is `crop_fraction` of it, then the centre; no randomness."""
+    """Return the evaluation view: the image is resized, then its centre is cropped; nothing is random.
+
+    Args:
+        image_size: H, W.
+        mean: Mean per channel of pixels in [0, 1].
+        std: Standard deviation per channel of pixels in [0, 1].
+        crop_fraction: Share that the view is of the resized image's shorter side.
+        interpolation: "bilinear" or "bicubic".
+    """
 
     def pixels(image: Pixels, seed: int) -> Tensor:
         height, width = image.shape[:2]
@@ -124,14 +152,27 @@ def eval_views(
 
 
 def pair_views(weak: View, strong: View) -> PairView:
-    """Both views of one decode: `images` is the weak one, `strong` the other."""
+    """Return both views of one decoded image: `images` is the weak one, `strong` the strong one."""
     return PairView(weak, strong)
 
 
 def random_box(
     rng: random.Random, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-    """Inception's crop: area and aspect drawn until they fit, at most ten times; else the largest centre crop."""
+    """Draw the box of Inception's crop (Szegedy et al. 2015), as torchvision's RandomResizedCrop does.
+
+    Area and aspect are drawn until the box fits, at most ten times; after that it is the largest box at the centre.
+
+    Args:
+        rng: Source of randomness.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        scale: Least and largest area of the box, as a fraction of the image's.
+        ratio: Least and largest width / height of the box.
+
+    Returns:
+        Top, left, height and width of the box in pixels.
+    """
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -145,25 +186,26 @@ def random_box(
 
 
 def crop_resize(image: Pixels, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
-    """(3, *size) uint8 in channels-last strides, antialiased as Pillow does it."""
+    """Return a box resized to (3, *size) uint8 in channels-last strides, antialiased as Pillow does it."""
     top, left, height, width = box
-    # With the batch dimension in front of a slice, torch knows it for channels-last, works on it in place and
-    # returns the same layout: a third faster than a copied crop.
+    # With a batch dimension in front, torch recognises the slice as channels-last, works on it without a copy and returns
+    # the same layout: a third faster than a copied crop.
     crop = torch.from_numpy(image)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
     return F.interpolate(crop, size, mode=interpolation, antialias=True, align_corners=False)[0]
 
 
 def _color_jitter(picture: Image.Image, rng: random.Random, strength: float) -> Image.Image:
-    """Brightness, contrast and saturation, in random order."""
+    """Change brightness, contrast and saturation, in random order."""
     for enhance in rng.sample([ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color], 3):
         picture = enhance(picture).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
     return picture
 
 
 def _erase(view: Tensor, rng: random.Random, fill: np.ndarray, noise: np.ndarray | None) -> Tensor:
-    """One rectangle of 2 % to a third of the area: the mean colour, or noise about it of the data's deviation.
+    """Erase one rectangle of 2 % to a third of the area, with the mean colour or with noise about it.
 
-    timm erases after normalisation; here the noise is rounded to and clipped at what a pixel can be.
+    The noise has the standard deviation of the data. Deviation: timm erases after normalisation; here the noise is
+    rounded to pixel values and clipped at 0 and 255.
     """
     height, width = view.shape[1:]
     for _ in range(10):
@@ -184,7 +226,7 @@ def _erase(view: Tensor, rng: random.Random, fill: np.ndarray, noise: np.ndarray
 
 @functools.cache
 def _rand_augment(notation: str, image_size: tuple[int, int], mean: tuple[float, ...], interpolation: str) -> Any:
-    """timm's RandAugment, None for an empty notation."""
+    """Return RandAugment as timm has it, or None for an empty notation."""
     if not notation:
         return None
     from pipeline.ops.torchvision_cpu import allow_torchvision
@@ -201,10 +243,10 @@ def _rand_augment(notation: str, image_size: tuple[int, int], mean: tuple[float,
 
 
 def _apply(augment: Any, picture: Image.Image, rng: random.Random) -> Image.Image:
-    """What timm's RandAugment does, drawing from `rng` alone.
+    """Do what timm's RandAugment does, drawing from `rng` alone.
 
-    Its own call draws from the global generators of numpy and random. The choice of operations is made here; what
-    they draw is seeded and restored around them.
+    Its own call draws from the global generators of numpy and random. So the operations are chosen here, and the global
+    state that they draw from is seeded before and restored after.
     """
     chance = augment.choice_weights
     draw = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))

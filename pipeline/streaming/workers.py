@@ -1,4 +1,4 @@
-"""Processes that make parts: how they start, how they end, and what is said when one dies."""
+"""Worker processes that make batches: how they start and end, and the error when one dies."""
 
 import atexit
 import signal
@@ -11,32 +11,42 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.streaming.batches import Part, Parts
+from pipeline.streaming.batches import Batches, RawBatch
 
 _running: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators of DataLoaders
 
 
-def make_parts(source: Parts, numbers: Iterable[int], workers: int, prefetch: int) -> Generator[Part, None, None]:
-    """source[k] for each number, in order, by `workers` processes (0: here). Close it to end them.
+def read_batches(
+    source: Batches, numbers: Iterable[int], workers: int, prefetch: int
+) -> Generator[RawBatch, None, None]:
+    """Yield `source[k]` for each k of `numbers`, in order; closing the generator ends the workers.
 
-    Raises what a part failed with, and EnvironmentProblem if a process died.
+    Args:
+        source: The batches by number.
+        numbers: Which batches to make.
+        workers: Processes that make them; 0 = this process.
+        prefetch: Batches that each worker makes ahead.
+
+    Raises:
+        PipelineError: Making a batch failed with it.
+        EnvironmentProblem: A worker process died.
     """
-    parts = _start_workers(source, numbers, workers, prefetch) if workers else map(source.__getitem__, numbers)
+    batches = _start_workers(source, numbers, workers, prefetch) if workers else map(source.__getitem__, numbers)
     try:
-        for part in parts:
-            if part.failure:
-                raise part.failure
-            yield part
+        for batch in batches:
+            if batch.failure:
+                raise batch.failure
+            yield batch
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise EnvironmentProblem(_death(error)) from None
     finally:
         if workers:
-            _end_workers(parts)
+            _end_workers(batches)
 
 
-def _start_workers(source: Parts, numbers: Iterable[int], workers: int, prefetch: int) -> Any:
+def _start_workers(source: Batches, numbers: Iterable[int], workers: int, prefetch: int) -> Any:
     loader = DataLoader(
         source,
         batch_size=None,
@@ -46,43 +56,45 @@ def _start_workers(source: Parts, numbers: Iterable[int], workers: int, prefetch
         collate_fn=_unchanged,
         worker_init_fn=_ignore_signals,
     )
-    parts = iter(loader)
+    batches = iter(loader)
     _name_dead_workers()
     if not _running:
         atexit.unregister(_end_all)
         atexit.register(_end_all)
-    _running.add(parts)
-    return parts
+    _running.add(batches)
+    return batches
 
 
-def _unchanged(part: Any) -> Any:
-    return part
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _ignore_signals(worker: int) -> None:
-    """Schedulers signal every process of a job; who reacts is the training process, which then ends its workers."""
+    """Leave signals to the training process: schedulers signal every process of a job, and it ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_workers(parts: Any) -> None:
-    """Ask, wait five seconds, kill: nothing less ends a process that ignores signals and is stuck in a read."""
-    _running.discard(parts)
-    parts._shutdown_workers()
-    for worker in parts._workers:
+def _end_workers(batches: Any) -> None:
+    """Ask the workers to end, then kill those that are left: one may ignore signals and be stuck in a read."""
+    _running.discard(batches)
+    batches._shutdown_workers()
+    for worker in batches._workers:
         if worker.is_alive():
             worker.kill()
 
 
 def _end_all() -> None:
-    """At exit, before multiprocessing would send SIGTERM and wait for ever."""
-    for parts in list(_running):
-        _end_workers(parts)
+    """End all workers at exit, before multiprocessing sends SIGTERM, which they ignore, and waits for ever."""
+    for batches in list(_running):
+        _end_workers(batches)
 
 
 def _name_dead_workers() -> None:
-    """A killed worker may have cut its last message short, so torch does not wait for it: its SIGCHLD handler raises
-    in whatever line is running. The same exception, but as a sentence with an exit code.
+    """Turn the exception of torch's SIGCHLD handler into one of ours, with a sentence and an exit code.
+
+    A killed worker may have cut its last message short, so torch does not wait for the message. Its SIGCHLD handler
+    raises RuntimeError in whatever line is running.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     in_main = threading.current_thread() is threading.main_thread()
@@ -101,4 +113,7 @@ def _name_dead_workers() -> None:
 
 def _death(error: RuntimeError) -> str:
     reason = str(error).splitlines()[0]
-    return f"a data worker died ({reason}); most often memory or /dev/shm is full: lower workers or prefetch"
+    return (
+        f"a data worker died ({reason}); most often memory or /dev/shm is full: lower data.loader.workers or"
+        " data.loader.prefetch"
+    )

@@ -1,5 +1,6 @@
 """The part of a config that all stages share (torch-free, so that a typing error is refused at once)."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -7,7 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config import FREE, Strict
 from pipeline.exports.card import Preprocessing
-from pipeline.streaming.config import LoaderConfig
+from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConfig
 
 
@@ -61,10 +62,11 @@ class StageConfig(Strict):
 
     @model_validator(mode="after")
     def _batches(self) -> Self:
-        if self.loop.global_batch % self.data.loader.virtual_readers:
+        given = self.data.loader.virtual_readers
+        if given and self.loop.global_batch % given:
             raise ValueError(
-                f"loop.global_batch {self.loop.global_batch} must be a multiple of"
-                f" data.loader.virtual_readers {self.data.loader.virtual_readers}"
+                f"loop.global_batch {self.loop.global_batch} must be a multiple of data.loader.virtual_readers {given};"
+                " leave virtual_readers out and it fits"
             )
         rest = self.loop.steps - self.optim.cooldown_steps
         if self.optim.warmup_steps >= rest:
@@ -72,27 +74,36 @@ class StageConfig(Strict):
             raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} must be below loop.steps {rest}{less}")
         return self
 
-    def refuse_lone_images(self, mixing: str, ratio: int) -> None:
-        """Refuse a batch in which an image would be mixed with itself.
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        """Refuse a lone image: it would be mixed with itself, since partners are found inside a virtual reader."""
+        batch, given = self.loop.global_batch, self.data.loader.virtual_readers
+        for what, ratio in self.mixing().items():
+            times = f"{ratio} x " if ratio > 1 else ""
+            if given and ratio * batch < 2 * given:
+                raise ValueError(
+                    f"{what} needs two images in each virtual reader: {times}loop.global_batch {batch} must be at least"
+                    f" twice data.loader.virtual_readers {given}; leave virtual_readers out"
+                )
+            if ratio == 1 and 1 in (batch, self.engine.micro_batch):
+                key = "loop.global_batch" if batch == 1 else "engine.micro_batch"
+                raise ValueError(f"{what} needs two images at once, but {key} is 1; set it to 2 or more")
+        return self
 
-        Partners are found among the images that one virtual reader adds to a micro-batch.
+    def mixing(self) -> dict[str, int]:
+        """Map what is mixed in pairs to the number of images of that stream per image of `loop.global_batch`."""
+        return {}
+
+    def virtual_readers(self, samples: Iterable[int]) -> int:
+        """Return the number of virtual readers: as given, or derived.
 
         Args:
-            mixing: Names the mixing in the error message.
-            ratio: Images of the mixed stream for each image of `loop.global_batch`; 0 = nothing is mixed.
-
-        Raises:
-            ValueError: A virtual reader adds one image only.
+            samples: The number of samples of each stream.
         """
-        images, readers = ratio * self.loop.global_batch, self.data.loader.virtual_readers
-        if 0 < images < 2 * readers:
-            times = f"{ratio} x " if ratio > 1 else ""
-            raise ValueError(
-                f"{mixing} needs two images of each virtual reader: {times}loop.global_batch {self.loop.global_batch} must"
-                f" be at least twice data.loader.virtual_readers {readers}; lower data.loader.virtual_readers"
-            )
-        if ratio == 1 and self.engine.micro_batch == 1:
-            raise ValueError(f"{mixing} needs two images at once, but engine.micro_batch is 1; set it to 2 or more")
+        mixed = 1 in self.mixing().values()
+        return self.data.loader.virtual_readers or derive_virtual_readers(
+            self.loop.global_batch, min(samples), mixed=mixed
+        )
 
     def claimed_labels(self) -> bool:
         """Whether the result may only have seen the labels of `data.split`."""

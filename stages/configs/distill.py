@@ -130,15 +130,14 @@ class DistillConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
-    def _pairs(self) -> Self:
-        self.refuse_lone_images("mix", 1 if self.mix.mixup or self.mix.cutmix else 0)
-        return self
-
-    @model_validator(mode="after")
     def _one_start(self) -> Self:
         if self.init_from and self.weights:
             raise ValueError("init_from and weights are both given, but a model starts from one place; remove one")
         return self
+
+    def mixing(self) -> dict[str, int]:
+        """Labelled images are mixed if `mix` says so."""
+        return {"mix": 1} if self.mix.mixup or self.mix.cutmix else {}
 
     def claimed_labels(self) -> bool:
         """Whether the result may only have seen the labels of `data.split`."""

@@ -147,15 +147,12 @@ class SemiConfig(StageConfig):
             )
         return self
 
-    @model_validator(mode="after")
-    def _pairs(self) -> Self:
-        mixed = self.mixup.labelled_mixup or self.mixup.labelled_cutmix
-        self.refuse_lone_images("mixing labelled images", 1 if mixed else 0)
-        paired = self.mixup.pseudo or (
-            self.ssmixup and (self.ssmixup.psi == "pair" or self.ssmixup.axis != "direction")
-        )
-        self.refuse_lone_images("mixing unlabelled images", self.unlabelled_ratio if paired else 0)
-        return self
+    def mixing(self) -> dict[str, int]:
+        """Labelled and unlabelled images are mixed if `mixup` or `ssmixup` says so."""
+        labelled = self.mixup.labelled_mixup or self.mixup.labelled_cutmix
+        ssmixup = self.ssmixup and (self.ssmixup.psi == "pair" or self.ssmixup.axis != "direction")
+        found = {"mixing labelled images": 1} if labelled else {}
+        return found | ({"mixing unlabelled images": self.unlabelled_ratio} if self.mixup.pseudo or ssmixup else {})
 
     def claimed_labels(self) -> bool:
         """Whether the result may only have seen the labels of `data.split`."""

@@ -62,7 +62,7 @@ def test_an_unknown_stage_or_config_lists_what_there_is(stages: Stages) -> None:
     assert_refused(absent, 2, "configs/semi/smok.yaml does not exist; there are")
 
 
-def test_processes_that_do_not_divide_the_virtual_readers_end_in_2_before_any_starts(stages: Stages) -> None:
+def test_processes_that_do_not_divide_the_batch_end_in_2_before_any_starts(stages: Stages) -> None:
     assert_refused(stages.run("arm", "run.experiment=refused", nproc=3), 2, "multiple of the 3 processes")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.datasets.convert.sources import digits
+from pipeline.datasets.convert.digits import digits
 from pipeline.datasets.convert.writer import convert
 from pipeline.datasets.manifest import Manifest
 
@@ -13,8 +13,8 @@ from pipeline.datasets.manifest import Manifest
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `train` and `test`, never written to by a test."""
     folder = tmp_path_factory.mktemp("digits")
-    for part, source in zip(("train", "test"), digits(seed=0), strict=True):
-        convert(source, folder / part, samples_per_shard=256)
+    for name, source in zip(("train", "test"), digits(seed=0), strict=True):
+        convert(source, folder / name, samples_per_shard=256)
     return folder
 
 

@@ -52,6 +52,12 @@ def test_an_unknown_key_inside_an_optional_section_is_explained_too() -> None:
     )
 
 
+def test_a_key_that_was_renamed_is_refused_with_its_new_name() -> None:
+    path = ROOT / "configs/semi/smoke.yaml"
+    with pytest.raises(ConfigError, match=r"data\.loader\.lanes: .* write data\.loader\.virtual_readers"):
+        load_config(SPECS["semi"].config, path, ["data.loader.lanes=4"])
+
+
 def test_all_problems_are_told_at_once() -> None:
     text = refusal({"optim": {"lr": -1, "steps": "many"}})
     assert "3 problems" in text
@@ -175,16 +181,16 @@ def test_every_config_is_valid_and_tells_its_story(path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "override", "said"),
     [
-        ("distill/demo", "mix={mixup: 0.8}", "mix needs two images of each virtual reader: loop.global_batch 4 "),
+        ("distill/demo", "mix={mixup: 0.8}", "mix needs two images in each virtual reader: loop.global_batch 4 "),
         (
             "semi/demo",
             "mixup={labelled_cutmix: 1}",
-            "mixing labelled images needs two images of each virtual reader: loop.global_batch 4 ",
+            "mixing labelled images needs two images in each virtual reader: loop.global_batch 4 ",
         ),
         (
             "semi/demo",
             "ssmixup={}",
-            "mixing unlabelled images needs two images of each virtual reader: loop.global_batch 4 ",
+            "mixing unlabelled images needs two images in each virtual reader: loop.global_batch 4 ",
         ),
     ],
 )

@@ -17,7 +17,6 @@ LAYERS = {
     "pipeline.report.experiment": 7,
     "pipeline.ssl": 6,
     "pipeline.train": 5,
-    "pipeline.datasets.show": 4,
     "pipeline.evaluate": 4,
     "pipeline.report": 4,
     "pipeline.streaming": 3,

@@ -1,0 +1,1 @@
+"""Sources of images in several layouts, and the writer that makes shards of them."""

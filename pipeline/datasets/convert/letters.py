@@ -1,9 +1,9 @@
-"""Coloured letters on photographs: 26 classes of 32 x 32 pixels, made of what installed packages carry.
+"""Coloured letters on photographs as a source: 26 classes of 32 x 32 pixels, made from what installed packages carry.
 
-Rendered, not photographed: a capital in one of six typefaces that matplotlib carries (DejaVu: real type, drawn by people),
-in a random colour, size, turn and place, on a faded crop of the two photographs that scikit-learn carries. It is the
-digits' neighbour with colour, clutter and more classes, easy enough for a model of 150 thousand weights and a minute
-on one core; it is no benchmark of anything else.
+The images are rendered: a capital in one of the six DejaVu typefaces that matplotlib carries, in a random colour, size,
+rotation and place, on a faded crop of one of the two photographs that scikit-learn carries. The dataset complements the
+digits with colour, clutter and more classes. A model of 150 thousand weights learns it in a minute on one core; it is no
+benchmark of anything else.
 """
 
 import functools
@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline import seeds
 
 SIDE = 32  # pixels
-FADE = 0.8  # of the ground towards its mean colour
-CONTRAST = 100  # least difference of lightness, of 255
-LUMA = np.array([0.299, 0.587, 0.114])  # how light red, green and blue are
+FADE = 0.8  # how far the background is faded towards its mean colour, 1 = wholly
+CONTRAST = 100  # least difference in lightness between letter and background, of 255
+LUMA = np.array([0.299, 0.587, 0.114])  # shares of red, green and blue in lightness
 CLASSES = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 FACES = tuple(f"DejaVu{name}.ttf" for name in ("Sans", "Sans-Bold", "Serif", "Serif-Bold", "SansMono", "SansMono-Bold"))
 _LETTERS = 31  # stream of random numbers
@@ -30,7 +30,7 @@ _LETTERS = 31  # stream of random numbers
 
 @dataclass
 class Letters:
-    """Letters drawn one by one from (seed, key): conversion in any order gives the same pictures."""
+    """Rendered letters, a `Source`; each is drawn from (seed, key), so any order gives the same images."""
 
     name: str
     seed: int
@@ -40,6 +40,7 @@ class Letters:
     in_order: bool = False
 
     def read(self, item: int) -> tuple[str, bytes]:
+        """Return the extension and the PNG bytes of one letter."""
         number = int(self.keys[item].rpartition("-")[2])
         buffer = io.BytesIO()
         Image.fromarray(draw(self.labels[item], random.Random(seeds.fold(self.seed, number, _LETTERS)))).save(
@@ -49,19 +50,19 @@ class Letters:
 
 
 def letters(seed: int, train_per_class: int = 200, test_per_class: int = 40) -> tuple[Letters, Letters]:
-    """Train and test, both balanced, without a common picture."""
+    """Return train and test, both balanced, without a common image."""
     per_class = train_per_class + test_per_class
 
-    def part(name: str, begin: int, end: int) -> Letters:
+    def subset(name: str, begin: int, end: int) -> Letters:
         chosen = [(c, c * per_class + k) for c in range(len(CLASSES)) for k in range(begin, end)]
         keys = [f"letter-{number:05d}" for _, number in chosen]
-        return Letters(f"letters, {name} part, seed {seed}", seed, keys, [c for c, _ in chosen])
+        return Letters(f"letters, {name}, seed {seed}", seed, keys, [c for c, _ in chosen])
 
-    return part("train", 0, train_per_class), part("test", train_per_class, per_class)
+    return subset("train", 0, train_per_class), subset("test", train_per_class, per_class)
 
 
 def draw(label: int, rng: random.Random) -> NDArray[np.uint8]:
-    """(SIDE, SIDE, 3): one letter."""
+    """Return (SIDE, SIDE, 3) uint8: one letter of class `label`."""
     photograph = rng.choice(_photographs())
     side = rng.randrange(SIDE, 4 * SIDE)
     top, left = (rng.randrange(length - side) for length in photograph.shape[:2])
@@ -70,7 +71,7 @@ def draw(label: int, rng: random.Random) -> NDArray[np.uint8]:
     )
     mean = crop.mean((0, 1))
     ground = mean + (1 - FADE) * (crop - mean)
-    # The letter as a mask, larger than the picture so that turning it cuts nothing off.
+    # The mask of the letter is larger than the image, so that rotating it cuts nothing off.
     canvas = Image.new("L", (2 * SIDE, 2 * SIDE))
     font = _face(rng.choice(FACES), rng.randrange(24, 28))
     ImageDraw.Draw(canvas).text((SIDE, SIDE), CLASSES[label], fill=255, font=font, anchor="mm")
@@ -83,7 +84,7 @@ def draw(label: int, rng: random.Random) -> NDArray[np.uint8]:
 
 
 def _ink(ground: NDArray[np.float64], rng: random.Random) -> tuple[int, int, int]:
-    """A random colour that is lighter or darker than the mean colour of the ground."""
+    """Draw a random colour that is lighter or darker than the mean colour of the background."""
     while True:
         red, green, blue = (rng.randrange(256) for _ in range(3))
         if abs((np.array([red, green, blue]) - ground) @ LUMA) > CONTRAST:

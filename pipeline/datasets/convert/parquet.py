@@ -1,4 +1,4 @@
-"""A Hugging Face style folder of parquet files as a source; needs the optional pyarrow."""
+"""A folder of parquet files, as Hugging Face lays it out, as a source; needs the optional pyarrow."""
 
 import functools
 import io
@@ -15,17 +15,23 @@ from pipeline.errors import DataError, EnvironmentProblem
 
 @dataclass
 class Parquet:
-    """A Hugging Face style folder: an image column of bytes (or struct with `bytes`), and a label column."""
+    """Images in parquet files, a `Source`; rows are read in order, since a row group is read as a whole.
+
+    Attributes:
+        column: Image column, of bytes or of structs with `bytes`.
+        groups: File, row group and first item of every row group.
+    """
 
     name: str
     classes: Sequence[str]
     keys: Sequence[str]
     labels: Sequence[int]
     column: str
-    groups: Sequence[tuple[str, int, int]]  # file, row group, first item
-    in_order: bool = True  # a row group is read as a whole
+    groups: Sequence[tuple[str, int, int]]
+    in_order: bool = True
 
     def read(self, item: int) -> tuple[str, bytes]:
+        """Return the file extension and the bytes of one image."""
         from PIL import Image
 
         firsts = [first for _, _, first in self.groups]
@@ -42,11 +48,21 @@ class Parquet:
 
 
 def parquet_folder(root: Path, image_column: str, label_column: str) -> Parquet:
-    """All parquet files below `root`, in order of name; needs pyarrow."""
+    """Take all parquet files below `root`, in order of name.
+
+    Args:
+        root: The folder.
+        image_column: Name of the image column.
+        label_column: Name of the column of class numbers.
+
+    Raises:
+        DataError: There are no parquet files, or they lack such columns.
+        EnvironmentProblem: pyarrow is not installed.
+    """
     pq = _pyarrow_parquet()
     paths = sorted(root.rglob("*.parquet"))
     if not paths:
-        raise DataError(f"{root} has no .parquet files")
+        raise DataError(f"{root} has no .parquet files; give the folder that holds them")
     groups: list[tuple[str, int, int]] = []
     labels: list[int] = []
     keys: list[str] = []
@@ -56,7 +72,9 @@ def parquet_folder(root: Path, image_column: str, label_column: str) -> Parquet:
         known = file.schema_arrow.names
         for column in (image_column, label_column):
             if column not in known:
-                raise DataError(f"{path} has no column {column!r}; it has {', '.join(known)}")
+                raise DataError(
+                    f"{path} has no column {column!r}; it has {', '.join(known)}; choose one with --image-column, --label-column"
+                )
         classes = classes or _label_names(file.schema_arrow.metadata, label_column)
         stem = path.relative_to(root).with_suffix("").as_posix().replace(".", "_")
         for group in range(file.num_row_groups):
@@ -64,13 +82,13 @@ def parquet_folder(root: Path, image_column: str, label_column: str) -> Parquet:
             labels += file.read_row_group(group, [label_column]).column(0).to_pylist()
         keys += [f"{stem}/{row:07d}" for row in range(len(labels) - len(keys))]
     if any(not isinstance(label, int) or label < -1 for label in labels):
-        raise DataError(f"{root}: column {label_column!r} holds other things than class numbers")
+        raise DataError(f"{root}: column {label_column!r} holds other values than class numbers; give --label-column")
     classes = classes or [str(c) for c in range(max(labels) + 1)]
     return Parquet(str(root), classes, keys, labels, image_column, groups)
 
 
 def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
-    """The class names that the datasets library stores in the schema, if any."""
+    """Return the class names that the datasets library stores in the schema, if any."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return [str(name) for name in features[column]["names"]]

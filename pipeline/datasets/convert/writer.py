@@ -1,35 +1,28 @@
-"""Images to shards and a manifest: in parallel, resumable, atomic per shard.
+"""Conversion of a source into shards and a manifest: in parallel, and continued where it was stopped.
 
-Shards are written by webdataset's TarWriter, so every WebDataset reader opens them: an image and its class number
-(`cls`) per sample. A shard carries its final name only when it is whole; a second call keeps the whole ones.
+Shards are written by webdataset's TarWriter, so every WebDataset reader opens them. A sample is an image and, where it is
+known, its class number (`cls`). A shard has its final name only when it is whole, and a second call keeps whole shards.
 """
 
 import hashlib
 import io
 import json
-import multiprocessing
-import os
-import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from pipeline import seeds
-from pipeline.datasets.convert.sources import Source
+from pipeline.datasets.convert.source import Source
 from pipeline.datasets.manifest import HEADER, Manifest, ShardIndex, read_manifest, write_manifest
+from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.tars import scan_shard
 from pipeline.errors import DataError
+from pipeline.files import replace_text, replacing
 from pipeline.images import decode
 
 PLAN = "convert.json"
 _SHUFFLE = 21  # stream of random numbers
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def convert(
@@ -41,11 +34,21 @@ def convert(
     shorter_side: int = 0,
     processes: int = 1,
 ) -> tuple[Manifest, bool]:
-    """The dataset in `out` and whether it was there already. Samples are shuffled over the shards with `seed`.
+    """Write the dataset of `source` to `out`, unless it is there already.
 
-    Image bytes are kept as they are; with `shorter_side` in pixels, larger images are reduced to it as JPEG.
+    Args:
+        source: The images.
+        out: Folder of the dataset.
+        seed: Seed of the shuffle over the shards; a source that is slow in another order is not shuffled.
+        samples_per_shard: Images in each shard; the last one may hold fewer.
+        shorter_side: Reduce larger images to this shorter side in pixels, as JPEG of quality 95. 0 = keep all bytes.
+        processes: How many processes write shards.
 
-    DataError if `out` holds anything but an equal conversion, finished or begun.
+    Returns:
+        The manifest, and whether it was there already.
+
+    Raises:
+        DataError: `out` holds anything but an equal conversion, finished or begun.
     """
     count = len(source.keys)
     if not count:
@@ -62,25 +65,8 @@ def convert(
     return write_manifest(out, source.classes, indices), False
 
 
-def run_parallel(work: Callable[[T], R], jobs: list[T], processes: int, unit: str) -> Iterable[R]:
-    """work(job) for every job, in order, with a progress bar on a terminal."""
-    from tqdm import tqdm
-
-    silent = not sys.stderr.isatty()
-    if processes <= 1 or len(jobs) == 1:
-        yield from tqdm(map(work, jobs), total=len(jobs), unit=unit, disable=silent)
-        return
-    # Fork: a source may hold large arrays, and nothing here has threads.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-        try:
-            yield from tqdm(pool.map(work, jobs), total=len(jobs), unit=unit, disable=silent)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
 def _plan(source: Source, *options: int) -> str:
-    """What an equal conversion has in common."""
+    """Return a digest that only an equal conversion shares."""
     digest = hashlib.sha256(json.dumps([list(source.classes), *options]).encode())
     for key, label in zip(source.keys, source.labels, strict=True):
         digest.update(f"{key}\0{label}\n".encode())
@@ -91,12 +77,12 @@ def _check_plan(out: Path, plan: str, name: str) -> None:
     path = out / PLAN
     if not path.exists():
         if any(out.glob("*.tar")) or (out / HEADER).exists():
-            raise DataError(f"{out} already holds shards of other origin; choose an empty folder")
-        path.write_text(json.dumps({"plan": plan, "source": name}) + "\n")
+            raise DataError(f"{out} already holds shards that this command did not make; give another folder as --out")
+        replace_text(path, json.dumps({"plan": plan, "source": name}) + "\n")
     elif json.loads(path.read_text()).get("plan") != plan:
         raise DataError(
             f"{out} holds another conversion ({json.loads(path.read_text()).get('source')}), or its source has "
-            "changed since; choose an empty folder or delete this one"
+            "changed since; give another folder as --out, or delete this one"
         )
 
 
@@ -105,21 +91,20 @@ def _write_shard(job: tuple[Source, list[int], Path, int]) -> ShardIndex:
     if not path.exists():
         from webdataset import TarWriter
 
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            # Without times, names and modes of this moment, an equal conversion gives equal bytes.
-            with TarWriter(file, encoder=False, mtime=0) as writer:
-                for item in items:
-                    extension, data = source.read(item)
-                    if shorter_side:
-                        extension, data = _reduce(extension, data, shorter_side)
-                    sample = {"__key__": source.keys[item], extension: data}
-                    if source.labels[item] >= 0:
-                        sample["cls"] = str(source.labels[item]).encode()
-                    writer.write(sample)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        # Without times, names and modes of this moment, an equal conversion gives equal bytes.
+        with (
+            replacing(path) as temporary,
+            temporary.open("wb") as file,
+            TarWriter(file, encoder=False, mtime=0) as writer,
+        ):
+            for item in items:
+                extension, data = source.read(item)
+                if shorter_side:
+                    extension, data = _reduce(extension, data, shorter_side)
+                sample = {"__key__": source.keys[item], extension: data}
+                if source.labels[item] >= 0:
+                    sample["cls"] = str(source.labels[item]).encode()
+                writer.write(sample)
     return scan_shard(path, len(source.classes))
 
 

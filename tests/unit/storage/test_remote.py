@@ -152,7 +152,7 @@ def test_a_remote_dataset_without_a_cache_or_with_too_small_a_one_is_refused(tra
     with pytest.raises(ConfigError, match=r"remote\.cache is empty"):
         epoch(manifest, None)
     small = LoaderConfig(remote=RemoteConfig(cache=str(tmp_path), cache_gb=1e-5))
-    with pytest.raises(ConfigError, match="cache_gb = 1e-05 is less than"):
+    with pytest.raises(ConfigError, match="cache_gb 1e-05 is less than"):
         Loader(manifest, np.arange(100), global_batch=8, rank=0, world_size=1, seed=0, views=VIEWS, config=small)
 
 

@@ -9,12 +9,12 @@ def test_a_buffer_is_used_again_only_when_no_tensor_shares_it():
     address = first.data_ptr()
     second = buffers.take((2, 3))
     assert second.data_ptr() != address
-    part = first[:1].permute(1, 0)
+    view = first[:1].permute(1, 0)
     del first
     assert buffers.take((2, 3)).data_ptr() != address  # a view of it is alive
     weight = torch.ones(1, requires_grad=True)
-    loss = (part * weight).sum()
-    del part
+    loss = (view * weight).sum()
+    del view
     assert buffers.take((2, 3)).data_ptr() != address  # autograd keeps it for the backward pass
     loss.backward()
     del loss
