@@ -9,18 +9,19 @@ RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test test-slurm soak check format golden study tensorboard stage-1 stage-2 stage-3
+.PHONY: help install data demo test test-slurm test-package soak check format requirements docs docs-serve docs-reference
+.PHONY: golden study tensorboard stage-1 stage-2 stage-3
 .PHONY: submit submit-1 submit-2 submit-3 plan doctor status clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(STAMP)  ## make .venv with the pinned packages (the other targets do it when needed)
+install: $(STAMP)  ## make .venv with the pinned packages and the command .venv/bin/vmp (the other targets do it when needed)
 
-$(STAMP): requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "$(PYTHON) is $$($(PYTHON) -V): Python 3.11 or 3.12 is needed; give PYTHON=python3.12" >&2; exit 5; }
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V); Python 3.11, 3.12 or 3.13 is needed: give make PYTHON=python3.12" >&2; exit 5; }
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
 
 demo: $(STAMP)  ## the three stages on bundled digits, SEEDS="0 1 2", and a report (continues where it stopped)
@@ -101,8 +102,8 @@ front: $(STAMP)  ## speed measured here against accuracy as papers report it: AR
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)
 
-test: $(STAMP)  ## all tests but those that start a SLURM; warnings are errors
-	$(PY) -m pytest tests --ignore=tests/slurm -n 2 --dist loadfile
+test: $(STAMP)  ## all tests except SLURM's and the package's; warnings are errors
+	$(PY) -m pytest tests --ignore=tests/slurm --ignore=tests/package -n 2 --dist loadfile
 
 test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm): under 5 minutes
 	$(PY) -m pytest tests/slurm -rs
@@ -110,13 +111,30 @@ test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and
 soak: $(STAMP)  ## what takes longer: thirty kill -9 in turn, fifty steps at every ZeRO stage (a quarter of an hour)
 	$(PY) -m pytest tests -m soak -s
 
-check: $(STAMP)  ## format, lint, types, floors
+test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there
+	$(PY) -m pytest tests/package
+
+check: $(STAMP)  ## format, lint, types, layers, and whether generated files are up to date
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(PY) .ci/requirements.py --check
+	$(PY) -m docs.reference.generate --check
 	$(PY) -m pytest tests/unit/test_layers.py
 
-format: $(STAMP)  ## rewrite the code in the house's format
+requirements: $(STAMP)  ## write requirements.txt from the pins in pyproject.toml
+	$(PY) .ci/requirements.py
+
+docs-reference: $(STAMP)  ## write docs/reference/config.md from the config schemas
+	$(PY) -m docs.reference.generate
+
+docs: $(STAMP)  ## build the documentation site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+docs-serve: $(STAMP)  ## show the documentation site at http://localhost:8000
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
+
+format: $(STAMP)  ## format the code and apply the linter's safe fixes
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
