@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> int:
         path.write_text(wanted)
         return 0
     if path.read_text() != wanted:
-        print("error: requirements.txt differs from the pins in pyproject.toml; type: make requirements", file=sys.stderr)
+        print(
+            "error: requirements.txt differs from the pins in pyproject.toml; type: make requirements", file=sys.stderr
+        )
         return 1
     return 0
 
