@@ -1,4 +1,4 @@
-# Every target is one line of `make help`. Set-up is done by the targets that need it: nothing else to type.
+# `make help` lists the targets. A target that needs .venv makes it first.
 SHELL := bash
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -65,29 +65,29 @@ define submit
 $(PY) -m launchers slurm $(1) $(CONFIG) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
 endef
 
-plan: $(STAMP)  ## what the chain will need, before it costs anything: NAME=demo CLUSTER=cpu ARGS=
+plan: $(STAMP)  ## steps, memory, disk, hours and commands of the chain, without starting it: NAME=demo CLUSTER=cpu ARGS=
 	@$(PY) -m launchers plan chain $(NAME) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
 
-doctor: $(STAMP)  ## whether this machine (and cluster) can do it, each line OK or the remedy: NAME=demo
+doctor: $(STAMP)  ## check whether this machine and cluster can run the chain; each line is OK or a remedy: NAME=demo
 	@$(PY) -m launchers doctor chain $(NAME) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
 
-status: $(STAMP)  ## where every stage stands: queued, running, failed and why, done: RUNS=runs
+status: $(STAMP)  ## the state of every stage (queued, running, failed and why, complete): RUNS=runs
 	@$(PY) -m launchers status --root $(RUNS)
 
-study: $(STAMP)  ## stage 3 on two bundled datasets: what helps, STUDY_SEEDS="0 1 2 3 4", JOBS=2 (continues where it stopped)
+study: $(STAMP)  ## what helps in stage 3, on two bundled datasets: STUDY_SEEDS="0 1 2 3 4", JOBS=2 (continues where it stopped)
 	@$(PY) -m studies.semi --seeds $(or $(STUDY_SEEDS),0 1 2 3 4) --jobs $(or $(JOBS),2)
 
-tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
+tensorboard: $(STAMP)  ## show all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
 .PHONY: chain report evaluate efficiency inference front fields
-chain: $(STAMP)  ## a plan, the three stages of configs/STAGE/NAME.yaml, the report of their experiment: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
+chain: $(STAMP)  ## plan, the three stages of configs/STAGE/NAME.yaml, report: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
 	@$(PY) -m launchers local chain $(NAME) $(ARGS) --nproc $(NPROC)
 
-report: $(STAMP)  ## what happened and how good it is, on one page: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
+report: $(STAMP)  ## one page with the results of experiments: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
 	@$(PY) -m launchers report $(EXPERIMENT) $(ARGS)
 
-evaluate: $(STAMP)  ## judge an export: EXPORT=runs/E/semi/export DATA=data/D NPROC=2 ARGS="--train DATA --split FILE"
+evaluate: $(STAMP)  ## evaluate an export: EXPORT=runs/E/semi/export DATA=data/D NPROC=2 ARGS="--train DATA --split FILE"
 	@$(PY) -m launchers evaluate $(EXPORT) $(DATA) $(ARGS) --nproc $(NPROC)
 
 efficiency: $(STAMP)  ## real stage-3 steps side by side: CONFIGS="configs/semi/a.yaml configs/semi/b.yaml" ARGS=
@@ -108,7 +108,7 @@ test: $(STAMP)  ## all tests except SLURM's and the package's; warnings are erro
 test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm): under 5 minutes
 	$(PY) -m pytest tests/slurm -rs
 
-soak: $(STAMP)  ## what takes longer: thirty kill -9 in turn, fifty steps at every ZeRO stage (a quarter of an hour)
+soak: $(STAMP)  ## long tests: thirty kill -9 in a row, fifty steps at every ZeRO stage (a quarter of an hour)
 	$(PY) -m pytest tests -m soak -s
 
 test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there
@@ -138,7 +138,7 @@ format: $(STAMP)  ## format the code and apply the linter's safe fixes
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-golden: $(STAMP)  ## write the golden losses anew (say why in the commit)
+golden: $(STAMP)  ## regenerate the golden losses (the commit says why)
 	$(PY) -m tests.golden.write
 
 clean:  ## remove caches (never runs/ or data/)
