@@ -80,7 +80,7 @@ study: $(STAMP)  ## what helps in stage 3, on two bundled datasets: STUDY_SEEDS=
 tensorboard: $(STAMP)  ## show all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
-.PHONY: chain report evaluate efficiency inference front fields
+.PHONY: chain report evaluate efficiency inference pareto fields
 chain: $(STAMP)  ## plan, the three stages of configs/STAGE/NAME.yaml, report: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
 	@$(PY) -m launchers local chain $(NAME) $(ARGS) --nproc $(NPROC)
 
@@ -96,8 +96,8 @@ efficiency: $(STAMP)  ## real stage-3 steps side by side: CONFIGS="configs/semi/
 inference: $(STAMP)  ## throughput against resolution: MODELS="efficientvim_m4 timm/resnet50" ARGS="--sizes 224 384"
 	@$(PY) -m launchers inference $(MODELS) $(ARGS)
 
-front: $(STAMP)  ## speed measured here against accuracy as papers report it: ARGS="--batch 16"
-	@$(PY) -m launchers front $(ARGS)
+pareto: $(STAMP)  ## speed measured here against accuracy as papers report it: ARGS="--batch 16"
+	@$(PY) -m launchers pareto $(ARGS)
 
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)

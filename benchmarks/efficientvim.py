@@ -5,7 +5,7 @@ compared, so a machine with other work on it slows them together. timm's models 
 "Fastest form" is the faster of torch eager (timm's in both memory layouts, ours fused and packed) and ONNX Runtime; without
 onnxruntime (requirements-onnx.txt) the keys that need it are null. `fused_error` is that of the worst of our forms, over the
 largest logit. `--sizes 224 512 1024` goes on with `launchers inference` (Table E, Figures A and D: at each size the largest
-batch up to --batch that memory allows), `--front` with `launchers front` (Figure B): tables, and plots under --out. The
+batch up to --batch that memory allows), `--pareto` with `launchers pareto` (Figure B): tables, and plots under --out. The
 paper's EMO, EfficientMod and MobileFormer are not in timm and not measured.
 """
 
@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import inference
-from benchmarks import pareto as front
+from benchmarks import inference, pareto
 from pipeline.exports.onnx import write_onnx
 from pipeline.models import build_model
 from pipeline.ops.torchvision_cpu import allow_torchvision
@@ -175,7 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="pixels a side, for the table by resolution")
-    parser.add_argument("--front", action="store_true", help="the table of speed and reported accuracy")
+    parser.add_argument("--pareto", action="store_true", help="the table of speed and reported accuracy")
     parser.add_argument("--out", type=Path, default=Path("runs/efficientvim"), help="folder of these tables and plots")
     parser.add_argument("--profile", action="store_true", help="print where the packed M4 spends its time")
     arguments = parser.parse_args()
@@ -189,8 +188,8 @@ def main() -> None:
     few = max(3, arguments.rounds // 5)
     if arguments.sizes:
         show(inference.run([], arguments.sizes, arguments.batch, few, arguments.out / "inference", deployed=True))
-    if arguments.front:
-        show(front.run([], arguments.batch, few, arguments.out / "front"))
+    if arguments.pareto:
+        show(pareto.run([], arguments.batch, few, arguments.out / "pareto"))
     print(json.dumps({k: None if v is None else float(f"{v:.4g}") for k, v in result.items()}))
 
 

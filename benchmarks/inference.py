@@ -1,14 +1,17 @@
 """What models cost when they answer, over resolutions: EfficientViM's Table E; its Figure A on a GPU, Figure D on a CPU."""
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from pipeline.cli import guarded
 from pipeline.errors import ConfigError
 from pipeline.evaluate.speed import Cost, inference
 from pipeline.models import build_model
-from pipeline.report.extras import Section, write_section
+from pipeline.report.extras import Section, show_section, write_section
 from pipeline.report.figures import draw, lines
 from pipeline.report.tables import Table
 
@@ -20,6 +23,25 @@ TABLE_E = {
     "timm/fastvit_t12": 79.1,
     "timm/mobilevitv2_100": 78.1,
 }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="default: those of EfficientViM's Table E")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="pixels a side")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--deployed", action="store_true", help="fold batch norms and branches, as models are deployed")
+    parser.add_argument("--out", type=Path, default=Path("runs/inference"))
+    given = parser.parse_args(arguments)
+    folder = run(given.models, given.sizes, given.batch, given.rounds, given.out, deployed=given.deployed)
+    print(show_section(folder))
+    return 0
 
 
 def run(
@@ -70,3 +92,7 @@ def run(
 def place(device: torch.device) -> str:
     """Where a time was taken."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

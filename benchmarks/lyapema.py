@@ -20,16 +20,16 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from pipeline.models import build_model
-from pipeline.models.config import PseudoLabelRule
 from pipeline.ops.torchvision_cpu import allow_torchvision
+from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
 from pipeline.ssl.inference_copy import InferenceCopy, blocks_of
 from pipeline.ssl.lyapema import MEASURE_EVERY, LyapEMA
 from pipeline.ssl.pseudo_labels import PseudoLabeller
 from pipeline.streaming.loader import Batch
 from pipeline.train import distributed
-from pipeline.train.config import EngineConfig, LyapEMAConfig, OptimConfig
+from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.engine import Engine
-from stages.configs import SemiConfig
+from stages.configs.semi import SemiConfig
 from stages.semi import SemiTask
 
 MODEL = "vim_small"

@@ -5,6 +5,8 @@ Nothing here is an accuracy of ours. The numbers are ImageNet-1k top-1 in percen
 both.
 """
 
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.inference import place
+from pipeline.cli import guarded
 from pipeline.errors import ConfigError
 from pipeline.evaluate.speed import Cost, inference
 from pipeline.models import build_model
-from pipeline.report.extras import Section, write_section
-from pipeline.report.figures import draw, front
+from pipeline.report.extras import Section, show_section, write_section
+from pipeline.report.figures import draw, pareto_front
 from pipeline.report.tables import Table
 
 
@@ -29,7 +32,7 @@ class Reported(NamedTuple):
 
 
 # Row -> its model. Letters are of Table C, whose base is M2; for its row C the published size is met with NC-SSD, no fusion.
-FRONT = {
+EFFICIENTVIMS = {
     "EfficientViM-M1": Reported("efficientvim_m1", 72.9, 224),
     "EfficientViM-M2": Reported("efficientvim_m2", 75.4, 224),
     "EfficientViM-M3": Reported("efficientvim_m3", 77.5, 224),
@@ -54,9 +57,25 @@ OTHERS = {
 }
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pareto", description=__doc__)
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="rows of the table (default: all)")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs/pareto"))
+    given = parser.parse_args(arguments)
+    print(show_section(run(given.rows, given.batch, given.rounds, given.out)))
+    return 0
+
+
 def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
     """Measure the models of `rows` (default: all) in turns and write the section. Raises ConfigError for an unknown row."""
-    known = FRONT | OTHERS
+    known = EFFICIENTVIMS | OTHERS
     unknown = [row for row in rows if row not in known]
     if unknown or batch < 1 or rounds < 1:
         raise ConfigError(
@@ -70,7 +89,7 @@ def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
     sizes = {row: r.pixels for row, r in chosen.items()}
     costs = {c.model: c for c in inference(models, sizes, batch=batch, rounds=rounds, device=device, as_shipped=True)}
     table = Table(
-        name="front",
+        name="pareto",
         title="Speed, and accuracy as reported",
         header=["model", "pixels", "top-1, reported", "images/s, here", "parameters, M", "GMACs"],
         rows=[_row(row, r, costs[row]) for row, r in chosen.items()],
@@ -82,10 +101,13 @@ def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
     points = {row: (costs[row].images_per_second, r.top1) for row, r in chosen.items()}
     figure = draw(
         out / "figures",
-        "front",
+        "pareto",
         "Speed here against accuracy as reported",
-        front(
-            points, joined=list(FRONT), xlabel="images per second, measured here", ylabel="top-1, percent, as reported"
+        pareto_front(
+            points,
+            joined=list(EFFICIENTVIMS),
+            xlabel="images per second, measured here",
+            ylabel="top-1, percent, as reported",
         ),
         note="The line joins the EfficientViMs; letters are the rows of the table.",
         size=(7.6, 4.2),
@@ -103,3 +125,7 @@ def _row(name: str, reported: Reported, cost: Cost) -> list[str]:
         f"{cost.parameters / 1e6:.2f}",
         f"{cost.gmacs:.3f}",
     ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launchers.config import ClusterConfig
-from pipeline.config import apply_overrides, choose, load_config, parse_yaml
+from pipeline.config import apply_overrides, choose, find_config, load_config, read_values
 from pipeline.errors import ConfigError
-from stages import STAGES
+from stages import SPECS
 from stages.check import check, is_complete
-from stages.configs import StageConfig
+from stages.configs.base import StageConfig
 
 CHAIN = "chain"
 
@@ -19,15 +19,20 @@ CHAIN = "chain"
 class Step(NamedTuple):
     """One stage of one experiment. `values` is its config file with the overrides in it: what a job will read."""
 
-    stage: str
     path: Path
     overrides: tuple[str, ...]
     config: StageConfig
     values: dict[str, Any]
 
     @property
+    def stage(self) -> str:
+        """The stage's name."""
+        return self.config.stage
+
+    @property
     def folder(self) -> Path:
-        return self.config.run.folder(self.stage)
+        """The run's folder."""
+        return self.config.folder
 
 
 def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
@@ -35,12 +40,12 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
 
     `arm:optim.lr=1e-3` overrides in that stage only.
     """
-    names = list(STAGES) if stage == CHAIN else [stage]
+    names = list(SPECS) if stage == CHAIN else [stage]
     for override in overrides:
         head = re.match(r"([a-z]+):", override)
-        if head and (head[1] not in STAGES):
+        if head and (head[1] not in SPECS):
             raise ConfigError(
-                f"override {override!r}: before the colon stands a stage ({', '.join(STAGES)}); `cluster` where jobs are meant"
+                f"override {override!r}: before the colon stands a stage ({', '.join(SPECS)}); `cluster` where jobs are meant"
             )
         if head and head[1] not in names:
             raise ConfigError(f"override {override!r} is of stage {head[1]}, which is not among {', '.join(names)}")
@@ -49,13 +54,13 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
         raise ConfigError(f"chain {config}: give one name for all stages, or one for each of {', '.join(names)}")
     steps = []
     for name, file in zip(names, files, strict=True):
-        entry = choose("stage", name, STAGES)
-        path = Path(f"configs/{name}/{file}.yaml") if stage == CHAIN else Path(file)
+        entry = choose("stage", name, SPECS)
+        path = find_config(Path(f"configs/{name}/{file}.yaml") if stage == CHAIN else Path(file))
         own = tuple(
             o.removeprefix(f"{name}:") for o in overrides if ":" not in o.partition("=")[0] or o.startswith(f"{name}:")
         )
         loaded = load_config(entry.config, path, own)
-        steps.append(Step(name, path, own, loaded, apply_overrides(parse_yaml(path.read_text(), str(path)), own)))
+        steps.append(Step(path, own, loaded, apply_overrides(read_values(path), own)))
     if len({step.folder.parent for step in steps}) > 1:
         places = ", ".join(f"{step.path}: {step.folder.parent}" for step in steps)
         raise ConfigError(
@@ -100,8 +105,8 @@ def read_cluster(path: Path, overrides: Sequence[str]) -> tuple[ClusterConfig, l
 
 def open_steps(steps: Sequence[Step], world_size: int) -> list[Step]:
     """Those that are not complete yet, each checked as far as it can be before its parents are there."""
-    todo = [step for step in steps if not is_complete(step.stage, step.config)]
+    todo = [step for step in steps if not is_complete(step.config)]
     pending = {step.folder / "export": step.config for step in todo}
     for step in todo:
-        check(step.stage, step.config, world_size, pending)
+        check(step.config, world_size, pending)
     return todo

@@ -31,7 +31,7 @@ def run(seeds: Sequence[int], nproc: int) -> int:
             return code
         overrides = [f"run.experiment={experiment}", f"run.seed={seed}", f"data.split={split}"]
         steps = chain.read_steps(chain.CHAIN, "demo", overrides)
-        planner.before(steps, nproc)
+        planner.plan_ahead(steps, nproc)
         code = local.run(steps, nproc)
     if code:
         return code

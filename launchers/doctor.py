@@ -21,7 +21,7 @@ from launchers.config import ClusterConfig
 from launchers.filesystem import RENAMES, locks, renames_seen_halfway
 from launchers.local import spawn
 from pipeline.errors import EnvironmentProblem, PipelineError
-from stages.configs import DistillConfig
+from stages import spec_of
 
 REQUIREMENTS = Path("requirements.txt")
 MAX_SKEW_SECONDS = 5.0
@@ -175,20 +175,14 @@ def data(steps: Sequence[Step]) -> Iterator[Finding]:
 
     for step in steps:
         try:
-            manifest, _, parts = open_data(step.config)
+            manifest, _, subsets = open_data(step.config)
         except PipelineError as error:
             yield Finding(f"data of {step.stage}", str(error))
         else:
-            yield Finding(f"data of {step.stage}: {manifest.num_samples} images, {len(parts.labelled)} labelled")
-        if isinstance(step.config, DistillConfig):
-            files = {"the teacher's weights": step.config.teacher.weights if step.config.teacher else None}
-            files["the weights to start from"] = step.config.weights.path if step.config.weights else None
-            for what, path in files.items():
-                if path is not None:
-                    there = path.is_file()
-                    yield Finding(
-                        f"{what}, {path}", "" if there else "not there; put the file there: nothing is downloaded"
-                    )
+            yield Finding(f"data of {step.stage}: {manifest.num_samples} images, {len(subsets.labelled)} labelled")
+        for key, path in spec_of(step.config).foreign_files(step.config).items():
+            missing = "the file is missing; put it there: nothing is downloaded"
+            yield Finding(f"{key} = {path}", "" if path.is_file() else missing)
 
 
 def cluster_near(steps: Sequence[Step], cluster: ClusterConfig) -> Iterator[Finding]:

@@ -1,7 +1,8 @@
-"""A stage, or stage after stage, in NPROC processes on this machine, without torchrun: it would turn every exit code into 1.
+"""Run one stage, or all of them in turn, in several processes on this machine.
 
-Each process gets torchrun's environment variables. The first rank that fails decides the exit code; the others are
-ended within seconds. Signals are passed on, once, and the ranks save together. No process outlives the launcher.
+torchrun is not used, because it turns every exit code into 1. Each process gets torchrun's environment variables. When a
+rank fails, the others are ended within seconds, and `exit_codes.blame` chooses the exit code. A signal is passed on once,
+and the ranks save together. No process outlives the launcher.
 """
 
 import ctypes
@@ -16,19 +17,25 @@ from contextlib import suppress
 from types import FrameType
 
 from launchers.chain import Step, open_steps
-from pipeline.errors import DistributedFailure, Interrupted
+from pipeline.exit_codes import ExitCode, blame
 from pipeline.train.signals import STOPPING
 
 GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
-# When several have failed within a glance: a reason comes before a kill, a bug, and the loss of a peer.
-_BLAME = {1: 2, DistributedFailure.exit_code: 3}
 
 
 def run(steps: Sequence[Step], nproc: int) -> int:
-    """Run what is not complete, in order; returns 0, or the exit code of the first stage that did not complete.
+    """Run the stages that are not complete, in order. All are checked before any process starts.
 
-    All are checked before any process is started. Raises what `check` raises.
+    Args:
+        steps: The stages.
+        nproc: The number of processes of each stage.
+
+    Returns:
+        0, or the exit code of the first stage that did not complete.
+
+    Raises:
+        PipelineError: What `stages.check.check` raises.
     """
     for step in open_steps(steps, nproc):
         if len(steps) > 1:
@@ -40,7 +47,11 @@ def run(steps: Sequence[Step], nproc: int) -> int:
 
 
 def spawn(command: Sequence[str], nproc: int) -> int:
-    """Run `command` as `nproc` ranks and return the exit code of the first that failed, or 0."""
+    """Run `command` as `nproc` ranks.
+
+    Returns:
+        0, or the exit code that says most about the failure.
+    """
     threads = max(1, (os.cpu_count() or 1) // nproc)
     shared = {
         "WORLD_SIZE": str(nproc),
@@ -62,7 +73,7 @@ def spawn(command: Sequence[str], nproc: int) -> int:
                 preexec_fn=_die_with_parent,
             )
             ranks.append(started)
-        for number in tuple(relayed):  # it came while the ranks were being started
+        for number in tuple(relayed):  # signals that came while the ranks were being started
             relay(number, None)
         return _wait(ranks, relayed)
     finally:
@@ -74,21 +85,20 @@ def spawn(command: Sequence[str], nproc: int) -> int:
 def _wait(ranks: list[subprocess.Popen[bytes]], relayed: list[int]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = [(i, code) for i, code in enumerate(codes) if code]
-        if failed:
-            rank, code = min(failed, key=lambda f: _BLAME.get(f[1], 0 if f[1] > 0 else 1))
-            if code == Interrupted.exit_code:
-                _wait_all(ranks, GRACE_SECONDS)
-                return code
-            if -code in relayed:  # it was too young to have a handler
-                return Interrupted.exit_code
-            if code < 0:
-                print(
-                    f"error: rank {rank} was killed by {signal.Signals(-code).name}; the others are ended",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                return DistributedFailure.exit_code
+        code = blame(code or 0 for code in codes)
+        if code == ExitCode.INTERRUPTED:
+            _wait_all(ranks, GRACE_SECONDS)
+            return code
+        if -code in relayed:  # the rank was too young to have a handler
+            return ExitCode.INTERRUPTED
+        if code < 0:
+            print(
+                f"error: rank {codes.index(code)} was killed by {signal.Signals(-code).name}; the other ranks are ended",
+                file=sys.stderr,
+                flush=True,
+            )
+            return ExitCode.DISTRIBUTED
+        if code:
             return code
         if all(code == 0 for code in codes):
             return 0
@@ -112,7 +122,7 @@ def _wait_all(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Whoever is still there gets a moment, then none: a rank that was killed leaves its data workers behind."""
+    """Send SIGTERM, and SIGKILL after 2 s. It goes to whole sessions: a rank that was killed leaves its data workers behind."""
     for rank in ranks:
         if rank.poll() is None:
             rank.terminate()

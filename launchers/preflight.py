@@ -11,8 +11,7 @@ from launchers.config import ClusterConfig, seconds_of
 from launchers.filesystem import file_system
 from pipeline.config import flatten, load_config
 from pipeline.errors import ConfigError, EnvironmentProblem
-from stages.check import STAGE_NUMBERS
-from stages.configs import DistillConfig, StageConfig
+from stages import spec_of
 
 # Of a shell that torchrun or another launcher made: they would be believed in the job.
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -41,7 +40,7 @@ def refuse(points: Sequence[Sequence[Step]], cluster: ClusterConfig) -> None:
 def _no_slurm(why: str, steps: Sequence[Step]) -> EnvironmentProblem:
     names = [step.path.stem for step in steps]
     chain = f"chain NAME={','.join(names if len(set(names)) > 1 else names[:1])}"
-    what = chain if len(steps) > 1 else f"stage-{STAGE_NUMBERS[steps[0].stage]} CONFIG={steps[0].path}"
+    what = chain if len(steps) > 1 else f"stage-{spec_of(steps[0].config).number} CONFIG={steps[0].path}"
     return EnvironmentProblem(
         f"no SLURM answers on this machine ({why}); submit from a login node of a cluster, or run"
         f" {'the chain' if len(steps) > 1 else 'the stage'} here with: make {what}"
@@ -103,9 +102,9 @@ def _misfit(name: str, partition: Mapping[str, str], cluster: ClusterConfig) -> 
 
 def check_shared(step: Step, cluster: ClusterConfig) -> None:
     """Raises ConfigError for a run folder, data or a parent that the nodes would not see, as far as it can be known."""
-    places = _places(step.config)
+    places = spec_of(step.config).paths(step.config)
     for name, path in places.items():
-        if path is not None and file_system(path) in _IN_MEMORY:
+        if file_system(path) in _IN_MEMORY:
             raise ConfigError(
                 f"{name} = {path} lies in the memory of this machine ({file_system(path)}); no node would see it"
             )
@@ -113,26 +112,8 @@ def check_shared(step: Step, cluster: ClusterConfig) -> None:
         return
     shared = [folder.resolve() for folder in cluster.shared]
     for name, path in places.items():
-        if path is not None and "://" not in str(path) and not any(path.resolve().is_relative_to(s) for s in shared):
+        if "://" not in str(path) and not any(path.resolve().is_relative_to(s) for s in shared):
             raise ConfigError(
                 f"{name} = {path} is not on a file system that the nodes share ({', '.join(map(str, cluster.shared))});"
                 " move it there, or add its folder to shared in the cluster's preset"
             )
-
-
-def _places(config: StageConfig) -> dict[str, Path | None]:
-    """Key -> path of whatever a rank reads or writes."""
-    data = config.data
-    places: dict[str, Path | None] = {
-        "run.root": config.run.root,
-        "data.train": data.train,
-        "data.split": data.split,
-        "data.test": data.test,
-    }
-    keys = {"teacher": "teacher.export"}
-    places |= {keys.get(role, role): folder for role, folder in config.parents().items()}
-    if isinstance(config, DistillConfig) and config.weights:
-        places["weights.path"] = config.weights.path
-    if isinstance(config, DistillConfig) and config.teacher:
-        places |= {"teacher.weights": config.teacher.weights, "teacher.cache": config.teacher.cache}
-    return places

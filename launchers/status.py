@@ -15,7 +15,7 @@ from launchers.queue import JobState
 from launchers.slurm import record
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.exports.card import CARD, Card
-from stages import STAGES
+from stages import SPECS
 
 AGAIN = "submit the chain again to have it back"
 SILENT_SECONDS, BEATS = 120.0, 100  # without a heartbeat: this long, and this many of the run's own steps
@@ -37,7 +37,7 @@ def show(root: Path, experiments: Sequence[str]) -> int:
             f"no experiment {', '.join(missing) or 'at all'} below {root}; there are: {', '.join(known) or 'none'}"
         )
     for name in experiments or known:
-        for stage in STAGES:
+        for stage in SPECS:
             row = read_stage(root / name / stage)
             if row.state != "absent":
                 print(f"{name + '/' + stage:32s} {row.state:12s} {row.words}")

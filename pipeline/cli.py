@@ -1,29 +1,53 @@
-"""From errors to exit codes, in one place, and the console script `vmp`.
+"""The one wrapper from errors to exit codes, and the console script `vmp`.
 
-Every command of the project is a function `main(arguments) -> int` that calls `guarded`. The codes themselves are
-documented in `pipeline/errors.py`.
+Every command of the project is a function `main(arguments) -> int` that calls `guarded`. The codes are listed in
+`pipeline/exit_codes.py`.
 """
 
 import errno
 import importlib
+import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 from pipeline.errors import EnvironmentProblem, Interrupted, PipelineError
+from pipeline.exit_codes import ExitCode
 
-# What any write can meet at any moment: the disk is full, over quota, read-only, broken, or its server is gone.
+# What any write can meet at any moment: the disk is full, over quota, read-only or broken, or its server is gone.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-KILLED_BY_CTRL_C = 130
 
-# name -> (module, help). Each module has `main(arguments) -> int`; it is imported only when its command is called.
+
+class Command(NamedTuple):
+    """A command of `vmp`: it calls `main([*words, *arguments])` of a module, which is imported only then."""
+
+    module: str
+    words: tuple[str, ...]
+    help: str
+
+
 COMMANDS = {
-    "stage": ("stages.__main__", "run one stage in this process: vmp stage arm CONFIG [key=value ...]"),
-    "data": ("pipeline.data", "make, split, check and show datasets"),
-    "models": ("pipeline.models.__main__", "convert released weights; write ONNX and Core ML files"),
-    "predict": ("pipeline.predict", "name what an exported classifier sees in image files"),
-    "evaluate": ("pipeline.evaluate.__main__", "judge an export on a dataset"),
+    "configs": Command("pipeline.configs", (), "list the config files that came with the package, or copy them"),
+    "data": Command("pipeline.data", (), "make, split, check and show datasets"),
+    "models": Command("pipeline.models.__main__", (), "convert released weights; write ONNX and Core ML files"),
+    "plan": Command("launchers.__main__", ("plan",), "predict time, memory and disk of a stage or a chain"),
+    "doctor": Command("launchers.__main__", ("doctor",), "check whether this machine or cluster can run it"),
+    "stage": Command("stages.__main__", (), "run one stage in this process: vmp stage arm CONFIG [key=value ...]"),
+    "local": Command("launchers.__main__", ("local",), "run one stage in several processes on this machine"),
+    "chain": Command("launchers.__main__", ("local", "chain"), "run all stages on this machine: vmp chain NAME"),
+    "submit": Command("launchers.__main__", ("slurm",), "submit a stage or a chain to SLURM"),
+    "status": Command("launchers.__main__", ("status",), "show how far every run is"),
+    "demo": Command("launchers.__main__", ("demo",), "run the chain on bundled digits and write a report"),
+    "report": Command("launchers.__main__", ("report",), "write one page about finished runs"),
+    "predict": Command("pipeline.predict", (), "name what an exported classifier sees in image files"),
+    "evaluate": Command("pipeline.evaluate.__main__", (), "evaluate an export on a dataset"),
+    "efficiency": Command("launchers.__main__", ("efficiency",), "time real steps of stage 3 side by side"),
+    "inference": Command("launchers.__main__", ("inference",), "measure throughput against resolution"),
+    "pareto": Command("launchers.__main__", ("pareto",), "plot speed measured here against reported accuracy"),
+    "fields": Command("launchers.__main__", ("fields",), "draw effective receptive fields"),
 }
 
 
@@ -32,7 +56,7 @@ def guarded(
     arguments: Sequence[str],
     *,
     explain: Callable[[Exception], PipelineError | None] = lambda error: None,
-    quiet: bool = False,
+    rank: str = "0",
 ) -> int:
     """Run `command` and turn whatever ends it into an exit code and one sentence on stderr.
 
@@ -40,50 +64,81 @@ def guarded(
         command: Takes the arguments and returns an exit code, or raises.
         arguments: Words of the command line, without the program's name.
         explain: Turns an exception that is not ours into one of `pipeline.errors`, or returns None for a bug.
-        quiet: Print no sentence for an interruption (all ranks of a run would say the same).
+        rank: The rank of this process. Ranks other than 0 do not repeat the sentence about an interruption.
 
     Returns:
         The command's own code; the `exit_code` of a `PipelineError`; 5 for a disk that fails; 130 for Ctrl-C; 1, with a
         stack trace, for a bug.
     """
+    previous, threading.excepthook = threading.excepthook, _thread_problem
     try:
         return command(list(arguments))
     except KeyboardInterrupt:
-        print("stopped; start the same command again to continue", file=sys.stderr, flush=True)
-        return KILLED_BY_CTRL_C
+        print("stopped at once; start the same command again to continue", file=sys.stderr, flush=True)
+        return ExitCode.STOPPED
     except Exception as error:
         known = error if isinstance(error, PipelineError) else explain(error) or _disk_problem(error)
         if known is None:
             traceback.print_exc()
-            return 1
-        if not (quiet and isinstance(known, Interrupted)):
-            print(f"{'' if isinstance(known, Interrupted) else 'error: '}{known}", file=sys.stderr, flush=True)
+            return ExitCode.BUG
+        interrupted = isinstance(known, Interrupted)
+        if rank == "0" or not interrupted:
+            print(f"{'' if interrupted else 'error: '}{known}", file=sys.stderr, flush=True)
         return known.exit_code
+    finally:
+        threading.excepthook = previous
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, with its output flushed.
+
+    A rank that failed must not wait for the others in the exit handlers of a process group that they still use.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_disk_error(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
 def _disk_problem(error: Exception) -> PipelineError | None:
-    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+    if not (isinstance(error, OSError) and _is_disk_error(error)):
         return None
     return EnvironmentProblem(
-        f"{error.filename or 'a file'}: {os.strerror(error.errno)}; make room or repair the disk, then start the same"
-        " command again: what was complete is kept"
+        f"{error.filename or 'a file'}: {os.strerror(error.errno or 0)}; free some space or repair the disk, then start the"
+        " same command again: what was complete is kept"
     )
 
 
+def _thread_problem(problem: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own. About a full disk the main thread says enough."""
+    if not _is_disk_error(problem.exc_value):
+        threading.__excepthook__(problem)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script: `vmp COMMAND ...` calls the `main` of that command."""
+    """Run the console script: `vmp COMMAND ...` calls the `main` of that command."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print("usage: vmp COMMAND ...\n\ncommands (vmp COMMAND --help says more):")
-        for name, (_, what) in COMMANDS.items():
-            print(f"  {name:<12} {what}")
-        return 0 if words else 2
-    if words[0] not in COMMANDS:
-        from pipeline.config import nearest
+        for name, command in COMMANDS.items():
+            print(f"  {name:<12} {command.help}")
+        return ExitCode.COMPLETE if words else ExitCode.CONFIG
+    return guarded(_dispatch, words)
 
-        print(
-            f"error: vmp has no command {words[0]!r}; it has {', '.join(nearest(words[0], list(COMMANDS)))}",
-            file=sys.stderr,
-        )
-        return 2
-    return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+
+def _dispatch(words: list[str]) -> int:
+    from pipeline.config import choose
+
+    command = choose("command of vmp", words[0], COMMANDS)
+    code: int = importlib.import_module(command.module).main([*command.words, *words[1:]])
+    if words[0] == "stage":
+        leave(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
-"""YAML and dotted overrides into frozen pydantic models; refusals that a person can act on.
+"""Read YAML and dotted overrides into frozen pydantic models, and refuse mistakes in words that a person can act on.
 
-This floor imports nothing heavy: a misspelt key is refused before torch is loaded.
-Every room keeps its schemas in its own torch-free `config.py`; all of them derive from `Strict`.
+This module imports nothing heavy: a misspelt key is refused before torch is loaded. Every package keeps its schemas in
+its own torch-free `config.py`; all of them derive from `Strict`.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 
 
 class Strict(BaseModel):
-    """A value: unknown keys refused, frozen after validation, defaults validated like given values."""
+    """Base of all schemas: refuses unknown keys, is frozen, and validates defaults like given values."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
@@ -32,7 +32,8 @@ class Strict(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError(
-                f"{str(value).lower()} is no value for it; give a number or a name (YAML reads on, off, yes, no as these)"
+                f"{str(value).lower()} is not allowed here; give a number or a name"
+                " (YAML reads on, off, yes and no as true and false)"
             )
         return value
 
@@ -67,7 +68,15 @@ for _digit in "0123456789":
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The plain value of a YAML text; `where` names it in the refusal."""
+    """Parse a YAML text into plain values.
+
+    Args:
+        text: The YAML.
+        where: Names the text in an error message, for example the path of its file.
+
+    Raises:
+        ConfigError: The text is not YAML, or gives a key twice.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except ConfigError as error:
@@ -79,7 +88,12 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with each `a.b=1` set; the right side is read as YAML."""
+    """Return a copy of `values` with each override set.
+
+    Args:
+        values: Nested mappings.
+        overrides: Words such as `a.b=1`; the right side is read as YAML and replaces the whole value.
+    """
     merged = _copy(values)
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -96,8 +110,64 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return merged
 
 
-def load_config(schema: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
-    """Read `path`, apply `overrides`, validate; raises ConfigError with all problems at once."""
+def config_folders() -> list[Path]:
+    """The folders that hold config files, nearest first: `./configs`, a checkout's, an installed wheel's.
+
+    Returns:
+        Those that exist. A wheel carries the files in `pipeline/_configs`.
+    """
+    package = Path(__file__).resolve().parent
+    folders = (Path("configs"), package.parent / "configs", package / "_configs")
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def find_config(path: Path) -> Path:
+    """Where a config file lies: in the current folder, or among the files that came with the package.
+
+    Args:
+        path: As typed, for example `configs/arm/demo.yaml`.
+
+    Returns:
+        `path` itself if it exists; else the packaged file of that name; `path` again if there is neither.
+    """
+    if path.is_file() or path.is_absolute():
+        return path
+    name = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    return next((found for folder in config_folders() if (found := folder / name).is_file()), path)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a config file as plain values, those of its `base:` file included.
+
+    `base: other.yaml` names a file relative to this one. Its values hold wherever this file gives none: mappings are
+    merged key by key, everything else is replaced (`null` removes a section). The base must not have a base itself.
+
+    Args:
+        path: The file, looked up by `find_config`.
+
+    Returns:
+        The values, without the key `base`.
+
+    Raises:
+        ConfigError: A file is missing, is no YAML mapping, or its base has a base.
+    """
+    path = find_config(path)
+    values = _read_mapping(path)
+    if "base" not in values:
+        return values
+    name = values.pop("base")
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: base = {name!r}; it must name a YAML file in or relative to {path.parent}")
+    below = _read_mapping(path.parent / name)
+    if "base" in below:
+        raise ConfigError(
+            f"{path}: its base {name} has a base itself ({below['base']}); only one level is allowed: name"
+            f" {below['base']} here and repeat the values of {name} that you need"
+        )
+    return _merge(below, values)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         known = f"; there are {', '.join(str(p) for p in near)}" if near else ""
@@ -109,11 +179,42 @@ def load_config(schema: type[M], path: Path, overrides: Sequence[str] = ()) -> M
     values = parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
-    return validate(schema, apply_overrides(values, overrides), str(path))
+    return values
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = _merge(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
+    return merged
+
+
+def load_config(schema: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
+    """Read a config file, apply the overrides and validate the result.
+
+    Args:
+        schema: The pydantic model that the file must fit.
+        path: The file; see `find_config` and `read_values`.
+        overrides: Words of the form `key=value`, for example `optim.lr=1e-3`.
+
+    Raises:
+        ConfigError: Names all problems at once.
+    """
+    return validate(schema, apply_overrides(read_values(path), overrides), str(path))
 
 
 def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
-    """`values` as a `schema`; raises ConfigError with one line per problem."""
+    """Validate `values` against `schema`.
+
+    Args:
+        schema: A pydantic model.
+        values: Nested mappings.
+        where: Names the source of the values in an error message.
+
+    Raises:
+        ConfigError: Has one line for each problem.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -123,12 +224,32 @@ def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The resolved config as YAML: every field, in the order of the schema."""
+    """Return the resolved config as YAML: every field, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+# At a knob, `Field(..., json_schema_extra=FREE)` says that it may change between two starts of one run: it decides where,
+# how fast or how closely watched the run is, and none of its numbers.
+FREE: dict[str, Any] = {"identity": False}
+
+
+def identity(config: BaseModel) -> dict[str, Any]:
+    """Return the values that decide the numbers of a run, with dotted keys: every field that is not declared FREE."""
+    values = config.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        extra, child = field.json_schema_extra, getattr(config, name)
+        if isinstance(extra, dict) and extra.get("identity") is False:
+            continue
+        if isinstance(child, BaseModel):
+            found |= {f"{name}.{key}": value for key, value in identity(child).items()}
+        else:
+            found |= flatten(values[name], name)
+    return found
+
+
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one mapping with dotted keys."""
     if not isinstance(values, dict):
         return {prefix: values}
     return {
@@ -137,12 +258,16 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """`known`, nearest to `name` first."""
+    """Sort the `known` names by their likeness to `name`, the most alike first."""
     return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())
 
 
 def choose(kind: str, name: str, table: dict[str, Any]) -> Any:
-    """table[name]; an unknown name lists the known ones, nearest first."""
+    """Return `table[name]`.
+
+    Raises:
+        ConfigError: The name is unknown; lists the known ones, the most alike first.
+    """
     if name not in table:
         raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(nearest(name, list(table)))}")
     return table[name]
@@ -154,7 +279,7 @@ def _copy(node: Any) -> Any:
 
 def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
     """One line that names the key, the value and the remedy."""
-    # Tags of unions appear in the location; they are no keys of the file.
+    # The location contains tags of unions, which are not keys of the file.
     location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
     path = [part for part in location if not part.startswith("tagged-")]
     name = ".".join(path)
@@ -174,7 +299,7 @@ def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
 
 
 def _keys_at(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The field names of every schema that may stand at `path`."""
+    """Return the field names of every schema that `path` may lead to."""
     schemas: list[type[BaseModel]] = [schema]
     for part in path:
         if part.startswith("tagged-"):  # a union by name: the tag says which of its schemas was chosen

@@ -1,53 +1,56 @@
-"""What a person can cause, and the exit code it ends in.
+"""The errors that a person or a machine can cause, each with the exit code that it ends in.
 
-Each error's text is one sentence: what was given, what is allowed, what to do. The codes are a contract with
-schedulers (SLURM's `afterok` must never fire on an interrupted stage), so they are stated here and nowhere else.
+The text of an error is one sentence: what happened, what was expected or is allowed, what to type.
 """
+
+from typing import ClassVar
+
+from pipeline.exit_codes import ExitCode
 
 
 class PipelineError(Exception):
-    """Base: ends the process with `exit_code` and its sentence, never with a stack trace."""
+    """Base of all: a command ends with `exit_code` and the sentence, without a stack trace."""
 
-    exit_code = 1
+    exit_code: ClassVar[ExitCode] = ExitCode.BUG
 
 
 class ConfigError(PipelineError):
-    """A value a person typed: unknown key, wrong type, impossible combination."""
+    """A value that a person typed is wrong: an unknown key, a wrong type, an impossible combination."""
 
-    exit_code = 2
+    exit_code = ExitCode.CONFIG
 
 
 class DataError(PipelineError):
-    """Shards, manifest, split or image."""
+    """Shards, a manifest, a split or an image are missing or damaged."""
 
-    exit_code = 3
+    exit_code = ExitCode.DATA
 
 
 class HandoverError(PipelineError):
-    """An export or checkpoint that is missing, damaged or does not fit."""
+    """An export or checkpoint is missing, damaged or does not fit."""
 
-    exit_code = 4
+    exit_code = ExitCode.HANDOVER
 
 
 class EnvironmentProblem(PipelineError):
-    """A missing package, a read-only folder, a contradiction in the launch environment."""
+    """The machine lacks something: a package, space, a writable folder, a consistent launch environment."""
 
-    exit_code = 5
+    exit_code = ExitCode.ENVIRONMENT
 
 
 class Diverged(PipelineError):
-    """Training left the finite numbers."""
+    """Training reached numbers that are not finite, or that leap."""
 
-    exit_code = 6
+    exit_code = ExitCode.DIVERGED
 
 
 class DistributedFailure(PipelineError):
-    """A rank died or hung."""
+    """Another rank died or hangs."""
 
-    exit_code = 7
+    exit_code = ExitCode.DISTRIBUTED
 
 
 class Interrupted(PipelineError):
-    """Stopped by a signal or a time limit with everything saved: start again to continue."""
+    """A signal or a time limit stopped the run, and everything is saved: start it again to continue."""
 
-    exit_code = 75
+    exit_code = ExitCode.INTERRUPTED

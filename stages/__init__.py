@@ -1,17 +1,17 @@
-"""The stages by name, in the order in which they feed one another. Light to import."""
+"""The stages: what each of them is (`SPECS`), and how it runs. Importing this package does not load torch."""
 
-from typing import NamedTuple
+from typing import Any
 
-from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
+from stages.configs.arm import ArmSpec
+from stages.configs.base import StageConfig
+from stages.configs.distill import DistillSpec
+from stages.configs.semi import SemiSpec
+from stages.spec import StageSpec, table
+
+# The only table of the stages: name -> spec, in the order in which they feed one another.
+SPECS = table(ArmSpec, DistillSpec, SemiSpec)
 
 
-class Stage(NamedTuple):
-    config: type[StageConfig]
-    module: str  # holds `run(config, replay=None)`; imported only to run, since it loads torch
-
-
-STAGES = {
-    "arm": Stage(ArmConfig, "stages.arm"),
-    "distill": Stage(DistillConfig, "stages.distill"),
-    "semi": Stage(SemiConfig, "stages.semi"),
-}
+def spec_of(config: StageConfig) -> StageSpec[Any]:
+    """Return the spec of the stage that a config belongs to."""
+    return SPECS[config.stage]

@@ -8,53 +8,56 @@ Input: shards (only the probes, which report, read labels).  Output: a pretraine
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.evaluate.metrics import mean_loss
-from pipeline.evaluate.probes import features_of, probe
+from pipeline.evaluate.probes import evaluate_features, features_of
 from pipeline.models.arm import ARM, pixel_loss
-from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.report.pictures import write_grid
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.loader import Batch
 from pipeline.streaming.transforms import train_views
 from pipeline.train.replay import Replay
 from pipeline.train.task import StepOutput, Task, mean_of
-from stages.configs import ArmConfig
+from stages.configs.arm import ArmConfig
 from stages.context import StageContext
 
 NUM_PICTURES = 8
 
 
 class ArmTask(Task):
-    """Squared error of the predicted clusters against their standardised pixels."""
+    """Squared error of the predicted clusters against their standardised pixels.
+
+    Args:
+        arm: Makes the targets, which use no weights.
+    """
 
     names_classes = False
 
     def __init__(self, arm: ARM) -> None:
-        self.arm = arm  # for its targets, which use no weights
+        self.arm = arm
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
+        """Return the mean error over images and predicted clusters, and the error of each cluster."""
         errors = arm_loss(self.arm, model(batch["unlabelled"].images), batch["unlabelled"].images)
         clusters = {f"cluster_loss/{k:02d}": mean_of(error) for k, error in enumerate(errors.unbind(1), start=1)}
         return StepOutput(loss=errors.mean(), metrics=clusters)
 
 
 def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
-    """(B, K - 1): each image's loss on each predicted cluster."""
+    """Return each image's loss on each predicted cluster, (B, K - 1)."""
     return pixel_loss(predictions, arm.targets(images), arm.num_clusters - 1)
 
 
 def run(config: ArmConfig, replay: Replay | None = None) -> None:
-    with StageContext("arm", config, replay) as s:
+    """Pretrain, evaluate and export; or take one step again for `replay`."""
+    with StageContext(config, replay) as s:
         arm, size = ARM(config.model, config.decoder), config.model.image_size
-        everything = np.sort(np.concatenate([s.parts.labelled, s.parts.unlabelled]))
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
-        streams = {"unlabelled": s.loader(everything, views, global_batch=config.loop.global_batch, hide_labels=True)}
-        held_out = s.parts.validation
-        pictured = s.pictures(held_out if len(held_out) else everything, NUM_PICTURES, size)
+        streams = s.loaders({"unlabelled": views})
+        held_out = s.subsets.validation
+        pictured = s.pictures(held_out if len(held_out) else s.streams["unlabelled"].sample_indices, NUM_PICTURES, size)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
             pictures = reconstructions(s.engine.module, arm, pictured)
@@ -68,7 +71,7 @@ def run(config: ArmConfig, replay: Replay | None = None) -> None:
             loss = mean_loss(s.engine.module, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
             return {"val/loss": loss} | probes(s, arm, config, step)
 
-        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, flops=TRAINING * forward_flops(arm, size))
+        s.train(arm, lambda engine: ArmTask(arm), streams, evaluate, size, s.flops({"student": arm}, size))
         s.export(
             s.engine.full_weights(), model=config.model, decoder=config.decoder, uses_labels=False, measured=s.measured
         )
@@ -77,19 +80,19 @@ def run(config: ArmConfig, replay: Replay | None = None) -> None:
 def probes(s: StageContext, arm: ARM, config: ArmConfig, step: int) -> dict[str, float]:
     """val/linear and val/knn in percent, of what the decoder reads, at the steps that `probe.every` says and after the last."""
     asked = config.probe
-    if asked is None or not len(s.parts.labelled) or (step % (asked.every or step) and step < config.loop.steps):
+    if asked is None or not len(s.subsets.labelled) or (step % (asked.every or step) and step < config.loop.steps):
         return {}
-    learnt_from = s.parts.labelled[:: -(-len(s.parts.labelled) // asked.samples)]
+    learnt_from = s.subsets.labelled[:: -(-len(s.subsets.labelled) // asked.samples)]
     bank, queries = (
         features_of(
             s.engine.module,
             arm.to_decoder,
-            s.evaluator.evaluation(s.manifest, part, config.model.image_size),
+            s.evaluator.evaluation(s.manifest, sample_indices, config.model.image_size),
             s.world.device,
         )
-        for part in (learnt_from, s.parts.validation)
+        for sample_indices in (learnt_from, s.subsets.validation)
     )
-    return {f"val/{name}": accuracy for name, accuracy in probe(bank, queries, asked).items()}
+    return {f"val/{name}": accuracy for name, accuracy in evaluate_features(bank, queries, asked).items()}
 
 
 @torch.no_grad()

@@ -1,55 +1,61 @@
-"""What can be known before any process starts and without torch: the data is there, the parents fit, the numbers divide."""
+"""The checks before a stage starts: the data is there, the parents fit, the numbers divide. They need no process and no torch."""
 
 import difflib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.config import find_config
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import Split, read_split
-from pipeline.errors import ConfigError, HandoverError
+from pipeline.errors import ConfigError, HandoverError, PipelineError
 from pipeline.exports.card import CARD, Card
-from pipeline.exports.prefetch import missing_weights
-from pipeline.models.config import TIMM_PREFIX, FamilyConfig, TimmConfig, VisionMambaConfig
-from pipeline.train.run import refuse_other_config
-from stages.configs import ArmConfig, DistillConfig, SemiConfig, StageConfig
+from pipeline.models.config import FamilyConfig
+from stages import SPECS, spec_of
+from stages.configs.base import StageConfig
+from stages.identity import refuse_other_run
+from stages.spec import ParentModel, Subsets
 
-STAGE_NUMBERS = {"arm": 1, "distill": 2, "semi": 3}
-
-
-class Parts(NamedTuple):
-    """SampleIndices in the training manifest."""
-
-    labelled: np.ndarray
-    unlabelled: np.ndarray
-    validation: np.ndarray
+Pending = Mapping[Path, StageConfig]  # folders of exports that earlier stages of a chain will write -> their configs
+NONE_PENDING: Pending = MappingProxyType({})
 
 
-def check(
-    stage: str, config: StageConfig, world_size: int, pending: Mapping[Path, StageConfig] = MappingProxyType({})
-) -> None:
-    """Raises the error that the stage would end in, before it costs anything.
+def check(config: StageConfig, world_size: int, pending: Pending = NONE_PENDING) -> None:
+    """Raise the error that the stage would end in, before it costs anything.
 
-    `pending` maps the folders of exports that earlier stages of a chain will write to those stages' configs.
+    Args:
+        config: The stage's config.
+        world_size: The number of processes.
+        pending: The exports that earlier stages of the chain will write, with those stages' configs.
+
+    Raises:
+        PipelineError: The first problem found; its text begins with the name of the stage.
     """
+    try:
+        _check(config, world_size, pending)
+    except PipelineError as error:
+        raise type(error)(f"stage {config.stage}: {error}") from None
+
+
+def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
+    spec, readers = spec_of(config), config.data.loader.virtual_readers
     derive_batches(config.loop.global_batch, world_size, config.engine.micro_batch)
-    if config.data.loader.virtual_readers % world_size:
+    if readers % world_size:
         raise ConfigError(
-            f"data.loader.virtual_readers {config.data.loader.virtual_readers} must be a multiple of the {world_size}"
-            " processes; change either"
+            f"data.loader.virtual_readers {readers} must be a multiple of the {world_size} processes; change either"
         )
-    refuse_other_config(config.run.folder(stage), config)
-    manifest, _, parts = open_data(config)
-    for name, samples in streams(config, parts).items():
-        if samples < config.data.loader.virtual_readers:
+    refuse_other_run(config)
+    manifest, _, subsets = open_data(config)
+    for name, stream in spec.streams(config, subsets).items():
+        samples = len(stream.sample_indices)
+        if samples < readers:
             raise ConfigError(
-                f"data.loader.virtual_readers is {config.data.loader.virtual_readers}, but there are only {samples} {name}"
-                f" samples to share among them; give a multiple of the {world_size} processes"
-                f" that is at most {samples} and divides loop.global_batch"
+                f"data.loader.virtual_readers is {readers}, but there are only {samples} {name} samples to share"
+                f" among them; give a multiple of the {world_size} processes that is at most {samples} and divides"
+                " loop.global_batch, or another data.split"
             )
     if config.data.test is not None:
         test = read_manifest(config.data.test)
@@ -57,109 +63,81 @@ def check(
             raise HandoverError(
                 f"{config.data.test} and {config.data.train} name different classes; convert them with the same class list"
             )
-    if isinstance(config, DistillConfig):
-        _check_distill(config, len(manifest.classes))
-    for role, folder in config.parents().items():
+    num_classes = len(manifest.classes)
+    spec.check_data(config, num_classes)
+    for role, folder in spec.parents(config).items():
         if folder in pending:
-            parent = pending[folder]
-            if isinstance(parent, ArmConfig | DistillConfig):
-                kind = "pretrainer" if isinstance(parent, ArmConfig) else "classifier"
-                _check_form(config, role, folder, kind, parent.model)
+            kind = spec_of(pending[folder]).produces
+            spec.check_parent(config, role, folder, kind, model_of(pending[folder], num_classes, pending))
             continue
         card = Card.read(folder, remedy=_remedy(config, folder))
         card.verify(folder)
-        check_parent(config, role, folder, card, manifest, parts)
+        check_parent(config, role, folder, card, manifest, subsets)
 
 
-def _check_distill(config: DistillConfig, num_classes: int) -> None:
-    if "num_classes" in config.model.model_fields_set and config.model.num_classes != num_classes:
-        raise ConfigError(
-            f"model.num_classes is {config.model.num_classes}, {config.data.train} has {num_classes} classes; leave it out"
-        )
-    foreign = [(f"{TIMM_PREFIX}{config.teacher.timm}", config.teacher.weights)] if config.teacher else []
-    if config.weights:
-        foreign.append((config.model.name, config.weights.path))
-    for name, path in foreign:
-        if path is None:
-            continue
-        if not path.is_file():
-            raise missing_weights(path, name)
-        without_labels = config.weights is not None and path == config.weights.path and not config.weights.saw_labels
-        if config.data.split is not None and not config.allow_more_labels and not without_labels:
-            raise HandoverError(
-                f"{name} was trained on labels outside those of {config.data.split};"
-                " set allow_more_labels=true to mark the result"
-            )
+def check_parent(
+    config: StageConfig, role: str, folder: Path, card: Card, manifest: Manifest, subsets: Subsets
+) -> bool:
+    """Refuse an export that may not feed this stage in that role.
 
+    Returns:
+        Whether the export saw more labels than this stage claims.
 
-def check_parent(config: StageConfig, role: str, folder: Path, card: Card, manifest: Manifest, parts: Parts) -> bool:
-    """Whether an export may feed this stage in that role; returns whether it saw more labels than this stage claims."""
+    Raises:
+        PipelineError: Says what does not fit: preprocessing, classes, kind, form or labels.
+    """
     card.check_preprocessing(config.data.preprocessing, folder)
     card.check_classes(manifest.classes, folder)
-    _check_form(config, role, folder, card.kind, card.model)
-    return card.check_labels(folder, manifest.hash, parts.labelled, allow_more=not config.claimed_labels())
+    spec_of(config).check_parent(config, role, folder, card.kind, card.model)
+    return card.check_labels(folder, manifest.hash, subsets.labelled, allow_more=not config.claimed_labels())
 
 
-def _check_form(config: StageConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
-    """Whether a parent of that kind and model, there already or still to come, fits."""
-    if kind != "classifier" and (role == "teacher" or isinstance(config, SemiConfig)):
-        raise HandoverError(
-            f"{folder} holds a pretrainer; as {role} of this stage a classifier is needed: train it with stage distill"
-        )
-    if isinstance(config, SemiConfig) and config.ssmixup:
-        _check_ssmixup(model, folder)
-    if isinstance(config, DistillConfig):
-        for name in _must_agree(role, kind, model, config):
-            there, here = getattr(model, name, None), getattr(config.model, name, None)
-            if there != here:
-                raise HandoverError(
-                    f"{folder} has model.{name} = {there!r}, this config {here!r};"
-                    " make them alike, or start from another export"
-                )
+def model_of(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDING) -> FamilyConfig:
+    """Return the config of the model that a stage trains, though its parents may not exist yet."""
+    return spec_of(config).model_config(config, num_classes, parent_models(config, num_classes, pending))
 
 
-def _check_ssmixup(model: FamilyConfig, folder: Path) -> None:
-    if not isinstance(model, VisionMambaConfig) or model.directions == 1:
-        raise ConfigError(
-            f"ssmixup blends the opposite directions of a Vision Mamba, and {getattr(model, 'name', 'the model')} of {folder}"
-            " has none; leave ssmixup out (LyapEMA works with every model), or set mixup.pseudo=true to mix images instead"
-        )
+def parent_models(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDING) -> ParentModel:
+    """Return a function from a parent's role to the config of its model: from its export, or from `pending`."""
+    folders = spec_of(config).parents(config)
+
+    def parent(role: str) -> FamilyConfig:
+        folder = folders[role]
+        if folder in pending:
+            return model_of(pending[folder], num_classes, pending)
+        return Card.read(folder).model
+
+    return parent
 
 
-def _must_agree(role: str, kind: str, model: FamilyConfig, config: DistillConfig) -> tuple[str, ...]:
-    """Fields of the model in which a parent and a student must not differ."""
-    if role == "teacher":
-        return ("image_size", "in_chans")  # it sees the student's images
-    if type(model) is not type(config.model):
-        return ("name",)
-    if kind == "classifier":
-        # Every timm name is a model of its own; the other families say what they are in their fields.
-        free = set(model.free) - ({"name"} if isinstance(model, TimmConfig) else set())
-        return tuple(name for name in type(model).model_fields if name not in free)
-    return ("embed_dim", "depth", "d_state", "d_conv", "expand", "mlp", "norm", "patch_size", "in_chans")
+def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Subsets]:
+    """Open the training manifest, its split and the subsets. Without a split every sample is labelled.
 
-
-def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Parts]:
-    """The training manifest, its split, and the parts: without a split every sample is labelled."""
+    Raises:
+        DataError: The manifest or the split is missing or damaged, or they do not belong together.
+    """
     manifest = read_manifest(config.data.train)
     if config.data.split is None:
         nothing = np.empty(0, np.int64)
-        return manifest, None, Parts(np.arange(manifest.num_samples), nothing, nothing)
+        return manifest, None, Subsets(np.arange(manifest.num_samples), nothing, nothing)
     split = read_split(config.data.split, manifest)
-    return manifest, split, Parts(*(split.part(name) for name in Parts._fields))
-
-
-def streams(config: StageConfig, parts: Parts) -> dict[str, int]:
-    """How many samples each stream of a stage draws from, the first stream first."""
-    labelled, unlabelled = len(parts.labelled), len(parts.unlabelled)
-    if isinstance(config, ArmConfig):
-        return {"training": labelled + unlabelled}
-    unlabelled_too = isinstance(config, SemiConfig) and config.pseudo.weight > 0
-    return {"labelled": labelled} | ({"unlabelled": unlabelled} if unlabelled_too else {})
+    return manifest, split, Subsets(*(split.part(name) for name in Subsets._fields))
 
 
 def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:
-    """(samples per process and micro-batch, micro-batches per step). The global batch is the config's; the rest follows."""
+    """Divide the global batch, which the config fixes, over processes and micro-batches.
+
+    Args:
+        global_batch: Samples of the first stream in an optimizer step, over all processes.
+        world_size: The number of processes.
+        micro_batch: The most samples that a process takes at once, or None for its whole share.
+
+    Returns:
+        Samples per process and micro-batch, and micro-batches per step.
+
+    Raises:
+        ConfigError: The numbers do not divide.
+    """
     if global_batch % world_size:
         raise ConfigError(
             f"loop.global_batch {global_batch} must be a multiple of the {world_size} processes; change either"
@@ -168,18 +146,22 @@ def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) 
     accumulation = -(-share // (micro_batch or share))
     if share % accumulation:
         raise ConfigError(
-            f"each of {world_size} processes takes {share} samples a step, which engine.micro_batch {micro_batch} would cut into"
-            f" {accumulation} unequal parts; choose a divisor of {share}"
+            f"each of {world_size} processes takes {share} samples a step, which engine.micro_batch {micro_batch} would cut"
+            f" into {accumulation} unequal micro-batches; set engine.micro_batch to a divisor of {share}"
         )
     return share // accumulation, accumulation
 
 
-def is_complete(stage: str, config: StageConfig) -> bool:
-    """Whether this very run has been finished, its export still sound; says so. Raises ConfigError for another run's folder."""
-    folder = config.run.folder(stage)
+def is_complete(config: StageConfig) -> bool:
+    """Find out whether this very run has finished and its export is sound, and print the answer.
+
+    Raises:
+        PipelineError: The folder belongs to another run (see `refuse_other_run`).
+    """
+    folder = config.folder
     if not (folder / "export" / CARD).is_file():
         return False
-    refuse_other_config(folder, config)
+    refuse_other_run(config)
     try:
         Card.read(folder / "export").verify(folder / "export")
     except HandoverError as error:
@@ -190,10 +172,12 @@ def is_complete(stage: str, config: StageConfig) -> bool:
 
 
 def _remedy(config: StageConfig, folder: Path) -> str:
-    for stage, number in STAGE_NUMBERS.items():
+    """What to type to get the export that is missing in `folder`."""
+    for stage, spec in SPECS.items():
         if folder == config.run.folder(stage) / "export":
             name = config.run.experiment
             file = Path(f"configs/{stage}/{name}.yaml")
-            return f"make stage-{number} CONFIG={file if file.is_file() else file.with_stem('NAME')} ARGS=run.experiment={name}"
-    meant = difflib.get_close_matches(folder.name, STAGE_NUMBERS, n=1)
+            file = file if find_config(file).is_file() else file.with_stem("NAME")
+            return f"make stage-{spec.number} CONFIG={file} ARGS=run.experiment={name}"
+    meant = difflib.get_close_matches(folder.name, SPECS, n=1)
     return f"init_from={meant[0]} names the export of that stage in the same experiment" if meant else ""

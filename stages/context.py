@@ -17,6 +17,7 @@ from pipeline.errors import Interrupted, PipelineError
 from pipeline.exports.card import Card, LabelsSeen, Lineage, Parent, sample_indices_seen
 from pipeline.exports.export import load_export, write_export
 from pipeline.models.config import DecoderConfig, FamilyConfig
+from pipeline.models.flops import forward_flops
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.loader import Loader
 from pipeline.streaming.transforms import View, eval_views
@@ -29,31 +30,35 @@ from pipeline.train.run import Run
 from pipeline.train.schedules import warmup_cosine
 from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
+from pipeline.train.training import Training
+from stages import spec_of
 from stages.check import check_parent, derive_batches, open_data
-from stages.configs import StageConfig
+from stages.configs.base import StageConfig
 from stages.evaluator import Evaluator
+from stages.identity import inputs_of
 from stages.visualize import show_attribution, show_views, spread
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Task)
-NUM_PROBE_IMAGES = 4
+NUM_FINGERPRINT_IMAGES = 4
 
 
 class StageContext:
-    """`with StageContext("arm", config) as setting:` joins the processes, opens the run, and closes both whatever happens.
+    """`with StageContext(config) as s:` joins the processes, opens the run, and closes both whatever happens.
 
     With `replay` the run is only read: `train` ends in Replayed, and what is written goes to a temporary folder.
     """
 
-    def __init__(self, stage: str, config: StageConfig, replay: Replay | None = None) -> None:
-        self.stage, self.config, self._replay = stage, config, replay
+    def __init__(self, config: StageConfig, replay: Replay | None = None) -> None:
+        self.spec, self.config, self._replay = spec_of(config), config, replay
         self.world = distributed.start(config.engine.timeout_seconds)
         self._scratch = tempfile.TemporaryDirectory() if replay else None
-        folder = Path(self._scratch.name) if self._scratch else config.run.folder(stage)
+        folder = Path(self._scratch.name) if self._scratch else config.folder
         self.run = Run(folder, config, self.world)
-        self.manifest, self.split, self.parts = open_data(config)
-        self.evaluator = Evaluator(config.data, self.manifest, self.split, self.parts, self.world, self.run)
+        self.manifest, self.split, self.subsets = open_data(config)
+        self.streams = self.spec.streams(config, self.subsets)
+        self.evaluator = Evaluator(config.data, self.manifest, self.split, self.subsets, self.world, self.run)
         self._engine: Engine | None = None
         self._parents: list[tuple[str, Path, Card]] = []
         self._labels: dict[str, tuple[LabelsSeen, np.ndarray | None]] = {}
@@ -97,13 +102,35 @@ class StageContext:
 
     def parent(self, role: str) -> nn.Module:
         """The verified model of a parent; its labels are ours from now on."""
-        folder = self.config.parents()[role]
+        folder = self.parent_folder(role)
         model, card = load_export(folder)
-        self._marked |= check_parent(self.config, role, folder, card, self.manifest, self.parts)
+        self._marked |= check_parent(self.config, role, folder, card, self.manifest, self.subsets)
         self._parents.append((role, folder, card))
         for seen in card.labels_seen:
             self._labels[seen.split] = (seen, sample_indices_seen(folder, seen) if seen.dataset else None)
         return model
+
+    def parent_folder(self, role: str) -> Path:
+        """Return the folder of a parent's export."""
+        return self.spec.parents(self.config)[role]
+
+    def model_config(self) -> FamilyConfig:
+        """Return the config of the model that this stage trains. Its parents must have been loaded."""
+        return self.spec.model_config(
+            self.config, len(self.manifest.classes), lambda role: self.parent_card(role).model
+        )
+
+    def flops(self, built: Mapping[str, nn.Module], image_size: tuple[int, int]) -> int:
+        """Count the FLOPs of a step per sample of the first stream, by the workload of the stage's spec.
+
+        Args:
+            built: The student, and the frozen networks, by their names in the workload.
+            image_size: (height, width) in pixels.
+        """
+        workload = self.spec.workload(
+            self.config, len(self.manifest.classes), lambda role: self.parent_card(role).model
+        )
+        return workload.flops(lambda network: forward_flops(built[network.name], image_size))
 
     def parent_card(self, role: str) -> Card:
         return next(card for known, _, card in self._parents if known == role)
@@ -116,28 +143,31 @@ class StageContext:
         )
         self._marked = self._marked or self.split is not None
 
-    def loader(
-        self, sample_indices: np.ndarray, views: View, *, global_batch: int, hide_labels: bool = False
-    ) -> Loader:
-        """An endless stream over manifest sample_indices. Every stream shares the seed: their orders differ by their samples.
+    def loaders(self, views: Mapping[str, View]) -> dict[str, Loader]:
+        """Open the streams of the stage's spec.
 
-        A stream without labels is sampled uniformly: balancing its classes would tell them.
+        They share the seed; their orders differ by their samples. A stream without labels is sampled uniformly: balancing
+        its classes would tell them.
+
+        Args:
+            views: The transform of each stream's images. Streams that the stage does not have are ignored.
         """
         config = self.config.data.loader
-        if hide_labels:
-            config = config.model_copy(update={"sampling": "uniform"})
-        return Loader(
-            self.manifest,
-            sample_indices,
-            global_batch=global_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            seed=self.config.run.seed,
-            views=views,
-            config=config,
-            hide_labels=hide_labels,
-            quarantine=self.run.folder / "quarantine.jsonl",
-        )
+        return {
+            name: Loader(
+                self.manifest,
+                stream.sample_indices,
+                global_batch=stream.global_batch,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                seed=self.config.run.seed,
+                views=views[name],
+                config=config.model_copy(update={"sampling": "uniform"}) if stream.hide_labels else config,
+                hide_labels=stream.hide_labels,
+                quarantine=self.run.folder / "quarantine.jsonl",
+            )
+            for name, stream in self.streams.items()
+        }
 
     def train(
         self,
@@ -152,6 +182,27 @@ class StageContext:
 
         `flops`: what a step computes per sample of the first stream, backward included.
         """
+        training, task = self.prepare(model, task_of, streams, image_size, flops)
+
+        def evaluate_and_show(step: int, board: Board) -> dict[str, float]:
+            row = evaluate(step, board)
+            self._show(task, streams, step, board, image_size)
+            return row
+
+        if self._replay:
+            raise Replayed(replay(training, self._replay))
+        fit(training, self.run, evaluate_and_show)
+        return task
+
+    def prepare(
+        self,
+        model: nn.Module,
+        task_of: Callable[[Engine], T],
+        streams: Mapping[str, Loader],
+        image_size: tuple[int, int],
+        flops: float,
+    ) -> tuple[Training, T]:
+        """Wrap the model in an engine and return all that `fit` or `replay` drives, with its Task."""
         c = self.config
         micro_batch, accumulation = derive_batches(c.loop.global_batch, self.world.size, c.engine.micro_batch)
         recorder = Recorder(c.loop.log_every)
@@ -162,46 +213,22 @@ class StageContext:
             model, self.world, optim=c.optim, config=c.engine, micro_batch=micro_batch, accumulation=accumulation
         )
         task = task_of(self.engine)
-
-        def evaluate_and_show(step: int, board: Board) -> dict[str, float]:
-            row = evaluate(step, board)
-            self._show(task, streams, step, board, image_size)
-            return row
-
-        fingerprint = (
-            f"{self.manifest.hash} {self.split.hash if self.split else ''}"  # the config is checked by its values
-        )
-        lr_at = warmup_cosine(c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps - c.optim.cooldown_steps)
-        if self._replay:
-            raise Replayed(
-                replay(
-                    self._replay,
-                    task,
-                    self.engine,
-                    streams,
-                    steps=c.loop.steps,
-                    lr_at=lr_at,
-                    accumulation=accumulation,
-                    fingerprint=fingerprint,
-                    seed=c.run.seed,
-                )
-            )
-        fit(
-            task,
-            self.engine,
-            streams,
-            self.run,
+        training = Training(
+            task=task,
+            engine=self.engine,
+            streams=streams,
             loop=c.loop,
-            lr_at=lr_at,
+            lr_at=warmup_cosine(
+                c.optim.lr, c.optim.min_lr, c.optim.warmup_steps, c.loop.steps - c.optim.cooldown_steps
+            ),
             accumulation=accumulation,
-            fingerprint=fingerprint,
             seed=c.run.seed,
-            evaluate=evaluate_and_show,
+            inputs=inputs_of(c),
             recorder=recorder,
-            fingerprint_images=self._probe(image_size).to(self.world.device),
+            fingerprint_images=self._fingerprint_images(image_size).to(self.world.device),
             flops=flops * c.loop.global_batch,
         )
-        return task
+        return training, task
 
     def export(
         self,
@@ -220,8 +247,10 @@ class StageContext:
         if uses_labels:
             name = self.split.hash if self.split else f"all-{self.manifest.hash}"
             protocol = self.split.protocol if self.split else "all labels"
-            seen = LabelsSeen(split=name, protocol=protocol, count=len(self.parts.labelled), dataset=self.manifest.hash)
-            self._labels[name] = (seen, self.parts.labelled)
+            seen = LabelsSeen(
+                split=name, protocol=protocol, count=len(self.subsets.labelled), dataset=self.manifest.hash
+            )
+            self._labels[name] = (seen, self.subsets.labelled)
         if self.world.is_main:
             card = Card(
                 kind="pretrainer" if decoder else "classifier",
@@ -237,7 +266,7 @@ class StageContext:
                 weights_sha256="",
                 fingerprint_sha256="",
                 lineage=Lineage(
-                    stage=self.stage,
+                    stage=self.spec.name,
                     config_sha256=self.run.config_sha256,
                     commit=self.run.commit,
                     dataset=self.manifest.hash,
@@ -253,7 +282,7 @@ class StageContext:
             labels = {
                 name: sample_indices for name, (_, sample_indices) in self._labels.items() if sample_indices is not None
             }
-            fingerprint_images = self._probe(model.image_size)
+            fingerprint_images = self._fingerprint_images(model.image_size)
             for name, others in (companions or {}).items():
                 folder = self.run.folder / f"export-{name}"
                 write_export(folder, card=card, weights=others, fingerprint_images=fingerprint_images, labels=labels)
@@ -274,7 +303,7 @@ class StageContext:
             return
         for name, confidence in self.evaluator.confidence.items():
             board.histogram(f"val/{name}", confidence, step)
-        look, held_out = self.config.data.preprocessing, self.parts.validation
+        look, held_out = self.config.data.preprocessing, self.subsets.validation
         model = self.engine.module if self.config.engine.zero_stage < 3 else None
         show_views(board, step, task, model, streams, self.manifest, look)
         if model is not None and self.manifest.classes and task.names_classes and len(held_out):
@@ -285,6 +314,6 @@ class StageContext:
         view = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
         return spread(self.manifest, sample_indices, number, view).images.to(self.world.device)
 
-    def _probe(self, image_size: tuple[int, int]) -> Tensor:
-        sample_indices = self.parts.validation if len(self.parts.validation) else self.parts.labelled
-        return self.pictures(sample_indices, NUM_PROBE_IMAGES, image_size).cpu()
+    def _fingerprint_images(self, image_size: tuple[int, int]) -> Tensor:
+        sample_indices = self.subsets.validation if len(self.subsets.validation) else self.subsets.labelled
+        return self.pictures(sample_indices, NUM_FINGERPRINT_IMAGES, image_size).cpu()

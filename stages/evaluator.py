@@ -10,22 +10,22 @@ from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import Split
 from pipeline.evaluate import metrics
 from pipeline.evaluate.open_set import with_outside
-from pipeline.evaluate.predictions import Predictions, ask
+from pipeline.evaluate.predictions import Predictions, predict
 from pipeline.streaming.loader import Batch, evaluation_batches
 from pipeline.streaming.transforms import eval_views
 from pipeline.train.distributed import World
 from pipeline.train.run import Run
-from stages.check import Parts
-from stages.configs import DataConfig
+from stages.configs.base import DataConfig
+from stages.spec import Subsets
 
 
 class Evaluator:
     """Of the models of one stage, on `image_size` (H, W) views. Its answers are those of the export (fp32)."""
 
     def __init__(
-        self, config: DataConfig, manifest: Manifest, split: Split | None, parts: Parts, world: World, run: Run
+        self, config: DataConfig, manifest: Manifest, split: Split | None, subsets: Subsets, world: World, run: Run
     ) -> None:
-        self.config, self.manifest, self.split, self.parts = config, manifest, split, parts
+        self.config, self.manifest, self.split, self.subsets = config, manifest, split, subsets
         self.world, self.run = world, run
         self.confidence: dict[str, np.ndarray] = {}  # of each model in the last validation
 
@@ -49,7 +49,7 @@ class Evaluator:
         self, model: nn.Module, manifest: Manifest, sample_indices: np.ndarray, image_size: tuple[int, int]
     ) -> Predictions:
         """Of a classifier to samples of a manifest (collective), in fp32: what an export will say."""
-        return ask(model, self.evaluation(manifest, sample_indices, image_size), self.world.device)
+        return predict(model, self.evaluation(manifest, sample_indices, image_size), self.world.device)
 
     def groups(self) -> dict[str, np.ndarray]:
         """Head, medium and tail by the images that follow the split's tail; classes that it leaves out stand apart.
@@ -67,14 +67,14 @@ class Evaluator:
 
     def class_counts(self) -> np.ndarray:
         """(C,) labelled images of each class."""
-        return np.bincount(self.manifest.labels[self.parts.labelled], minlength=len(self.manifest.classes))
+        return np.bincount(self.manifest.labels[self.subsets.labelled], minlength=len(self.manifest.classes))
 
     def validate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
         """val/top1, val/tail, ... of each model on the validation part; names other than `student` are prefixed."""
         row = {}
-        if len(self.parts.validation):
+        if len(self.subsets.validation):
             for name, model in models.items():
-                answers = self.answers(model, self.manifest, self.parts.validation, image_size)
+                answers = self.answers(model, self.manifest, self.subsets.validation, image_size)
                 prefix = "" if name == "student" else f"{name}_"
                 self.confidence[f"{prefix}confidence"] = answers.confidence
                 found = metrics.summary(answers, len(self.manifest.classes), self.groups())
@@ -87,13 +87,13 @@ class Evaluator:
         Returns the test set's top1 of each model, for the card.
         """
         if self.config.test is not None:
-            test, judged_on = read_manifest(self.config.test), "test images"
+            test, evaluated_on = read_manifest(self.config.test), "test images"
             sample_indices = np.arange(test.num_samples)
         else:
-            test, judged_on, sample_indices = (
+            test, evaluated_on, sample_indices = (
                 self.manifest,
-                "validation images, for want of a test set",
-                self.parts.validation,
+                "validation images (there is no test set)",
+                self.subsets.validation,
             )
         if not len(sample_indices):
             return {}
@@ -102,10 +102,10 @@ class Evaluator:
             answers = self.answers(model, test, sample_indices, image_size)
             results[name] = metrics.report(answers, self.groups(), test.classes)
             if self.world.is_main:
-                answers.save(self.run.folder / f"answers-{name}.npz")
+                answers.save(self.run.folder / f"predictions-{name}.npz")
         protocol = {
             "dataset": test.hash,
-            "judged_on": judged_on,
+            "evaluated_on": evaluated_on,
             "split": self.split.hash if self.split else None,
             "protocol": self.split.protocol if self.split else "all labelled",
         }

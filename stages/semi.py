@@ -20,40 +20,44 @@ from torch import Tensor, nn
 from pipeline.evaluate.pseudo import count_pseudo_labels, pseudo_summary
 from pipeline.exports.export import transfer
 from pipeline.models import build_from_config
-from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
-from pipeline.models.flops import TRAINING, forward_flops
 from pipeline.models.losses import one_hot, soft_cross_entropy
 from pipeline.report.tensorboard import Board
-from pipeline.ssl.inference_copy import InferenceCopy
-from pipeline.ssl.lyapema import LyapEMA
 from pipeline.ssl.pseudo_labels import PseudoLabeller, PseudoLabels
+from pipeline.ssl.teacher import Teacher
 from pipeline.streaming.loader import Batch
 from pipeline.streaming.mixup import mix, mix_at_random, mix_by_confidence, pair_ratio
 from pipeline.streaming.transforms import pair_views, train_views
 from pipeline.train.engine import Engine
 from pipeline.train.replay import Replay
-from pipeline.train.task import Mean, StepOutput, Task, mean_of, probe_answer
-from stages.configs import SemiConfig
+from pipeline.train.task import Mean, StepOutput, Task, mean_of
+from stages.configs.semi import SemiConfig, exported_model
 from stages.context import StageContext
 
 
 class SemiTask(Task):
-    """Cross-entropy on labels, plus cross-entropy on confident pseudo-labels. `prior` (C,): the classes' shares of the labels."""
+    """Cross-entropy on labels, plus cross-entropy on confident pseudo-labels.
+
+    Args:
+        engine: The student under training.
+        teacher: A copy of the student that becomes the teacher.
+        labeller: Turns the teacher's logits into pseudo-labels.
+        config: The stage's config.
+        prior: (C,) the classes' shares of the labelled samples.
+    """
+
+    teacher: Teacher
 
     def __init__(
         self, engine: Engine, teacher: nn.Module, labeller: PseudoLabeller, config: SemiConfig, prior: Tensor
     ) -> None:
         self.config, self.labeller = config, labeller
-        self.ema = LyapEMA(
-            engine.masters, engine.base_optimizer, config.ema, engine.all_reduce, num_weights=engine.num_weights
-        )
-        average = config.ema.buffers == "average"
-        self.copy = InferenceCopy(engine, teacher, self.ema.teacher, average_buffers=average)
+        self.teacher = Teacher(engine, teacher, config.ema)
         # A class without labels is as rare as one with half a label.
         rarest = prior[prior > 0].min() / 2
         self.adjustment = config.logit_adjustment * prior.clamp(min=rarest).log().float()
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
+        """Return the loss of a micro-batch of both streams, or of `labelled` alone."""
         c, labelled, unlabelled = self.config, batch["labelled"], batch.get("unlabelled")
         truth = one_hot(labelled.labels, len(self.adjustment))
         images, targets = mix_at_random(
@@ -64,7 +68,7 @@ class SemiTask(Task):
             supervised = soft_cross_entropy(logits + self.adjustment, targets, c.label_smoothing).mean()
             return StepOutput(loss=supervised, metrics=_supervised_metrics(supervised, logits, labelled))
         pseudo = self.labeller.label(
-            answers(self.copy.module if c.pseudo.labeller == "teacher" else model, unlabelled.images)
+            eval_logits(self.teacher.module if c.pseudo.labeller == "teacher" else model, unlabelled.images)
         )
         strong, guesses, accepted, blend = self._mixed(unlabelled, pseudo)
         # One forward pass for both streams; labelled images have a share in SSMixup only where every image has.
@@ -112,20 +116,21 @@ class SemiTask(Task):
         return images, targets, accepted, None if c.ssmixup.axis == "sample" else torch.stack([psi, 1 - psi], dim=1)
 
     def weight(self) -> float:
-        """Of the unlabelled loss at this step."""
+        """Return the weight of the unlabelled loss at this step."""
         p = self.config.pseudo
-        risen = min(1.0, self.ema.updates / p.ramp_steps) if p.ramp_steps else 1.0
+        risen = min(1.0, self.teacher.updates / p.ramp_steps) if p.ramp_steps else 1.0
         return p.weight * (1 - math.cos(math.pi * risen)) / 2
 
-    def after_step(self, engine: Engine, loss: Tensor) -> dict[str, Mean]:
-        report = self.ema.update(loss)
+    def after_step(self, loss: Tensor) -> dict[str, Mean]:
+        """Move the teacher, and let the labeller's running means see the step (collective)."""
+        report = self.teacher.after_step(loss)
         self.labeller.update()
-        self.copy.refresh(self.ema.one_minus_alpha)
         return report
 
     def alarms(self, row: dict[str, float]) -> list[str]:
+        """Return what in a logged row says that the run collapses, with advice."""
         limits = self.config.alarms
-        if self.ema.updates < limits.after_steps:
+        if self.teacher.updates < limits.after_steps:
             return []
         watched = {
             "ssl/mask_rate": (limits.mask_rate, "hardly a pseudo-label counts: lower pseudo.threshold"),
@@ -144,37 +149,29 @@ class SemiTask(Task):
             if row.get(name, 1.0) < least
         ]
 
-    def probe(self, model: nn.Module, images: Tensor) -> float:
-        return probe_answer(model, images) + probe_answer(self.copy.module, images)
-
     def captions(self, model: nn.Module, batch: Batch) -> list[str] | None:
         """The pseudo-label of each weak view, its confidence, and whether it counts."""
         if batch.strong is None:
             return None
-        who = self.copy.module if self.config.pseudo.labeller == "teacher" else model
+        who = self.teacher.module if self.config.pseudo.labeller == "teacher" else model
         images = batch.images.to(next(who.parameters()).device)
-        pseudo = self.labeller.label(answers(who, images), watch=False)
+        pseudo = self.labeller.label(eval_logits(who, images), watch=False)
         rows = zip(pseudo.labels.tolist(), pseudo.confidence.tolist(), pseudo.accepted.tolist(), strict=True)
         return [f"{c} {100 * share:.0f}% {'✓' if counts else '–'}" for c, share, counts in rows]
 
-    def sharded_state(self) -> dict[str, dict[Tensor, Tensor]]:
-        return {"teacher": self.ema.teacher}
-
-    def buffers(self) -> dict[str, Tensor]:
-        return self.copy.averaged_buffers()
-
     def state_dict(self) -> dict[str, Any]:
-        return {"ema": self.ema.state_dict(), "labeller": self.labeller.state_dict()}
+        """Return the small numbers of the teacher and the labeller."""
+        return {**super().state_dict(), "labeller": self.labeller.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any], engine: Engine) -> None:
-        self.ema.load_state_dict(state["ema"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the small numbers of the teacher and the labeller."""
+        super().load_state_dict(state)
         self.labeller.load_state_dict(state["labeller"])
-        self.copy.refresh()
 
 
 @torch.no_grad()
-def answers(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits in eval mode: who labels drops nothing and learns no statistics."""
+def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return logits (B, C) in eval mode: a labelling pass drops nothing and learns no statistics."""
     was_training = model.training
     model.eval()
     logits = model(images)
@@ -188,66 +185,44 @@ def _supervised_metrics(loss: Tensor, logits: Tensor, labelled: Batch) -> dict[s
 
 
 def run(config: SemiConfig, replay: Replay | None = None) -> None:
-    with StageContext("semi", config, replay) as s:
-        parent, card = s.parent("init_from"), s.parent_card("init_from")
-        shape = student_of(card.model, config)
+    """Fine-tune, evaluate and export; or take one step again for `replay`."""
+    with StageContext(config, replay) as s:
+        parent = s.parent("init_from")
+        shape = s.model_config()
         size, data = shape.image_size, config.data
         model = build_from_config(shape)
-        transfer(parent, model, config.parents()["init_from"])
+        transfer(parent, model, s.parent_folder("init_from"))
         teacher = copy.deepcopy(model)  # before the engine may cut the weights
         weak, strong, views = (
             train_views(size, a, mean=data.mean, std=data.std)
             for a in (config.weak, config.strong, config.labelled or config.strong)
         )
-        labelled = config.loop.global_batch
-        ratio = config.unlabelled_ratio if config.pseudo.weight else 0
-        streams = {"labelled": s.loader(s.parts.labelled, views, global_batch=labelled)}
-        if ratio:
-            streams["unlabelled"] = s.loader(
-                s.parts.unlabelled, pair_views(weak, strong), global_batch=ratio * labelled, hide_labels=True
-            )
-        counts = np.bincount(s.manifest.labels[s.parts.labelled], minlength=len(s.manifest.classes))
+        streams = s.loaders({"labelled": views, "unlabelled": pair_views(weak, strong)})
+        counts = np.bincount(s.manifest.labels[s.subsets.labelled], minlength=len(s.manifest.classes))
         prior = torch.from_numpy(counts / counts.sum()).to(s.world.device)
         labeller = PseudoLabeller(prior, config.pseudo)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
             row = s.evaluator.validate({"student": s.engine.module, "teacher": teacher}, size)
-            if not ratio or not config.watched_samples:
+            if "unlabelled" not in streams or not config.watched_samples:
                 return row
             who = teacher if config.pseudo.labeller == "teacher" else s.engine.module
-            known = s.parts.unlabelled
+            known = s.subsets.unlabelled
             watched = known[np.linspace(0, len(known) - 1, min(config.watched_samples, len(known))).astype(int)]
             batches = s.evaluator.evaluation(s.manifest, watched, size)
             label = partial(labeller.label, watch=False)
             counted = count_pseudo_labels(
-                lambda images: label(answers(who, images)), batches, len(counts), s.world.device
+                lambda images: label(eval_logits(who, images)), batches, len(counts), s.world.device
             )
             board.class_counts("pseudo/classes", counted.accepted.sum(0), step)
             return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
 
-        flops = (TRAINING * (1 + ratio) + ratio) * forward_flops(model, size)  # the teacher sees the unlabelled
+        flops = s.flops({"student": model}, size)
         task = s.train(model, lambda e: SemiTask(e, teacher, labeller, config, prior), streams, evaluate, size, flops)
         measured = s.measured | s.evaluator.test({"student": s.engine.module, "teacher": teacher}, size)
-        lasting = lasting_form(shape)
+        lasting = exported_model(shape)
         kept = build_from_config(lasting).state_dict()
-        weights = {"student": s.engine.full_weights(), "teacher": task.copy.full_weights()}
+        weights = {"student": s.engine.full_weights(), "teacher": task.teacher.full_weights()}
         weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in weights.items()}
         chosen = weights.pop(config.export)
         s.export(chosen, model=lasting, uses_labels=True, measured=measured, companions=weights)
-
-
-def student_of(parent: FamilyConfig, config: SemiConfig) -> FamilyConfig:
-    """The parent's model with this stage's drop path and SSMixup."""
-    values = parent.model_dump()
-    if config.drop_path is not None:
-        values["drop_path"] = config.drop_path
-    if config.ssmixup and config.ssmixup.axis != "sample":
-        values["ssmixup"] = {name: getattr(config.ssmixup, name) for name in SSMixupConfig.model_fields}
-    return type(parent).model_validate(values)
-
-
-def lasting_form(shape: FamilyConfig) -> FamilyConfig:
-    """Without an SSMixup that was only of training: it leaves nothing behind."""
-    if isinstance(shape, VisionMambaConfig) and shape.ssmixup and not shape.ssmixup.everywhere:
-        return shape.model_copy(update={"ssmixup": None})
-    return shape

@@ -1,7 +1,7 @@
-"""What a stage will need, as arithmetic: bytes per rank, bytes on disk, bytes on the wire, seconds. Torch-free.
+"""The arithmetic of a plan: bytes per rank, bytes on disk, bytes on the wire, seconds (torch-free).
 
-Everything follows from the sizes of the parameters, group by group as the optimizer has them. P is their number, N the
-number of ranks; all state is fp32 (bf16 is autocast).
+Everything follows from the sizes of the parameters, group by group as the optimizer has them, and from the networks of
+the stage's workload. All state is fp32 (bf16 is autocast).
 """
 
 import json
@@ -17,6 +17,8 @@ PERSISTENT = 100_000
 
 @dataclass(frozen=True)
 class Parameter:
+    """A trained parameter: its name, its number of elements, and the index of its group in the optimizer."""
+
     name: str
     numel: int
     group: int
@@ -24,35 +26,51 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. With `offloaded`, masters, moments and teacher lie in the host's memory instead of the device's."""
+    """Bytes of one rank.
+
+    Attributes:
+        parameters: Weights that compute.
+        gradients: Gradients of all or of the rank's own parameters.
+        masters: The rank's shard of the fp32 masters.
+        moments: The rank's shard of both moments of AdamW.
+        averages: The rank's shard of the averages of the weights (the teacher of stage 3, the average of stage 2).
+        inference_copies: The whole copies of these averages that compute.
+        frozen: Whole frozen networks (a distillation teacher).
+        buckets: Buckets of the reduction.
+        activations: What is kept for the backward pass of one micro-batch.
+        offloaded: Whether masters, moments and averages lie in the host's memory instead of the device's.
+    """
 
     parameters: int
     gradients: int
     masters: int
     moments: int
-    teacher: int
-    working_teacher: int
-    frozen_teacher: int
+    averages: int
+    inference_copies: int
+    frozen: int
     buckets: int
     activations: int
     offloaded: bool = False
 
     @property
     def sharded(self) -> int:
-        return self.masters + self.moments + self.teacher
+        """Bytes of what ZeRO shards and may offload."""
+        return self.masters + self.moments + self.averages
 
     @property
     def device(self) -> int:
-        resident = self.parameters + self.gradients + self.working_teacher + self.frozen_teacher + self.buckets
+        """Bytes in the device's memory."""
+        resident = self.parameters + self.gradients + self.inference_copies + self.frozen + self.buckets
         return resident + self.activations + (0 if self.offloaded else self.sharded)
 
     @property
     def host(self) -> int:
+        """Bytes in the host's memory, beside the process itself."""
         return self.sharded if self.offloaded else 0
 
 
 def partition(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> int:
-    """Elements of the fp32 masters (and of each moment) that one rank holds, padding included."""
+    """Count the elements of the fp32 masters (and of each moment) that one rank holds, padding included."""
     if zero_stage == 0:
         return sum(p.numel for p in parameters)
     if zero_stage == 3:
@@ -67,13 +85,24 @@ def memory(
     *,
     zero_stage: int,
     world_size: int,
-    lyapema: bool,
-    frozen_teacher: int,
+    averages: int,
+    frozen_parameters: int,
     bucket_bytes: int,
     activations: int,
     offloaded: bool,
 ) -> Memory:
-    """`frozen_teacher` in parameters, `activations` in bytes of one micro-batch."""
+    """Compute the memory of one rank.
+
+    Args:
+        parameters: The trained parameters.
+        zero_stage: 0 to 3.
+        world_size: The number of ranks.
+        averages: Number of averages of the trained weights.
+        frozen_parameters: Parameters of all frozen networks.
+        bucket_bytes: Bytes that are reduced at once.
+        activations: Bytes of one micro-batch.
+        offloaded: Whether the optimizer lies in the host's memory.
+    """
     total = sum(p.numel for p in parameters)
     own = partition(parameters, zero_stage, world_size)
     whole = sum(p.numel for p in parameters if p.numel < PERSISTENT)
@@ -83,18 +112,18 @@ def memory(
         gradients=FP32 * (total if zero_stage < 2 else own),
         masters=FP32 * own if zero_stage else 0,  # without ZeRO the parameters are their own masters
         moments=2 * FP32 * own,
-        teacher=FP32 * own if lyapema else 0,
-        working_teacher=FP32 * total if lyapema else 0,
-        frozen_teacher=FP32 * frozen_teacher,
+        averages=averages * FP32 * own,
+        inference_copies=averages * FP32 * total,
+        frozen=FP32 * frozen_parameters,
         buckets=bucket_bytes if zero_stage else 0,
         activations=activations,
         offloaded=offloaded,
     )
 
 
-def checkpoint_bytes(parameters: Sequence[Parameter], lyapema: bool) -> int:
-    """Of all files of one checkpoint: masters, two moments and the teacher, and the names that say where each lies."""
-    kinds = ("master", "exp_avg", "exp_avg_sq", *(("teacher",) if lyapema else ()))
+def checkpoint_bytes(parameters: Sequence[Parameter], averages: Sequence[str]) -> int:
+    """Count the bytes of all files of one checkpoint: masters, two moments, the named averages, and the headers."""
+    kinds = ("master", "exp_avg", "exp_avg_sq", *averages)
     numbers = len(kinds) * FP32 * sum(p.numel for p in parameters)
     entry = {"dtype": "F32", "shape": [10_000], "data_offsets": [1_000_000, 1_000_000]}
     header = sum(len(json.dumps({f"{kind}/{p.name}@0": entry})) for kind in kinds for p in parameters)
@@ -102,30 +131,42 @@ def checkpoint_bytes(parameters: Sequence[Parameter], lyapema: bool) -> int:
 
 
 def traffic(
-    parameters: Sequence[Parameter], *, zero_stage: int, world_size: int, accumulation: int, lyapema: bool
+    parameters: Sequence[Parameter], *, zero_stage: int, world_size: int, accumulation: int, averages: int
 ) -> int:
-    """Bytes that a rank sends in one optimizer step, over rings.
+    """Count the bytes that a rank sends in one optimizer step, over rings.
 
-    ZeRO 0 reduces all gradients; 1 reduces and scatters them and gathers the weights; 2 does so for every micro-batch;
-    3 gathers the weights for every forward and backward pass. LyapEMA gathers the teacher's inference copy.
+    ZeRO 0 reduces all gradients. ZeRO 1 reduces and scatters them and gathers the weights. ZeRO 2 does so for every
+    micro-batch. ZeRO 3 gathers the weights for every forward and backward pass. Each average of the weights gathers its
+    inference copy once.
     """
     once = FP32 * sum(p.numel for p in parameters) * (world_size - 1) / world_size
     passes = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero_stage]
-    return round(once * (passes + (1 if lyapema else 0)))
+    return round(once * (passes + averages))
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a prediction of time rests on; every field is an assumption that the plan prints."""
+    """The assumptions behind a prediction of time. The plan prints them.
+
+    Attributes:
+        name: What one device is called.
+        peak_flops: FLOP/s of one device in the run's precision.
+        utilisation: Share of the peak that the model reaches (MFU).
+        node_devices: Devices of a node.
+        node_bandwidth: Bytes/s that a device sends to another device of its node.
+        network_bandwidth: Bytes/s that a node sends to another node.
+        latency: Seconds that a collective takes beside its bytes, per doubling of the ranks.
+        collectives: Collectives per step.
+    """
 
     name: str
-    peak_flops: float  # FLOP/s of one device in the run's precision
-    utilisation: float  # share of it that the model reaches (MFU)
+    peak_flops: float
+    utilisation: float
     node_devices: int
-    node_bandwidth: float  # bytes/s a device sends to another of its node
-    network_bandwidth: float  # bytes/s a node sends to another
-    latency: float  # seconds a collective takes beside its bytes, per doubling of the ranks
-    collectives: int = 4  # per step
+    node_bandwidth: float
+    network_bandwidth: float
+    latency: float
+    collectives: int = 4
 
 
 A100 = Hardware("A100", 312e12, 0.25, 8, 240e9, 180e9, 20e-6)
@@ -133,17 +174,28 @@ A100 = Hardware("A100", 312e12, 0.25, 8, 240e9, 180e9, 20e-6)
 
 
 def step_seconds(flops: float, sent: float, world_size: int, hardware: Hardware) -> float:
-    """Of an optimizer step that computes `flops` in all and in which each rank sends `sent` bytes; nothing overlaps."""
+    """Predict the seconds of an optimizer step, without any overlap of computing and sending.
+
+    Args:
+        flops: FLOPs of the step, over all ranks.
+        sent: Bytes that each rank sends.
+        world_size: The number of ranks.
+        hardware: The assumptions.
+    """
     compute = flops / (world_size * hardware.peak_flops * hardware.utilisation)
     if world_size == 1:
         return compute
     crossing = world_size > hardware.node_devices
-    # Rings of all adapters run side by side: what crosses between nodes is shared by a node's devices once.
+    # The rings of all adapters run in parallel, so the devices of a node share the bandwidth between nodes once.
     bandwidth = min(hardware.node_bandwidth, hardware.network_bandwidth) if crossing else hardware.node_bandwidth
     return compute + sent / bandwidth + hardware.collectives * hardware.latency * math.log2(world_size)
 
 
 def starts_needed(seconds: float, limit: float, overhead: float) -> int:
-    """How many starts of `limit` seconds the work takes, if each loses `overhead` to starting and saving."""
+    """Count the starts that a run takes, each of at most `limit` seconds, of which `overhead` go to starting and saving.
+
+    Returns:
+        The number of starts; 0 if a start leaves no time to work in.
+    """
     useful = limit - overhead
     return math.ceil(seconds / useful) if useful > 0 else 0

@@ -1,11 +1,11 @@
-"""The plan of a chain, before it costs anything: steps, hours, memory, disk, traffic, scaling, and the exact commands.
+"""The plan of a chain before it starts: steps, hours, memory, disk, traffic, scaling, and the exact commands.
 
-Printed, and written beside the runs, where the report of a finished one sets against it what it really took:
+The plan is printed, and written beside the runs; the report of a finished run compares it with what happened:
 
 EXPERIMENT/
   plan.json          every number, and the commands
   plan/STAGE.yaml    the resolved config
-  plan/STAGE.sh      the batch script as it would be submitted, but for the number of the job it waits for
+  plan/STAGE.sh      the batch script as it would be submitted, except for the id of the job that it waits for
 """
 
 import json
@@ -31,20 +31,25 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import replace_text
 from pipeline.train.peak import peak_flops
 from pipeline.train.run import has_begun, identity_sha256
-from stages.check import Parts, check, derive_batches, open_data, streams
-from stages.configs import SemiConfig, StageConfig
+from stages import spec_of
+from stages.check import Pending, check, derive_batches, open_data
+from stages.configs.base import StageConfig
+from stages.spec import Stream
 
-HERE = Path("configs/cluster/cpu.yaml")
-START_SECONDS = 180.0  # of a start: imports, process groups, kernels, the checkpoint's way back
+THIS_MACHINE = Path("configs/cluster/cpu.yaml")
+START_SECONDS = 180.0  # what a start takes: imports, process groups, kernels, reading the checkpoint
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CPU_UTILISATION = 0.1
 ZERO_STAGES = (0, 1, 2, 3)
 
 
 def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
-    """Print and write the plan; returns 0, or the exit code of the first thing that stands in the way.
+    """Print the plan and write it.
 
-    Where the experiment has begun, a plan that cannot be is only printed: the one it was begun by stays.
+    If the experiment has begun and the plan has problems, it is printed only: the plan of the experiment's start is kept.
+
+    Returns:
+        0, or the exit code of the first problem.
     """
     plan, problems = make(steps, cluster)
     kept = bool(problems) and any(has_begun(step.folder) for step in steps)
@@ -54,35 +59,39 @@ def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
     return problems[0].exit_code if problems else 0
 
 
-def before(steps: Sequence[Step], nproc: int) -> None:
-    """Write the plan of a chain on this machine, unless it has begun: a plan is made before, not after."""
+def plan_ahead(steps: Sequence[Step], nproc: int) -> None:
+    """Write the plan of a chain on this machine, unless the chain has begun."""
     if not any(has_begun(step.folder) for step in steps):
-        cluster, _ = read_cluster(HERE, ["cluster:nodes=1", f"cluster:tasks_per_node={nproc}"])
+        cluster, _ = read_cluster(THIS_MACHINE, ["cluster:nodes=1", f"cluster:tasks_per_node={nproc}"])
         write(make(steps, cluster)[0], steps, cluster)
 
 
 def make(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any], list[PipelineError]]:
-    """The plan, and what stands in the way."""
+    """Make the plan.
+
+    Returns:
+        The plan as it goes into plan.json, and its problems.
+    """
     pending: dict[Path, StageConfig] = {}
     stages: list[dict[str, Any]] = []
     problems: list[PipelineError] = []
     for step in steps:
         found = len(problems)
         try:
-            check(step.stage, step.config, cluster.world_size, pending)
+            check(step.config, cluster.world_size, pending)
         except PipelineError as error:
             problems.append(error)
         if not (step.folder / "export").is_dir():
             pending[step.folder / "export"] = step.config
         try:
             stages.append(_stage(step, cluster, pending))
-        except PipelineError as error:  # its model is that of a parent which is not there, as the check has said
+        except PipelineError as error:  # its model depends on a parent that is missing; the check has said so already
             problems += [error] if len(problems) == found else []
         else:
-            problems += limits.of_stage(stages[-1], cluster)
+            problems += limits.check_stage(stages[-1], cluster)
     folder = steps[0].folder.parent
     needed, free = sum(s["disk_bytes"] for s in stages), _free_bytes(folder)
-    problems += limits.of_disk(needed, free)
+    problems += limits.check_disk(needed, free)
     plan = {
         "experiment": folder.name,
         "cluster": cluster.model_dump(mode="json"),
@@ -95,37 +104,37 @@ def make(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any],
 
 
 def write(plan: Mapping[str, Any], steps: Sequence[Step], cluster: ClusterConfig) -> None:
-    """Its files, into the experiment's folder."""
+    """Write the files of a plan into the experiment's folder."""
     folder = steps[0].folder.parent
     (folder / "plan").mkdir(parents=True, exist_ok=True)
     replace_text(folder / "plan.json", json.dumps(plan, indent=1))
     for i, step in enumerate(steps):
         replace_text(folder / "plan" / f"{step.stage}.yaml", dump_yaml(step.config))
-        before = f"{{{steps[i - 1].stage}'s job}}" if i else ""
-        script = slurm.script(cluster, step, (folder / slurm.FOLDER).absolute(), before)
+        awaited = f"{{{steps[i - 1].stage}'s job}}" if i else ""
+        script = slurm.script(cluster, step, (folder / slurm.FOLDER).absolute(), awaited)
         replace_text(folder / "plan" / f"{step.stage}.sh", script)
 
 
-def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfig]) -> dict[str, Any]:
+def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, Any]:
     config, world = step.config, cluster.world_size
-    parts, num_classes, shards = _data(config)
+    streams, num_classes, shards = _data(config)
     body = profile(config, num_classes, pending)
     try:
         micro_batch, accumulation = derive_batches(config.loop.global_batch, world, config.engine.micro_batch)
-    except ConfigError:  # told among the problems; the plan goes on with what comes nearest
+    except ConfigError:  # it is among the problems; the plan continues with the nearest numbers
         micro_batch, accumulation = max(1, config.loop.global_batch // world), 1
     machine = hardware(config, cluster, step.folder)
-    lyapema, loop = getattr(config, "ema", None) is not None, config.loop
+    averages, loop = body.workload.averages, config.loop
     by_stage = {}
     for zero in ZERO_STAGES:
         needs = memory(
             body.parameters,
             zero_stage=zero,
             world_size=world,
-            lyapema=lyapema,
-            frozen_teacher=body.frozen_teacher,
+            averages=len(averages),
+            frozen_parameters=body.frozen_parameters,
             bucket_bytes=config.engine.bucket_bytes,
-            activations=body.fixed_activations + micro_batch * body.images * body.image_activations,
+            activations=body.fixed_activations + micro_batch * body.workload.images * body.image_activations,
             offloaded=config.engine.offload_optimizer and zero > 0,
         )
         by_stage[str(zero)] = asdict(needs) | {"device": needs.device, "host": needs.host}
@@ -133,7 +142,7 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfi
     seconds = step_seconds(body.flops * loop.global_batch, sent, world, machine)
     written = -(-loop.steps // loop.save_every) + (loop.on_divergence == "rewind")
     kept = min(written, loop.keep_checkpoints) + (loop.steps // loop.keep_every if loop.keep_every else 0)
-    size = checkpoint_bytes(body.parameters, lyapema)
+    size = checkpoint_bytes(body.parameters, averages)
     starts = starts_needed(loop.steps * seconds, seconds_of(cluster.time), START_SECONDS + cluster.signal_seconds)
     return {
         "stage": step.stage,
@@ -143,20 +152,22 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfi
         "micro_batch": micro_batch,
         "accumulation": accumulation,
         "samples": loop.steps * loop.global_batch,
-        "epochs": _epochs(config, parts),
+        "epochs": _epochs(config, streams),
+        "images_per_step": body.workload.images * loop.global_batch,
         "virtual_readers": config.data.loader.virtual_readers,
         "shards": shards,
         "worlds_possible": [
             n for n in range(1, 513) if math.gcd(config.data.loader.virtual_readers, loop.global_batch) % n == 0
         ],
         "parameters": sum(p.numel for p in body.parameters),
-        "frozen_teacher": body.frozen_teacher,
+        "averages": list(averages),
+        "frozen_parameters": body.frozen_parameters,
         "zero_stage": config.engine.zero_stage,
         "memory": by_stage,
         "memory_gib": by_stage[str(config.engine.zero_stage)]["device"] / 2**30,
         "checkpoint_bytes": size,
         "checkpoints_written": written,
-        # One more than is kept stands beside them while it is written; exports hold the weights once.
+        # While a checkpoint is written, one more than are kept lies on the disk. An export holds the weights once.
         "disk_bytes": (kept + 1) * size + 4 * sum(p.numel for p in body.parameters),
         "flops_per_step": body.flops * loop.global_batch,
         "sent_bytes_per_step": sent,
@@ -170,7 +181,13 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfi
 
 
 def hardware(config: StageConfig, cluster: ClusterConfig, earlier: Path | None) -> Hardware:
-    """A100s where the cluster has GPUs, else this machine's cores; utilised as by an earlier start of the run, if any."""
+    """Choose the hardware of the prediction: A100s if the cluster has GPUs, else the cores of this machine.
+
+    Args:
+        config: The stage's config; its precision decides the peak.
+        cluster: The preset.
+        earlier: The run's folder. If the run has logged its own utilisation, that is used. None: it is not looked for.
+    """
     if cluster.gpus_per_node:
         machine = replace(A100, peak_flops=A100.peak_flops if config.engine.precision == "bf16" else 19.5e12)
     else:
@@ -185,21 +202,21 @@ def hardware(config: StageConfig, cluster: ClusterConfig, earlier: Path | None) 
     return machine
 
 
-def _data(config: StageConfig) -> tuple[Parts | None, int, int]:
+def _data(config: StageConfig) -> tuple[dict[str, Stream], int, int]:
+    """Return the streams, and the numbers of classes and shards; without data none, 1000 and 0."""
     try:
-        manifest, _, parts = open_data(config)
-    except PipelineError:  # told among the problems
-        return None, getattr(getattr(config, "model", None), "num_classes", 1000), 0
-    return parts, len(manifest.classes), len(manifest.shards)
+        manifest, _, subsets = open_data(config)
+    except PipelineError:  # it is among the problems
+        return {}, 1000, 0
+    return spec_of(config).streams(config, subsets), len(manifest.classes), len(manifest.shards)
 
 
-def _epochs(config: StageConfig, parts: Parts | None) -> dict[str, float]:
-    """Passes over each stream (as many appearances as samples, where the sampling is not uniform)."""
-    if parts is None:
-        return {}
-    drawn = config.loop.steps * config.loop.global_batch
-    ratio = {"unlabelled": config.unlabelled_ratio} if isinstance(config, SemiConfig) else {}
-    return {name: drawn * ratio.get(name, 1) / max(1, n) for name, n in streams(config, parts).items()}
+def _epochs(config: StageConfig, streams: Mapping[str, Stream]) -> dict[str, float]:
+    """Passes over each stream (as many draws as it has samples, if the sampling is not uniform)."""
+    return {
+        name: config.loop.steps * stream.global_batch / max(1, len(stream.sample_indices))
+        for name, stream in streams.items()
+    }
 
 
 def _traffic(body: Profile, config: StageConfig, world: int, accumulation: int) -> int:
@@ -208,12 +225,12 @@ def _traffic(body: Profile, config: StageConfig, world: int, accumulation: int) 
         zero_stage=config.engine.zero_stage,
         world_size=world,
         accumulation=accumulation,
-        lyapema=getattr(config, "ema", None) is not None,
+        averages=len(body.workload.averages),
     )
 
 
 def _scale(world: int, body: Profile, config: StageConfig, machine: Hardware) -> dict[str, Any]:
-    """The same global batch on `world` devices."""
+    """Predict the same global batch on `world` devices."""
     flops = body.flops * config.loop.global_batch
     alone = step_seconds(flops, 0, 1, machine)
     try:
@@ -225,7 +242,7 @@ def _scale(world: int, body: Profile, config: StageConfig, machine: Hardware) ->
         "world_size": world,
         "possible": config.data.loader.virtual_readers % world == 0,
         "step_seconds": seconds,
-        "images_per_second": config.loop.global_batch * body.images / seconds,
+        "images_per_second": config.loop.global_batch * body.workload.images / seconds,
         "efficiency": alone / (world * seconds),
     }
 
@@ -253,7 +270,7 @@ def _assumptions(machine: Hardware) -> list[str]:
         f"{machine.node_bandwidth / 1e9:.3g} GB/s from device to device of a node, {machine.network_bandwidth / 1e9:.3g} GB/s"
         f" from node to node, {1e6 * machine.latency:.3g} us a collective and doubling of the ranks",
         "reductions do not overlap with the backward pass",
-        "the data is never waited for; stragglers, evaluations and saves are not counted",
+        "no step waits for data; slow ranks, evaluations and saves are not counted",
         "activations are those of a forward pass on the CPU; a GPU's kernels may keep less, its allocator some 10 % more",
-        f"a start loses {START_SECONDS:.0f} s before its first step, and what lies between the signal and the limit",
+        f"a start loses {START_SECONDS:.0f} s before its first step, and the time between the signal and the limit",
     ]

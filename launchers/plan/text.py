@@ -1,4 +1,4 @@
-"""A plan as text, for a person."""
+"""The printed form of a plan."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,12 @@ from typing import Any
 
 
 def show(plan: Mapping[str, Any], folder: Path | None) -> None:
-    """`folder`: where its files are; None if there are none."""
+    """Print a plan.
+
+    Args:
+        plan: As in plan.json.
+        folder: The experiment's folder, if the plan is written there; None if it is printed only.
+    """
     for s in plan["stages"]:
         zero = str(s["zero_stage"])
         needs = s["memory"][zero]
@@ -18,15 +23,15 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
         )
         print(f"   {s['parameters'] / 1e6:.2f} M parameters, {s['flops_per_step'] / 1e12:.4g} TFLOP a step")
         host = f" + {size(needs['host'])} of the host" if needs["host"] else ""
-        print(f"   memory a rank, ZeRO {zero}: {size(needs['device'])}{_room(plan['cluster'])}{host}:")
+        print(f"   memory a rank, ZeRO {zero}: {size(needs['device'])}{_limit(plan['cluster'])}{host}:")
         names = (
             "parameters",
             "gradients",
             "masters",
             "moments",
-            "teacher",
-            "working_teacher",
-            "frozen_teacher",
+            "averages",
+            "inference_copies",
+            "frozen",
             "buckets",
             "activations",
         )
@@ -49,23 +54,21 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
     for problem in plan["problems"]:
         print(f"! {problem}")
     if folder is None:
-        print("not written: the experiment has begun, and keeps the plan it has")
+        print("not written: the experiment has begun, and keeps the plan that it has")
         return
-    print(
-        f"the resolved configs and the batch scripts, to be read: {folder / 'plan'}; all numbers: {folder / 'plan.json'}"
-    )
+    print(f"resolved configs and batch scripts: {folder / 'plan'}; all numbers: {folder / 'plan.json'}")
 
 
-def _room(cluster: Mapping[str, Any]) -> str:
+def _limit(cluster: Mapping[str, Any]) -> str:
     if not cluster["gpus_per_node"]:
         return ""
     there = cluster["device_memory_gb"]
-    return f" of {there:g} GB" if there else " (of a GPU whose device_memory_gb the preset does not tell: not compared)"
+    return f" of {there:g} GB" if there else " (not compared: the preset states no device_memory_gb)"
 
 
 def _starts(stage: Mapping[str, Any], cluster: Mapping[str, Any]) -> str:
     if not stage["starts"]:
-        return "no start is long enough"
+        return "no start is long enough to train"
     enough = (
         ""
         if stage["starts"] - 1 <= cluster["max_requeues"]
@@ -85,7 +88,7 @@ def _some(worlds: Sequence[int]) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes, in powers of a thousand."""
+    """Format a number of bytes, in powers of a thousand."""
     for unit in ("B", "KB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"

@@ -1,12 +1,15 @@
-"""python -m pipeline.evaluate EXPORT DATA [--train DATA --split FILE [--probe]] [--out FOLDER]
+"""Evaluate an exported classifier on a dataset.
 
-Judges a classifier's export on a dataset (a folder of shards with a manifest) or, with --part, on a part of a split of it:
-top-1 and top-5, balanced, head, medium and tail by the images it was trained on, calibration, every class, and every
-answer. An export whose stage trained a student beside a teacher is judged with its companion. With --train and --split
-the temperature is fitted on the split's validation part, and the calibrated figures stand beside; with --probe too, a
-linear probe and the nearest neighbours learn from the split's labelled part and what the head reads.
+python -m pipeline.evaluate EXPORT DATA [--train DATA --split FILE [--probe]] [--out FOLDER]
 
-On several processes: make evaluate EXPORT=... DATA=... NPROC=N. The numbers are the same on any number of them.
+DATA is a folder of shards with a manifest; --subset evaluates on one subset of a split of it. The command reports top-1 and
+top-5; balanced, head, medium and tail accuracy; calibration and the accuracy of every class; and it keeps all predictions.
+
+If the export's stage trained a student beside a teacher, both are evaluated. With --train and --split a temperature is
+fitted on the split's validation subset, and the calibrated metrics are added. With --probe too, a linear probe and nearest
+neighbours learn from the split's labelled subset, on the input of the model's head.
+
+On several processes: make evaluate EXPORT=... DATA=... NPROC=N. The numbers do not depend on N.
 Exit codes: those of `python -m stages`.
 """
 
@@ -15,12 +18,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipeline.cli import guarded
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, EnvironmentProblem, PipelineError
@@ -33,15 +37,20 @@ if TYPE_CHECKING:
 STUDENT, TEACHER = "student", "teacher"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    """Run the command on this rank and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(arguments: list[str]) -> int:
     given = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-        _judge(_check(given), given.batch)
+        _evaluate(_check(given), given.batch)
     except PipelineError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+            raise
+        return error.exit_code  # rank 0 prints the sentence
     return 0
 
 
@@ -49,94 +58,104 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("export", type=Path, metavar="EXPORT", help="folder with model.json, of a classifier")
+    parser.add_argument("export", type=Path, metavar="EXPORT", help="folder of a classifier's export, with model.json")
     parser.add_argument("data", type=Path, metavar="DATA", help="folder with a manifest")
-    parser.add_argument("--part", choices=("labelled", "unlabelled", "validation"), help="judge this part of --split")
+    parser.add_argument(
+        "--subset", choices=("labelled", "unlabelled", "validation"), help="evaluate on this subset of --split only"
+    )
     parser.add_argument("--train", type=Path, metavar="DATA", help="dataset of --split (default: DATA)")
     parser.add_argument("--split", type=Path, metavar="FILE", help="a split of --train")
-    parser.add_argument("--probe", action="store_true", help="linear probe and nearest neighbours on the features")
-    parser.add_argument("--batch", type=int, help="images per process and step (default: as its run was judged)")
-    parser.add_argument("--out", type=Path, help="default: evaluation-DATA beside the export")
+    parser.add_argument(
+        "--probe", action="store_true", help="add a linear probe and nearest neighbours on the features"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="images per process and step (default: the evaluation batch of the export's run)"
+    )
+    parser.add_argument("--out", type=Path, help="folder to write (default: evaluation-DATA beside the export)")
     return parser
 
 
-class Asked(NamedTuple):
-    """What is judged, checked before torch is loaded."""
+class _Request(NamedTuple):
+    """What to evaluate, checked before torch is loaded."""
 
     exports: dict[str, Path]
     data: Manifest
-    sample_indices: np.ndarray  # of `data`
+    sample_indices: np.ndarray  # rows of `data`
     train: Manifest
-    held_out: np.ndarray  # of `train`: the temperature is fitted on them
-    bank: np.ndarray  # of `train`: the probes learn from them; empty if none was asked for
+    held_out: np.ndarray  # rows of `train` that the temperature is fitted on
+    bank: np.ndarray  # rows of `train` that the probes learn from; empty without --probe
     split: str | None
     out: Path
 
 
-def _check(given: argparse.Namespace) -> Asked:
+def _check(given: argparse.Namespace) -> _Request:
     if given.batch is not None and given.batch < 1:
-        raise ConfigError(f"--batch {given.batch}: at least one image a step is needed")
-    if (given.part or given.train or given.probe) and not given.split:
-        raise ConfigError("--part, --train and --probe speak of a split; give its file with --split")
+        raise ConfigError(f"--batch {given.batch}: give at least 1 image per step")
+    if (given.subset or given.train or given.probe) and not given.split:
+        raise ConfigError("--subset, --train and --probe need a split; give its file with --split")
     exports, data = companions(given.export), read_manifest(given.data)
     for folder in exports.values():
         card = Card.read(folder)
         if card.kind != "classifier":
-            raise ConfigError(f"{folder} holds a pretrainer, which names no classes; evaluate a classifier's export")
+            raise ConfigError(f"{folder} holds a pretrainer, which predicts no classes; evaluate a classifier's export")
         card.check_classes(data.classes, folder)
     train = read_manifest(given.train) if given.train else data
     split = read_split(given.split, train) if given.split else None
-    if given.part and train.hash != data.hash:
-        raise ConfigError(f"--part {given.part} is of {given.train}, not of {given.data}; give the same folder twice")
-    sample_indices = split.part(given.part) if split and given.part else np.arange(data.num_samples)
+    if given.subset and train.hash != data.hash:
+        raise ConfigError(
+            f"--subset {given.subset} is a subset of {given.train}, but DATA is {given.data}; give the same folder for both"
+        )
+    sample_indices = split.part(given.subset) if split and given.subset else np.arange(data.num_samples)
     if not len(sample_indices):
-        raise ConfigError(f"{given.split} leaves no {given.part} samples; judge another part")
+        raise ConfigError(f"{given.split} has no {given.subset} samples; give another --subset")
     out = given.out or given.export.parent / f"evaluation-{given.data.name}"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be written ({error.strerror}); choose another --out") from None
-    held_out = split.part("validation") if split and given.part != "validation" else np.empty(0, np.int64)
+    held_out = split.part("validation") if split and given.subset != "validation" else np.empty(0, np.int64)
     bank = split.part("labelled") if split and given.probe else np.empty(0, np.int64)
     learnt_from = np.concatenate([held_out, bank])
     if train.hash == data.hash and (both := np.intersect1d(sample_indices, learnt_from)).size:
         raise ConfigError(
-            f"{both.size} of the {len(sample_indices)} judged images are those that the temperature or the probe learns from;"
-            " give --part validation or unlabelled, or another DATA"
+            f"the temperature or the probe would learn from {both.size} of the {len(sample_indices)} images to evaluate on;"
+            " give --subset validation or unlabelled, or another DATA"
         )
-    return Asked(exports, data, sample_indices, train, held_out, bank, split.hash if split else None, out)
+    return _Request(exports, data, sample_indices, train, held_out, bank, split.hash if split else None, out)
 
 
-def _judge(asked: Asked, batch: int | None) -> None:
+def _evaluate(request: _Request, batch: int | None) -> None:
     from pipeline.train import distributed
 
     world = distributed.start(timeout_seconds=600)
     results: dict[str, Any] = {}
     weights = {}
-    for name, folder in asked.exports.items():
-        found, weights[name] = _judge_one(name, folder, asked, batch, world)
+    for name, folder in request.exports.items():
+        found, weights[name] = _evaluate_model(name, folder, request, batch, world)
         results |= found
     if world.is_main:
         origin = {
-            "dataset": asked.data.hash,
-            "split": asked.split,
-            "images": len(asked.sample_indices),
+            "dataset": request.data.hash,
+            "split": request.split,
+            "images": len(request.sample_indices),
             "weights": weights,
         }
-        (asked.out / "evaluation.json").write_text(json.dumps({**origin, "models": results}, indent=1) + "\n")
-        _print(results, asked.out)
+        (request.out / "evaluation.json").write_text(json.dumps({**origin, "models": results}, indent=1) + "\n")
+        _print(results, request.out)
     distributed.stop()
 
 
-def _judge_one(name: str, folder: Path, asked: Asked, batch: int | None, world: "World") -> tuple[dict[str, Any], str]:
-    """The reports of one model, as it is and calibrated, and its weights' hash (collective)."""
+def _evaluate_model(
+    name: str, folder: Path, request: _Request, batch: int | None, world: "World"
+) -> tuple[dict[str, Any], str]:
+    """Return the metrics of one model, raw and calibrated, and the hash of its weights (collective)."""
     from torch import nn
 
     from pipeline.evaluate import metrics
     from pipeline.evaluate.calibration import fit_temperature
     from pipeline.evaluate.config import ProbeConfig
-    from pipeline.evaluate.predictions import ask, collect
-    from pipeline.evaluate.probes import features_of, probe
+    from pipeline.evaluate.predictions import collect_logits, predict
+    from pipeline.evaluate.probes import evaluate_features, features_of
     from pipeline.exports.export import load_export
     from pipeline.streaming.loader import evaluation_batches
     from pipeline.streaming.transforms import eval_views
@@ -145,7 +164,7 @@ def _judge_one(name: str, folder: Path, asked: Asked, batch: int | None, world: 
     model = model.to(world.device)
     views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
     groups = {group: np.array(members) for group, members in card.class_groups.items()}
-    classes = asked.data.classes
+    classes = request.data.classes
 
     def batches(manifest: Manifest, sample_indices: np.ndarray) -> "Iterator[Batch]":
         return evaluation_batches(
@@ -157,35 +176,44 @@ def _judge_one(name: str, folder: Path, asked: Asked, batch: int | None, world: 
             views=views,
         )
 
-    answers = ask(model, batches(asked.data, asked.sample_indices), world.device)
-    results = {name: metrics.report(answers, groups, classes)}
+    predictions = predict(model, batches(request.data, request.sample_indices), world.device)
+    results = {name: metrics.report(predictions, groups, classes)}
     if world.is_main:
-        answers.save(asked.out / f"answers-{name}.npz")
-        metrics.write_per_class(asked.out / f"per_class-{name}.csv", answers, classes, card.class_counts)
-    if len(asked.held_out):
-        labels, logits = collect(model, batches(asked.train, asked.held_out), world.device)
+        predictions.save(request.out / f"predictions-{name}.npz")
+        metrics.write_per_class(request.out / f"per_class-{name}.csv", predictions, classes, card.class_counts)
+    if len(request.held_out):
+        labels, logits = collect_logits(model, batches(request.train, request.held_out), world.device)
         temperature = fit_temperature(logits, labels)
-        cooled = ask(model, batches(asked.data, asked.sample_indices), world.device, temperature=temperature)
+        calibrated = predict(
+            model, batches(request.data, request.sample_indices), world.device, temperature=temperature
+        )
         results[f"{name}, calibrated"] = {
             "temperature": temperature,
-            **metrics.report(cooled, groups, classes),
+            **metrics.report(calibrated, groups, classes),
         }
-    if len(asked.bank):
+    if len(request.bank):
         reader = getattr(model, "head", None)
         if not isinstance(reader, nn.Linear):
             raise ConfigError(
-                f"{folder}: --probe reads what the one linear head reads, and {card.model.name} has none such"
+                f"--probe needs a model with one linear head, but {card.model.name} in {folder} has none; leave --probe out"
             )
         learnt, queries = (
             features_of(model, reader, batches(manifest, chosen), world.device)
-            for manifest, chosen in ((asked.train, asked.bank), (asked.data, asked.sample_indices))
+            for manifest, chosen in ((request.train, request.bank), (request.data, request.sample_indices))
         )
-        results[name]["probes"] = probe(learnt, queries, ProbeConfig())
+        results[name]["probes"] = evaluate_features(learnt, queries, ProbeConfig())
     return results, card.weights_sha256
 
 
 def companions(export: Path) -> dict[str, Path]:
-    """Name -> folder of every model that the export's stage trained; a lone one is the student of itself."""
+    """Find the exports of all models that the export's stage trained.
+
+    Returns:
+        "student" and "teacher" -> folder; only "student" if the stage trained one model.
+
+    Raises:
+        HandoverError: If there is no export at `export`.
+    """
     if not (export / CARD).is_file():
         Card.read(export)  # says what is missing
     beside = {name: export.with_name(f"export-{name}") for name in (STUDENT, TEACHER)}
@@ -206,10 +234,10 @@ def _print(results: dict[str, Any], out: Path) -> None:
         print(f"{name:22s}" + "".join(cells))
     for name, found in results.items():
         if "probes" in found:
-            print(f"{name}, probes on its features: " + ", ".join(f"{k} {v:.2f}" for k, v in found["probes"].items()))
+            print(f"{name}, features: " + ", ".join(f"{k} {v:.2f}" for k, v in found["probes"].items()))
     first = next(iter(results.values()))
     low, high = first["intervals"]["top1"]
-    print(f"{first['samples']} images; 95 % of top1 by bootstrap: {low:.2f} to {high:.2f}; all of it in {out}")
+    print(f"{first['samples']} images; 95 % bootstrap interval of top1: {low:.2f} to {high:.2f}; written to {out}")
 
 
 if __name__ == "__main__":

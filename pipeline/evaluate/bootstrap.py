@@ -1,8 +1,8 @@
-"""How much of a number is the luck of the test set: bootstrap intervals, and paired ones for two models.
+"""Bootstrap intervals over the test images: of one model's metrics, and of the gain of one model over another.
 
-Samples are redrawn inside each class, since a test set fixes how many images a class has. The number of right answers of
-a class is then binomial, and what one model gains over another on them is multinomial, so a redraw costs a draw a class and not a
-draw a sample.
+Samples are redrawn inside each class, since a test set fixes how many images a class has. The number of right predictions
+of a class is then binomial, and the gain of one model over another is multinomial. So a redraw costs one draw per class and
+not one per sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """Percent, or points of percent for a difference."""
+    """A metric in percent with its bootstrap interval."""
 
     value: float
     low: float
@@ -26,7 +26,14 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """`second` minus `first` in points; `p` is twice the share of redraws on the other side of zero, at most 1."""
+    """`second` minus `first`, in percentage points, with its bootstrap interval.
+
+    Attributes:
+        value: The measured difference.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        p: Two-sided p-value: twice the share of redraws on the other side of zero, at most 1.
+    """
 
     value: float
     low: float
@@ -37,7 +44,14 @@ class Difference(NamedTuple):
 def intervals(
     right: NDArray[np.int64], total: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]], seed: int = 0
 ) -> dict[str, Interval]:
-    """Of top1, balanced and every group, from the right answers (C,) and samples (C,) of each class."""
+    """Compute the intervals of top1, balanced and every group.
+
+    Args:
+        right: Right predictions of each class (C,).
+        total: Samples of each class (C,).
+        groups: Name of a group -> its classes.
+        seed: Seed of the redraws.
+    """
     weights = _weights(total, groups)
     rng = np.random.default_rng(seed)
     drawn = rng.binomial(total, right / np.maximum(total, 1), (DRAWS, len(total)))
@@ -53,16 +67,25 @@ def paired(
     groups: Mapping[str, NDArray[np.int64]],
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Of top1, balanced and every group: the mean gain of `second` over `first`, pair by pair (of seeds, say).
+    """Compute the mean gain of `second` over `first` in top1, balanced and every group, pair by pair.
 
-    Redrawn are the test images: alike for all pairs that were asked the same ones, separately for pairs that were asked
-    others (seeds with validation parts of their own). The pairs stay as they are. Raises ValueError where the two of a pair
-    have answered different samples: there is nothing to pair.
+    Only the test images are redrawn, not the pairs. Pairs that were evaluated on the same images share a redraw. Pairs that
+    were evaluated on other images (seeds with validation subsets of their own) are redrawn separately.
+
+    Args:
+        first: Predictions of one model, for example one per seed.
+        second: Predictions of another model, paired with `first` by their order.
+        num_classes: Number of classes C.
+        groups: Name of a group -> its classes.
+        seed: Seed of the redraws.
+
+    Raises:
+        ValueError: If the two models of a pair were evaluated on different samples.
     """
     sets: dict[bytes, list[tuple[Predictions, Predictions]]] = {}
     for a, b in zip(first, second, strict=True):
         if not np.array_equal(a.sample_indices, b.sample_indices) or not np.array_equal(a.labels, b.labels):
-            raise ValueError("the two models of a pair were not asked the same samples")
+            raise ValueError("the two models of a pair were not evaluated on the same samples")
         sets.setdefault(a.sample_indices.tobytes() + a.labels.tobytes(), []).append((a, b))
     rng = np.random.default_rng(seed)
     found: dict[str, list[tuple[float, float, NDArray[np.float64]]]] = {}  # name -> pairs, gain, redrawn gains
@@ -76,23 +99,23 @@ def paired(
         worth = np.arange(-n, n + 1) / n
         total = cells.sum(1)
         odds = np.where(total[:, None] > 0, cells / np.maximum(total, 1)[:, None], 1 / width)
-        drawn = rng.multinomial(total, odds, (DRAWS, num_classes)) @ worth  # (draws, C)
+        drawn = rng.multinomial(total, odds, (DRAWS, num_classes)) @ worth  # (DRAWS, C)
         for name, w in _weights(total, groups).items():
             if w.any():
                 found.setdefault(name, []).append((n, float(w @ (cells @ worth)), drawn @ w))
     result = {}
-    for name, parts in found.items():
-        shares = np.array([number for number, _, _ in parts], float)
+    for name, sets_of_pairs in found.items():
+        shares = np.array([number for number, _, _ in sets_of_pairs], float)
         shares /= shares.sum()
-        value = float(shares @ [gained for _, gained, _ in parts])
-        means = 100 * shares @ np.stack([redrawn for _, _, redrawn in parts])
+        value = float(shares @ [gained for _, gained, _ in sets_of_pairs])
+        means = 100 * shares @ np.stack([redrawn for _, _, redrawn in sets_of_pairs])
         tail = min(np.mean(means <= 0), np.mean(means >= 0))
         result[name] = Difference(100 * value, *_quantiles(means), min(1.0, 2 * float(tail)))
     return result
 
 
 def _weights(total: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float64]]:
-    """What one right answer of each class adds to a metric, as a share: the metric is their sum."""
+    """Return how much one right prediction of each class adds to each metric; the metric is the sum."""
     per_class = np.where(total > 0, 1 / np.maximum(total, 1), 0.0)
     known = total > 0
     weights = {"top1": known / max(1, total.sum()), "balanced": per_class / max(1, known.sum())}

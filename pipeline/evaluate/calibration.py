@@ -1,7 +1,7 @@
-"""Does a classifier know how sure it may be: reliability, expected calibration error, one temperature.
+"""Calibration (Guo et al. 2017): reliability, expected calibration error, and temperature scaling.
 
-Guo et al. 2017: bins of equal width over the confidence; ECE is the mean gap between confidence and accuracy, weighted by
-the images in a bin. The temperature minimises the log-likelihood loss on a set that is not the one that is judged.
+Bins have equal width over the confidence. ECE is the mean gap between confidence and accuracy, weighted by the images in a
+bin. The temperature minimises the negative log-likelihood on a set that is not the evaluated one.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_BINS = 15
-_LIMITS = (-3.0, 3.0)  # of log temperature: from a twentieth to twenty
+_LIMITS = (-3.0, 3.0)  # log temperature: from a twentieth to twenty
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -24,7 +24,13 @@ class Bin(NamedTuple):
 
 
 def reliability(confidence: NDArray[np.float64], right: NDArray[np.bool_], bins: int = NUM_BINS) -> list[Bin]:
-    """The bins of the reliability diagram, from the confidences (N,) and whether the answers were right (N,)."""
+    """Compute the bins of a reliability diagram.
+
+    Args:
+        confidence: Probability of the predicted class (N,).
+        right: Whether the prediction is right (N,).
+        bins: Number of bins.
+    """
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count = np.bincount(index, minlength=bins)
     known = np.maximum(count, 1)
@@ -37,15 +43,19 @@ def reliability(confidence: NDArray[np.float64], right: NDArray[np.bool_], bins:
 
 
 def expected_calibration_error(bins: list[Bin]) -> float:
-    """In percent."""
+    """Return the expected calibration error in percent."""
     total = max(1, sum(b.samples for b in bins))
     return 100.0 * sum(b.samples * abs(b.confidence - b.accuracy) for b in bins) / total
 
 
 def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """The T that minimises the mean loss of logits / T, (N, C) and (N,), to about 1e-6.
+    """Find the temperature T that minimises the mean loss of logits / T, to about 1e-6.
 
-    The loss is convex in 1 / T, so it has one valley in log T: golden-section search finds it.
+    The loss is convex in 1 / T, so it has one minimum in log T, and golden-section search finds it.
+
+    Args:
+        logits: Logits (N, C).
+        labels: True classes (N,).
     """
 
     def loss(log_temperature: float) -> float:

@@ -1,4 +1,4 @@
-"""How evaluation is done, as values (torch-free)."""
+"""Schema of evaluation (torch-free)."""
 
 from pydantic import Field, PositiveInt
 
@@ -6,15 +6,24 @@ from pipeline.config import Strict
 
 
 class ProbeConfig(Strict):
-    """How good features are: a linear probe and a vote of neighbours learn from the labelled part, the validation part judges.
+    """Evaluate features with a linear probe and with nearest neighbours.
 
-    The labels are read for this number only: no gradient sees them.
+    Both learn from the labelled subset and are evaluated on the validation subset. The labels are read for these numbers
+    only; no gradient of the training sees them.
     """
 
     every: PositiveInt | None = Field(
-        None, description="optimizer steps, a multiple of loop.eval_every; none = at every evaluation"
+        None,
+        description="optimizer steps between two probes, a multiple of loop.eval_every; null = at every evaluation",
     )
-    samples: PositiveInt = Field(50_000, description="labelled samples to learn from at most, spread evenly over them")
-    neighbours: PositiveInt = Field(20, description="k; fewer where there are fewer samples")
-    temperature: float = Field(0.07, gt=0, description="of the neighbours' votes, exp(cosine / temperature)")
-    weight_decay: float = Field(1e-3, gt=0, description="of the linear probe, on standardised features")
+    samples: PositiveInt = Field(
+        50_000,
+        description="maximum number of labelled samples that the probes learn from, spread evenly over the subset",
+    )
+    neighbours: PositiveInt = Field(
+        20, description="number of nearest neighbours that vote; fewer if there are fewer samples"
+    )
+    temperature: float = Field(
+        0.07, gt=0, description="temperature of the neighbours' votes, each of weight exp(cosine / temperature)"
+    )
+    weight_decay: float = Field(1e-3, gt=0, description="weight decay of the linear probe, on standardised features")

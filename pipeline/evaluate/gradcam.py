@@ -1,33 +1,40 @@
 """Grad-CAM (Selvaraju et al. 2017): where in the image the evidence for a class is.
 
-With the map A (C, h, w) of a layer and the logit y of a class, the weight of a channel is the mean of dy/dA over the map,
-and the picture is ReLU(sum of weight x A), enlarged to the image. The sources say no more of their figure, so the layer is
-the choice stated in `sight.py`.
+With the map A (C, h, w) of a layer and the logit y of a class, the weight of a channel is the mean of dy/dA over the map.
+The picture is ReLU(sum of weight x A), enlarged to the image. The sources do not name the layer of their figure; ours is
+chosen in `target_layers.py`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.evaluate.target_layers import sight_of, watched
+from pipeline.evaluate.target_layers import target_layers, watched
 
 
 def gradcam(model: nn.Module, images: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) -> maps (B, H, W) in [0, 1], the largest value of each 1, and the classes (B,) they explain.
+    """Map the evidence for a class in each image.
 
-    `classes`: none = what the model answers. A map without any positive evidence is zero everywhere.
+    Args:
+        model: A classifier; it is left in the mode it had.
+        images: Normalised images (B, 3, H, W).
+        classes: Classes to explain (B,); None explains the predicted ones.
+
+    Returns:
+        Maps (B, H, W) in [0, 1], each with a largest value of 1 (or zero everywhere, without positive evidence), and the
+        classes (B,) that they explain.
     """
-    sight = sight_of(model)
+    layers = target_layers(model)
     was_training = model.training
     model.eval()
-    with torch.enable_grad(), watched(sight.explained) as seen:
+    with torch.enable_grad(), watched(layers.gradcam) as seen:
         # The image is a leaf, so that the map has a gradient even where all weights are frozen.
         logits = model(images.detach().requires_grad_()).float()
         classes = logits.argmax(-1) if classes is None else classes.to(logits.device)
         (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), seen[-1])
     model.train(was_training)
     size = images.shape[2], images.shape[3]
-    maps, gradient = sight.to_grid(seen[-1].detach(), size).float(), sight.to_grid(gradient, size).float()
+    maps, gradient = layers.to_grid(seen[-1].detach(), size).float(), layers.to_grid(gradient, size).float()
     weights = gradient.mean((2, 3), keepdim=True)
     evidence = F.relu((weights * maps).sum(1, keepdim=True))
     evidence = F.interpolate(evidence, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
@@ -36,9 +43,18 @@ def gradcam(model: nn.Module, images: Tensor, classes: Tensor | None = None) -> 
 
 
 def overlay(images: Tensor, maps: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalised images (B, 3, H, W) under their maps (B, H, W) -> pixels (B, 3, H, W) in [0, 1].
+    """Draw maps over images that turn grey.
 
-    The image is grey and the map is cividis, which readers with a colour deficiency see as others do.
+    The colours are cividis, which readers with a colour vision deficiency see as others do.
+
+    Args:
+        images: Normalised images (B, 3, H, W).
+        maps: Maps (B, H, W) in [0, 1].
+        mean: Mean of each colour that normalised the images.
+        std: Standard deviation of each colour that normalised the images.
+
+    Returns:
+        Pixels (B, 3, H, W) in [0, 1].
     """
     from matplotlib import colormaps
 

@@ -1,4 +1,4 @@
-"""Everything that is said of a classifier, from one table of its answers; and the mean of any loss over a set."""
+"""Metrics of a classifier, all computed from one table of its predictions; and the mean of any loss over a set."""
 
 import csv
 from collections.abc import Callable, Iterable, Mapping
@@ -18,54 +18,70 @@ from pipeline.evaluate.predictions import LabelledBatch, Predictions
 Groups = Mapping[str, np.ndarray]
 
 
-def summary(answers: Predictions, num_classes: int, groups: Groups) -> dict[str, float]:
-    """In percent: top1 and top5 over samples, balanced over classes, the mean class of each group that has
-    samples, and the calibration error; the mean loss in nats."""
-    table = answers.confusion(num_classes)
+def summary(predictions: Predictions, num_classes: int, groups: Groups) -> dict[str, float]:
+    """Compute the main metrics.
+
+    Returns:
+        In percent: `top1` and `top5` over samples, `balanced` (the mean of the classes' accuracies), the same mean for each
+        group that has samples, and `ece`, the expected calibration error. In nats: `nll`, the mean loss.
+    """
+    table = predictions.confusion(num_classes)
     per_class = per_class_accuracy(table)
-    right = answers.predicted == answers.labels
+    right = predictions.predicted == predictions.labels
     result = {
         "top1": 100.0 * table.trace() / max(1, table.sum()),
-        "top5": 100.0 * float(np.mean(answers.place < 5)),
+        "top5": 100.0 * float(np.mean(predictions.label_rank < 5)),
         "balanced": _mean(per_class),
     }
     result |= {
         name: _mean(found) for name, classes in groups.items() if not np.isnan(found := per_class[classes]).all()
     }
-    result["ece"] = expected_calibration_error(reliability(answers.confidence, right))
-    result["nll"] = float(np.mean(answers.loss))
+    result["ece"] = expected_calibration_error(reliability(predictions.confidence, right))
+    result["nll"] = float(np.mean(predictions.loss))
     return result
 
 
 def per_class_accuracy(table: np.ndarray) -> np.ndarray:
-    """Percent of each class's samples that are called by their name; NaN for a class without samples."""
+    """Return the accuracy of each class (C,) in percent from a confusion (C, C); NaN for a class without samples."""
     total = table.sum(1)
     return np.where(total > 0, 100.0 * table.diagonal() / np.maximum(total, 1), np.nan)
 
 
-def report(answers: Predictions, groups: Groups, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Everything about one model on one set, for evaluation.json. A class without samples has no accuracy (None)."""
-    table = answers.confusion(len(classes))
-    right = answers.predicted == answers.labels
+def report(predictions: Predictions, groups: Groups, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Compute all metrics of one model on one set, for evaluation.json.
+
+    A class without samples has no accuracy (None).
+    """
+    table = predictions.confusion(len(classes))
+    right = predictions.predicted == predictions.labels
     bounds = intervals(table.diagonal(), table.sum(1), groups)
     return {
-        **summary(answers, len(classes), groups),
+        **summary(predictions, len(classes), groups),
         **open_set(table, groups),
-        "samples": len(answers.labels),
+        "samples": len(predictions.labels),
         "intervals": {name: [round(i.low, 4), round(i.high, 4)] for name, i in bounds.items()},
         "groups": {name: [classes[c] for c in members] for name, members in groups.items()},
         "per_class": {
             name: None if np.isnan(a) else round(float(a), 4)
             for name, a in zip(classes, per_class_accuracy(table), strict=True)
         },
-        "reliability": [b._asdict() for b in reliability(answers.confidence, right)],
+        "reliability": [b._asdict() for b in reliability(predictions.confidence, right)],
         "confusion": table.tolist(),
     }
 
 
-def write_per_class(path: Path, answers: Predictions, classes: tuple[str, ...], trained_on: tuple[int, ...]) -> None:
-    """A CSV, one line a class: samples, right answers, accuracy, the class it is most often mistaken for."""
-    table = answers.confusion(len(classes))
+def write_per_class(
+    path: Path, predictions: Predictions, classes: tuple[str, ...], trained_on: tuple[int, ...]
+) -> None:
+    """Write a CSV with one line per class.
+
+    Args:
+        path: The file.
+        predictions: Predictions of one model.
+        classes: Names of the classes (C,).
+        trained_on: Labelled training images of each class (C,); empty if unknown.
+    """
+    table = predictions.confusion(len(classes))
     mistakes = table - np.diag(table.diagonal())
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -82,7 +98,14 @@ def write_per_class(path: Path, answers: Predictions, classes: tuple[str, ...], 
 def mean_loss(
     model: nn.Module, batches: Iterable[LabelledBatch], loss: Callable[[Tensor, Tensor], Tensor], device: torch.device
 ) -> float:
-    """Mean over samples and ranks of loss(model(images), images) -> (B,) (collective)."""
+    """Average a loss over samples and ranks (collective).
+
+    Args:
+        model: The model; it runs in eval mode and is left in the mode it had.
+        batches: This rank's share, as many batches on every rank; padding is left out.
+        loss: Takes the model's output and the images, and returns a value per image (B,).
+        device: Where the model is.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()

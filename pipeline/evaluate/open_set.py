@@ -1,25 +1,43 @@
-"""Classes that were never trained on but stand in the test set: judged apart, and where their images go."""
+"""Evaluate classes that are in the test set but were never trained on, apart from the others."""
 
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-OUTSIDE = "ood"  # the group's name
+OUTSIDE = "ood"  # name of the group of classes outside the training set
 
 
 def with_outside(
     groups_of_seen: Mapping[str, NDArray[np.int64]], seen: NDArray[np.int64], num_classes: int
 ) -> dict[str, NDArray[np.int64]]:
-    """Groups over the classes `seen` (their places in it), as groups over all, the other classes as a group of their own."""
-    groups = {name: seen[places] for name, places in groups_of_seen.items()}
+    """Extend groups over the seen classes to all classes.
+
+    Args:
+        groups_of_seen: Name of a group -> indices into `seen`.
+        seen: Classes that were trained on.
+        num_classes: Number of all classes.
+
+    Returns:
+        Name of a group -> classes, with the classes that were not seen as a group of their own (if there are any).
+    """
+    groups = {name: seen[indices] for name, indices in groups_of_seen.items()}
     outside = np.setdiff1d(np.arange(num_classes), seen)
     return {**groups, OUTSIDE: outside} if len(outside) else groups
 
 
 def open_set(table: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]]) -> dict[str, float]:
-    """From the confusion (C, C), true by predicted, in percent: top1 and the mean class among the classes seen, and of the
-    images of the others the shares that are called a head, medium or tail class. Empty where every class was seen."""
+    """Compute accuracy over the seen classes, and where the images of the other classes go.
+
+    Args:
+        table: Confusion (C, C), true class by predicted class.
+        groups: Name of a group -> classes, as `with_outside` makes them.
+
+    Returns:
+        In percent: `top1_seen` and `balanced_seen` over the seen classes, and `ood_called_GROUP`, the share of the other
+        classes' images that is predicted as a class of that group; and `ood_samples`, their number. Empty if every class
+        was seen.
+    """
     if OUTSIDE not in groups:
         return {}
     outside = groups[OUTSIDE]

@@ -1,7 +1,7 @@
-"""What a classifier says of every sample: asked once, kept per sample, so that every number is computed from one table.
+"""What a classifier predicts for every sample, kept per sample, so that every metric is computed from one table.
 
-A sample stands in the same batch at every world size (`data.loader.evaluation_batches`), so its answer, and each number
-made of the answers, is the same on one process and on many.
+Evaluation batches do not depend on the world size (`streaming.loader.evaluation_batches`). So the prediction for a sample,
+and each metric, is the same on one process and on many.
 """
 
 from collections.abc import Iterable
@@ -18,56 +18,81 @@ from torch import Tensor, nn
 
 
 class LabelledBatch(Protocol):
-    """Samples; an index below 0 is padding, there so that all ranks take equally many steps."""
+    """A batch of samples; an index below 0 marks padding, which lets all ranks take equally many steps."""
 
     @property
-    def images(self) -> Tensor: ...
+    def images(self) -> Tensor:
+        """Images (B, 3, H, W)."""
+
     @property
-    def labels(self) -> Tensor: ...
+    def labels(self) -> Tensor:
+        """Class of each sample (B,)."""
+
     @property
-    def indices(self) -> Tensor: ...
+    def indices(self) -> Tensor:
+        """Sample index of each sample (B,), below 0 for padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """One row a sample, in the order of their sample_indices."""
+    """One row per sample, sorted by sample index.
 
-    sample_indices: NDArray[np.int64]  # in the manifest
+    Attributes:
+        sample_indices: Rows of the manifest (N,).
+        labels: True classes (N,).
+        predicted: Predicted classes (N,).
+        label_rank: Number of classes that score higher than the true one (N,); 0 if the prediction is right.
+        confidence: Softmax probability of the predicted class (N,).
+        loss: -log softmax probability of the true class (N,), in nats.
+    """
+
+    sample_indices: NDArray[np.int64]
     labels: NDArray[np.int64]
     predicted: NDArray[np.int64]
-    place: NDArray[np.int64]  # of the true class: how many classes scored higher, 0 if none did
-    confidence: NDArray[np.float64]  # softmax probability of the predicted class
-    loss: NDArray[np.float64]  # -log softmax probability of the true class, in nats
+    label_rank: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    loss: NDArray[np.float64]
 
     def confusion(self, num_classes: int) -> NDArray[np.int64]:
-        """(C, C) counts, true class by predicted class."""
+        """Count samples by true class and predicted class: (C, C)."""
         cells = self.labels * num_classes + self.predicted
         return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
     def save(self, path: Path) -> None:
-        """For comparisons sample by sample, as paired tests need them: a .npz with a row a sample."""
+        """Write a .npz with one row per sample, for comparisons sample by sample such as paired tests."""
         with path.open("wb") as file:
             np.savez_compressed(
                 file,
                 sample_indices=self.sample_indices,
                 labels=self.labels,
                 predicted=self.predicted,
-                place=self.place,
+                label_rank=self.label_rank,
                 confidence=self.confidence.astype(np.float32),
                 loss=self.loss.astype(np.float32),
             )
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
+        """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as stored:
             return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
 
 
 @torch.no_grad()
-def ask(
+def predict(
     model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device, *, temperature: float = 1.0
 ) -> Predictions:
-    """The answers to all samples over all ranks, equal on each (collective); the logits are divided by `temperature`."""
+    """Predict all samples over all ranks (collective).
+
+    Args:
+        model: A classifier; it runs in eval mode and is left in the mode it had.
+        batches: This rank's share, as many batches on every rank.
+        device: Where the model is.
+        temperature: Divides the logits.
+
+    Returns:
+        The predictions for all samples, equal on every rank.
+    """
     was_training = model.training
     model.eval()
     rows = []
@@ -84,44 +109,44 @@ def ask(
             confidence,
             F.cross_entropy(logits, labels, reduction="none"),
         )
-        rows.append(torch.stack([c.double() for c in columns], dim=1))  # fp64 holds sample_indices up to 2^53
+        rows.append(torch.stack([c.double() for c in columns], dim=1))  # fp64 holds sample indices up to 2^53
     model.train(was_training)
     table = gather(torch.cat(rows) if rows else torch.zeros(0, 6, dtype=torch.float64, device=device)).cpu().numpy()
     table = table[table[:, 0] >= 0]
     table = table[np.argsort(table[:, 0], kind="stable")]
-    sample_indices, labels, predicted, place = table[:, :4].astype(np.int64).T
+    sample_indices, labels, predicted, label_rank = table[:, :4].astype(np.int64).T
     return Predictions(
         sample_indices=sample_indices,
         labels=labels,
         predicted=predicted,
-        place=place,
+        label_rank=label_rank,
         confidence=table[:, 4],
         loss=table[:, 5],
     )
 
 
 @torch.no_grad()
-def collect(
+def collect_logits(
     model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Labels (N,) and outputs (N, C) of all samples over all ranks, in the order of their sample_indices (collective)."""
+    """Return labels (N,) and logits (N, C) of all samples over all ranks, sorted by sample index (collective)."""
     was_training = model.training
     model.eval()
-    keys, outputs = [], []
+    keys, logits = [], []
     for batch in batches:
-        outputs.append(model(batch.images.to(device)).float())
+        logits.append(model(batch.images.to(device)).float())
         keys.append(torch.stack([batch.indices, batch.labels], dim=1).to(device))
     model.train(was_training)
-    key, output = gather(torch.cat(keys)).cpu().numpy(), gather(torch.cat(outputs)).cpu().numpy()
+    key, values = gather(torch.cat(keys)).cpu().numpy(), gather(torch.cat(logits)).cpu().numpy()
     order = np.argsort(key[:, 0], kind="stable")
     order = order[key[order, 0] >= 0]
-    return key[order, 1], output[order].astype(np.float64)
+    return key[order, 1], values[order].astype(np.float64)
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all ranks, which have equally many, rank after rank (collective)."""
+    """Concatenate the rows of all ranks, which have equally many, in the order of the ranks (collective)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)

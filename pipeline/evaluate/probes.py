@@ -1,7 +1,7 @@
-"""How good a model's features are, told by labels that no gradient of its training sees: a linear probe, and neighbours.
+"""Evaluate features by labels that no gradient of their training sees: a linear probe, and nearest neighbours.
 
-Features are what one submodule is given while the model runs as it always does (a classifier's `head`, the pretrainer's
-`to_decoder`): no second forward pass to keep in step, and nothing special under ZeRO-3.
+Features are the input of one submodule (a classifier's `head`, the pretrainer's `to_decoder`) while the model runs as it
+always does. So there is no second forward function to keep equal, and nothing special under ZeRO-3.
 
 Shapes: n samples, F features, C classes.
 """
@@ -16,23 +16,32 @@ from torch import Tensor, nn
 from pipeline.evaluate.config import ProbeConfig
 from pipeline.evaluate.predictions import LabelledBatch, gather
 
-QUERIES_AT_ONCE = 1024  # a table of cosines of this many rows at a time
+QUERIES_AT_ONCE = 1024  # rows of the table of cosines that are in memory at a time
 MAX_ITERATIONS = 200
 
 
 class Features(NamedTuple):
-    """One row a sample, in the order of the samples' indices, alike on all ranks."""
+    """One row per sample, sorted by sample index, equal on all ranks.
 
-    values: Tensor  # (n, F), fp32
-    labels: Tensor  # (n,)
+    Attributes:
+        values: Features (n, F), fp32.
+        labels: Classes (n,).
+    """
+
+    values: Tensor
+    labels: Tensor
 
 
 def features_of(
     model: nn.Module, reader: nn.Module, batches: Iterable[LabelledBatch], device: torch.device
 ) -> Features:
-    """What `reader`, a submodule of `model`, is given for each sample, the mean over its tokens if it has any.
+    """Collect the input of a submodule for each sample (collective).
 
-    `batches` are this rank's share, as many on every rank; each real sample (index >= 0) counts once (collective).
+    Args:
+        model: The whole model; it is left in the mode it had.
+        reader: A submodule of `model`. If its input has tokens, the feature is their mean.
+        batches: This rank's share, as many batches on every rank; padding (index below 0) is left out.
+        device: Where the model is.
     """
     given: list[Tensor] = []
 
@@ -45,7 +54,7 @@ def features_of(
     handle = reader.register_forward_pre_hook(note)
     try:
         for batch in batches:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code runs past hooks
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code skips hooks
                 model(batch.images.to(device))
             x = given.pop()
             rows.append(x if x.dim() == 2 else x.mean(1))
@@ -59,11 +68,12 @@ def features_of(
     return Features(gather(torch.cat(rows))[real], gather(torch.cat(labels))[real])
 
 
-def probe(bank: Features, queries: Features, config: ProbeConfig) -> dict[str, float]:
-    """Percent of `queries` that a linear probe and the neighbours in `bank` call by their label.
+def evaluate_features(bank: Features, queries: Features, config: ProbeConfig) -> dict[str, float]:
+    """Return the percentage of `queries` that a linear probe and the nearest neighbours in `bank` classify correctly.
 
-    Both see each feature less its mean, over its spread, in the bank: the features of a pretrainer of pixels share one
-    large direction, in which all cosines are near 1 (the usual neighbours' test leaves them as they are).
+    Both standardise each feature by its mean and standard deviation in the bank. The features of a model that was
+    pretrained on pixels share one large direction, in which all cosines are near 1. The usual neighbour test does not
+    standardise.
     """
     classes = int(torch.cat([bank.labels, queries.labels]).max()) + 1
     spread, centre = torch.std_mean(bank.values, dim=0, correction=0)
@@ -77,20 +87,34 @@ def probe(bank: Features, queries: Features, config: ProbeConfig) -> dict[str, f
 
 
 def nearest_neighbours(bank: Features, queries: Tensor, classes: int, *, neighbours: int, temperature: float) -> Tensor:
-    """Votes (n, C): each of the k samples nearest by cosine votes exp(cosine / temperature) for its class (Wu et al. 2018)."""
+    """Let the k nearest samples by cosine vote for their classes, each with exp(cosine / temperature) (Wu et al. 2018).
+
+    Args:
+        bank: Labelled samples.
+        queries: Features (n, F).
+        classes: Number of classes C.
+        neighbours: k; fewer if the bank is smaller.
+        temperature: Temperature of the votes.
+
+    Returns:
+        Votes (n, C).
+    """
     known = F.normalize(bank.values)
     ballots = F.one_hot(bank.labels, classes).to(known)
     votes = []
-    for part in F.normalize(queries).split(QUERIES_AT_ONCE):
-        cosines, nearest = (part @ known.T).topk(min(neighbours, len(known)))
+    for rows in F.normalize(queries).split(QUERIES_AT_ONCE):
+        cosines, nearest = (rows @ known.T).topk(min(neighbours, len(known)))
         votes.append((torch.exp((cosines - 1) / temperature)[:, :, None] * ballots[nearest]).sum(1))
     return torch.cat(votes)
 
 
 def linear_probe(bank: Features, queries: Tensor, classes: int, *, weight_decay: float) -> Tensor:
-    """Logits (n, C) of the multinomial logistic regression that minimises mean cross-entropy + weight_decay / 2 |W|².
+    """Fit a multinomial logistic regression that minimises mean cross-entropy + weight_decay / 2 |W|².
 
-    Convex and solved by L-BFGS from zero: no seed, no learning rate.
+    The problem is convex and solved by L-BFGS from zero, so there is no seed and no learning rate.
+
+    Returns:
+        Logits (n, C) of the queries (n, F).
     """
     weight = bank.values.new_zeros(classes, bank.values.shape[1]).requires_grad_()
     bias = bank.values.new_zeros(classes).requires_grad_()

@@ -1,4 +1,4 @@
-"""How good pseudo-labels are, against the truth that no loss ever sees: counts first, and every number from them."""
+"""Evaluate pseudo-labels against the true labels, which no loss sees: first counts, then every number from them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
@@ -13,17 +13,27 @@ from pipeline.evaluate.predictions import LabelledBatch
 
 
 class Labelled(Protocol):
-    """Pseudo-labels (B,) and whether each counts (B,), 1 or 0."""
+    """Pseudo-labels of a batch."""
 
     @property
-    def labels(self) -> Tensor: ...
+    def labels(self) -> Tensor:
+        """Pseudo-labels (B,)."""
+
     @property
-    def accepted(self) -> Tensor: ...
+    def accepted(self) -> Tensor:
+        """1 where the pseudo-label enters the loss, else 0 (B,)."""
 
 
 class PseudoCounts(NamedTuple):
-    total: NDArray[np.int64]  # (C,) images of each true class
-    accepted: NDArray[np.int64]  # (C, C) those whose pseudo-label counts, true class by pseudo-label
+    """Counts of images.
+
+    Attributes:
+        total: Images of each true class (C,).
+        accepted: Images whose pseudo-label is accepted (C, C), true class by pseudo-label.
+    """
+
+    total: NDArray[np.int64]
+    accepted: NDArray[np.int64]
 
 
 @torch.no_grad()
@@ -33,7 +43,14 @@ def count_pseudo_labels(
     num_classes: int,
     device: torch.device,
 ) -> PseudoCounts:
-    """Counts over all ranks (collective); `label` gives images (B, 3, H, W) their pseudo-labels."""
+    """Count pseudo-labels over all ranks (collective).
+
+    Args:
+        label: Gives images (B, 3, H, W) their pseudo-labels.
+        batches: This rank's share; samples with a negative label are skipped.
+        num_classes: Number of classes C.
+        device: Where `label` computes.
+    """
     counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=device)
     for batch in batches:
         pseudo = label(batch.images.to(device))
@@ -48,13 +65,17 @@ def count_pseudo_labels(
 
 
 def pseudo_summary(counts: PseudoCounts, groups: Mapping[str, NDArray[np.int64]]) -> dict[str, float]:
-    """In percent, over all classes and for each group: precision (of the labels that count, the right ones; left out where
-    none counts) and coverage (of the images, those that count); and the distance of the histogram of pseudo-labels
-    from that of the truth (half the sum of absolute differences of shares: 0 alike, 100 disjoint)."""
+    """Summarise counts in percent, over all classes and for each group (`NAME_GROUP`).
+
+    Returns:
+        `precision`: the share of accepted pseudo-labels that is right (left out if none is accepted). `coverage`: the
+        share of images whose pseudo-label is accepted. `histogram_distance`: half the sum of absolute differences between
+        the class shares of pseudo-labels and of the truth; 0 = equal, 100 = disjoint.
+    """
     everything = np.arange(len(counts.total))
     result = {}
     for name, classes in {"": everything, **{f"_{g}": c for g, c in groups.items()}}.items():
-        # Precision of a group is by pseudo-label: how far "this is a tail class" can be trusted.
+        # Precision of a group goes by pseudo-label: how far "this is a tail class" can be trusted.
         claimed = counts.accepted[:, classes].sum()
         if claimed:
             result[f"precision{name}"] = 100.0 * counts.accepted.diagonal()[classes].sum() / claimed

@@ -1,8 +1,8 @@
-"""Where a network sees: which of its layers keeps a map of the image, and how that layer's output becomes the map.
+"""Find the layers of a network that keep a map of the image, and turn their outputs into that map.
 
-A plain backbone (a Vision Mamba, a ViT) keeps tokens in some order with a cls token somewhere; a hierarchical one keeps
-(B, C, h, w), or (B, h, w, C) as timm's Swin does. Grad-CAM and the receptive field need only a `Sight`. timm's models say
-in their `feature_info` where the last map is and how many channels it has, so no family is named here.
+A plain backbone (a Vision Mamba, a ViT) keeps tokens in some order, with a cls token among them. A hierarchical one keeps
+(B, C, h, w), or (B, h, w, C) as timm's Swin does. Grad-CAM and the receptive field need only `TargetLayers`. timm's models
+say in their `feature_info` where the last map is and how many channels it has, so no family of timm is named here.
 
 Shapes: B images of H x W pixels, L tokens, C channels, h x w the map.
 """
@@ -22,35 +22,45 @@ ToGrid = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
-    """`to_grid`: the output of either layer, and the images' (H, W) -> (B, C, h, w)."""
+class TargetLayers:
+    """The layers that Grad-CAM and the receptive field hook into.
 
-    explained: nn.Module  # Grad-CAM's layer: the last one through whose whole map the logits are made
-    final: nn.Module  # the last one with a map: its centre has the receptive field
+    Attributes:
+        gradcam: The last layer through whose whole map the logits are computed.
+        receptive_field: The last layer with a map; the field is that of the map's centre.
+        to_grid: Turns the output of either layer, and the images' (H, W), into a map (B, C, h, w).
+    """
+
+    gradcam: nn.Module
+    receptive_field: nn.Module
     to_grid: ToGrid
 
 
-def sight_of(model: nn.Module) -> Sight:
-    """For our models and timm's, by what they have and not by their names.
+def target_layers(model: nn.Module) -> TargetLayers:
+    """Find the target layers of one of our models or of timm's, by its structure and not by its name.
 
-    Where only the cls token reaches the head, no gradient reaches the other tokens behind the last mixer or attention,
-    so a plain backbone is explained by the normalised input of its last block (the practice of pytorch-grad-cam).
-    Raises ConfigError for a network that keeps no map that is known here.
+    If only the cls token reaches the head, no gradient reaches the other tokens behind the last mixer or attention. So
+    Grad-CAM uses the normalised input of the last block of a plain backbone (the practice of pytorch-grad-cam).
+
+    Raises:
+        ConfigError: If the network keeps no map that is known here.
     """
     if isinstance(model, TimmModel):
-        return _timm_sight(model.model)
+        return _timm_layers(model.model)
     if isinstance(model, VisionMamba):
         entrance = f"layers.{model.depth - 1}.{'norm1' if hasattr(model.layers[-1], 'norm1') else 'norm'}"
-        return Sight(explained=model.get_submodule(entrance), final=model.norm_f, to_grid=_mamba_grid(model))
+        return TargetLayers(
+            gradcam=model.get_submodule(entrance), receptive_field=model.norm_f, to_grid=_mamba_grid(model)
+        )
     stages = getattr(model, "stages", None)
     if isinstance(stages, nn.Sequential | nn.ModuleList):
         last = stages[-1]
         last = last[-1] if isinstance(last, nn.ModuleList) else last  # a list is never called: its last block is
-        return Sight(explained=last, final=last, to_grid=lambda maps, _size: maps)
+        return TargetLayers(gradcam=last, receptive_field=last, to_grid=lambda maps, _size: maps)
     raise _unknown(model)
 
 
-def _timm_sight(model: Any) -> Sight:
+def _timm_layers(model: Any) -> TargetLayers:
     info = getattr(model, "feature_info", None)
     last = list(info)[-1] if isinstance(info, list | tuple) and info else None
     prefix = getattr(model, "num_prefix_tokens", 0)
@@ -58,10 +68,10 @@ def _timm_sight(model: Any) -> Sight:
         if prefix and hasattr(model, "blocks"):
             entrance = model.get_submodule(f"blocks.{len(model.blocks) - 1}.norm1")
             to_grid = _grid(model.num_features, prefix, model)
-            return Sight(explained=entrance, final=model.get_submodule("norm"), to_grid=to_grid)
+            return TargetLayers(gradcam=entrance, receptive_field=model.get_submodule("norm"), to_grid=to_grid)
         if last is not None:
             module = model.get_submodule(last["module"])
-            return Sight(explained=module, final=module, to_grid=_grid(last["num_chs"], prefix, model))
+            return TargetLayers(gradcam=module, receptive_field=module, to_grid=_grid(last["num_chs"], prefix, model))
     except (AttributeError, KeyError):  # a name that is not, or no longer, one of a module
         pass
     raise _unknown(model)
@@ -76,7 +86,7 @@ def _unknown(model: nn.Module) -> ConfigError:
 
 @contextmanager
 def watched(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of `module` in every forward inside, with their place in the graph."""
+    """Collect the outputs of `module`, with their graph, in every forward pass inside the `with` block."""
     seen: list[Tensor] = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(_tensor(output)))
     try:
@@ -86,7 +96,7 @@ def watched(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A stage may return the map and what else it made of it; the map comes first."""
+    """Return the map of a stage that may return other tensors after it."""
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -102,7 +112,7 @@ def _mamba_grid(model: VisionMamba) -> ToGrid:
 
 
 def _grid(channels: int, prefix: int, model: nn.Module) -> ToGrid:
-    """Of an output with `channels`: a map in either order of axes, or tokens row by row, behind `prefix` others or none."""
+    """Handle a map in either order of axes, or tokens row by row behind `prefix` others (or none)."""
 
     def to_grid(output: Tensor, size: tuple[int, int]) -> Tensor:
         if output.dim() == 4 and output.shape[1] == channels:
@@ -110,7 +120,7 @@ def _grid(channels: int, prefix: int, model: nn.Module) -> ToGrid:
         if output.dim() == 4 and output.shape[3] == channels:
             return output.permute(0, 3, 1, 2)
         if output.dim() == 3 and output.shape[2] == channels:
-            for others in (prefix, 0):  # some join the cls token later
+            for others in (prefix, 0):  # some models add the cls token later
                 patches = output[:, others:]
                 rows = round((patches.shape[1] * size[0] / size[1]) ** 0.5)  # the map has the images' proportions
                 if rows and patches.shape[1] % rows == 0:

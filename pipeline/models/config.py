@@ -77,20 +77,6 @@ class FamilyConfig(Strict):
         return name in cls.variants
 
 
-class PseudoLabelRule(Strict):
-    """From a teacher's answers to labels, and which of them count."""
-
-    kind: Literal["hard", "soft"] = "hard"
-    temperature: float = Field(1.0, gt=0, description="of the teacher's softmax; below 1 sharpens")
-    threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label counts (tau)")
-    thresholds: Literal["fixed", "class_balanced"] = Field(
-        "fixed", description="class_balanced: lower for classes that are rare among confident answers (FlexMatch)"
-    )
-    alignment: Literal["none", "uniform", "labelled"] = Field(
-        "none", description="distribution alignment: the mean answer is moved to uniform, or to the labels' shares"
-    )
-
-
 class SSMixupConfig(Strict):
     """SSMixup's part in a model: nu C h_mix beside the two directions' outputs, h_mix = psi h_forward + (1 - psi) h_backward."""
 

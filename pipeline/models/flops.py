@@ -4,9 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# A backward pass costs two forward passes: one for the gradients of the activations, one for those of the weights.
-TRAINING = 3
-
 
 def forward_flops(model: nn.Module, image_size: tuple[int, int], in_chans: int = 3) -> int:
     """FLOPs of one image (height, width): 2 a multiply-add, convolutions and matrix products and the scan (papers

@@ -1,14 +1,14 @@
-"""Experiments side by side: those that differ in their seeds only are one design, and designs are named by what differs."""
+"""Compare designs: experiments that differ only in their seeds are one design, named by its different config keys."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.config import flatten
-from pipeline.report.results import METRICS, Result, judged_rows, mean_and_spread
+from pipeline.report.results import METRICS, Result, evaluated_rows, mean_and_spread
 from pipeline.report.tables import Table
 
-# What names a run, or says where and how fast it runs: no design.
+# Keys that name a run, or decide only where and how fast it runs, do not make a design.
 _NO_DESIGN = (
     "run.", "engine.", "loop.log_every", "loop.eval_every", "loop.save_every", "loop.keep_", "loop.background_save",
     "loop.time_limit_minutes", "loop.vote_every", "data.eval_batch", "data.loader.workers", "data.loader.prefetch",
@@ -17,27 +17,40 @@ _COMPARED = ("top1", "tail")
 
 
 class NotPaired(Exception):
-    """Two designs were not asked the same: the text says what differs."""
+    """Two designs were not evaluated on the same images; the text says what differs."""
 
 
 class Comparison(NamedTuple):
-    gains: dict[str, tuple[float, float, float, float]]  # metric -> gain, low, high, p
-    seeds: Sequence[int]  # the pairs
+    """Gains of one design over another.
+
+    Attributes:
+        gains: Metric -> gain in points, lower and upper end of its interval, p-value.
+        seeds: Seeds of the pairs.
+    """
+
+    gains: dict[str, tuple[float, float, float, float]]
+    seeds: Sequence[int]
 
 
-Compare = Callable[[Sequence[Result], Sequence[Result], str], Comparison]  # first design, another, row of the table
+# Takes the experiments of the first design, those of another, and a row of the table.
+Compare = Callable[[Sequence[Result], Sequence[Result], str], Comparison]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """`values`: every key of the configs of all stages -> its value."""
+    """Experiments with equal configs.
+
+    Attributes:
+        values: `STAGE.KEY` of every config key that makes a design -> its value.
+        results: The experiments.
+    """
 
     values: dict[str, str]
     results: list[Result]
 
 
 def designs_of(results: Sequence[Result]) -> list[Design]:
-    """In the order of their first experiment."""
+    """Group experiments into designs, in the order of their first experiments."""
     found: list[Design] = []
     for result in results:
         values = _values(result)
@@ -50,16 +63,21 @@ def designs_of(results: Sequence[Result]) -> list[Design]:
 
 
 def differences(designs: Sequence[Design]) -> list[dict[str, str]]:
-    """For each design, key -> value of what is not alike in all of them; a key that is missing is "–"."""
+    """Return for each design the keys, with values, that are not equal in all designs; "–" if a key is missing."""
     keys = dict.fromkeys(key for d in designs for key in d.values)
     differing = [key for key in keys if len({d.values.get(key) for d in designs}) > 1]
     return [{key: d.values.get(key, "–") for key in differing} for d in designs]
 
 
 def ablation_table(designs: Sequence[Design], compare: Compare) -> Table:
-    """One row a design: what is different, its seeds, its numbers, and what it gains over the first one."""
+    """Make the table of designs: different keys, number of seeds, metrics, and gains over the first design.
+
+    Args:
+        designs: Two or more designs.
+        compare: Computes the gains; its `NotPaired` becomes a remark below the table.
+    """
     every = [r for d in designs for r in d.results]
-    row = judged_rows(every)[-1]
+    row = evaluated_rows(every)[-1]
     named = differences(designs)
     gains = [f"Δ {m} [95 %], p" for m in _COMPARED]
     rows, remarks = [], []
@@ -71,9 +89,11 @@ def ablation_table(designs: Sequence[Design], compare: Compare) -> Table:
             try:
                 found, seeds = compare(designs[0].results, design.results, row)
                 if len(seeds) < max(len(designs[0].results), len(design.results)):
-                    remarks.append(f"{name}: gains over the seeds that both have, {', '.join(map(str, seeds))}.")
+                    remarks.append(
+                        f"{name}: gains use the seeds that both designs have ({', '.join(map(str, seeds))})."
+                    )
             except NotPaired as reason:
-                remarks.append(f"{name}: no paired gain, {reason}.")
+                remarks.append(f"{name}: no paired gain: {reason}.")
         rows.append(
             [
                 name,
@@ -86,20 +106,20 @@ def ablation_table(designs: Sequence[Design], compare: Compare) -> Table:
             ]
         )
     note = (
-        f"{row}, percent. Gains over the first design by paired bootstrap: the test images are redrawn inside each class, "
-        "pairs are of equal run.seed and not redrawn; p is two-sided. " + " ".join(remarks)
+        f"{row}, percent. Gains over the first design come from a paired bootstrap: test images are redrawn inside each "
+        "class, pairs have equal run.seed and are not redrawn, and p is two-sided. " + " ".join(remarks)
     ).strip()
     return Table(
         name="ablation",
-        title="Designs side by side",
-        header=["what differs", "seeds", *METRICS, *gains],
+        title="Comparison of designs",
+        header=["different keys", "seeds", *METRICS, *gains],
         rows=rows,
         note=note,
     )
 
 
 def _named(different: dict[str, str], stages: Sequence[str]) -> str:
-    """`semi.threshold=0.9, loop.steps=60`: a stage stands before what is not alike in all stages that have the key."""
+    """Return `semi.threshold=0.9, loop.steps=60`; a key has no stage if all stages have the same value."""
     words = []
     for key, value in different.items():
         stage, _, rest = key.partition(".")
@@ -122,7 +142,7 @@ def _values(result: Result) -> dict[str, str]:
     for stage, run in result.stages.items():
         for key, value in flatten(run.config).items():
             if key == "data.split" and result.protocol:
-                value = result.protocol.rsplit("; seed", 1)[0]  # the seeds of one design have splits of their own
+                value = result.protocol.rsplit("; seed", 1)[0]  # seeds of one design have different splits
             if not key.startswith(_NO_DESIGN):
                 values[f"{stage}.{key}"] = str(value)
     return values

@@ -1,4 +1,4 @@
-"""Sections that other commands have measured (efficiency, inference, receptive fields), kept so that a report can take them in.
+"""Sections that other commands measure (efficiency, inference, Pareto front, receptive fields), kept for reports.
 
 FOLDER/section.json  FOLDER/tables/*.csv|tex|md  FOLDER/figures/*.pdf|svg
 """
@@ -18,13 +18,19 @@ SECTION = "section.json"
 
 
 class Section(NamedTuple):
+    """A title with the tables and figures below it."""
+
     title: str
     tables: Sequence[Table]
     figures: Sequence[Figure]
 
 
 def write_section(folder: Path, section: Section) -> Path:
-    """The tables in all forms, and the section for `python -m launchers report --with FOLDER`."""
+    """Write a section for `python -m pipeline.report --with FOLDER`, and its tables in all forms.
+
+    Returns:
+        `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for table in section.tables:
         table.write(folder / "tables")
@@ -38,9 +44,21 @@ def write_section(folder: Path, section: Section) -> Path:
 
 
 def read_section(folder: Path) -> Section:
-    """Raises DataError if the folder holds none."""
+    """Read what `write_section` wrote.
+
+    Raises:
+        DataError: If the folder holds no section.
+    """
     path = folder / SECTION
     if not path.is_file():
-        raise DataError(f"{path} does not exist; give a folder that efficiency, inference or fields has written")
+        raise DataError(
+            f"{path} does not exist; give --with a folder that efficiency, inference, pareto or fields has written"
+        )
     values = json.loads(path.read_text())
     return Section(values["title"], [Table(**v) for v in values["tables"]], [Figure(**v) for v in values["figures"]])
+
+
+def show_section(folder: Path) -> str:
+    """Return the section's tables as Markdown, and how to put the section into a report."""
+    tables = [table.markdown() for table in read_section(folder).tables]
+    return "\n".join([*tables, f"written to {folder}; put it into a report with --with {folder}"])

@@ -1,7 +1,7 @@
-"""Figures: drawn once, saved as PDF and SVG for print, and given as an inline SVG that takes the page's colours.
+"""Draw figures, save them as PDF and SVG for print, and return them as inline SVG in the page's text colour.
 
-Readable by the colour-blind: colours after Okabe and Ito, and lines differ in dash, points in shape; pictures of one
-quantity are in cividis. No random ids, so that the same numbers give the same file.
+Readers with a colour vision deficiency can read them: colours follow Okabe and Ito, lines also differ in dash and points in
+shape, and maps use cividis. Ids are not random, so the same numbers give the same file.
 """
 
 import base64
@@ -20,7 +20,7 @@ COLOURS = ("#1E88D2", "#E2741A", "#0FA37F", "#CC79A7", "#8C6BB1", "#B8860B")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MAP = "cividis"
-_TEXT = "#123456"  # becomes the page's colour of text
+_TEXT = "#123456"  # is replaced by the page's text colour
 _NAMES = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
 Paint = Callable[[Any], None]  # draws into an empty matplotlib figure
@@ -29,7 +29,15 @@ Curve = tuple[list[float], list[float]]  # x, y
 
 @dataclass(frozen=True)
 class Figure:
-    """`wide`: it takes the page's whole width. `svg` is for a page, the files in the report's folder for print."""
+    """A figure for the page; its files for print are in the report's folder.
+
+    Attributes:
+        name: Stem of the files, and id on the page.
+        title: Heading.
+        note: Text below the heading.
+        svg: Inline SVG.
+        wide: The figure takes the page's whole width.
+    """
 
     name: str
     title: str
@@ -48,13 +56,23 @@ def draw(
     size: tuple[float, float] = (4.6, 2.9),
     wide: bool = False,
 ) -> Figure:
-    """Calls `paint` with an empty matplotlib figure of `size` inches, twice: for print in black, for the page."""
+    """Draw a figure twice: for print, in black, and for the page.
+
+    Args:
+        folder: Where NAME.pdf and NAME.svg are written.
+        name: Stem of the files, and id on the page.
+        title: Heading.
+        paint: Draws into an empty matplotlib figure.
+        note: Text below the heading.
+        size: Width and height in inches.
+        wide: The figure takes the page's whole width.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     replace_bytes(folder / f"{name}.pdf", _render(paint, size, "black", "pdf", name))
     text = _render(paint, size, _TEXT, "svg", name).decode()
     replace_text(folder / f"{name}.svg", text.replace(_TEXT, "#000000"))
     text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
-    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)  # ids of several figures share one page
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)  # all figures share the page, so ids must differ
     return Figure(name, title, note, text, wide)
 
 
@@ -78,9 +96,16 @@ def _render(paint: Paint, size: tuple[float, float], colour: str, suffix: str, s
 def lines(
     series: dict[str, list[Curve]], xlabel: str, ylabel: str, *, logy: bool = False, at: Sequence[float] | None = None
 ) -> Paint:
-    """One colour and dash a quantity; several runs of it are thin lines about their mean, where they share the steps.
+    """Make curves, with one colour and dash per quantity.
 
-    `at`: the few places of x that were measured; each gets a marker and a tick, on a logarithmic axis.
+    Several runs of a quantity are thin lines around their mean, if they share their steps.
+
+    Args:
+        series: Label of a quantity -> its runs.
+        xlabel: Label of the x axis.
+        ylabel: Label of the y axis.
+        logy: Use a logarithmic y axis.
+        at: The few values of x that were measured; each gets a marker and a tick, on a logarithmic x axis.
     """
 
     def paint(canvas: Any) -> None:
@@ -107,8 +132,15 @@ def lines(
     return paint
 
 
-def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel: str, ylabel: str) -> Paint:
-    """Points (x, y), each by its name up to a colon; those `joined` lie on one line, the others stand beside it."""
+def pareto_front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel: str, ylabel: str) -> Paint:
+    """Make a Pareto front: points with their names, some of them joined by a line.
+
+    Args:
+        points: Name -> x and y; the label is the name up to a colon.
+        joined: Names of the points on the line.
+        xlabel: Label of the x axis.
+        ylabel: Label of the y axis.
+    """
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
@@ -119,7 +151,10 @@ def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel:
         around = [name for name in points if name not in joined]
         for name, place in points.items():
             angle = 2 * np.pi * around.index(name) / len(around) if name in around else 1.25 * np.pi
-            right, up = 20 * np.cos(angle), 20 * np.sin(angle)  # in turn on every side: some points lie close together
+            right, up = (
+                20 * np.cos(angle),
+                20 * np.sin(angle),
+            )  # on changing sides, because some points lie close together
             axes.annotate(
                 name.split(":")[0], place, xytext=(right, up), textcoords="offset points", fontsize=8,
                 ha="left" if right > 0 else "right", va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#888888"},
@@ -131,19 +166,24 @@ def front(points: dict[str, tuple[float, float]], joined: Sequence[str], xlabel:
 
 
 def _legend(axes: Any) -> Any:
-    """Above the axes, where it covers no line."""
+    """Put the legend above the axes, where it covers no line."""
     longest = max(map(len, axes.get_legend_handles_labels()[1]))
     columns = 3 if longest < 16 else 2
     return axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
 
 
 def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[str, float | None]]) -> Paint:
-    """Accuracy of each class against its labelled images; what a later model gains over the first is a line between."""
+    """Make the accuracy of each class, sorted by labelled images.
+
+    Args:
+        labelled: Class -> its labelled images.
+        models: Row of the table -> class -> accuracy in percent, None without samples. A thin line joins the first and the
+            last model.
+    """
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
         names = list(labelled)
-        # Classes of one count stand beside one another.
         counts = np.array([labelled[n] for n in names], float)
         order = np.argsort(-counts, kind="stable")
         x = np.empty(len(names))
@@ -167,14 +207,19 @@ def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[
         few = len(names) <= 20
         ticks = np.arange(len(names)) if few else np.linspace(0, len(names) - 1, 6).astype(int)
         axes.set_xticks(ticks, [f"{names[order[t]][:9]}\n{int(counts[order[t]])}" for t in ticks])
-        axes.set(xlabel="class, and its labelled images", ylabel="accuracy, percent", ylim=(-4, 104))
+        axes.set(xlabel="class, with its number of labelled images", ylabel="accuracy, percent", ylim=(-4, 104))
         _legend(axes)
 
     return paint
 
 
 def group_intervals(models: dict[str, dict[str, Any]], groups: Sequence[str]) -> Paint:
-    """Accuracy of each group with its bootstrap interval."""
+    """Make the accuracy of each group with its bootstrap interval.
+
+    Args:
+        models: Row of the table -> metrics of the model.
+        groups: Names of the groups, from left to right.
+    """
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
@@ -196,7 +241,11 @@ def group_intervals(models: dict[str, dict[str, Any]], groups: Sequence[str]) ->
 
 
 def reliability_diagram(models: dict[str, list[dict[str, float]]]) -> Paint:
-    """Accuracy against confidence, a point's area by its images; on the diagonal a classifier knows how sure it may be."""
+    """Make accuracy against confidence; a calibrated classifier lies on the diagonal.
+
+    Args:
+        models: Row of the table -> bins of `calibration.reliability`. The area of a point is its share of the images.
+    """
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
@@ -217,7 +266,13 @@ def reliability_diagram(models: dict[str, list[dict[str, float]]]) -> Paint:
 
 
 def confusion_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Paint:
-    """Percent of each true class (rows) that is called by each name (columns)."""
+    """Make a confusion map, in percent of each true class.
+
+    Args:
+        table: Counts, true class by predicted class.
+        rows: Names of the true classes.
+        columns: Names of the predicted classes.
+    """
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
@@ -225,7 +280,7 @@ def confusion_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]
         image = axes.imshow(share, cmap=MAP, vmin=0, vmax=100, aspect="auto")
         axes.set_xticks(range(len(columns)), columns, rotation=90 if max(map(len, columns)) > 3 else 0)
         axes.set_yticks(range(len(rows)), rows)
-        axes.set(xlabel="called", ylabel="true class")
+        axes.set(xlabel="predicted class", ylabel="true class")
         axes.grid(visible=False)
         if table.size <= 150:
             for (r, c), value in np.ndenumerate(share):
@@ -240,7 +295,13 @@ def confusion_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]
 def picture_grid(
     pictures: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[Sequence[str]]
 ) -> Paint:
-    """Pictures (H, W, 3) or maps (H, W), both in [0, 1], row by row; `columns` gives a title to each picture of each row."""
+    """Make a grid of pictures.
+
+    Args:
+        pictures: Pictures (H, W, 3) or maps (H, W), both in [0, 1], row by row.
+        rows: Name of each row.
+        columns: Title of each picture of each row.
+    """
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots(len(pictures), len(pictures[0]), squeeze=False)
@@ -260,4 +321,5 @@ def picture_grid(
 
 
 def data_uri(path: Path) -> str:
+    """Return a PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

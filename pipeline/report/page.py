@@ -1,27 +1,34 @@
-"""The report of one or more experiments: one page that needs nothing else, the same in Markdown, every table as CSV and
-LaTeX, every figure as PDF and SVG.
+"""Write the report of one or more experiments: an HTML page without scripts or network, and the same as files.
 
 NAME/report.html   NAME/report/{report.md, tables/*.csv|tex|md, figures/*.pdf|svg}
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
+from markupsafe import Markup
 
 from pipeline.files import replace_text
-from pipeline.report import judged, sections
+from pipeline.report import accuracy, sections
 from pipeline.report.ablation import Compare, ablation_table, designs_of
 from pipeline.report.extras import Section
-from pipeline.report.figures import Figure, data_uri, draw
-from pipeline.report.results import STAGES, Result, judged_rows, read_result
+from pipeline.report.figures import data_uri, draw
+from pipeline.report.results import STAGES, Result, evaluated_rows, read_result
 from pipeline.report.tables import Table
 
 
 class Panel(NamedTuple):
-    """Pictures that others have made of models: drawn by `paint` of `figures.picture_grid` and its like."""
+    """A wide figure that is drawn from models and not from files.
+
+    Attributes:
+        name: Stem of its files.
+        title: Heading.
+        note: Text below the heading.
+        paint: Draws it, for example `figures.picture_grid(...)`.
+        size: Width and height in inches.
+    """
 
     name: str
     title: str
@@ -38,20 +45,32 @@ def write_report(
     compare: Compare | None = None,
     extras: Sequence[Section] = (),
 ) -> Path:
-    """Write the page at `path` (and what lies beside it) and return where it is.
+    """Write the page, and the folder of the same name beside it.
 
-    Experiments that differ in seeds only are one design: means and spreads. Several designs are joined into a table of
-    what differs, with `compare` for the gains; curves and figures are of the first. Raises DataError for a folder that is
-    no experiment.
+    Experiments that differ only in their seeds are one design, shown as means and standard deviations. Several designs are
+    compared in a table; the other tables, the curves and the figures are those of the first design.
+
+    Args:
+        experiments: Folders of experiments.
+        path: The page.
+        panels: Figures of where the models look.
+        compare: Computes the gains between two designs.
+        extras: Sections that other commands have measured.
+
+    Returns:
+        `path`.
+
+    Raises:
+        DataError: If a folder is not an experiment.
     """
     results = [read_result(e) for e in experiments]
     designs = designs_of(results)
     shown = designs[0].results
     beside = path.with_suffix("")
     figures = beside / "figures"
-    rows = judged_rows(shown)
-    tables: list[Table] = judged.tables(shown, rows) if rows else []
-    if len(designs) > 1 and compare and judged_rows(results):
+    rows = evaluated_rows(shown)
+    tables: list[Table] = accuracy.tables(shown, rows) if rows else []
+    if len(designs) > 1 and compare and evaluated_rows(results):
         tables.insert(0, ablation_table(designs, compare))
     running = [sections.speed(shown), *sections.plans(shown), *sections.incidents(results)]
     for table in [*tables, *running]:
@@ -60,11 +79,11 @@ def write_report(
         "title": path.parent.name,
         "results": results,
         "designs": designs,
-        "headline": judged.headline(shown, rows) if rows else [],
+        "headline": accuracy.headline(shown, rows) if rows else [],
         "protocols": list(dict.fromkeys(r.protocol.rsplit("; seed", 1)[0] for r in results if r.protocol)),
         "tables": {table.name: table for table in tables},
         "running": running,
-        "judged": judged.figures(shown, rows, figures) if rows else [],
+        "accuracy": accuracy.figures(shown, rows, figures) if rows else [],
         "stages": [
             (
                 title,
@@ -81,16 +100,22 @@ def write_report(
         "beside": beside.name,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, _template("report.html").render(page))
-    replace_text(beside / "report.md", _template("report.md").render(page))
+    replace_text(path, _template("template.html").render(page))
+    replace_text(beside / "report.md", _template("template.md").render(page))
     return path
 
 
 def _pictures(results: Sequence[Result], stage: str) -> list[tuple[str, str]]:
-    """(what it is, data URI) of the pictures that a stage has left in its report folder; of the first experiment."""
+    """Return name and data URI of the pictures in a stage's report folder, of the first experiment."""
     run = results[0].stages.get(stage)
     found = sorted((run.folder / "report").glob("*.png")) if run else []
     return [(p.stem.replace("_", " "), data_uri(p)) for p in found]
+
+
+def _stacked(cell: str) -> Markup:
+    """Put an interval in brackets below its value, so that wide tables fit the page."""
+    value, bracket, interval = cell.partition(" [")
+    return Markup("{} <small>[{}</small>").format(value, interval) if bracket else Markup("{}").format(cell)
 
 
 def _template(name: str) -> Template:
@@ -98,8 +123,5 @@ def _template(name: str) -> Template:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]), trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["json"] = lambda value: json.dumps(value)
+    environment.filters["stacked"] = _stacked
     return environment.get_template(name)
-
-
-__all__ = ["Figure", "Panel", "write_report"]

@@ -1,4 +1,7 @@
-"""Pictures of batches."""
+"""Draw pictures of batches.
+
+Shapes: R rows, n images a row, H x W pixels.
+"""
 
 import io
 from collections.abc import Sequence
@@ -13,7 +16,17 @@ ENLARGED_SIDE = 96  # small images are enlarged to at least this many pixels
 
 
 def write_grid(path: Path, rows: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """rows (R, n, 3, H, W), normalised -> a PNG of R rows; returns its pixels (3, height, width) in [0, 1]."""
+    """Write normalised images as a PNG.
+
+    Args:
+        path: The file.
+        rows: Normalised images (R, n, 3, H, W).
+        mean: Mean of each colour that normalised the images.
+        std: Standard deviation of each colour that normalised the images.
+
+    Returns:
+        The picture's pixels (3, height, width) in [0, 1].
+    """
     pixels = to_pixels(rows, mean, std)
     scale = -(-ENLARGED_SIDE // pixels.shape[-2])
     pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
@@ -25,13 +38,22 @@ def write_grid(path: Path, rows: Tensor, *, mean: tuple[float, ...], std: tuple[
 
 
 def to_pixels(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalised images (..., 3, H, W) -> [0, 1]."""
+    """Undo the normalisation of images (..., 3, H, W): pixels in [0, 1]."""
     shape = (3, 1, 1)
     return (images.cpu().float() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
 
 
 def captioned(rows: Sequence[Tensor], names: Sequence[str], captions: Sequence[Sequence[str]]) -> Tensor:
-    """Rows of pixels (n, 3, H, W) in [0, 1], each with a name, and a caption over each picture -> (3, height, width)."""
+    """Draw rows of pictures with captions.
+
+    Args:
+        rows: Pixels (n, 3, H, W) in [0, 1] of each row.
+        names: Name of each row.
+        captions: Text above each picture of each row.
+
+    Returns:
+        The picture's pixels (3, height, width) in [0, 1].
+    """
     from matplotlib.figure import Figure
 
     from pipeline.report.figures import picture_grid

@@ -1,4 +1,4 @@
-"""What the folders of experiments say, read once: numbers of evaluations, curves, cards, incidents, plans."""
+"""Read the folders of experiments: evaluations, curves, cards, incidents, plans."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import DataError
+from pipeline.jsonl import read_rows
 
 METRICS = ("top1", "head", "medium", "tail")
 STAGES = {"arm": "Stage 1: ARM pretraining", "distill": "Stage 2: supervised", "semi": "Stage 3: semi-supervised"}
@@ -23,10 +24,10 @@ ROWS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StageRun:
-    """One stage's folder as far as it has come; what is not there yet is empty."""
+    """Contents of one stage's folder; what is not there yet is empty. `rows` are those of metrics.jsonl."""
 
     folder: Path
-    rows: list[dict[str, float]]  # of metrics.jsonl
+    rows: list[dict[str, float]]
     config: dict[str, Any]
     environment: dict[str, Any]
     status: dict[str, Any]
@@ -36,12 +37,12 @@ class StageRun:
     card: dict[str, Any]
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one line of the log."""
+        """Return the steps at which `name` was logged, and its values."""
         pairs = [(row["step"], row[name]) for row in self.rows if name in row]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def seconds(self) -> float:
-        """Spent in training steps, from their logged means; evaluations and saves are not in it."""
+        """Return the seconds spent in training steps, from their logged means, without evaluations and saves."""
         total, before = 0.0, 0.0
         for row in self.rows:
             if "perf/step_seconds" in row:
@@ -52,7 +53,15 @@ class StageRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One experiment: its stages, the protocol it was judged by, and per row of the table the model's report."""
+    """One experiment.
+
+    Attributes:
+        experiment: Its folder.
+        stages: Name of a stage -> its folder's contents.
+        protocol: Description of the split.
+        split: Hash of the split, if there is one.
+        models: Row of the table (a key of `ROWS`) -> metrics of that model.
+    """
 
     experiment: Path
     stages: dict[str, StageRun]
@@ -62,24 +71,31 @@ class Result:
 
     @property
     def name(self) -> str:
+        """Name of the experiment's folder."""
         return self.experiment.name
 
     def seed(self, stage: str) -> int:
+        """Return the `run.seed` of a stage."""
         return int(self.stages[stage].config.get("run", {}).get("seed", 0))
 
     def labelled_per_class(self) -> dict[str, int]:
+        """Return the labelled images of each class in the last stage that was evaluated."""
         found = [s.evaluation.get("labelled_per_class", {}) for s in self.stages.values()]
         return next((counts for counts in reversed(found) if counts), {})
 
 
 def read_result(experiment: Path) -> Result:
-    """Whatever the stages of an experiment have written. Raises DataError if there is none."""
+    """Read what the stages of an experiment have written so far.
+
+    Raises:
+        DataError: If the folder holds no stage.
+    """
     stages = {stage: _read_stage(experiment / stage) for stage in STAGES if (experiment / stage).is_dir()}
     if not stages:
         known = [p.name for p in sorted(experiment.parent.glob("*")) if any((p / stage).is_dir() for stage in STAGES)]
         raise DataError(
             f"{experiment} holds no stage ({', '.join(STAGES)})"
-            + (f"; experiments beside it: {', '.join(known)}" if known else "; run a stage first")
+            + (f"; experiments beside it: {', '.join(known)}" if known else "; train a stage first")
         )
     models, protocol, split = {}, "", None
     for row, (stage, model) in ROWS.items():
@@ -91,20 +107,21 @@ def read_result(experiment: Path) -> Result:
 
 
 def mean_and_spread(results: Sequence[Result], row: str, metric: str) -> tuple[float, float] | None:
-    """Mean over the experiments that have the number, and sample standard deviation (0 for one)."""
+    """Return mean and sample standard deviation (0 for one value) over the experiments that have the metric."""
     values = [r.models[row][metric] for r in results if metric in r.models.get(row, {})]
     if not values:
         return None
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def judged_rows(results: Sequence[Result]) -> list[str]:
+def evaluated_rows(results: Sequence[Result]) -> list[str]:
+    """Return the rows of the table that at least one experiment has evaluated."""
     return [row for row in ROWS if any(row in r.models for r in results)]
 
 
 def table(results: Sequence[Result]) -> str:
-    """Accuracies in percent on the test set, one line a model, mean ± standard deviation over experiments."""
-    rows = judged_rows(results)
+    """Format accuracies in percent on the test set, one line per model: mean ± standard deviation over experiments."""
+    rows = evaluated_rows(results)
     lines = [f"{'':18s}" + "".join(f"{m:>15s}" for m in METRICS)]
     for row in rows:
         cells = [mean_and_spread(results, row, m) for m in METRICS]
@@ -126,19 +143,19 @@ def _read_stage(folder: Path) -> StageRun:
     config, environment = folder / "config.yaml", _json(folder / "environment.json")
     return StageRun(
         folder=folder,
-        rows=_lines(folder / "metrics.jsonl"),
+        rows=read_rows(folder / "metrics.jsonl"),
         config=yaml.safe_load(config.read_text()) if config.is_file() else {},
         environment=environment,
         status=_json(folder / "status.json"),
         plan=_plan(folder, environment.get("config_sha256")),
-        incidents=_lines(folder / "incidents.jsonl"),
+        incidents=read_rows(folder / "incidents.jsonl"),
         evaluation=_json(folder / "evaluation.json"),
         card=_json(folder / "export" / "model.json"),
     )
 
 
 def _plan(folder: Path, config_sha256: str | None) -> dict[str, Any]:
-    """What was planned for this stage, unless with another config than it ran with."""
+    """Return this stage's plan, unless it was made for another config than the stage ran with."""
     stages = _json(folder.parent / "plan.json").get("stages", [])
     mine = (s for s in stages if s["stage"] == folder.name and s.get("config_sha256") == config_sha256)
     return next(mine, {})
@@ -146,10 +163,3 @@ def _plan(folder: Path, config_sha256: str | None) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Complete lines: a run that is being written may end in half of one."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""How it went and where it came from: curves, speed, plan against actual, incidents, lineage."""
+"""The page's sections on training: curves, speed, the plan compared with the run, incidents, lineage."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,17 @@ from pipeline.report.tables import Table
 
 
 class Curve(NamedTuple):
-    """`names`: lines of metrics.jsonl -> what a reader calls them; those that were not logged are left out."""
+    """A figure of one stage's log.
+
+    Attributes:
+        stage: Name of the stage.
+        name: Stem of the figure's files, behind the stage.
+        title: Heading.
+        names: Names in metrics.jsonl -> labels; names that were not logged are left out.
+        axis: Label of the y axis.
+        note: Text below the heading.
+        logy: Use a logarithmic y axis.
+    """
 
     stage: str
     name: str
@@ -26,28 +36,31 @@ class Curve(NamedTuple):
 _GROUPS = {"val/{}head": "head", "val/{}medium": "medium", "val/{}tail": "tail"}
 CURVES = (
     Curve("arm", "loss", "Loss", {"train/loss": "training", "val/loss": "validation"}, "squared error"),
-    Curve("arm", "probes", "Features, judged by labels that training never sees",
-          {"val/linear": "linear probe", "val/knn": "nearest neighbours"}, "percent"),
+    Curve("arm", "probes", "Quality of the features",
+          {"val/linear": "linear probe", "val/knn": "nearest neighbours"}, "percent",
+          "Accuracy of classifiers on the features, on validation. Training never sees the labels."),
     Curve("distill", "loss", "Loss", {"train/loss": "training"}, "cross-entropy"),
     Curve("distill", "accuracy", "Accuracy", {"train/top1": "training", "val/top1": "validation"}, "percent"),
-    Curve("distill", "groups", "Validation by group", {k.format(""): v for k, v in _GROUPS.items()}, "percent"),
+    Curve("distill", "groups", "Validation accuracy by group", {k.format(""): v for k, v in _GROUPS.items()}, "percent"),
     Curve("semi", "loss", "Loss",
           {"train/supervised": "labelled", "train/consistency": "accepted pseudo-labels"}, "cross-entropy"),
-    Curve("semi", "accuracy", "Accuracy on validation", {"val/top1": "student", "val/teacher_top1": "teacher"}, "percent"),
-    Curve("semi", "groups", "Teacher on validation, by group",
+    Curve("semi", "accuracy", "Validation accuracy", {"val/top1": "student", "val/teacher_top1": "teacher"}, "percent"),
+    Curve("semi", "groups", "Validation accuracy of the teacher by group",
           {k.format("teacher_"): v for k, v in _GROUPS.items()}, "percent"),
     Curve("semi", "pseudo", "Pseudo-labels", {"ssl/mask_rate": "accepted", "ssl/confidence": "mean confidence"}, "share"),
-    Curve("semi", "truth", "Pseudo-labels against the truth that no loss sees",
+    Curve("semi", "truth", "Pseudo-labels compared with the true labels",
           {"pseudo/precision": "precision", "pseudo/coverage": "coverage"}, "percent",
-          "Precision: of those that count, the right ones. Coverage: of the images, those that count."),
-    Curve("semi", "precision", "Precision of pseudo-labels, by group",
-          {f"pseudo/precision_{g}": g for g in ("head", "medium", "tail")}, "percent", "How far a name can be trusted."),
-    Curve("semi", "coverage", "Coverage of pseudo-labels, by group",
-          {f"pseudo/coverage_{g}": g for g in ("head", "medium", "tail")}, "percent"),
-    Curve("semi", "energy", "Energy V = |s - t|² / 2", {"ema/V": "V"}, "squared weights", logy=True),
-    Curve("semi", "decay", "The teacher's decay", {"ema/alpha": "α", "ema/guard_hit": "guard hits"}, "α; share of steps"),
+          "Precision: share of accepted pseudo-labels that is right. Coverage: share of images whose pseudo-label is accepted. "
+          "No loss sees the true labels."),
+    Curve("semi", "precision", "Precision of pseudo-labels by group",
+          {f"pseudo/precision_{g}": g for g in ("head", "medium", "tail")}, "percent", "Groups go by the pseudo-label."),
+    Curve("semi", "coverage", "Coverage of pseudo-labels by group",
+          {f"pseudo/coverage_{g}": g for g in ("head", "medium", "tail")}, "percent", "Groups go by the true label."),
+    Curve("semi", "energy", "Distance between student and teacher", {"ema/V": "V"}, "V = |s - t|² / 2", logy=True),
+    Curve("semi", "decay", "Decay of the teacher",
+          {"ema/alpha": "decay α", "ema/guard_hit": "changed by the guard"}, "α; share of steps"),
 )  # fmt: skip
-# What every stage logs of its engine.
+# Every stage logs these.
 ENGINE = tuple(
     Curve(stage, name, title, names, axis)
     for stage in STAGES
@@ -58,20 +71,27 @@ ENGINE = tuple(
     )
 )
 
-# Key of a stage's plan -> how a reader calls it, and by what it is multiplied.
+# Key of a stage's plan -> its label, and the factor to the label's unit.
 PLANNED = {
     "steps": ("steps", 1.0),
     "samples": ("images of the first stream", 1.0),
     "memory_gib": ("memory, GiB", 1.0),
     "checkpoint_bytes": ("checkpoint, MB", 1e-6),
-    "flops_per_step": ("GFLOPs a step", 1e-9),
-    "step_seconds": ("ms a step", 1e3),
+    "flops_per_step": ("GFLOPs per step", 1e-9),
+    "step_seconds": ("ms per step", 1e3),
     "hours": ("minutes in steps", 60.0),
 }
 
 
 def curves(results: Sequence[Result], stage: str, wanted: Sequence[Curve], folder: Path) -> list[Figure]:
-    """Those of `wanted` that one stage has logged, over all experiments of a design."""
+    """Draw the curves of `wanted` that one stage has logged.
+
+    Args:
+        results: Experiments of one design; each is a line.
+        stage: Name of the stage.
+        wanted: Curves of any stage.
+        folder: Folder of the figures.
+    """
     runs = [r.stages[stage] for r in results if stage in r.stages]
     drawn = []
     for curve in wanted:
@@ -86,6 +106,7 @@ def curves(results: Sequence[Result], stage: str, wanted: Sequence[Curve], folde
 
 
 def speed(results: Sequence[Result]) -> Table:
+    """Make the table of time and throughput, one row per stage of each experiment."""
     rows = []
     for result in results:
         for stage, run in result.stages.items():
@@ -105,14 +126,17 @@ def speed(results: Sequence[Result]) -> Table:
                     f"{world} × {threads}",
                 ]
             )
-    header = ["", "state", "steps", "in steps", "images/s", "ms/step", "data wait, %", "GiB", "MFU, %",
-              "procs × threads"]  # fmt: skip
-    note = "Medians over the logged intervals; memory is the largest logged of rank 0; evaluations and saves are not in the time."
+    header = ["", "state", "steps", "time", "images/s", "ms/step", "data wait, %", "GiB", "MFU, %",
+              "processes × threads"]  # fmt: skip
+    note = (
+        "Medians over the logged intervals. Memory is the largest that rank 0 logged. The time leaves out evaluations and "
+        "saves. MFU: share of the machine's peak FLOP/s that the model uses."
+    )
     return Table(name="speed", title="Time and throughput", header=header, rows=rows, note=note)
 
 
 def plans(results: Sequence[Result]) -> list[Table]:
-    """What `plan.json` foretold beside what came, for the numbers that both know: means over the experiments of a design."""
+    """Compare plan.json with the run, for the numbers that both have: means over the experiments of a design."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for result in results:
         for stage, run in result.stages.items():
@@ -129,8 +153,11 @@ def plans(results: Sequence[Result]) -> list[Table]:
         ratio = f"{measured / planned:.2f}" if planned else "–"
         rows.append([f"{stage}: {words}", _short(planned), _short(measured), ratio])
     header = ["", "planned", "actual", "actual / planned"]
-    note = "Means over the experiments that were planned. Memory was planned for tensors; on a CPU the whole process is measured."
-    return [Table(name="plan", title="Plan against actual", header=header, rows=rows, note=note)]
+    note = (
+        "Means over the experiments that have a plan. The plan counts the memory of tensors; on a CPU the whole process is "
+        "measured."
+    )
+    return [Table(name="plan", title="Planned and actual cost", header=header, rows=rows, note=note)]
 
 
 def _short(value: float) -> str:
@@ -138,7 +165,7 @@ def _short(value: float) -> str:
 
 
 def _actual(run: StageRun) -> dict[str, float]:
-    """Measured values under the names that a plan gives them."""
+    """Return measured values under the names that a plan gives them."""
     found: dict[str, float] = {}
     if run.rows:
         found |= {"steps": run.rows[-1]["step"], "samples": run.rows[-1]["samples"]}
@@ -160,8 +187,14 @@ def _numbers(plan: dict[str, Any]) -> dict[str, float]:
 
 
 def incidents(results: Sequence[Result]) -> list[Table]:
+    """Make the table of incidents and of stages that are not complete; no table if there are none."""
     rows = [
-        [f"{r.name}, {stage}", str(what.get("step", "–")), str(what.get("reason", "–")), str(what.get("position", "–"))]
+        [
+            f"{r.name}, {stage}",
+            str(what.get("step", "–")),
+            str(what.get("reason", "–")),
+            str(what.get("data_step", "–")),
+        ]
         for r in results
         for stage, run in r.stages.items()
         for what in run.incidents
@@ -177,12 +210,12 @@ def incidents(results: Sequence[Result]) -> list[Table]:
         for stage, run in r.stages.items()
         if run.status.get("state") not in (None, "complete")
     ]
-    header = ["", "step", "what", "place in the data"]
+    header = ["", "step", "incident", "data step"]
     return [Table(name="incidents", title="Incidents", header=header, rows=rows)] if rows else []
 
 
 def lineage(result: Result) -> list[dict[str, Any]]:
-    """A card a stage that has exported, with the command that made it."""
+    """Return the card of each stage that has an export, with the stage's title and command."""
     return [
         {"title": STAGES[stage], "command": run.environment.get("command", "unknown"), **run.card}
         for stage, run in result.stages.items()

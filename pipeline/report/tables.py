@@ -1,4 +1,4 @@
-"""A table once, in the four forms that people paste: HTML (by the template), Markdown, CSV, LaTeX."""
+"""A table in the four forms that people use: HTML (made by the page's template), Markdown, CSV and LaTeX."""
 
 import csv
 import io
@@ -17,15 +17,25 @@ _LATEX = {
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells are texts as they are to be read; the first column names the row."""
+    """A table of texts.
 
-    name: str  # of the files
+    Attributes:
+        name: Stem of the files.
+        title: Heading.
+        header: One text per column.
+        rows: Cells as they are printed; the first column names the row.
+        note: Text below the table.
+    """
+
+    name: str
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
 
     def markdown(self) -> str:
+        """Return the table, with its note, as Markdown."""
+
         def line(cells: Sequence[str]) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
@@ -34,6 +44,7 @@ class Table:
         return "\n".join(lines) + ("\n\n" + self.note if self.note else "") + "\n"
 
     def csv(self) -> str:
+        """Return the table as CSV, without its note."""
         out = io.StringIO(newline="")
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(self.header)
@@ -41,12 +52,13 @@ class Table:
         return out.getvalue()
 
     def latex(self) -> str:
-        """For booktabs."""
+        """Return a LaTeX tabular for the booktabs package."""
         lines = [r"\begin{tabular}{l" + "r" * (len(self.header) - 1) + "}", r"\toprule"]
         lines += [_latex_row(self.header), r"\midrule", *(_latex_row(row) for row in self.rows)]
         return "\n".join([f"% {self.title}", *lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def write(self, folder: Path) -> None:
+        """Write NAME.csv, NAME.tex and NAME.md into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / f"{self.name}.csv", self.csv())
         replace_text(folder / f"{self.name}.tex", self.latex())

@@ -1,8 +1,8 @@
-"""TensorBoard: the same rows as metrics.jsonl, one folder a run, continuous over resumes and rewinds.
+"""TensorBoard: the same rows as metrics.jsonl, in one folder per run, continuous over resumes and rewinds.
 
-Names are those of the log and do not change; the axis is the optimizer step. What matters most is also drawn over the
-samples seen, as `samples/NAME` (in a folder of its own, since a reader forgets what is behind by the axis). CUSTOM SCALARS
-has a layout, HPARAMS compares runs by their last numbers.
+Names are those of the log; the x axis is the optimizer step. The main curves are also drawn over the samples seen, as
+`samples/NAME`. They are in a folder of their own, because TensorBoard purges events by their x value. CUSTOM SCALARS has a
+layout; HPARAMS compares runs by their last numbers.
 """
 
 from collections.abc import Mapping
@@ -14,24 +14,24 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Chart -> the lines it joins (regular expressions), of all stages: a run shows what it has.
+# Chart -> the curves it joins (regular expressions), for all stages: a run shows the curves that it has.
 LAYOUT = {
-    "Is it learning": {
+    "Learning": {
         "loss": ["^train/loss$", "^val/loss$"],
-        "parts of the loss": ["^train/(supervised|consistency|teacher_loss)$"],
-        "clusters of stage 1": ["^cluster_loss/"],
+        "terms of the loss": ["^train/(supervised|consistency|teacher_loss)$"],
+        "loss of each cluster in stage 1": ["^cluster_loss/"],
         "accuracy": ["^train/top1$", "^val/top1$", "^val/teacher_top1$"],
-        "head, medium, tail": ["^val/(head|medium|tail)$", "^val/teacher_(head|medium|tail)$"],
+        "accuracy of head, medium and tail classes": ["^val/(head|medium|tail)$", "^val/teacher_(head|medium|tail)$"],
     },
-    "Is the teacher sound": {
-        "pseudo-labels": ["^ssl/(mask_rate|confidence)$"],
-        "pseudo-labels against the truth": ["^pseudo/(precision|coverage)(_tail)?$"],
-        "decay and guard": ["^ema/(alpha|guard_hit)$"],
-        "energy": ["^ema/V$"],
+    "Teacher and pseudo-labels": {
+        "accepted share and mean confidence": ["^ssl/(mask_rate|confidence)$"],
+        "precision and coverage of pseudo-labels": ["^pseudo/(precision|coverage)(_tail)?$"],
+        "decay of the teacher": ["^ema/(alpha|guard_hit)$"],
+        "distance between student and teacher (V)": ["^ema/V$"],
     },
-    "Is the machine busy": {
+    "Speed and gradients": {
         "images per second": ["^perf/images_per_second$"],
-        "waiting and utilisation": ["^perf/(data_wait_share|mfu)$"],
+        "time spent waiting for data, and MFU": ["^perf/(data_wait_share|mfu)$"],
         "gradient norm": ["^train/grad_norm$"],
     },
 }
@@ -39,7 +39,13 @@ BY_SAMPLES = ("train/loss", "val/loss", "val/top1", "val/teacher_top1")
 
 
 class Board:
-    """Writes to `folder`; events after `step` (of a run that was cut) are purged. A board without a folder is silent."""
+    """Writes the events of one run.
+
+    Args:
+        folder: Folder of the events; a board without a folder writes nothing.
+        step: Step that the run starts or continues from; later events, of a run that was cut, are purged.
+        global_batch: Samples per step.
+    """
 
     def __init__(self, folder: Path | None, step: int, global_batch: int = 1) -> None:
         self.folder, self.global_batch = folder, global_batch
@@ -58,6 +64,7 @@ class Board:
             self._writer.add_custom_scalars(charts)
 
     def scalars(self, row: Mapping[str, float], step: int) -> None:
+        """Write the values of a row whose names have a slash; `step` and `samples` have none."""
         if self._writer and self._by_samples:
             for name, value in row.items():
                 if "/" in name:
@@ -66,23 +73,38 @@ class Board:
                     self._by_samples.add_scalar(f"samples/{name}", value, step * self.global_batch)
 
     def image(self, name: str, pixels: "Tensor", step: int) -> None:
-        """pixels (3, H, W) in [0, 1]."""
+        """Write a picture.
+
+        Args:
+            name: Its tag.
+            pixels: Pixels (3, H, W) in [0, 1].
+            step: Optimizer step.
+        """
         if self._writer:
             self._writer.add_image(name, pixels, step)
 
     def histogram(self, name: str, values: Any, step: int) -> None:
-        """values (n,): a tensor or an array."""
+        """Write a histogram of `values` (n,), a tensor or an array; nothing if there are none."""
         if self._writer and len(values):
             self._writer.add_histogram(name, values, step)
 
     def class_counts(self, name: str, counts: Any, step: int) -> None:
-        """counts (C,), how often each class was named: a histogram with a bucket a class, around its number."""
+        """Write how often each class was predicted, as a histogram with one bucket per class.
+
+        Args:
+            name: Its tag.
+            counts: Count of each class (C,).
+            step: Optimizer step.
+        """
         if self._writer and sum(counts):
             named, edges = np.repeat(np.arange(len(counts)), counts), np.arange(len(counts) + 1) - 0.5
             self._writer.add_histogram(name, named, step, bins=edges)
 
     def rewind(self, step: int) -> None:
-        """What was written after `step` is undone: readers forget it. In the same file: a second one could sort before it."""
+        """Purge what was written after `step`.
+
+        The event goes into the same file, because a second file could sort before it.
+        """
         if self._writer and self._by_samples:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -91,7 +113,7 @@ class Board:
                 writer._get_file_writer().add_event(start, first)
 
     def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """The run's settings beside its last numbers, in the run itself and not in a folder of its own."""
+        """Write the run's config and its last numbers for HPARAMS, into the run's own folder."""
         if self._writer:
             from torch.utils.tensorboard.summary import hparams
 
@@ -99,10 +121,11 @@ class Board:
             for summary in hparams(plain, dict(metrics)):
                 self._writer._get_file_writer().add_summary(summary)
             for name, value in metrics.items():
-                if not name.startswith("val/"):  # those of the last evaluation are there already
+                if not name.startswith("val/"):  # the last evaluation has written them
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Flush and close the files."""
         for writer in (self._writer, self._by_samples):
             if writer:
                 writer.close()

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from pipeline.ops.distance import squared_distance_and_size
-from pipeline.train.config import LyapEMAConfig
+from pipeline.ssl.config import LyapEMAConfig
 from pipeline.train.task import Mean
 
 # The student's step is measured in each of the first updates and then every so often, which costs a copy of the masters;

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.models.config import PseudoLabelRule
+from pipeline.ssl.config import PseudoLabelRule
 
 # The running means weigh their first steps alike, and from this many on forget at this horizon.
 HORIZON = 100

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import FREE, Strict
 from pipeline.storage.config import RemoteConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -46,9 +46,14 @@ class LoaderConfig(Strict):
 
     virtual_readers: Positive = 8  # virtual readers: divides the global batch, a multiple of the world size
     window: Positive = 32_768  # reach of the shuffle, in samples over all virtual_readers
-    workers: Annotated[int, Field(ge=0)] = 2  # processes per rank; 0 reads and decodes in the training process
-    prefetch: Positive = 2  # batches ahead, per worker
+    workers: int = Field(
+        2,
+        ge=0,
+        description="processes per rank; 0 reads and decodes in the training process",
+        json_schema_extra=FREE,
+    )
+    prefetch: Positive = Field(2, description="batches ahead, per worker", json_schema_extra=FREE)
     sampling: Literal["uniform", "class_balanced", "repeat_factor"] = "uniform"
     repeat_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.001  # repeat_factor: classes rarer than this repeat
     max_unreadable: Fraction = 0.001  # of the samples, before the run stops; those below it are replaced and named
-    remote: RemoteConfig = RemoteConfig()
+    remote: RemoteConfig = Field(RemoteConfig(), json_schema_extra=FREE)

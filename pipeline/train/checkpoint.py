@@ -25,11 +25,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import Diverged, EnvironmentProblem, HandoverError
-from pipeline.files import fsync, sha256_of, write_text
-from pipeline.train.distributed import World, any_rank
+from pipeline.files import publish, replace_text, sha256_of
+from pipeline.train.distributed import World, any_rank, barrier
 from pipeline.train.engine import Engine
+from pipeline.train.run import refuse_other_inputs
 from pipeline.train.shardfile import write_shards
 from pipeline.train.task import Task
+from pipeline.train.training import Training
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +39,9 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Writes the checkpoints of one run: the newest `keep`, and every `keep_every`-th step for ever."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        engine: Engine,
-        task: Task,
-        fingerprint: str,
-        keep: int,
-        keep_every: int | None,
-        background: bool,
-    ) -> None:
-        self.folder, self.engine, self.task, self.fingerprint = folder, engine, task, fingerprint
-        self.keep, self.keep_every, self.background = keep, keep_every, background
+    def __init__(self, folder: Path, training: Training) -> None:
+        self.folder, self.training = folder, training
+        self.engine, self.task, self.loop = training.engine, training.task, training.loop
         self._writing: _Writing | None = None
 
     def save(self, step: int, loop_state: dict[str, Any]) -> None:
@@ -71,11 +63,11 @@ class Saver:
             "optimizer_step": self.engine.optimizer_step(),
             "task": self.task.state_dict(),
             "loop": loop_state,
-            "fingerprint": self.fingerprint,
+            "inputs": dict(self.training.inputs),
         }
         self._writing = _Writing(temporary, self.folder / f"step_{step:08d}", world.rank, tensors, state)
         self._writing.start()
-        if not self.background:
+        if not self.loop.background_save:
             self.finish()
 
     def finish(self, wait: bool = True) -> None:
@@ -104,10 +96,10 @@ class Saver:
             dist.all_gather_object(digests, writing.digests)
         if world.is_main:
             _complete(writing, {name: digest for part in digests for name, digest in part.items()})
-            for old in complete(self.folder)[self.keep :]:
-                if not self.keep_every or step_of(old) % self.keep_every:
+            for old in complete(self.folder)[self.loop.keep_checkpoints :]:
+                if not self.loop.keep_every or step_of(old) % self.loop.keep_every:
                     shutil.rmtree(old, ignore_errors=True)
-        any_rank(False, world)  # nobody goes on before the folder is there
+        barrier(world)
 
 
 class _Writing(Thread):
@@ -128,7 +120,7 @@ class _Writing(Thread):
                 self.digests[path.name] = write_shards(path, self.tensors)
             if self.rank == 0:
                 path = self.temporary / "state.json"
-                self.digests[path.name] = write_text(path, json.dumps(self.state, indent=1))
+                self.digests[path.name] = replace_text(path, json.dumps(self.state, indent=1))
         except OSError as error:
             self.problem = f"{error.strerror} ({path})"
         except Exception as error:  # whatever it is, what it left is no checkpoint
@@ -139,10 +131,8 @@ class _Writing(Thread):
 
 def restore(
     folder: Path,
+    training: Training,
     *,
-    engine: Engine,
-    task: Task,
-    fingerprint: str,
     accept: Callable[[dict[str, Any]], bool] = lambda state: True,
     set_aside: bool = True,
 ) -> tuple[int, dict[str, Any]]:
@@ -152,7 +142,7 @@ def restore(
     the list of rank 0, so they cannot disagree. Damaged ones are set aside under another name, lest they count among
     those that are kept.
     """
-    world = engine.world
+    engine, task, world = training.engine, training.task, training.engine.world
     found: list[list[Path]] = [complete(folder)]
     if world.size > 1:
         dist.broadcast_object_list(found, src=0)
@@ -164,18 +154,14 @@ def restore(
                 os.rename(path, path.with_name(f"damaged_{path.name}"))
             continue
         state = json.loads((path / "state.json").read_text())
-        if state["fingerprint"] != fingerprint:
-            raise HandoverError(
-                f"{path} was written by a run on other data or another split;"
-                f" choose another run.experiment, or remove {folder.parent}"
-            )
+        refuse_other_inputs(folder.parent, state["inputs"], training.inputs)
         if not accept(state):
             continue
         kinds, read = task.sharded_state(), _reader(path)
         engine.restore(read, state["optimizer_step"], kinds)
         for name, buffer in _buffers(engine, task).items():
             buffer.copy_(read("buffer", name, 0, buffer.numel()).view_as(buffer))
-        task.load_state_dict(state["task"], engine)
+        task.load_state_dict(state["task"])
         logger.info("resumed from %s", path)
         return int(state["step"]), state["loop"]
     return 0, {}
@@ -188,7 +174,7 @@ def remove_after(folder: Path, step: int, world: World) -> None:
             if step_of(path) > step:
                 (path / "COMPLETE").unlink()  # first, so that half a removal leaves nothing to resume from
                 shutil.rmtree(path, ignore_errors=True)
-    any_rank(False, world)  # nobody goes on before they are gone
+    barrier(world)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -223,11 +209,8 @@ def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
 
 
 def _complete(writing: _Writing, files: dict[str, str]) -> None:
-    write_text(writing.temporary / "COMPLETE", json.dumps(files, indent=1))
-    fsync(writing.temporary)
-    shutil.rmtree(writing.final, ignore_errors=True)
-    os.rename(writing.temporary, writing.final)
-    fsync(writing.final.parent)
+    replace_text(writing.temporary / "COMPLETE", json.dumps(files, indent=1))
+    publish(writing.temporary, writing.final)
 
 
 def _make_empty(folder: Path) -> str:

@@ -1,36 +1,48 @@
 """What training is, as values (torch-free). Steps are optimizer steps; batches are counted over all processes."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import FREE, Strict
 
 
 class RunConfig(Strict):
     """Where a run lives: ROOT/EXPERIMENT/STAGE. The name is the identity: starting it again continues it."""
 
-    root: Path = Path("runs")
-    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    seed: NonNegativeInt = 0
+    root: Path = Field(Path("runs"), description="folder of all experiments", json_schema_extra=FREE)
+    experiment: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="name of the experiment; its stages share it (letters, digits, `_`, `.` and `-`)",
+    )
+    seed: NonNegativeInt = Field(
+        0, description="seed of the first weights, of the order of the data, of the augmentation and of drop path"
+    )
 
     def folder(self, stage: str) -> Path:
+        """Return the folder of a stage's run."""
         return self.root / self.experiment / stage
 
 
 class OptimConfig(Strict):
     """AdamW with a linear rise over `warmup_steps`, then half a cosine down to `min_lr`, held for `cooldown_steps`."""
 
-    lr: float = Field(gt=0, description="at the peak, for the global batch as configured (no hidden scaling)")
-    min_lr: float = Field(0.0, ge=0)
-    warmup_steps: NonNegativeInt = 0
-    cooldown_steps: NonNegativeInt = Field(0, description="the last steps, all at min_lr")
-    weight_decay: float = Field(0.05, ge=0, description="not applied to vectors, A, tokens and positions")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    layer_decay: float = Field(1.0, gt=0, le=1, description="lr of a layer over the lr of the layer above it")
-    clip_norm: float = Field(0.0, ge=0, description="global gradient norm; 0 = no clipping")
+    lr: float = Field(
+        gt=0, description="learning rate at the peak, for the global batch as configured (it is not scaled by it)"
+    )
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
+    warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of the linear rise")
+    cooldown_steps: NonNegativeInt = Field(0, description="last optimizer steps, all at min_lr")
+    weight_decay: float = Field(
+        0.05, ge=0, description="AdamW's weight decay; vectors, A, tokens and position embeddings do not decay"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's term in the denominator")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of a layer, divided by that of the layer above it; 1 = all alike"
+    )
+    clip_norm: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0 = no clipping")
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -42,147 +54,119 @@ class OptimConfig(Strict):
 
 
 class EngineConfig(Strict):
-    """DeepSpeed's part. bf16 is autocast over fp32 weights: a scan whose A and steps are rounded to bf16 drifts."""
+    """How a stage is computed (by DeepSpeed).
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    bf16 is autocast over fp32 weights: a scan whose A and step sizes are rounded to bf16 drifts.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what ZeRO cuts among the processes: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights",
+        json_schema_extra=FREE,
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of the forward and backward passes")
     micro_batch: PositiveInt | None = Field(
-        None, description="most samples of the first stream a process takes at once; none = all of its share"
+        None,
+        description="largest number of samples of the first stream that a process computes at once; none = its whole share",
+        json_schema_extra=FREE,
     )
     bucket_bytes: PositiveInt = Field(
-        64 * 2**20, description="gradients reduced at once; small models like small buckets"
+        64 * 2**20,
+        description="bytes of gradients that are reduced at once; small models gain from small buckets",
+        json_schema_extra=FREE,
     )
     activation_checkpointing: bool = Field(
-        False, description="keep only the input of each block and compute the rest again in backward"
+        False,
+        description="keep only the input of each block and compute the rest again in the backward pass",
+        json_schema_extra=FREE,
     )
     offload_optimizer: bool = Field(
         False,
-        description="masters, moments and teacher in the host's memory (ZeRO 1 to 3); slower steps, larger models",
+        description="keep master weights, moments and teacher in the host's memory (ZeRO 1 to 3): larger models, slower steps",
+        json_schema_extra=FREE,
     )
     compile: bool = Field(
-        False, description="torch.compile: a minute at every start; for GPUs, on a CPU eager is as fast or faster"
+        False,
+        description="use torch.compile: it costs a minute at every start; on a CPU eager is as fast or faster",
+        json_schema_extra=FREE,
     )
     keep_whole: NonNegativeInt = Field(
-        100_000, description="ZeRO-3: parameters of fewer elements stay whole on every rank instead of being gathered"
+        100_000,
+        description="ZeRO 3: parameters of fewer elements stay whole on every process instead of being gathered",
+        json_schema_extra=FREE,
     )
     timeout_seconds: float = Field(
-        600.0, gt=0, description="of a collective: longer, and a rank counts as dead (exit 7)"
+        600.0,
+        gt=0,
+        description="seconds that a collective may take before a silent process counts as dead (exit 7)",
+        json_schema_extra=FREE,
     )
 
     @model_validator(mode="after")
     def _offload(self) -> Self:
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError(
-                "offload_optimizer needs zero_stage 1, 2 or 3: at 0 there are no masters beside the weights"
+                "offload_optimizer needs zero_stage 1, 2 or 3: at 0 there are no master weights beside the weights"
             )
         return self
 
 
 class LoopConfig(Strict):
-    """How long, and how often what happens; all in optimizer steps."""
+    """How long to train, and how often what happens; all in optimizer steps."""
 
-    steps: PositiveInt
+    steps: PositiveInt = Field(description="optimizer steps of the whole run")
     global_batch: PositiveInt = Field(
         description="samples of the stage's first stream per optimizer step, over all processes"
     )
-    log_every: PositiveInt = 50
-    eval_every: PositiveInt | None = Field(None, description="validation; none = only after the last step")
-    save_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
-    keep_every: PositiveInt | None = Field(None, description="checkpoints of these steps are kept for ever")
-    background_save: bool = Field(True, description="write checkpoints beside the training")
+    log_every: PositiveInt = Field(50, description="steps between two log lines", json_schema_extra=FREE)
+    eval_every: PositiveInt | None = Field(
+        None, description="steps between two validations; none = only after the last step", json_schema_extra=FREE
+    )
+    save_every: PositiveInt = Field(500, description="steps between two checkpoints", json_schema_extra=FREE)
+    keep_checkpoints: PositiveInt = Field(
+        2, description="how many of the newest checkpoints are kept", json_schema_extra=FREE
+    )
+    keep_every: PositiveInt | None = Field(
+        None,
+        description="checkpoints of multiples of this step are kept for ever; none = no such",
+        json_schema_extra=FREE,
+    )
+    background_save: bool = Field(
+        True, description="write checkpoints in a thread while training continues", json_schema_extra=FREE
+    )
     time_limit_minutes: float | None = Field(
-        None, gt=0, description="of this start; then as after a signal: save, exit 75"
+        None,
+        gt=0,
+        description="minutes after which this start saves and ends with exit code 75, as after a signal; none = no limit",
+        json_schema_extra=FREE,
     )
     on_divergence: Literal["stop", "rewind"] = Field(
-        "stop", description="rewind: back to the newest checkpoint, never to see the first bad step's data again"
+        "stop",
+        description="on NaN, Inf or a spike: stop (exit 6), or rewind to the newest checkpoint before it and leave the"
+        " first bad step's data out for good",
+        json_schema_extra=FREE,
     )
-    max_rewinds: NonNegativeInt = 3
+    max_rewinds: NonNegativeInt = Field(3, description="rewinds of a run before it stops", json_schema_extra=FREE)
     on_alarm: Literal["note", "stop"] = Field(
-        "note", description="a stage's own alarm (collapse of the pseudo-labels): an incident in the report, or exit 6"
+        "note",
+        description="on an alarm of the stage (collapse of the pseudo-labels): note an incident for the report, or stop (exit 6)",
+        json_schema_extra=FREE,
     )
     spike_mads: float | None = Field(
         None,
         gt=0,
-        description="a logged loss this many median absolute deviations above the recorded ones is a divergence",
+        description="a logged loss this many median absolute deviations above the median of the recorded ones is a divergence;"
+        " none = spikes are not looked for",
+        json_schema_extra=FREE,
     )
     max_skipped_steps: PositiveInt = Field(
         1,
-        description="updates that ZeRO 1 to 3 skip between two log lines, for gradients that are not finite, that are a"
-        " divergence; fewer are an incident in the report (ZeRO 0 cannot skip)",
+        description="this many updates skipped between two log lines are a divergence; fewer are an incident in the report."
+        " ZeRO 1 to 3 skip an update whose gradient is not finite; ZeRO 0 cannot skip",
+        json_schema_extra=FREE,
     )
-    vote_every: PositiveInt = Field(4, description="steps between the ranks' votes on stopping (one tiny all-reduce)")
-
-
-class LyapEMAConfig(Strict):
-    """The teacher's rule. The source names gamma and lambda but gives no values: every default here is ours."""
-
-    preset: Literal["none", "supplement"] = Field(
-        "none",
-        description="supplement: eq. 3-5 as printed (lyap, l2, offset 0, no clamp, no warm-up); give gamma and pull yourself",
+    vote_every: PositiveInt = Field(
+        4,
+        description="steps between two votes of the processes on stopping (one tiny all-reduce)",
+        json_schema_extra=FREE,
     )
-    mode: Literal["ema", "lyap", "guarded"] = "guarded"
-    signal: Literal["discrepancy", "energy"] = Field(
-        "discrepancy",
-        description="what the decay answers to: |s-t| (the supplement), or the fall of V in the student's step (the README)",
-    )
-    norm: Literal["l2", "rms", "relative", "lag"] = Field(
-        "lag", description="how |s-t| is measured; lag = in mean student steps, without dimension"
-    )
-    gamma: float = Field(0.01, ge=0, description="sensitivity of the decay to the discrepancy")
-    base_decay: float = Field(
-        0.97, gt=0, lt=1, description="decay at no discrepancy (0.5 = the supplement); in mode ema, the decay"
-    )
-    final_decay: float | None = Field(
-        None, gt=0, lt=1, description="mode ema: the decay after `ramp_steps`, reached from base_decay by half a cosine"
-    )
-    ramp_steps: NonNegativeInt = 0
-    min_decay: float = Field(0.0, ge=0, lt=1)
-    max_decay: float = Field(0.999, gt=0, le=1)
-    pull: float = Field(0.0, ge=0, lt=1, description="lambda: the student's step towards the teacher, not scaled by lr")
-    warmup_steps: NonNegativeInt = Field(20, description="steps with decay (1+k)/(10+k) at most, and no guard")
-    radius_steps: float = Field(
-        50.0, gt=0, description="guard: smallest radius of the trust region, in mean student steps"
-    )
-    buffers: Literal["copy", "average"] = Field(
-        "copy", description="the teacher's running statistics: the student's, or averaged with the same decay"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset", "none") != "supplement":
-            return values
-        if missing := [name for name in ("gamma", "pull") if name not in values]:
-            raise ValueError(f"preset supplement needs {' and '.join(missing)}: the source prints no value for it")
-        for name, decided in SUPPLEMENT.items():
-            if values.get(name, decided) != decided:
-                raise ValueError(f"{name} = {values[name]!r}: preset supplement decides it ({decided!r}); leave it out")
-        return {**values, **SUPPLEMENT}
-
-    @model_validator(mode="after")
-    def _bounds(self) -> Self:
-        if self.min_decay > self.max_decay:
-            raise ValueError(f"min_decay {self.min_decay} is above max_decay {self.max_decay}")
-        if self.mode != "ema" and not self.min_decay <= self.base_decay < self.max_decay:
-            raise ValueError(
-                f"base_decay {self.base_decay} must lie from min_decay {self.min_decay} to below max_decay {self.max_decay}:"
-                f" otherwise the decay of mode {self.mode} is clamped to a constant"
-            )
-        if (self.final_decay is None) != (self.ramp_steps == 0):
-            raise ValueError("final_decay and ramp_steps belong together: give both or neither")
-        if self.final_decay is not None and self.mode != "ema":
-            raise ValueError(f"final_decay is of mode ema; in mode {self.mode} the discrepancy decides the decay")
-        return self
-
-
-# sigmoid(gamma |s - t|) lies in [0.5, 1) by itself.
-SUPPLEMENT: dict[str, Any] = {
-    "mode": "lyap",
-    "signal": "discrepancy",
-    "norm": "l2",
-    "base_decay": 0.5,
-    "min_decay": 0.0,
-    "max_decay": 1.0,
-    "warmup_steps": 0,
-}

@@ -153,6 +153,11 @@ def any_rank(flag: bool, world: World) -> bool:
     return bool(vote.item())
 
 
+def barrier(world: World) -> None:
+    """Wait until every rank is here (collective)."""
+    any_rank(False, world)
+
+
 def is_communication_failure(error: BaseException) -> bool:
     """Whether an exception says that another rank is gone or silent. Gloo raises plain RuntimeErrors."""
     if isinstance(error, dist.DistError):

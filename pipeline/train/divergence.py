@@ -39,10 +39,10 @@ def find_anomaly(row: Mapping[str, float], recorder: Recorder, loop: LoopConfig,
             dist.all_reduce(losses)
             losses /= world.size
         if is_spike(row["train/loss"], losses, loop.spike_mads):
-            unjudged = recorder.unjudged
-            highest = int(losses[-len(unjudged) :].argmax())
+            unchecked = recorder.unchecked
+            highest = int(losses[-len(unchecked) :].argmax())
             reason = f"the loss {row['train/loss']:.4g} lies over {loop.spike_mads:g} deviations above those before"
-            return Anomaly(reason, unjudged[highest].data_step)
+            return Anomaly(reason, unchecked[highest].data_step)
     return None
 
 
@@ -56,7 +56,7 @@ def is_spike(loss: float, losses: torch.Tensor, mads: float) -> bool:
 
 def _first_bad(recorder: Recorder, world: World) -> int:
     """Position of the first step with a number that is not finite on some rank; if none saw one, of the newest step."""
-    first = torch.tensor(next((r.data_step for r in recorder.unjudged if r.is_bad()), _NONE), device=world.device)
+    first = torch.tensor(next((r.data_step for r in recorder.unchecked if r.is_bad()), _NONE), device=world.device)
     if world.size > 1:
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
     return recorder.records[-1].data_step if int(first) == _NONE else int(first)

@@ -4,178 +4,94 @@ Everything that could be state is a function of the step instead: the learning r
 randomness. So resuming is restoring the weights and seeking the loaders.
 """
 
-import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from pipeline.errors import Diverged, HandoverError, Interrupted
 from pipeline.report.tensorboard import Board
-from pipeline.streaming.loader import Batch, Loader
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Saver
-from pipeline.train.config import LoopConfig
 from pipeline.train.distributed import any_rank
-from pipeline.train.divergence import advice, data_step_of, find_anomaly, next_data_step, report
-from pipeline.train.engine import Engine
+from pipeline.train.divergence import Anomaly, advice, data_step_of, find_anomaly, next_data_step, report
 from pipeline.train.meter import Meter
 from pipeline.train.peak import peak_flops
 from pipeline.train.progress import Progress
-from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
-from pipeline.train.schedules import Schedule
 from pipeline.train.signals import stop_flag
-from pipeline.train.task import Mean, Task
 from pipeline.train.tracer import Tracer
+from pipeline.train.training import Draws, Training, train_step
 
 logger = logging.getLogger(__name__)
 
 # (step, board) -> numbers for the log; called by all ranks at the same steps.
 Evaluate = Callable[[int, Board], dict[str, float]]
 
-PROBE_TOLERANCE = 1e-3  # relative; another world size or ZeRO stage sums in another order
+FINGERPRINT_TOLERANCE = 1e-3  # relative; another world size or ZeRO stage sums in another order
 
 
-def fit(
-    task: Task,
-    engine: Engine,
-    streams: Mapping[str, Loader],
-    run: Run,
-    *,
-    loop: LoopConfig,
-    lr_at: Schedule,
-    accumulation: int,
-    fingerprint: str,
-    seed: int,
-    evaluate: Evaluate,
-    recorder: Recorder,
-    fingerprint_images: torch.Tensor,
-    flops: float,
-) -> None:
+def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
     """Train for `loop.steps` optimizer steps, continuing from the run's newest sound checkpoint.
 
-    `lr_at` gives the learning rate of a step; `streams` yield this rank's samples of each step; `accumulation` cuts them
-    into equal micro-batches; `flops` is what a step must compute, over all ranks (for MFU: nothing counts twice).
-    Raises Interrupted (everything saved) after a signal or the time limit, and Diverged for numbers that are not finite
-    or leap, once its rewinds are used up.
+    Args:
+        training: What is trained, on what, by which rules.
+        run: The folder that receives numbers and checkpoints.
+        evaluate: Called every `loop.eval_every` steps and after the last.
+
+    Raises:
+        Interrupted: After a signal or the time limit; everything is saved.
+        Diverged: For numbers that are not finite or leap, once the allowed rewinds are used up.
     """
+    engine, loop, recorder = training.engine, training.loop, training.recorder
     world, deadline = engine.world, time.monotonic() + 60 * (loop.time_limit_minutes or math.inf)
-    saver = Saver(
-        run.checkpoints,
-        engine=engine,
-        task=task,
-        fingerprint=fingerprint,
-        keep=loop.keep_checkpoints,
-        keep_every=loop.keep_every,
-        background=loop.background_save,
-    )
-    left_out: list[int] = []  # places in the data that a rewind has closed
-    rewinds = 0
-
-    def save() -> None:
-        saver.save(
-            step, {"left_out": left_out, "rewinds": rewinds, "probe": task.probe(engine.model, fingerprint_images)}
-        )
-
-    def restore(before: float = math.inf) -> tuple[int, dict[str, Any]]:
-        """Continue from the newest checkpoint that has not seen the data_step `before` of the data; the later ones go."""
-        restored, state = checkpoint.restore(
-            run.checkpoints,
-            engine=engine,
-            task=task,
-            fingerprint=fingerprint,
-            accept=lambda saved: next_data_step(saved) <= before,
-        )
-        if state:
-            _prove(task.probe(engine.model, fingerprint_images), state["probe"], run, restored)
-        if before < math.inf:
-            if not state:
-                raise Diverged(
-                    f"no checkpoint of {run.checkpoints} is from before data_step {before}: nothing to rewind to"
-                )
-            checkpoint.remove_after(run.checkpoints, restored, world)
-        run.truncate_metrics(restored)
-        return restored, state
-
-    step, state = restore()
-    left_out, rewinds = state.get("left_out", left_out), state.get("rewinds", rewinds)
-    board = Board(run.folder / "tb" if world.is_main else None, step, loop.global_batch)
-    progress = Progress(run.folder.name, done=step, total=loop.steps, shown=world.is_main)
-    meter = Meter(world, flops, peak_flops(world.device, engine.config.precision))
+    saver = Saver(run.checkpoints, training)
+    state = _restore(training, run)
+    display = _Display(training, run, state.step)
+    meter = Meter(world, training.flops, peak_flops(world.device, engine.config.precision))
     tracer = Tracer(run.folder, world)
-    drawn_next, skipped_updates = -1, 0
-    if step == 0 and loop.on_divergence == "rewind":
-        save()
+    draws = Draws(training)
+    if state.step == 0 and loop.on_divergence == "rewind":
+        _save(saver, training, state)
 
-    run.status("running", step=step, steps=loop.steps)
+    run.status("running", step=state.step, steps=loop.steps)
     with stop_flag() as stop:
-        while step < loop.steps:
-            data_step = data_step_of(step, left_out)
-            if data_step != drawn_next:
-                batches = {name: stream.batches(data_step) for name, stream in streams.items()}
-            drawn_next = data_step + 1
+        while state.step < loop.steps:
+            data_step = data_step_of(state.step, state.left_out)
             with meter.waiting():
-                drawn = {name: next(stream).to(world.device, non_blocking=True) for name, stream in batches.items()}
-            lr = lr_at(step)
-            torch.manual_seed(step_seed(seed, data_step, world.rank))  # of drop path
-            done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr)
+                drawn = draws.take(data_step)
+            done = train_step(training, drawn, step=state.step, data_step=data_step)
             meter.add(done.metrics)
-            skipped_updates += not done.moved
-            recorder.note(step, data_step, drawn, done.loss)
-            step += 1
-            meter.count(sum(map(len, drawn.values())))
-            progress.advance()
-            last = step == loop.steps
+            meter.count(images=sum(map(len, drawn.values())), moved=done.moved)
+            recorder.note(state.step, data_step, drawn, done.loss)
+            state.step += 1
+            display.progress.advance()
+            step, last = state.step, state.step == loop.steps
             voting = step % loop.vote_every == 0 and not last
             stopping = voting and any_rank(bool(stop) or time.monotonic() > deadline, world)
             saving = last or stopping or step % loop.save_every == 0
 
-            if saving or step % loop.log_every == 0:  # nothing is saved that has not been judged
-                row = meter.flush() | {"train/lr": lr, "train/skipped_updates": float(skipped_updates)}
-                row |= {"train/weight_norm": engine.weight_norm()}
-                if done.moved:
-                    row |= {"train/grad_norm": engine.grad_norm()}
+            if saving or step % loop.log_every == 0:  # nothing is saved that has not been checked
+                row = _log_row(training, meter, step, moved=done.moved)
                 anomaly = find_anomaly(row, recorder, loop, world)
-                skipped_updates = 0
                 if anomaly:
-                    rewinds += 1
-                    report(anomaly, run, recorder, step, rewinds)
+                    report(anomaly, run, recorder, step, state.rewinds + 1)
                     saver.finish()
-                    if loop.on_divergence == "stop" or rewinds > loop.max_rewinds:
-                        raise Diverged(advice(anomaly, run, step, rewinds - 1))
-                    step, _ = restore(before=anomaly.data_step)
-                    board.rewind(step)
-                    progress.rewind(step)
-                    recorder.forget_from(step)
-                    left_out, drawn_next = [*left_out, anomaly.data_step], -1
+                    state = _rewind(training, run, state, anomaly)
+                    display.rewind(state.step)
                     continue
-                recorder.judged()
-                row |= {"step": step, "samples": step * loop.global_batch}
-                if row["train/skipped_updates"]:
-                    run.incident({"step": step, "reason": f"{row['train/skipped_updates']:.0f} updates were skipped"})
-                for alarm in task.alarms(row):
-                    run.incident({"step": step, "reason": alarm})
-                    logger.log(logging.WARNING if world.is_main else logging.DEBUG, "step %d: %s", step, alarm)
-                    if loop.on_alarm == "stop":
-                        saver.finish()
-                        raise Diverged(f"{run.folder} stopped at step {step}: {alarm} (loop.on_alarm=note goes on)")
-                run.append_metrics(row)
-                board.scalars(row, step)
-                progress.line(step, row)
+                recorder.mark_checked()
+                _tell_incidents(training, run, saver, row, step)
+                display.show(step, row)
                 run.status("running", step=step, steps=loop.steps)
             if last or (loop.eval_every and step % loop.eval_every == 0):
                 with meter.pausing():
-                    row = evaluate(step, board)
-                run.append_metrics(row | {"step": step, "samples": step * loop.global_batch})
-                board.scalars(row, step)
-                progress.line(step, row)
+                    row = evaluate(step, display.board)
+                display.show(step, row)
             if saving:
                 with meter.pausing():
-                    save()
+                    _save(saver, training, state)
             tracer.advance(step, look=step % loop.vote_every == 0)
             if voting:
                 run.beat()
@@ -190,51 +106,95 @@ def fit(
     saver.finish()
     tracer.close()
     recorder.dump(run.folder / "report" / f"flight_rank_{world.rank:05d}.jsonl")
-    progress.close()
-    board.close()
-    for stream in streams.values():
-        stream.close()
+    display.close()
+    draws.close()
 
 
-class StepResult(NamedTuple):
-    """`moved`: whether the engine updated the weights; `loss`: the mean over the micro-batches, on the device."""
+@dataclass(kw_only=True)
+class _LoopState:
+    """What a run is at beside its weights; saved with them."""
 
-    moved: bool
-    loss: torch.Tensor
-    metrics: list[tuple[str, Mean]]
-
-
-def train_step(task: Task, engine: Engine, drawn: Mapping[str, Batch], *, accumulation: int, lr: float) -> StepResult:
-    """One optimizer step: the micro-batches' losses, the update, then the teacher. Reads nothing from the device."""
-    loss, moved = torch.zeros((), device=engine.world.device), False
-    metrics: list[tuple[str, Mean]] = []
-    for micro in _micro_batches(drawn, accumulation):
-        with engine.precision():
-            output = task.loss(engine.model, micro)
-        engine.backward(output.loss)
-        moved = engine.step(lr)
-        loss += output.loss.detach() / accumulation
-        metrics += output.metrics.items()
-    if moved:
-        metrics += task.after_step(engine, loss).items()
-    return StepResult(moved, loss, [("train/loss", Mean(loss, 1.0)), *metrics])
+    step: int
+    left_out: list[int] = field(default_factory=list)  # data steps that a rewind has closed
+    rewinds: int = 0
 
 
-def _prove(answer: float, saved: float, run: Run, step: int) -> None:
-    """A restored model must answer the probe as it did when it was saved: no resume that trains as from scratch."""
-    if not abs(answer - saved) <= PROBE_TOLERANCE * max(abs(saved), 1e-6):
+class _Display:
+    """Where the rows of a run go: metrics.jsonl, TensorBoard and the screen."""
+
+    def __init__(self, training: Training, run: Run, step: int) -> None:
+        self.run, self.global_batch = run, training.loop.global_batch
+        shown = training.engine.world.is_main
+        self.board = Board(run.folder / "tb" if shown else None, step, self.global_batch)
+        self.progress = Progress(run.folder.name, done=step, total=training.loop.steps, shown=shown)
+
+    def show(self, step: int, row: dict[str, float]) -> None:
+        self.run.append_metrics(row | {"step": step, "samples": step * self.global_batch})
+        self.board.scalars(row, step)
+        self.progress.line(step, row)
+
+    def rewind(self, step: int) -> None:
+        self.board.rewind(step)
+        self.progress.rewind(step)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.board.close()
+
+
+def _log_row(training: Training, meter: Meter, step: int, *, moved: bool) -> dict[str, float]:
+    """The means since the last log line, and the norms of this step (collective)."""
+    engine = training.engine
+    row = meter.flush() | {"train/lr": training.lr_at(step - 1), "train/weight_norm": engine.weight_norm()}
+    return row | {"train/grad_norm": engine.grad_norm()} if moved else row
+
+
+def _tell_incidents(training: Training, run: Run, saver: Saver, row: dict[str, float], step: int) -> None:
+    """Note skipped updates and the task's alarms; with `loop.on_alarm=stop` an alarm raises Diverged."""
+    if row["train/skipped_updates"]:
+        run.incident({"step": step, "reason": f"{row['train/skipped_updates']:.0f} updates were skipped"})
+    for alarm in training.task.alarms(row):
+        run.incident({"step": step, "reason": alarm})
+        logger.log(logging.WARNING if run.world.is_main else logging.DEBUG, "step %d: %s", step, alarm)
+        if training.loop.on_alarm == "stop":
+            saver.finish()
+            raise Diverged(f"{run.folder} stopped at step {step}: {alarm} (set loop.on_alarm=note to continue anyway)")
+
+
+def _rewind(training: Training, run: Run, state: _LoopState, anomaly: Anomaly) -> _LoopState:
+    """Continue from before the anomaly and leave its data step out for good; Diverged if that is not allowed (any more)."""
+    if training.loop.on_divergence == "stop" or state.rewinds >= training.loop.max_rewinds:
+        raise Diverged(advice(anomaly, run, state.step, state.rewinds))
+    restored = _restore(training, run, before=anomaly.data_step)
+    training.recorder.forget_from(restored.step)
+    left_out = [*state.left_out, anomaly.data_step]
+    return _LoopState(step=restored.step, left_out=left_out, rewinds=state.rewinds + 1)
+
+
+def _save(saver: Saver, training: Training, state: _LoopState) -> None:
+    loop_state = {"left_out": state.left_out, "rewinds": state.rewinds, "fingerprint": training.fingerprint()}
+    saver.save(state.step, loop_state)
+
+
+def _restore(training: Training, run: Run, before: float = math.inf) -> _LoopState:
+    """Continue from the newest checkpoint that has not seen the data step `before`; remove the later ones (collective)."""
+    step, saved = checkpoint.restore(run.checkpoints, training, accept=lambda found: next_data_step(found) <= before)
+    if saved:
+        _check_fingerprint(training.fingerprint(), saved["fingerprint"], run, step)
+    if before < math.inf:
+        if not saved:
+            raise Diverged(
+                f"no checkpoint of {run.checkpoints} is from before data step {before}: nothing to rewind to"
+            )
+        checkpoint.remove_after(run.checkpoints, step, run.world)
+    run.truncate_metrics(step)
+    return _LoopState(step=step, left_out=saved.get("left_out", []), rewinds=saved.get("rewinds", 0))
+
+
+def _check_fingerprint(now: float, saved: float, run: Run, step: int) -> None:
+    """A restored model must compute what it computed when it was saved: no resume may train as from scratch."""
+    if not abs(now - saved) <= FINGERPRINT_TOLERANCE * max(abs(saved), 1e-6):
         raise HandoverError(
-            f"step {step} of {run.checkpoints} was restored but answers the probe with {answer:.6g}, where it answered"
-            f" {saved:.6g} when it was saved; its code or kernels have changed: start a new experiment"
+            f"step {step} of {run.checkpoints} was restored, but its fingerprint is {now:.6g} and was {saved:.6g} when it was"
+            " saved; its code or kernels have changed: start a new experiment"
         )
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Randomness is folded in from where we are, so there is no generator to save."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def _micro_batches(drawn: Mapping[str, Batch], accumulation: int) -> list[dict[str, Batch]]:
-    parts = {name: batch.chunks(accumulation) for name, batch in drawn.items()}
-    return [{name: part[i] for name, part in parts.items()} for i in range(accumulation)]

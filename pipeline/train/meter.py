@@ -22,7 +22,8 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {}
-        self._started, self._waited, self._steps, self._images = time.monotonic(), 0.0, 0, 0
+        self._started, self._waited = time.monotonic(), 0.0
+        self._steps = self._images = self._skipped = 0
 
     def add(self, metrics: Iterable[tuple[str, Mean]]) -> None:
         for name, mean in metrics:
@@ -43,10 +44,16 @@ class Meter:
         yield
         self._started += time.monotonic() - begin
 
-    def count(self, images: int) -> None:
-        """A step is done, for which this rank read so many images (of all streams)."""
+    def count(self, images: int, *, moved: bool) -> None:
+        """Count a step.
+
+        Args:
+            images: Images of all streams that this rank read for it.
+            moved: Whether the engine updated the weights.
+        """
         self._steps += 1
         self._images += images
+        self._skipped += not moved
 
     def flush(self) -> dict[str, float]:
         """name -> mean (collective: all ranks have metered the same names); a mean of nothing is left out."""
@@ -65,6 +72,7 @@ class Meter:
         means["perf/tflops"] = self.flops * self._steps / seconds / 1e12
         means["perf/mfu"] = self.flops * self._steps / seconds / (self.peak * self.world.size)
         means["perf/memory_gib"] = memory_bytes(self.world.device) / 2**30
+        means["train/skipped_updates"] = float(self._skipped)
         self._reset()
         return means
 

@@ -42,7 +42,7 @@ class Recorder:
 
     def __init__(self, log_every: int) -> None:
         self.records: deque[Record] = deque(maxlen=max(STEPS_KEPT, log_every))
-        self._unjudged = 0  # the newest records, of the steps since the last log line
+        self._unchecked = 0  # the newest records, of the steps since the last log line
         self.blocks: list[str] = []
         self._squares: Tensor | None = None
 
@@ -68,26 +68,26 @@ class Recorder:
         if self._squares is not None:
             squares = self._squares.clone()
             self._squares.zero_()
-        self._unjudged += 1
+        self._unchecked += 1
         self.records.append(Record(step, data_step, {k: b.indices for k, b in drawn.items()}, loss, squares))
 
     @property
-    def unjudged(self) -> list[Record]:
+    def unchecked(self) -> list[Record]:
         """The steps since the last log line, oldest first."""
-        return list(self.records)[len(self.records) - self._unjudged :]
+        return list(self.records)[len(self.records) - self._unchecked :]
 
-    def judged(self) -> None:
+    def mark_checked(self) -> None:
         """All steps up to here are good."""
-        self._unjudged = 0
+        self._unchecked = 0
 
     def losses(self) -> Tensor:
         """(kept steps,) of this rank, float64 on the device."""
         return torch.stack([record.loss.double() for record in self.records])
 
     def forget_from(self, step: int) -> None:
-        """Steps that a rewind undoes, among them all that are unjudged."""
+        """Steps that a rewind undoes, among them all that are unchecked."""
         self.records = deque((r for r in self.records if r.step < step), maxlen=self.records.maxlen)
-        self._unjudged = 0
+        self._unchecked = 0
 
     def dump(self, path: Path) -> None:
         """One JSON object a step: samples, loss, gradient norm of every block."""

@@ -13,19 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.streaming.loader import Batch, Loader
+from pipeline.streaming.loader import Batch
 from pipeline.train import checkpoint
 from pipeline.train.divergence import data_step_of, next_data_step
-from pipeline.train.engine import Engine
-from pipeline.train.loop import step_seed, train_step
-from pipeline.train.schedules import Schedule
-from pipeline.train.task import Task
+from pipeline.train.training import Draws, Training, train_step
 
 logger = logging.getLogger(__name__)
 
 
 class Replay(NamedTuple):
-    """A place in the data (the `data_step` of an incident or of a flight record) of the run in `folder`."""
+    """Which step to take again.
+
+    Args:
+        folder: The folder of the run.
+        data_step: A step of the data, as an incident or a flight record names it.
+    """
 
     folder: Path
     data_step: int
@@ -35,53 +37,43 @@ class Replayed(Exception):
     """The stage ends here; the message says what was found."""
 
 
-def replay(
-    asked: Replay,
-    task: Task,
-    engine: Engine,
-    streams: Mapping[str, Loader],
-    *,
-    steps: int,
-    lr_at: Schedule,
-    accumulation: int,
-    fingerprint: str,
-    seed: int,
-) -> str:
-    """Continue from the newest sound checkpoint before that data_step, or from the start, and say in a sentence which
-    module or gradient first holds a value that is not finite. Raises ConfigError for a data_step that the `steps` of the
-    run do not reach."""
-    step, state = checkpoint.restore(
+def replay(training: Training, asked: Replay) -> str:
+    """Take one step of a run again, from the newest sound checkpoint before it, or from the start.
+
+    Returns:
+        A sentence that names the first module or gradient with a value that is not finite.
+
+    Raises:
+        ConfigError: If the steps of the run do not reach the data step.
+    """
+    state = checkpoint.restore(
         asked.folder / "checkpoints",
-        engine=engine,
-        task=task,
-        fingerprint=fingerprint,
+        training,
         accept=lambda saved: next_data_step(saved) <= asked.data_step,
         set_aside=False,
     )
-    left_out = [hole for hole in state.get("left_out", []) if hole != asked.data_step]
+    step, left_out = state[0], [hole for hole in state[1].get("left_out", []) if hole != asked.data_step]
+    steps = training.loop.steps
     newest = data_step_of(steps - 1, left_out)
     if asked.data_step > newest:
         raise ConfigError(
-            f"--replay: DATA_STEP is {asked.data_step}, but the {steps} steps of {asked.folder} end at data_step {newest};"
+            f"--replay: DATA_STEP is {asked.data_step}, but the {steps} steps of {asked.folder} end at data step {newest};"
             f" take one from {asked.folder}/incidents.jsonl"
         )
-    logger.info("replaying from step %d to data_step %d, %d micro-batches a step", step, asked.data_step, accumulation)
-    batches = {name: stream.batches(data_step_of(step, left_out)) for name, stream in streams.items()}
-    while True:
-        data_step = data_step_of(step, left_out)
-        drawn = {name: next(stream) for name, stream in batches.items()}
-        torch.manual_seed(step_seed(seed, data_step, engine.world.rank))
-        watch = Watch(engine.module) if data_step == asked.data_step else None
-        done = train_step(task, engine, drawn, accumulation=accumulation, lr=lr_at(step))
-        if watch:
-            watch.close()
-            found = bad_images(drawn) or watch.found or _bad_loss(done.loss)
-            samples = {name: batch.indices.tolist() for name, batch in drawn.items()}
-            logger.info("its samples: %s", samples)
-            return f"data_step {data_step} (step {step}): {found}"
-        if data_step + 1 != data_step_of(step + 1, left_out):
-            batches = {name: stream.batches(data_step_of(step + 1, left_out)) for name, stream in streams.items()}
+    logger.info(
+        "replaying from step %d to data step %d, %d micro-batches a step", step, asked.data_step, training.accumulation
+    )
+    draws = Draws(training)
+    while (data_step := data_step_of(step, left_out)) < asked.data_step:
+        train_step(training, draws.take(data_step), step=step, data_step=data_step)
         step += 1
+    drawn = draws.take(data_step)
+    watch = Watch(training.engine.module)
+    done = train_step(training, drawn, step=step, data_step=data_step)
+    watch.close()
+    logger.info("its samples: %s", {name: batch.indices.tolist() for name, batch in drawn.items()})
+    found = bad_images(drawn) or watch.found or _bad_loss(done.loss)
+    return f"data step {data_step} (step {step}): {found}"
 
 
 class Watch:

@@ -13,6 +13,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,40 +23,13 @@ import psutil
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import dump_yaml
-from pipeline.errors import ConfigError, EnvironmentProblem
+from pipeline.config import dump_yaml, flatten, identity
+from pipeline.errors import ConfigError, DataError, EnvironmentProblem, HandoverError
 from pipeline.files import replace_text
 
 if TYPE_CHECKING:
     from pipeline.train.distributed import World
 
-# Keys that may differ between two starts of one run.
-_FREE = (
-    "run.root",
-    "engine.zero_stage",
-    "engine.micro_batch",
-    "engine.bucket_bytes",
-    "engine.timeout_seconds",
-    "engine.keep_whole",
-    "engine.activation_checkpointing",
-    "engine.offload_optimizer",
-    "engine.compile",
-    "loop.log_every",
-    "loop.eval_every",
-    "loop.save_every",
-    "loop.keep_",
-    "loop.background_save",
-    "loop.time_limit_minutes",
-    "loop.vote_every",
-    "loop.on_divergence",
-    "loop.on_alarm",
-    "loop.max_rewinds",
-    "loop.spike_mads",
-    "loop.max_skipped_steps",
-    "data.eval_batch",
-    "data.loader.workers",
-    "data.loader.prefetch",
-)
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "safetensors")
 
 
@@ -83,9 +58,7 @@ class Run:
             raise EnvironmentProblem(
                 f"another process is working in {self.folder}; wait for it, or give run.experiment=NEW_NAME"
             ) from None
-        saved = self.folder / "config.yaml"
-        refuse_other_config(self.folder, self.config)
-        replace_text(saved, dump_yaml(self.config))
+        replace_text(self.folder / "config.yaml", dump_yaml(self.config))
         replace_text(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
         logging.getLogger().addHandler(_file_handler(self.folder / "log.txt"))
         for beat in (self.folder / "heartbeat").glob("rank_*"):  # of a larger world, it would look like one that hangs
@@ -158,46 +131,60 @@ def _rows(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def identity(config: BaseModel) -> dict[str, Any]:
-    """The values that decide the numbers of a run, flattened. What only decides where, how fast and how it is watched may
-    change between two starts of the same run: machines differ."""
-    return {k: v for k, v in _flat(yaml.safe_load(dump_yaml(config))).items() if not k.startswith(_FREE)}
-
-
 def identity_sha256(config: BaseModel) -> str:
-    """Of two configs of one run it is the same."""
+    """Return the SHA-256 of the identity fields: equal for two configs of one run."""
     return hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run has taken the folder: a start that came to no checkpoint and no export has not."""
+    """Return whether a run has taken the folder: a start without a checkpoint and an export has not."""
     return any(folder.glob("checkpoints/step_*/COMPLETE")) or (folder / "export").is_dir()
 
 
 def refuse_other_config(folder: Path, config: BaseModel) -> None:
-    """Raises ConfigError if `folder` belongs to a run with other values: one name means one run."""
+    """Raise ConfigError if the run in `folder` has other values than `config` where they decide its numbers."""
     saved = folder / "config.yaml"
-    if not saved.exists() or not has_begun(folder):
+    if not saved.exists():
         return
     values = yaml.safe_load(saved.read_text())
     try:  # so that fields that are newer than the run take their defaults
         there = identity(type(config).model_validate(values))
     except ValidationError:
-        there = _flat(values)
+        there = flatten(values)
     here = identity(config)
-    different = [k for k in here if there.get(k) != here[k]]
+    different = [key for key in here if there.get(key) != here[key]]
     if different:
         key = different[0]
         raise ConfigError(
             f"{folder} holds a run with another config ({len(different)} keys differ; {key} was {there.get(key)!r}, is now"
-            f" {here.get(key)!r}); give run.experiment=NEW_NAME, or remove that folder"
+            f" {here[key]!r}); give run.experiment=NEW_NAME, or remove that folder"
         )
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+def saved_inputs(folder: Path) -> dict[str, str | None]:
+    """Return the hashes of the inputs that the newest readable checkpoint of a run names; nothing without one."""
+    for complete in sorted(folder.glob("checkpoints/step_*/COMPLETE"), reverse=True):
+        with suppress(OSError, ValueError, KeyError):
+            return dict(json.loads((complete.parent / "state.json").read_text())["inputs"])
+    return {}
+
+
+def refuse_other_inputs(folder: Path, there: Mapping[str, str | None], here: Mapping[str, str | None]) -> None:
+    """Compare the inputs that the run in `folder` has used (`there`) with the present ones (`here`), hash by hash.
+
+    Raises:
+        DataError: If a dataset or the split has changed.
+        HandoverError: If a parent or a file of weights has changed.
+    """
+    for key in {**there, **here} if there else ():
+        was, now = there.get(key, "none"), here.get(key, "none")
+        if None in (was, now) or was == now:
+            continue
+        refusal = DataError if key.startswith("data.") else HandoverError
+        raise refusal(
+            f"{folder} holds a run with another {key} (its hash was {str(was)[:12]}, is now {str(now)[:12]}); give the one it"
+            " was begun with, or run.experiment=NEW_NAME, or remove that folder"
+        )
 
 
 def _git(*arguments: str) -> str:

@@ -1,17 +1,16 @@
-"""The seam between a stage and the loop: a Task is the loss of a stage plus its companions (a teacher).
+"""The seam between a stage and the loop: a Task is the loss of a stage, with the teacher that it may hold.
 
-A plain object and not an nn.Module, so that nothing frozen leaks into the engine, the optimizer or a checkpoint.
+A Task is a plain object and not an nn.Module, so that nothing frozen leaks into the engine, the optimizer or a checkpoint.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pipeline.streaming.loader import Batch
-    from pipeline.train.engine import Engine
 
 
 class Mean(NamedTuple):
@@ -23,68 +22,111 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """`loss`: scalar, a mean over the micro-batch.  `metrics`: name -> Mean, detached, read only when logged."""
+    """What a loss returns.
+
+    Args:
+        loss: Scalar, a mean over the micro-batch.
+        metrics: Named means, detached; they are read only when they are logged.
+    """
 
     loss: "Tensor"
     metrics: dict[str, Mean] = field(default_factory=dict)
 
 
 def mean_of(values: "Tensor", weights: "Tensor | None" = None) -> Mean:
-    """The Mean of the values (B,), or of those that `weights` (B,) lets count."""
+    """Return the Mean of `values` (B,), each counted by its weight in `weights` (B,) if those are given."""
     values = values.detach().float()
     if weights is None:
         return Mean(values.sum(), float(values.numel()))
     return Mean((values * weights).sum(), weights.sum())
 
 
-def probe_answer(model: "nn.Module", images: "Tensor") -> float:
-    """The mean magnitude of a model's output on images (n, 3, H, W), in eval mode."""
+def mean_magnitude(model: "nn.Module", images: "Tensor") -> float:
+    """Return the mean magnitude of a model's output on images (n, 3, H, W), in eval mode."""
     import torch
 
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        answer = float(model(images).float().abs().mean())
+        magnitude = float(model(images).float().abs().mean())
     model.train(was_training)
-    return answer
+    return magnitude
+
+
+class Companion(Protocol):
+    """What a Task asks of its teacher; `pipeline.ssl.teacher.Teacher` is the one there is."""
+
+    def after_step(self, loss: "Tensor") -> dict[str, Mean]:
+        """Move after an optimizer step (collective)."""
+
+    def fingerprint(self, images: "Tensor") -> float:
+        """Return one number that the teacher's weights decide (collective)."""
+
+    def sharded_state(self) -> "dict[Tensor, Tensor]":
+        """Return {optimizer's flat parameter: the teacher's tensor of its shape}."""
+
+    def buffers(self) -> "dict[str, Tensor]":
+        """Return the running statistics that are a state of the teacher's own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return small numbers, equal on all ranks."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the small numbers, after the sharded state."""
 
 
 class Task:
-    """What differs between stages. Only `loss` must be given."""
+    """What differs between stages. Only `loss` must be given.
 
-    names_classes = True  # the model answers with logits of classes
+    A teacher that the Task holds is moved, saved, restored and fingerprinted here, so no stage repeats it.
+    """
+
+    names_classes = True  # the model's outputs are logits of classes
+    teacher: Companion | None = None
 
     def loss(self, model: "nn.Module", batch: "Mapping[str, Batch]") -> StepOutput:
-        """Loss and metrics of one micro-batch, stream by stream; no side effects, but for sums that `after_step` uses up."""
+        """Return loss and metrics of one micro-batch of every stream.
+
+        A loss has no side effects, except for sums that `after_step` uses up.
+        """
         raise TypeError(f"{type(self).__name__} gives no loss")
 
-    def after_step(self, engine: "Engine", loss: "Tensor") -> dict[str, Mean]:
-        """After a real optimizer step (never after a skipped one), whose loss on this rank is given: the teacher moves."""
-        return {}
+    def after_step(self, loss: "Tensor") -> dict[str, Mean]:
+        """Move the teacher after a real optimizer step, never after a skipped one.
+
+        Args:
+            loss: The step's loss on this rank, a scalar.
+
+        Returns:
+            Metrics of the move.
+        """
+        return self.teacher.after_step(loss) if self.teacher else {}
 
     def alarms(self, row: dict[str, float]) -> list[str]:
-        """What a logged row of means gives to worry about, each in a sentence; alike on all ranks."""
+        """Return what is alarming about a logged row of means, one sentence each; equal on all ranks."""
         return []
 
-    def probe(self, model: "nn.Module", images: "Tensor") -> float:
-        """One number that the weights, of the companions too, decide: a restored run must give it again (collective)."""
-        return probe_answer(model, images)
+    def fingerprint(self, model: "nn.Module", images: "Tensor") -> float:
+        """Return one number that the weights, the teacher's too, decide: a restored run must reproduce it (collective)."""
+        return mean_magnitude(model, images) + (self.teacher.fingerprint(images) if self.teacher else 0.0)
 
     def captions(self, model: "nn.Module", batch: "Batch") -> list[str] | None:
-        """What to write over the pictures of a batch of a stream, if anything (rank 0 alone)."""
+        """Return what to write over the pictures of a stream's batch, if anything (rank 0 only)."""
         return None
 
     def sharded_state(self) -> "dict[str, dict[Tensor, Tensor]]":
-        """name -> {optimizer's flat parameter: a tensor of its shape}: saved and restored with the optimizer's shards."""
-        return {}
+        """Return name -> {optimizer's flat parameter: a tensor of its shape}; saved with the optimizer's shards."""
+        return {"teacher": self.teacher.sharded_state()} if self.teacher else {}
 
     def buffers(self) -> "dict[str, Tensor]":
-        """Running statistics of companions, by names that the model's do not have: saved and restored with the model's."""
-        return {}
+        """Return the teacher's running statistics; rank 0 saves them with the model's."""
+        return self.teacher.buffers() if self.teacher else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Small numbers, equal on all ranks."""
-        return {}
+        """Return small numbers, equal on all ranks."""
+        return {"teacher": self.teacher.state_dict()} if self.teacher else {}
 
-    def load_state_dict(self, state: dict[str, Any], engine: "Engine") -> None:
-        """Called after `sharded_state` has been restored."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; called after `sharded_state` has been restored."""
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])

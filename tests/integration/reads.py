@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pipeline.train.loop as loop
 import stages.__main__ as entry
+from pipeline.train.training import StepResult
 
 READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
-ROOMS = ("/pipeline/", "/stages/")
+FOLDERS = ("/pipeline/", "/stages/")
 FIRST, LAST = 2, 6  # steps that are neither the first, which sets things up, nor logged
 
 counts: Counter[str] = Counter()
@@ -29,7 +30,7 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function._schema.name in READS:
             frame: FrameType | None = sys._getframe()
-            while frame and not any(room in frame.f_code.co_filename for room in ROOMS):
+            while frame and not any(folder in frame.f_code.co_filename for folder in FOLDERS):
                 frame = frame.f_back
             counts[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}" if frame else "elsewhere"] += 1
         return function(*args, **(kwargs or {}))
@@ -38,7 +39,7 @@ class Reads(TorchDispatchMode):
 mode, real, taken = Reads(), loop.train_step, itertools.count()
 
 
-def step_and_watch(*args: Any, **kwargs: Any) -> loop.Done:
+def step_and_watch(*args: Any, **kwargs: Any) -> StepResult:
     step = next(taken)
     if step == FIRST:
         mode.__enter__()

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.exports.card import Card
-from stages import STAGES
+from stages import SPECS
 from tests.conftest import Stages
 from tests.golden.write import FOLDER, losses
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SPECS)
 def test_losses_are_the_golden_ones(chain: Stages, stage: str) -> None:
     golden = json.loads((FOLDER / f"{stage}.json").read_text())
     found = losses(chain.runs / "smoke" / stage, stage)
@@ -32,7 +32,7 @@ def test_a_second_start_says_what_is_done_and_does_nothing(chain: Stages) -> Non
 
 
 def test_every_export_names_its_parent_its_data_and_the_labels_it_has_seen(chain: Stages) -> None:
-    cards = {stage: Card.read(chain.runs / "smoke" / stage / "export") for stage in STAGES}
+    cards = {stage: Card.read(chain.runs / "smoke" / stage / "export") for stage in SPECS}
     assert cards["arm"].labels_seen == ()
     assert cards["distill"].lineage.parents[0].weights_sha256 == cards["arm"].weights_sha256
     assert cards["semi"].lineage.parents[0].weights_sha256 == cards["distill"].weights_sha256

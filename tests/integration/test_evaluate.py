@@ -1,4 +1,4 @@
-"""An export judged by command: the run's own numbers, the same ones on any number of processes, and refusals."""
+"""An export is evaluated by a command: it gives the run's own numbers on any number of processes, or a refusal."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 
-UNEVEN = "56"  # 400 images in batches of 56 divide by neither one, two nor three processes
+UNEVEN = "56"  # 400 images in batches of 56 do not divide evenly among one, two or three processes
 
 
 def evaluate(*arguments: object, nproc: int = 1) -> subprocess.CompletedProcess[str]:
@@ -18,7 +18,7 @@ def evaluate(*arguments: object, nproc: int = 1) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
-def test_student_and_teacher_get_the_runs_own_numbers_to_the_last_digit(chain: Stages, tmp_path: Path) -> None:
+def test_student_and_teacher_get_the_numbers_of_the_run_to_the_last_digit(chain: Stages, tmp_path: Path) -> None:
     run = chain.runs / "smoke" / "semi"
     split = ["--train", chain.digits / "train", "--split", chain.digits / "split.json"]
     done = evaluate(run / "export", chain.digits / "test", *split, "--probe", "--out", tmp_path)
@@ -28,7 +28,7 @@ def test_student_and_teacher_get_the_runs_own_numbers_to_the_last_digit(chain: S
     probes = {name: ours[name].pop("probes") for name in theirs}
     assert {name: ours[name] for name in theirs} == theirs
     assert all(10 < accuracy <= 100 for found in probes.values() for accuracy in found.values())
-    assert ours["teacher, calibrated"]["top1"] == theirs["teacher"]["top1"]  # a temperature moves no argmax
+    assert ours["teacher, calibrated"]["top1"] == theirs["teacher"]["top1"]  # a temperature changes no argmax
     assert ours["teacher, calibrated"]["temperature"] > 0
     assert len((tmp_path / "per_class-student.csv").read_text().splitlines()) == 11
 
@@ -52,7 +52,9 @@ def test_one_two_and_three_processes_write_the_same_bytes(chain: Stages, tmp_pat
         ("semi/export", "nowhere", 3, "there are no shards"),
     ],
 )
-def test_what_cannot_be_judged_is_a_sentence(chain: Stages, export: str, data: str, code: int, said: str) -> None:
+def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
+    chain: Stages, export: str, data: str, code: int, said: str
+) -> None:
     done = evaluate(chain.runs / "smoke" / export, chain.digits / data)
     assert done.returncode == code
     assert said in done.stderr

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from stages import STAGES
+from stages import SPECS
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 from tests.integration.test_resume import parents
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SPECS)
 def test_no_hidden_synchronisation(chain: Stages, stage: str) -> None:
     overrides = chain.overrides("run.experiment=reads", *parents(chain, stage))
     done = subprocess.run(

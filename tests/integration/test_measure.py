@@ -1,4 +1,4 @@
-"""Costs and fields by command: the numbers that do not depend on the machine, and folders that a report takes in."""
+"""Commands that measure costs and receptive fields: numbers that do not depend on the machine, and sections for a report."""
 
 import csv
 from pathlib import Path
@@ -18,7 +18,7 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "tables" / f"{name}.csv").read_text().splitlines()))
 
 
-def test_inference_counts_what_the_models_have_and_do(tmp_path: Path) -> None:
+def test_inference_reports_the_parameters_and_multiply_adds_of_the_models(tmp_path: Path) -> None:
     names = ["vim_nano", "timm/resnet18"]
     rows = table(inference.run(names, [64, 32], batch=2, rounds=1, out=tmp_path), "inference")
     assert [(r["model"], r["pixels"]) for r in rows] == [(n, s) for n in names for s in ("32", "64")]
@@ -31,8 +31,8 @@ def test_inference_counts_what_the_models_have_and_do(tmp_path: Path) -> None:
     assert {f.name for f in read_section(tmp_path).figures} == {"throughput", "latency"}
 
 
-def test_what_is_deployed_costs_no_more_and_tables_name_what_is_reported(tmp_path: Path) -> None:
-    """Folding takes operations away; an accuracy is beside its model only where a paper printed it."""
+def test_a_deployed_model_costs_no_more_and_tables_have_the_reported_accuracy(tmp_path: Path) -> None:
+    """Folding removes operations; a model has an accuracy only if a paper reports it."""
     names = ["efficientvim_nano", "timm/mobileone_s0"]
     trained, deployed = (
         table(inference.run(names, [64], batch=1, rounds=1, out=tmp_path / str(d), deployed=d), "inference")
@@ -43,15 +43,13 @@ def test_what_is_deployed_costs_no_more_and_tables_name_what_is_reported(tmp_pat
         assert float(after["GMACs"]) <= float(before["GMACs"])
     assert float(deployed[1]["GMACs"]) < 0.8 * float(trained[1]["GMACs"])  # MobileOne's branches become one
     assert [row["top-1, reported"] for row in trained] == ["–", "–"]
-    assert (
-        main(["front", "--rows", "H: no fusion", "--batch", "1", "--rounds", "1", "--out", str(tmp_path / "front")])
-        == 0
-    )
-    (row,) = table(tmp_path / "front", "front")
+    arguments = ["--rows", "H: no fusion", "--batch", "1", "--rounds", "1", "--out", str(tmp_path / "pareto")]
+    assert main(["pareto", *arguments]) == 0
+    (row,) = table(tmp_path / "pareto", "pareto")
     assert (row["top-1, reported"], row["parameters, M"]) == ("75.1", "13.00")
 
 
-def test_fields_of_names_and_of_an_export_go_into_a_report(chain: Stages, tmp_path: Path) -> None:
+def test_receptive_fields_of_names_and_of_an_export_go_into_a_report(chain: Stages, tmp_path: Path) -> None:
     export = chain.runs / "smoke" / "semi" / "export"
     where = tmp_path / "fields"
     arguments = ["vim_nano", f"ours={export}", "--data", chain.digits / "test", "--size", "32", "--images", "3"]
@@ -72,12 +70,12 @@ def test_fields_of_names_and_of_an_export_go_into_a_report(chain: Stages, tmp_pa
         (["efficiency", "configs/semi/smoke.yaml", "configs/semi/demo.yaml", "--steps", "3"], 2, "give more"),
         (["inference", "vim_nanno"], 2, "vim_nano"),
         (["inference", "vim_nano", "--batch", "0"], 2, "at least one"),
-        (["front", "--rows", "M5"], 2, "known are EfficientViM-M1"),
+        (["pareto", "--rows", "M5"], 2, "known are EfficientViM-M1"),
         (["fields", "vim_nano", "--data", "nowhere"], 3, "there are no shards"),
         (["report", "nowhere"], 3, "holds no stage"),
     ],
 )
-def test_what_cannot_be_measured_is_a_sentence(
+def test_what_cannot_be_measured_is_refused_in_a_sentence(
     capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
 ) -> None:
     assert main(arguments) == code
@@ -85,8 +83,8 @@ def test_what_cannot_be_measured_is_a_sentence(
 
 
 @pytest.mark.soak
-def test_efficiency_is_of_real_steps(chain: Stages, tmp_path: Path) -> None:
-    """Twice the unlabelled images a step: the FLOPs of a step follow from the two ratios exactly."""
+def test_efficiency_counts_the_flops_of_real_steps(chain: Stages, tmp_path: Path) -> None:
+    """With twice the unlabelled images per step, the FLOPs of a step follow from the two ratios."""
     text = Path("configs/semi/smoke.yaml").read_text()
     twice = tmp_path / "twice.yaml"
     twice.write_text(text.replace("unlabelled_ratio: 2", "unlabelled_ratio: 4"))

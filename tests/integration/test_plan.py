@@ -14,7 +14,7 @@ from pipeline.config import load_config
 from pipeline.errors import EnvironmentProblem
 from pipeline.report.results import read_result
 from pipeline.report.sections import plans
-from stages import STAGES
+from stages import SPECS
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 
 
@@ -39,7 +39,7 @@ def test_steps_are_exact_and_checkpoints_to_2_percent(chain: Stages, plan: dict[
     rows = plans([read_result(chain.runs / "smoke")])[0].rows
     assert len(rows) >= 3 * 6
     found = {tuple(row[0].split(": ")): [float(cell) for cell in row[1:3]] for row in rows}
-    for stage in STAGES:
+    for stage in SPECS:
         assert found[stage, "steps"] == [8, 8]
         planned, actual = found[stage, "images of the first stream"]
         assert planned == actual
@@ -51,7 +51,7 @@ def test_steps_are_exact_and_checkpoints_to_2_percent(chain: Stages, plan: dict[
 def test_a_plan_needs_no_parent_and_prints_the_scripts_of_the_chain(stages: Stages) -> None:
     done, plan = planned(stages, "run.experiment=ahead", "cluster:gpus_per_node=4", "cluster:time=12:00:00")
     assert done.returncode == 0, done.stderr
-    scripts = [(stages.runs / "ahead/plan" / f"{stage}.sh").read_text() for stage in STAGES]
+    scripts = [(stages.runs / "ahead/plan" / f"{stage}.sh").read_text() for stage in SPECS]
     assert all("#SBATCH --gpus-per-node=4" in text and "#SBATCH --time=720" in text for text in scripts)
     assert "--dependency" not in scripts[0]
     assert all("#SBATCH --dependency='afterok:" in text for text in scripts[1:])
@@ -63,7 +63,7 @@ def test_a_plan_needs_no_parent_and_prints_the_scripts_of_the_chain(stages: Stag
     assert not (stages.runs / "ahead" / "arm").exists()
 
 
-def test_a_plan_says_what_stands_in_the_way_and_ends_with_its_code(stages: Stages) -> None:
+def test_a_plan_names_its_problems_and_ends_with_the_code_of_the_first(stages: Stages) -> None:
     done, plan = planned(stages, "run.experiment=hindered", "cluster:tasks_per_node=8")
     assert done.returncode == 2
     assert "virtual_readers 4 must be a multiple of the 8 processes" in done.stdout
@@ -78,10 +78,10 @@ def test_shortages_are_problems_and_a_missing_parent_hides_no_other_stage(stages
     assert [stage["stage"] for stage in plan["stages"]] == ["arm", "distill"]
     told = "\n".join(plan["problems"])
     for stage in ("arm", "distill"):
-        assert re.search(rf"{stage} needs \S+ MB a rank, and a GPU \(device_memory_gb\) has 1 KB", told)
-        assert f"{stage}: a limit of 0:03:00 leaves no time to work in" in told
+        assert re.search(rf"stage {stage} needs \S+ MB per rank, but a GPU \(device_memory_gb\) has 1 KB", told)
+        assert f"stage {stage}: the limit cluster:time=0:03:00 leaves no time for training" in told
     assert "no export at nowhere" in told
     assert done.returncode == 2
     assert all(f"! {problem}" in done.stdout for problem in plan["problems"])
-    assert [type(p) for p in limits.of_disk(10, 9)] == [EnvironmentProblem]
-    assert not list(limits.of_disk(9, 10))
+    assert [type(p) for p in limits.check_disk(10, 9)] == [EnvironmentProblem]
+    assert not list(limits.check_disk(9, 10))

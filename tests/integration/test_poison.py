@@ -24,7 +24,7 @@ def poisoned(digits: Path, folder: Path) -> Path:
         rows = slice(first, first + shard.count)
         index = ShardIndex(
             shard=shard,
-            members=[manifest.member(data_step) for data_step in range(rows.start, rows.stop)],
+            members=[manifest.member(index) for index in range(rows.start, rows.stop)],
             offsets=manifest.samples["offset"][rows].tolist(),
             lengths=manifest.samples["length"][rows].tolist(),
             labels=labels[rows].tolist(),

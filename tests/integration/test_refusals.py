@@ -17,7 +17,7 @@ CONFIG = {
     "loop.global_batch=18": "must be a multiple of data.loader.virtual_readers 4",
     "model.name=vim_tinny": "model name 'vim_tinny' is unknown; known: vim_tiny",
     "model.cluster_size=12": "image_size (32, 32) must be a multiple of cluster_size 12",
-    "engine.micro_batch=7": "unequal parts",
+    "engine.micro_batch=7": "unequal micro-batches",
 }
 
 

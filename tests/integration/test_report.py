@@ -1,4 +1,4 @@
-"""The page and the board as a person gets them: read from the files, and opened in a browser where there is one."""
+"""The report and TensorBoard as a person sees them: read from the files, and opened in a browser if there is one."""
 
 import csv
 import json
@@ -22,6 +22,7 @@ from pipeline.datasets.manifest import read_manifest
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluate.predictions import Predictions
+from pipeline.jsonl import read_rows
 from pipeline.report import experiment as report
 from pipeline.report.ablation import NotPaired, ablation_table, designs_of
 from pipeline.report.results import read_result
@@ -38,14 +39,15 @@ browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get 
 
 
 SECTIONS = (
-    "How good it is",
-    "Where two models look",
+    "Accuracy",
+    "Where the models look",
+    "Grad-CAM",
     "Effective receptive fields",
     "Stage 1: ARM",
     "Stage 3: semi",
     "Time and throughput",
     "No incidents",
-    "Where it came from",
+    "Lineage",
     "labels seen",
     "data:image/png;base64,",
 )
@@ -77,16 +79,25 @@ def test_the_page_needs_nothing_else_and_holds_every_section(page: Path) -> None
 def test_every_figure_is_there_for_print_and_every_table_in_three_forms(page: Path) -> None:
     beside = page.with_suffix("")
     drawn = {f.stem for f in (beside / "figures").glob("*.svg")}
-    assert {"groups", "classes", "reliability", "tail_confusion", "gradcam", "erf", "semi_energy", "arm_loss"} <= drawn
+    assert {
+        "groups",
+        "classes",
+        "reliability",
+        "tail_confusion",
+        "gradcam",
+        "receptive_field",
+        "semi_energy",
+        "arm_loss",
+    } <= drawn
     assert {f.stem for f in (beside / "figures").glob("*.pdf")} == drawn
     assert set(re.findall(r'<figure[^>]* id="(\w+)"', page.read_text())) == drawn
     tables = {f.stem for f in (beside / "tables").glob("*.csv")}
     assert {"accuracy", "per_class", "tail_confusions", "speed"} <= tables
     assert {f.stem for f in (beside / "tables").glob("*.tex")} == tables
-    assert "## How good it is" in (beside / "report.md").read_text()
+    assert "## Accuracy" in (beside / "report.md").read_text()
 
 
-def test_the_numbers_are_those_of_the_run(chain: Stages, page: Path) -> None:
+def test_the_page_shows_the_numbers_of_the_run(chain: Stages, page: Path) -> None:
     models = json.loads((chain.runs / "smoke" / "semi" / "evaluation.json").read_text())["models"]
     rows = list(csv.DictReader((page.with_suffix("") / "tables" / "accuracy.csv").read_text().splitlines()))
     last = next(r for r in rows if r[""] == "stage 3, teacher")
@@ -96,38 +107,39 @@ def test_the_numbers_are_those_of_the_run(chain: Stages, page: Path) -> None:
 
 
 def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, tmp_path: Path) -> None:
-    """The other design differs in one key of one stage; its answers are the first one's with a tail class got right."""
+    """The other design differs in one key; its predictions are those of the first, but right on one tail class."""
     other = tmp_path / "other"
     shutil.copytree(chain.runs / "smoke", other, ignore=shutil.ignore_patterns("checkpoints", "tb"))
     config = other / "semi" / "config.yaml"
     config.write_text(re.sub(r"(?m)^label_smoothing: .*$", "label_smoothing: 0.07", config.read_text()))
-    path = other / "semi" / "answers-teacher.npz"
-    answers = Predictions.load(path)
-    gained = (answers.labels == 9) & (answers.predicted != 9)
+    path = other / "semi" / "predictions-teacher.npz"
+    predictions = Predictions.load(path)
+    gained = (predictions.labels == 9) & (predictions.predicted != 9)
     assert gained.sum() > 0
-    Predictions(**{**vars(answers), "predicted": np.where(answers.labels == 9, 9, answers.predicted)}).save(path)
+    improved = np.where(predictions.labels == 9, 9, predictions.predicted)
+    Predictions(**{**vars(predictions), "predicted": improved}).save(path)
     page = report.run([chain.runs / "smoke", other], tmp_path / "both.html")
     rows = list(csv.DictReader((page.with_suffix("") / "tables" / "ablation.csv").read_text().splitlines()))
-    assert [r["what differs"].partition("=")[0] for r in rows] == ["semi.label_smoothing"] * 2
-    assert rows[1]["what differs"] == "semi.label_smoothing=0.07"
+    assert [r["different keys"].partition("=")[0] for r in rows] == ["semi.label_smoothing"] * 2
+    assert rows[1]["different keys"] == "semi.label_smoothing=0.07"
     assert rows[1]["Δ top1 [95 %], p"].startswith(f"{100 * gained.sum() / 400:+.2f} [")
     assert rows[1]["Δ top1 [95 %], p"].endswith("< 0.001")
 
 
-def test_designs_are_paired_by_seed_and_only_where_they_were_asked_the_same(chain: Stages, tmp_path: Path) -> None:
-    """Two seeds of two designs whose answers are alike seed by seed; then one whose answers are to other images."""
+def test_designs_are_paired_by_seed_and_only_on_the_same_images(chain: Stages, tmp_path: Path) -> None:
+    """Two designs have equal predictions for each of two seeds; a third design was evaluated on other images."""
     smoke = chain.runs / "smoke"
-    answers = {s: Predictions.load(smoke / "semi" / "answers-teacher.npz") for s in (0, 1)}
-    answers[1] = Predictions(**{**vars(answers[1]), "predicted": (answers[1].predicted + 1) % 10})
+    predictions = {s: Predictions.load(smoke / "semi" / "predictions-teacher.npz") for s in (0, 1)}
+    predictions[1] = Predictions(**{**vars(predictions[1]), "predicted": (predictions[1].predicted + 1) % 10})
 
     def experiment(name: str, seed: int, smoothing: float, moved: int = 0) -> Path:
         shutil.copytree(smoke, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints", "tb"))
         config = tmp_path / name / "semi" / "config.yaml"
         text = re.sub(r"(?m)^label_smoothing: .*$", f"label_smoothing: {smoothing}", config.read_text())
         config.write_text(re.sub(r"(?m)^  seed: .*$", f"  seed: {seed}", text))
-        own = answers[seed]
-        own = Predictions(**{**vars(own), "positions": own.positions + moved})
-        own.save(tmp_path / name / "semi" / "answers-teacher.npz")
+        own = predictions[seed]
+        own = Predictions(**{**vars(own), "sample_indices": own.sample_indices + moved})
+        own.save(tmp_path / name / "semi" / "predictions-teacher.npz")
         return tmp_path / name
 
     first = [experiment("a0", 0, 0.1), experiment("a1", 1, 0.1)]
@@ -135,12 +147,14 @@ def test_designs_are_paired_by_seed_and_only_where_they_were_asked_the_same(chai
     results = [read_result(folder) for folder in [*first, *second, experiment("c0", 0, 0.3, moved=1)]]
     table = ablation_table(designs_of(results), report.compare)
     assert [row[-2] for row in table.rows] == ["first", "+0.00 [+0.00, +0.00], 1.000", "–"]
-    assert "semi.label_smoothing=0.3: no paired gain, judged on other images" in table.note
-    with pytest.raises(NotPaired, match=r"no seed has answers .* \(first: 0; this one: 1\)"):
+    assert "semi.label_smoothing=0.3: no paired gain: evaluated on other images" in table.note
+    with pytest.raises(NotPaired, match=r"no seed has predictions .* \(first: 0; this one: 1\)"):
         report.compare(results[:1], results[1:2], "stage 3, teacher")
 
 
-def test_a_folder_that_is_no_experiment_is_a_sentence_that_names_those_beside_it(chain: Stages, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_experiment_is_refused_by_naming_the_experiments_beside_it(
+    chain: Stages, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=r"experiments beside it: .*smoke"):
         report.run([chain.runs / "smok"], None)
     with pytest.raises(ConfigError, match=r"ends in \.html"):
@@ -151,7 +165,7 @@ def test_a_folder_that_is_no_experiment_is_a_sentence_that_names_those_beside_it
 def test_tensorboard_holds_the_log_row_for_row_and_pictures(chain: Stages, stage: str) -> None:
     run = chain.runs / "smoke" / stage
     events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0}).Reload()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run / "metrics.jsonl")
     for name in {name for row in rows for name in row if "/" in name}:
         logged = [(row["step"], row[name]) for row in rows if name in row]
         shown = [(e.step, e.value) for e in events.Scalars(name)]
@@ -183,7 +197,7 @@ def test_the_page_opens_without_a_console_error_and_shows_every_figure(page: Pat
 
 @pytest.fixture(scope="module")
 def board(chain: Stages) -> Iterator[str]:
-    """TensorBoard's own server on the runs of the chain."""
+    """Run TensorBoard on the runs of the chain."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -193,8 +207,8 @@ def board(chain: Stages) -> Iterator[str]:
     try:
         for _ in range(300):
             try:
-                with urllib.request.urlopen(f"{url}/data/plugin/scalars/tags", timeout=10) as answer:
-                    if "semi/tb" in json.load(answer):
+                with urllib.request.urlopen(f"{url}/data/plugin/scalars/tags", timeout=10) as response:
+                    if "semi/tb" in json.load(response):
                         break
             except OSError:
                 pass
@@ -208,7 +222,7 @@ def board(chain: Stages) -> Iterator[str]:
 
 @browser
 def test_the_scalars_page_shows_the_curves_of_all_three_stages(board: str, tmp_path: Path) -> None:
-    """The page keeps its document to itself (shadow roots), so the picture is looked at: lines in the runs' colours."""
+    """Shadow roots hide the document, so the screenshot must have lines in the runs' colours."""
     shot = tmp_path / "board.png"
     options = ["--window-size=1400,1600", "--virtual-time-budget=30000", f"--screenshot={shot}"]
     browse(f"{board}/#scalars&tagFilter=train%2Floss", tmp_path, *options)
@@ -220,7 +234,7 @@ def test_the_scalars_page_shows_the_curves_of_all_three_stages(board: str, tmp_p
 
 
 def browse(url: str, folder: Path, *more: str) -> tuple[str, str]:
-    """The page's document after its scripts have run, and what the browser said."""
+    """Return the page's document after its scripts have run, and the browser's messages."""
     assert BROWSER
     command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", *more, url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=os.environ)

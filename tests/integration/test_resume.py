@@ -1,6 +1,7 @@
 """Runs that are killed or stopped, and continue: the end must be the end of a run that never was."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -9,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages import STAGES
+from stages import SPECS
 from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests.integration.test_poison import poisoned
 
 
 def step_reached(run: Path) -> int:
@@ -143,6 +145,53 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_config_refused(chain: S
     assert (run / "export" / "model.safetensors").read_bytes() == straight.read_bytes()
 
 
+def taught(chain: Stages, name: str, parent: Path, teacher: Path, cache: Path) -> list[str]:
+    """Overrides of a stage 2 that has every kind of input."""
+    inputs = [f"init_from={parent}", f"teacher.export={teacher}", f"teacher.cache={cache}", "allow_more_labels=true"]
+    return [f"run.experiment={name}", *inputs]
+
+
+@pytest.fixture(scope="module")
+def killed(chain: Stages, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The overrides of a stage 2 that was killed after its fifth step."""
+    cache = tmp_path_factory.mktemp("cache")
+    more = taught(chain, "moved", chain.runs / "smoke/arm/export", chain.runs / "smoke/distill/export", cache)
+    start_and_signal(chain, "distill", *more, number=signal.SIGKILL, after_steps=5)
+    return more
+
+
+def test_a_changed_dataset_is_refused(chain: Stages, killed: list[str], tmp_path: Path) -> None:
+    other = poisoned(chain.digits, tmp_path / "other")
+    done = chain.run("distill", *killed, f"data.train={other / 'train'}", f"data.split={other / 'split.json'}")
+    assert done.returncode == 3
+    assert "moved/distill holds a run with another data.train (its hash was" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_changed_parent_is_refused(chain: Stages, killed: list[str]) -> None:
+    other = chain.complete("arm", "run.experiment=other", "run.seed=1")
+    done = chain.run("distill", *killed, f"init_from={other / 'export'}")
+    assert done.returncode == 4
+    assert "moved/distill holds a run with another init_from (its hash was" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_resumes_though_its_dataset_its_parents_and_its_caches_have_moved(
+    chain: Stages, killed: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(chain.digits, tmp_path / "digits")
+    for stage in ("arm", "distill"):
+        shutil.copytree(chain.runs / "smoke" / stage / "export", tmp_path / stage)
+    places = taught(chain, "moved", tmp_path / "arm", tmp_path / "distill", tmp_path / "cache")
+    data = [f"data.{name}={tmp_path / 'digits' / name}" for name in ("train", "test")]
+    data += [f"data.split={tmp_path / 'digits' / 'split.json'}", f"data.loader.remote.cache={tmp_path / 'remote'}"]
+    run = chain.complete("distill", *places, *data, "teacher.cache_gb=1", "data.loader.remote.cache_gb=1")
+    straight = chain.complete("distill", *killed, "run.experiment=unmoved")
+    weights = "export/model.safetensors"
+    assert (run / weights).read_bytes() == (straight / weights).read_bytes()
+    assert step_reached(run) == 8
+
+
 def test_every_stage_has_a_kill_test() -> None:
     marks = test_kill_9_and_resume_gives_the_same_weights_bit_for_bit.pytestmark
-    assert {case[0] for case in marks[0].args[1]} == set(STAGES)
+    assert {case[0] for case in marks[0].args[1]} == set(SPECS)

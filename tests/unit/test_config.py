@@ -9,9 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from pipeline.config import Strict, apply_overrides, choose, dump_yaml, load_config, parse_yaml, validate
+from pipeline.config import (
+    Strict,
+    apply_overrides,
+    choose,
+    dump_yaml,
+    find_config,
+    load_config,
+    parse_yaml,
+    validate,
+)
 from pipeline.errors import ConfigError
-from stages import STAGES
+from stages import SPECS
 from tests.conftest import ROOT
 
 
@@ -88,6 +97,57 @@ def test_what_is_dumped_reads_back_equal(lr: float) -> None:
     assert validate(Whole, parse_yaml(dump_yaml(config), "dump"), "dump") == config
 
 
+def written(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_a_file_holds_only_what_differs_from_its_base(tmp_path: Path) -> None:
+    """Mappings are merged key by key, other values replaced, null removes; overrides come last."""
+    folder = written(
+        tmp_path,
+        below="name: a\noptim: {lr: 1, steps: 5}\nmaybe: {lr: 2}\n",
+        above="base: below.yaml\nname: b\noptim: {lr: 3}\nmaybe: null\n",
+    )
+    config = load_config(Whole, folder / "above.yaml", ["optim.steps=7"])
+    assert config == Whole(name="b", optim=Optim(lr=3, steps=7))
+
+
+def test_a_base_lies_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, below="name: a\noptim: {lr: 1}\n", above="base: below.yaml\n")
+    monkeypatch.chdir("/")
+    assert load_config(Whole, tmp_path / "above.yaml").name == "a"
+
+
+@pytest.mark.parametrize(
+    ("above", "said"),
+    [
+        ("base: middle.yaml", r"its base middle\.yaml has a base itself \(below\.yaml\); only one level is allowed"),
+        ("base: nowhere.yaml", r"nowhere\.yaml does not exist; there are .*below\.yaml"),
+        ("base: [below.yaml]", r"base = \['below\.yaml'\]; it must name a YAML file"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(tmp_path: Path, above: str, said: str) -> None:
+    written(tmp_path, below="name: a\noptim: {lr: 1}\n", middle="base: below.yaml\n", above=above)
+    with pytest.raises(ConfigError, match=said):
+        load_config(Whole, tmp_path / "above.yaml")
+
+
+def test_a_config_that_came_with_the_package_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the current folder comes first."""
+    there = ROOT / "configs/arm/smoke.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert find_config(Path("configs/arm/smoke.yaml")) == find_config(Path("arm/smoke.yaml")) == there
+    (tmp_path / "configs/arm").mkdir(parents=True)
+    own = Path("configs/arm/smoke.yaml")
+    own.write_text(there.read_text())
+    assert find_config(own) == own
+    assert find_config(Path("configs/arm/unknown.yaml")) == Path("configs/arm/unknown.yaml")
+
+
 def test_choose_lists_the_known_names_nearest_first() -> None:
     with pytest.raises(ConfigError, match="unknown optimizer 'adam'; known: adamw, lamb"):
         choose("optimizer", "adam", {"lamb": 1, "adamw": 2})
@@ -95,11 +155,11 @@ def test_choose_lists_the_known_names_nearest_first() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    sorted(p for stage in STAGES for p in (ROOT / "configs" / stage).glob("*.yaml")),
+    sorted(p for stage in SPECS for p in (ROOT / "configs" / stage).glob("*.yaml")),
     ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
-def test_every_config_in_the_house_is_valid_and_tells_its_story(path: Path) -> None:
-    config = load_config(STAGES[path.parent.name].config, path)
+def test_every_config_is_valid_and_tells_its_story(path: Path) -> None:
+    config = load_config(SPECS[path.parent.name].config, path)
     assert config.loop.steps > 0
     header = path.read_text().split("\n\n")[0] if "\n\n" in path.read_text() else path.read_text()
     assert "# Command" in header
@@ -109,19 +169,23 @@ def test_every_config_in_the_house_is_valid_and_tells_its_story(path: Path) -> N
         if other:
             path = ROOT / other
         else:  # of the command last named
-            load_config(STAGES[path.parent.name].config, path, shlex.split(arguments))
+            load_config(SPECS[path.parent.name].config, path, shlex.split(arguments))
 
 
 @pytest.mark.parametrize(
     ("path", "override", "said"),
     [
-        ("distill/demo", "mix={mixup: 0.8}", "mix needs two in each lane: loop.global_batch 4 "),
+        ("distill/demo", "mix={mixup: 0.8}", "mix needs two images of each virtual reader: loop.global_batch 4 "),
         (
             "semi/demo",
             "mixup={labelled_cutmix: 1}",
-            "mixing labelled images needs two in each lane: loop.global_batch 4 ",
+            "mixing labelled images needs two images of each virtual reader: loop.global_batch 4 ",
         ),
-        ("semi/demo", "ssmixup={}", "mixing unlabelled images needs two in each lane: loop.global_batch 4 "),
+        (
+            "semi/demo",
+            "ssmixup={}",
+            "mixing unlabelled images needs two images of each virtual reader: loop.global_batch 4 ",
+        ),
     ],
 )
 def test_a_lone_image_is_not_mixed_with_itself(path: str, override: str, said: str) -> None:
@@ -133,8 +197,8 @@ def test_a_lone_image_is_not_mixed_with_itself(path: str, override: str, said: s
         *["unlabelled_ratio=1"] * (stage == "semi"),
     ]
     with pytest.raises(ConfigError, match=said + "must be at least twice"):
-        load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", narrow)
+        load_config(SPECS[stage].config, ROOT / f"configs/{path}.yaml", narrow)
     wide = [*narrow[:2], "data.loader.virtual_readers=2", *narrow[3:]]
-    load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", wide)
-    with pytest.raises(ConfigError, match=r"needs two at once: engine\.micro_batch is 1"):
-        load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", [*wide, "engine.micro_batch=1"])
+    load_config(SPECS[stage].config, ROOT / f"configs/{path}.yaml", wide)
+    with pytest.raises(ConfigError, match=r"needs two images at once, but engine\.micro_batch is 1"):
+        load_config(SPECS[stage].config, ROOT / f"configs/{path}.yaml", [*wide, "engine.micro_batch=1"])

@@ -1,4 +1,4 @@
-"""The library on a bare machine: without the optional packages, and without torch for what needs none."""
+"""The library imports without the optional packages, and its torch-free modules import without torch."""
 
 import subprocess
 import sys

@@ -12,8 +12,9 @@ from pipeline.config import load_config
 from pipeline.datasets.config import SplitConfig
 from pipeline.datasets.manifest import SAMPLE, Manifest
 from pipeline.datasets.splits import make_split
-from stages import STAGES
-from stages.configs import DistillConfig, SemiConfig
+from stages import SPECS
+from stages.configs.distill import DistillConfig
+from stages.configs.semi import SemiConfig
 from studies.paper import FOOTNOTES, TRAIN_IMAGES, Row, long_tail, rows
 from studies.semi import METRICS, gains, means
 from studies.semi import ROWS as STUDY
@@ -28,7 +29,7 @@ def configs(row: Row, dataset: str) -> dict[str, Any]:
     for command in (c for c in tables.commands(row, dataset, 1) if "stages" in c):
         path = next(i for i, c in enumerate(command) if c.endswith(".yaml"))
         found[command[path - 1]] = load_config(
-            STAGES[command[path - 1]].config, ROOT / command[path], command[path + 1 :]
+            SPECS[command[path - 1]].config, ROOT / command[path], command[path + 1 :]
         )
     return found
 
@@ -47,11 +48,11 @@ def test_every_row_is_a_valid_config_and_begins_where_its_parents_end(dataset: s
         stage_2, stage_3 = found["distill"], found["semi"]
         assert isinstance(stage_2, DistillConfig)
         assert isinstance(stage_3, SemiConfig)
-        assert stage_3.parents()["init_from"] == stage_2.run.folder("distill") / "export"
+        assert SPECS["semi"].parents(stage_3)["init_from"] == stage_2.run.folder("distill") / "export"
         assert stage_2.data.split == stage_3.data.split
         assert shared.setdefault(stage_2.run.experiment, stage_2) == stage_2  # or it would be refused
         if "arm" in found:
-            assert stage_2.parents()["init_from"] == found["arm"].run.folder("arm") / "export"
+            assert SPECS["distill"].parents(stage_2)["init_from"] == found["arm"].run.folder("arm") / "export"
         assert ("arm" in found) == (dataset == "imagenet" and row.model.startswith("semivim"))
         SplitConfig.model_validate(
             {k.strip("-").replace("-", "_"): v for k, v in zip(row.split[::2], row.split[1::2], strict=True)}

@@ -1,9 +1,9 @@
-"""The compiled kernels as functions on tensors: memory comes from torch, pointers and strides go through ctypes.
+"""The compiled scan and convolution as functions on tensors: an implementation of `pipeline.ops.kernels.Kernels`.
 
-Tensors are fp32 or bf16, each in its own dtype and with its own strides; A, D, biases and convolution weights are
-contiguous fp32. Outputs follow the layout of their input: channels last in memory if it has them so (what lies between
-a mixer's matrix products), else steps last. Sums over units are taken in a fixed order, so nothing depends on the
-number of threads. Nothing here knows autograd; this is a `pipeline.ops.kernels.Kernels`.
+torch allocates the memory, and ctypes passes pointers and strides. Tensors are fp32 or bf16, each with its own dtype
+and strides; A, D, biases and convolution weights are contiguous fp32. An output has the memory layout of its input:
+channels last (as between the matrix products of a mixer), else steps last. Sums over units of work are taken in a
+fixed order, so results do not depend on the number of threads. Nothing in this file knows autograd.
 """
 
 import ctypes
@@ -82,7 +82,15 @@ def _floats(*shape: int) -> Tensor:
 
 
 class Library:
-    """The loaded library with its argument types declared."""
+    """The loaded library with its argument types declared.
+
+    Args:
+        simd: The instruction set, a key of `build.SIMD`; by default the widest that this processor runs.
+        cache: The folder of built libraries; by default the user's.
+
+    Raises:
+        BuildError: If there is no compiler, or it fails.
+    """
 
     def __init__(self, simd: str | None = None, cache: Path | None = None) -> None:
         self._lib = load_library(simd, cache)
@@ -99,6 +107,7 @@ class Library:
     def scan_forward(
         self, problem: ScanProblem, *, ungated: bool, keep: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Implement `Kernels.scan_forward`."""
         call = _scan_call(problem)
         inputs, reverses = problem.inputs, problem.reverses
         o = torch.empty_like(inputs[0].u)
@@ -120,6 +129,7 @@ class Library:
         g_ps: Sequence[Tensor],
         g_z: Tensor | None,
     ) -> list[ScanInputs]:
+        """Implement `Kernels.scan_backward`."""
         call = _scan_call(problem)
         inputs, reverses = problem.inputs, problem.reverses
         (batch, channels, steps), states = inputs[0].u.shape, inputs[0].A.shape[1]
@@ -158,6 +168,7 @@ class Library:
         return results
 
     def conv_forward(self, x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool]) -> list[Tensor]:
+        """Implement `Kernels.conv_forward`."""
         call = _conv_call(x, filters, reverses)
         outs = [torch.empty_like(x) for _ in filters]
         for k, reverse in enumerate(reverses):
@@ -173,6 +184,7 @@ class Library:
         g_outs: Sequence[Tensor],
         g_x: Tensor,
     ) -> list[Filter]:
+        """Implement `Kernels.conv_backward`."""
         call = _conv_call(x, filters, reverses)
         parts = []
         for k, reverse in enumerate(reverses):
@@ -189,7 +201,7 @@ class Library:
         ]
 
     def _sum(self, parts: Tensor) -> Tensor:
-        """(outer, parts, size) summed over the parts, in their order."""
+        """Sum (outer, partial sums, size) over the partial sums, in their order."""
         outer, count, size = parts.shape
         out = _floats(outer, size)
         self._lib.sum_parts(out.data_ptr(), parts.data_ptr(), outer, count, size)

@@ -5,7 +5,7 @@ using namespace products;
 
 namespace {
 
-// Mirrored field by field in vision.py.
+// Mirrored field by field in vision_library.py.
 struct ConvCall {
   int64_t batch, height, width, in, out, act;
   const float *x, *weight, *bias;

@@ -49,7 +49,7 @@ struct Local {
   }
 };
 
-// Mirrored field by field in vision.py, which lays the weights out: panels of columns, their inputs padded.
+// Mirrored field by field in vision_library.py, which lays the weights out as panels of columns with padded inputs.
 struct LinearCall {
   int64_t rows, in, out, act;
   const float *x, *weight, *bias;

@@ -1,4 +1,4 @@
-"""Accuracy and calibration from a table of answers, by hand."""
+"""Accuracy and calibration from a table of predictions, computed by hand."""
 
 import csv
 from pathlib import Path
@@ -14,68 +14,68 @@ from torch import nn
 from pipeline.evaluate.bootstrap import DRAWS, intervals, paired
 from pipeline.evaluate.calibration import expected_calibration_error, fit_temperature, reliability
 from pipeline.evaluate.metrics import mean_loss, per_class_accuracy, report, summary, write_per_class
-from pipeline.evaluate.predictions import Predictions, ask, collect
+from pipeline.evaluate.predictions import Predictions, collect_logits, predict
 from pipeline.streaming.batch import Batch
 
 CPU = torch.device("cpu")
 
 
 class Same(nn.Module):
-    """Images (B, 3, 1, 1) whose first pixel is the class it answers, with a logit of 2 over zeros."""
+    """Predicts the class that the first pixel of an image (3, 1, 1) names, with a logit of 2 over zeros."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return 2.0 * nn.functional.one_hot(images[:, 0, 0, 0].long(), 3)
 
 
-def batch(answers: list[int], labels: list[int], indices: list[int]) -> Batch:
-    images = torch.tensor(answers, dtype=torch.float32)[:, None, None, None].expand(-1, 3, 1, 1)
+def batch(classes: list[int], labels: list[int], indices: list[int]) -> Batch:
+    images = torch.tensor(classes, dtype=torch.float32)[:, None, None, None].expand(-1, 3, 1, 1)
     return Batch(images=images, labels=torch.tensor(labels), indices=torch.tensor(indices), virtual_readers=1)
 
 
-def answers_of(labels: list[int], predicted: list[int], confidence: list[float] | None = None) -> Predictions:
+def predictions_of(labels: list[int], predicted: list[int], confidence: list[float] | None = None) -> Predictions:
     n = len(labels)
     return Predictions(
         sample_indices=np.arange(n),
         labels=np.array(labels),
         predicted=np.array(predicted),
-        place=np.array(labels) - np.array(predicted) != 0,
+        label_rank=np.array(labels) - np.array(predicted) != 0,
         confidence=np.array(confidence or [0.5] * n),
         loss=np.zeros(n),
     )
 
 
 # 8 of 10 of class 0, 3 of 4 of class 1, none of class 2.
-FOURTEEN = answers_of([0] * 10 + [1] * 4, [0] * 8 + [1] * 2 + [0] + [1] * 3)
+FOURTEEN = predictions_of([0] * 10 + [1] * 4, [0] * 8 + [1] * 2 + [0] + [1] * 3)
 GROUPS = {"head": np.array([0]), "tail": np.array([1, 2])}
 
 
-def test_every_sample_is_asked_once_in_order_of_position_and_no_padding() -> None:
+def test_every_sample_is_predicted_once_in_the_order_of_sample_indices_without_padding() -> None:
     batches = [batch([0, 1, 1], [0, 0, 1], [2, 1, 0]), batch([2, 0, 0], [2, -1, -1], [3, -1, -1])]
-    found = ask(Same(), batches, CPU)
+    found = predict(Same(), batches, CPU)
     assert found.sample_indices.tolist() == [0, 1, 2, 3]
     assert found.confusion(3).tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
     right = np.exp(2) / (np.exp(2) + 2)
     assert found.confidence == pytest.approx(right)
     assert found.loss == pytest.approx([-np.log(right), -np.log(1 / (np.exp(2) + 2)), -np.log(right), -np.log(right)])
-    assert found.place.tolist() == [0, 1, 0, 0]
+    assert found.label_rank.tolist() == [0, 1, 0, 0]
 
 
 def test_a_temperature_divides_the_logits() -> None:
-    cool = ask(Same(), [batch([0], [0], [0])], CPU, temperature=2.0)
+    cool = predict(Same(), [batch([0], [0], [0])], CPU, temperature=2.0)
     assert cool.confidence == pytest.approx(np.e / (np.e + 2))
 
 
-def test_answers_come_back_from_their_file(tmp_path: Path) -> None:
+def test_predictions_survive_their_file(tmp_path: Path) -> None:
     FOURTEEN.save(tmp_path / "a.npz")
     again = Predictions.load(tmp_path / "a.npz")
     assert np.array_equal(again.predicted, FOURTEEN.predicted)
     assert np.array_equal(again.labels, FOURTEEN.labels)
 
 
-def test_collected_outputs_are_in_order_and_without_padding() -> None:
-    labels, outputs = collect(Same(), [batch([0, 1, 1], [0, 2, -1], [1, 0, -1])], CPU)
+def test_collected_logits_are_in_order_and_without_padding() -> None:
+    labels, logits = collect_logits(Same(), [batch([0, 1, 1], [0, 2, -1], [1, 0, -1])], CPU)
     assert labels.tolist() == [2, 0]
-    assert outputs.tolist() == [[0, 2, 0], [2, 0, 0]]
+    assert logits.tolist() == [[0, 2, 0], [2, 0, 0]]
 
 
 def test_mean_loss_goes_by_samples_not_by_batches() -> None:
@@ -92,7 +92,7 @@ def test_top1_goes_by_samples_and_balanced_and_groups_by_classes() -> None:
     assert found["tail"] == pytest.approx(75)
 
 
-def test_a_class_without_samples_has_no_accuracy_and_a_group_without_samples_is_not_named() -> None:
+def test_a_class_without_samples_has_no_accuracy_and_a_group_without_samples_is_left_out() -> None:
     assert np.isnan(per_class_accuracy(FOURTEEN.confusion(3))[2])
     found = report(FOURTEEN, {"head": np.array([0, 1]), "tail": np.array([2])}, ("a", "b", "c"))
     assert found["samples"] == 14
@@ -151,10 +151,10 @@ class TestBootstrap:
         assert found.value == pytest.approx(80)
         assert (found.high - found.low) / 2 == pytest.approx(1.96 * 100 * np.sqrt(0.8 * 0.2 / 100), rel=0.12)
 
-    def test_pairing_sees_what_two_separate_intervals_would_not(self) -> None:
+    def test_pairing_detects_what_two_separate_intervals_would_not(self) -> None:
         labels = [0] * 200
-        first = answers_of(labels, [0] * 100 + [1] * 100)
-        second = answers_of(labels, [0] * 110 + [1] * 90)  # ten more right, none lost
+        first = predictions_of(labels, [0] * 100 + [1] * 100)
+        second = predictions_of(labels, [0] * 110 + [1] * 90)  # ten more right, none lost
         found = paired([first], [second], 2, {})["top1"]
         assert found.value == pytest.approx(5.0)
         assert found.low > 0
@@ -164,14 +164,14 @@ class TestBootstrap:
 
     def test_pairs_of_seeds_are_averaged_and_redrawn_together(self) -> None:
         labels = [0] * 100
-        none, all_right = answers_of(labels, [1] * 100), answers_of(labels, [0] * 100)
+        none, all_right = predictions_of(labels, [1] * 100), predictions_of(labels, [0] * 100)
         found = paired([none, none], [all_right, none], 2, {})["top1"]
         assert (found.value, found.low, found.high) == (50.0, 50.0, 50.0)
 
-    def test_pairs_that_were_asked_other_samples_are_redrawn_separately(self) -> None:
-        """The variance of a mean of two: half of one's where they are independent, all of it where they are the same."""
+    def test_pairs_with_other_samples_are_redrawn_separately(self) -> None:
+        """The mean of two pairs has half the variance if they are independent, and all of it if they share their samples."""
         labels = [0] * 400
-        first, second = answers_of(labels, [1] * 400), answers_of(labels, [0, 1] * 200)
+        first, second = predictions_of(labels, [1] * 400), predictions_of(labels, [0, 1] * 200)
         elsewhere = [Predictions(**{**vars(a), "sample_indices": a.sample_indices + 400}) for a in (first, second)]
         together = paired([first] * 2, [second] * 2, 2, {})["top1"]
         apart = paired([first, elsewhere[0]], [second, elsewhere[1]], 2, {})["top1"]
@@ -186,5 +186,5 @@ class TestBootstrap:
         assert {(d.value, d.low, d.high, d.p) for d in found.values()} == {(0.0, 0.0, 0.0, 1.0)}
 
     def test_other_samples_cannot_be_paired(self) -> None:
-        with pytest.raises(ValueError, match="not asked the same samples"):
-            paired([FOURTEEN], [answers_of([0], [0])], 3, GROUPS)
+        with pytest.raises(ValueError, match="not evaluated on the same samples"):
+            paired([FOURTEEN], [predictions_of([0], [0])], 3, GROUPS)

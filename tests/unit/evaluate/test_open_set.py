@@ -1,4 +1,4 @@
-"""Classes outside of training: apart, and where their images go, on a table counted by hand."""
+"""Classes that were never trained on, evaluated apart, on a confusion table counted by hand."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from pipeline.datasets.imbalance import class_groups
 from pipeline.evaluate.open_set import open_set, with_outside
 
 
-def test_strangers_are_judged_apart_and_followed_to_where_they_go() -> None:
+def test_unseen_classes_are_evaluated_apart_and_the_groups_they_are_predicted_as_are_counted() -> None:
     seen = np.array([0, 2, 3])
     groups = with_outside(class_groups(np.array([9, 5, 1])), seen, 5)
     assert {name: c.tolist() for name, c in groups.items()} == {
@@ -16,7 +16,7 @@ def test_strangers_are_judged_apart_and_followed_to_where_they_go() -> None:
         "ood": [1, 4],
     }
     table = np.diag([8, 0, 6, 1, 0])
-    table[1, [0, 2]] = 7, 2  # strangers: 12 in all, of which 10 are called head
+    table[1, [0, 2]] = 7, 2  # unseen classes: 12 images in all, of which 10 are predicted as head
     table[4, 0] = 3
     table[3, 0] = 5
     assert open_set(table, groups) == {
@@ -29,7 +29,7 @@ def test_strangers_are_judged_apart_and_followed_to_where_they_go() -> None:
     }
 
 
-def test_where_every_class_was_seen_there_are_no_strangers() -> None:
+def test_nothing_is_reported_if_every_class_was_seen() -> None:
     groups = with_outside(class_groups(np.array([3, 2, 1])), np.arange(3), 3)
     assert "ood" not in groups
     assert open_set(np.eye(3, dtype=np.int64), groups) == {}

@@ -1,4 +1,4 @@
-"""Grad-CAM and receptive fields on cases whose answer is known, on plain and on hierarchical networks."""
+"""Grad-CAM and receptive fields, on cases with known results and on plain and hierarchical networks."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.evaluate.gradcam import gradcam, overlay
 from pipeline.evaluate.receptive_field import for_display, receptive_field, side_of_share
-from pipeline.evaluate.target_layers import sight_of, watched
+from pipeline.evaluate.target_layers import target_layers, watched
 from pipeline.models import build_model
 
 FAMILIES = [
@@ -55,13 +55,13 @@ class TestReceptiveField:
         assert field[3:8, 3:8] == pytest.approx(3 * np.outer(row, row))
         assert field.sum() == pytest.approx(3 * 81)
 
-    def test_where_the_output_is_negative_nothing_is_seen(self) -> None:
+    def test_a_negative_output_has_no_field(self) -> None:
         assert (
             receptive_field(Stages(convolution(3, weight=-1.0), head=nn.Identity()), [torch.rand(1, 3, 9, 9)]).max()
             == 0
         )
 
-    def test_it_is_a_mean_over_images_however_they_are_cut_into_batches(self) -> None:
+    def test_the_mean_over_images_does_not_depend_on_the_batches(self) -> None:
         torch.manual_seed(0)
         model = Stages(convolution(3), nn.Conv2d(1, 4, 3, padding=1), nn.GELU(), head=nn.Identity())
         images = torch.rand(4, 3, 9, 9)
@@ -72,14 +72,14 @@ class TestReceptiveField:
         assert shown.max() == 1.0
         assert shown[1, 0] == pytest.approx(0.5)
 
-    def test_a_field_is_needed_of_something(self) -> None:
+    def test_a_field_needs_an_image(self) -> None:
         with pytest.raises(ValueError, match="at least one image"):
             receptive_field(Stages(convolution(3), head=nn.Identity()), [])
 
 
 class TestGradCAM:
-    def test_a_planted_patch_is_where_it_looks(self) -> None:
-        """Channel 0 answers to red alone and class 0 reads channel 0 alone: the evidence is the red square."""
+    def test_the_evidence_is_the_planted_square(self) -> None:
+        """Channel 0 responds to red alone and class 0 reads channel 0 alone, so its evidence is the red square."""
         layer = nn.Conv2d(3, 2, 1, bias=False)
         layer.weight.data = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])[:, :, None, None]
         images = torch.zeros(1, 3, 12, 12)
@@ -93,7 +93,7 @@ class TestGradCAM:
             assert torch.equal(maps[0], inside)
             assert classes.tolist() == [chosen]
 
-    def test_without_a_class_it_explains_the_answer_and_evidence_against_is_not_shown(self) -> None:
+    def test_without_a_class_it_explains_the_predicted_one_and_leaves_out_evidence_against_it(self) -> None:
         layer = convolution(1, weight=1.0)
         head = nn.Linear(1, 2, bias=False)
         head.weight.data = torch.tensor([[-1.0], [1.0]])
@@ -105,12 +105,12 @@ class TestGradCAM:
 
     @pytest.mark.parametrize("cls_token", ["middle", "none"])
     @pytest.mark.parametrize("order", ["raster", "cluster"])
-    def test_a_vision_mambas_tokens_come_back_to_their_places(self, cls_token: str, order: str) -> None:
+    def test_the_tokens_of_a_vision_mamba_return_to_their_patches(self, cls_token: str, order: str) -> None:
         model = build_model(
             "vim_nano", num_classes=3, image_size=(32, 48), cls_token=cls_token, order=order,
             pool="cls" if cls_token == "middle" else "mean",
         ).eval()  # fmt: skip
-        sight = sight_of(model)
+        layers = target_layers(model)
         with torch.no_grad(), watched(model.patch_embed) as patches, watched(model.norm_f) as final:
             model(torch.rand(1, 3, 32, 48))
         tokens = patches[0]
@@ -118,7 +118,7 @@ class TestGradCAM:
         if model.middle is not None:
             tokens = torch.cat([tokens[:, : model.middle], torch.zeros(1, 1, 64), tokens[:, model.middle :]], 1)
         assert tokens.shape == final[0].shape
-        assert torch.equal(sight.to_grid(tokens, (32, 48)).flatten(2).transpose(1, 2), patches[0])
+        assert torch.equal(layers.to_grid(tokens, (32, 48)).flatten(2).transpose(1, 2), patches[0])
 
     def test_the_overlay_is_a_picture(self) -> None:
         pixels = overlay(torch.randn(2, 3, 8, 8), torch.rand(2, 8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -157,16 +157,16 @@ TIMM = {
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timms_last_map_is_found_where_timm_says_it_is(name: str) -> None:
-    """The map of the receptive field is the one that timm's own `forward_intermediates` gives, on images that are not square."""
+def test_the_last_map_of_a_timm_model_is_the_one_that_timm_returns(name: str) -> None:
+    """It equals the map of timm's own `forward_intermediates`, on images that are not square."""
     torch.manual_seed(0)
     model = build_model(name, image_size=TIMM[name], num_classes=2).eval()
     images = torch.rand(2, 3, *TIMM[name])
-    sight = sight_of(model)
-    with torch.no_grad(), watched(sight.final) as seen:
+    layers = target_layers(model)
+    with torch.no_grad(), watched(layers.receptive_field) as seen:
         model(images)
-        ours = sight.to_grid(seen[-1], TIMM[name])
-        plain = sight.final is not sight.explained
+        ours = layers.to_grid(seen[-1], TIMM[name])
+        plain = layers.receptive_field is not layers.gradcam
         (theirs,) = model.model.forward_intermediates(images, indices=1, intermediates_only=True, norm=plain)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     maps = torch.stack([gradcam(model, images, torch.full((2,), c))[0] for c in range(2)])
@@ -176,7 +176,7 @@ def test_timms_last_map_is_found_where_timm_says_it_is(name: str) -> None:
 
 def test_a_layout_that_timm_describes_otherwise_is_refused_by_a_sentence() -> None:
     with pytest.raises(ConfigError, match=r"MultiScaleVit keeps no map that is known here"):
-        sight_of(build_model("timm/mvitv2_tiny", image_size=224, num_classes=2))
+        target_layers(build_model("timm/mvitv2_tiny", image_size=224, num_classes=2))
     crossed = build_model("timm/crossvit_tiny_240", image_size=240, num_classes=2)
     with pytest.raises(ConfigError, match="where a map of 192 channels was expected"):
         gradcam(crossed, torch.rand(1, 3, 240, 240))
@@ -184,4 +184,4 @@ def test_a_layout_that_timm_describes_otherwise_is_refused_by_a_sentence() -> No
 
 def test_a_network_without_a_map_is_refused() -> None:
     with pytest.raises(ConfigError, match="keeps no map"):
-        sight_of(nn.Linear(3, 3))
+        target_layers(nn.Linear(3, 3))

@@ -12,7 +12,7 @@ from launchers.filesystem import file_system
 from launchers.preflight import check_shared, refuse
 from pipeline.config import load_config, parse_yaml
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
-from stages import STAGES
+from stages import SPECS
 
 CPU = Path("configs/cluster/cpu.yaml")
 
@@ -45,7 +45,7 @@ def test_overrides_go_to_the_cluster_to_a_stage_or_to_all() -> None:
     cluster, left = read_cluster(CPU, ["cluster:nodes=4", "run.seed=7", "arm:loop.steps=9"])
     assert cluster.nodes == 4
     steps = read_steps("chain", "smoke", left)
-    assert [s.stage for s in steps] == list(STAGES)
+    assert [s.stage for s in steps] == list(SPECS)
     assert [s.config.run.seed for s in steps] == [7, 7, 7]
     assert [s.config.loop.steps for s in steps] == [9, 8, 8]
 
@@ -59,7 +59,7 @@ def test_what_a_job_reads_is_the_config_that_was_checked(tmp_path: Path) -> None
     for step in read_steps("chain", "smoke", ["optim.lr=1e-5"]):
         frozen = tmp_path / "config.yaml"
         frozen.write_text(yaml.safe_dump(step.values))
-        assert load_config(STAGES[step.stage].config, frozen) == step.config
+        assert load_config(SPECS[step.stage].config, frozen) == step.config
 
 
 def test_a_sweep_is_a_grid_of_experiments_with_names_that_tell() -> None:
@@ -72,9 +72,9 @@ def test_a_sweep_is_a_grid_of_experiments_with_names_that_tell() -> None:
 
 def test_the_same_key_of_two_stages_makes_two_sweeps() -> None:
     names = {
-        read_points("chain", "smoke", [], [f"{stage}:optim.lr=1e-3"])[0][0].config.run.experiment for stage in STAGES
+        read_points("chain", "smoke", [], [f"{stage}:optim.lr=1e-3"])[0][0].config.run.experiment for stage in SPECS
     }
-    assert names == {f"smoke-{stage}.lr_1e-3" for stage in STAGES}
+    assert names == {f"smoke-{stage}.lr_1e-3" for stage in SPECS}
 
 
 def test_a_sweep_with_a_value_twice_is_refused() -> None:

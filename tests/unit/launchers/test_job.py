@@ -2,7 +2,7 @@
 
 import pytest
 
-from launchers.job import blame, job_id, worth_a_requeue
+from launchers.job import code_of_start, job_id, worth_a_requeue
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from launchers.job import blame, job_id, worth_a_requeue
     ],
 )
 def test_one_code_for_all_ranks(codes: list[int], srun: int, verdict: int) -> None:
-    assert blame(codes, srun) == verdict
+    assert code_of_start(codes, srun) == verdict
 
 
 def test_an_interruption_is_requeued_and_a_reason_is_not() -> None:

@@ -42,15 +42,15 @@ def test_a_failed_start_is_planned_and_what_has_begun_keeps_its_plan(
     run, written = steps[0].folder, steps[0].folder.parent / "plan.json"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_yaml(steps[0].config))
-    planner.before(steps, 1)
+    planner.plan_ahead(steps, 1)
     first = written.read_bytes()
     assert json.loads(first)["problems"] == []
     (run / "checkpoints" / "step_00000002").mkdir(parents=True)
     (run / "checkpoints" / "step_00000002" / "COMPLETE").touch()
     other = read_steps("arm", "configs/arm/smoke.yaml", [*data, "data.test=null", "optim.lr=0.5"])
-    cluster, _ = read_cluster(planner.HERE, ["cluster:nodes=1", "cluster:tasks_per_node=1"])
+    cluster, _ = read_cluster(planner.THIS_MACHINE, ["cluster:nodes=1", "cluster:tasks_per_node=1"])
     assert planner.run(other, cluster) == 2
-    planner.before(other, 1)
+    planner.plan_ahead(other, 1)
     assert written.read_bytes() == first
     told = capsys.readouterr().out
     assert "holds a run with another config" in told

@@ -46,8 +46,8 @@ def test_predicted_bytes_of_every_zero_stage_are_the_allocated_ones(nano, world_
             nano,
             zero_stage=zero,
             world_size=world_size,
-            lyapema=True,
-            frozen_teacher=0,
+            averages=1,
+            frozen_parameters=0,
             bucket_bytes=0,
             activations=0,
             offloaded=False,
@@ -66,7 +66,7 @@ def test_partitions_hold_everything_and_little_more(zero_stage: int, world_size:
 
 def test_zero_3_sends_thrice_what_a_sharded_update_leaves_out_and_one_rank_sends_nothing() -> None:
     def sent(zero: int, world: int, accumulation: int = 1) -> int:
-        return traffic(TEN, zero_stage=zero, world_size=world, accumulation=accumulation, lyapema=False)
+        return traffic(TEN, zero_stage=zero, world_size=world, accumulation=accumulation, averages=0)
 
     weights = 4 * sum(p.numel for p in TEN)
     assert sent(1, 1) == 0
@@ -77,7 +77,7 @@ def test_zero_3_sends_thrice_what_a_sharded_update_leaves_out_and_one_rank_sends
 
 def test_more_ranks_are_never_slower_and_never_more_than_proportional() -> None:
     def seconds(world: int) -> float:
-        sent = traffic(TEN, zero_stage=1, world_size=world, accumulation=1, lyapema=False)
+        sent = traffic(TEN, zero_stage=1, world_size=world, accumulation=1, averages=0)
         return step_seconds(1e15, sent, world, A100)
 
     worlds = [2**i for i in range(10)]
@@ -92,7 +92,7 @@ def test_starts_leave_room_for_starting_and_saving(hours: float, limit: float, s
 
 
 def test_the_predicted_checkpoint_has_names_too() -> None:
-    assert checkpoint_bytes(TEN, lyapema=True) > 16 * sum(p.numel for p in TEN)
+    assert checkpoint_bytes(TEN, ["teacher"]) > 16 * sum(p.numel for p in TEN)
 
 
 def test_activations_grow_in_proportion_to_the_batch() -> None:

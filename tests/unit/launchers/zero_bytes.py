@@ -9,9 +9,10 @@ import sys
 import torch
 
 from pipeline.models import build_model
+from pipeline.ssl.config import LyapEMAConfig
 from pipeline.ssl.lyapema import LyapEMA
 from pipeline.train import distributed
-from pipeline.train.config import EngineConfig, LyapEMAConfig, OptimConfig
+from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.engine import Engine
 
 MODEL = {"name": "vim_nano", "num_classes": 10}
@@ -32,7 +33,7 @@ def count(zero_stage: int, world: distributed.World) -> dict[str, int]:
     found = {
         "masters": sum(m.numel() * 4 for m in engine.masters if id(m) not in own),
         "moments": sum(state[m][k].numel() * 4 for m in engine.masters for k in ("exp_avg", "exp_avg_sq")),
-        "teacher": sum(t.numel() * 4 for t in ema.teacher.values()),
+        "averages": sum(t.numel() * 4 for t in ema.teacher.values()),
     }
     if zero_stage == 3:
         found["parameters"] = sum(

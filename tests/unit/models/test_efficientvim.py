@@ -12,7 +12,8 @@ from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.evaluate.speed import _packed
 from pipeline.models import build_model, vssd
 from pipeline.models.efficientvim.mixers import HSMSSD, NCSSD, Attention, ChannelNorm, read_states
-from pipeline.ops.native import build, vision
+from pipeline.ops.native import build
+from pipeline.ops.native.vision_library import vision_library
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
 PARAMETERS = {
@@ -206,7 +207,7 @@ def test_what_cannot_be_fused_is_refused() -> None:
 
 
 def test_without_a_compiler_packing_is_refused_and_fusing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    vision.vision_library.cache_clear()
+    vision_library.cache_clear()
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     fused = build_model("efficientvim_nano", num_classes=5).eval().fuse()
     with pytest.raises(EnvironmentProblem, match=r"no C\+\+ compiler .*; fuse\(\) needs none"):

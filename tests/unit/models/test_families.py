@@ -16,7 +16,7 @@ from pipeline.models import MODELS, build_from_config, build_model
 from pipeline.models.config import EfficientViMConfig, TimmConfig, VisionMambaConfig, VSSDConfig, family_of
 from pipeline.train.config import OptimConfig
 from pipeline.train.optim import parameter_groups
-from stages.configs import DistillConfig
+from stages.configs.distill import DistillConfig
 
 # One small model a family: (name, fields), for images of 32 x 48.
 SMALL = {

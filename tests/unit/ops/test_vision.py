@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.ops.native.build import SIMD, best_simd
-from pipeline.ops.native.vision import (
-    ACTIVATIONS,
-    Depthwise,
-    FeedForward,
-    Linear,
-    MapConv,
-    Mixer,
-    Stem,
-    VisionLibrary,
-    Widen,
-)
+from pipeline.ops.native.stem import MapConv, Stem
+from pipeline.ops.native.vision import ACTIVATIONS, Depthwise, FeedForward, Linear, Mixer, Widen
+from pipeline.ops.native.vision_library import VisionLibrary
 
 SETS = list(SIMD)[list(SIMD).index(best_simd()) :]
 ACTS = {"none": lambda y: y, "relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid}

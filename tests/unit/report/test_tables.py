@@ -1,4 +1,4 @@
-"""Tables in the forms that people paste, and what a report makes of plans and incidents."""
+"""Tables in all their forms, and what a report makes of plans and incidents."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from pipeline.report.tables import Table
 TABLE = Table(name="t", title="T", header=["", "a|b", "Δ %"], rows=[["x_1 & y", "1.0 ± 0.2", "50 %"], ["z", "–", ""]])
 
 
-def test_a_table_survives_its_forms() -> None:
+def test_a_table_keeps_its_cells_in_every_form() -> None:
     assert list(csv.reader(TABLE.csv().splitlines())) == [list(TABLE.header), *map(list, TABLE.rows)]
     assert TABLE.markdown().splitlines()[0] == "|  | a\\|b | Δ % |"
     latex = TABLE.latex()
@@ -25,7 +25,7 @@ def test_a_table_survives_its_forms() -> None:
     assert latex.count(r"\\") == 3
 
 
-def test_a_section_comes_back_from_its_folder(tmp_path: Path) -> None:
+def test_a_section_survives_its_folder(tmp_path: Path) -> None:
     figure = draw(tmp_path / "figures", "f", "F", lines({"a": [([1.0, 2.0], [3.0, 4.0])]}, "x", "y"))
     write_section(tmp_path, Section("S", [TABLE], [figure]))
     again = read_section(tmp_path)
@@ -34,7 +34,7 @@ def test_a_section_comes_back_from_its_folder(tmp_path: Path) -> None:
     assert again.tables[0].csv() == TABLE.csv()
 
 
-def test_a_figure_takes_the_pages_colour_and_print_is_black(tmp_path: Path) -> None:
+def test_a_figure_has_the_pages_colour_and_is_black_in_print(tmp_path: Path) -> None:
     figure = draw(tmp_path, "f", "F", lines({"a": [([1.0], [3.0])]}, "x", "y"))
     assert "currentColor" in figure.svg
     assert "currentColor" not in (tmp_path / "f.svg").read_text()
@@ -65,23 +65,23 @@ def test_seeds_are_one_design_and_another_value_is_another(runs: Path) -> None:
     assert differences(designs) == [{"distill.optim.lr": "0.001"}, {"distill.optim.lr": "0.01"}]
 
 
-def test_half_a_line_of_a_running_log_is_left_for_later_and_time_is_summed(runs: Path) -> None:
+def test_half_a_line_of_a_running_log_is_left_out_and_time_is_summed(runs: Path) -> None:
     run = read_result(runs / "a").stages["distill"]
     assert run.curve("train/loss") == ([10, 20], [0.1, 0.05])
     assert run.seconds() == pytest.approx(10.0)
 
 
-def test_a_plan_stands_beside_what_came(runs: Path) -> None:
+def test_a_plan_is_compared_with_the_run(runs: Path) -> None:
     plan = {"stages": [{"stage": "distill", "steps": 20, "samples": 160, "hours": 20 / 3600, "note": "words"}]}
     (runs / "a" / "plan.json").write_text(json.dumps(plan))
     (table,) = sections.plans([read_result(runs / "a")])
     assert [row[-1] for row in table.rows] == ["1.00", "1.00", "0.50"]
-    (runs / "a" / "distill" / "environment.json").write_text('{"config_sha256": "of another config than was planned"}')
+    (runs / "a" / "distill" / "environment.json").write_text('{"config_sha256": "of a config that was not planned"}')
     assert sections.plans([read_result(runs / "a")]) == []
 
 
-def test_incidents_and_what_has_not_ended_are_told(runs: Path) -> None:
-    (runs / "a" / "distill" / "incidents.jsonl").write_text('{"step": 7, "reason": "loss is nan", "position": 6}\n')
+def test_incidents_and_incomplete_stages_are_listed(runs: Path) -> None:
+    (runs / "a" / "distill" / "incidents.jsonl").write_text('{"step": 7, "reason": "loss is nan", "data_step": 6}\n')
     (runs / "a" / "distill" / "status.json").write_text('{"state": "interrupted", "step": 20}')
     (table,) = sections.incidents([read_result(runs / "a")])
     assert [row[1] for row in table.rows] == ["7", "20"]

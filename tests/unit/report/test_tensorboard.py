@@ -63,7 +63,7 @@ def test_a_rewind_undoes_what_came_after(tmp_path: Path) -> None:
     assert curve(tmp_path, "train/loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
 
 
-def test_names_without_a_room_are_not_drawn(tmp_path: Path) -> None:
+def test_names_without_a_slash_are_not_drawn(tmp_path: Path) -> None:
     board = Board(tmp_path, 0)
     write(board, range(1, 2), 1.0)
     board.close()
@@ -71,7 +71,7 @@ def test_names_without_a_room_are_not_drawn(tmp_path: Path) -> None:
 
 
 def counts_of(histogram: HistogramValue) -> dict[int, int]:
-    """Class -> how often it was named: a bucket ends half a class above its number."""
+    """Return class -> count; a bucket ends half a class above its class."""
     buckets = zip(histogram.bucket_limit, histogram.bucket, strict=True)
     return {int(limit - 0.5): int(count) for limit, count in buckets if count}
 
@@ -100,7 +100,7 @@ def test_the_layout_names_every_chart(tmp_path: Path) -> None:
     }
 
 
-def test_hparams_stand_beside_the_last_numbers(tmp_path: Path) -> None:
+def test_hparams_are_written_with_the_last_numbers(tmp_path: Path) -> None:
     board = Board(tmp_path, 10)
     board.hparams({"optim.lr": 1e-3, "model.image_size": [32, 32], "init_from": None}, {"test/top1": 81.5}, 10)
     board.close()

@@ -8,8 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline.ssl.config import LyapEMAConfig
 from pipeline.ssl.lyapema import MEASURE_EVERY, LyapEMA
-from pipeline.train.config import LyapEMAConfig
 
 NO_WARMUP = {"warmup_steps": 0}
 

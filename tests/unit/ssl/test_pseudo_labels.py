@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.models.config import PseudoLabelRule
 from pipeline.models.losses import soft_cross_entropy
+from pipeline.ssl.config import PseudoLabelRule
 from pipeline.ssl.pseudo_labels import HORIZON, PseudoLabeller
 from pipeline.streaming.mixup import mix, mix_at_random, mix_by_confidence, pair_ratio
 

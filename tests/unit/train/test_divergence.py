@@ -38,12 +38,12 @@ def test_positions_are_the_places_that_are_not_left_out(left_out: set[int], step
 
 def test_only_steps_since_the_last_log_line_are_blamed() -> None:
     recorder = recorded(1.0, NAN, 1.0)
-    recorder.judged()
+    recorder.mark_checked()
     for step, loss in ((3, 1.0), (4, NAN), (5, NAN)):
         recorder.note(step, step, {}, torch.tensor(loss))
     assert find_anomaly(row(NAN), recorder, LOOP, ALONE).data_step == 4
     recorder.forget_from(2)
-    assert recorder.unjudged == []
+    assert recorder.unchecked == []
 
 
 def test_without_a_bad_loss_or_gradient_the_newest_step_is_blamed() -> None:
@@ -60,7 +60,7 @@ def test_skipped_updates_are_a_divergence_from_the_given_number_on(most: int, tr
 def test_a_spike_is_of_the_highest_step_since_the_last_log_line() -> None:
     usual = [1.0 + 0.01 * (step % 5) for step in range(30)]
     recorder = recorded(*usual[:10], 9.0, *usual[11:])  # 9.0 was judged good, before there were enough to compare with
-    recorder.judged()
+    recorder.mark_checked()
     for step, loss in ((30, 1.0), (31, 5.0), (32, 1.2)):
         recorder.note(step, step, {}, torch.tensor(loss))
     assert find_anomaly(row(2.4), recorder, LOOP, ALONE).data_step == 31

@@ -1,4 +1,4 @@
-"""How good it is: tables and figures from the evaluations of one design's experiments."""
+"""Tables and figures of accuracy, from the evaluations of one design's experiments."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +20,15 @@ from pipeline.report.tables import Table
 
 SHOWN = ("top1", "top5", "balanced", "head", "medium", "tail", "ece", "nll")
 GROUPS = ("head", "medium", "tail")
-WORST = 12  # confusions listed
-LARGEST_MAP = 40  # classes
+NUM_MISTAKES = 12  # rows of the table of mistakes
+MAX_MAP_CLASSES = 40  # with more classes the confusion map is left out
 
 
 def headline(results: Sequence[Result], rows: Sequence[str]) -> list[tuple[str, str]]:
-    """A few numbers for the top of the page."""
+    """Return a few numbers for the top of the page, each with its words."""
     last = rows[-1]
     found = []
-    for metric, words in (("top1", "top-1"), ("tail", "tail classes")):
+    for metric, words in (("top1", "top-1 accuracy"), ("tail", "tail accuracy")):
         value = mean_and_spread(results, last, metric)
         before = mean_and_spread(results, rows[0], metric)
         if value:
@@ -39,17 +39,24 @@ def headline(results: Sequence[Result], rows: Sequence[str]) -> list[tuple[str, 
 
 
 def tables(results: Sequence[Result], rows: Sequence[str]) -> list[Table]:
+    """Make the tables of accuracy, of every class, and of the most frequent mistakes on tail classes.
+
+    Args:
+        results: Experiments of one design.
+        rows: Rows of the table that they have evaluated.
+    """
     several = len(results) > 1
     first = next(r.models[rows[-1]] for r in results if rows[-1] in r.models)
-    low_high = "" if several else "; in brackets 95 % by bootstrap over the test images, redrawn inside each class"
+    means = "Mean ± standard deviation over the experiments. " if several else ""
+    brackets = "" if several else " Brackets hold 95 % bootstrap intervals; test images are redrawn inside each class."
     groups = "; ".join(f"{name}: {_some(members)}" for name, members in first.get("groups", {}).items() if members)
     note = (
-        f"{'Mean ± standard deviation over the experiments. ' if several else ''}Percent (nll in nats) on {first['samples']} "
-        f"{_judged_on(results)}, each counted once{low_high}. ece: expected calibration error. {groups}."
+        f"{means}Percent (nll in nats) on {first['samples']} {_evaluated_on(results)}, each counted once.{brackets} "
+        f"ece: expected calibration error; nll: mean negative log-likelihood. Classes of each group: {groups}."
     )
     accuracy = Table(
         name="accuracy",
-        title="How good it is",
+        title="Accuracy",
         header=["", *SHOWN],
         rows=[[row, *(_cell(results, row, m) for m in SHOWN)] for row in rows],
         note=note,
@@ -58,63 +65,68 @@ def tables(results: Sequence[Result], rows: Sequence[str]) -> list[Table]:
 
 
 def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> list[Figure]:
+    """Draw the figures of accuracy: the first and the last of `rows` side by side.
+
+    Args:
+        results: Experiments of one design.
+        rows: Rows of the table that they have evaluated.
+        folder: Folder of the figures.
+    """
     compared = [rows[0], rows[-1]] if len(rows) > 1 else list(rows)
     models = {row: _pooled(results, row) for row in compared}
-    whose = f"Of {results[0].name}" if len(results) == 1 else f"Means over {len(results)} experiments"
+    source = results[0].name if len(results) == 1 else f"Means over {len(results)} experiments"
     drawn = [
         draw(
             folder,
             "groups",
             "Head, medium and tail",
             group_intervals({row: results[0].models[row] for row in compared if row in results[0].models}, GROUPS),
-            note=f"95 % bootstrap intervals over the test images, of {results[0].name}.",
+            note=f"{results[0].name}: mean accuracy of the classes of each group, with 95 % bootstrap intervals.",
         )
     ]
     labelled = results[0].labelled_per_class()
     if labelled:
         per_class = {row: found["per_class"] for row, found in models.items()}
-        note = f"{whose}; classes from the most to the least labelled."
+        note = f"{source}: classes are sorted by their number of labelled images."
         drawn.append(
             draw(
                 folder,
                 "classes",
-                "Every class, by its labels",
+                "Accuracy of each class",
                 accuracy_against_frequency(labelled, per_class),
                 note=note,
             )
         )
     bins = {row: found["reliability"] for row, found in models.items() if found["reliability"]}
     if bins:
-        note = "Below the dotted line it is surer than it is right. A point's area is its share of the images."
-        drawn.append(
-            draw(folder, "reliability", "Does it know how sure it may be", reliability_diagram(bins), note=note)
-        )
+        note = "Below the dotted line, confidence exceeds accuracy. The area of a point is its share of the images."
+        drawn.append(draw(folder, "reliability", "Calibration of confidence", reliability_diagram(bins), note=note))
     last = models[compared[-1]]
     names = list(last["per_class"])
     chosen = [c for c, name in enumerate(names) if name in last["groups"].get("tail", [])]
-    if chosen and len(names) <= LARGEST_MAP:
+    if chosen and len(names) <= MAX_MAP_CLASSES:
         paint = confusion_map(last["confusion"][chosen], [names[c] for c in chosen], names)
-        note = f"{compared[-1]}: rows are the true classes of the tail, columns what they are called; percent."
-        drawn.append(draw(folder, "tail_confusion", "What the tail is taken for", paint, note=note))
+        note = f"{compared[-1]}: percentage of the images of each tail class that is predicted as each class."
+        drawn.append(draw(folder, "tail_confusion", "Predictions on tail classes", paint, note=note))
     return drawn
 
 
-def _judged_on(results: Sequence[Result]) -> str:
-    found = [s.evaluation.get("judged_on") for s in results[0].stages.values() if s.evaluation]
+def _evaluated_on(results: Sequence[Result]) -> str:
+    found = [s.evaluation.get("evaluated_on") for s in results[0].stages.values() if s.evaluation]
     return next((words for words in found if words), "test images")
 
 
 def _pooled(results: Sequence[Result], row: str) -> dict[str, Any]:
-    """One model over several experiments: means of accuracies, sums of counts."""
+    """Pool one model over several experiments: means of accuracies, sums of counts."""
     there = [r.models[row] for r in results if row in r.models]
     per_class = {}
     for name in there[0]["per_class"]:
         values = [m["per_class"][name] for m in there if m["per_class"].get(name) is not None]
         per_class[name] = fmean(values) if values else None
     bins = []
-    for parts in zip(*(m.get("reliability", []) for m in there), strict=False):
-        total = sum(b["samples"] for b in parts)
-        mean = {k: sum(b["samples"] * b[k] for b in parts) / max(1, total) for k in ("confidence", "accuracy")}
+    for alike in zip(*(m.get("reliability", []) for m in there), strict=False):
+        total = sum(b["samples"] for b in alike)
+        mean = {k: sum(b["samples"] * b[k] for b in alike) / max(1, total) for k in ("confidence", "accuracy")}
         bins.append({"samples": total, **mean})
     confusion = np.sum([m["confusion"] for m in there], axis=0)
     return {"per_class": per_class, "reliability": bins, "confusion": confusion, "groups": there[0]["groups"]}
@@ -141,9 +153,10 @@ def _per_class(results: Sequence[Result], rows: Sequence[str]) -> Table:
         [n, str(labelled.get(n, "–")), *("–" if pooled[row][n] is None else f"{pooled[row][n]:.1f}" for row in rows)]
         for n in names
     ]
-    note = "Percent, by labelled images" + (" (of the first experiment)." if len(results) > 1 else ".")
+    first = " of the first experiment" if len(results) > 1 else ""
+    note = f"Accuracy in percent; classes are sorted by their number of labelled images{first}."
     return Table(
-        name="per_class", title="Accuracy of every class", header=["class", "labelled", *rows], rows=cells, note=note
+        name="per_class", title="Accuracy of each class", header=["class", "labelled", *rows], rows=cells, note=note
     )
 
 
@@ -154,13 +167,13 @@ def _tail_confusions(results: Sequence[Result], row: str) -> Table:
     tail = [names.index(n) for n in pooled["groups"].get("tail", [])]
     pairs = [(int(counts[c, k]), c, k) for c in tail for k in range(len(names)) if k != c and counts[c, k]]
     pairs.sort(key=lambda p: (-p[0], p[1], p[2]))
-    cells = [[names[c], names[k], f"{100 * n / counts[c].sum():.1f}", str(n)] for n, c, k in pairs[:WORST]]
+    cells = [[names[c], names[k], f"{100 * n / counts[c].sum():.1f}", str(n)] for n, c, k in pairs[:NUM_MISTAKES]]
     return Table(
         name="tail_confusions",
-        title="What the tail is taken for",
-        header=["true class", "called", "percent of the class", "images"],
+        title="Mistakes on tail classes",
+        header=["true class", "predicted class", "percent of the class", "images"],
         rows=cells,
-        note=f"{row}, the {len(cells)} most frequent mistakes on tail classes"
+        note=f"{row}: the {len(cells)} most frequent mistakes"
         + (f", summed over {len(results)} experiments." if len(results) > 1 else "."),
     )
 

@@ -1,0 +1,95 @@
+"""The teacher's rule and the pseudo-labels' rule, as values (torch-free)."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from pipeline.config import Strict
+
+
+class LyapEMAConfig(Strict):
+    """The teacher's rule. The source names gamma and lambda but gives no values: every default here is ours."""
+
+    preset: Literal["none", "supplement"] = Field(
+        "none",
+        description="supplement: eq. 3-5 as printed (lyap, l2, offset 0, no clamp, no warm-up); give gamma and pull yourself",
+    )
+    mode: Literal["ema", "lyap", "guarded"] = "guarded"
+    signal: Literal["discrepancy", "energy"] = Field(
+        "discrepancy",
+        description="what the decay answers to: |s-t| (the supplement), or the fall of V in the student's step (the README)",
+    )
+    norm: Literal["l2", "rms", "relative", "lag"] = Field(
+        "lag", description="how |s-t| is measured; lag = in mean student steps, without dimension"
+    )
+    gamma: float = Field(0.01, ge=0, description="sensitivity of the decay to the discrepancy")
+    base_decay: float = Field(
+        0.97, gt=0, lt=1, description="decay at no discrepancy (0.5 = the supplement); in mode ema, the decay"
+    )
+    final_decay: float | None = Field(
+        None, gt=0, lt=1, description="mode ema: the decay after `ramp_steps`, reached from base_decay by half a cosine"
+    )
+    ramp_steps: NonNegativeInt = 0
+    min_decay: float = Field(0.0, ge=0, lt=1)
+    max_decay: float = Field(0.999, gt=0, le=1)
+    pull: float = Field(0.0, ge=0, lt=1, description="lambda: the student's step towards the teacher, not scaled by lr")
+    warmup_steps: NonNegativeInt = Field(20, description="steps with decay (1+k)/(10+k) at most, and no guard")
+    radius_steps: float = Field(
+        50.0, gt=0, description="guard: smallest radius of the trust region, in mean student steps"
+    )
+    buffers: Literal["copy", "average"] = Field(
+        "copy", description="the teacher's running statistics: the student's, or averaged with the same decay"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset", "none") != "supplement":
+            return values
+        if missing := [name for name in ("gamma", "pull") if name not in values]:
+            raise ValueError(f"preset supplement needs {' and '.join(missing)}: the source prints no value for it")
+        for name, decided in SUPPLEMENT.items():
+            if values.get(name, decided) != decided:
+                raise ValueError(f"{name} = {values[name]!r}: preset supplement decides it ({decided!r}); leave it out")
+        return {**values, **SUPPLEMENT}
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min_decay > self.max_decay:
+            raise ValueError(f"min_decay {self.min_decay} is above max_decay {self.max_decay}")
+        if self.mode != "ema" and not self.min_decay <= self.base_decay < self.max_decay:
+            raise ValueError(
+                f"base_decay {self.base_decay} must lie from min_decay {self.min_decay} to below max_decay {self.max_decay}:"
+                f" otherwise the decay of mode {self.mode} is clamped to a constant"
+            )
+        if (self.final_decay is None) != (self.ramp_steps == 0):
+            raise ValueError("final_decay and ramp_steps belong together: give both or neither")
+        if self.final_decay is not None and self.mode != "ema":
+            raise ValueError(f"final_decay is of mode ema; in mode {self.mode} the discrepancy decides the decay")
+        return self
+
+
+# sigmoid(gamma |s - t|) lies in [0.5, 1) by itself.
+SUPPLEMENT: dict[str, Any] = {
+    "mode": "lyap",
+    "signal": "discrepancy",
+    "norm": "l2",
+    "base_decay": 0.5,
+    "min_decay": 0.0,
+    "max_decay": 1.0,
+    "warmup_steps": 0,
+}
+
+
+class PseudoLabelRule(Strict):
+    """From a teacher's answers to labels, and which of them count."""
+
+    kind: Literal["hard", "soft"] = "hard"
+    temperature: float = Field(1.0, gt=0, description="of the teacher's softmax; below 1 sharpens")
+    threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label counts (tau)")
+    thresholds: Literal["fixed", "class_balanced"] = Field(
+        "fixed", description="class_balanced: lower for classes that are rare among confident answers (FlexMatch)"
+    )
+    alignment: Literal["none", "uniform", "labelled"] = Field(
+        "none", description="distribution alignment: the mean answer is moved to uniform, or to the labels' shares"
+    )

@@ -1,0 +1,246 @@
+"""Stage 2, distill: the config and the spec of supervised training with or without a teacher (torch-free)."""
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from pipeline.config import FREE, Strict
+from pipeline.errors import ConfigError, HandoverError
+from pipeline.exports.prefetch import missing_weights
+from pipeline.models.config import TIMM_PREFIX, FamilyConfig, ModelConfig, TimmConfig
+from pipeline.streaming.config import AugmentConfig
+from stages.configs.base import StageConfig
+from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Workload
+
+
+class TeacherConfig(Strict):
+    """A frozen network whose predictions the student also learns from: an export of ours, or a timm model."""
+
+    export: str | None = Field(
+        None, description="an export's folder, or the name of a stage of the same experiment", json_schema_extra=FREE
+    )
+    timm: str | None = Field(None, description="name of a timm model, for example regnety_160.deit_in1k")
+    weights: Path | None = Field(
+        None,
+        description="weights file of the timm model (safetensors or a plain state dict); nothing is downloaded",
+        json_schema_extra=FREE,
+    )
+    kind: Literal["hard", "soft"] = Field(
+        "hard",
+        description="targets: the teacher's most likely class (DeiT), or its softened distribution (Hinton et al.)",
+    )
+    weight: float = Field(
+        0.5, ge=0, le=1, description="share of the teacher's loss; the loss on the labels has the rest"
+    )
+    temperature: float = Field(1.0, gt=0, description="temperature of soft targets")
+    unlabelled_ratio: NonNegativeInt = Field(
+        0,
+        description="unlabelled images per labelled image in a step, taken from data.split; only the teacher gives them"
+        " targets",
+    )
+    cache: Path | None = Field(
+        None,
+        description="folder that keeps the teacher's predictions by view, so that a second run need not compute them",
+        json_schema_extra=FREE,
+    )
+    cache_gb: float = Field(
+        50.0, gt=0, description="largest size of teacher.cache in GB (10^9 bytes)", json_schema_extra=FREE
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.export is None) == (self.timm is None):
+            raise ValueError("give exactly one of teacher.export and teacher.timm")
+        if (self.timm is None) != (self.weights is None):
+            raise ValueError("teacher.timm and teacher.weights belong together: give the path of the weights file")
+        return self
+
+
+class AverageConfig(Strict):
+    """An average of the weights and running statistics, which is evaluated and exported in place of the student."""
+
+    decay: float = Field(0.9995, gt=0, lt=1, description="share of the average that remains after a step; constant")
+
+
+class MesaConfig(Strict):
+    """Self-distillation: the average's predictions are a second target (MESA, as EfficientViM and VSSD use it)."""
+
+    weight: float = Field(1.0, gt=0, description="weight of the cross-entropy with the average's predictions")
+    start: float = Field(0.25, ge=0, le=1, description="share of loop.steps, without the cool-down, before it begins")
+
+
+class MixConfig(Strict):
+    """Mixing of two labelled images of one virtual reader. If both kinds are on, each has an even chance."""
+
+    mixup: float = Field(0.0, ge=0, description="a of Beta(a, a) for the ratio of mixup; 0 = off")
+    cutmix: float = Field(0.0, ge=0, description="a of Beta(a, a) for the ratio of CutMix; 0 = off")
+
+
+class WeightsConfig(Strict):
+    """A file of released weights to start from. Nothing is downloaded."""
+
+    path: Path = Field(
+        description="safetensors or a plain state dict, also inside the wrapper of a release", json_schema_extra=FREE
+    )
+    saw_labels: bool = Field(
+        True, description="false: pretrained without any label, for example as a masked autoencoder"
+    )
+
+
+class DistillConfig(StageConfig):
+    """Stage 2: supervised training from an export, a file of weights or nothing, with or without a teacher."""
+
+    stage: ClassVar[str] = "distill"
+
+    model: ModelConfig = Field(description="the model to train; its number of classes comes from the data")
+    init_from: str | None = Field(
+        None,
+        description="export to start from: its folder, or the name of a stage of the same experiment; null = none",
+        json_schema_extra=FREE,
+    )
+    weights: WeightsConfig | None = Field(None, description="file of weights from outside, in place of init_from")
+    teacher: TeacherConfig | None = Field(None, description="the distillation teacher; null = none")
+    augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of training images")
+    mix: MixConfig = Field(MixConfig(), description="mixing of labelled images")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of a label that is spread over all classes")
+    average: AverageConfig | None = Field(
+        None, description="average of the weights; null = the student itself is evaluated and exported"
+    )
+    mesa: MesaConfig | None = Field(
+        None, description="self-distillation from the average; null = off, as in the released script beside a teacher"
+    )
+    allow_more_labels: bool = Field(
+        False, description="accept parents that saw labels outside data.split; the result is marked"
+    )
+
+    @model_validator(mode="after")
+    def _unlabelled(self) -> Self:
+        if self.teacher and self.teacher.unlabelled_ratio and self.data.split is None:
+            raise ValueError(
+                f"teacher.unlabelled_ratio is {self.teacher.unlabelled_ratio}, but without data.split no image is"
+                " unlabelled; give data.split, or set teacher.unlabelled_ratio to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mesa(self) -> Self:
+        if self.mesa and self.average is None:
+            raise ValueError("mesa learns from the average of the weights; give average={decay: 0.9995} too")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        self.refuse_lone_images("mix", 1 if self.mix.mixup or self.mix.cutmix else 0)
+        return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.init_from and self.weights:
+            raise ValueError("init_from and weights are both given, but a model starts from one place; remove one")
+        return self
+
+    def claimed_labels(self) -> bool:
+        """Whether the result may only have seen the labels of `data.split`."""
+        return not self.allow_more_labels
+
+
+class DistillSpec(StageSpec[DistillConfig]):
+    """Stage 2 trains any model on labelled images, and on unlabelled ones if it has a teacher for them."""
+
+    config = DistillConfig
+    module = "stages.distill"
+    produces = "classifier"
+
+    def streams(self, config: DistillConfig, subsets: Subsets) -> dict[str, Stream]:
+        """The labelled images; and unlabelled ones, if `teacher.unlabelled_ratio` asks for them."""
+        batch = config.loop.global_batch
+        streams = {"labelled": Stream(subsets.labelled, batch)}
+        if ratio := _unlabelled_ratio(config):
+            streams["unlabelled"] = Stream(subsets.unlabelled, ratio * batch, hide_labels=True)
+        return streams
+
+    def model_config(self, config: DistillConfig, num_classes: int, parent: ParentModel) -> FamilyConfig:
+        """The config's model, with the data's number of classes."""
+        return config.model.model_copy(update={"num_classes": num_classes})
+
+    def workload(self, config: DistillConfig, num_classes: int, parent: ParentModel) -> Workload:
+        """The student, its average and the frozen teacher, as far as the config has them."""
+        model, images = self.model_config(config, num_classes, parent), 1 + _unlabelled_ratio(config)
+        networks = [Network("student", "trained", model, trained_images=images)]
+        if config.average:
+            # MESA's forward pass through the average is not counted: it begins within the run.
+            networks.append(Network("average", "averaged", model))
+        if config.teacher:
+            timm = config.teacher.timm
+            teacher = (
+                parent("teacher")
+                if timm is None
+                else TimmConfig(name=TIMM_PREFIX + timm, num_classes=num_classes, image_size=model.image_size)
+            )
+            networks.append(Network("teacher", "frozen", teacher, inferred_images=images))
+        return Workload(tuple(networks))
+
+    def references(self, config: DistillConfig) -> dict[str, str]:
+        """The export to start from and the teacher, if they are exports."""
+        given = {"init_from": config.init_from, "teacher.export": config.teacher.export if config.teacher else None}
+        return {key: reference for key, reference in given.items() if reference}
+
+    def foreign_files(self, config: DistillConfig) -> dict[str, Path]:
+        """The weights to start from and those of a timm teacher."""
+        files = {"weights.path": config.weights.path} if config.weights else {}
+        if config.teacher and config.teacher.weights:
+            files["teacher.weights"] = config.teacher.weights
+        return files
+
+    def other_paths(self, config: DistillConfig) -> dict[str, Path]:
+        """The cache of the teacher's predictions."""
+        return {"teacher.cache": config.teacher.cache} if config.teacher and config.teacher.cache else {}
+
+    def check_data(self, config: DistillConfig, num_classes: int) -> None:
+        """Refuse another number of classes, missing files of weights, and labels that the result may not have seen."""
+        if "num_classes" in config.model.model_fields_set and config.model.num_classes != num_classes:
+            raise ConfigError(
+                f"model.num_classes is {config.model.num_classes}, but {config.data.train} has {num_classes} classes;"
+                " remove model.num_classes from the config: the data gives it"
+            )
+        for key, path in self.foreign_files(config).items():
+            start = key == "weights.path"
+            name = config.model.name if start else f"{TIMM_PREFIX}{config.teacher.timm if config.teacher else ''}"
+            if not path.is_file():
+                raise missing_weights(path, name)
+            without_labels = start and config.weights is not None and not config.weights.saw_labels
+            if config.data.split is not None and not config.allow_more_labels and not without_labels:
+                raise HandoverError(
+                    f"{key} = {path}: {name} was trained on labels outside those of {config.data.split};"
+                    " set allow_more_labels=true to accept it and mark the result"
+                )
+
+    def check_parent(self, config: DistillConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
+        """Refuse a teacher that is no classifier or sees other images, and a start from another model."""
+        if role == "teacher":
+            self.need_classifier(role, folder, kind)
+        there, here = model.model_dump(), config.model.model_dump()
+        for name in _must_agree(role, kind, model, config.model):
+            if there.get(name) != here.get(name):
+                raise HandoverError(
+                    f"{folder} has model.{name} = {there.get(name)!r}, this config {here.get(name)!r}; set model.{name} to"
+                    f" that value, or name another export in {'teacher.export' if role == 'teacher' else role}"
+                )
+
+
+def _unlabelled_ratio(config: DistillConfig) -> int:
+    return config.teacher.unlabelled_ratio if config.teacher else 0
+
+
+def _must_agree(role: str, kind: str, there: FamilyConfig, here: FamilyConfig) -> tuple[str, ...]:
+    """Fields of the model in which a parent and a student must not differ."""
+    if role == "teacher":
+        return ("image_size", "in_chans")  # it sees the student's images
+    if type(there) is not type(here):
+        return ("name",)
+    if kind == "classifier":
+        # Every timm name is a model of its own; the other families say what they are in their fields.
+        free = set(there.free) - ({"name"} if isinstance(there, TimmConfig) else set())
+        return tuple(name for name in type(there).model_fields if name not in free)
+    return ("embed_dim", "depth", "d_state", "d_conv", "expand", "mlp", "norm", "patch_size", "in_chans")

@@ -1,0 +1,218 @@
+"""Stage 3, semi: the config and the spec of semi-supervised fine-tuning (torch-free)."""
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from pipeline.config import FREE, Strict
+from pipeline.errors import ConfigError
+from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
+from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
+from pipeline.streaming.config import AugmentConfig
+from stages.configs.base import StageConfig
+from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Workload
+
+
+class PseudoLabelConfig(PseudoLabelRule):
+    """Which predictions of the teacher the student learns, and with what weight."""
+
+    labeller: Literal["teacher", "student"] = Field(
+        "teacher",
+        description="the network that gives pseudo-labels; student: FixMatch, where the teacher is only an average to be"
+        " evaluated",
+    )
+    weight: float = Field(
+        5.0, ge=0, description="weight of the unlabelled loss; 0 = supervised only, no unlabelled image is read"
+    )
+    ramp_steps: NonNegativeInt = Field(0, description="steps over which the weight rises from 0 (half a cosine)")
+    normalise: Literal["batch", "accepted"] = Field(
+        "batch",
+        description="the unlabelled loss is a mean over the whole batch, or over the accepted pseudo-labels of a process's"
+        " micro-batch",
+    )
+    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of pseudo-labels (Semi-ViT: 0.1)")
+
+
+class MixupConfig(Strict):
+    """Mixing of two images. The ratios of labelled pairs are drawn; those of unlabelled pairs follow the confidences."""
+
+    labelled_mixup: float = Field(
+        0.0, ge=0, description="a of Beta(a, a) for mixup of labelled images; 0 = off (Semi-ViT: 0.8)"
+    )
+    labelled_cutmix: float = Field(
+        0.0, ge=0, description="a of Beta(a, a) for CutMix of labelled images; 0 = off (Semi-ViT: 1)"
+    )
+    pseudo: bool = Field(False, description="Semi-ViT's probabilistic pseudo-mixup of the strong views")
+    cut_share: float = Field(
+        0.5, ge=0, le=1, description="share of the pseudo-mixed images that are cut instead of averaged"
+    )
+
+
+class StageSSMixupConfig(SSMixupConfig):
+    """SSMixup in this stage: the model's settings, and where psi comes from. The sources leave most of it open."""
+
+    psi: Literal["pair", "self", "fixed"] = Field(
+        "pair",
+        description="c / (c + c of the partner), c itself, or ssmixup.fixed_psi, where c is the pseudo-label's confidence",
+    )
+    fixed_psi: float = Field(0.5, ge=0, le=1, description="psi of every image, if ssmixup.psi is fixed")
+    axis: Literal["direction", "sample", "both"] = Field(
+        "direction", description="what psi mixes: the two directions in a block, the images with their targets, or both"
+    )
+
+
+class AlarmConfig(Strict):
+    """Limits below which a semi-supervised run counts as collapsing. An alarm is logged and reported as an incident."""
+
+    after_steps: NonNegativeInt = Field(100, description="optimizer steps before the first alarm")
+    mask_rate: float = Field(0.005, ge=0, le=1, description="least share of pseudo-labels that are accepted")
+    class_entropy: float = Field(
+        0.3, ge=0, le=1, description="least entropy of the mean prediction; 1 = all classes alike, 0 = a single class"
+    )
+    agreement: float = Field(
+        0.1, ge=0, le=1, description="least share of accepted pseudo-labels that the student predicts too"
+    )
+
+
+class SemiConfig(StageConfig):
+    """Stage 3: the parent's model on labelled and unlabelled images, with a LyapEMA teacher (Semi-ViM)."""
+
+    stage: ClassVar[str] = "semi"
+
+    init_from: str = Field(
+        description="a classifier's export to start from: its folder, or the name of a stage of the same experiment",
+        json_schema_extra=FREE,
+    )
+    ema: LyapEMAConfig = Field(LyapEMAConfig(), description="how the teacher follows the student")
+    weak: AugmentConfig = Field(
+        AugmentConfig(color_jitter=0.4), description="augmentation of the unlabelled views that get a pseudo-label"
+    )
+    strong: AugmentConfig = Field(
+        AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25),
+        description="augmentation of the unlabelled views that the student learns",
+    )
+    labelled: AugmentConfig | None = Field(None, description="augmentation of labelled images; null = as strong")
+    drop_path: float | None = Field(None, ge=0, lt=1, description="drop path rate of the student; null = the parent's")
+    unlabelled_ratio: PositiveInt = Field(5, description="unlabelled images per labelled image in a step (mu)")
+    pseudo: PseudoLabelConfig = Field(PseudoLabelConfig(), description="pseudo-labels and their weight")
+    mixup: MixupConfig = Field(MixupConfig(), description="mixing of images")
+    ssmixup: StageSSMixupConfig | None = Field(
+        None, description="SSMixup, for Vision Mambas of two or four directions; null = off"
+    )
+    alarms: AlarmConfig = Field(AlarmConfig(), description="when a run counts as collapsing")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of a label that is spread over all classes")
+    logit_adjustment: float = Field(
+        0.0,
+        ge=0,
+        description="tau of Menon et al.: both losses see logits + tau log(share of the class among labels); 0 = off",
+    )
+    watched_samples: NonNegativeInt = Field(
+        1024,
+        description="unlabelled images whose pseudo-labels an evaluation compares with the hidden labels; 0 = none",
+    )
+    export: Literal["teacher", "student"] = Field(
+        "teacher", description="the network written to export/; the other goes to export-student/ or export-teacher/"
+    )
+    allow_more_labels: bool = Field(
+        False, description="accept parents that saw labels outside data.split; the result is marked"
+    )
+
+    @property
+    def unlabelled_per_labelled(self) -> int:
+        """Unlabelled images that a step reads per labelled image: none, if the unlabelled loss has no weight."""
+        return self.unlabelled_ratio if self.pseudo.weight else 0
+
+    @model_validator(mode="after")
+    def _split(self) -> Self:
+        if self.data.split is None:
+            raise ValueError(
+                "data.split is missing: stage semi must know which samples are unlabelled; make one with"
+                " `python -m pipeline.data split`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_remedy(self) -> Self:
+        if self.logit_adjustment and self.data.loader.sampling == "class_balanced":
+            raise ValueError(
+                "logit_adjustment and data.loader.sampling=class_balanced correct the same imbalance twice; choose one"
+            )
+        if self.ssmixup and self.ssmixup.axis != "direction" and self.mixup.pseudo:
+            raise ValueError(f"ssmixup.axis={self.ssmixup.axis} and mixup.pseudo both mix the images; choose one")
+        if self.ssmixup and not self.pseudo.weight:
+            raise ValueError(
+                "ssmixup works on unlabelled images, but pseudo.weight=0 leaves them out; set ssmixup=null or give"
+                " pseudo.weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        mixed = self.mixup.labelled_mixup or self.mixup.labelled_cutmix
+        self.refuse_lone_images("mixing labelled images", 1 if mixed else 0)
+        paired = self.mixup.pseudo or (
+            self.ssmixup and (self.ssmixup.psi == "pair" or self.ssmixup.axis != "direction")
+        )
+        self.refuse_lone_images("mixing unlabelled images", self.unlabelled_ratio if paired else 0)
+        return self
+
+    def claimed_labels(self) -> bool:
+        """Whether the result may only have seen the labels of `data.split`."""
+        return not self.allow_more_labels
+
+
+class SemiSpec(StageSpec[SemiConfig]):
+    """Stage 3 trains its parent's model on a labelled and an unlabelled stream, beside an average of it, the teacher."""
+
+    config = SemiConfig
+    module = "stages.semi"
+    produces = "classifier"
+
+    def streams(self, config: SemiConfig, subsets: Subsets) -> dict[str, Stream]:
+        """The labelled images; and unlabelled ones, unless their loss has no weight."""
+        batch = config.loop.global_batch
+        streams = {"labelled": Stream(subsets.labelled, batch)}
+        if ratio := config.unlabelled_per_labelled:
+            streams["unlabelled"] = Stream(subsets.unlabelled, ratio * batch, hide_labels=True)
+        return streams
+
+    def model_config(self, config: SemiConfig, num_classes: int, parent: ParentModel) -> FamilyConfig:
+        """The parent's model, with this stage's drop path and SSMixup."""
+        model = parent("init_from")
+        values = model.model_dump()
+        if config.drop_path is not None:
+            values["drop_path"] = config.drop_path
+        if config.ssmixup and config.ssmixup.axis != "sample":
+            values["ssmixup"] = config.ssmixup.model_dump(include=set(SSMixupConfig.model_fields))
+        return type(model).model_validate(values)
+
+    def workload(self, config: SemiConfig, num_classes: int, parent: ParentModel) -> Workload:
+        """The student, and the teacher that averages it. One of them labels the unlabelled images."""
+        model, ratio = self.model_config(config, num_classes, parent), config.unlabelled_per_labelled
+        labels = {config.pseudo.labeller: ratio}
+        student = Network(
+            "student", "trained", model, trained_images=1 + ratio, inferred_images=labels.get("student", 0)
+        )
+        return Workload((student, Network("teacher", "averaged", model, inferred_images=labels.get("teacher", 0))))
+
+    def references(self, config: SemiConfig) -> dict[str, str]:
+        """The classifier to start from."""
+        return {"init_from": config.init_from}
+
+    def check_parent(self, config: SemiConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
+        """Refuse a pretrainer, and SSMixup for a model without opposite directions."""
+        self.need_classifier(role, folder, kind)
+        if config.ssmixup and (not isinstance(model, VisionMambaConfig) or model.directions == 1):
+            raise ConfigError(
+                f"ssmixup blends the opposite directions of a Vision Mamba, but {model.name} of {folder} has none; set"
+                " ssmixup=null (LyapEMA works with every model), or mix images instead with ssmixup=null"
+                " mixup.pseudo=true"
+            )
+
+
+def exported_model(model: FamilyConfig) -> FamilyConfig:
+    """Return the config of the exported model: without an SSMixup that is used in training only."""
+    if isinstance(model, VisionMambaConfig) and model.ssmixup and not model.ssmixup.everywhere:
+        return model.model_copy(update={"ssmixup": None})
+    return model

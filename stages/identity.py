@@ -1,0 +1,54 @@
+"""Whether a run folder belongs to the very run that a config describes (torch-free).
+
+Values decide by the schema (`pipeline.config.identity`), inputs by their hash: where a dataset or a parent lies may change.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.datasets.manifest import read_manifest
+from pipeline.datasets.splits import read_split
+from pipeline.errors import PipelineError
+from pipeline.exports.card import Card
+from pipeline.files import sha256_of
+from pipeline.train.run import has_begun, refuse_other_config, refuse_other_inputs, saved_inputs
+from stages import spec_of
+from stages.configs.base import StageConfig
+
+
+def refuse_other_run(config: StageConfig) -> None:
+    """Refuse a run folder that another run has begun: one name is one run.
+
+    Raises:
+        ConfigError: If the folder's config has other values.
+        DataError: If its run trains on another dataset or split.
+        HandoverError: If its run has other parents.
+    """
+    folder = config.folder
+    if has_begun(folder):
+        refuse_other_config(folder, config)
+        refuse_other_inputs(folder, saved_inputs(folder), inputs_of(config))
+
+
+def inputs_of(config: StageConfig) -> dict[str, str | None]:
+    """Return the hash of every input of a run, by the config key that names it.
+
+    An input that cannot be read has None: whether it must be there is for `stages.check` to say.
+    """
+    data, spec = config.data, spec_of(config)
+    readers: list[tuple[str, Path | None, Callable[[Path], str]]] = [
+        ("data.train", data.train, lambda folder: read_manifest(folder).hash),
+        ("data.split", data.split, lambda path: read_split(path, read_manifest(data.train)).hash),
+        ("data.test", data.test, lambda folder: read_manifest(folder).hash),
+    ]
+    folders = zip(spec.references(config), spec.parents(config).values(), strict=True)
+    readers += [(key, folder, lambda folder: Card.read(folder).weights_sha256) for key, folder in folders]
+    readers += [(key, path, sha256_of) for key, path in spec.foreign_files(config).items()]
+    return {key: _hash(read, path) for key, path, read in readers if path is not None}
+
+
+def _hash(read: Callable[[Path], str], path: Path) -> str | None:
+    try:
+        return read(path)
+    except (PipelineError, OSError):
+        return None

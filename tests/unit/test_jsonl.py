@@ -1,0 +1,21 @@
+"""Files with one JSON object a line."""
+
+from pathlib import Path
+
+from pipeline.jsonl import newest, read_rows
+
+
+def test_a_last_line_that_a_kill_has_cut_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "val/top1": 50.0}\n{"step": 2}\n{"step": 3, "val/to')
+    assert read_rows(path) == [{"step": 1, "val/top1": 50.0}, {"step": 2}]
+
+
+def test_a_file_that_does_not_exist_yet_has_no_rows(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+
+
+def test_newest_is_the_last_row_that_has_the_name() -> None:
+    rows = [{"step": 1, "val/top1": 50.0}, {"step": 2, "val/top1": 60.0}, {"step": 3}]
+    assert newest(rows, "val/top1") == 60.0
+    assert newest(rows, "val/tail") is None
