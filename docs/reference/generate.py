@@ -17,14 +17,15 @@ from pydantic.fields import FieldInfo
 
 from launchers.config import ClusterConfig
 from pipeline.datasets.config import SplitConfig
-from stages.configs import ArmConfig, DistillConfig, SemiConfig
+from stages import SPECS
 
 PAGE = Path(__file__).parent / "config.md"
 # name -> (heading, schema, what the keys are for)
 ROOTS: dict[str, tuple[str, type[BaseModel], str]] = {
-    "arm": ("Stage 1: `arm`", ArmConfig, "Files: `configs/arm/*.yaml`."),
-    "distill": ("Stage 2: `distill`", DistillConfig, "Files: `configs/distill/*.yaml`."),
-    "semi": ("Stage 3: `semi`", SemiConfig, "Files: `configs/semi/*.yaml`."),
+    **{
+        name: (f"Stage {spec.number}: `{name}`", spec.config, f"Files: `configs/{name}/*.yaml`.")
+        for name, spec in SPECS.items()
+    },
     "cluster": ("Cluster", ClusterConfig, "Files: `configs/cluster/*.yaml`; on a command line `cluster:key=value`."),
     "split": (
         "Split",
@@ -40,7 +41,11 @@ This page lists every key of every config: its type, its default and its meaning
 on the command line: `optim.lr=1e-3`. An unknown key is refused before anything starts.
 
 """
-IDENTITY = "Keys marked † may change between two starts of one run; another value of any other key is another run.\n\n"
+IDENTITY = """\
+A key marked † may change between two starts of one run. Another value of any other key is another run. A dataset or a
+parent may move, but what it holds must stay the same: hashes are compared.
+
+"""
 NAMES: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 

@@ -98,9 +98,9 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     own = {*PACKAGES, "tests"}
     pins = [*PROJECT["dependencies"], *(pin for pins in PROJECT["optional-dependencies"].values() for pin in pins)]
     declared = {_normal(re.split(r"[=<>\[; ]", pin)[0]) for pin in pins}
-    # Names that differ from their distributions' and that need not be installed here; triton comes with torch for CUDA.
-    distributions = {"mamba_ssm": ["mamba-ssm"], "triton": ["torch"], "pydantic_core": ["pydantic"]}
-    distributions = {**packages_distributions(), **distributions}
+    # Packages that come with a pinned one and are a face of it.
+    within = {"triton": ["torch"], "pydantic_core": ["pydantic"], "markupsafe": ["Jinja2"]}
+    distributions = {**packages_distributions(), **within}
     found = {name for top in PACKAGES for path in (ROOT / top).rglob("*.py") for name in _imports(path)}
     missing = {
         name
