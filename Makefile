@@ -129,7 +129,7 @@ docs-reference: $(STAMP)  ## write docs/reference/config.md from the config sche
 	$(PY) -m docs.reference.generate
 
 docs: $(STAMP)  ## build the documentation site in build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 docs-serve: $(STAMP)  ## show the documentation site at http://localhost:8000
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
