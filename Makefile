@@ -114,13 +114,13 @@ soak: $(STAMP)  ## long tests: thirty kill -9 in a row, fifty steps at every ZeR
 test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there
 	$(PY) -m pytest tests/package
 
-check: $(STAMP)  ## format, lint, types, layers, and whether generated files are up to date
+check: $(STAMP)  ## format, lint, types, layers, words, and whether generated files are up to date
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) .ci/requirements.py --check
 	$(PY) -m docs.reference.generate --check
-	$(PY) -m pytest tests/unit/test_layers.py
+	$(PY) -m pytest tests/unit/test_layers.py tests/unit/test_words.py
 
 requirements: $(STAMP)  ## write requirements.txt from the pins in pyproject.toml
 	$(PY) .ci/requirements.py
