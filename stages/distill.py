@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.exports.export import transfer
-from pipeline.exports.teachers import KeptAnswers, timm_teacher
+from pipeline.exports.prediction_cache import PredictionCache
+from pipeline.exports.timm_teacher import timm_teacher
+from pipeline.exports.transfer import transfer
 from pipeline.exports.weights import load_weights
 from pipeline.files import sha256_of
 from pipeline.models import build_from_config
@@ -129,7 +130,7 @@ def run(config: DistillConfig, replay: Replay | None = None) -> None:
         if config.teacher:
             network = frozen_teacher(s, config.teacher, size)
             flops += forward_flops(network, size)
-            teacher = with_kept_answers(s, config.teacher, network) if config.teacher.cache else network
+            teacher = with_cache(s, config.teacher, network) if config.teacher.cache else network
             if hasattr(model, "set_distilled_training"):
                 model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
         views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
@@ -164,9 +165,9 @@ def frozen_teacher(s: StageContext, config: TeacherConfig, image_size: tuple[int
     return teacher.to(s.world.device).eval().requires_grad_(False)
 
 
-def with_kept_answers(s: StageContext, config: TeacherConfig, teacher: nn.Module) -> KeptAnswers:
-    """The teacher with its answers in `teacher.cache`, under the hash of its weights and the precision it computes in."""
+def with_cache(s: StageContext, config: TeacherConfig, teacher: nn.Module) -> PredictionCache:
+    """Return the teacher with its predictions cached in `teacher.cache`, by the hash of its weights and its precision."""
     assert config.cache is not None
     weights = sha256_of(config.weights) if config.weights else s.parent_card("teacher").weights_sha256
     path = config.cache / f"{weights[:16]}-{s.config.engine.precision}.sqlite"
-    return KeptAnswers(teacher, path, gigabytes=config.cache_gb)
+    return PredictionCache(teacher, path, gigabytes=config.cache_gb)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluate.pseudo import count_pseudo_labels, pseudo_summary
-from pipeline.exports.export import transfer
+from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config
 from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
 from pipeline.models.flops import TRAINING, forward_flops

@@ -16,8 +16,9 @@ from pipeline.config import validate
 from pipeline.errors import HandoverError
 from pipeline.exports.card import Card
 from pipeline.exports.convert import convert
-from pipeline.exports.export import load_export, transfer
+from pipeline.exports.export import load_export
 from pipeline.exports.released import layout_of
+from pipeline.exports.transfer import transfer
 from pipeline.exports.weights import load_weights
 from pipeline.models import build_model
 from pipeline.models.__main__ import main
