@@ -132,7 +132,9 @@ class Card(Strict):
                 f"{folder / CARD} is damaged or was edited: its values do not match its own hash; export it again"
             )
         expected = {WEIGHTS: self.weights_sha256, FINGERPRINT: self.fingerprint_sha256}
-        expected |= {f"labels/{seen.split}.npy": seen.sample_indices_sha256 for seen in self.labels_seen if seen.dataset}
+        expected |= {
+            f"labels/{seen.split}.npy": seen.sample_indices_sha256 for seen in self.labels_seen if seen.dataset
+        }
         for name, digest in expected.items():
             if not (folder / name).is_file():
                 raise HandoverError(f"the export {folder} is incomplete: {name} is missing; export it again")
