@@ -43,10 +43,13 @@ def card(kind: str, **more) -> Card:
     )
 
 
-def exported(folder: Path, kind: str = "classifier") -> torch.nn.Module:
+def exported(folder: Path, kind: str = "classifier", classes: tuple[str, ...] = ("a", "b", "c")) -> torch.nn.Module:
     torch.manual_seed(1)
     c = card(kind)
-    model = ARM(c.model, c.decoder) if kind == "pretrainer" else build_model(**TINY, num_classes=3)
+    if kind == "classifier":
+        config = VisionMambaConfig(**TINY, num_classes=len(classes))
+        c = c.model_copy(update={"model": config, "classes": classes})
+    model = ARM(c.model, c.decoder) if kind == "pretrainer" else build_model(**TINY, num_classes=len(classes))
     write_export(
         folder, card=c, weights=model.state_dict(), fingerprint_images=torch.randn(2, 3, 32, 32), labels={"s": LABELLED}
     )
