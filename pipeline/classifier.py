@@ -20,12 +20,11 @@ from PIL import Image
 from pipeline.datasets.convert.sources import images_below
 from pipeline.datasets.tars import IMAGE_EXTENSIONS
 from pipeline.errors import ConfigError, DataError
+from pipeline.exports.card import Card
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from pipeline.exports.card import Card
 
 BATCH = 32
 MAX_BYTES = 512 * 2**20  # a larger file is no photograph
@@ -78,7 +77,7 @@ class Classifier:
         card: The card of the export.
     """
 
-    def __init__(self, model: "nn.Module", card: "Card") -> None:
+    def __init__(self, model: "nn.Module", card: Card) -> None:
         from pipeline.streaming.transforms import eval_views
 
         self.model, self.card = model, card
@@ -181,9 +180,11 @@ def load(export: str | Path) -> Classifier:
         ConfigError: If the export holds a pretrainer.
         HandoverError: If the export is missing, damaged, or computes other outputs than when it was written.
     """
-    from pipeline.exports.export import load_classifier
+    folder = Path(export)
+    Card.read(folder).check_classifier(folder)  # before torch is imported, which takes seconds
+    from pipeline.exports.export import load_export
 
-    return Classifier(*load_classifier(Path(export)))
+    return Classifier(*load_export(folder))
 
 
 def _sources(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, ImageLike]]:

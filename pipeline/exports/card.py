@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from pipeline.config import Strict
-from pipeline.errors import HandoverError
+from pipeline.errors import ConfigError, HandoverError
 from pipeline.files import sha256_of
 from pipeline.models.config import DecoderConfig, ModelConfig
 
@@ -143,6 +143,11 @@ class Card(Strict):
                 raise HandoverError(
                     f"{folder / name} is damaged: its SHA-256 is {found[:12]}…, the card says {digest[:12]}…; export it again"
                 )
+
+    def check_classifier(self, folder: Path) -> None:
+        """Raise ConfigError unless the export holds a classifier."""
+        if self.kind != "classifier":
+            raise ConfigError(f"{folder} holds a pretrainer, which names no classes; give the export of a classifier")
 
     def check_preprocessing(self, wanted: Preprocessing, folder: Path) -> None:
         """Raise HandoverError unless the model was trained on pixels that were prepared in the wanted way."""

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, HandoverError
+from pipeline.errors import HandoverError
 from pipeline.exports.card import CARD, FINGERPRINT, WEIGHTS, Card
 from pipeline.exports.fingerprint import TOLERANCE, Fingerprint
 from pipeline.exports.hub import README, TIMM_CONFIG, model_card, timm_config
@@ -130,8 +130,7 @@ def load_classifier(folder: Path) -> tuple[nn.Module, Card]:
         ConfigError: If the export holds a pretrainer.
         HandoverError: As for `load_export`.
     """
-    if Card.read(folder).kind != "classifier":
-        raise ConfigError(f"{folder} holds a pretrainer, which names no classes; give the export of a classifier")
+    Card.read(folder).check_classifier(folder)
     return load_export(folder)
 
 
