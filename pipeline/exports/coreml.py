@@ -17,6 +17,7 @@ from pipeline.exports.card import Card
 from pipeline.exports.export import load_classifier
 from pipeline.files import publish
 from pipeline.models.config import VisionMambaConfig
+from pipeline.models.efficientvim.fused import fuse
 from pipeline.models.efficientvim.model import EfficientViM
 
 
@@ -43,7 +44,7 @@ def export_to_coreml(folder: Path, out: Path) -> Card:
             f"{card.model.name} cannot be written as a Core ML program, which has no operator for its scan;"
             " efficientvim_*, vssd_* and most of timm can"
         )
-    program = convert_to_coreml(model.fuse() if isinstance(model, EfficientViM) else model, card.model.image_size)
+    program = convert_to_coreml(fuse(model) if isinstance(model, EfficientViM) else model, card.model.image_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         whole = Path(scratch) / out.name  # coremltools insists on the ending .mlpackage

@@ -16,6 +16,7 @@ from pipeline.exports.card import FINGERPRINT
 from pipeline.exports.export import load_classifier
 from pipeline.exports.fingerprint import TOLERANCE, Fingerprint
 from pipeline.files import replacing
+from pipeline.models.efficientvim.fused import fuse
 from pipeline.models.efficientvim.model import EfficientViM
 
 OPSET = 17
@@ -48,7 +49,7 @@ def export_to_onnx(folder: Path, out: Path) -> float:
     model, card = load_classifier(folder)
     with replacing(out) as temporary:
         try:
-            write_onnx(model.fuse() if isinstance(model, EfficientViM) else model, temporary, card.model.image_size)
+            write_onnx(fuse(model) if isinstance(model, EfficientViM) else model, temporary, card.model.image_size)
         except (RuntimeError, TypeError, ValueError) as refusal:  # tracing and the exporter raise these
             reason = str(refusal).strip().splitlines()[-1][:200]
             raise ConfigError(

@@ -187,5 +187,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
     assert pipeline.__version__
+    stub = (ROOT / "pipeline" / "__init__.pyi").read_text()
+    for name in pipeline.__all__:
+        assert getattr(pipeline, name)
+        assert f"as {name}\n" in stub or f"{name}: str" in stub
     with pytest.raises(AttributeError, match="has no attribute 'predictor'"):
         _ = pipeline.predictor

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.models import build_model
 from pipeline.models.__main__ import main
+from pipeline.models.efficientvim.fused import fuse
 from tests.unit.exports.test_export import NARROW, exported_family
 from tests.unit.models.test_efficientvim import randomised
 
@@ -69,7 +70,7 @@ def test_the_program_computes_what_the_fused_model_computes(half: bool) -> None:
     from pipeline.exports.coreml import convert_to_coreml
 
     torch.manual_seed(0)
-    fused, images = randomised(build_model("efficientvim_nano_dist", num_classes=5)).fuse(), torch.randn(2, 3, 32, 48)
+    fused, images = fuse(randomised(build_model("efficientvim_nano_dist", num_classes=5))), torch.randn(2, 3, 32, 48)
     program = convert_to_coreml(fused, (32, 48), batch=2, half=half)
     function = program._mil_program.functions["main"]
     assert list(function.inputs) == ["images"]
