@@ -189,8 +189,9 @@ def load(export: str | Path) -> Classifier:
 
 def _sources(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, ImageLike]]:
     """Yield (source, image) of each image; a folder stands for the images below it."""
-    single = isinstance(images, str | Path | bytes | Image.Image | np.ndarray)
-    for number, image in enumerate([images] if single else images):
+    if isinstance(images, str | Path | bytes | Image.Image | np.ndarray):
+        images = [images]
+    for number, image in enumerate(images):
         if not isinstance(image, str | Path):
             yield f"image {number}", image
         elif Path(image).is_dir():
