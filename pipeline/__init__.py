@@ -5,18 +5,13 @@ The names below are its face for notebooks and scripts:
     result = pipeline.run_stage("semi", "configs/semi/demo.yaml", ["loop.steps=100"])
     predictions = pipeline.load(result.export).predict("photos/")
 
-They are loaded at first use, so that `import pipeline` stays light.
+They are loaded at first use, so that `import pipeline` stays light. `__init__.pyi` tells type checkers what they are.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pipeline.classifier import Classifier, Prediction, load
-    from pipeline.notebook import Result, run_stage
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Classifier", "Prediction", "Result", "__version__", "load", "run_stage"]
 
 _MODULES = {
     "Classifier": "pipeline.classifier",
@@ -25,6 +20,7 @@ _MODULES = {
     "Result": "pipeline.notebook",
     "run_stage": "pipeline.notebook",
 }
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
