@@ -51,12 +51,10 @@ class StageConfig(Strict):
 
     @model_validator(mode="after")
     def _batches(self) -> Self:
-        given = self.data.loader.virtual_readers
-        if given and self.loop.global_batch % given:
-            raise ValueError(
-                f"loop.global_batch {self.loop.global_batch} must be a multiple of data.loader.virtual_readers {given};"
-                " leave virtual_readers out and it fits"
-            )
+        batch, given = self.loop.global_batch, self.data.loader.virtual_readers
+        if given and batch % given:
+            known = f"loop.global_batch {batch} must be a multiple of data.loader.virtual_readers {given}"
+            raise ValueError(f"{known}; leave virtual_readers out and it fits")
         rest = self.loop.steps - self.optim.cooldown_steps
         if self.optim.warmup_steps >= rest:
             less = " minus optim.cooldown_steps" if self.optim.cooldown_steps else ""
@@ -85,10 +83,8 @@ class StageConfig(Strict):
 
     def virtual_readers(self, samples: Iterable[int]) -> int:
         """Number of virtual readers: as given, or derived for streams of that many `samples`."""
-        mixed = 1 in self.mixing().values()
-        return self.data.loader.virtual_readers or derive_virtual_readers(
-            self.loop.global_batch, min(samples), mixed=mixed
-        )
+        given, mixed = self.data.loader.virtual_readers, 1 in self.mixing().values()
+        return given or derive_virtual_readers(self.loop.global_batch, min(samples), mixed=mixed)
 
     def parents(self) -> dict[str, Path]:
         """role -> folder of the export that this stage consumes."""
