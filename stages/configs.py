@@ -13,7 +13,6 @@ from pipeline.config import Strict
 from pipeline.evaluate.config import ProbeConfig
 from pipeline.exports.card import Preprocessing
 from pipeline.models.config import (
-    PRETRAINING_FORM,
     DecoderConfig,
     ModelConfig,
     PseudoLabelRule,
@@ -22,6 +21,7 @@ from pipeline.models.config import (
     check_clusters,
     check_taps,
 )
+from pipeline.models.variants import PRETRAINING_FORM
 from pipeline.streaming.config import AugmentConfig, LoaderConfig, derive_virtual_readers
 from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
 

@@ -1,1 +1,1 @@
-"""Bytes behind a URL: fetched in ranges, and kept in a cache on a local disk."""
+"""Bytes of remote files, and a local cache of them."""

@@ -1,23 +1,21 @@
-"""What a config file may say about remote shards (torch-free)."""
-
-from typing import Annotated
+"""Settings of remote reading (torch-free)."""
 
 from pydantic import Field
 
 from pipeline.config import Strict
 
-Positive = Annotated[int, Field(gt=0)]
-
 
 class RemoteConfig(Strict):
-    """How shards behind http(s) or s3 are fetched; local shards ignore it."""
+    """How shards behind http(s) or s3 are fetched. It has no effect on local shards."""
 
     cache: str = Field(
-        "", description="folder on a local disk that keeps what was fetched; the processes of a node share it"
+        "",
+        description="Folder on a local disk where fetched shards are cached, shared by all processes of a node. "
+        "Remote shards need one.",
     )
-    cache_gb: float = Field(50.0, gt=0.0, description="size to which the cache may grow, in GB (10^9 bytes)")
-    timeout_seconds: float = Field(30.0, gt=0.0, description="seconds without a byte before a connection is given up")
-    attempts: Positive = Field(8, description="attempts in a row that bring no byte before the run ends")
+    cache_gb: float = Field(50.0, gt=0.0, description="Size limit of the cache in 10^9 bytes.")
+    timeout_seconds: float = Field(30.0, gt=0.0, description="Seconds without a byte after which a connection is cut.")
+    attempts: int = Field(8, gt=0, description="Number of attempts in a row without a byte after which reading fails.")
     backoff_seconds: float = Field(
-        0.5, ge=0.0, description="seconds before the second attempt; the wait doubles up to 30 seconds"
+        0.5, ge=0.0, description="Seconds before the second attempt; the wait doubles with each attempt, up to 30 s."
     )

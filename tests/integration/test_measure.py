@@ -47,7 +47,7 @@ def test_what_is_deployed_costs_no_more_and_tables_name_what_is_reported(tmp_pat
         main(["front", "--rows", "H: no fusion", "--batch", "1", "--rounds", "1", "--out", str(tmp_path / "front")])
         == 0
     )
-    (row,) = table(tmp_path / "front", "front")
+    (row,) = table(tmp_path / "front", "pareto")
     assert (row["top-1, reported"], row["parameters, M"]) == ("75.1", "13.00")
 
 
