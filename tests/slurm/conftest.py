@@ -12,7 +12,7 @@ import pytest
 
 from launchers.queue import JobState
 from tests.conftest import ENVIRONMENT, ROOT
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import WAIT_SECONDS, Cluster, missing
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +63,9 @@ class Person:
         return path.read_text().count("train/loss") if path.exists() else 0
 
     def until_step(self, experiment: str, stage: str, step: int) -> None:
-        self.cluster.until(lambda: self.steps(experiment, stage) >= step, f"step {step} of {experiment}/{stage}", 90)
+        self.cluster.until(lambda: self.steps(experiment, stage) >= step, f"step {step} of {experiment}/{stage}")
 
-    def completed(self, job_id: str, seconds: float = 90) -> JobState:
+    def completed(self, job_id: str, seconds: float = WAIT_SECONDS) -> JobState:
         state = self.cluster.ended(job_id, seconds)
         assert state.state == "COMPLETED", f"{state}\n{self.logs(job_id)}"
         return state
