@@ -12,7 +12,6 @@ from pipeline.config import Strict
 from pipeline.evaluate.config import ProbeConfig
 from pipeline.exports.card import Preprocessing
 from pipeline.models.config import (
-    PRETRAINING_FORM,
     DecoderConfig,
     ModelConfig,
     PseudoLabelRule,
@@ -21,6 +20,7 @@ from pipeline.models.config import (
     check_clusters,
     check_taps,
 )
+from pipeline.models.variants import PRETRAINING_FORM
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
 

@@ -2,7 +2,7 @@
 
 Method: Semi-ViM (ICCV 2025): the teacher labels weak views of unlabelled images, the student learns strong views of those
 it is confident of, beside the labelled ones; loss and views as in Semi-ViT, the teacher's rule as in `train/lyapema.py`,
-SSMixup as in `models/ssmixup.py`. Supervised training, FixMatch and Semi-ViT are configs of the same Task.
+SSMixup as in `models/vision_mamba/ssmixup.py`. Supervised training, FixMatch and Semi-ViT are configs of the same Task.
 Command: python -m stages semi configs/semi/demo.yaml
 Input: labelled and unlabelled shards, a classifier's export.  Output: the teacher's (or student's) export.
 """

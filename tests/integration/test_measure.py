@@ -45,7 +45,7 @@ def test_a_deployed_model_costs_no_more_and_tables_have_the_reported_accuracy(tm
     assert [row["top-1, reported"] for row in trained] == ["–", "–"]
     arguments = ["--rows", "H: no fusion", "--batch", "1", "--rounds", "1", "--out", str(tmp_path / "pareto")]
     assert main(["pareto", *arguments]) == 0
-    (row,) = table(tmp_path / "pareto", "pareto")
+    (row,) = table(tmp_path / "pareto", "pareto_front")
     assert (row["top-1, reported"], row["parameters, M"]) == ("75.1", "13.00")
 
 
