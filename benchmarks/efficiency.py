@@ -154,7 +154,7 @@ def _median(turns: Sequence[Turn]) -> Turn:
 def _row(name: str, config: SemiConfig, turns: Sequence[Turn]) -> list[str]:
     turn = _median(turns)
     assert config.data.split is not None
-    unlabelled = len(read_split(config.data.split, read_manifest(config.data.train)).part("unlabelled"))
+    unlabelled = len(read_split(config.data.split, read_manifest(config.data.train)).subset("unlabelled"))
     per_step = config.loop.global_batch * config.unlabelled_ratio
     card = json.loads((config.parents()["init_from"] / "model.json").read_text())
     return [

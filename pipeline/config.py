@@ -39,6 +39,9 @@ class Strict(BaseModel):
 
 M = TypeVar("M", bound=BaseModel)
 
+# Old name of a key -> its name now. Nothing reads the old name: the refusal of an unknown key says the new one.
+RENAMED = {"lanes": "virtual_readers"}
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and refuses a key given twice."""
@@ -160,6 +163,8 @@ def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
     name = ".".join(path)
     if detail["type"] == "extra_forbidden":
         known = _keys_at(schema, location[:-1])
+        if (new := RENAMED.get(path[-1])) in known:
+            return f"{name}: this key is called {new} now; write {'.'.join([*path[:-1], new])}"
         close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{name}: unknown key; {hint}(known: {', '.join(nearest(path[-1], known))})"

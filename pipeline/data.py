@@ -198,7 +198,7 @@ def _show(args: argparse.Namespace) -> None:
         split = read_split(args.split, manifest)
         print(f"\n{args.split}: {split.protocol}; sha256 {split.hash[:12]}")
         for part in PARTS[:3]:
-            print("", *describe(manifest, split.part(part), part), sep="\n")
+            print("", *describe(manifest, split.subset(part), part), sep="\n")
     if args.sheet:
         contact_sheet(manifest, everything, args.sheet)
         print(f"contact sheet: {args.sheet}")
@@ -227,7 +227,7 @@ def _split(args: argparse.Namespace) -> None:
         state = "already there"
     else:
         raise DataError(f"{args.out} already holds a split by another protocol or seed; choose another name")
-    counts = ", ".join(f"{len(split.part(part))} {part}" for part in PARTS)
+    counts = ", ".join(f"{len(split.subset(part))} {part}" for part in PARTS)
     print(f"{args.out}: {counts}; {split.protocol}; sha256 {split.hash[:12]}, {state}")
 
 

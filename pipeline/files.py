@@ -1,37 +1,99 @@
-"""Files that are whole or absent, and what they hash to."""
+"""Files and folders that are whole or absent, and their hashes.
 
+A writer fills a temporary path beside the target (`.NAME.tmp`), brings it to the disk and renames it. So a reader sees
+the old content or the new content, and a killed process leaves at most the temporary path, which the next writer of
+the same target overwrites. Two processes that may write one target at the same time need a lock around the write.
+"""
+
+import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync(path: Path) -> None:
-    """Returns when the file's bytes (or the folder's entries) are on the disk."""
+def replace_text(path: Path, text: str) -> str:
+    """Write `text` to `path` in UTF-8, whole or not at all, and return the SHA-256 of the file."""
+    return replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> str:
+    """Write `data` to `path`, whole or not at all, and return the SHA-256 of the file."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Give the block a temporary path to create a file or a folder at; rename it to `path` when the block ends.
+
+    Folders above `path` are made. If the block raises, the temporary path is removed and `path` keeps its content.
+
+    Args:
+        path: The file or folder to write. An existing one is replaced.
+        sync: Whether all bytes are on the disk before the rename. Caches, which can be filled again, go without.
+
+    Yields:
+        A path that does not exist yet, in the same folder as `path`.
+    """
+    temporary = temporary_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(temporary)
+    try:
+        yield temporary
+        publish(temporary, path, sync=sync)
+    finally:
+        _remove(temporary)
+
+
+def temporary_of(path: Path) -> Path:
+    """Return where the unfinished form of `path` lies: beside it, hidden, and with an ending no pattern matches."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
+    """Rename a finished file or folder to `path`, in place of what was there.
+
+    `replacing` does this for one writer. Writers of several processes fill `temporary_of(path)` together, and one of
+    them calls this when all have finished.
+
+    Args:
+        temporary: The finished file or folder, in the same folder as `path`.
+        path: Its final path.
+        sync: Whether its bytes, and then the rename, are on the disk when this returns.
+    """
+    if sync:
+        for part in (temporary, *temporary.rglob("*")):
+            _sync(part)
+    old = path.with_name(f".{path.name}.old")
+    _remove(old)
+    if path.is_dir():  # a rename replaces files and empty folders only
+        os.replace(path, old)
+    os.replace(temporary, path)
+    if sync:
+        _sync(path.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Return when the bytes of a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> str:
-    """Write, on the disk when this returns; the sha256 of the file."""
-    path.write_text(text)
-    fsync(path)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write whole or not at all; a reader sees the old text or the new one."""
-    replace_bytes(path, text.encode())
-
-
-def replace_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

@@ -37,20 +37,9 @@ def check(
     `pending` maps the folders of exports that earlier stages of a chain will write to those stages' configs.
     """
     derive_batches(config.loop.global_batch, world_size, config.engine.micro_batch)
-    if config.data.loader.virtual_readers % world_size:
-        raise ConfigError(
-            f"data.loader.virtual_readers {config.data.loader.virtual_readers} must be a multiple of the {world_size}"
-            " processes; change either"
-        )
     refuse_other_config(config.run.folder(stage), config)
     manifest, _, parts = open_data(config)
-    for name, samples in streams(config, parts).items():
-        if samples < config.data.loader.virtual_readers:
-            raise ConfigError(
-                f"data.loader.virtual_readers is {config.data.loader.virtual_readers}, but there are only {samples} {name}"
-                f" samples to share among them; give a multiple of the {world_size} processes"
-                f" that is at most {samples} and divides loop.global_batch"
-            )
+    check_readers(config, streams(config, parts), world_size)
     if config.data.test is not None:
         test = read_manifest(config.data.test)
         if test.classes != manifest.classes:
@@ -69,6 +58,40 @@ def check(
         card = Card.read(folder, remedy=_remedy(config, folder))
         card.verify(folder)
         check_parent(config, role, folder, card, manifest, parts)
+
+
+def check_readers(config: StageConfig, streams: Mapping[str, int], world_size: int) -> None:
+    """Raise ConfigError unless `world_size` processes can share the streams (name -> samples) of a stage evenly."""
+    given, batch, readers = (
+        config.data.loader.virtual_readers,
+        config.loop.global_batch,
+        config.virtual_readers(streams.values()),
+    )
+    name, samples = min(streams.items(), key=lambda item: item[1])
+    if not samples:
+        raise ConfigError(
+            f"there are no {name} samples in {config.data.split or config.data.train}; choose another split"
+        )
+    if samples < readers:
+        raise ConfigError(
+            f"data.loader.virtual_readers is {readers}, but there are only {samples} {name} samples to share among them;"
+            " leave virtual_readers out"
+        )
+    if readers % world_size == 0:
+        return
+    if given:
+        raise ConfigError(
+            f"data.loader.virtual_readers {given} must be a multiple of the {world_size} processes;"
+            " leave virtual_readers out, or change the number of processes"
+        )
+    fewer = max(n for n in range(1, world_size) if readers % n == 0)
+    reason = (
+        f"has only {samples} {name} samples" if samples < batch else "mixes images in pairs that stay in one process"
+    )
+    raise ConfigError(
+        f"{world_size} processes cannot share the batches evenly: this stage has loop.global_batch {batch} and {reason};"
+        f" start {fewer}, or change loop.global_batch"
+    )
 
 
 def _check_distill(config: DistillConfig, num_classes: int) -> None:
@@ -146,7 +169,7 @@ def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Parts]:
         nothing = np.empty(0, np.int64)
         return manifest, None, Parts(np.arange(manifest.num_samples), nothing, nothing)
     split = read_split(config.data.split, manifest)
-    return manifest, split, Parts(*(split.part(name) for name in Parts._fields))
+    return manifest, split, Parts(*(split.subset(name) for name in Parts._fields))
 
 
 def streams(config: StageConfig, parts: Parts) -> dict[str, int]:

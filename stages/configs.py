@@ -3,6 +3,7 @@
 A parent (`init_from`, `teacher.export`) is a folder, or the name of a stage: its export in the same experiment.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,7 +22,7 @@ from pipeline.models.config import (
     check_taps,
 )
 from pipeline.models.variants import PRETRAINING_FORM
-from pipeline.streaming.config import AugmentConfig, LoaderConfig
+from pipeline.streaming.config import AugmentConfig, LoaderConfig, derive_virtual_readers
 from pipeline.train.config import EngineConfig, LoopConfig, LyapEMAConfig, OptimConfig, RunConfig
 
 
@@ -50,10 +51,11 @@ class StageConfig(Strict):
 
     @model_validator(mode="after")
     def _batches(self) -> Self:
-        if self.loop.global_batch % self.data.loader.virtual_readers:
+        given = self.data.loader.virtual_readers
+        if given and self.loop.global_batch % given:
             raise ValueError(
-                f"loop.global_batch {self.loop.global_batch} must be a multiple of"
-                f" data.loader.virtual_readers {self.data.loader.virtual_readers}"
+                f"loop.global_batch {self.loop.global_batch} must be a multiple of data.loader.virtual_readers {given};"
+                " leave virtual_readers out and it fits"
             )
         rest = self.loop.steps - self.optim.cooldown_steps
         if self.optim.warmup_steps >= rest:
@@ -61,21 +63,32 @@ class StageConfig(Strict):
             raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} must be below loop.steps {rest}{less}")
         return self
 
-    def refuse_lone(self, mixing: str, ratio: int) -> None:
-        """Partners are found inside a lane of a micro-batch: a lone image would be mixed with itself. `ratio`: images of
-        the stream for each of `loop.global_batch`; 0 = nothing is mixed."""
-        images, virtual_readers, times = (
-            ratio * self.loop.global_batch,
-            self.data.loader.virtual_readers,
-            f"{ratio} x " if ratio > 1 else "",
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        """Refuse a lone image: it would be mixed with itself, since partners are found inside a virtual reader."""
+        batch, given = self.loop.global_batch, self.data.loader.virtual_readers
+        for what, ratio in self.mixing().items():
+            times = f"{ratio} x " if ratio > 1 else ""
+            if given and ratio * batch < 2 * given:
+                raise ValueError(
+                    f"{what} needs two images in each virtual reader: {times}loop.global_batch {batch} must be at least"
+                    f" twice data.loader.virtual_readers {given}; leave virtual_readers out"
+                )
+            if ratio == 1 and 1 in (batch, self.engine.micro_batch):
+                key = "loop.global_batch" if batch == 1 else "engine.micro_batch"
+                raise ValueError(f"{what} needs two images at once: {key} is 1; set 2 or more")
+        return self
+
+    def mixing(self) -> dict[str, int]:
+        """What is mixed in pairs -> images of that stream per image of `loop.global_batch`."""
+        return {}
+
+    def virtual_readers(self, samples: Iterable[int]) -> int:
+        """Number of virtual readers: as given, or derived for streams of that many `samples`."""
+        mixed = 1 in self.mixing().values()
+        return self.data.loader.virtual_readers or derive_virtual_readers(
+            self.loop.global_batch, min(samples), mixed=mixed
         )
-        if 0 < images < 2 * virtual_readers:
-            raise ValueError(
-                f"{mixing} needs two in each lane: {times}loop.global_batch {self.loop.global_batch} must be at least twice"
-                f" data.loader.virtual_readers {virtual_readers}; lower virtual_readers"
-            )
-        if ratio == 1 and self.engine.micro_batch == 1:
-            raise ValueError(f"{mixing} needs two at once: engine.micro_batch is 1; set 2 or more")
 
     def parents(self) -> dict[str, Path]:
         """role -> folder of the export that this stage consumes."""
@@ -170,7 +183,7 @@ class MesaConfig(Strict):
 
 
 class MixConfig(Strict):
-    """Two labelled images in one, each with its partner in the lane; even chances if both are on."""
+    """Two labelled images in one, each with its partner in the virtual reader; even chances if both are on."""
 
     mixup: float = Field(0.0, ge=0, description="a of Beta(a, a); 0 = off")
     cutmix: float = Field(0.0, ge=0, description="a of Beta(a, a); 0 = off")
@@ -214,15 +227,13 @@ class DistillConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
-    def _pairs(self) -> Self:
-        self.refuse_lone("mix", 1 if self.mix.mixup or self.mix.cutmix else 0)
-        return self
-
-    @model_validator(mode="after")
     def _one_start(self) -> Self:
         if self.init_from and self.weights:
             raise ValueError("give init_from or weights, not both: a model starts from one place")
         return self
+
+    def mixing(self) -> dict[str, int]:
+        return {"mix": 1} if self.mix.mixup or self.mix.cutmix else {}
 
     def parents(self) -> dict[str, Path]:
         found = {}
@@ -330,15 +341,11 @@ class SemiConfig(StageConfig):
             raise ValueError("ssmixup works on unlabelled images, and pseudo.weight=0 leaves them out")
         return self
 
-    @model_validator(mode="after")
-    def _pairs(self) -> Self:
-        mixed = self.mixup.labelled_mixup or self.mixup.labelled_cutmix
-        self.refuse_lone("mixing labelled images", 1 if mixed else 0)
-        paired = self.mixup.pseudo or (
-            self.ssmixup and (self.ssmixup.psi == "pair" or self.ssmixup.axis != "direction")
-        )
-        self.refuse_lone("mixing unlabelled images", self.unlabelled_ratio if paired else 0)
-        return self
+    def mixing(self) -> dict[str, int]:
+        labelled = self.mixup.labelled_mixup or self.mixup.labelled_cutmix
+        ssmixup = self.ssmixup and (self.ssmixup.psi == "pair" or self.ssmixup.axis != "direction")
+        found = {"mixing labelled images": 1} if labelled else {}
+        return found | ({"mixing unlabelled images": self.unlabelled_ratio} if self.mixup.pseudo or ssmixup else {})
 
     def parents(self) -> dict[str, Path]:
         return {"init_from": self._parent(self.init_from)}

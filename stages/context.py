@@ -29,7 +29,7 @@ from pipeline.train.run import Run
 from pipeline.train.schedules import warmup_cosine
 from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
-from stages.check import check_parent, derive_batches, open_data
+from stages.check import check_parent, derive_batches, open_data, streams
 from stages.configs import StageConfig
 from stages.evaluator import Evaluator
 from stages.visualize import show_attribution, show_views, spread
@@ -53,6 +53,7 @@ class StageContext:
         folder = Path(self._scratch.name) if self._scratch else config.run.folder(stage)
         self.run = Run(folder, config, self.world)
         self.manifest, self.split, self.parts = open_data(config)
+        self._virtual_readers = config.virtual_readers(streams(config, self.parts).values())
         self.evaluator = Evaluator(config.data, self.manifest, self.split, self.parts, self.world, self.run)
         self._engine: Engine | None = None
         self._parents: list[tuple[str, Path, Card]] = []
@@ -123,7 +124,7 @@ class StageContext:
 
         A stream without labels is sampled uniformly: balancing its classes would tell them.
         """
-        config = self.config.data.loader
+        config = self.config.data.loader.model_copy(update={"virtual_readers": self._virtual_readers})
         if hide_labels:
             config = config.model_copy(update={"sampling": "uniform"})
         return Loader(

@@ -9,7 +9,6 @@ EXPERIMENT/
 """
 
 import json
-import math
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -144,11 +143,9 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfi
         "accumulation": accumulation,
         "samples": loop.steps * loop.global_batch,
         "epochs": _epochs(config, parts),
-        "virtual_readers": config.data.loader.virtual_readers,
+        "virtual_readers": _virtual_readers(config, parts),
         "shards": shards,
-        "worlds_possible": [
-            n for n in range(1, 513) if math.gcd(config.data.loader.virtual_readers, loop.global_batch) % n == 0
-        ],
+        "worlds_possible": [n for n in range(1, 513) if _virtual_readers(config, parts) % n == 0],
         "parameters": sum(p.numel for p in body.parameters),
         "frozen_teacher": body.frozen_teacher,
         "zero_stage": config.engine.zero_stage,
@@ -164,7 +161,7 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Mapping[Path, StageConfi
         "hours": loop.steps * seconds / 3600,
         "device_hours": world * loop.steps * seconds / 3600,
         "starts": starts,
-        "scaling": [_scale(n, body, config, replace(machine, node_devices=A100.node_devices)) for n in WORLDS],
+        "scaling": [_scale(n, body, config, parts, replace(machine, node_devices=A100.node_devices)) for n in WORLDS],
         "commands": _commands(step, cluster),
     }
 
@@ -202,6 +199,11 @@ def _epochs(config: StageConfig, parts: Parts | None) -> dict[str, float]:
     return {name: drawn * ratio.get(name, 1) / max(1, n) for name, n in streams(config, parts).items()}
 
 
+def _virtual_readers(config: StageConfig, parts: Parts | None) -> int:
+    """As the stage will have them; without data, as many as the batch allows."""
+    return config.virtual_readers(streams(config, parts).values() if parts else [config.loop.global_batch])
+
+
 def _traffic(body: Profile, config: StageConfig, world: int, accumulation: int) -> int:
     return traffic(
         body.parameters,
@@ -212,7 +214,7 @@ def _traffic(body: Profile, config: StageConfig, world: int, accumulation: int) 
     )
 
 
-def _scale(world: int, body: Profile, config: StageConfig, machine: Hardware) -> dict[str, Any]:
+def _scale(world: int, body: Profile, config: StageConfig, parts: Parts | None, machine: Hardware) -> dict[str, Any]:
     """The same global batch on `world` devices."""
     flops = body.flops * config.loop.global_batch
     alone = step_seconds(flops, 0, 1, machine)
@@ -223,7 +225,7 @@ def _scale(world: int, body: Profile, config: StageConfig, machine: Hardware) ->
     seconds = step_seconds(flops, _traffic(body, config, world, accumulation), world, machine)
     return {
         "world_size": world,
-        "possible": config.data.loader.virtual_readers % world == 0,
+        "possible": _virtual_readers(config, parts) % world == 0,
         "step_seconds": seconds,
         "images_per_second": config.loop.global_batch * body.images / seconds,
         "efficiency": alone / (world * seconds),

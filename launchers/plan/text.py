@@ -14,7 +14,7 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
         print(f"\n== {s['stage']}: {s['steps']} steps, {s['samples']} samples{' = ' + epochs if epochs else ''}")
         print(
             f"   {s['world_size']} ranks x {s['accumulation']} micro-batches of {s['micro_batch']};"
-            f" {s['virtual_readers']} virtual_readers over {s['shards']} shards; possible worlds: {_some(s['worlds_possible'])}"
+            f" {s['virtual_readers']} virtual readers over {s['shards']} shards; possible worlds: {_some(s['worlds_possible'])}"
         )
         print(f"   {s['parameters'] / 1e6:.2f} M parameters, {s['flops_per_step'] / 1e12:.4g} TFLOP a step")
         host = f" + {size(needs['host'])} of the host" if needs["host"] else ""

@@ -1,6 +1,8 @@
-"""Which samples are labelled, unlabelled, held out: a file with a hash, the protocol in words, and its manifest.
+"""Which samples are labelled, unlabelled or held out for validation.
 
-The file is one line of JSON and one letter per manifest sample_index, so that any tool can count or compare splits.
+A split is a JSON file of one object with one key a line: the protocol in words, its options and seed, the hash of the
+manifest, and last `codes`, a string with one code per sample in the order of the manifest: L (labelled), U (unlabelled),
+V (validation) or - (unused). So any tool can count and compare splits, and the file takes one byte per sample.
 """
 
 import functools
@@ -19,17 +21,24 @@ from pipeline.datasets.imbalance import class_ranks, round_count, target_counts
 from pipeline.datasets.lists import read_list
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import replace_bytes
 
-VERSION = 1
-LETTERS = {"labelled": b"L", "unlabelled": b"U", "validation": b"V", "unused": b"-"}
+VERSION = 2
+CODES = {"labelled": b"L", "unlabelled": b"U", "validation": b"V", "unused": b"-"}
 _SHUFFLE, _ROUND = 11, 12  # streams of random numbers
 
 
 class Split:
-    """Disjoint parts of one manifest's samples."""
+    """Disjoint subsets of the samples of one manifest.
 
-    def __init__(self, header: dict[str, Any], letters: NDArray[np.bytes_], labels: NDArray[np.int64]) -> None:
-        self.header, self.letters, self._labels = header, letters, labels
+    Args:
+        header: Everything in the file except the codes.
+        codes: (num_samples,) code of each sample, one of the values of `CODES`.
+        labels: (num_samples,) class of each sample by the manifest.
+    """
+
+    def __init__(self, header: dict[str, Any], codes: NDArray[np.bytes_], labels: NDArray[np.int64]) -> None:
+        self.header, self.codes, self._labels = header, codes, labels
 
     @property
     def protocol(self) -> str:
@@ -39,37 +48,49 @@ class Split:
     @functools.cached_property
     def content(self) -> bytes:
         """The file, byte for byte."""
-        return json.dumps(self.header).encode() + b"\n" + self.letters.tobytes() + b"\n"
+        fields = self.header | {"codes": self.codes.tobytes().decode()}
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+        return f"{{\n{lines}\n}}\n".encode()
 
     @functools.cached_property
     def hash(self) -> str:
+        """SHA-256 of the content; every result carries it."""
         return hashlib.sha256(self.content).hexdigest()
 
-    def part(self, name: str) -> NDArray[np.int64]:
-        """Sorted manifest sample_indices of "labelled", "unlabelled", "validation" or "unused"."""
-        return np.flatnonzero(self.letters == choose("part of a split", name, LETTERS))
+    def subset(self, name: str) -> NDArray[np.int64]:
+        """Return the sorted sample indices of "labelled", "unlabelled", "validation" or "unused"."""
+        return np.flatnonzero(self.codes == choose("subset of a split", name, CODES))
 
     def counts(self, name: str) -> NDArray[np.int64]:
-        """(num_classes,) samples of each class in a part, by the manifest's labels."""
-        labels = self._labels[self.part(name)]
+        """Return (num_classes,) how many samples of each class a subset has, by the manifest's labels."""
+        labels = self._labels[self.subset(name)]
         return np.bincount(labels[labels >= 0], minlength=self.header["num_classes"])
 
 
 def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
-    """Validation first, then the imbalance, then the label fraction; each class on its own random streams."""
+    """Choose the validation samples first, then the imbalance, then the labelled ones.
+
+    Each class draws from random streams of its own, so a class's samples do not depend on the other classes.
+
+    Raises:
+        DataError: The dataset has samples without a label, or a single class.
+        ConfigError: A class has too few samples for `config.validation_per_class`.
+    """
     labels, num_classes = manifest.labels, len(manifest.classes)
     if (labels < 0).any() or num_classes < 2:
-        raise DataError(f"{manifest.folder} has samples without a label, or a single class: nothing to split by class")
+        raise DataError(
+            f"{manifest.folder} has samples without a label, or fewer than two classes; a split needs the class of every sample"
+        )
     pool, pool_hash = _listed(config.pool_list, manifest, default=True)
     listed, listed_hash = _listed(config.labelled_list, manifest, default=False)
     sizes = np.bincount(labels[pool], minlength=num_classes)
     ranks = class_ranks(sizes, config.class_order, seed)
     outside = ranks >= num_classes - config.ood_classes
-    letters = np.full(manifest.num_samples, LETTERS["unused"])
+    codes = np.full(manifest.num_samples, CODES["unused"])
     members = [_shuffled_members(c, labels, pool, listed, seed) for c in range(num_classes)]
     for c in np.flatnonzero(~outside).tolist():
         held_out, members[c] = _hold_out(members[c], listed, config, manifest.classes[c])
-        letters[held_out] = LETTERS["validation"]
+        codes[held_out] = CODES["validation"]
     targets = target_counts(np.array([len(m) for m in members]), ranks, config)
     for c in range(num_classes):
         draws = seeds.uniforms(2, seed, c, _ROUND)
@@ -81,11 +102,11 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         else:
             wanted = round_count(config.labelled * kept, config.rounding, draws[1])
             known = min(kept, max(config.min_labelled_per_class, wanted))
-        letters[members[c][:known]] = LETTERS["labelled"]
-        letters[members[c][known:kept]] = LETTERS["unlabelled"]
+        codes[members[c][:known]] = CODES["labelled"]
+        codes[members[c][known:kept]] = CODES["unlabelled"]
     if config.scope == "labelled":
         barred = outside[labels] & (config.ood_scope == "all")
-        letters[(letters == LETTERS["unused"]) & ~barred] = LETTERS["unlabelled"]
+        codes[(codes == CODES["unused"]) & ~barred] = CODES["unlabelled"]
     header = {
         "version": VERSION,
         "manifest": manifest.hash,
@@ -96,11 +117,11 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         "class_ranks": ranks.tolist(),
         "ood_classes": np.flatnonzero(outside).tolist(),
     }
-    return Split(header, letters, labels)
+    return Split(header, codes, labels)
 
 
 def _listed(path: str, manifest: Manifest, default: bool) -> tuple[NDArray[np.bool_], str]:
-    """(num_samples,) whether a sample is in the list, and the list's sha256; all `default` without a list."""
+    """Return (num_samples,) whether a sample is in the list, and the list's SHA-256; all `default` without a list."""
     mask = np.full(manifest.num_samples, default)
     if not path:
         return mask, ""
@@ -113,7 +134,7 @@ def _listed(path: str, manifest: Manifest, default: bool) -> tuple[NDArray[np.bo
 def _shuffled_members(
     c: int, labels: NDArray[np.int64], pool: NDArray[np.bool_], listed: NDArray[np.bool_], seed: int
 ) -> NDArray[np.int64]:
-    """The sample_indices of class `c` in random order, those of a published list in front."""
+    """Return the sample indices of class `c` in random order, those of a published list first."""
     members = np.flatnonzero((labels == c) & pool)
     members = members[seeds.permutation(len(members), seed, c, _SHUFFLE)]
     return members[np.argsort(~listed[members], kind="stable")]
@@ -122,25 +143,25 @@ def _shuffled_members(
 def _hold_out(
     members: NDArray[np.int64], listed: NDArray[np.bool_], config: SplitConfig, name: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Validation samples, never listed ones, and the rest."""
+    """Return the validation samples, none of which is listed, and the rest."""
     free = members[~listed[members]]
     held_out = free[: config.validation_per_class]
     rest = members[~np.isin(members, held_out)]
     if len(held_out) < config.validation_per_class or (len(held_out) and not len(rest)):
         raise ConfigError(
-            f"validation_per_class = {config.validation_per_class} leaves nothing to train on in class {name!r}, "
+            f"--validation-per-class {config.validation_per_class} leaves nothing to train on in class {name!r}, "
             f"which has {len(free)} samples to choose from; lower it"
         )
     return held_out, rest
 
 
 def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
-    """The protocol as a sentence."""
+    """Return the protocol in words."""
     parts = []
     if config.pool_list:
         parts.append(f"only the samples of {Path(config.pool_list).name}")
     if config.imbalance > 1:
-        scope = "labelled and unlabelled alike" if config.scope == "both" else "the labelled part only"
+        scope = "labelled and unlabelled alike" if config.scope == "both" else "the labelled samples only"
         size = "the largest class" if config.relative_to == "largest" else "each class's own size"
         parts.append(
             f"{config.profile} imbalance {config.imbalance:g} of {size} over {num_classes} classes, head to tail by "
@@ -161,32 +182,37 @@ def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
 
 
 def write_split(split: Split, path: Path) -> None:
-    """Write all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(split.content)
-    partial.replace(path)
+    """Write the file, whole or not at all."""
+    replace_bytes(path, split.content)
 
 
 def read_split(path: Path, manifest: Manifest) -> Split:
-    """DataError if the file is missing, damaged, or was made for another dataset."""
+    """Read a split of the dataset of `manifest`; the name of the file is free.
+
+    Raises:
+        DataError: The file is missing or damaged, or was made for another dataset.
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"split {path} does not exist; make it with `python -m pipeline.data split`")
-    first, _, rest = path.read_bytes().partition(b"\n")
+    again = f"delete it and make it again with `python -m pipeline.data split {manifest.folder} --out {path}`"
     try:
-        header = json.loads(first)
-        made_for, version = header["manifest"], header["version"]
-        text = header["protocol"], header["num_classes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"split {path} is damaged ({type(error).__name__}: {error}); make it again") from None
-    if version != VERSION or made_for != manifest.hash:
+        header = json.loads(path.read_bytes())
+        codes = header.pop("codes").encode("ascii")
+        made_for, version, num_classes = header["manifest"], header["version"], header["num_classes"]
+        _ = header["protocol"], header["class_ranks"], header["ood_classes"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"split {path} is damaged or not a split of this version ({type(error).__name__}: {error}); {again}"
+        ) from None
+    if version != VERSION:
+        raise DataError(f"split {path} has version {version!r}, this code reads {VERSION}; {again}")
+    if made_for != manifest.hash:
         raise DataError(
             f"split {path} was made for another dataset (manifest {str(made_for)[:12]}, {manifest.folder} has "
             f"{manifest.hash[:12]}); make a split of this one"
         )
-    letters = np.frombuffer(rest.removesuffix(b"\n"), "S1")
-    known = np.isin(letters, list(LETTERS.values())).all()
-    if len(letters) != manifest.num_samples or not known or text[1] != len(manifest.classes):
-        raise DataError(f"split {path} is damaged: {len(letters)} letters for {manifest.num_samples} samples")
-    return Split(header, letters, manifest.labels)
+    unknown = codes.translate(None, b"".join(CODES.values()))
+    if len(codes) != manifest.num_samples or unknown or num_classes != len(manifest.classes):
+        raise DataError(f"split {path} is damaged: {len(codes)} codes for {manifest.num_samples} samples; {again}")
+    return Split(header, np.frombuffer(codes, "S1"), manifest.labels)

@@ -105,7 +105,7 @@ def _check(given: argparse.Namespace) -> _Request:
         raise ConfigError(
             f"--subset {given.subset} is a subset of {given.train}, but DATA is {given.data}; give the same folder for both"
         )
-    sample_indices = split.part(given.subset) if split and given.subset else np.arange(data.num_samples)
+    sample_indices = split.subset(given.subset) if split and given.subset else np.arange(data.num_samples)
     if not len(sample_indices):
         raise ConfigError(f"{given.split} has no {given.subset} samples; give another --subset")
     out = given.out or given.export.parent / f"evaluation-{given.data.name}"
@@ -113,8 +113,8 @@ def _check(given: argparse.Namespace) -> _Request:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be written ({error.strerror}); choose another --out") from None
-    held_out = split.part("validation") if split and given.subset != "validation" else np.empty(0, np.int64)
-    bank = split.part("labelled") if split and given.probe else np.empty(0, np.int64)
+    held_out = split.subset("validation") if split and given.subset != "validation" else np.empty(0, np.int64)
+    bank = split.subset("labelled") if split and given.probe else np.empty(0, np.int64)
     learnt_from = np.concatenate([held_out, bank])
     if train.hash == data.hash and (both := np.intersect1d(sample_indices, learnt_from)).size:
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import HandoverError
 from pipeline.exports.card import CARD, PROBE, WEIGHTS, Card
 from pipeline.exports.hub import README, TIMM_CONFIG, model_card, timm_config
-from pipeline.files import fsync, sha256_of
+from pipeline.files import publish, sha256_of
 from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
 from pipeline.models.config import VisionMambaConfig
@@ -87,11 +86,7 @@ def write_export(
     (temporary / README).write_text(model_card(card, folder.name, for_timm=known_to_timm is not None))
     if known_to_timm is not None:
         (temporary / TIMM_CONFIG).write_text(json.dumps(known_to_timm, indent=1) + "\n")
-    for path in [*temporary.rglob("*"), temporary]:
-        fsync(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
-    fsync(folder.parent)
+    publish(temporary, folder)
     return card
 
 

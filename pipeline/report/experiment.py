@@ -118,7 +118,7 @@ def _panels(result: Result) -> list[Panel]:
     manifest = read_manifest(Path(given["test"] or given["train"]))
     if given["test"]:
         return _draw_panels(exports, manifest, np.arange(manifest.num_samples))
-    held_out = read_split(Path(given["split"]), manifest).part("validation")
+    held_out = read_split(Path(given["split"]), manifest).subset("validation")
     return _draw_panels(exports, manifest, held_out) if len(held_out) else []
 
 

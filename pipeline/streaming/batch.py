@@ -53,6 +53,6 @@ class Batch:
 
         Virtual readers do not depend on the world size, so the pairs do not either. `chunks` of whole virtual readers keep
         the pairs; a chunk that cuts a virtual reader is one reader of its own. The middle sample of an odd number is its own
-        partner, and so is a single one: configs that mix are then refused (`StageConfig.refuse_lone`).
+        partner, and so is a single one: configs that mix are then refused (`StageConfig._pairs`).
         """
         return torch.arange(len(self), device=self.labels.device).view(self.virtual_readers, -1).flip(1).flatten()

@@ -44,7 +44,12 @@ STRONG = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25)
 class LoaderConfig(Strict):
     """How an epoch is ordered, and by how many hands it is read."""
 
-    virtual_readers: Positive = 8  # virtual readers: divides the global batch, a multiple of the world size
+    virtual_readers: Positive | None = Field(
+        None,
+        description="equal, independent shares into which the order of the samples is cut, each owned by one process; "
+        "null = derived so that every number of processes fits that divides loop.global_batch. A number given must divide "
+        "loop.global_batch and be a multiple of the number of processes",
+    )
     window: Positive = 32_768  # reach of the shuffle, in samples over all virtual_readers
     workers: Annotated[int, Field(ge=0)] = 2  # processes per rank; 0 reads and decodes in the training process
     prefetch: Positive = 2  # batches ahead, per worker
@@ -52,3 +57,26 @@ class LoaderConfig(Strict):
     repeat_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.001  # repeat_factor: classes rarer than this repeat
     max_unreadable: Fraction = 0.001  # of the samples, before the run stops; those below it are replaced and named
     remote: RemoteConfig = RemoteConfig()
+
+
+def derive_virtual_readers(global_batch: int, samples: int, *, mixed: bool = False) -> int:
+    """Choose into how many virtual readers the order of a run is cut.
+
+    The result is the largest divisor of `global_batch` that leaves every virtual reader at least one sample of the stream
+    and, with `mixed`, at least two images of each batch, since partners are found inside a virtual reader. Usually it is
+    `global_batch` itself, or half of it with `mixed`.
+
+    A process owns whole virtual readers, so every number of processes that divides the result serves the same global
+    batches. The rule knows the batch and the data but not the number of processes. So a run that is resumed with more
+    or fewer processes has the same virtual readers, and with them the same order and the same mixed pairs.
+
+    Args:
+        global_batch: Samples per optimizer step over all processes.
+        samples: Samples of the smallest stream of the run.
+        mixed: Whether a stream with `global_batch` images per step mixes them in pairs.
+
+    Returns:
+        The number of virtual readers, at least 1.
+    """
+    most = min(samples, global_batch // 2 if mixed else global_batch)
+    return max((d for d in range(1, most + 1) if global_batch % d == 0), default=1)

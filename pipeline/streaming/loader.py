@@ -15,7 +15,7 @@ from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.batch import Batch
 from pipeline.streaming.batches import EvalParts, Part, TrainParts
 from pipeline.streaming.buffers import Buffers
-from pipeline.streaming.config import LoaderConfig
+from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.streaming.order import Order, SampleIndices, cut_blocks, cut_runs, rank_lanes
 from pipeline.streaming.quarantine import Quarantine
 from pipeline.streaming.reader import Reader
@@ -51,29 +51,30 @@ class Loader:
     ) -> None:
         sample_indices = np.sort(np.asarray(sample_indices, np.int64))
         weights, groups = sample_weights(manifest.labels[sample_indices], config)
-        if 0 < len(sample_indices) < config.virtual_readers:
+        num_readers = config.virtual_readers or derive_virtual_readers(global_batch, len(sample_indices))
+        if 0 < len(sample_indices) < num_readers:
             raise ConfigError(
-                f"virtual_readers = {config.virtual_readers} but only {len(sample_indices)} samples of {manifest.folder};"
-                f" lower virtual_readers to a multiple of {world_size} that divides the global batch of {global_batch}"
+                f"virtual_readers is {num_readers}, but {manifest.folder} has only {len(sample_indices)} samples to share"
+                " among them; leave virtual_readers out"
             )
         if hide_labels and config.sampling != "uniform":
             raise ConfigError(
                 f"sampling = {config.sampling} of a stream whose labels are hidden would tell them; use uniform"
             )
         _check_cache(manifest, sample_indices, config, world_size)
-        blocks, runs = cut_blocks(manifest, sample_indices, config.virtual_readers)
+        blocks, runs = cut_blocks(manifest, sample_indices, num_readers)
         order = Order(
             sample_indices,
             blocks,
             global_batch=global_batch,
-            virtual_readers=config.virtual_readers,
+            virtual_readers=num_readers,
             window=config.window,
             seed=seed,
             weights=weights,
             groups=groups,
         )
         self.order, self.config, self.views = order, config, views
-        self._lanes = rank_lanes(config.virtual_readers, rank, world_size)
+        self._lanes = rank_lanes(num_readers, rank, world_size)
         reader = Reader(manifest, sample_indices, runs, config.remote)
         self._source = TrainParts(manifest, views, reader, order, self._lanes)
         self._labels = None if hide_labels else manifest.labels
@@ -83,14 +84,14 @@ class Loader:
         self._buffers = Buffers()
         self._running: list[Generator[Part, None, None]] = []
         logger.info(
-            "%s: an epoch is %d samples = %.1f steps of %d; %d shards, %d blocks, %d virtual_readers",
+            "%s: an epoch is %d samples = %.1f steps of %d; %d shards, %d blocks, %d virtual readers",
             manifest.folder,
             order.epoch_size,
             self.steps_per_epoch,
             global_batch,
             len(manifest.shards),
             len(blocks) - 1,
-            config.virtual_readers,
+            num_readers,
         )
 
     @property

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import Diverged, EnvironmentProblem, HandoverError
-from pipeline.files import fsync, sha256_of, write_text
+from pipeline.files import publish, replace_text, sha256_of
 from pipeline.train.distributed import World, any_rank
 from pipeline.train.engine import Engine
 from pipeline.train.shardfile import write_shards
@@ -128,7 +128,7 @@ class _Writing(Thread):
                 self.digests[path.name] = write_shards(path, self.tensors)
             if self.rank == 0:
                 path = self.temporary / "state.json"
-                self.digests[path.name] = write_text(path, json.dumps(self.state, indent=1))
+                self.digests[path.name] = replace_text(path, json.dumps(self.state, indent=1))
         except OSError as error:
             self.problem = f"{error.strerror} ({path})"
         except Exception as error:  # whatever it is, what it left is no checkpoint
@@ -223,11 +223,8 @@ def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
 
 
 def _complete(writing: _Writing, files: dict[str, str]) -> None:
-    write_text(writing.temporary / "COMPLETE", json.dumps(files, indent=1))
-    fsync(writing.temporary)
-    shutil.rmtree(writing.final, ignore_errors=True)
-    os.rename(writing.temporary, writing.final)
-    fsync(writing.final.parent)
+    replace_text(writing.temporary / "COMPLETE", json.dumps(files, indent=1))
+    publish(writing.temporary, writing.final)
 
 
 def _make_empty(folder: Path) -> str:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from launchers.local import spawn
-from pipeline.files import write_text
+from pipeline.files import replace_text
 from pipeline.train.checkpoint import _damage, complete
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 from tests.golden.write import losses
@@ -155,8 +155,8 @@ def left_out_from_the_start(run: Path, data_step: int, root: Path) -> Path:
     state = json.loads((start / "state.json").read_text())
     state["loop"]["left_out"] = [data_step]
     files = json.loads((start / "COMPLETE").read_text())
-    files["state.json"] = write_text(start / "state.json", json.dumps(state))
-    write_text(start / "COMPLETE", json.dumps(files))
+    files["state.json"] = replace_text(start / "state.json", json.dumps(state))
+    replace_text(start / "COMPLETE", json.dumps(files))
     return copy
 
 

@@ -16,7 +16,7 @@ def poisoned(digits: Path, folder: Path) -> Path:
     shutil.copytree(digits / "train", folder / "train")
     manifest = read_manifest(digits / "train")
     split = read_split(digits / "split.json", manifest)
-    hidden = np.concatenate([split.part("unlabelled"), split.part("unused")])
+    hidden = np.concatenate([split.subset("unlabelled"), split.subset("unused")])
     labels = manifest.labels.copy()
     labels[hidden] = np.random.default_rng(0).permutation(labels[hidden])
     indices, first = [], 0
@@ -33,9 +33,8 @@ def poisoned(digits: Path, folder: Path) -> Path:
         first = rows.stop
     changed = write_manifest(folder / "train", manifest.classes, indices)
     assert (read_manifest(folder / "train").labels != manifest.labels).sum() > 0.7 * len(hidden)
-    header, _, letters = (digits / "split.json").read_bytes().partition(b"\n")
-    text = json.dumps(json.loads(header) | {"manifest": changed.hash}).encode() + b"\n" + letters
-    (folder / "split.json").write_bytes(text)
+    content = json.loads((digits / "split.json").read_text()) | {"manifest": changed.hash}
+    (folder / "split.json").write_text(json.dumps(content))
     return folder
 
 

@@ -176,7 +176,7 @@ def test_tensorboard_holds_the_log_row_for_row_and_pictures(chain: Stages, stage
     assert expected[stage] in images
     assert set(events.Tags()["histograms"]) == HISTOGRAMS[stage]
     if stage == "semi":
-        unlabelled = read_split(chain.digits / "split.json", read_manifest(chain.digits / "train")).part("unlabelled")
+        unlabelled = read_split(chain.digits / "split.json", read_manifest(chain.digits / "train")).subset("unlabelled")
         for event in events.Histograms("pseudo/classes"):
             (coverage,) = (r["pseudo/coverage"] for r in rows if r["step"] == event.step and "pseudo/coverage" in r)
             assert event.histogram_value.num == round(coverage / 100 * len(unlabelled))

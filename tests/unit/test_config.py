@@ -43,6 +43,12 @@ def test_an_unknown_key_inside_an_optional_section_is_explained_too() -> None:
     )
 
 
+def test_a_key_that_was_renamed_is_refused_with_its_new_name() -> None:
+    path = ROOT / "configs/semi/smoke.yaml"
+    with pytest.raises(ConfigError, match=r"data\.loader\.lanes: .* write data\.loader\.virtual_readers"):
+        load_config(STAGES["semi"].config, path, ["data.loader.lanes=4"])
+
+
 def test_all_problems_are_told_at_once() -> None:
     text = refusal({"optim": {"lr": -1, "steps": "many"}})
     assert "3 problems" in text
@@ -115,13 +121,13 @@ def test_every_config_in_the_house_is_valid_and_tells_its_story(path: Path) -> N
 @pytest.mark.parametrize(
     ("path", "override", "said"),
     [
-        ("distill/demo", "mix={mixup: 0.8}", "mix needs two in each lane: loop.global_batch 4 "),
+        ("distill/demo", "mix={mixup: 0.8}", "mix needs two images in each virtual reader: loop.global_batch 4 "),
         (
             "semi/demo",
             "mixup={labelled_cutmix: 1}",
-            "mixing labelled images needs two in each lane: loop.global_batch 4 ",
+            "mixing labelled images needs two images in each virtual reader: loop.global_batch 4 ",
         ),
-        ("semi/demo", "ssmixup={}", "mixing unlabelled images needs two in each lane: loop.global_batch 4 "),
+        ("semi/demo", "ssmixup={}", "mixing unlabelled images needs two images in each virtual reader: loop.global_batch 4 "),
     ],
 )
 def test_a_lone_image_is_not_mixed_with_itself(path: str, override: str, said: str) -> None:
@@ -136,5 +142,5 @@ def test_a_lone_image_is_not_mixed_with_itself(path: str, override: str, said: s
         load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", narrow)
     wide = [*narrow[:2], "data.loader.virtual_readers=2", *narrow[3:]]
     load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", wide)
-    with pytest.raises(ConfigError, match=r"needs two at once: engine\.micro_batch is 1"):
+    with pytest.raises(ConfigError, match=r"needs two images at once: engine\.micro_batch is 1"):
         load_config(STAGES[stage].config, ROOT / f"configs/{path}.yaml", [*wide, "engine.micro_batch=1"])

@@ -107,8 +107,8 @@ def test_imbalance_of_the_labelled_part_only_keeps_the_rest_unlabelled(imagenet:
 def test_validation_is_apart_and_the_same_under_every_imbalance(imagenet: Manifest):
     plain = make_split(imagenet, SplitConfig(validation_per_class=20), seed=0)
     tailed = make_split(imagenet, SplitConfig(imbalance=100, labelled=0.01, validation_per_class=20), seed=0)
-    assert plain.part("validation").tolist() == tailed.part("validation").tolist()
-    assert not np.intersect1d(tailed.part("validation"), tailed.part("labelled")).size
+    assert plain.subset("validation").tolist() == tailed.subset("validation").tolist()
+    assert not np.intersect1d(tailed.subset("validation"), tailed.subset("labelled")).size
     with pytest.raises(ConfigError, match="leaves nothing to train on in class 'n0000'"):
         make_split(imagenet, SplitConfig(validation_per_class=5000), seed=0)
 
@@ -127,13 +127,13 @@ def test_published_lists_are_taken_at_their_word(imagenet: Manifest, tmp_path: P
     for name, text in forms.items():
         (tmp_path / name).write_text(text)
         split = make_split(imagenet, SplitConfig(labelled_list=str(tmp_path / name), validation_per_class=5), seed=0)
-        assert split.part("labelled").tolist() == wanted.tolist(), name
-        assert not np.intersect1d(split.part("validation"), wanted).size
+        assert split.subset("labelled").tolist() == wanted.tolist(), name
+        assert not np.intersect1d(split.subset("validation"), wanted).size
         assert f"labelled as in {name}" in split.protocol
     pool = make_split(imagenet, SplitConfig(pool_list=str(tmp_path / "imagenet-lt"), labelled=0.5), seed=0)
-    assert np.union1d(pool.part("labelled"), pool.part("unlabelled")).tolist() == wanted.tolist()
+    assert np.union1d(pool.subset("labelled"), pool.subset("unlabelled")).tolist() == wanted.tolist()
     wide = SplitConfig(pool_list=str(tmp_path / "imagenet-lt"), labelled=0.5, scope="labelled")
-    assert not len(make_split(imagenet, wide, seed=0).part("unused"))
+    assert not len(make_split(imagenet, wide, seed=0).subset("unused"))
     (tmp_path / "bad").write_text("n9999_1.JPEG\n" + forms["simclr"])
     with pytest.raises(DataError, match=r"1 of 501 lines name no image .* the first: 'n9999_1\.JPEG'"):
         make_split(imagenet, SplitConfig(labelled_list=str(tmp_path / "bad")), seed=0)

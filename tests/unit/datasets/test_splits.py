@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from pipeline.errors import ConfigError, DataError
 LONG_TAIL = SplitConfig(imbalance=10, labelled=0.1, validation_per_class=15)
 
 
-def test_a_long_tailed_split_has_the_formulas_counts_and_disjoint_parts(train: Manifest):
+def test_a_long_tailed_split_has_the_formulas_counts_and_disjoint_subsets(train: Manifest):
     split = make_split(train, LONG_TAIL, seed=0)
-    parts = {name: split.part(name) for name in ("labelled", "unlabelled", "validation", "unused")}
-    assert sorted(np.concatenate(list(parts.values()))) == list(range(train.num_samples))
+    subsets = [split.subset(name) for name in ("labelled", "unlabelled", "validation", "unused")]
+    assert sorted(np.concatenate(subsets)) == list(range(train.num_samples))
     assert split.counts("validation").tolist() == [15] * 10
     kept = split.counts("labelled") + split.counts("unlabelled")
     largest = (np.bincount(train.labels) - 15).max()
@@ -39,16 +40,36 @@ def test_a_split_of_another_dataset_and_a_damaged_one_are_refused(train: Manifes
     write_split(make_split(train, LONG_TAIL, seed=0), path)
     with pytest.raises(DataError, match="made for another dataset"):
         read_split(path, read_manifest(digits_folder / "test"))
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"damaged: .* letters for 1397"):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match="is damaged or not a split of this version"):
         read_split(path, train)
+    for codes in ("LU", "X" * train.num_samples, 7, "ü" * train.num_samples):
+        path.write_text(json.dumps(json.loads(whole) | {"codes": codes}))
+        with pytest.raises(DataError, match="damaged"):
+            read_split(path, train)
+    for version in (1, None):
+        path.write_text(json.dumps(json.loads(whole) | {"version": version}))
+        with pytest.raises(DataError, match=f"has version {version}, this code reads 2; delete it and make it again"):
+            read_split(path, train)
     with pytest.raises(DataError, match="does not exist"):
         read_split(tmp_path / "none", train)
 
 
-def test_an_unknown_part_lists_the_known_ones(train: Manifest):
-    with pytest.raises(ConfigError, match="unknown part of a split 'labeled'; known: labelled, unlabelled"):
-        make_split(train, LONG_TAIL, seed=0).part("labeled")
+def test_a_split_is_json_with_one_code_a_sample_however_the_file_is_named_and_laid_out(train: Manifest, tmp_path: Path):
+    split = make_split(train, LONG_TAIL, seed=0)
+    path = tmp_path / "any.name"
+    write_split(split, path)
+    content = json.loads(path.read_text())
+    assert len(content["codes"]) == train.num_samples
+    assert content["codes"].count("V") == len(split.subset("validation")) == 150
+    path.write_text(json.dumps(content, indent=2))
+    assert read_split(path, train).hash == split.hash
+
+
+def test_an_unknown_subset_lists_the_known_ones(train: Manifest):
+    with pytest.raises(ConfigError, match="unknown subset of a split 'labeled'; known: labelled, unlabelled"):
+        make_split(train, LONG_TAIL, seed=0).subset("labeled")
 
 
 def test_the_command_makes_a_split_once(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

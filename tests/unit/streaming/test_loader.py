@@ -99,7 +99,7 @@ def test_evaluation_counts_each_of_ten_samples_once(train, world_size, workers):
     assert (labels[joined < 0] == -1).all()
 
 
-def test_chunks_are_whole_lanes_and_partners_stay_in_their_lane():
+def test_chunks_are_whole_virtual_readers_and_partners_stay_inside_one():
     labels = torch.arange(32)
     batch = Batch(images=torch.rand(32, 3, 4, 4), labels=labels, indices=labels, virtual_readers=8)
     assert batch.partner()[:4].tolist() == [3, 2, 1, 0]
@@ -117,8 +117,8 @@ def test_steps_per_epoch_and_a_seek_far_ahead(train):
     assert len(batch) == 32
 
 
-def test_lanes_are_checked_against_the_samples_before_the_start(train):
-    with pytest.raises(ConfigError, match="virtual_readers = 8 but only 5 samples"):
+def test_virtual_readers_are_checked_against_the_samples_before_the_start(train):
+    with pytest.raises(ConfigError, match=r"virtual_readers is 8, but .* has only 5 samples"):
         loader_of(train, sample_indices=np.arange(5))
     with pytest.raises(ConfigError, match="virtual_readers = 8 does not divide the global batch of 12"):
         loader_of(train, global_batch=12)
