@@ -1,5 +1,5 @@
-// The least that a scan must do: `states` exponentials for each vector of channels, kept in registers, and every input
-// and output moved once. No recurrence, no softplus, no B, C or gate.
+// The least work that a scan must do: it computes `states` exponentials for each vector of channels in registers, and
+// moves every input and output once. It has no recurrence, no softplus, no B, no C and no gate.
 
 #include <ATen/Parallel.h>
 

@@ -1,7 +1,7 @@
-"""How fast the CPU scan is: python -m benchmarks.scan prints one JSON line last.
+"""Measure the speed of the CPU scan: `python -m benchmarks.scan` prints one JSON object on its last line.
 
-All at (8, 768, 197, 16), fp32, softplus and gate included, on 2 threads, every rival in the same rounds: a machine with
-other work on it slows them together, and the medians over the rounds are what is compared.
+All candidates compute the shape (8, 768, 197, 16) in fp32 with softplus and gate on 2 threads. They take turns in the
+same rounds, so other work on the machine slows all of them together. The medians over the rounds are compared.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHAPE = (8, 768, 197, 16)  # batch, channels, steps, states
 
 
 def plain_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
-    """The rival: the fastest loop in plain torch that was found: exponentials per step, `unbind`, sums as matmul."""
+    """Compute the scan with the fastest plain torch loop we found: exponentials per step, `unbind`, sums as matmul."""
     dt = F.softplus(delta + bias[:, None])
     steps = zip(dt.unbind(-1), (dt * u).unbind(-1), B.unbind(-1), C.unbind(-1), strict=True)
     hidden = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
@@ -37,7 +37,7 @@ def plain_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
 
 
 def scan_inputs() -> list[Tensor]:
-    """u, delta, A, B, C, D, z, bias with the ranges of a fresh Vim: step sizes around 1e-3 to 1e-1, A = -1..-N."""
+    """Return u, delta, A, B, C, D, z, bias with the ranges of a new Vim: step sizes about 1e-3 to 1e-1, A = -1..-N."""
     batch, channels, steps, states = SHAPE
     generator = torch.Generator().manual_seed(0)
 
@@ -58,13 +58,13 @@ def scan_inputs() -> list[Tensor]:
     ]
 
 
-def medians(rivals: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds over `rounds` of each rival, all of them taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in rivals.values():
-        run()  # what is built or allocated once
+def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each candidate; the candidates take turns in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():
+        run()  # builds and allocations happen only once
     for _ in range(rounds):
-        for name, run in rivals.items():
+        for name, run in candidates.items():
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
@@ -72,16 +72,18 @@ def medians(rivals: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
 
 
 def train(scan: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    """Run forward and backward and return the gradients of all inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     return torch.autograd.grad(scan(*leaves), leaves, gradient)
 
 
 def relative_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    """Return the largest difference divided by the largest value, for the worst tensor."""
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The highest sum of torch's live allocations during `run`."""
+    """Return the largest sum of torch's live allocations during `run`, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         results = run()
     del results
@@ -94,7 +96,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def scan_rows(rounds: int) -> dict[str, float]:
-    """The operator against the plain loop and against its limit."""
+    """Compare the operator with the plain loop and with its limit."""
     inputs = scan_inputs()
     gradient = torch.randn(SHAPE[:3], generator=torch.Generator().manual_seed(1))
     limit = load_library(sources=[Path(__file__).parent / "limit.cpp"]).limit
@@ -134,7 +136,7 @@ def scan_rows(rounds: int) -> dict[str, float]:
 
 
 def model_rows(rounds: int) -> dict[str, float]:
-    """A training step of Vim-Small against timm's ViT-Small with SDPA: 224 px, batch 8, AdamW; fp32, bf16 autocast."""
+    """Compare a step of Vim-Small with timm's ViT-Small with SDPA: 224 px, batch 8, AdamW, fp32 and bf16 autocast."""
     from pipeline.models import build_model
     from pipeline.ops.torchvision_cpu import allow_torchvision
 
@@ -165,9 +167,12 @@ def model_rows(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure everything and print the rows as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scan", default="auto", help="which implementation (see pipeline.ops.choice.SCANS)")
-    parser.add_argument("--rounds", type=int, default=40, help="of the operator; the models take a quarter as many")
+    parser.add_argument("--scan", default="auto", help="name of the implementation (see pipeline.ops.choice.SCANS)")
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="rounds of the operator; the models run a quarter as many"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     rows: dict[str, float | str] = {"scan": choose_scan(arguments.scan).name}

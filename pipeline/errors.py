@@ -1,30 +1,30 @@
-"""What a person can cause, and the exit code it ends in.
+"""Errors that a person can cause, and the exit codes of the process.
 
-Each error's text is one sentence: what was given, what is allowed, what to do. The codes are a contract with
-schedulers (SLURM's `afterok` must never fire on an interrupted stage), so they are stated here and nowhere else.
+The text of an error is one sentence: what was given, what is allowed, what to do. The exit codes are a contract with
+schedulers: for example, SLURM's `afterok` must never fire after an interrupted stage. They are defined only here.
 """
 
 
 class PipelineError(Exception):
-    """Base: ends the process with `exit_code` and its sentence, never with a stack trace."""
+    """Base class. It ends the process with `exit_code` and its sentence, without a stack trace."""
 
     exit_code = 1
 
 
 class ConfigError(PipelineError):
-    """A value a person typed: unknown key, wrong type, impossible combination."""
+    """A wrong value that a person typed: an unknown key, a wrong type, an impossible combination."""
 
     exit_code = 2
 
 
 class DataError(PipelineError):
-    """Shards, manifest, split or image."""
+    """A missing, damaged or unsuitable shard, manifest, split or image."""
 
     exit_code = 3
 
 
 class HandoverError(PipelineError):
-    """An export or checkpoint that is missing, damaged or does not fit."""
+    """A missing, damaged or unsuitable export or checkpoint."""
 
     exit_code = 4
 
@@ -36,18 +36,18 @@ class EnvironmentProblem(PipelineError):
 
 
 class Diverged(PipelineError):
-    """Training left the finite numbers."""
+    """Training diverged: a loss, a gradient or a weight is NaN or infinite."""
 
     exit_code = 6
 
 
 class DistributedFailure(PipelineError):
-    """A rank died or hung."""
+    """A rank died or stopped responding."""
 
     exit_code = 7
 
 
 class Interrupted(PipelineError):
-    """Stopped by a signal or a time limit with everything saved: start again to continue."""
+    """The run was stopped by a signal or a time limit and has saved its state; start it again to continue."""
 
     exit_code = 75

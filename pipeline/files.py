@@ -71,8 +71,8 @@ def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
         sync: Whether its bytes, and then the rename, are on the disk when this returns.
     """
     if sync:
-        for part in (temporary, *temporary.rglob("*")):
-            _sync(part)
+        for written in (temporary, *temporary.rglob("*")):
+            _sync(written)
     old = path.with_name(f".{path.name}.old")
     _remove(old)
     if path.is_dir():  # a rename replaces files and empty folders only

@@ -1,4 +1,4 @@
-"""Randomness as a pure function of integers: nothing to save, the same on every rank, worker and version."""
+"""Random numbers as a pure function of integers: no state to save, and equal on every rank, worker and version."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,23 +7,26 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
-def fold(*parts: int) -> int:
-    """One 64-bit seed out of several integers (splitmix64 over the parts); order matters."""
+def fold(*integers: int) -> int:
+    """Return one 64-bit seed for several integers, whose order matters (splitmix64 over them)."""
     state = 0
-    for part in parts:
-        state = (state ^ (part & _MASK)) + _GOLDEN & _MASK
+    for integer in integers:
+        state = (state ^ (integer & _MASK)) + _GOLDEN & _MASK
         state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
         state ^= state >> 31
     return state
 
 
-def uniforms(count: int, *parts: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1). From raw bits: numpy promises these streams, not those of its distributions."""
-    bits = np.random.PCG64(fold(*parts)).random_raw(count)
+def uniforms(count: int, *integers: int) -> NDArray[np.float64]:
+    """Return `count` random numbers in [0, 1) for the seed `fold(*integers)`.
+
+    They are made of raw bits, because numpy promises stable raw streams, but no stable streams of its distributions.
+    """
+    bits = np.random.PCG64(fold(*integers)).random_raw(count)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def permutation(count: int, *parts: int) -> NDArray[np.int64]:
-    """A uniform permutation of range(count)."""
-    return np.argsort(np.random.PCG64(fold(*parts)).random_raw(count), kind="stable")
+def permutation(count: int, *integers: int) -> NDArray[np.int64]:
+    """Return a uniformly random permutation of range(count) for the seed `fold(*integers)`."""
+    return np.argsort(np.random.PCG64(fold(*integers)).random_raw(count), kind="stable")

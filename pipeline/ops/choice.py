@@ -1,12 +1,10 @@
-"""Who computes the operators: chosen once per type of device, loudly, after a probe against the reference.
+"""The choice of an implementation of the operators: once per type of device, after a self-test against the reference.
 
-At the first call on a device, or earlier by `choose_scan`: every candidate must reproduce the reference on a small case
-before it may serve, and the log says which runs and why the better ones do not. A package or compiler that is absent
-(`Missing`) and a kernel that is there and fails (`Failing`) are different errors: the first is news, the second is
-alarming.
+The choice happens at the first call on a device, or earlier by `choose_scan`. An implementation must reproduce the
+reference on a small case before it is used. The log says which one runs and why the preferred ones do not. A missing
+package or compiler (`Missing`) is logged as information; a kernel that is installed and fails (`Failing`) as an error.
 """
 
-import difflib
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.config import choose
 from pipeline.errors import EnvironmentProblem
 from pipeline.ops import closed_form, mamba_cuda, meta, reference
 from pipeline.ops.fused import Fused
@@ -24,21 +23,29 @@ logger = logging.getLogger(__name__)
 
 
 class Missing(EnvironmentProblem):
-    """An implementation whose package, compiler or device is not here."""
+    """The package, compiler or device of an implementation is missing."""
 
 
 class Failing(EnvironmentProblem):
-    """An implementation that is here and crashes, or computes something else than the reference."""
+    """An implementation is installed, but it crashes or its results differ from the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operators:
-    """One implementation; `scan` and `conv` have the signatures of `pipeline.ops.reference`."""
+    """One implementation of the operators.
+
+    Attributes:
+        name: Its key in `SCANS`, for the log.
+        scan: With the signature of `pipeline.ops.reference.selective_scan`.
+        conv: With the signature of `pipeline.ops.reference.causal_conv1d_silu`.
+        mixer: With the signature of `pipeline.ops.scan.mixer_scan`, except that it always returns a tuple; None if the
+            chain is composed of `scan` and `conv`.
+    """
 
     name: str
     scan: Callable[..., Tensor | tuple[Tensor, Tensor]]
     conv: Callable[..., Tensor] = reference.causal_conv1d_silu
-    mixer: Callable[..., tuple[Tensor, ...]] | None = None  # `scan.mixer_scan`, always a tuple; None: composed
+    mixer: Callable[..., tuple[Tensor, ...]] | None = None
 
 
 def _cuda(device: torch.device) -> Operators:
@@ -69,7 +76,7 @@ def _triton(device: torch.device) -> Operators:
 
 def _native(device: torch.device) -> Operators:
     if device.type != "cpu":
-        raise Missing(f"it runs on the CPU, not on {device.type}")
+        raise Missing(f"the C++ kernels run on the CPU, not on {device.type}")
     from pipeline.ops.native.build import BuildError
     from pipeline.ops.native.library import Library
 
@@ -88,8 +95,9 @@ def _reference(device: torch.device) -> Operators:
     return Operators(name="reference", scan=reference.selective_scan)
 
 
-# In the order of preference. Each imports what it needs when called, so this file needs torch alone; a loader raises
-# Missing. `cuda` is mamba-ssm's kernel, `triton` ours, `native` C++, `torch` the closed form in plain torch.
+# In the order of preference. Each loader imports its packages when it is called, so importing this file needs only
+# torch; it raises Missing if it cannot. `cuda` is mamba-ssm's kernel, `triton` our own, `native` the C++ library, `torch`
+# the closed form in plain torch.
 SCANS: dict[str, Callable[[torch.device], Operators]] = {
     "cuda": _cuda,
     "triton": _triton,
@@ -101,23 +109,28 @@ _chosen: dict[str, Operators] = {}  # by device type
 
 
 def choose_scan(kind: str = "auto", device: torch.device | str = "cpu") -> Operators:
-    """Decide who computes the operators on this type of device from now on; `auto` takes the first that works.
+    """Choose the implementation for this type of device from now on.
 
-    A forced kind that is missing or fails raises; in `auto` the reason is logged and the next one is tried.
+    Args:
+        kind: A key of `SCANS`, or "auto" for the first one that works. With "auto", the reason why one does not work is
+            logged and the next one is tried.
+        device: Any device of the type.
+
+    Raises:
+        ConfigError: If `kind` is unknown.
+        Missing: If `kind` names an implementation that is not available.
+        Failing: If `kind` names an implementation that fails its self-test.
     """
     device = torch.device(device)
-    if kind != "auto" and kind not in SCANS:
-        nearest = difflib.get_close_matches(kind, SCANS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"scan {kind!r} is not one of auto, {', '.join(SCANS)}{hint}")
+    choose("scan", kind, {"auto": None, **SCANS})
     absent = []
     for name in SCANS if kind == "auto" else (kind,):
         try:
             operators = SCANS[name](device)
-            # In a thread of its own: the first call may come from inside activation checkpointing, whose hooks would
-            # take the probe's tensors for the block's, or from under an autocast.
+            # In a separate thread: the first call may happen under an autocast, or inside activation checkpointing,
+            # whose hooks would confuse the tensors of the self-test with those of the block.
             with ThreadPoolExecutor(1) as thread:
-                error = thread.submit(probe, operators, device).result()
+                error = thread.submit(self_test, operators, device).result()
         except Missing as reason:
             if kind != "auto":
                 raise
@@ -125,17 +138,26 @@ def choose_scan(kind: str = "auto", device: torch.device | str = "cpu") -> Opera
         except Failing as reason:
             if kind != "auto":
                 raise
-            logger.error("scan on %s: %s is installed but FAILS and is passed over: %s", device.type, name, reason)
+            logger.error(
+                "scan on %s: %s is installed but FAILS its self-test and is not used: %s", device.type, name, reason
+            )
         else:
             _chosen[device.type] = operators
             others = f" ({'; '.join(absent)})" if absent else ""
             logger.info("scan on %s: %s, relative error to the reference %.1e%s", device.type, name, error, others)
             return operators
-    raise AssertionError("the reference serves everywhere")
+    raise AssertionError("the reference works everywhere")
 
 
-def probe(operators: Operators, device: torch.device) -> float:
-    """Largest relative error to the reference over outputs and gradients of a small case; Failing above 1e-3."""
+def self_test(operators: Operators, device: torch.device) -> float:
+    """Compare an implementation with the reference on a small case.
+
+    Returns:
+        The largest relative error over all outputs and gradients.
+
+    Raises:
+        Failing: If the implementation raises, or the error is above 1e-3.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 20, 19), (2, 20, 19), (20, 5), (2, 5, 19), (2, 5, 19), (20,), (2, 20, 19), (20,)]
     values = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
@@ -147,23 +169,27 @@ def probe(operators: Operators, device: torch.device) -> float:
             with torch.enable_grad():
                 out, ungated = scan(*inputs, reverse=True, return_ungated=True)
                 results.append([out, ungated, *torch.autograd.grad((out * ungated.cos()).sum(), inputs)])
-        except Exception as error:  # whatever a foreign kernel raises at import or launch is the finding itself
+        except Exception as error:  # a foreign kernel may raise anything at import or launch
             raise Failing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     worst = max(
         float(((got - want).abs().max() / want.abs().max()).detach()) for got, want in zip(*results, strict=True)
     )
     if not worst < 1e-3:
-        raise Failing(f"relative error {worst:.1e} to the reference where 1e-3 is allowed")
+        raise Failing(f"its relative error to the reference is {worst:.1e}; at most 1e-3 is allowed")
     return worst
 
 
 def report(device: torch.device | str = "cpu") -> list[tuple[str, float | None, str]]:
-    """For a doctor: each implementation with its relative error to the reference, or None and the reason."""
+    """Test every implementation, for `doctor`.
+
+    Returns:
+        For each one its name, its relative error to the reference (None if it does not work), and a verdict in words.
+    """
     device = torch.device(device)
     rows: list[tuple[str, float | None, str]] = []
     for name, load in SCANS.items():
         try:
-            rows.append((name, probe(load(device), device), "works"))
+            rows.append((name, self_test(load(device), device), "works"))
         except Missing as reason:
             rows.append((name, None, f"not available: {reason}"))
         except Failing as reason:
@@ -172,7 +198,7 @@ def report(device: torch.device | str = "cpu") -> list[tuple[str, float | None, 
 
 
 def operators_for(tensor: Tensor) -> Operators:
-    """The chosen implementation for a tensor's device and dtype."""
+    """Return the chosen implementation for a tensor's device and dtype."""
     if tensor.is_meta:
         return Operators(name="meta", scan=meta.selective_scan)
     if tensor.dtype == torch.float64:  # the kernels compute in fp32

@@ -1,8 +1,8 @@
-"""The scan in plain torch with the backward written out: what serves where no compiler is, and what serves fp64.
+"""The scan in plain torch with a hand-written backward. It serves machines without a compiler, and fp64 everywhere.
 
-Against the reference under autograd it keeps no (Bt, E, L, N) tensor: the forward saves the state at the beginning of
-every chunk, the backward recomputes one chunk at a time (closed form: Mamba's backward; spec of the operator, 4.2).
-Inside a chunk everything but the recurrence itself is one operation over all of its steps.
+Unlike the reference under autograd it keeps no (Bt, E, L, N) tensor. The forward saves the state at the beginning of
+every chunk, and the backward recomputes one chunk at a time (closed form: Mamba's backward; spec of the operator, 4.2).
+Inside a chunk all operations except the recurrence run over all steps at once.
 
 Bt batch, G groups, E channels, C = E/G channels of a group, L steps, T steps of a chunk, N states.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 16  # T: two (T, Bt, E, N) tensors of a usual layer stay in a last-level cache
+CHUNK = 16  # T: two (T, Bt, E, N) tensors of a usual layer fit the last-level cache
 
 
 def selective_scan(
@@ -31,7 +31,7 @@ def selective_scan(
     reverse: bool = False,
     return_ungated: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`pipeline.ops.scan.selective_scan`; what surrounds the recurrence is left to autograd."""
+    """Compute `pipeline.ops.scan.selective_scan`. Autograd differentiates all operations except the recurrence."""
     inner = torch.float64 if u.dtype == torch.float64 else torch.float32
     groups = B.shape[1] if B.dim() == 4 else 1
     inputs = u.to(inner)
@@ -57,7 +57,7 @@ def selective_scan(
 
 
 def _states(dtu: Tensor, dt: Tensor, A: Tensor, B: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Decays a (T, Bt, G, C, N) and states h (T + 1, Bt, G, C, N) of a chunk, h[0] being `first`."""
+    """Return the decays a (T, Bt, G, C, N) and states h (T + 1, Bt, G, C, N) of a chunk, with h[0] = `first`."""
     decay = torch.exp(dt[..., None] * A)
     hidden = torch.empty(decay.shape[0] + 1, *decay.shape[1:], dtype=decay.dtype, device=decay.device)
     hidden[0] = first
@@ -68,7 +68,7 @@ def _states(dtu: Tensor, dt: Tensor, A: Tensor, B: Tensor, first: Tensor) -> tup
 
 
 class _Recurrence(torch.autograd.Function):
-    """p_t = C_t h_t with h_t = exp(dt_t A) h_{t-1} + (dt u)_t B_t; steps first, channels by group."""
+    """p_t = C_t h_t with h_t = exp(dt_t A) h_{t-1} + (dt u)_t B_t; steps come first, channels are split by group."""
 
     @staticmethod
     def forward(ctx: Any, dtu: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ class _Recurrence(torch.autograd.Function):
         hidden = dtu.new_zeros(1, *dtu.shape[1:], A.shape[-1])
         outputs, carries = [], []
         for at in range(0, dtu.shape[0], CHUNK):
-            part = slice(at, at + CHUNK)
+            chunk = slice(at, at + CHUNK)
             carries.append(hidden[-1].clone())
-            hidden = _states(dtu[part], dt[part], A, B[part], carries[-1])[1]
-            outputs.append((hidden[1:] @ C[part][..., None])[..., 0])
+            hidden = _states(dtu[chunk], dt[chunk], A, B[chunk], carries[-1])[1]
+            outputs.append((hidden[1:] @ C[chunk][..., None])[..., 0])
         ctx.save_for_backward(dtu, dt, A, B, C, *carries)
         return torch.cat(outputs)
 
@@ -91,16 +91,16 @@ class _Recurrence(torch.autograd.Function):
         g_A = torch.zeros_like(A)
         passed = torch.zeros_like(carries[0])  # a_{t+1} lam_{t+1}
         for k in reversed(range(len(carries))):
-            part = slice(k * CHUNK, (k + 1) * CHUNK)
-            decay, hidden = _states(dtu[part], dt[part], A, B[part], carries[k])
-            g_C[part] = (g[part][..., None, :] @ hidden[1:])[..., 0, :]
-            lam = g[part][..., None] * C[part][..., None, :]
+            chunk = slice(k * CHUNK, (k + 1) * CHUNK)
+            decay, hidden = _states(dtu[chunk], dt[chunk], A, B[chunk], carries[k])
+            g_C[chunk] = (g[chunk][..., None, :] @ hidden[1:])[..., 0, :]
+            lam = g[chunk][..., None] * C[chunk][..., None, :]
             for t in reversed(range(lam.shape[0])):
                 lam[t] += passed
                 torch.mul(decay[t], lam[t], out=passed)
-            g_dtu[part] = (lam @ B[part][..., None])[..., 0]
-            g_B[part] = (dtu[part][..., None, :] @ lam)[..., 0, :]
+            g_dtu[chunk] = (lam @ B[chunk][..., None])[..., 0]
+            g_B[chunk] = (dtu[chunk][..., None, :] @ lam)[..., 0, :]
             slope = lam.mul_(decay).mul_(hidden[:-1])  # lam a h_{t-1}: the gradient at dt A
-            g_dt[part] = (slope * A).sum(-1)
-            g_A += (slope * dt[part][..., None]).sum((0, 1))
+            g_dt[chunk] = (slope * A).sum(-1)
+            g_A += (slope * dt[chunk][..., None]).sum((0, 1))
         return g_dtu, g_dt, g_A, g_B, g_C

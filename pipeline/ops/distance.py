@@ -1,7 +1,8 @@
-"""How far weights are from a teacher's: two sums in one pass over both tensors, as exact as fp32 differences allow.
+"""The distance of weights from a teacher's weights: two sums in one pass, as exact as fp32 differences allow.
 
-In torch the same costs a temporary and three passes; on a CPU, where a teacher's update is bound by memory, that is
-more than the update itself. Hence the kernel, and the torch form wherever it does not apply.
+torch needs a temporary tensor and three passes for the same sums. On a CPU, memory bandwidth limits a teacher's
+update, so this would cost more than the update itself. A compiled kernel therefore serves fp32 on the CPU, and torch
+serves all other cases.
 """
 
 import ctypes
@@ -15,13 +16,17 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Elements at a time: on a CPU a chunk's difference stays in the cache, elsewhere few launches and little memory.
+# Elements at a time. On a CPU the difference of a chunk stays in the cache; a GPU wants few launches and little memory.
 CHUNK, CHUNK_ELSEWHERE = 2**18, 2**24
 
 
 def squared_distance_and_size(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """(2,) fp64: the sums over all pairs of |a - b|² and |b|². The tensors of a pair are contiguous and alike in shape, dtype
-    and device. No gradient."""
+    """Return the sums of |a - b|² and |b|² over all pairs as one tensor (2,) in fp64, without a gradient.
+
+    Args:
+        a: Contiguous tensors.
+        b: As many contiguous tensors; each pair has one shape, dtype and device.
+    """
     on_cpu = {(t.device.type, t.dtype) for t in (*a, *b)} == {("cpu", torch.float32)}
     if on_cpu and (kernels := _library()) is not None:
         pointers = [(c_void_p * len(side))(*(t.data_ptr() for t in side)) for side in (a, b)]
@@ -40,7 +45,7 @@ def squared_distance_and_size(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tenso
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no compiler."""
+    """Return the compiled kernels, or None where there is no compiler."""
     from pipeline.ops.native.build import BuildError, load_library
 
     try:

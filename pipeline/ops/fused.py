@@ -1,8 +1,8 @@
-"""Compiled kernels under autograd: scan, convolution, and the mixer's whole chain in one node.
+"""Compiled kernels under autograd: scan, convolution, and the whole chain of a mixer as one node.
 
-fp32 and bf16 run as they are, other dtypes are converted to fp32 and back (fp64 is served by the closed form in torch,
-see `pipeline.ops.scan`). The chain's backward is written by hand, so that gradients are accumulated where they lie:
-no split, concatenation or sum passes over (Bt, L, E) tensors remain between the matrix products.
+fp32 and bf16 are computed directly; other dtypes are converted to fp32 and back. (`pipeline.ops.choice` gives fp64 to
+the closed form in torch.) The backward of the chain is written by hand, so gradients are accumulated in place: between
+the matrix products no split, concatenation or sum passes over (Bt, L, E) tensors remain.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class _Scan(torch.autograd.Function):
         z: Tensor | None,
         *tensors: Any,
     ) -> Any:
-        """`tensors`: u, delta, A, B, C, D, delta_bias."""
+        """Take `tensors` in the order u, delta, A, B, C, D, delta_bias."""
         ctx.kernels, ctx.softplus, ctx.reverse, ctx.dtypes = kernels, softplus, reverse, _dtypes((z, *tensors))
         gate = None if z is None else _loadable(z)
         problem = ScanProblem(inputs=[_inputs(*tensors)], reverses=[reverse], z=gate, blend=None, softplus=softplus)
@@ -90,13 +90,13 @@ class _Conv(torch.autograd.Function):
 
 
 class _Mixer(torch.autograd.Function):
-    """Convolutions, projections, scans and gate of one or two directions; memory as plain autograd would keep it."""
+    """Convolutions, projections, scans and gate of one or two directions; keeps as much memory as plain autograd."""
 
     @staticmethod
     def forward(
         ctx: Any, kernels: Kernels, keep: bool, ungated: bool, blend: Tensor | None, xz: Tensor, *tensors: Tensor | None
     ) -> Any:
-        """`tensors`: the fields of each Direction, one direction after another."""
+        """Take `tensors` as the fields of each Direction, one direction after another."""
         ctx.kernels, ctx.dtypes = kernels, _dtypes((xz, *tensors))
         directions = [Direction(*fields) for fields in zip(*[iter(tensors)] * len(Direction._fields), strict=True)]
         ctx.reverses = reverses = [k == 1 for k in range(len(directions))]
@@ -143,7 +143,7 @@ class _Mixer(torch.autograd.Function):
             g_B, g_C = (t.transpose(1, 2).flatten(0, 1).to(xz.dtype) for t in (grads.B, grads.C))
             projected = projected.flatten(0, 1)
             g_projected = torch.cat([g_delta @ dt_proj, g_B, g_C], dim=1)
-            g_u.addmm_(g_projected, x_proj)  # u feeds the scan and the projection
+            g_u.addmm_(g_projected, x_proj)  # u is an input of the scan and of the projection
             g_convolved.append(g_u.view(*xz.shape[:2], x.shape[1]).transpose(1, 2))
             g_projections.append(
                 (
@@ -161,8 +161,11 @@ class _Mixer(torch.autograd.Function):
 class Fused:
     """The operators of `pipeline.ops.scan` on one set of kernels.
 
-    Whether a backward may follow is asked here: inside a Function's forward autograd is always off, and
-    `needs_input_grad` is true for parameters even under `no_grad`.
+    These methods ask whether gradients are enabled, because a Function cannot: in its forward autograd is always off,
+    and `needs_input_grad` is true for parameters even under `no_grad`.
+
+    Args:
+        kernels: The compiled kernels.
     """
 
     def __init__(self, kernels: Kernels) -> None:
@@ -183,6 +186,7 @@ class Fused:
         reverse: bool = False,
         return_ungated: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute `pipeline.ops.scan.selective_scan`."""
         results = _Scan.apply(
             self.kernels,
             torch.is_grad_enabled(),
@@ -201,6 +205,7 @@ class Fused:
         return results if return_ungated else results[0]
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+        """Compute `pipeline.ops.scan.causal_conv1d_silu`."""
         return _Conv.apply(self.kernels, reverse, x, weight, bias)
 
     def mixer(
@@ -211,6 +216,7 @@ class Fused:
         blend: Tensor | None = None,
         return_ungated: bool = False,
     ) -> tuple[Tensor, ...]:
+        """Compute `pipeline.ops.scan.mixer_scan`, as a tuple."""
         return _Mixer.apply(
             self.kernels, torch.is_grad_enabled(), return_ungated, blend, xz, *(t for d in directions for t in d)
         )

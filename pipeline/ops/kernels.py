@@ -1,7 +1,7 @@
-"""What a set of compiled kernels offers, so that one piece of autograd (fused.py) serves C++ and Triton alike.
+"""The interface of a set of compiled kernels, so that one autograd file (fused.py) serves both C++ and Triton.
 
-Kernels know no autograd, no dtype but fp32 and bf16, and take tensors with any strides. Bt batch, E channels, L steps,
-N states, G groups, K taps.
+Kernels know no autograd. They compute fp32 and bf16 and take tensors with any strides.
+Bt batch, E channels, L steps, N states, G groups, K taps.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Filter = tuple[Tensor, Tensor | None]  # weight (E, 1, K), bias (E,): contiguous
 
 
 class ScanInputs(NamedTuple):
-    """One direction's own inputs (A, D and bias contiguous fp32), or their gradients."""
+    """The inputs of one direction, or their gradients; A, D and bias are contiguous fp32."""
 
     u: Tensor  # (Bt, E, L)
     delta: Tensor  # (Bt, E, L)
@@ -27,22 +27,39 @@ class ScanInputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ScanProblem:
-    """One or two directions whose outputs are summed: o = sum_k ((p_k + D_k u_k) SiLU(z) + blend_k p_k), p = C·h."""
+    """One or two directions whose outputs are summed: o = sum_k ((p_k + D_k u_k) SiLU(z) + blend_k p_k), p = C·h.
+
+    Attributes:
+        inputs: The inputs of each direction.
+        reverses: Whether each direction runs from the last step to the first.
+        z: The gate, (Bt, E, L).
+        blend: (directions, Bt), contiguous fp32; it gets no gradient.
+        softplus: Whether dt is softplus(delta + bias), or delta + bias itself.
+    """
 
     inputs: Sequence[ScanInputs]
     reverses: Sequence[bool]
-    z: Tensor | None  # (Bt, E, L)
-    blend: Tensor | None  # (directions, Bt), contiguous fp32; gets no gradient
+    z: Tensor | None
+    blend: Tensor | None
     softplus: bool
 
 
 class Kernels(Protocol):
-    """Outputs follow the layout of u (or x): channels last in memory if it has them so, else steps last."""
+    """Compiled kernels. Outputs have the memory layout of u (or x): channels last if u has that layout, else steps last."""
 
     def scan_forward(
         self, problem: ScanProblem, *, ungated: bool, keep: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """o; each direction's p if `ungated`; what the backward wants to find again if `keep`, one each."""
+        """Compute the scan.
+
+        Args:
+            problem: What to compute.
+            ungated: Whether to return p = C·h of each direction.
+            keep: Whether to return what `scan_backward` needs of each direction.
+
+        Returns:
+            o (Bt, E, L); the p of each direction, or none; the carries of each direction, or none.
+        """
 
     def scan_backward(
         self,
@@ -52,12 +69,23 @@ class Kernels(Protocol):
         g_ps: Sequence[Tensor],
         g_z: Tensor | None,
     ) -> list[ScanInputs]:
-        """The gradients of each direction's inputs, of A, B, C, D and bias in fp32; z's is written into `g_z`."""
+        """Compute the gradients of the scan.
+
+        Args:
+            problem: As given to `scan_forward`.
+            carries: What `scan_forward` returned with `keep`.
+            g_o: Gradient at o.
+            g_ps: Gradients at the p of each direction; empty if these were not returned.
+            g_z: Receives the gradient of z; None without a gate.
+
+        Returns:
+            The gradients of each direction's inputs; those of A, B, C, D and bias are fp32.
+        """
 
     def conv_forward(self, x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool]) -> list[Tensor]:
-        """SiLU(conv(x)) (Bt, E, L) for each filter."""
+        """Return SiLU(conv(x)), (Bt, E, L), for each filter."""
 
     def conv_backward(
         self, x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool], g_outs: Sequence[Tensor], g_x: Tensor
     ) -> list[Filter]:
-        """Gradients of each filter, in fp32; x's, summed over the directions, is written into `g_x`."""
+        """Return the gradients of each filter in fp32; write that of x, summed over the directions, into `g_x`."""

@@ -1,8 +1,9 @@
 """mamba-ssm's CUDA kernel behind our signature.
 
-The kernel knows one direction, one dtype for u, delta, B, C and z, steps last and contiguous, and gives gated outputs
-only: so a reversed scan flips here, and the ungated output is taken by gating outside. It is compiled with fast math
-and its backward adds with atomics: compare at 1e-3, and do not expect the same bits twice.
+The kernel computes one direction and returns only the gated output. It needs one dtype for u, delta, B, C and z, and
+contiguous tensors with the steps last. So this file flips the tensors for a reversed scan, and applies the gate itself
+if the ungated output is wanted. The kernel is compiled with fast math, and its backward adds with atomics: compare its
+results at 1e-3, and expect other bits in every run.
 """
 
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def selective_scan(
     reverse: bool = False,
     return_ungated: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`pipeline.ops.scan.selective_scan`."""
+    """Compute `pipeline.ops.scan.selective_scan`."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     def turn(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The scan without numbers: on the meta device it gives shapes, and tells FlopCounterMode what it would cost.
+"""The scan on the meta device: it returns shapes, and tells FlopCounterMode how many FLOPs the scan costs.
 
-So the cost of a model is counted on any machine before a byte is allocated, whichever kernel will compute it later.
+So the cost of a model can be counted on any machine before memory is allocated, whichever kernel computes it later.
 """
 
 import torch
@@ -19,9 +19,10 @@ def _(u: Tensor, states: int) -> Tensor:
 
 
 def scan_flops(batch: int, channels: int, steps: int, states: int) -> int:
-    """9 N + 4 a channel and step, as Mamba's authors count: the recurrence and C·h; skip, gate and softplus.
+    """Return the FLOPs of a scan: 9 N + 4 for each channel and step, as Mamba's authors count.
 
-    Exponentials are not counted, nor what an implementation computes beyond the recurrence.
+    9 N are the recurrence and C·h; 4 are the skip, the gate and the softplus. Exponentials are not counted, and neither
+    is what an implementation computes beyond the recurrence.
     """
     return batch * channels * steps * (9 * states + 4)
 
@@ -34,6 +35,6 @@ def _(u_shape: tuple[int, int, int], states: int, *, out_shape: tuple[int, ...])
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, *_: Tensor | None, return_ungated: bool = False, **__: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The signature of `pipeline.ops.reference.selective_scan`; no gradients."""
+    """Return empty outputs in the shapes of `pipeline.ops.reference.selective_scan`, without gradients."""
     out = torch.ops.pipeline.scan(u, A.shape[1])
     return (out, torch.empty_like(u)) if return_ungated else out

@@ -1,7 +1,7 @@
-"""The oracle: both operators in plain torch, differentiated by autograd. Obviously right, slow, and kept that way.
+"""The oracle: both operators in plain torch, differentiated by autograd. It is slow and simple on purpose.
 
 Definition: Mamba (Gu & Dao 2023, algorithm 2), `a = exp(dt A)` by zero-order hold, `dt B u` in the Euler-like form
-that every released Mamba uses. Shapes as in `pipeline.ops.scan`, which checks them.
+that every released Mamba uses. `pipeline.ops.scan` documents and checks the shapes.
 Bt batch, E channels, L steps, N states, G groups of channels that share B and C, K taps of the convolution.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Direction(NamedTuple):
-    """What a mixer owns for one direction. R rank of the step size; weights as nn.Linear and nn.Conv1d keep them."""
+    """The weights of a mixer for one direction, in the layout of nn.Linear and nn.Conv1d. R is the rank of the step size."""
 
     conv_weight: Tensor  # (E, 1, K)
     conv_bias: Tensor | None  # (E,)
@@ -38,7 +38,7 @@ def selective_scan(
     reverse: bool = False,
     return_ungated: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One step after another. fp32 inside (fp64 if `u` is fp64); the outputs have u's dtype."""
+    """Compute the scan step by step, in fp32 (fp64 if `u` is fp64); the outputs have u's dtype."""
     inner = torch.float64 if u.dtype == torch.float64 else torch.float32
     groups = B.shape[1] if B.dim() == 4 else 1
     state = A.shape[1]
@@ -49,7 +49,7 @@ def selective_scan(
     if delta_softplus:
         step = F.softplus(step)
 
-    # Channels split by group; one step of each: (Bt, G, E/G) for u and dt, (Bt, G, 1, N) for B and C.
+    # Channels are split by group. One step of u and dt is (Bt, G, E/G), one of B and C is (Bt, G, 1, N).
     rates = A.to(inner).unflatten(0, (groups, -1))  # (G, E/G, N)
     steps = list(
         zip(
@@ -75,7 +75,7 @@ def selective_scan(
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-    """SiLU of the depthwise convolution; output t sees inputs t-K+1..t, or t..t+K-1 with `reverse`."""
+    """Return SiLU of the depthwise convolution; output t sees inputs t-K+1..t, or t..t+K-1 with `reverse`."""
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
     taps = weight.shape[-1]
     kernel = weight.to(inner).flip(-1) if reverse else weight.to(inner)

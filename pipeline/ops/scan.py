@@ -1,8 +1,8 @@
-"""The selective scan, its convolution, and a mixer's whole chain: one signature each, computed by what is here.
+"""The selective scan, its convolution, and the whole chain of a mixer: one signature each for all implementations.
 
-`selective_scan` and `causal_conv1d_silu` are the operators; `mixer_scan` is the chain of both that a mixer runs between
-its two projections, which a kernel may fuse. `pipeline.ops.choice` decides who computes them. torch.compile ends its
-graph before them and begins another behind: there is nothing in a kernel for it to fuse.
+`selective_scan` and `causal_conv1d_silu` are the operators. `mixer_scan` is the chain of both that a mixer runs between
+its two projections; a kernel may fuse it. `pipeline.ops.choice` chooses the implementation. torch.compile breaks its
+graph before and after these calls, because it cannot fuse anything into a kernel.
 
 Bt batch, E channels, L steps, N states, G groups of channels that share B and C, K taps, R rank of the step size.
 """
@@ -72,13 +72,29 @@ def selective_scan(
     reverse: bool = False,
     return_ungated: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """o = (C·h + D u) SiLU(z) with h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t and dt = softplus(delta + delta_bias).
+    """Compute o = (C·h + D u) SiLU(z) with h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, dt = softplus(delta + delta_bias).
 
-    u, delta, z: (Bt, E, L), any strides, fp32 or bf16 (others are computed, not fast); A: (E, N), negative, fp32;
-    B, C: (Bt, N, L), or (Bt, G, N, L) where E/G neighbouring channels share a group; D, delta_bias: (E,), fp32.
-    Computed in fp32 (fp64 for fp64 inputs). Returns o (Bt, E, L) in u's dtype; with `return_ungated` also
-    p = C·h (Bt, E, L): no gate, no skip, which SSMixup blends. `reverse` scans from L-1 to 0 with the outputs in the
-    original order: flip-scan-flip without the flips. Differentiable in every tensor.
+    The scan is computed in fp32 (in fp64 for fp64 inputs) and is differentiable in every tensor.
+
+    Args:
+        u: (Bt, E, L), any strides, fp32 or bf16; other dtypes are correct but slow.
+        delta: As u.
+        A: (E, N), negative, fp32.
+        B: (Bt, N, L), or (Bt, G, N, L) where E/G neighbouring channels share a group.
+        C: As B.
+        D: The skip, (E,), fp32.
+        z: The gate, as u.
+        delta_bias: (E,), fp32.
+        delta_softplus: Whether dt is softplus(delta + delta_bias), or the sum itself.
+        reverse: Whether the scan runs from step L-1 to step 0. Outputs keep the original order, so this equals
+            flip, scan, flip without the flips.
+        return_ungated: Whether p is returned too.
+
+    Returns:
+        o (Bt, E, L) in u's dtype; with `return_ungated` also p = C·h (Bt, E, L), without gate and skip, for SSMixup.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
     return operators_for(u).scan(
@@ -98,10 +114,19 @@ def selective_scan(
 
 @torch.compiler.disable
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-    """SiLU(depthwise causal convolution + bias): output t sees steps t-K+1..t, or t..t+K-1 with `reverse`.
+    """Compute SiLU(depthwise causal convolution + bias), differentiable in every tensor.
 
-    x: (Bt, E, L), any strides; weight: (E, 1, K), K up to 8; bias: (E,). Returns (Bt, E, L) in x's dtype.
-    `reverse` equals flip-conv-flip. Differentiable in every tensor.
+    Args:
+        x: (Bt, E, L), any strides.
+        weight: (E, 1, K), K up to 8.
+        bias: (E,).
+        reverse: Output t sees steps t..t+K-1 instead of t-K+1..t; this equals flip, convolve, flip.
+
+    Returns:
+        (Bt, E, L) in x's dtype.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
     """
     check_conv(x, weight, bias)
     return operators_for(x).conv(x, weight, bias, reverse=reverse)
@@ -123,18 +148,29 @@ def mixer_scan(
 def mixer_scan(
     xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None = None, return_ungated: bool = False
 ) -> Tensor | tuple[Tensor, ...]:
-    """SiLU(z) * (y_forward [+ y_backward]): all of a mixer between in_proj and out_proj, in one differentiable call.
+    """Compute SiLU(z) * (y_forward [+ y_backward]): a mixer between in_proj and out_proj, as one differentiable call.
 
-    For each direction: v = causal_conv1d_silu(x), (low, B, C) = x_proj v, y = scan(v, dt_proj low, A, B, C, D).
-    xz: (Bt, L, 2 E) as in_proj gives it, x first; `directions`: one, or two of which the second runs from the last
-    step to the first. Returns o (Bt, L, E), the sum over the directions (Vim divides it by their number); with
-    `return_ungated` (o, p_forward[, p_backward]), each p = C·h (Bt, L, E) without gate and skip. Four directions are
-    two calls, the second on reordered steps. `blend` (Bt, directions) adds blend[:, k] p_k to o, ungated: SSMixup with
-    nu psi and nu (1 - psi); it gets no gradient. A direction whose A is (H,) has one rate per head and is computed by
-    `pipeline.ops.ssd.ssd_scan`; its dt_proj (H, R), dt_bias and D (H,) are per head too.
+    For each direction: v = causal_conv1d_silu(x), (low, B, C) = x_proj v, y = scan(v, dt_proj low, A, B, C, D). A mixer
+    with four directions makes two calls, the second one on reordered steps.
 
-    Both directions share x, z and o, so a kernel that takes them together reads and writes those once, and the
-    gradients of x, z and of each v need no sums: that is why this call exists beside the operators it is made of.
+    This call exists beside its operators because both directions share x, z and o. A kernel that computes them together
+    reads and writes those once, and the gradients of x, z and each v need no sums.
+
+    Args:
+        xz: (Bt, L, 2 E), the output of in_proj, x first.
+        directions: One direction, or two of which the second runs from the last step to the first. A direction whose A
+            is (H,) has one rate per head; `pipeline.ops.ssd.ssd_scan` computes it, and its dt_proj (H, R), dt_bias and
+            D (H,) are per head too.
+        blend: (Bt, directions). Adds blend[:, k] p_k to o, ungated: SSMixup with nu psi and nu (1 - psi). It gets no
+            gradient.
+        return_ungated: Whether the p are returned too.
+
+    Returns:
+        o (Bt, L, E), the sum over the directions (Vim divides it by their number). With `return_ungated`
+        (o, p_forward[, p_backward]), each p = C·h (Bt, L, E) without gate and skip.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
     """
     check_mixer(xz, directions, blend)
     operators = operators_for(xz)
@@ -145,7 +181,7 @@ def mixer_scan(
 
 
 def _composed(operators: Operators) -> Callable[..., tuple[Tensor, ...]]:
-    """The mixer's chain out of the two operators."""
+    """Return the chain of a mixer, composed of the two operators."""
 
     def mixer(
         xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None, return_ungated: bool

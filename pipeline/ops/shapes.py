@@ -1,4 +1,4 @@
-"""Refusals: what a caller can get wrong in the shapes of the operators, each a ValueError in one sentence."""
+"""Checks of the operators' argument shapes; a wrong one is a ValueError in one sentence."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.ops.reference import Direction
 
-MAX_TAPS = 8  # conv.cpp compiles a kernel for each; Mamba uses 4
+MAX_TAPS = 8  # conv.cpp compiles one kernel for each number of taps; Mamba uses 4
 
 
 def _shape(tensor: Tensor) -> str:
@@ -23,6 +23,7 @@ def check_scan(
     z: Tensor | None,
     delta_bias: Tensor | None,
 ) -> None:
+    """Raise ValueError unless the arguments of `scan.selective_scan` fit together."""
     if u.dim() != 3 or u.shape[2] == 0 or not u.is_floating_point():
         raise ValueError(f"u must be floating point of shape (batch, channels, steps >= 1), got {_shape(u)} {u.dtype}")
     for name, tensor in (("delta", delta), ("z", z)):
@@ -53,6 +54,7 @@ def check_scan(
 
 
 def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless the arguments of `scan.causal_conv1d_silu` fit together."""
     if x.dim() != 3 or x.shape[2] == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating point of shape (batch, channels, steps >= 1), got {_shape(x)} {x.dtype}")
     channels = x.shape[1]
@@ -65,6 +67,7 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_mixer(xz: Tensor, directions: Sequence[Direction], blend: Tensor | None) -> None:
+    """Raise ValueError unless the arguments of `scan.mixer_scan` fit together."""
     if xz.dim() != 3 or xz.shape[1] == 0 or xz.shape[2] % 2 or not xz.is_floating_point():
         raise ValueError(
             f"xz must be floating point of shape (batch, steps >= 1, 2 x channels), got {_shape(xz)} {xz.dtype}"

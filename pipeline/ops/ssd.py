@@ -1,9 +1,11 @@
 """SSD: the scan with one scalar A per head, as chunked matrix products (Mamba-2, Dao & Gu 2024, listing 1).
 
-h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T and y_t = h_t C_t + D x_t, with h_t (P, N) per head. Plain torch on CPU and
-GPU, differentiated by autograd; heads come before steps in every product (as the last axis they are twenty times
-slower on a CPU). Deviations from the paper's listing: any number of steps (padding with dt = 0 changes nothing), a
-reversed direction, and the decays exp(s_t - s_r) are masked before the exponential, since inf * 0 is NaN backwards.
+h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T and y_t = h_t C_t + D x_t, with h_t (P, N) per head. This is plain torch on
+CPU and GPU, differentiated by autograd. Heads come before steps in every product; with heads as the last axis the
+products are twenty times slower on a CPU.
+
+Deviations from the paper's listing: any number of steps (padding with dt = 0 changes nothing); a reversed direction;
+the decays exp(s_t - s_r) are masked before the exponential, because inf * 0 gives NaN in the backward.
 
 Bt batch, H heads, P channels of a head, E = H P, G groups of heads that share B and C, N states, L steps, Q steps of a
 chunk, K chunks.
@@ -13,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to here one chunk, a single masked product, beats the recurrence over chunks; 64 is best beyond (both on a CPU).
+# Up to this number of steps, one masked product is faster than the recurrence over chunks. Beyond it, chunks of 64
+# steps are fastest. Both were measured on a CPU.
 SINGLE_CHUNK = 256
 CHUNK = 64
 
@@ -32,12 +35,29 @@ def ssd_scan(
     reverse: bool = False,
     return_ungated: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The face of `selective_scan`, so that a mixer may take either; only delta, A, D and delta_bias are per head.
+    """Compute the SSD, with the signature of `selective_scan`, so that a mixer can use either.
 
-    u, z: (Bt, E, L); delta: (Bt, H, L), H dividing E; A: (H,), negative; B, C: (Bt, N, L) or (Bt, G, N, L), G dividing
-    H; D, delta_bias: (H,). Returns o (Bt, E, L) in u's dtype [, p = C·h, ungated and without D]. It equals
-    `selective_scan` with delta, A, D and delta_bias repeated over the channels of each head. Decays and step sizes are
-    computed in fp32 (fp64 for fp64), the products in u's dtype.
+    The result equals `selective_scan` with delta, A, D and delta_bias repeated over the channels of each head. Decays
+    and step sizes are computed in fp32 (fp64 for fp64), the products in u's dtype.
+
+    Args:
+        u: (Bt, E, L).
+        delta: (Bt, H, L); H divides E.
+        A: (H,), negative.
+        B: (Bt, N, L), or (Bt, G, N, L) with G dividing H.
+        C: As B.
+        D: (H,).
+        z: The gate, (Bt, E, L).
+        delta_bias: (H,), added to delta.
+        delta_softplus: Whether dt is softplus(delta + delta_bias), or the sum itself.
+        reverse: Whether the scan runs from step L-1 to step 0.
+        return_ungated: Whether p is returned too.
+
+    Returns:
+        o (Bt, E, L) in u's dtype; with `return_ungated` also p = C·h (Bt, E, L), without gate and skip.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
     inner = torch.float64 if u.dtype == torch.float64 else torch.float32
@@ -61,7 +81,7 @@ def ssd_scan(
     decay = (logs[..., :, None] - logs[..., None, :]).masked_fill(later, -torch.inf).exp()
     y = (queries @ keys.transpose(-1, -2) * decay.to(u.dtype)) @ driven  # (Bt, H, K, Q, P)
     if y.shape[2] > 1:
-        # Across chunks: each adds its state, decayed to its end, to what it was handed.
+        # Across chunks: a chunk adds its own state, decayed to its end, to the state before it.
         to_end = (logs[..., -1:] - logs).exp().to(u.dtype)
         added = (driven * to_end[..., None]).transpose(-1, -2) @ keys  # (Bt, H, K, P, N)
         state, before = torch.zeros_like(added[:, :, 0]), []
@@ -83,12 +103,12 @@ def ssd_scan(
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:
-    """(Bt, H, L, F) -> (Bt, H, K, Q, F), the last chunk padded with zeros."""
+    """(Bt, H, L, F) -> (Bt, H, K, Q, F); the last chunk is padded with zeros."""
     return F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
 
 
 def _by_head(m: Tensor, heads: int) -> Tensor:
-    """B or C as (Bt, H, L, N)."""
+    """Return B or C as (Bt, H, L, N)."""
     grouped = m if m.dim() == 4 else m[:, None]
     return grouped.repeat_interleave(heads // grouped.shape[1], dim=1).transpose(2, 3)
 

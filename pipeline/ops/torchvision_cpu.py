@@ -1,16 +1,17 @@
-"""Lets torchvision, and so timm, be imported beside a CPU build of torch."""
+"""Make torchvision, and so timm, importable with a CPU build of torch."""
 
 import torch
 
 _DETECTION_OPS = ("nms", "qnms")
-_library: list[torch.library.Library] = []  # a Library takes its definitions with it when it is collected
+_library: list[torch.library.Library] = []  # the definitions vanish when their Library is collected
 
 
 def allow_torchvision() -> None:
-    """Call before the first `import torchvision` or `import timm`; later calls do nothing.
+    """Make torchvision importable; call this before the first `import torchvision` or `import timm`.
 
-    torchvision's wheel links CUDA: on a CPU torch its compiled ops are skipped, but two of them get a fake
-    implementation all the same, and that fails without their schemas. `ops.nms` itself stays unusable.
+    torchvision's wheel links CUDA. With a CPU build of torch its compiled ops are not loaded, but torchvision registers
+    a fake implementation for two of them, which fails without their schemas. This function defines the schemas.
+    `ops.nms` itself stays unusable. Later calls do nothing.
     """
     if _library or torch.version.cuda is not None or torch.version.hip is not None:
         return

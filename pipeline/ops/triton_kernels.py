@@ -1,13 +1,15 @@
-"""Our Triton kernels: what mamba-ssm's do not do. The file imports without
-triton: `compiled` turns its functions into kernels.
+"""Our Triton kernels of the scan, with the features that mamba-ssm's kernels lack.
 
-One launch runs both directions, adds them, gates, and blends the ungated outputs; the backward has no atomics: sums
-over channels go to one partial result per block of channels, added up in a fixed order, so it is deterministic.
+One launch runs both directions, adds them, applies the gate, and blends the ungated outputs. The backward has no
+atomics: each block of channels writes its partial sums, which are added in a fixed order, so it is deterministic.
 
 A program owns a batch item and a block of channels and walks time in chunks. Inside a chunk the recurrence is an
-associative scan, (a1, b1) then (a2, b2) = (a1 a2, a2 b1 + b2), over a block (channels, steps, states) in registers; the
-state at the beginning of each chunk is kept for the backward, which recomputes the rest (closed form: spec 4.2).
+associative scan, (a1, b1) then (a2, b2) = (a1 a2, a2 b1 + b2), over a block (channels, steps, states) in registers. The
+forward keeps the state at the beginning of each chunk, and the backward recomputes the rest (closed form: spec 4.2).
 Masked steps have dt = 0, hence a = 1 and b = 0: the state passes through them unchanged.
+
+This file imports without triton: `compiled` turns its functions into kernels. In the kernels `step` counts in the order
+of the scan, and `time` is the index of that step in the tensors.
 
 Shapes in comments: E channels of a block, T steps of a chunk, N states (padded to a power of two).
 """
@@ -24,7 +26,10 @@ tl: Any = None  # triton.language, set by `compiled`
 
 @functools.cache
 def compiled() -> tuple[Any, Any]:
-    """`scan_forward` and `scan_backward` as kernels. Triton looks up what a kernel calls in the kernel's own module."""
+    """Return `scan_forward` and `scan_backward` as kernels.
+
+    Triton looks up the functions that a kernel calls in the kernel's own module, so this replaces them there.
+    """
     import triton
     import triton.language
 
@@ -36,7 +41,7 @@ def compiled() -> tuple[Any, Any]:
 
 
 class View(NamedTuple):
-    """A (Bt, G, E, L) tensor for a kernel; strides in elements."""
+    """A (Bt, G, E, L) tensor for a kernel: its data `p`, and the strides of b, g, channel and time in elements."""
 
     p: Any
     b: int
@@ -46,7 +51,7 @@ class View(NamedTuple):
 
 
 class Way(NamedTuple):
-    """All tensors of one direction: Views, and plain (E, N), (E,), (Bt,) tensors; None where absent."""
+    """All tensors of one direction: Views, and contiguous (E, N), (E,) and (Bt,) tensors. An absent one is None."""
 
     u: View
     delta: View
@@ -62,7 +67,7 @@ class Way(NamedTuple):
     g_p: View | None = None
     g_u: View | None = None
     g_delta: View | None = None
-    parts: tuple[Any, ...] | None = None  # of A, B, C, D, bias
+    partials: tuple[Any, ...] | None = None  # partial sums of the gradients of A, B, C, D, bias
 
 
 def _compose(a1, b1, a2, b2):
@@ -81,23 +86,23 @@ def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-def _at(x, b, channel, position):
+def _at(x, b, channel, time):
     """Pointers (E, T) into a View."""
-    return x.p + b * x.b + channel[:, None] * x.c + position[None, :] * x.t
+    return x.p + b * x.b + channel[:, None] * x.c + time[None, :] * x.t
 
 
-def _tile(x, b, channel, position, mask):
-    return tl.load(_at(x, b, channel, position), mask=mask, other=0.0).to(tl.float32)
+def _tile(x, b, channel, time, mask):
+    return tl.load(_at(x, b, channel, time), mask=mask, other=0.0).to(tl.float32)
 
 
-def _states(x, b, g, state, position, mask):
-    """(T, N) of B or C."""
-    at = x.p + b * x.b + g * x.g + state[None, :] * x.c + position[:, None] * x.t
+def _states(x, b, g, state, time, mask):
+    """Load (T, N) of B or C."""
+    at = x.p + b * x.b + g * x.g + state[None, :] * x.c + time[:, None] * x.t
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 def _step_size(delta, shift, SOFTPLUS: tl.constexpr, mask):
-    """dt, 0 where masked, so that the state passes through."""
+    """Return dt, with 0 at masked steps, so that the state passes through them."""
     dt = delta + shift[:, None]
     if SOFTPLUS:
         dt = _softplus(dt)
@@ -105,7 +110,7 @@ def _step_size(delta, shift, SOFTPLUS: tl.constexpr, mask):
 
 
 def _place(E_all, G, blocks, E: tl.constexpr):
-    """This program's batch item, group, index among all blocks of channels, channels (E,), and which of them exist."""
+    """Return this program's batch item, group, block index over all groups, channels (E,), and which of them exist."""
     index = tl.program_id(0) % (G * blocks)
     b, g, block = tl.program_id(0) // (G * blocks), index // blocks, index % blocks
     within = block * E + tl.arange(0, E)
@@ -127,16 +132,16 @@ def _forward_one(
     chunks = tl.cdiv(L, T)
     for k in range(chunks):
         step = k * T + lane
-        position = L - 1 - step if REVERSE else step
+        time = L - 1 - step if REVERSE else step
         mask = inside[:, None] & (step < L)[None, :]
         states_mask = (step < L)[:, None] & (state < N_all)[None, :]
         if w.carries is not None:
             at = w.carries + ((b * G * blocks + index) * chunks + k) * E * N
             tl.store(at + tl.arange(0, E)[:, None] * N + state[None, :], h)
-        u = _tile(w.u, b, channel, position, mask)
-        dt = _step_size(_tile(w.delta, b, channel, position, mask), shift, SOFTPLUS, mask)
-        B = _states(w.B, b, g, state, position, states_mask)
-        C = _states(w.C, b, g, state, position, states_mask)
+        u = _tile(w.u, b, channel, time, mask)
+        dt = _step_size(_tile(w.delta, b, channel, time, mask), shift, SOFTPLUS, mask)
+        B = _states(w.B, b, g, state, time, states_mask)
+        C = _states(w.C, b, g, state, time, states_mask)
         a = tl.exp(dt[:, :, None] * rates[:, None, :])  # (E, T, N)
         decay, gathered = tl.associative_scan((a, (dt * u)[:, :, None] * B[None, :, :]), 1, _compose)
         hidden = gathered + decay * h[:, None, :]
@@ -146,24 +151,25 @@ def _forward_one(
         if w.D is not None:
             out += tl.load(w.D + channel, mask=inside, other=0.0)[:, None] * u
         if w.z is not None:
-            z = _tile(w.z, b, channel, position, mask)
+            z = _tile(w.z, b, channel, time, mask)
             out = out * z * _sigmoid(z)
         if w.blend is not None:
             out += tl.load(w.blend + b) * p
         if ADD:
-            out += _tile(o, b, channel, position, mask)
-        tl.store(_at(o, b, channel, position), out.to(o.p.dtype.element_ty), mask=mask)
+            out += _tile(o, b, channel, time, mask)
+        tl.store(_at(o, b, channel, time), out.to(o.p.dtype.element_ty), mask=mask)
         if w.p is not None:
-            tl.store(_at(w.p, b, channel, position), p.to(w.p.p.dtype.element_ty), mask=mask)
+            tl.store(_at(w.p, b, channel, time), p.to(w.p.p.dtype.element_ty), mask=mask)
 
 
 def scan_forward(
     first, second, o, L, E_all, N_all, G, blocks, REVERSE_FIRST: tl.constexpr, REVERSE_SECOND: tl.constexpr,
     SOFTPLUS: tl.constexpr, E: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
+    """Compute o, and each direction's p and carries where they are wanted."""
     _forward_one(first, o, L, E_all, N_all, G, blocks, REVERSE_FIRST, False, SOFTPLUS, E, T, N)
     if second is not None:
-        tl.debug_barrier()  # the second direction adds to what other threads of this program may have written
+        tl.debug_barrier()  # the second direction adds to outputs that other threads of this program may have written
         _forward_one(second, o, L, E_all, N_all, G, blocks, REVERSE_SECOND, True, SOFTPLUS, E, T, N)
 
 
@@ -180,48 +186,48 @@ def _backward_one(
         shift = tl.load(w.bias + channel, mask=inside, other=0.0)
     if w.D is not None:
         skip = tl.load(w.D + channel, mask=inside, other=0.0)
-    passed, g_rates = tl.zeros((E, N), tl.float32), tl.zeros((E, N), tl.float32)  # passed: lam of the later chunk
+    passed, g_rates = tl.zeros((E, N), tl.float32), tl.zeros((E, N), tl.float32)  # passed: the later chunk's first lam
     g_shift, g_skip = tl.zeros((E,), tl.float32), tl.zeros((E,), tl.float32)
     chunks = tl.cdiv(L, T)
     for back in range(chunks):
         k = chunks - 1 - back
         step = k * T + lane
-        position = L - 1 - step if REVERSE else step
+        time = L - 1 - step if REVERSE else step
         mask = inside[:, None] & (step < L)[None, :]
         states_mask = (step < L)[:, None] & (state < N_all)[None, :]
         at = w.carries + ((b * G * blocks + index) * chunks + k) * E * N
         h = tl.load(at + tl.arange(0, E)[:, None] * N + state[None, :])
-        u = _tile(w.u, b, channel, position, mask)
-        delta = _tile(w.delta, b, channel, position, mask)
+        u = _tile(w.u, b, channel, time, mask)
+        delta = _tile(w.delta, b, channel, time, mask)
         dt = _step_size(delta, shift, SOFTPLUS, mask)
-        B = _states(w.B, b, g, state, position, states_mask)
-        C = _states(w.C, b, g, state, position, states_mask)
+        B = _states(w.B, b, g, state, time, states_mask)
+        C = _states(w.C, b, g, state, time, states_mask)
         put = (dt * u)[:, :, None] * B[None, :, :]
         a = tl.exp(dt[:, :, None] * rates[:, None, :])
         decay, gathered = tl.associative_scan((a, put), 1, _compose)
         hidden = gathered + decay * h[:, None, :]
 
-        go = _tile(g_o, b, channel, position, mask)
+        go = _tile(g_o, b, channel, time, mask)
         g_y = go
         if w.z is not None:
-            z = _tile(w.z, b, channel, position, mask)
+            z = _tile(w.z, b, channel, time, mask)
             s = _sigmoid(z)
             g_y = go * z * s
             y = tl.sum(hidden * C[None, :, :], axis=2) + skip[:, None] * u
             gz = go * y * s * (1.0 + z * (1.0 - s))
             if ADD:
-                gz += _tile(g_z, b, channel, position, mask)
-            tl.store(_at(g_z, b, channel, position), gz.to(g_z.p.dtype.element_ty), mask=mask)
+                gz += _tile(g_z, b, channel, time, mask)
+            tl.store(_at(g_z, b, channel, time), gz.to(g_z.p.dtype.element_ty), mask=mask)
         g_Ch = g_y
         if w.blend is not None:
             g_Ch += tl.load(w.blend + b) * go
         if w.g_p is not None:
-            g_Ch += _tile(w.g_p, b, channel, position, mask)
+            g_Ch += _tile(w.g_p, b, channel, time, mask)
 
-        # lam_t = C_t g_t + a_{t+1} lam_{t+1}: the decay of the next step, which may lie in the next chunk.
-        following = position - 1 if REVERSE else position + 1
+        # lam_t = C_t g_t + a_{t+1} lam_{t+1} needs the decay of the next step, which may lie in the next chunk.
+        next_time = time - 1 if REVERSE else time + 1
         next_mask = inside[:, None] & (step + 1 < L)[None, :]
-        next_dt = _step_size(_tile(w.delta, b, channel, following, next_mask), shift, SOFTPLUS, next_mask)
+        next_dt = _step_size(_tile(w.delta, b, channel, next_time, next_mask), shift, SOFTPLUS, next_mask)
         next_a = tl.exp(next_dt[:, :, None] * rates[:, None, :])
         through, lam = tl.associative_scan((next_a, g_Ch[:, :, None] * C[None, :, :]), 1, _compose, reverse=True)
         lam += through * passed[:, None, :]
@@ -238,21 +244,22 @@ def _backward_one(
         g_skip += tl.sum(g_y * u, axis=1)
         g_shift += tl.sum(g_delta, axis=1)
         g_rates += tl.sum(slope * dt[:, :, None], axis=1)
-        tl.store(_at(w.g_u, b, channel, position), g_u.to(w.g_u.p.dtype.element_ty), mask=mask)
-        tl.store(_at(w.g_delta, b, channel, position), g_delta.to(w.g_delta.p.dtype.element_ty), mask=mask)
-        row = ((b * G * blocks + index) * L + position)[:, None] * N_all + state[None, :]
-        tl.store(w.parts[1] + row, tl.sum(lam * (dt * u)[:, :, None], axis=0), mask=states_mask)
-        tl.store(w.parts[2] + row, tl.sum(hidden * g_Ch[:, :, None], axis=0), mask=states_mask)
+        tl.store(_at(w.g_u, b, channel, time), g_u.to(w.g_u.p.dtype.element_ty), mask=mask)
+        tl.store(_at(w.g_delta, b, channel, time), g_delta.to(w.g_delta.p.dtype.element_ty), mask=mask)
+        row = ((b * G * blocks + index) * L + time)[:, None] * N_all + state[None, :]
+        tl.store(w.partials[1] + row, tl.sum(lam * (dt * u)[:, :, None], axis=0), mask=states_mask)
+        tl.store(w.partials[2] + row, tl.sum(hidden * g_Ch[:, :, None], axis=0), mask=states_mask)
     own = b * E_all + channel
-    tl.store(w.parts[0] + own[:, None] * N_all + state[None, :], g_rates, mask=real)
-    tl.store(w.parts[3] + own, g_skip, mask=inside)
-    tl.store(w.parts[4] + own, g_shift, mask=inside)
+    tl.store(w.partials[0] + own[:, None] * N_all + state[None, :], g_rates, mask=real)
+    tl.store(w.partials[3] + own, g_skip, mask=inside)
+    tl.store(w.partials[4] + own, g_shift, mask=inside)
 
 
 def scan_backward(
     first, second, g_o, g_z, L, E_all, N_all, G, blocks, REVERSE_FIRST: tl.constexpr, REVERSE_SECOND: tl.constexpr,
     SOFTPLUS: tl.constexpr, E: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
+    """Compute the gradients of u, delta and z, and the partial sums of the others."""
     _backward_one(first, g_o, g_z, L, E_all, N_all, G, blocks, REVERSE_FIRST, False, SOFTPLUS, E, T, N)
     if second is not None:
         tl.debug_barrier()

@@ -1,7 +1,7 @@
 """The Triton kernels as a `pipeline.ops.kernels.Kernels`: launches, memory, and the sums over partial results.
 
-Needs a CUDA device, or Triton's interpreter (how the numerics are tested without one). The convolution is torch's own
-on a GPU: cuDNN's depthwise kernels are no bottleneck there.
+It needs a CUDA device or Triton's interpreter; the tests use the interpreter where there is no GPU. The convolution is
+torch's own, because cuDNN's depthwise kernels are no bottleneck on a GPU.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pipeline.ops import reference
 from pipeline.ops.kernels import Filter, ScanInputs, ScanProblem
 from pipeline.ops.triton_kernels import View, Way, compiled
 
-BLOCK_CHANNELS, CHUNK_STEPS, WARPS = 16, 16, 8  # the widest block whose backward spills little on sm_90
+BLOCK_CHANNELS, CHUNK_STEPS, WARPS = 16, 16, 8  # the widest block whose backward spills few registers on sm_90
 
 
 def _view(tensor: Tensor) -> View:
@@ -28,7 +28,7 @@ def _view_or_none(tensor: Tensor | None) -> View | None:
 
 
 class TritonLibrary:
-    """Sums over channels are taken per block of channels and then in a fixed order: the backward is deterministic."""
+    """The Triton kernels. Sums over channels run per block and then in a fixed order: the backward is deterministic."""
 
     def __init__(self) -> None:
         self._forward, self._backward = compiled()
@@ -36,6 +36,7 @@ class TritonLibrary:
     def scan_forward(
         self, problem: ScanProblem, *, ungated: bool, keep: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Implement `Kernels.scan_forward`."""
         sizes = _Sizes(problem)
         u = problem.inputs[0].u
         o = torch.empty_like(u)
@@ -61,33 +62,37 @@ class TritonLibrary:
         g_ps: Sequence[Tensor],
         g_z: Tensor | None,
     ) -> list[ScanInputs]:
+        """Implement `Kernels.scan_backward`."""
         sizes = _Sizes(problem)
         batch, channels, steps, states = sizes.batch, sizes.channels, sizes.steps, sizes.states
-        ways, grads, parts = [], [], []
+        ways, grads, partials = [], [], []
         for k, given in enumerate(problem.inputs):
             g_u, g_delta = torch.empty_like(given.u), torch.empty_like(given.delta)
             shared = (batch * sizes.groups, sizes.blocks, steps, states)
             shapes = ((batch, channels, states), shared, shared, (batch, channels), (batch, channels))
-            parts.append(tuple(given.u.new_empty(shape, dtype=torch.float32) for shape in shapes))
+            partials.append(tuple(given.u.new_empty(shape, dtype=torch.float32) for shape in shapes))
             grads.append((g_u, g_delta))
             g_p = _view_or_none(g_ps[k] if g_ps else None)
-            ways.append(_way(problem, k, carries[k], g_p=g_p, g_u=_view(g_u), g_delta=_view(g_delta), parts=parts[-1]))
+            ways.append(
+                _way(problem, k, carries[k], g_p=g_p, g_u=_view(g_u), g_delta=_view(g_delta), partials=partials[-1])
+            )
         if g_o.numel():
             self._backward[(sizes.programs,)](*_two(ways), _view(g_o), _view_or_none(g_z), **sizes.arguments)
         results = []
-        for given, (g_u, g_delta), (part_A, part_B, part_C, part_D, part_bias) in zip(
-            problem.inputs, grads, parts, strict=True
+        for given, (g_u, g_delta), (partial_A, partial_B, partial_C, partial_D, partial_bias) in zip(
+            problem.inputs, grads, partials, strict=True
         ):
             g_B, g_C = (
-                part.sum(1).view(batch, sizes.groups, steps, states).transpose(2, 3).reshape(given.B.shape)
-                for part in (part_B, part_C)
+                partial.sum(1).view(batch, sizes.groups, steps, states).transpose(2, 3).reshape(given.B.shape)
+                for partial in (partial_B, partial_C)
             )
-            g_D = None if given.D is None else part_D.sum(0)
-            g_bias = None if given.bias is None else part_bias.sum(0)
-            results.append(ScanInputs(g_u, g_delta, part_A.sum(0), g_B, g_C, g_D, g_bias))
+            g_D = None if given.D is None else partial_D.sum(0)
+            g_bias = None if given.bias is None else partial_bias.sum(0)
+            results.append(ScanInputs(g_u, g_delta, partial_A.sum(0), g_B, g_C, g_D, g_bias))
         return results
 
     def conv_forward(self, x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool]) -> list[Tensor]:
+        """Implement `Kernels.conv_forward` with torch."""
         return [
             reference.causal_conv1d_silu(x, weight, bias, reverse=reverse)
             for (weight, bias), reverse in zip(filters, reverses, strict=True)
@@ -96,6 +101,7 @@ class TritonLibrary:
     def conv_backward(
         self, x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool], g_outs: Sequence[Tensor], g_x: Tensor
     ) -> list[Filter]:
+        """Implement `Kernels.conv_backward` with torch."""
         grads: list[Filter] = []
         total = torch.zeros_like(x, dtype=torch.float32)
         for (weight, bias), reverse, g_out in zip(filters, reverses, g_outs, strict=True):
@@ -110,7 +116,7 @@ class TritonLibrary:
 
 
 class _Sizes:
-    """Of a problem, and the launch's arguments that follow from them."""
+    """The sizes of a problem, and the launch arguments that follow from them."""
 
     def __init__(self, problem: ScanProblem) -> None:
         first = problem.inputs[0]

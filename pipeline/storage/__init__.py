@@ -1,0 +1,1 @@
+"""Bytes of remote files, and a local cache of them."""

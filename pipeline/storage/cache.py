@@ -1,8 +1,8 @@
-"""A folder of byte ranges, shared by all processes of a node, within a size limit.
+"""A size-limited folder of byte ranges, shared by all processes of a node.
 
-A range is fetched by whoever first holds its lock, written aside and renamed: so it is complete or absent, fetched
-once, and a process that dies leaves nothing that blocks (the kernel releases its lock). Ranges used longest ago go
-first; one that is still being read stays readable until it is closed.
+The first process that gets the lock of a range fetches it, writes it to a temporary file and renames it. So a range is
+complete or absent, and is fetched once. A process that dies blocks nobody, because the kernel releases its lock. The
+least recently used ranges are deleted first; a process that reads one can read it to the end.
 """
 
 import contextlib
@@ -14,14 +14,23 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import DataError
+from pipeline.files import replacing
 
 NUM_LOCKS = 256
-# Sizes are summed up again after so much of the limit was added; by this the limit may be passed, per process.
+# A process sums up the sizes again after it has added this share of the limit; by as much it can exceed the limit.
 CHECK_FRACTION = 1 / 64
 
 
 class Cache:
-    """Files by name in `folder`, up to `limit` bytes together."""
+    """Files by name in one folder.
+
+    Args:
+        folder: The folder; it is created if it does not exist.
+        limit: Size limit of all files together, in bytes.
+
+    Raises:
+        DataError: If the folder cannot be created.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
@@ -29,10 +38,24 @@ class Cache:
         try:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"cache folder {folder} cannot be made ({error.strerror}); choose another") from None
+            raise DataError(
+                f"the cache folder {folder} cannot be created ({error.strerror}); set remote.cache to another folder"
+            ) from None
 
     def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> int:
-        """A descriptor of the file `name`, which `fetch` writes if it is not there with `size` bytes."""
+        """Open a file for reading, after fetching it if it is absent or has another size.
+
+        Args:
+            name: The name of the file in the folder.
+            size: Its size in bytes.
+            fetch: Writes its content to the given file.
+
+        Returns:
+            A file descriptor, which the caller closes.
+
+        Raises:
+            DataError: If the file cannot be written, or whatever `fetch` raises.
+        """
         path = self.folder / name
         descriptor = _open_whole(path, size)
         if descriptor is None:
@@ -70,7 +93,7 @@ class Cache:
 
 
 def _open_whole(path: Path, size: int) -> int | None:
-    """A descriptor of a complete file, marked as just used; None if there is none."""
+    """Return a descriptor of a complete file and mark it as just used; None if there is no complete file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -83,13 +106,11 @@ def _open_whole(path: Path, size: int) -> int | None:
 
 
 def _write(path: Path, fetch: Callable[[BinaryIO], None]) -> int:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path, sync=False) as temporary, temporary.open("wb") as file:
             fetch(file)
-        partial.replace(path)
     except OSError as error:
-        raise DataError(f"cache {path.parent}: {error.strerror}; free space or lower remote.cache_gb") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        raise DataError(
+            f"the cache {path.parent} cannot be written ({error.strerror}); free space or lower remote.cache_gb"
+        ) from None
     return os.open(path, os.O_RDONLY)

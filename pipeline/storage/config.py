@@ -1,19 +1,21 @@
-"""How bytes behind an address are fetched (torch-free)."""
-
-from typing import Annotated
+"""Settings of remote reading (torch-free)."""
 
 from pydantic import Field
 
 from pipeline.config import Strict
 
-Positive = Annotated[int, Field(gt=0)]
-
 
 class RemoteConfig(Strict):
-    """How shards behind http(s) or s3 are fetched; without effect on local ones."""
+    """How shards behind http(s) or s3 are fetched. It has no effect on local shards."""
 
-    cache: str = ""  # folder on a local disk, shared by the processes of a node
-    cache_gb: Annotated[float, Field(gt=0.0)] = 50.0  # 10^9 bytes
-    timeout_seconds: Annotated[float, Field(gt=0.0)] = 30.0  # without a byte
-    attempts: Positive = 8  # in a row that bring no byte
-    backoff_seconds: Annotated[float, Field(ge=0.0)] = 0.5  # before the second attempt; doubles up to 30 s
+    cache: str = Field(
+        "",
+        description="Folder on a local disk where fetched shards are cached, shared by all processes of a node. "
+        "Remote shards need one.",
+    )
+    cache_gb: float = Field(50.0, gt=0.0, description="Size limit of the cache in 10^9 bytes.")
+    timeout_seconds: float = Field(30.0, gt=0.0, description="Seconds without a byte after which a connection is cut.")
+    attempts: int = Field(8, gt=0, description="Number of attempts in a row without a byte after which reading fails.")
+    backoff_seconds: float = Field(
+        0.5, ge=0.0, description="Seconds before the second attempt; the wait doubles with each attempt, up to 30 s."
+    )

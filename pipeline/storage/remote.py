@@ -1,4 +1,4 @@
-"""Bytes of a shard over http(s) or s3: in ranges, with time-outs, and with retries that resume at the byte."""
+"""Reading byte ranges of a shard over http(s) or s3, with timeouts, and with retries that resume at the last byte."""
 
 import contextlib
 import logging
@@ -19,37 +19,57 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 256 * 2**10
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
-_jitter = random.SystemRandom()  # not the seeded generator: waiting must not change what is drawn
+_jitter = random.SystemRandom()  # not the seeded generator: a wait must not change other random numbers
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The bytes of one range."""
+    """An open byte range.
 
-    total: int  # bytes of the whole file
-    read: Callable[[int], bytes]  # up to so many, as they come; empty at the end
+    Attributes:
+        total: Size of the whole file in bytes.
+        read: Returns up to the given number of bytes, as they arrive; returns none at the end.
+    """
+
+    total: int
+    read: Callable[[int], bytes]
 
 
 class _Transient(Exception):
-    """Worth another attempt."""
+    """An error after which another attempt may succeed."""
 
 
 def fetch(url: str, start: int, stop: int, size: int | None, config: RemoteConfig, into: BinaryIO) -> None:
-    """Append bytes [start, stop) of `url` to `into`; `size` is what the whole must have, None if it is not known.
+    """Append bytes [start, stop) of a remote file to `into`.
 
-    A connection that drops, stalls longer than the time-out or ends early is taken up where it ended, after a
-    growing wait. DataError when `config.attempts` in a row bring no byte, or for what waiting cannot cure.
+    If a connection drops, stalls longer than the timeout or ends early, the next attempt resumes at the last byte,
+    after a wait that grows.
+
+    Args:
+        url: The address of the file: http, https or s3.
+        start: First byte.
+        stop: One past the last byte.
+        size: Expected size of the whole file in bytes, or None if it is unknown.
+        config: Timeout, attempts and waits.
+        into: Receives the bytes.
+
+    Raises:
+        DataError: If `config.attempts` in a row bring no byte, or another attempt cannot help.
+        ConfigError: If the kind of address is unknown.
     """
     offset, failures = start, 0
     while offset < stop:
         try:
             with open_range(url, offset, stop, config.timeout_seconds) as stream:
                 if size is not None and stream.total != size:
-                    raise DataError(f"{url} has {stream.total} bytes, the manifest says {size}; it was changed")
+                    raise DataError(
+                        f"{url} has {stream.total} bytes, the manifest says {size}; the file has changed, "
+                        "so make the manifest again"
+                    )
                 while offset < stop:
                     data = stream.read(min(CHUNK, stop - offset))
                     if not data:
-                        raise _Transient(f"ended at byte {offset} of {stop}")
+                        raise _Transient(f"the stream ended at byte {offset} of {stop}")
                     into.write(data)
                     offset, failures = offset + len(data), 0
         except (_Transient, OSError, HTTPException) as error:
@@ -60,12 +80,12 @@ def fetch(url: str, start: int, stop: int, size: int | None, config: RemoteConfi
                     "check the network and the server, or raise remote.attempts"
                 ) from None
             wait = min(config.backoff_seconds * 2 ** (failures - 1), 30.0) * _jitter.uniform(0.5, 1.0)
-            logger.info("%s: %s; again from byte %d in %.1f s", url, error, offset, wait)
+            logger.info("%s: %s; next attempt from byte %d in %.1f s", url, error, offset, wait)
             time.sleep(wait)
 
 
 def remote_size(url: str, config: RemoteConfig) -> int:
-    """The size of a remote file in bytes."""
+    """Return the size of a remote file in bytes; DataError if the server does not answer."""
     for attempt in range(config.attempts):
         try:
             with open_range(url, 0, 1, config.timeout_seconds) as stream:
@@ -78,7 +98,7 @@ def remote_size(url: str, config: RemoteConfig) -> int:
 
 @contextlib.contextmanager
 def open_range(url: str, start: int, stop: int, timeout: float) -> Iterator[Stream]:
-    """A stream of bytes [start, stop); DataError for what no second attempt can cure."""
+    """Open bytes [start, stop) of a remote file; DataError if another attempt cannot help."""
     openers: dict[str, Callable[..., Any]] = {"http": _open_http, "https": _open_http, "s3": _open_fsspec}
     with choose("kind of address", url.partition("://")[0], openers)(url, start, stop, timeout) as stream:
         yield stream
@@ -86,20 +106,22 @@ def open_range(url: str, start: int, stop: int, timeout: float) -> Iterator[Stre
 
 @contextlib.contextmanager
 def _open_http(url: str, start: int, stop: int, timeout: float) -> Iterator[Stream]:
-    """With Python's own client: fsspec's for http needs aiohttp, whose event loop does not survive a fork."""
+    """Use Python's own client: fsspec's http client needs aiohttp, whose event loop does not survive a fork."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{stop - 1}"})
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in _TRANSIENT_STATUS:
-            raise _Transient(f"status {error.code}") from None
+            raise _Transient(f"the server answers with status {error.code}") from None
         raise DataError(f"{url}: the server answers {error.code} {error.reason}") from None
     with response:
         unit, _, total = response.headers.get("Content-Range", "").rpartition("/")
         if response.status != 206 or not unit.startswith(f"bytes {start}-") or not total.isdigit():
-            raise DataError(f"{url}: the server does not serve byte ranges; use one that does, or copy the shards")
-        yield Stream(int(total), response.read1)  # read would keep what came before a cut to itself
+            raise DataError(
+                f"{url}: the server does not serve byte ranges; use a server that does, or copy the shards to a local folder"
+            )
+        yield Stream(int(total), response.read1)  # read() would lose the bytes that arrived before a cut
 
 
 @contextlib.contextmanager
@@ -111,7 +133,7 @@ def _open_fsspec(url: str, start: int, stop: int, timeout: float) -> Iterator[St
     except ImportError as error:
         raise EnvironmentProblem(f"{url}: {error}; pip install s3fs, or copy the shards") from None
     try:
-        # One request for the range: no read-ahead, one block as long as the range.
+        # No read-ahead and one block as long as the range give one request.
         file = filesystem.open(path, "rb", cache_type="none", block_size=max(stop - start, CHUNK))
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{url}: {type(error).__name__}: {error}") from None

@@ -5,6 +5,7 @@ MASTER_PORT; plain srun names SLURM_PROCID and the like, from which the same fol
 either is a world of one. Contradictions are refused: sixteen tasks that each believe to be alone train sixteen models.
 """
 
+import importlib
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -179,11 +181,17 @@ def _import_deepspeed() -> ModuleType:
         warnings.simplefilter("ignore")  # FutureWarnings of its own imports
         try:
             import deepspeed
+
+            # DeepSpeed imports its Muon optimizer, which nobody here uses, and Muon's decorators call torch.compile: that
+            # loads all of inductor, seconds at every start. Without effect where a model is compiled later.
+            with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f)):
+                importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
         except ImportError as error:
             raise EnvironmentProblem(
                 f"DeepSpeed cannot be imported ({error}); pip install -r requirements.txt"
             ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Its shared-memory all-reduce would be compiled at the first start (half a minute, and needs g++) for no gain here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Nothing of DeepSpeed's own is compiled. Its shared-memory all-reduce would take half a minute and g++ at the first
+    # start for no gain; reading the table instead of setting it would probe every operator with the compiler.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed

@@ -1,4 +1,4 @@
-"""The GPU's implementations of the operators against the reference, on the GPU; skipped where there is none."""
+"""The GPU implementations of the operators equal the reference; skipped without a GPU."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_scan_equals_the_reference_in_value_and_gradient(name, shape, reverse):
     assert max(relative_errors(got, want)) < BOUNDS[name]
 
 
-def test_our_backward_gives_the_same_bits_twice():
+def test_our_triton_backward_gives_the_same_bits_twice():
     try:
         operators = SCANS["triton"](torch.device("cuda"))
     except Missing as reason:

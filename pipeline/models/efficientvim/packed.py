@@ -24,8 +24,9 @@ from pipeline.models.efficientvim.fused import (
     pooled,
 )
 from pipeline.models.efficientvim.model import EfficientViM
-from pipeline.ops.native import vision
+from pipeline.ops.native import stem, vision
 from pipeline.ops.native.build import BuildError
+from pipeline.ops.native.vision_library import vision_library
 
 
 def pack(model: EfficientViM | FusedEfficientViM) -> "PackedEfficientViM":
@@ -87,10 +88,10 @@ def _stem(layers: Iterable[Conv]) -> nn.Sequential:
 
     one, two, *others = layers
     # With a stem_stride of 4 or 8 the last convolutions have stride 1.
-    takes = [layer.stride == 2 and vision.MapConv.takes(layer.weight.shape[1]) for layer in (two, *others)]
-    packed: list[nn.Module] = [vision.Stem(of(one), of(two)) if takes[0] and one.stride == 2 else OtherStem(one, two)]
+    takes = [layer.stride == 2 and stem.MapConv.takes(layer.weight.shape[1]) for layer in (two, *others)]
+    packed: list[nn.Module] = [stem.Stem(of(one), of(two)) if takes[0] and one.stride == 2 else OtherStem(one, two)]
     for layer, taken in zip(others, takes[1:], strict=True):
-        packed.append(vision.MapConv(*of(layer)) if taken else OtherConv(layer))
+        packed.append(stem.MapConv(*of(layer)) if taken else OtherConv(layer))
     return nn.Sequential(*packed)
 
 
@@ -178,7 +179,7 @@ class PackedEfficientViM(nn.Module):
     def __init__(self, model: FusedEfficientViM) -> None:
         super().__init__()
         try:
-            vision.vision_library()
+            vision_library()
         except BuildError as error:
             raise EnvironmentProblem(f"pack() needs compiled layers: {error}; fuse() needs none") from error
         self.image_size, self.num_classes, self.fusion = model.image_size, model.num_classes, model.fusion

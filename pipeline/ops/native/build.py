@@ -1,15 +1,15 @@
 """Compile the kernels once per machine and load them.
 
-The library lies in the user's cache folder under a key of the sources, the flags, torch and the compiler, so a new
-torch, another CPU on a shared home or an edited kernel builds anew and nothing stale is ever loaded. A build takes
-seconds: of torch it includes only `at::parallel_for`, and Python calls it through ctypes.
+The library lies in the user's cache folder. Its name contains a hash of the sources, the flags, the torch version and
+the compiler. So a new torch, another CPU on a shared home folder or an edited kernel causes a new build, and no stale
+library is loaded. A build takes seconds, because it includes only `at::parallel_for` from torch. Python calls the
+library through ctypes.
 """
 
 import ctypes
 import fcntl
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -20,12 +20,14 @@ from pathlib import Path
 
 import torch
 
+from pipeline.files import replacing
+
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "scan.cpp", FOLDER / "conv.cpp", FOLDER / "distance.cpp")
 HEADERS = tuple(FOLDER / name for name in ("simd.h", "tiles.h", "products.h", "layers.h"))
-# No -ffast-math: a NaN must stay a NaN. Contraction (fused multiply-add) rounds once instead of twice, nothing else.
+# No -ffast-math: a NaN must stay a NaN. Contraction (fused multiply-add) only rounds once instead of twice.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")
 SIMD = {
     "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),  # 16 lanes
@@ -35,24 +37,24 @@ SIMD = {
 
 
 class BuildError(Exception):
-    """No compiler, or it refused; the text is one line."""
+    """There is no compiler, or it failed. The text is one line."""
 
 
 def best_simd() -> str:
-    """The widest entry of SIMD that this processor runs."""
+    """Return the widest key of `SIMD` that this processor runs."""
     capability = torch.backends.cpu.get_cpu_capability()
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
 
 
 def cache_folder() -> Path:
-    """Where built libraries lie: the platform's cache folder for users."""
+    """Return the folder of the built libraries, in the user's cache folder."""
     if platform.system() == "Darwin":
         return Path.home() / "Library" / "Caches" / "visionmamba-pipeline"
     return Path.home() / ".cache" / "visionmamba-pipeline"
 
 
 def find_compiler() -> str:
-    """Path of a C++ compiler, or BuildError."""
+    """Return the path of a C++ compiler; BuildError if there is none."""
     for name in ("g++", "clang++", "c++"):
         if path := shutil.which(name):
             return path
@@ -60,10 +62,18 @@ def find_compiler() -> str:
 
 
 def load_library(simd: str | None = None, cache: Path | None = None, sources: Sequence[Path] = SOURCES) -> ctypes.CDLL:
-    """The kernels for `simd` (default: the best), built if the cache has none. BuildError if that fails.
+    """Return the loaded kernels, after building them if the cache has none.
 
-    Processes that start together wait for the first one's build: a file lock per key, and a rename at the end, so a
-    killed build leaves nothing that could be loaded.
+    Processes that start together wait for the build of the first one: each library has a file lock. The build ends
+    with a rename, so a killed build leaves no library that could be loaded.
+
+    Args:
+        simd: The instruction set, a key of `SIMD`; by default the widest that this processor runs.
+        cache: The folder of built libraries; by default `cache_folder()`.
+        sources: The C++ files.
+
+    Raises:
+        BuildError: If there is no compiler, the compilation fails, or the folder cannot be written.
     """
     flags = (*FLAGS, *SIMD[simd or best_simd()])
     compiler = find_compiler()
@@ -93,17 +103,16 @@ def _key(compiler: str, flags: Sequence[str], sources: Sequence[Path]) -> str:
 
 def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], library: Path) -> None:
     site = Path(torch.__file__).parent
-    unfinished = library.with_suffix(f".{os.getpid()}.tmp")
     command = [compiler, *flags, f"-I{site / 'include'}", f"-I{FOLDER}", *map(str, sources)]
-    command += [f"-L{site / 'lib'}", f"-Wl,-rpath,{site / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(unfinished)]
+    command += [f"-L{site / 'lib'}", f"-Wl,-rpath,{site / 'lib'}", "-ltorch_cpu", "-lc10"]
     if sysconfig.get_platform().startswith("macosx"):
-        command.remove("-fopenmp")  # Apple's clang has none; at::parallel_for is then serial here
+        command.remove("-fopenmp")  # Apple's clang has no OpenMP; at::parallel_for is then serial
     logger.info("building the native kernels with %s (once; kept in %s)", Path(compiler).name, library.parent)
     begin = time.perf_counter()
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        unfinished.unlink(missing_ok=True)
-        errors = [line for line in finished.stderr.splitlines() if "error" in line] or [finished.stderr.strip()[-200:]]
-        raise BuildError(f"{Path(compiler).name} failed: {errors[0]}")
-    unfinished.replace(library)
+    with replacing(library) as unfinished:
+        finished = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+        if finished.returncode:
+            lines = finished.stderr.splitlines()
+            errors = [line for line in lines if "error" in line] or [finished.stderr.strip()[-200:]]
+            raise BuildError(f"{Path(compiler).name} failed: {errors[0]}")
     logger.info("built the native kernels in %.0f s", time.perf_counter() - begin)

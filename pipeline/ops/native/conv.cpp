@@ -1,8 +1,8 @@
-// Depthwise causal convolution with SiLU, and its backward; one or two directions of one input in one call.
+// Depthwise causal convolution with SiLU, and its backward, for one or two directions of one input in one call.
 //
-// Units, tiles, staging and reversal as in scan.cpp. Output t sees inputs t-K+1..t; the second direction reads x from the
-// cache. The backward recomputes the convolution instead of keeping it, walks from the last chunk to the first and adds
-// the second direction's input gradient to the first one's.
+// Units, tiles and reversal are as in scan.cpp. Output t sees inputs t-K+1..t. The second direction reads x from the
+// cache. The backward recomputes the convolution instead of keeping it. It walks from the last chunk to the first, and adds
+// the input gradient of the second direction to that of the first.
 
 #include <ATen/Parallel.h>
 
@@ -20,8 +20,8 @@ using simd::W;
 // Mirrored field by field in library.py.
 struct ConvDirection {
   Strided x, o, g_o, g_x;
-  const float *weight, *bias;      // (E, K), (E) contiguous; bias may be absent
-  float *part_weight, *part_bias;  // (Bt, E, K), (Bt, E)
+  const float *weight, *bias;            // (E, K), (E), contiguous; bias may be absent
+  float *partial_weight, *partial_bias;  // (Bt, E, K), (Bt, E)
 };
 
 struct Conv {
@@ -32,11 +32,11 @@ struct Conv {
 namespace {
 
 constexpr int64_t chunk_steps = 32, unit_channels = 128, unit_tiles = unit_channels / W;
-constexpr int64_t thread_work = 1 << 16;  // outputs that are worth waking a thread for
+constexpr int64_t thread_work = 1 << 16;  // outputs that justify waking a thread
 constexpr int64_t max_taps = 8;  // shapes.py refuses more
 constexpr int64_t tile_rows = chunk_steps + max_taps - 1, tile_floats = tile_rows * W;
 
-// Inputs of a chunk with the halo before it; gradients of a chunk with the halo after it; rows of W, tile after tile.
+// Inputs of a chunk with the halo before it, and gradients of a chunk with the halo after it, as rows of W in tiles.
 struct Scratch {
   alignas(64) float x[unit_tiles * tile_floats], g[unit_tiles * tile_floats], out[unit_tiles * tile_floats];
   alignas(64) float weight[unit_tiles][max_taps * W], bias[unit_tiles][W];
@@ -49,7 +49,7 @@ struct Scratch {
       if (d.bias) bias[c / W][c % W] = d.bias[first + c];
     }
   }
-  // x from step t0 - halo on, zero before the first step.
+  // Loads x from step t0 - halo on, with zeros before the first step.
   void load_inputs(const Strided& s, int64_t t0, int64_t halo, int64_t steps, int64_t channels) {
     const int64_t missing = std::max<int64_t>(0, halo - t0);
     for (int64_t i = 0; i < unit_tiles; i++) std::fill_n(x + i * tile_floats, missing * W, 0.0f);
@@ -57,7 +57,7 @@ struct Scratch {
   }
 };
 
-// K taps, known when compiled so that the filter stays in registers.
+// K, the number of taps, is a template argument, so that the filter stays in registers.
 template <int K>
 void forward_unit(const Conv& s, const ConvDirection& d, int64_t b, int64_t first, int64_t channels, bool) {
   thread_local Scratch m;
@@ -123,8 +123,8 @@ void backward_unit(const Conv& s, const ConvDirection& d, int64_t b, int64_t fir
   }
   for (int64_t c = 0; c < channels; c++) {
     const int64_t row = b * s.channels + first + c;
-    d.part_bias[row] = m.g_bias[c / W][c % W];
-    for (int64_t k = 0; k < K; k++) d.part_weight[row * K + k] = m.g_weight[c / W][k * W + c % W];
+    d.partial_bias[row] = m.g_bias[c / W][c % W];
+    for (int64_t k = 0; k < K; k++) d.partial_weight[row * K + k] = m.g_weight[c / W][k * W + c % W];
   }
 }
 

@@ -1,5 +1,6 @@
-// |a - b|^2 and |b|^2 in one pass over both: what the certificate of a teacher needs of weights a and teacher b.
-// Differences and sums of 16 are fp32, the rest fp64. Blocks are summed in their order, so nothing depends on the number of threads.
+// |a - b|^2 and |b|^2 in one pass over the weights a and the teacher's weights b, for the certificate of the teacher.
+// Differences and sums of 16 values are fp32, all other sums fp64. Blocks are summed in order, so the result does not depend on
+// the number of threads.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -7,11 +8,11 @@
 #include <vector>
 
 namespace {
-constexpr int64_t block = 1 << 14, lanes = 64, run = 16;  // a block's 128 KiB stay in the first two caches
-constexpr int64_t ahead = 1024;  // elements fetched early: two far streams outrun the hardware's own prefetching
+constexpr int64_t block = 1 << 14, lanes = 64, run = 16;  // the 128 KiB of a block fit the first two caches
+constexpr int64_t ahead = 1024;  // elements to prefetch; the hardware alone does not keep up with two distant streams
 
-// 16 squares are summed in fp32 (a relative error of at most 16 units of roundoff), then on in fp64, lane by lane: a chain
-// of scalar additions here would be slower than the memory.
+// Sums 16 squares in fp32 (a relative error of at most 16 units of roundoff), and these sums in fp64, lane by lane. A chain of
+// scalar additions would be slower than the memory.
 void block_sums(const float* a, const float* b, int64_t n, double* out) {
   double distances[lanes] = {}, sizes[lanes] = {};
   int64_t i = 0;
@@ -19,7 +20,7 @@ void block_sums(const float* a, const float* b, int64_t n, double* out) {
     float distance[lanes] = {}, size[lanes] = {};
     for (int64_t k = i; k < i + lanes * run; k += lanes) {
       for (int64_t l = 0; l < lanes; l += 16) __builtin_prefetch(a + k + l + ahead), __builtin_prefetch(b + k + l + ahead);
-      for (int64_t l = 0; l < lanes; ++l) {  // independent sums, which the compiler turns into vectors
+      for (int64_t l = 0; l < lanes; ++l) {  // independent sums, which the compiler vectorises
         const float d = a[k + l] - b[k + l], t = b[k + l];
         distance[l] += d * d;
         size[l] += t * t;
@@ -40,9 +41,10 @@ int64_t distance_blocks(int64_t n) { return (n + block - 1) / block; }
 }  // namespace
 
 extern "C" {
-// Over `tensors` pairs at once, a model's hundreds of small ones too: pair j has counts[j] elements; `out` gets the two sums.
+// One call sums over all `tensors` pairs, because a model has hundreds of small tensors. Pair j has counts[j] elements. `out`
+// receives the two sums.
 void squared_distance(const float* const* a, const float* const* b, const int64_t* counts, int64_t tensors, double* out) {
-  std::vector<int64_t> first(tensors + 1, 0);  // block of each pair
+  std::vector<int64_t> first(tensors + 1, 0);  // first block of each pair
   for (int64_t j = 0; j < tensors; ++j) first[j + 1] = first[j] + distance_blocks(counts[j]);
   const int64_t blocks = first[tensors];
   std::vector<double> partial(2 * blocks);

@@ -1,4 +1,4 @@
-// What the layers for inference share: rows packed as tiles, activations, and the work cut among the threads.
+// Helpers of the layers for inference: rows packed as tiles, activations, and work divided among the threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,10 +10,10 @@
 
 namespace products {
 
-constexpr int64_t pad = 32;  // inputs of products are zero up to a multiple of it: whole vectors and whole panels
-constexpr int64_t block_tiles = 5;  // tiles that share a pass over the weights: their hidden rows stay in the second-level cache
+constexpr int64_t pad = 32;  // inputs of products are padded with zeros to a multiple of it: whole vectors and whole panels
+constexpr int64_t block_tiles = 5;  // tiles that share one pass over the weights; their hidden rows fit the second-level cache
 
-// `count` rows of `width` one after the other, as one tile; zero beyond the width, up to `padded`.
+// Packs `count` consecutive rows of `width` floats as one tile, with zeros from `width` up to `padded`.
 inline void pack_tile(const float* rows, int64_t width, int64_t padded, int count, float* tile) {
   for (int64_t c = 0; c < padded; c += W)
     for (int r = 0; r < count; r++) store(tile + c * count + r * W, load_some(rows + r * width + c, width - c));
@@ -21,11 +21,11 @@ inline void pack_tile(const float* rows, int64_t width, int64_t padded, int coun
 
 enum Act { none, relu, silu, sigmoid };
 
-// What a sum is raised to at least: relu as a bound that the others have too. A NaN passes.
+// The lower bound of a sum: 0 for relu, none for the other activations. at_least passes a NaN on.
 inline float least_of(int64_t act) { return act == relu ? 0.0f : -INFINITY; }
 inline __attribute__((always_inline)) Float at_least(Float x, float least) { return x < least ? splat(least) : x; }
 
-// silu or sigmoid of finished rows: a loop of its own, since among the sums it would drive them out of the registers.
+// Applies silu or sigmoid to finished rows. This is a separate loop, because inside the products it would spill the sums.
 inline void activate(float* rows, int64_t stride, int count, int64_t width, int64_t act) {
   if (act <= relu) return;
   for (int r = 0; r < count; r++)
@@ -35,7 +35,7 @@ inline void activate(float* rows, int64_t stride, int count, int64_t width, int6
     }
 }
 
-// The tiles of a cut among the threads, in even blocks of at most `tiles`: f(first tile, last tile).
+// Divides the tiles of a cut among the threads, in even blocks of at most `tiles`. Calls f(first tile, one past the last).
 template <class F>
 void in_blocks(const Cut& cut, int64_t tiles, F&& f) {
   at::parallel_for(0, cut.tiles, 1, [&](int64_t begin, int64_t end) {
@@ -45,13 +45,13 @@ void in_blocks(const Cut& cut, int64_t tiles, F&& f) {
   });
 }
 
-// An exception must not cross the border to Python: 1 where memory ran out.
+// Calls f and returns 0, or 1 if memory ran out, because no exception may reach Python.
 template <class F>
 int64_t guarded(F&& f) {
   try {
     f();
     return 0;
-  } catch (const std::exception&) {  // bad_alloc, or a length that no vector has
+  } catch (const std::exception&) {  // bad_alloc, or a length that a vector cannot have
     return 1;
   }
 }

@@ -1,9 +1,9 @@
-"""The compiled kernels as functions on tensors: memory comes from torch, pointers and strides go through ctypes.
+"""The compiled scan and convolution as functions on tensors: an implementation of `pipeline.ops.kernels.Kernels`.
 
-Tensors are fp32 or bf16, each in its own dtype and with its own strides; A, D, biases and convolution weights are
-contiguous fp32. Outputs follow the layout of their input: channels last in memory if it has them so (what lies between
-a mixer's matrix products), else steps last. Sums over units are taken in a fixed order, so nothing depends on the
-number of threads. Nothing here knows autograd; this is a `pipeline.ops.kernels.Kernels`.
+torch allocates the memory, and ctypes passes pointers and strides. Tensors are fp32 or bf16, each with its own dtype
+and strides; A, D, biases and convolution weights are contiguous fp32. An output has the memory layout of its input:
+channels last (as between the matrix products of a mixer), else steps last. Sums over units of work are taken in a
+fixed order, so results do not depend on the number of threads. Nothing in this file knows autograd.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ class _ScanDirection(Structure):
     _fields_ = [
         *((name, Strided) for name in ("u", "delta", "B", "C", "z", "o", "p", "g_o", "g_p", "g_u", "g_delta", "g_z")),
         *((name, c_void_p) for name in ("A", "D", "bias", "blend", "carries")),
-        *((name, c_void_p) for name in ("part_A", "part_D", "part_bias", "part_B", "part_C")),
+        *((name, c_void_p) for name in ("partial_A", "partial_D", "partial_bias", "partial_B", "partial_C")),
         ("reversed", c_int64),
     ]
 
@@ -49,7 +49,7 @@ class _ConvDirection(Structure):
 
     _fields_ = [
         *((name, Strided) for name in ("x", "o", "g_o", "g_x")),
-        *((name, c_void_p) for name in ("weight", "bias", "part_weight", "part_bias")),
+        *((name, c_void_p) for name in ("weight", "bias", "partial_weight", "partial_bias")),
     ]
 
 
@@ -82,7 +82,15 @@ def _floats(*shape: int) -> Tensor:
 
 
 class Library:
-    """The loaded library with its argument types declared."""
+    """The loaded library with its argument types declared.
+
+    Args:
+        simd: The instruction set, a key of `build.SIMD`; by default the widest that this processor runs.
+        cache: The folder of built libraries; by default the user's.
+
+    Raises:
+        BuildError: If there is no compiler, or it fails.
+    """
 
     def __init__(self, simd: str | None = None, cache: Path | None = None) -> None:
         self._lib = load_library(simd, cache)
@@ -92,13 +100,14 @@ class Library:
             getattr(self._lib, name).argtypes = [POINTER(_ScanCall)]
         for name in ("conv_forward", "conv_backward"):
             getattr(self._lib, name).argtypes = [POINTER(_ConvCall)]
-        self._lib.sum_parts.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
+        self._lib.sum_partials.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
         sizes = self._lib.scan_struct_bytes(), self._lib.conv_struct_bytes()
         assert sizes == (ctypes.sizeof(_ScanCall), ctypes.sizeof(_ConvCall)), "the structures here and in C++ differ"
 
     def scan_forward(
         self, problem: ScanProblem, *, ungated: bool, keep: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Implement `Kernels.scan_forward`."""
         call = _scan_call(problem)
         inputs, reverses = problem.inputs, problem.reverses
         o = torch.empty_like(inputs[0].u)
@@ -120,44 +129,48 @@ class Library:
         g_ps: Sequence[Tensor],
         g_z: Tensor | None,
     ) -> list[ScanInputs]:
+        """Implement `Kernels.scan_backward`."""
         call = _scan_call(problem)
         inputs, reverses = problem.inputs, problem.reverses
         (batch, channels, steps), states = inputs[0].u.shape, inputs[0].A.shape[1]
         outer, blocks, width = batch * call.groups, self._lib.scan_blocks(call), self._lib.scan_width(call)
-        grads, parts = [], []
+        grads, partials = [], []
         for k, reverse in enumerate(reverses):
             g_u, g_delta = torch.empty_like(inputs[k].u), torch.empty_like(inputs[k].delta)
-            part_A, part_D, part_bias = (_floats(1, batch, channels * n) for n in (states, 1, 1))
-            part_B, part_C = (_floats(outer, blocks, steps * width) for _ in range(2))
+            partial_A, partial_D, partial_bias = (_floats(1, batch, channels * n) for n in (states, 1, 1))
+            partial_B, partial_C = (_floats(outer, blocks, steps * width) for _ in range(2))
             direction = call.direction[k]
             direction.g_o, direction.g_z = _strided(g_o, reverse), _strided(g_z, reverse)
             direction.g_p = _strided(g_ps[k] if g_ps else None, reverse)
             direction.g_u, direction.g_delta = _strided(g_u, reverse), _strided(g_delta, reverse)
             direction.carries = carries[k].data_ptr()
-            direction.part_A, direction.part_D, direction.part_bias = map(_pointer, (part_A, part_D, part_bias))
-            direction.part_B, direction.part_C = part_B.data_ptr(), part_C.data_ptr()
+            direction.partial_A, direction.partial_D, direction.partial_bias = map(
+                _pointer, (partial_A, partial_D, partial_bias)
+            )
+            direction.partial_B, direction.partial_C = partial_B.data_ptr(), partial_C.data_ptr()
             grads.append((g_u, g_delta))
-            parts.append((part_A, part_B, part_C, part_D, part_bias))
+            partials.append((partial_A, partial_B, partial_C, partial_D, partial_bias))
         self._lib.scan_backward(call)
 
         results = []
-        for given, (g_u, g_delta), (part_A, part_B, part_C, part_D, part_bias) in zip(
-            inputs, grads, parts, strict=True
+        for given, (g_u, g_delta), (partial_A, partial_B, partial_C, partial_D, partial_bias) in zip(
+            inputs, grads, partials, strict=True
         ):
             g_B, g_C = (
-                self._sum(part)
+                self._sum(partial)
                 .view(batch, call.groups, steps, width)[..., :states]
                 .transpose(2, 3)
                 .reshape(given.B.shape)
-                for part in (part_B, part_C)
+                for partial in (partial_B, partial_C)
             )
-            g_D = None if given.D is None else self._sum(part_D)[0]
-            g_bias = None if given.bias is None else self._sum(part_bias)[0]
-            g_A = self._sum(part_A).view(channels, states)
+            g_D = None if given.D is None else self._sum(partial_D)[0]
+            g_bias = None if given.bias is None else self._sum(partial_bias)[0]
+            g_A = self._sum(partial_A).view(channels, states)
             results.append(ScanInputs(g_u, g_delta, g_A, g_B, g_C, g_D, g_bias))
         return results
 
     def conv_forward(self, x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool]) -> list[Tensor]:
+        """Implement `Kernels.conv_forward`."""
         call = _conv_call(x, filters, reverses)
         outs = [torch.empty_like(x) for _ in filters]
         for k, reverse in enumerate(reverses):
@@ -173,26 +186,27 @@ class Library:
         g_outs: Sequence[Tensor],
         g_x: Tensor,
     ) -> list[Filter]:
+        """Implement `Kernels.conv_backward`."""
         call = _conv_call(x, filters, reverses)
-        parts = []
+        partials = []
         for k, reverse in enumerate(reverses):
-            part_weight = _floats(1, x.shape[0], x.shape[1] * call.taps)
-            part_bias = _floats(1, x.shape[0], x.shape[1])
+            partial_weight = _floats(1, x.shape[0], x.shape[1] * call.taps)
+            partial_bias = _floats(1, x.shape[0], x.shape[1])
             direction = call.direction[k]
             direction.g_o, direction.g_x = _strided(g_outs[k], reverse), _strided(g_x, reverse)
-            direction.part_weight, direction.part_bias = part_weight.data_ptr(), part_bias.data_ptr()
-            parts.append((part_weight, part_bias))
+            direction.partial_weight, direction.partial_bias = partial_weight.data_ptr(), partial_bias.data_ptr()
+            partials.append((partial_weight, partial_bias))
         self._lib.conv_backward(call)
         return [
-            (self._sum(part_weight).view(weight.shape), None if bias is None else self._sum(part_bias)[0])
-            for (weight, bias), (part_weight, part_bias) in zip(filters, parts, strict=True)
+            (self._sum(partial_weight).view(weight.shape), None if bias is None else self._sum(partial_bias)[0])
+            for (weight, bias), (partial_weight, partial_bias) in zip(filters, partials, strict=True)
         ]
 
-    def _sum(self, parts: Tensor) -> Tensor:
-        """(outer, parts, size) summed over the parts, in their order."""
-        outer, count, size = parts.shape
+    def _sum(self, partials: Tensor) -> Tensor:
+        """Sum (outer, partial sums, size) over the partial sums, in their order."""
+        outer, count, size = partials.shape
         out = _floats(outer, size)
-        self._lib.sum_parts(out.data_ptr(), parts.data_ptr(), outer, count, size)
+        self._lib.sum_partials(out.data_ptr(), partials.data_ptr(), outer, count, size)
         return out
 
 

@@ -1,8 +1,8 @@
-// Products of a few rows with a panel of columns, in registers: what the kernels for inference are made of.
+// Products of a few rows with a panel of columns in registers: the building blocks of the kernels for inference.
 //
-// Rows lie in tiles of R <= tile_rows, [k / U][R][U]: one pointer and constant offsets reach every element, and with U = W a tile
-// of results is stored as it leaves the registers and read as the rows of the next product. Weights lie in panels
-// [k][panel]. Each sum runs over k in order whatever the tile's height, so no cut of the work changes a bit.
+// Rows lie in tiles of R <= tile_rows, [k / U][R][U], so one pointer and constant offsets reach every element. With U = W a tile
+// of results is stored in register order and serves as the rows of the next product. Weights lie in panels [k][panel].
+// Each sum runs over k in order for every height of a tile, so the division of the work changes no bit of the result.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,8 @@ using simd::store;
 using simd::W;
 
 constexpr int panel_vectors = 2, panel = panel_vectors * W;
-constexpr int tile_rows = W == 16 ? 14 : 6;  // with two sums a row, a panel's row and a broadcast they fill x86's registers
-constexpr int ahead = 16;  // rows of a panel fetched early: a panel is longer than the first cache is large
+constexpr int tile_rows = W == 16 ? 14 : 6;  // two sums for each row, a panel's row and a broadcast fill x86's registers
+constexpr int ahead = 16;  // rows of a panel to prefetch, because a panel exceeds the first-level cache
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -32,7 +32,7 @@ inline __mmask16 lanes(int64_t n) { return n >= W ? 0xffff : (1u << std::max<int
 inline __m256i lanes(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 #endif
 
-// The first n lanes, the others zero; n may be above W.
+// Loads the first n lanes and sets the others to zero; n may be above W.
 inline Float load_some(const float* p, int64_t n) {
   if (n >= W) return load(p);
 #if defined(__AVX512F__)
@@ -60,7 +60,7 @@ template <int R, int V>
 struct Sums {
   Float of[R][V] = {};
 
-  // Adds R values, `step` apart, times a panel's row.
+  // Adds the products of R values, `step` apart, with a row of the panel.
   template <int step>
   inline __attribute__((always_inline)) void add(const float* values, const float* row, int64_t row_stride) {
     Float columns[V];
@@ -85,7 +85,7 @@ struct Sums {
   }
 };
 
-// A tile's rows of k = chunks * U inputs times a panel; `end(row, v, sum)` takes each vector of W columns.
+// Multiplies the rows of a tile, with chunks * U inputs each, with a panel; `end(row, v, sum)` takes each vector of W columns.
 template <int R, int V, int U = W, class End>
 inline __attribute__((always_inline)) void multiply(
     const float* tile, const float* columns, int64_t column_stride, int64_t chunks, End&& end) {
@@ -96,20 +96,20 @@ inline __attribute__((always_inline)) void multiply(
   sums.leave(end);
 }
 
-// The same for rows that lie side by side: `values(k)` points to the R of them.
+// Does the same for rows that lie side by side: `values(k)` points to R neighbouring values.
 template <int R, int V, class Values, class End>
 inline __attribute__((always_inline)) void multiply_side_by_side(
     Values&& values, const float* columns, int64_t column_stride, int64_t count, End&& end) {
   Sums<R, V> sums;
   for (int64_t k = 0; k < count; k++, columns += column_stride) {
     const float* at = values(k);
-    asm("" : "+r"(at));  // one pointer and constant offsets: the compiler would keep an index for every row, and spill them
+    asm("" : "+r"(at));  // one pointer with constant offsets: the compiler would keep and spill an index for every row
     sums.template add<1>(at, columns, column_stride);
   }
   sums.leave(end);
 }
 
-// Calls f.template operator()<R, V>(): R rows, and V = 1 where no more than W columns are left of a panel.
+// Calls f.template operator()<R, V>() with R rows, and with V = 1 if at most W columns of the panel are left.
 template <class F, int... R>
 inline void with_sizes(int rows, bool half, F&& f, std::integer_sequence<int, R...>) {
   ((rows != R + 1 ? void() : half ? f.template operator()<R + 1, 1>() : f.template operator()<R + 1, 2>()), ...);
@@ -119,7 +119,8 @@ inline void with_sizes(int rows, int64_t columns_left, F&& f) {
   with_sizes(rows, columns_left <= W, f, std::make_integer_sequence<int, tile_rows>{});
 }
 
-// n rows cut into tiles whose heights differ by one at most, as many as a multiple of `shares` where there are rows enough.
+// A division of n rows into tiles whose heights differ by at most one. If there are enough rows, the number of tiles is a
+// multiple of `shares`.
 struct Cut {
   int64_t rows, tiles;
   Cut(int64_t n, int64_t shares) : rows(n), tiles(up(up(n, tile_rows) / tile_rows, std::clamp<int64_t>(n, 1, shares))) {}
@@ -127,7 +128,7 @@ struct Cut {
   int height(int64_t tile) const { return int(first(tile + 1) - first(tile)); }
 };
 
-// Scratch of a thread, aligned and grown once: room(n) holds n floats, in whole lines of the cache, until the next `begin`.
+// Scratch memory of a thread, aligned to cache lines; it only grows. take(n) returns n floats, valid until the next `begin`.
 class Scratch {
  public:
   static Scratch& begin(int64_t floats) {
@@ -136,7 +137,7 @@ class Scratch {
     scratch.next_ = (float*)up((int64_t)scratch.memory_.data(), 64);
     return scratch;
   }
-  float* room(int64_t floats) { return std::exchange(next_, next_ + up(floats, 16)); }
+  float* take(int64_t floats) { return std::exchange(next_, next_ + up(floats, 16)); }
 
  private:
   std::vector<float> memory_;

@@ -1,12 +1,12 @@
-// The selective scan and its closed-form backward; one or two directions in one call.
+// The selective scan and its closed-form backward, for one or two directions in one call.
 //
-// Work is cut into units of one batch item and at most `unit_channels` channels of one group: a fixed cut, and sums over
-// units are taken in a fixed order, so the bits do not depend on the number of threads. A unit walks time in chunks and,
-// inside a chunk, its tiles of W channels; the states go in blocks of W, so that sums over channels (the gradients of B
-// and C) are W x W transposes. The forward keeps the state at the beginning of each chunk; the backward recomputes one
-// chunk at a time, so no (Bt, E, L, N) tensor exists.
+// The work is divided into units of one batch item and at most `unit_channels` channels of one group. The division and
+// the order of sums over units are fixed, so the bits do not depend on the number of threads. A unit walks time in chunks
+// and, inside a chunk, its tiles of W channels. States are computed in blocks of W, so that sums over channels (the
+// gradients of B and C) are W x W transposes. The forward keeps the state at the beginning of each chunk, and the backward
+// recomputes one chunk at a time, so no (Bt, E, L, N) tensor exists.
 //
-// Two directions share z and o: the second adds to what the first has written, while it is still in the cache.
+// Two directions share z and o. The second adds to the output of the first while it is still in the cache.
 
 #include <ATen/Parallel.h>
 
@@ -24,11 +24,11 @@ using simd::W;
 
 namespace {
 
-constexpr int64_t chunk_steps = 32;     // a unit's inputs of a chunk, and a tile's states, fit the second-level cache
+constexpr int64_t chunk_steps = 32;     // a unit's inputs of a chunk and a tile's states fit the second-level cache
 constexpr int64_t unit_channels = 128;  // a multiple of every W
 constexpr int64_t unit_tiles = unit_channels / W;
 
-constexpr int64_t thread_work = 1 << 18;  // steps of states that are worth waking a thread for: about 50 microseconds
+constexpr int64_t thread_work = 1 << 18;  // state steps that justify waking a thread: about 50 microseconds
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
 
@@ -36,13 +36,13 @@ int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
 
 // Mirrored field by field in library.py.
 struct Direction {
-  Strided u, delta, B, C, z, o, p;                     // p: ungated output, may be absent
-  Strided g_o, g_p, g_u, g_delta, g_z;                 // backward only; g_p may be absent
-  const float *A, *D, *bias, *blend;                   // (E, N), (E), (E), (Bt) contiguous; all but A may be absent
-  float* carries;                                      // scan_carry_floats() of them; may be absent in the forward
-  float *part_A, *part_D, *part_bias;                  // (Bt, E, N), (Bt, E), (Bt, E)
-  float *part_B, *part_C;                              // (Bt, G, blocks, L, width): sums over a unit's channels
-  int64_t reversed;                                    // the Strided run backwards in time; part_B and part_C do not
+  Strided u, delta, B, C, z, o, p;                    // p: ungated output, may be absent
+  Strided g_o, g_p, g_u, g_delta, g_z;                // backward only; g_p may be absent
+  const float *A, *D, *bias, *blend;                  // (E, N), (E), (E), (Bt), contiguous; all except A may be absent
+  float* carries;                                     // scan_carry_floats() floats; may be absent in the forward
+  float *partial_A, *partial_D, *partial_bias;        // (Bt, E, N), (Bt, E), (Bt, E)
+  float *partial_B, *partial_C;                       // (Bt, G, blocks, L, width): sums over a unit's channels
+  int64_t reversed;                                   // the Strided tensors run backwards in time, partial_B and partial_C do not
 };
 
 struct Scan {
@@ -53,7 +53,7 @@ struct Scan {
 
 namespace {
 
-// What all units of a call share.
+// The sizes that all units of a call share.
 struct Plan {
   const Scan& s;
   int64_t group_channels = s.channels / s.groups;
@@ -76,7 +76,7 @@ struct Plan {
   }
 };
 
-// Scratch of one thread, cut into 64-byte aligned pieces; grown once, kept for the thread's life.
+// Scratch memory of one thread in 64-byte aligned pieces. It only grows, and lives as long as the thread.
 class Arena {
  public:
   explicit Arena(int64_t floats) {
@@ -84,7 +84,7 @@ class Arena {
     memory.resize(std::max<size_t>(memory.size(), floats + 16));
     next_ = (float*)((uintptr_t(memory.data()) + 63) & ~uintptr_t(63));
   }
-  float* take(int64_t floats) {  // a multiple of 16, or alignment is lost
+  float* take(int64_t floats) {  // `floats` must be a multiple of 16, else alignment is lost
     float* piece = next_;
     next_ += floats;
     return piece;
@@ -94,7 +94,7 @@ class Arena {
   float* next_;
 };
 
-// What a unit knows of its channels: a row of W per tile, zero beyond its last channel.
+// The per-channel inputs of a unit: a row of W for each tile, zero beyond the last channel.
 struct Rows {
   float *rates, *bias, *skip;  // rates: [tile][state][lane], A in units of log 2
 
@@ -115,22 +115,22 @@ struct Rows {
 
 constexpr int64_t tile_floats = chunk_steps * W, block_floats = unit_tiles * tile_floats;
 
-// A unit's chunk of a tensor, tile after tile.
+// A unit's chunk of a tensor: one tile after another.
 Tiles block(float* at) { return {at, tile_floats, W}; }
 
-// A chunk of B or C: [step][width], zero beyond N.
+// Loads a chunk of B or C as [step][width], with zeros beyond N.
 void load_states(float* out, const Plan& plan, const Strided& s, int64_t steps) {
   std::fill_n(out, steps * plan.width, 0.0f);
   tiles::load({out, W, plan.width}, s, plan.s.states, steps);
 }
 
-// What the recurrence needs of one tile and chunk besides the states.
+// The inputs and outputs of the recurrence for one tile and chunk, except the states.
 struct Tile {
   alignas(64) float dt[tile_floats], dtu[tile_floats], y[tile_floats];
   alignas(64) float slope[tile_floats];  // d dt / d delta
 };
 
-// dt = softplus(delta + bias), dt * u; y = 0.
+// Computes dt = softplus(delta + bias) and dt * u, and sets y = 0.
 template <bool with_slope>
 void prepare(Tile& k, bool softplus, const float* u, const float* delta, Float bias, int64_t steps) {
   const Float one = simd::splat(1.0f);
@@ -143,7 +143,8 @@ void prepare(Tile& k, bool softplus, const float* u, const float* delta, Float b
   }
 }
 
-// h_t = 2^(dt rate) h_{t-1} + dt u B_t and y += C_t h_t for W states; with `keep`, all a_t and h_t (h_{-1} first).
+// Computes h_t = 2^(dt rate) h_{t-1} + dt u B_t and y += C_t h_t for W states. With `keep` it stores all a_t, and all h_t
+// beginning with h_{-1}.
 template <bool keep>
 void advance(Tile& k, float* state, const float* rates, const float* B, const float* C, int64_t width, int64_t steps,
              float* kept_h, float* kept_a) {
@@ -219,9 +220,9 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
   }
 }
 
-// From the last step of a chunk to its first, for W states:
+// Computes from the last step of a chunk to its first, for W states:
 //   lam_t = C_t g_t + a_{t+1} lam_{t+1},  q_t = sum lam_t B_t,  r_t = sum A lam_t a_t h_{t-1}  (spec 4.2)
-// `carried` holds a_{t+1} lam_{t+1}. q and r are added to; g is the gradient at C h.
+// `carried` holds a_{t+1} lam_{t+1}. The results are added to q and r. g is the gradient at C h.
 void retreat(const Tile& k, const float* g, float* carried, float* g_rates, const float* rates, const float* B,
              const float* C, int64_t width, int64_t steps, const float* kept_h, const float* kept_a, float* q, float* r,
              float* g_B, float* g_C, int64_t g_row) {
@@ -263,7 +264,7 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
   float *kept_h = arena.take((chunk_steps + 1) * W * W), *kept_a = arena.take(chunk_steps * W * W);
   float *us = arena.take(block_floats), *deltas = arena.take(block_floats), *zs = arena.take(block_floats);
   float *g_os = arena.take(block_floats), *g_ps = arena.take(block_floats);
-  float *g_B = d.part_B + index * plan.s.steps * plan.width, *g_C = d.part_C + index * plan.s.steps * plan.width;
+  float *g_B = d.partial_B + index * plan.s.steps * plan.width, *g_C = d.partial_C + index * plan.s.steps * plan.width;
   std::fill_n(g_B, plan.s.steps * plan.width, 0.0f);
   std::fill_n(g_C, plan.s.steps * plan.width, 0.0f);
   const int64_t g_row = d.reversed ? -plan.width : plan.width, g_first = d.reversed ? (plan.s.steps - 1) * plan.width : 0;
@@ -291,7 +292,7 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
         Float g = load(g_o + t);
         if (d.z) {
           const Float gate = load(z + t), s = simd::sigmoid(gate);
-          store(z + t, g * s * (1.0f + gate * (1.0f - s)));  // times y, once that is known, the gradient of z
+          store(z + t, g * s * (1.0f + gate * (1.0f - s)));  // multiplied by y below, this is the gradient of z
           g *= gate * s;
         }
         store(g_y + t, g);
@@ -309,7 +310,7 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
                 q, r, g_B + g_first + t0 * g_row + n, g_C + g_first + t0 * g_row + n, g_row);
       }
 
-      // The inputs of this tile have served: their places take the gradients.
+      // The inputs of this tile are no longer needed; the gradients overwrite them.
       const Float skip = load(rows.skip + i * W);
       Float sum_skip = load(g_skip + i * W), sum_bias = load(g_bias + i * W);
       for (int64_t t = (steps - 1) * W; t >= 0; t -= W) {
@@ -334,10 +335,10 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
     if (d.z) tiles::store(here(d.g_z), block(zs), unit.channels, steps, add);
   }
   for (int64_t c = 0; c < unit.channels; c++) {
-    d.part_D[row + c] = g_skip[c];
-    d.part_bias[row + c] = g_bias[c];
+    d.partial_D[row + c] = g_skip[c];
+    d.partial_bias[row + c] = g_bias[c];
     for (int64_t n = 0; n < plan.s.states; n++)
-      d.part_A[(row + c) * plan.s.states + n] = g_rates[c / W * plan.tile_state + n * W + c % W];
+      d.partial_A[(row + c) * plan.s.states + n] = g_rates[c / W * plan.tile_state + n * W + c % W];
   }
 }
 
@@ -364,15 +365,15 @@ int64_t scan_width(const Scan* s) { return Plan{*s}.width; }
 void scan_forward(const Scan* s) { for_units(*s, forward_unit); }
 void scan_backward(const Scan* s) { for_units(*s, backward_unit); }
 
-// out[o][i] = sum over k of parts[o][k][i], in the order of k; 0 where there are no parts.
-void sum_parts(float* out, const float* parts, int64_t outer, int64_t count, int64_t size) {
+// out[o][i] = sum over k of partials[o][k][i], in the order of k; 0 if count is 0.
+void sum_partials(float* out, const float* partials, int64_t outer, int64_t count, int64_t size) {
   at::parallel_for(0, outer * size, 1 << 15, [&](int64_t begin, int64_t end) {
     std::fill(out + begin, out + end, 0.0f);
     for (int64_t o = begin / size; o * size < end; o++) {
       const int64_t from = std::max(begin, o * size), to = std::min(end, (o + 1) * size);
       for (int64_t k = 0; k < count; k++) {
-        const float* part = parts + (o * count + k) * size - o * size;
-        for (int64_t i = from; i < to; i++) out[i] += part[i];
+        const float* partial = partials + (o * count + k) * size - o * size;
+        for (int64_t i = from; i < to; i++) out[i] += partial[i];
       }
     }
   });

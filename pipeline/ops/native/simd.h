@@ -1,7 +1,7 @@
-// A vector of W floats on GCC/Clang vector extensions, and the few functions the kernels need of it.
+// A vector of W floats on GCC/Clang vector extensions, with the functions that the kernels need.
 //
-// W is 16 with AVX-512, 8 with AVX2, 4 elsewhere (SSE, NEON); one source serves all. Lanes are channels. No fast-math:
-// a NaN in gives a NaN out in every function below, and each of them is accurate to a few units in the last place.
+// W is 16 with AVX-512, 8 with AVX2, 4 elsewhere (SSE, NEON); one source serves all. Lanes are channels. Without fast-math
+// every function below returns NaN for NaN, and is accurate to a few units in the last place.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ inline Float load(const float* p) {
 }
 inline void store(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
 
-// bf16 is the upper half of a float; rounding is to nearest even, and a NaN must not round to infinity.
+// bf16 is the upper half of a float. Rounding is to nearest even, and a NaN must not become infinity.
 inline Float load(const uint16_t* p) {
   Half v;
   std::memcpy(&v, p, sizeof v);
@@ -64,17 +64,17 @@ inline void narrow(uint16_t* p, float x) {
   *p = x == x ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t((bits >> 16) | 0x40u);
 }
 
-// 2^x, relative error 1e-7: a power of two times a polynomial of degree 6 on [-1/2, 1/2]. Its constant term is exactly
-// 1: a scan multiplies hundreds of factors near 1, where an error of one sign, however small, would add up.
-// 0 (2^-126 without AVX-512) below -126, infinity from 128 on.
+// 2^x with a relative error of 1e-7: a power of two times a polynomial of degree 6 on [-1/2, 1/2]. Its constant term is
+// exactly 1, because a scan multiplies hundreds of factors near 1, where even a small error of one sign would add up.
+// The result is 0 (2^-126 without AVX-512) below -126, and infinity from 128 on.
 inline Float exp2(Float x) {
 #if defined(__AVX512F__)
   Float whole = (Float)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   Float f = x - whole;
 #else
-  x = x < -126.0f ? splat(-126.0f) : x;  // written so that a NaN passes
+  x = x < -126.0f ? splat(-126.0f) : x;  // this form passes a NaN on
   x = x > 128.0f ? splat(128.0f) : x;
-  Float shifted = x + 12582912.0f;  // 1.5 * 2^23: the lowest bits of the mantissa become round(x)
+  Float shifted = x + 12582912.0f;  // 1.5 * 2^23 moves round(x) into the lowest bits of the mantissa
   Float f = x - (shifted - 12582912.0f);
 #endif
   Float p = f * 1.559467751e-4f + 1.340664390e-3f;
@@ -84,7 +84,7 @@ inline Float exp2(Float x) {
   p = p * f + 6.931472150e-1f;
   p = p * f + 1.0f;
 #if defined(__AVX512F__)
-  return (Float)_mm512_scalef_ps((__m512)p, (__m512)whole);  // passes NaN, infinity and underflow through by itself
+  return (Float)_mm512_scalef_ps((__m512)p, (__m512)whole);  // handles NaN, infinity and underflow itself
 #else
   return p * (Float)(((Int)shifted - 0x4b400000 + 127) << 23);
 #endif
@@ -96,7 +96,8 @@ inline Float exp(Float x) { return exp2(x * log2_e); }
 
 inline Float sigmoid(Float x) { return 1.0f / (1.0f + exp(-x)); }
 
-// log(1 + e^x), x itself above 20 as in torch: max(x, 0) + log1p(e^-|x|), the latter as 2 artanh(e / (2 + e)).
+// log(1 + e^x), and x itself above 20 as in torch. It is max(x, 0) + log1p(e) with e = e^-|x|, and log1p(e) is
+// 2 artanh(e / (2 + e)).
 inline Float softplus(Float x) {
   Float e = exp(x > 0.0f ? -x : x);
   Float s = e / (2.0f + e);  // in [0, 1/3]
@@ -119,7 +120,7 @@ inline Float softplus(Float x) {
 #define SIMD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int{__VA_ARGS__})
 #endif
 
-// One step of a transpose: swap the off-diagonal S x S blocks of each 2S x 2S block of the rows a and b.
+// One step of a transpose: swaps the off-diagonal S x S blocks of each 2S x 2S block of the rows a and b.
 template <int S, int... I>
 inline void swap_blocks(Float& a, Float& b, std::integer_sequence<int, I...>) {
   Float low = SIMD_SHUFFLE(a, b, ((I & S) ? W + I - S : I)...);
@@ -139,7 +140,7 @@ inline void transpose_from(Float* rows) {
 }
 inline void transpose(Float* rows) { transpose_from<1>(rows); }
 
-// Lane n of the result is the sum over the lanes of rows[n]: a transpose that adds as it goes (destroys rows).
+// Lane n of the result is the sum over the lanes of rows[n]. It is a transpose that adds at each step, and destroys rows.
 template <int S = W / 2>
 inline Float sum_lanes(Float* rows) {
   if constexpr (S == 0) {

@@ -1,11 +1,11 @@
-// The stem of EfficientViM on the CPU, fp32: 3x3 convolutions with stride 2, from images or channels-last maps to such maps.
+// The stem of EfficientViM on the CPU, fp32: 3x3 convolutions with stride 2 from images or channels-last maps to such maps.
 #include "layers.h"
 
 using namespace products;
 
 namespace {
 
-// Mirrored field by field in vision.py.
+// Mirrored field by field in vision_library.py.
 struct ConvCall {
   int64_t batch, height, width, in, out, act;
   const float *x, *weight, *bias;
@@ -13,22 +13,23 @@ struct ConvCall {
 };
 
 struct StemCall {
-  ConvCall one, two;  // one.y and two.x: unused
+  ConvCall one, two;  // one.y and two.x are unused
 };
 
-// 3x3, stride 2, zeros around, of an image (in, height, width), a row of outputs (out_width, out) at a time.
+// A 3x3 convolution with stride 2 and zero padding of an image (in, height, width). It computes one row (out_width, out) at
+// a time.
 class ImageConv {
  public:
   static int64_t line(const ConvCall& s) { return up((s.width + 1) / 2 + 1, 16); }
   static int64_t floats(const ConvCall& s) { return 3 * s.in * 2 * line(s); }
-  ImageConv(const ConvCall& s, Scratch& scratch) : s_(s), lines_(scratch.room(floats(s))), at_(9 * s.in) {}
+  ImageConv(const ConvCall& s, Scratch& scratch) : s_(s), lines_(scratch.take(floats(s))), at_(9 * s.in) {}
 
   void row(const float* image, int64_t y, float* to) {
     const int64_t out_width = (s_.width + 1) / 2, taps = 9 * s_.in, line = ImageConv::line(s_);
     const float least = least_of(s_.act);
     for (int64_t i = 0; i < 3; i++)
       for (int64_t c = 0; c < s_.in; c++) {
-        // Even columns, and odd ones with the zero before them: neighbours of a line then serve neighbouring outputs.
+        // Splits a line into even columns, and odd columns with a zero before them. Neighbours then serve neighbouring outputs.
         float *even = lines_ + (i * s_.in + c) * 2 * line, *odd = even + line;
         const int64_t from_row = 2 * y - 1 + i;
         std::fill_n(even, 2 * line, 0.0f);
@@ -60,20 +61,21 @@ class ImageConv {
   std::vector<const float*> at_;
 };
 
-// 3x3 with stride 2 in 25 multiplications for 2 x 2 outputs instead of 36. On a line, outputs y0 = x0 g0 + x1 g1 + x2 g2 and
-// y1 = x2 g0 + x3 g1 + x4 g2 share m = x2 (g0 + g2): y0 = (x0 - x2) g0 + x1 g1 + m, y1 = (x4 - x2) g2 + x3 g1 + m
-// (Winograd's F(2, 2) on the even inputs). So three sums, of 2, 2 and 1 products, make two outputs; in the plane nine make four.
-constexpr int parts[3] = {2, 2, 1}, first_part[3] = {0, 2, 4};
+// A 3x3 convolution with stride 2 in 25 multiplications for 2 x 2 outputs instead of 36. On a line, the outputs
+// y0 = x0 g0 + x1 g1 + x2 g2 and y1 = x2 g0 + x3 g1 + x4 g2 share m = x2 (g0 + g2):
+// y0 = (x0 - x2) g0 + x1 g1 + m and y1 = (x4 - x2) g2 + x3 g1 + m (Winograd's F(2, 2) on the even inputs).
+// So three sums, of 2, 2 and 1 products, give two outputs. In the plane nine sums give four outputs.
+constexpr int products_of[3] = {2, 2, 1}, first_product[3] = {0, 2, 4};
 
-// Which of a line's five differences make the products of the plane, in the order of the weights.
+// For each product of the plane, in the order of the weights: which of the five differences of a row and a column it uses.
 struct Order {
   int row[25] = {}, column[25] = {};
   constexpr Order() {
     int k = 0;
     for (int p = 0; p < 3; p++)
       for (int q = 0; q < 3; q++)
-        for (int i = 0; i < parts[p]; i++)
-          for (int j = 0; j < parts[q]; j++) row[k] = first_part[p] + i, column[k++] = first_part[q] + j;
+        for (int i = 0; i < products_of[p]; i++)
+          for (int j = 0; j < products_of[q]; j++) row[k] = first_product[p] + i, column[k++] = first_product[q] + j;
   }
 };
 constexpr Order order;
@@ -82,12 +84,13 @@ inline __attribute__((always_inline)) void differences(const Float (&x)[5], Floa
   to[0] = x[0] - x[2], to[1] = x[1], to[2] = x[4] - x[2], to[3] = x[3], to[4] = x[2];
 }
 
-// The 5 x 5 inputs of 2 x 2 outputs, for the chunk of U channels at c, as row r of a tile: `step` floats from one to the next.
+// Transforms the 5 x 5 inputs of 2 x 2 outputs, for the U channels from c on, to a row of a tile. The 25 results are `step`
+// floats apart.
 template <int U>
 void transform(const float* const (&pixels)[5][5], int64_t c, float* to, int64_t step) {
 #pragma GCC unroll 8
   for (int o = 0; o < U; o += W) {
-    const int within = std::min(o, U - W);  // the last vector of a chunk overlaps the one before
+    const int within = std::min(o, U - W);  // the last vector of a chunk overlaps the one before it
     Float lines[5][5], plane[5][5];
 #pragma GCC unroll 5
     for (int i = 0; i < 5; i++) {
@@ -112,12 +115,12 @@ void transform(const float* const (&pixels)[5][5], int64_t c, float* to, int64_t
 
 constexpr int64_t sums_floats = 9 * tile_rows * panel;
 
-// Floats that conv_blocks wants as its memory.
+// The number of floats that conv_blocks needs as its memory.
 int64_t conv_floats(const ConvCall& s) {
   return up(block_tiles * tile_rows * 25 * s.in, 16) + block_tiles * sums_floats + up(s.in, 16);
 }
 
-// The tiles t0 to t1 of a cut of 2 x 2 outputs, the first of which is number `first` of the map.
+// Computes the tiles t0 to t1 of a cut of 2 x 2 outputs. The first output of the cut is number `first` of the map.
 template <int U>
 void conv_blocks(const ConvCall& s, const Cut& cut, int64_t first, int64_t t0, int64_t t1, float* memory) {
   struct Place {
@@ -154,9 +157,9 @@ void conv_blocks(const ConvCall& s, const Cut& cut, int64_t first, int64_t t0, i
     }
   }
   for (int64_t n = 0; n < s.out; n += panel) {
-    int64_t before = 0;  // parts of the groups before
+    int64_t before = 0;  // products of the groups before
     for (int group = 0; group < 9; group++) {
-      const int64_t size = parts[group / 3] * parts[group % 3];
+      const int64_t size = products_of[group / 3] * products_of[group % 3];
       for (int64_t t = t0; t < t1; t++)
         with_sizes(cut.height(t), s.out - n, [&]<int R, int V>() {
           float* to = sums + (t - t0) * sums_floats + group * tile_rows * panel;
@@ -189,17 +192,17 @@ void conv_blocks(const ConvCall& s, const Cut& cut, int64_t first, int64_t t0, i
   }
 }
 
-// 3x3, stride 2, zeros around, of a channels-last map whose channels are a multiple of U.
+// A 3x3 convolution with stride 2 and zero padding of a channels-last map whose channels are a multiple of U.
 template <int U>
 void conv_map(const ConvCall& s) {
   const Cut cut(s.batch * ((s.height + 3) / 4) * ((s.width + 3) / 4), at::get_num_threads());
   in_blocks(cut, block_tiles, [&](int64_t t0, int64_t t1) {
-    conv_blocks<U>(s, cut, 0, t0, t1, Scratch::begin(conv_floats(s)).room(conv_floats(s)));
+    conv_blocks<U>(s, cut, 0, t0, t1, Scratch::begin(conv_floats(s)).take(conv_floats(s)));
   });
 }
 
-// Two of them from images (batch, in, height, width). Bands of the first map are made when the second convolution wants them,
-// and never leave the cache.
+// Two convolutions of images (batch, in, height, width). Bands of the first map are computed when the second convolution needs
+// them, and never leave the cache.
 template <int U>
 void stem(const ConvCall& one, const ConvCall& two) {
   const int64_t down = (two.height + 3) / 4, across = (two.width + 3) / 4;
@@ -208,7 +211,7 @@ void stem(const ConvCall& one, const ConvCall& two) {
   at::parallel_for(0, one.batch * bands, 1, [&](int64_t begin, int64_t end) {
     Scratch& scratch = Scratch::begin(ImageConv::floats(one) + conv_floats(two) + (4 * rows + 1) * line + 64);
     ImageConv first(one, scratch);
-    float *memory = scratch.room(conv_floats(two)), *band = scratch.room((4 * rows + 1) * line);
+    float *memory = scratch.take(conv_floats(two)), *band = scratch.take((4 * rows + 1) * line);
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / bands, y0 = unit % bands * rows, y1 = std::min(y0 + rows, down);
       const int64_t top = std::max<int64_t>(4 * y0 - 1, 0), bottom = std::min(4 * y1, two.height);

@@ -1,7 +1,7 @@
-// Strided tensors in, tiles of [step][W channels] floats out: the only place that knows layouts and dtypes.
+// Conversion of strided tensors to tiles of [step][W channels] floats and back. Only this file knows layouts and dtypes.
 //
-// A tensor (batch, group, channel, step) is a pointer and four strides in elements. The caller turns a direction round
-// by pointing at the last step with a negative step stride, so no kernel knows about reversal.
+// A tensor (batch, group, channel, step) is a pointer and four strides in elements. For a reversed direction the caller
+// passes a pointer to the last step and a negative step stride, so no kernel knows about reversal.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Strided {
   }
 };
 
-// Where float (channel c, step t) lies: at[c / W * tile + t * row + c % W].
+// A block of tiles: the float of channel c and step t is at[c / W * tile + t * row + c % W].
 struct Tiles {
   float* at;
   int64_t tile, row;
@@ -36,7 +36,7 @@ namespace tiles {
 using simd::Float;
 using simd::W;
 
-// The W x W corner at channel c: W steps from t on, of a tensor whose steps are neighbours (step 1 or -1).
+// The address of the W x W block at channel c and step t, in a tensor whose steps are neighbours (stride 1 or -1).
 template <class T>
 T* corner(const Strided& s, int64_t c, int64_t t) {
   return static_cast<T*>(s.data) + c * s.channel + (s.step == 1 ? t : -t - (W - 1));
@@ -46,10 +46,10 @@ template <class T>
 void load_as(Tiles to, const Strided& s, int64_t channels, int64_t steps) {
   const T* p = static_cast<const T*>(s.data);
   const int64_t whole = channels / W * W, blocks = steps / W * W;
-  int64_t loaded = 0;  // steps that the fast paths bring for the whole tiles
+  int64_t loaded = 0;  // steps of the whole tiles that the fast paths load
   if (s.channel == 1) {
     loaded = steps;
-    for (int64_t t = 0; t < steps; t++)  // long runs: what the processor prefetches well
+    for (int64_t t = 0; t < steps; t++)  // long runs, which the processor prefetches well
       for (int64_t c = 0; c < whole; c += W) simd::store(to.at + c / W * to.tile + t * to.row, simd::load(p + t * s.step + c));
   } else if (s.step == 1 || s.step == -1) {
     loaded = blocks;
@@ -68,20 +68,20 @@ void load_as(Tiles to, const Strided& s, int64_t channels, int64_t steps) {
       to.at[c / W * to.tile + t * to.row + c % W] = c < channels ? simd::widen(p[c * s.channel + t * s.step]) : 0.0f;
 }
 
-// Read `steps` steps of `channels` channels; the lanes of the last tile that have no channel become zero.
+// Reads `steps` steps of `channels` channels. Lanes of the last tile without a channel become zero.
 inline void load(Tiles to, const Strided& s, int64_t channels, int64_t steps) {
   s.bf16 ? load_as<uint16_t>(to, s, channels, steps) : load_as<float>(to, s, channels, steps);
 }
 
-// Ask for part `part` of `parts` of a block of channels and steps, ahead of need: a scan computes on one chunk for
-// microseconds, in which memory would idle. always_inline, because GCC takes a function that only prefetches to be
-// without effect and removes its calls.
-__attribute__((always_inline)) inline void prefetch(const Strided& s, int64_t channels, int64_t steps, int64_t part,
-                                                    int64_t parts) {
+// Prefetches slice `slice` of `slices` of a block of channels and steps. A scan computes for microseconds on one chunk,
+// and the memory would be idle meanwhile. always_inline is needed, because GCC considers a function that only prefetches
+// to have no effect and removes its calls.
+__attribute__((always_inline)) inline void prefetch(const Strided& s, int64_t channels, int64_t steps, int64_t slice,
+                                                    int64_t slices) {
   const int64_t size = s.bf16 ? 2 : 4, count = s.channel == 1 ? steps : channels;
   const int64_t run = (s.channel == 1 ? channels : steps) * size, stride = (s.channel == 1 ? s.step : s.channel) * size;
   const char* p = static_cast<const char*>(s.data) - (s.channel != 1 && s.step < 0 ? run : 0);
-  for (int64_t i = count * part / parts; i < count * (part + 1) / parts; i++)
+  for (int64_t i = count * slice / slices; i < count * (slice + 1) / slices; i++)
     for (int64_t at = 0; at < run; at += 64) __builtin_prefetch(p + i * stride + at, 0, 2);
 }
 
@@ -114,7 +114,7 @@ void store_as(const Strided& s, Tiles from, int64_t channels, int64_t steps, boo
     }
 }
 
-// Write, or with `add` add to, `steps` steps of `channels` channels.
+// Writes `steps` steps of `channels` channels, or adds to them with `add`.
 inline void store(const Strided& s, Tiles from, int64_t channels, int64_t steps, bool add = false) {
   s.bf16 ? store_as<uint16_t>(s, from, channels, steps, add) : store_as<float>(s, from, channels, steps, add);
 }

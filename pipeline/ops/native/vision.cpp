@@ -1,21 +1,21 @@
-// Inference of EfficientViM on the CPU, fp32: its layers with what follows them done while the data is in the cache.
+// Inference of EfficientViM on the CPU, fp32. A layer and the operations after it run together while the data is in the cache.
 //
-// Maps are channels-last and contiguous. Images, rows and columns of a call are cut among the threads; every output element is
-// computed by one thread in a fixed order, so nothing depends on their number.
+// Maps are channels-last and contiguous. Images, rows and columns of a call are divided among the threads. One thread computes
+// each output element in a fixed order, so the result does not depend on the number of threads.
 #include "layers.h"
 
 using namespace products;
 
 namespace {
 
-constexpr int64_t band_pixels = 512;  // of a map whose wide form is to stay in the cache
+constexpr int64_t band_pixels = 512;  // pixels of a band whose wide map fits the cache
 
-// 3x3 depthwise convolution with zeros around, stride 1, of a channels-last map (batch, height, width, channels).
+// A 3x3 depthwise convolution with zero padding and stride 1 of a channels-last map (batch, height, width, channels).
 struct Local {
   int64_t height, width, channels;
   const float *x, *weight, *bias;  // (9, channels), (channels)
 
-  // `count` pixels from `first` on, row after row.
+  // Computes `count` pixels from pixel `first` on.
   void rows(int64_t first, int count, float* to) const {
     thread_local std::vector<float> zeros;
     if (int64_t(zeros.size()) < channels) zeros.resize(channels);
@@ -49,7 +49,7 @@ struct Local {
   }
 };
 
-// Mirrored field by field in vision.py, which lays the weights out: panels of columns, their inputs padded.
+// Mirrored field by field in vision_library.py, which lays the weights out as panels of columns with padded inputs.
 struct LinearCall {
   int64_t rows, in, out, act;
   const float *x, *weight, *bias;
@@ -88,14 +88,14 @@ void linear(const LinearCall& s) {
   const int64_t in = up(s.in, pad), threads = at::get_num_threads();
   const Cut cut(s.rows, threads);
   const float least = least_of(s.act);
-  // A few rows alone would leave threads idle, so columns are cut as well.
+  // With few rows some threads would be idle, so the columns are divided as well.
   const int64_t rows = up(cut.tiles, block_tiles) / block_tiles, panels = up(s.out, panel) / panel;
   const int64_t columns = std::clamp<int64_t>(4 * threads / rows, 1, panels);
   at::parallel_for(0, rows * columns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t t0 = unit / columns * cut.tiles / rows, t1 = (unit / columns + 1) * cut.tiles / rows;
       const int64_t n0 = unit % columns * panels / columns * panel, n1 = (unit % columns + 1) * panels / columns * panel;
-      float* x = Scratch::begin((t1 - t0) * tile_rows * in).room((t1 - t0) * tile_rows * in);
+      float* x = Scratch::begin((t1 - t0) * tile_rows * in).take((t1 - t0) * tile_rows * in);
       for (int64_t t = t0; t < t1; t++)
         pack_tile(s.x + cut.first(t) * s.in, s.in, in, cut.height(t), x + (t - t0) * tile_rows * in);
       for (int64_t n = n0; n < n1; n += panel)
@@ -112,14 +112,14 @@ void linear(const LinearCall& s) {
   });
 }
 
-// With t = DWConv(x): y = t + W2 relu(W1 t + b1) + b2; the hidden rows never leave the cache.
+// y = t + W2 relu(W1 t + b1) + b2 with t = DWConv(x). The hidden rows never leave the cache.
 void ffn(const FfnCall& s) {
   const int64_t D = s.local.channels, in = up(D, pad), hidden = up(s.hidden, pad);
   const Cut cut(s.batch * s.local.height * s.local.width, at::get_num_threads());
   in_blocks(cut, block_tiles, [&](int64_t t0, int64_t t1) {
     Scratch& scratch = Scratch::begin(block_tiles * tile_rows * (in + hidden) + tile_rows * D);
-    float *x = scratch.room(block_tiles * tile_rows * in), *h = scratch.room(block_tiles * tile_rows * hidden);
-    float* rows = scratch.room(tile_rows * D);
+    float *x = scratch.take(block_tiles * tile_rows * in), *h = scratch.take(block_tiles * tile_rows * hidden);
+    float* rows = scratch.take(tile_rows * D);
     for (int64_t t = t0; t < t1; t++) {
       s.local.rows(cut.first(t), cut.height(t), rows);
       pack_tile(rows, D, in, cut.height(t), x + (t - t0) * tile_rows * in);
@@ -145,8 +145,8 @@ void ffn(const FfnCall& s) {
   });
 }
 
-// A row of a 3x3 depthwise convolution, for one vector of channels: `rows` are the three input rows (absent: outside the map),
-// `put(x, sum)` takes the results. Channels of neighbouring pixels are `stride_x` apart.
+// Computes a row of a 3x3 depthwise convolution for one vector of channels. `rows` are the three input rows, null outside the
+// map; `put(x, sum)` takes the results. Neighbouring pixels are `stride_x` floats apart.
 template <int stride, class Put>
 inline __attribute__((always_inline)) void depthwise_row(
     const float* const rows[3], int64_t stride_x, int64_t width, int64_t out_width, const Float (&weight)[9], Float bias,
@@ -170,7 +170,7 @@ inline __attribute__((always_inline)) void depthwise_row(
   }
 }
 
-// Local by itself.
+// The depthwise convolution alone.
 void depthwise(const DepthwiseCall& s) {
   const Cut cut(s.batch * s.local.height * s.local.width, at::get_num_threads());
   in_blocks(cut, 1, [&](int64_t t, int64_t) {
@@ -178,12 +178,12 @@ void depthwise(const DepthwiseCall& s) {
   });
 }
 
-// relu(DWConv(relu(x W + b)) with stride 2): a panel of channels at a time, so that the wide map never leaves the cache.
+// relu(DWConv(relu(x W + b))) with stride 2, one panel of channels at a time, so that the wide map never leaves the cache.
 void widen(const WidenCall& s) {
   const int64_t L = s.height * s.width, in = up(s.in, pad), threads = at::get_num_threads();
   const int64_t out_height = (s.height + 1) / 2, out_width = (s.width + 1) / 2, panels = up(s.out, panel) / panel;
-  // A unit is a band of rows of an image, or several small images, which share a pass over the weights; and a share of the
-  // panels where there are fewer of those than threads.
+  // A unit is a band of rows of an image, or several small images that share a pass over the weights. If there are fewer units
+  // than threads, the panels are divided as well.
   const int64_t band = std::clamp<int64_t>(band_pixels / s.width / 2, 1, out_height), bands = up(out_height, band) / band;
   const int64_t together = bands > 1 ? 1 : std::clamp<int64_t>(block_tiles * tile_rows / L, 1, std::max<int64_t>(s.batch / threads, 1));
   const int64_t units = up(s.batch, together) / together * bands, shares = std::clamp<int64_t>(threads / units, 1, panels);
@@ -193,10 +193,10 @@ void widen(const WidenCall& s) {
       const int64_t y0 = unit / shares % bands * band, y1 = std::min(y0 + band, out_height);
       const int64_t top = std::max<int64_t>(2 * y0 - 1, 0), bottom = std::min(2 * y1, s.height);
       const int64_t n0 = unit % shares * panels / shares * panel, n1 = (unit % shares + 1) * panels / shares * panel;
-      const int64_t pixels = (bottom - top) * s.width, first = b0 * L + top * s.width;  // of each image
+      const int64_t pixels = (bottom - top) * s.width, first = b0 * L + top * s.width;  // of each image in this unit
       const Cut cut((b1 - b0) * pixels, 1);
       Scratch& scratch = Scratch::begin(cut.tiles * tile_rows * in + cut.rows * panel);
-      float *x = scratch.room(cut.tiles * tile_rows * in), *map = scratch.room(cut.rows * panel);
+      float *x = scratch.take(cut.tiles * tile_rows * in), *map = scratch.take(cut.rows * panel);
       for (int64_t t = 0; t < cut.tiles; t++)
         pack_tile(s.x + (first + cut.first(t)) * s.in, s.in, in, cut.height(t), x + t * tile_rows * in);
       for (int64_t n = n0; n < n1; n += panel) {
@@ -230,9 +230,9 @@ void widen(const WidenCall& s) {
   });
 }
 
-// HSM-SSD with the convolution and the norm before and the sum after it. With x' = DWConv(x), t = LN(x') and (b, c, d) =
-// DWConv(t P), each (states, positions): s = (softmax(d) b) t, h = ((s Wh) (SiLU(s Wz) + skip)) Wo, y = x' + c' h (EfficientViM,
-// section 3.2).
+// HSM-SSD with the convolution and the norm before it and the sum after it. With x' = DWConv(x), t = LN(x') and
+// (b, c, d) = DWConv(t P), each (states, pixels): s = (softmax(d) b) t, h = ((s Wh) (SiLU(s Wz) + skip)) Wo, y = x' + c' h
+// (EfficientViM, section 3.2).
 void mixer(const MixerCall& s) {
   const int64_t height = s.local.height, width = s.local.width, L = height * width;
   const int64_t D = s.local.channels, N = s.states, in = up(D, pad), inner = up(s.inner, pad), all = 3 * N;
@@ -240,11 +240,11 @@ void mixer(const MixerCall& s) {
   const Cut image(L, 1);  // tiles of one image
   const int64_t tiles = s.batch * image.tiles;
 
-  // x', which is left in y; t, and its projection.
+  // Computes x', which stays in y, then t and its projection.
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t0 = begin; t0 < end; t0 += block_tiles) {
       const int64_t t1 = std::min(t0 + block_tiles, end);
-      float* tile = Scratch::begin(block_tiles * tile_rows * in).room(block_tiles * tile_rows * in);
+      float* tile = Scratch::begin(block_tiles * tile_rows * in).take(block_tiles * tile_rows * in);
       auto first = [&](int64_t t) { return t / image.tiles * L + image.first(t % image.tiles); };
       for (int64_t t = t0; t < t1; t++) {
         const int R = image.height(t % image.tiles);
@@ -283,13 +283,13 @@ void mixer(const MixerCall& s) {
     }
   });
 
-  // b, c and d of 16 states; their softmax; what they gather.
+  // Computes b, c and d of 16 states, the softmax, and s.
   constexpr int64_t some = 16;
   at::parallel_for(0, s.batch * N / some, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / (N / some), n = unit % (N / some) * some;
       Scratch& scratch = Scratch::begin(2 * L * some);
-      float *share = scratch.room(L * some), *depth = scratch.room(L * some);  // (L, 16)
+      float *share = scratch.take(L * some), *depth = scratch.take(L * some);  // (L, 16)
       for (int kind = 0; kind < 3; kind++)
         for (int64_t lane = 0; lane < some; lane += W) {
           const int64_t column = kind * N + n + lane;
@@ -334,13 +334,13 @@ void mixer(const MixerCall& s) {
     }
   });
 
-  // h of all images at once: their states share a pass over the weights.
+  // Computes h of all images at once, so that their states share a pass over the weights.
   const Cut states(s.batch * N, threads);
   constexpr int64_t many = 2 * block_tiles;
   in_blocks(states, many, [&](int64_t t0, int64_t t1) {
     Scratch& scratch = Scratch::begin(many * tile_rows * (in + inner) + tile_rows * panel);
-    float *x = scratch.room(many * tile_rows * in), *h = scratch.room(many * tile_rows * inner);
-    float* gate = scratch.room(tile_rows * panel);
+    float *x = scratch.take(many * tile_rows * in), *h = scratch.take(many * tile_rows * inner);
+    float* gate = scratch.take(tile_rows * panel);
     for (int64_t t = t0; t < t1; t++)
       pack_tile(s.gathered + states.first(t) * in, in, in, states.height(t), x + (t - t0) * tile_rows * in);
     for (int64_t n = 0; n < inner; n += panel)
@@ -366,9 +366,9 @@ void mixer(const MixerCall& s) {
         });
   });
 
-  // y = x' + c' h.
+  // Computes y = x' + c' h.
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    float* tile = Scratch::begin(tile_rows * N).room(tile_rows * N);
+    float* tile = Scratch::begin(tile_rows * N).take(tile_rows * N);
     for (int64_t t = begin; t < end; t++) {
       const int64_t b = t / image.tiles, first = b * L + image.first(t % image.tiles);
       const int R = image.height(t % image.tiles);

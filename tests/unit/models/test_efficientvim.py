@@ -15,7 +15,8 @@ from pipeline.models.efficientvim.fused import fuse
 from pipeline.models.efficientvim.mixers import NCSSD, Attention, ChannelNorm
 from pipeline.models.efficientvim.packed import pack
 from pipeline.models.layers import HSMSSD, read_states
-from pipeline.ops.native import build, vision
+from pipeline.ops.native import build
+from pipeline.ops.native.vision_library import vision_library
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
 PARAMETERS = {
@@ -211,7 +212,7 @@ def test_what_cannot_be_fused_is_refused() -> None:
 
 
 def test_without_a_compiler_packing_is_refused_and_fusing_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    vision.vision_library.cache_clear()
+    vision_library.cache_clear()
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     fused = fuse(build_model("efficientvim_nano", num_classes=5).eval())
     with pytest.raises(EnvironmentProblem, match=r"no C\+\+ compiler .*; fuse\(\) needs none"):

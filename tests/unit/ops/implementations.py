@@ -1,4 +1,4 @@
-"""What the laws of the operators run over: every implementation that this machine can run, and random inputs."""
+"""Every implementation of the operators that this machine can run, and random inputs for their tests."""
 
 import functools
 
@@ -17,7 +17,7 @@ NAMES = ("torch", *(f"native-{simd}" for simd in SIMD))
 
 @functools.cache
 def operators(name: str) -> Operators:
-    """The implementation `name`; skips the test where it cannot run."""
+    """Return the implementation `name`; skip the test where it cannot run."""
     if name == "torch":
         return Operators(name=name, scan=closed_form.selective_scan)
     simd = name.removeprefix("native-")
@@ -36,7 +36,7 @@ ORACLE = Operators(name="reference", scan=reference.selective_scan)
 def scan_inputs(
     batch: int, channels: int, steps: int, states: int, groups: int | None = None, channels_last: bool = False
 ) -> list[Tensor]:
-    """u, delta, A, B, C, D, z, delta_bias in the order of the signature."""
+    """Return u, delta, A, B, C, D, z, delta_bias in the order of the signature."""
     generator = torch.Generator().manual_seed(channels * 1000 + steps)
 
     def normal(*shape: int) -> Tensor:
@@ -51,7 +51,7 @@ def scan_inputs(
 
 
 def outputs_and_gradients(function, inputs: list[Tensor | None], **options) -> list[Tensor]:
-    """Outputs, then the gradients of a random linear function of them, in the order of the inputs."""
+    """Return the outputs, then the gradients of a random linear function of them in the order of the inputs."""
     leaves = [
         None if x is None else x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs
     ]
@@ -64,7 +64,7 @@ def outputs_and_gradients(function, inputs: list[Tensor | None], **options) -> l
 
 
 def relative_errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
-    """Largest difference over the largest value, tensor by tensor (the difference itself where all values are 0)."""
+    """Return for each tensor the largest difference divided by the largest value, or by 1 if all values are 0."""
     return [
         float((g.double() - w.double()).abs().max() / (w.double().abs().max() or 1.0))
         for g, w in zip(got, want, strict=True)

@@ -1,10 +1,11 @@
-"""The choice of an implementation: what it logs, what it passes over, what it refuses."""
+"""The choice of an implementation: what it logs, what it rejects, what it refuses."""
 
 import logging
 
 import pytest
 import torch
 
+from pipeline.errors import ConfigError
 from pipeline.ops import choice
 from pipeline.ops.choice import choose_scan
 from pipeline.ops.reference import causal_conv1d_silu
@@ -19,7 +20,7 @@ def _choice_is_restored():
 
 
 def test_unknown_kind_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'natve' is not one of auto, cuda, .* did you mean 'native'"):
+    with pytest.raises(ConfigError, match=r"unknown scan 'natve'; known: native, .*auto"):
         choose_scan("natve")
 
 
@@ -29,7 +30,7 @@ def test_the_choice_is_logged_with_its_error(caplog):
     assert "relative error to the reference" in caplog.text
 
 
-def test_a_missing_implementation_is_passed_over_and_a_failing_one_is_an_alarm(caplog, monkeypatch):
+def test_a_missing_implementation_is_information_and_a_failing_one_is_an_error(caplog, monkeypatch):
     def missing(device):
         raise choice.Missing("no wheel")
 

@@ -1,4 +1,4 @@
-"""The distance of weights and teacher: the kernel and the torch form against float64, whatever the length."""
+"""The distance of weights and teacher: the kernel and the torch form equal float64 for every length."""
 
 import pytest
 import torch

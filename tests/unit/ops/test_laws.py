@@ -9,7 +9,7 @@ from pipeline.ops import closed_form, reference
 from tests.unit.ops.implementations import NAMES, operators, outputs_and_gradients, relative_errors, scan_inputs
 
 FP32_BOUND = 1e-5
-BF16_BOUND = 2e-2  # the outputs and gradients are rounded to 8 bits; sums over them grow that by a little
+BF16_BOUND = 2e-2  # outputs and gradients are rounded to 8 bits; sums over them add a little
 
 
 def doubled(inputs):
@@ -95,7 +95,7 @@ def test_reverse_is_flip_scan_flip(name):
 def test_scan_reads_any_strides(name):
     contiguous = scan_inputs(2, 20, 23, 5)
     mixer = torch.randn(2, 23, 40)
-    halves = [half.transpose(1, 2) for half in mixer.chunk(2, dim=2)]  # what in_proj gives: x and z of one tensor
+    halves = [half.transpose(1, 2) for half in mixer.chunk(2, dim=2)]  # the output of in_proj: x and z of one tensor
     odd = [x.repeat_interleave(2, -1)[..., ::2] for x in contiguous]
     odd[3] = contiguous[3][:1].expand(2, -1, -1)  # one B for the whole batch: stride 0
     for strided in ([halves[0], *contiguous[1:6], halves[1], contiguous[7]], odd):

@@ -1,4 +1,4 @@
-"""`mixer_scan` is the chain of its two operators, whoever computes it."""
+"""`mixer_scan` equals the chain of its two operators, for every implementation."""
 
 import pytest
 import torch

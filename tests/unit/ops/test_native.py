@@ -1,4 +1,4 @@
-"""What only the compiled kernels must hold: threads, memory, the build and its cache."""
+"""Laws of the compiled kernels alone: threads, memory layout, the build and its cache."""
 
 import shutil
 import stat
@@ -29,7 +29,7 @@ def test_any_number_of_threads_gives_the_same_bits(name):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        inputs = scan_inputs(3, 600, 150, 16)  # large enough to be shared out
+        inputs = scan_inputs(3, 600, 150, 16)  # large enough for several threads
         results.append(outputs_and_gradients(operators(name).scan, inputs))
         results[-1] += outputs_and_gradients(operators(name).conv, [inputs[0], inputs[2][:, None, :4], inputs[5]])
     for other in results[1:]:
@@ -44,7 +44,7 @@ def test_outputs_keep_the_layout_of_u(name):
     assert first.is_contiguous()
 
 
-def test_a_missing_compiler_is_one_line_and_the_closed_form_serves(monkeypatch, caplog):
+def test_without_a_compiler_the_log_has_one_line_and_the_closed_form_runs(monkeypatch, caplog):
     monkeypatch.setattr(choice, "_chosen", {})
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with caplog.at_level("INFO"):
@@ -70,16 +70,16 @@ def test_an_unwritable_cache_is_a_build_error(tmp_path):
 def test_two_processes_that_start_together_build_once(tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    # A compiler that leaves a line for each build it is asked for.
+    # This compiler writes one line for each build.
     log, wrapper = tmp_path / "builds", tmp_path / "bin" / "g++"
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo build >> {log}\nexec {shutil.which("g++")} "$@"\n')
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IEXEC)
     source = tmp_path / "small.cpp"
-    source.write_text('extern "C" int answer() { return 42; }')
+    source.write_text('extern "C" int number() { return 42; }')
     code = (
         "import sys, pathlib; from pipeline.ops.native import build; cache, source = map(pathlib.Path, sys.argv[1:])\n"
-        "sys.exit(build.load_library(cache=cache, sources=[source]).answer() != 42)"
+        "sys.exit(build.load_library(cache=cache, sources=[source]).number() != 42)"
     )
     environment = {"PATH": f"{wrapper.parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
     folder = Path(__file__).parents[3]

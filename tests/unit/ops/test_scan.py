@@ -1,4 +1,4 @@
-"""The face of the operators: the definition by hand, and refusals."""
+"""The public operators: their definition by hand, and their checks of shapes."""
 
 import math
 import subprocess

@@ -1,4 +1,4 @@
-"""SSD equals the selective scan whose A, step size and skip are repeated over the channels of a head."""
+"""SSD equals the selective scan with A, step size and skip repeated over the channels of a head."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
-"""The numerics of our Triton kernels, without a GPU, through Triton's interpreter.
+"""The numerics of our Triton kernels in Triton's interpreter, which needs no GPU.
 
-The interpreter is chosen when triton is first imported and is slow: small blocks and shapes, in a process of its own.
+Triton decides for its interpreter when it is first imported, so the check runs in a separate process. The interpreter
+is slow, so blocks and shapes are small.
 """
 
 import importlib.util

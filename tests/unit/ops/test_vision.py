@@ -1,4 +1,4 @@
-"""The compiled layers of EfficientViM's inference against float64, for every instruction set that this machine has."""
+"""The compiled layers of EfficientViM equal float64 within rounding, for every instruction set of this machine."""
 
 from functools import cache
 
@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.ops.native.build import SIMD, best_simd
-from pipeline.ops.native.vision import (
-    ACTIVATIONS,
-    Depthwise,
-    FeedForward,
-    Linear,
-    MapConv,
-    Mixer,
-    Stem,
-    VisionLibrary,
-    Widen,
-)
+from pipeline.ops.native.stem import MapConv, Stem
+from pipeline.ops.native.vision import ACTIVATIONS, Depthwise, FeedForward, Linear, Mixer, Widen
+from pipeline.ops.native.vision_library import VisionLibrary
 
 SETS = list(SIMD)[list(SIMD).index(best_simd()) :]
 ACTS = {"none": lambda y: y, "relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid}
@@ -55,7 +47,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def locals_of(channels: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a depthwise convolution."""
+    """Return weight and bias of a depthwise convolution."""
     return draw(20, channels, 1, 3, 3) / 3, draw(21, channels)
 
 
@@ -144,7 +136,7 @@ def test_map_conv(simd: str, batch: int, channels: int, height: int, width: int,
 def mixer_of(
     channels: int, groups: tuple[int, int, int], inner: int, lib: VisionLibrary
 ) -> tuple[Mixer, tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """A mixer, and what it is made of."""
+    """Return a mixer, its depthwise convolution and its weights."""
     local, total = locals_of(channels), sum(groups)
     weights = {
         "gamma": draw(1, channels),
@@ -202,19 +194,19 @@ def test_threads_change_no_bit(simd: str) -> None:
         lambda x: stem(images),
         lambda x: mixer_of(56, (20, 20, 20), 56, lib)[0](x)[0],
     ]
-    before, answers = torch.get_num_threads(), []
+    before, outputs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            answers.append([layer(x) for layer in layers])
+            outputs.append([layer(x) for layer in layers])
     finally:
         torch.set_num_threads(before)
-    for other in answers[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(answers[0], other, strict=True))
+    for other in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))
 
 
 def test_a_not_a_number_stays_one() -> None:
-    """relu by comparison must not swallow it."""
+    """A relu made of a comparison must pass it on."""
     x = draw(0, 1, 6, 6, 16)
     x[0, 2, 3, 4] = torch.nan
     lib = library(best_simd())

@@ -1,4 +1,4 @@
-"""A local http server that serves byte ranges, and misbehaves on demand."""
+"""A local http server for byte ranges that fails on demand."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Log:
-    """What was asked for and how many bytes were sent."""
+    """The requested ranges, and the number of bytes sent."""
 
     def __init__(self) -> None:
         self.ranges: list[tuple[str, int, int]] = []
@@ -19,7 +19,7 @@ class Log:
 
 @contextmanager
 def serve(folder: Path, faults: tuple[str, ...] = ()) -> Iterator[tuple[str, Log]]:
-    """The address of `folder` and its log. `faults` are dealt to the requests in turn; "" is an honest answer."""
+    """Serve `folder` and give its address and log. Requests take `faults` in turn; "" is a correct response."""
     log = Log()
 
     class Handler(BaseHTTPRequestHandler):
@@ -34,19 +34,19 @@ def serve(folder: Path, faults: tuple[str, ...] = ()) -> Iterator[tuple[str, Log
                 return
             with path.open("rb") as file:
                 file.seek(int(first))
-                part = file.read(int(last) + 1 - int(first))
+                data = file.read(int(last) + 1 - int(first))
             self.send_response(200 if fault == "no ranges" else 206)
             if fault != "no ranges":
                 self.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
-            self.send_header("Content-Length", str(len(part)))
+            self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if fault in ("drop", "stall", "truncate"):
-                part = part[: len(part) // 2]
-            self.wfile.write(part)
+                data = data[: len(data) // 2]
+            self.wfile.write(data)
             with log.lock:
-                log.bytes_sent += len(part)
+                log.bytes_sent += len(data)
             if fault == "stall":
-                time.sleep(2.5)  # longer than the tests' time-out
+                time.sleep(2.5)  # longer than the timeout of the tests
             if fault == "drop":
                 self.connection.shutdown(2)
 

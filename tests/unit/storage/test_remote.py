@@ -2,6 +2,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -18,16 +19,15 @@ from pipeline.storage.remote import fetch, open_range
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Loader, evaluation_batches
 from pipeline.streaming.transforms import eval_views, train_views
+from tests.unit.storage.flaky import serve
 
-from .flaky import serve
-
-# The time-out leaves room for a busy machine: an honest answer that comes late would be fetched twice.
+# The timeout is long enough for a busy machine: a correct response that comes too late would be fetched twice.
 QUICK = RemoteConfig(timeout_seconds=1.5, attempts=4, backoff_seconds=0.01)
 VIEWS = train_views((16, 16), AugmentConfig(), (0.5,) * 3, (0.5,) * 3)
 
 
-def far_away(manifest: Manifest, url: str, folder: Path) -> Manifest:
-    """The same dataset with its shards behind `url`."""
+def remote_copy(manifest: Manifest, url: str, folder: Path) -> Manifest:
+    """Return the same dataset with its shards behind `url`."""
     folder.mkdir()
     for name in ("manifest.samples.npy", "manifest.names.bin"):
         shutil.copy(manifest.folder / name, folder / name)
@@ -58,7 +58,7 @@ def epoch(manifest: Manifest, cache: Path | None, *, rank=0, world_size=1, worke
 def test_a_server_that_drops_stalls_truncates_and_refuses_changes_nothing(train, tmp_path, workers):
     faults = ("drop", "", "stall", "truncate", "503", "", "429")
     with serve(train.folder, faults) as (url, log):
-        manifest = far_away(train, url, tmp_path / "there")
+        manifest = remote_copy(train, url, tmp_path / "there")
         assert manifest.hash == train.hash
         batches = epoch(manifest, tmp_path / "cache", workers=workers)
     for ours, straight in zip(batches, epoch(train, None), strict=True):
@@ -67,7 +67,7 @@ def test_a_server_that_drops_stalls_truncates_and_refuses_changes_nothing(train,
     assert log.bytes_sent <= 1.1 * sum(shard.size for shard in train.shards)
 
 
-def test_a_cut_connection_is_taken_up_at_the_byte(tmp_path):
+def test_a_cut_connection_resumes_at_the_last_byte(tmp_path):
     content = np.random.default_rng(0).bytes(2_000_000)
     (tmp_path / "a.tar").write_bytes(content)
     with serve(tmp_path, ("drop", "truncate", "")) as (url, log):
@@ -89,14 +89,14 @@ def test_a_cut_connection_is_taken_up_at_the_byte(tmp_path):
         (("503",), 10_000, "no byte after 0 in 4 attempts .*503"),
     ],
 )
-def test_what_waiting_cannot_cure_is_a_sentence(tmp_path, faults, size, sentence):
+def test_an_error_that_no_second_attempt_can_help_is_one_sentence(tmp_path, faults, size, sentence):
     (tmp_path / "a.tar").write_bytes(bytes(10_000))
     with serve(tmp_path, faults) as (url, log), pytest.raises(DataError, match=sentence):
         fetch(f"{url}/a.tar", 0, 10_000, size, QUICK, io.BytesIO())
     assert len(log.ranges) == (4 if faults == ("503",) else 1)
 
 
-def test_nobody_there_is_a_sentence():
+def test_a_missing_server_is_one_sentence():
     with pytest.raises(DataError, match="no byte after 0 in 4 attempts"):
         fetch("http://127.0.0.1:1/a.tar", 0, 10, 10, QUICK, io.BytesIO())
     with pytest.raises(ConfigError, match="unknown kind of address 'pipe'"):
@@ -117,7 +117,7 @@ def test_object_stores_are_read_by_range_through_fsspec():
 
 def test_ranks_of_a_node_share_the_cache_and_fetch_each_byte_once(train, tmp_path):
     with serve(train.folder) as (url, log):
-        manifest = far_away(train, url, tmp_path / "there")
+        manifest = remote_copy(train, url, tmp_path / "there")
         context = multiprocessing.get_context("fork")
         ranks = [
             context.Process(
@@ -140,7 +140,7 @@ def test_evaluation_reads_remote_shards_too(train, tmp_path):
     views = eval_views((16, 16), (0.5,) * 3, (0.5,) * 3)
     options = {"batch_size": 16, "rank": 0, "world_size": 1, "views": views}
     with serve(train.folder, ("", "drop")) as (url, _):
-        manifest = far_away(train, url, tmp_path / "there")
+        manifest = remote_copy(train, url, tmp_path / "there")
         remote = QUICK.model_copy(update={"cache": str(tmp_path / "cache")})
         ours = list(evaluation_batches(manifest, np.arange(100), remote=remote, **options))
     straight = list(evaluation_batches(train, np.arange(100), **options))
@@ -148,7 +148,7 @@ def test_evaluation_reads_remote_shards_too(train, tmp_path):
 
 
 def test_a_remote_dataset_without_a_cache_or_with_too_small_a_one_is_refused(train, tmp_path):
-    manifest = far_away(train, "https://nowhere.invalid/data", tmp_path / "there")
+    manifest = remote_copy(train, "https://nowhere.invalid/data", tmp_path / "there")
     with pytest.raises(ConfigError, match=r"remote\.cache is empty"):
         epoch(manifest, None)
     small = LoaderConfig(remote=RemoteConfig(cache=str(tmp_path), cache_gb=1e-5))
@@ -156,7 +156,7 @@ def test_a_remote_dataset_without_a_cache_or_with_too_small_a_one_is_refused(tra
         Loader(manifest, np.arange(100), global_batch=8, rank=0, world_size=1, seed=0, views=VIEWS, config=small)
 
 
-def test_the_cache_keeps_its_limit_and_what_was_used_last(tmp_path):
+def test_the_cache_keeps_its_limit_and_the_last_used_files(tmp_path):
     cache = Cache(tmp_path, limit=1000)
     fetched = []
 
@@ -164,8 +164,6 @@ def test_the_cache_keeps_its_limit_and_what_was_used_last(tmp_path):
         def write(file) -> None:
             fetched.append(name)
             file.write(name.encode() * 100)
-
-        import os
 
         descriptor = cache.open(name, 100, write)
         try:

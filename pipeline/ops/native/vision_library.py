@@ -1,0 +1,148 @@
+"""The compiled library of EfficientViM's layers, called through ctypes, and the layout that it wants of weights.
+
+The structures mirror those of vision.cpp and stem.cpp field by field. All tensors are contiguous fp32 on the CPU.
+"""
+
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.ops.native.build import FOLDER, load_library
+
+PAD = 32  # layers.h: pad
+SOURCES = (FOLDER / "vision.cpp", FOLDER / "stem.cpp")
+
+
+def _fields(integers: str, pointers: str) -> list[tuple[str, type]]:
+    return [(name, c_int64) for name in integers.split()] + [(name, c_void_p) for name in pointers.split()]
+
+
+class LocalCall(Structure):
+    """vision.cpp: Local, a map and the depthwise convolution over it."""
+
+    _fields_ = _fields("height width channels", "x weight bias")
+
+
+# The structures below have the names of those in vision.cpp and stem.cpp.
+class _LinearCall(Structure):
+    _fields_ = _fields("rows inputs outputs act", "x weight bias y")
+
+
+class _FfnCall(Structure):
+    _fields_ = [("local", LocalCall), *_fields("batch hidden", "up up_bias down down_bias y")]
+
+
+class _DepthwiseCall(Structure):
+    _fields_ = [("local", LocalCall), *_fields("batch", "y")]
+
+
+class ConvCall(Structure):
+    """stem.cpp: ConvCall, a 3x3 convolution with stride 2."""
+
+    _fields_ = _fields("batch height width inputs outputs act", "x weight bias y")
+
+
+class StemCall(Structure):
+    """stem.cpp: StemCall, two convolutions; the first writes no `y`, the second reads no `x`."""
+
+    _fields_ = [("one", ConvCall), ("two", ConvCall)]
+
+
+class _WidenCall(Structure):
+    _fields_ = _fields("batch height width inputs outputs", "x weight bias taps taps_bias y")
+
+
+class _MixerCall(Structure):
+    _fields_ = [
+        ("local", LocalCall),
+        *_fields("batch states inner", ""),
+        ("eps", c_double),
+        *_fields("", "gamma beta project spread to_h to_gate skip to_out y tokens rows read gathered h"),
+    ]
+
+
+_ENTRIES = {
+    "vision_linear": _LinearCall,
+    "vision_ffn": _FfnCall,
+    "vision_depthwise": _DepthwiseCall,
+    "vision_widen": _WidenCall,
+    "vision_stem": StemCall,
+    "vision_conv_map": ConvCall,
+    "vision_mixer": _MixerCall,
+}
+
+
+class VisionLibrary:
+    """The loaded library with its argument types declared.
+
+    Args:
+        simd: The instruction set, a key of `build.SIMD`; by default the widest that this processor runs.
+
+    Raises:
+        BuildError: If there is no compiler, or it fails.
+    """
+
+    def __init__(self, simd: str | None = None) -> None:
+        self._lib = load_library(simd, sources=SOURCES)
+        self._lib.vision_panel.restype = c_int64
+        for name, call in _ENTRIES.items():
+            getattr(self._lib, name).argtypes = [POINTER(call)]
+            getattr(self._lib, name).restype = c_int64
+        self.panel = int(self._lib.vision_panel())
+
+    def __deepcopy__(self, memo: object) -> "VisionLibrary":
+        return self  # a library is loaded once
+
+    def run(self, name: str, *fields: object) -> None:
+        """Call an entry of the library.
+
+        Args:
+            name: The entry, a key of `_ENTRIES`.
+            fields: Integers, tensors (or None) and structures in the order of the entry's structure.
+
+        Raises:
+            MemoryError: If a thread cannot get its scratch memory.
+        """
+        call = _ENTRIES[name](*(pointer(field) if isinstance(field, Tensor) else field for field in fields))
+        if getattr(self._lib, name)(byref(call)):
+            raise MemoryError(f"{name}: not enough memory for a thread's scratch")
+
+    def panels(self, weight: Tensor, inputs: int | None = None) -> Tensor:
+        """Lay a weight out for the products: (out, in) -> (panels, inputs, panel), zero beyond `out` and `in`.
+
+        Args:
+            weight: (out, in).
+            inputs: Rows of a panel; by default `in` rounded up to a multiple of `PAD`.
+        """
+        inputs = padded(weight.shape[1]) if inputs is None else inputs
+        weight = F.pad(weight, (0, inputs - weight.shape[1], 0, -len(weight) % max(PAD, self.panel)))
+        return weight.view(-1, self.panel, inputs).transpose(1, 2).contiguous().float()
+
+    def row(self, values: Tensor | None, width: int) -> Tensor:
+        """Return `values`, or zeros, for `width` columns, padded with zeros to whole panels."""
+        row = torch.zeros(width) if values is None else values
+        return F.pad(row.float(), (0, -width % max(PAD, self.panel))).contiguous()
+
+
+@cache
+def vision_library() -> VisionLibrary:
+    """Return the library of this machine; the first call builds it."""
+    return VisionLibrary()
+
+
+def pointer(tensor: Tensor) -> int:
+    """Return the address of a tensor's data; ValueError unless it is fp32 on the CPU."""
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(
+            f"compiled layers take fp32 on the CPU, not {tensor.dtype} on {tensor.device}; pack the model anew"
+        )
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def padded(width: int) -> int:
+    """Return `width` rounded up to a multiple of `PAD`."""
+    return width + -width % PAD
