@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluate.metrics import mean_loss
 from pipeline.evaluate.features import evaluate_features, features_of
+from pipeline.evaluate.metrics import mean_loss
 from pipeline.models.arm import ARM, pixel_loss
 from pipeline.report.pictures import write_grid
 from pipeline.report.tensorboard import Board

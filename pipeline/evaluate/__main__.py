@@ -154,8 +154,8 @@ def _evaluate_model(
     from pipeline.evaluate import metrics
     from pipeline.evaluate.calibration import fit_temperature
     from pipeline.evaluate.config import LinearProbeConfig
-    from pipeline.evaluate.predictions import collect_logits, predict
     from pipeline.evaluate.features import evaluate_features, features_of
+    from pipeline.evaluate.predictions import collect_logits, predict
     from pipeline.exports.export import load_export
     from pipeline.streaming.loader import evaluation_batches
     from pipeline.streaming.transforms import eval_views

@@ -14,7 +14,8 @@ class LinearProbeConfig(Strict):
 
     every: PositiveInt | None = Field(
         None,
-        description="optimizer steps between two evaluations of the features, a multiple of loop.eval_every; null = at every evaluation",
+        description="optimizer steps between two evaluations of the features, a multiple of loop.eval_every;"
+        " null = at every evaluation",
     )
     samples: PositiveInt = Field(
         50_000,

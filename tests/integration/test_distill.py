@@ -91,13 +91,13 @@ def test_a_second_run_does_not_ask_the_teacher_again(chain: Stages, tmp_path: Pa
     first = run(chain, "distill", "run.experiment=kept-one", kept, *short)
     (file,) = (tmp_path / "kept").glob("*.sqlite")
 
-    def answers() -> list[tuple[int, int]]:
+    def predictions() -> list[tuple[int, int]]:
         with contextlib.closing(sqlite3.connect(file)) as database:
-            return database.execute("SELECT count(*), max(rowid) FROM answers").fetchall()
+            return database.execute("SELECT count(*), max(rowid) FROM predictions").fetchall()
 
-    assert answers() == [(4 * 16, 4 * 16)]
+    assert predictions() == [(4 * 16, 4 * 16)]
     second = run(chain, "distill", "run.experiment=kept-two", kept, *short)
-    assert answers() == [(4 * 16, 4 * 16)]
+    assert predictions() == [(4 * 16, 4 * 16)]
     assert losses(second) == losses(first)
 
 
