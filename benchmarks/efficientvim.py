@@ -1,12 +1,14 @@
-"""How fast EfficientViM is on a CPU: python -m benchmarks.efficientvim prints one JSON line last.
+"""Measure how fast EfficientViM is on a CPU: python -m benchmarks.efficientvim prints one JSON line last.
 
-fp32, 2 threads, random weights with trained statistics. Every rival takes its turn in the same rounds and medians are
-compared, so a machine with other work on it slows them together. timm's models are as its users run them: reparameterised.
-"Fastest form" is the faster of torch eager (timm's in both memory layouts, ours fused and packed) and ONNX Runtime; without
-onnxruntime (requirements-onnx.txt) the keys that need it are null. `fused_error` is that of the worst of our forms, over the
-largest logit. `--sizes 224 512 1024` goes on with `launchers inference` (Table E, Figures A and D: at each size the largest
-batch up to --batch that memory allows), `--pareto` with `launchers pareto` (Figure B): tables, and plots under --out. The
-paper's EMO, EfficientMod and MobileFormer are not in timm and not measured.
+The models run in fp32 on 2 threads, with random weights and statistics as if trained. All rivals take turns in the same rounds
+and medians are compared, so other work on the machine slows them together. timm's models are reparameterised, as its users run
+them. The "fastest form" of a model is the faster of torch eager (timm's in both memory layouts, ours fused and packed) and
+ONNX Runtime; without onnxruntime (requirements-onnx.txt) the keys that need it are null. `fused_error` is the largest error
+of our forms over the largest logit.
+
+`--sizes 224 512 1024` adds the table of benchmarks/inference.py (Table E, Figures A and D), with at each size the largest batch
+up to --batch that memory allows. `--pareto` adds the Pareto front of benchmarks/pareto.py (Figure B). Tables and plots go to
+--out. The paper's EMO, EfficientMod and MobileFormer are not in timm and are not measured.
 """
 
 import argparse
@@ -25,18 +27,24 @@ from torch import Tensor, nn
 from benchmarks import inference, pareto
 from pipeline.exports.onnx import write_onnx
 from pipeline.models import build_model
+from pipeline.models.efficientvim.fused import fuse
+from pipeline.models.efficientvim.model import EfficientViM
+from pipeline.models.efficientvim.packed import pack
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
 THREADS = 2
-# Seconds before each turn: the threads of ONNX Runtime and of OpenMP spin on for a while after their work, and would slow
-# whoever comes next by a third.
+# Seconds of rest before each turn. The threads of ONNX Runtime and of OpenMP spin for a while after their work and would slow
+# the next model by a third.
 REST = 0.25
 Run = Callable[[], Any]
 
 
 def as_if_trained(model: nn.Module) -> nn.Module:
-    """In eval mode, with batch norms that fusing must not ignore. Fresh ones of timm's SHViT scale whole branches by zero: its
-    exporter would then keep one tensor of zeros for all of them, and the runtime never read 6 of its 17 million weights."""
+    """Put a model in eval mode and draw its batch norms as if trained, so that fusing has something to fold.
+
+    Fresh batch norms of timm's SHViT scale whole branches by zero. The exporter would then keep one tensor of zeros for all of
+    them, and the runtime would never read 6 of its 17 million weights.
+    """
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -49,7 +57,7 @@ def as_if_trained(model: nn.Module) -> nn.Module:
 
 
 def reparameterised(name: str, *, fresh: bool = False) -> nn.Module:
-    """timm's model as its users deploy it; `fresh`: with the batch norms it was initialised with."""
+    """Build timm's model as its users deploy it; `fresh` keeps the batch norms it was initialised with."""
     allow_torchvision()
     import timm
     from timm.utils.model import reparameterize_model
@@ -58,17 +66,20 @@ def reparameterised(name: str, *, fresh: bool = False) -> nn.Module:
     return reparameterize_model(model if fresh else as_if_trained(model)).eval()
 
 
-def ours(name: str, image_size: int) -> nn.Module:
+def ours(name: str, image_size: int) -> EfficientViM:
+    """Build our model with random weights, for square images of `image_size` pixels on a side."""
     torch.manual_seed(0)
-    return as_if_trained(build_model(name, image_size=image_size))
+    model = as_if_trained(build_model(name, image_size=image_size))
+    assert isinstance(model, EfficientViM)
+    return model
 
 
 def medians(rivals: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Median seconds over `rounds` of each rival, all of them taking turns."""
+    """Return the median seconds of each rival over `rounds`, in which they take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for run in rivals.values():
         run()
-        run()  # what is built, chosen or allocated once
+        run()  # warm-up: some things are built, chosen or allocated once
     for _ in range(rounds):
         for name, run in rivals.items():
             time.sleep(REST)
@@ -79,7 +90,7 @@ def medians(rivals: dict[str, Run], rounds: int) -> dict[str, float]:
 
 
 def onnx_run(model: nn.Module, images: Tensor, folder: Path, name: str) -> Run:
-    """The model in ONNX Runtime on the CPU."""
+    """Export a model to `folder` and return a run of it in ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -91,23 +102,32 @@ def onnx_run(model: nn.Module, images: Tensor, folder: Path, name: str) -> Run:
 
 
 def eager_runs(model: nn.Module, images: Tensor, name: str) -> dict[str, Run]:
-    """timm's model in the two memory layouts a user has."""
+    """Return runs of timm's model in the two memory layouts that a user can choose."""
     last = reparameterised(name).to(memory_format=torch.channels_last)
     seen = images.contiguous(memory_format=torch.channels_last)
     return {f"{name} eager": lambda: model(images), f"{name} eager, channels last": lambda: last(seen)}
 
 
 def headline(rounds: int, batch: int, folder: Path) -> dict[str, float | None]:
-    """The ratios of throughput, at 224 px, in one interleaved run."""
+    """Measure the ratios of throughput at 224 pixels, with all models in turns.
+
+    Args:
+        rounds: Rounds that count.
+        batch: Images in a batch.
+        folder: Where ONNX files are written.
+
+    Returns:
+        The keys of the JSON line; a ratio above 1 means that ours is faster.
+    """
     images = torch.randn(batch, 3, 224, 224)
     runs: dict[str, Run] = {}
     relative = absolute = 0.0
     with_onnx = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
     for variant, rival in (("m4", "shvit_s4"), ("m2", "shvit_s2")):
         model = ours(f"efficientvim_{variant}", 224)
-        fused, packed = model.fuse(), model.fuse().pack()
+        fused, packed = fuse(model), pack(model)
         runs[f"{variant} packed"] = lambda packed=packed: packed(images)
-        answers = [fused(images), packed(images)]
+        outputs = [fused(images), packed(images)]
         for name in (f"efficientvim_{variant}", rival):
             theirs = reparameterised(name)
             runs |= eager_runs(theirs, images, name)
@@ -115,10 +135,10 @@ def headline(rounds: int, batch: int, folder: Path) -> dict[str, float | None]:
                 runs[f"{name} onnx"] = onnx_run(theirs, images, folder, name)
         if with_onnx:
             runs[f"{variant} onnx"] = onnx_run(fused, images, folder, variant)
-            answers.append(torch.from_numpy(runs[f"{variant} onnx"]()[0]))
+            outputs.append(torch.from_numpy(runs[f"{variant} onnx"]()[0]))
             runs[f"fresh {rival} onnx"] = onnx_run(reparameterised(rival, fresh=True), images, folder, f"fresh_{rival}")
         want = model(images)
-        error = max(float((answer - want).abs().max()) for answer in answers)
+        error = max(float((output - want).abs().max()) for output in outputs)
         absolute, relative = max(absolute, error), max(relative, error / float(want.abs().max()))
     seconds = medians(runs, rounds)
     for name, value in sorted(seconds.items(), key=lambda item: item[1]):
@@ -140,7 +160,7 @@ def headline(rounds: int, batch: int, folder: Path) -> dict[str, float | None]:
 
 
 def by_layer(packed: nn.Module, images: Tensor, rounds: int) -> None:
-    """Milliseconds of a call by kind of layer and stage, medians: torch's profiler does not see compiled layers."""
+    """Print the median milliseconds of a call by kind of layer and stage; torch's profiler does not see compiled layers."""
     began: dict[str, float] = {}
     seconds: dict[str, list[float]] = {}
 
@@ -164,17 +184,21 @@ def by_layer(packed: nn.Module, images: Tensor, rounds: int) -> None:
 
 
 def show(folder: Path) -> None:
+    """Print the tables of a section."""
     for table in sorted((folder / "tables").glob("*.md")):
         print(table.read_text())
 
 
 @torch.inference_mode()
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="pixels a side, for the table by resolution")
-    parser.add_argument("--pareto", action="store_true", help="the table of speed and reported accuracy")
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[], help="pixels on a side, for the table by resolution"
+    )
+    parser.add_argument("--pareto", action="store_true", help="the Pareto front of speed and reported accuracy")
     parser.add_argument("--out", type=Path, default=Path("runs/efficientvim"), help="folder of these tables and plots")
     parser.add_argument("--profile", action="store_true", help="print where the packed M4 spends its time")
     arguments = parser.parse_args()
@@ -182,9 +206,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = headline(arguments.rounds, arguments.batch, Path(folder))
     if arguments.profile:
-        by_layer(
-            ours("efficientvim_m4", 224).fuse().pack(), torch.randn(arguments.batch, 3, 224, 224), arguments.rounds
-        )
+        by_layer(pack(ours("efficientvim_m4", 224)), torch.randn(arguments.batch, 3, 224, 224), arguments.rounds)
     few = max(3, arguments.rounds // 5)
     if arguments.sizes:
         show(inference.run([], arguments.sizes, arguments.batch, few, arguments.out / "inference", deployed=True))

@@ -1,4 +1,4 @@
-"""What models cost when they answer, over resolutions: EfficientViM's Table E; its Figure A on a GPU, Figure D on a CPU."""
+"""Cost of inference over resolutions: EfficientViM's Table E; its Figure A on a GPU, its Figure D on a CPU."""
 
 import argparse
 import sys
@@ -9,13 +9,14 @@ import torch
 
 from pipeline.cli import guarded
 from pipeline.errors import ConfigError
-from pipeline.evaluate.speed import Cost, inference
+from pipeline.evaluate.speed import Cost, measure_inference
 from pipeline.models import build_model
 from pipeline.report.extras import Section, show_section, write_section
 from pipeline.report.figures import draw, lines
 from pipeline.report.tables import Table
 
-# Table E of the supplement without the models that timm does not have: top-1 as printed there, no teacher (M4: 450 epochs).
+# Table E of the supplement without the models that timm does not have: top-1 in percent as printed there, trained without a
+# teacher (M4: 450 epochs).
 TABLE_E = {
     "efficientvim_m4": 79.6,
     "timm/shvit_s4": 79.4,
@@ -47,16 +48,33 @@ def _run(arguments: list[str]) -> int:
 def run(
     names: Sequence[str], sizes: Sequence[int], batch: int, rounds: int, out: Path, *, deployed: bool = False
 ) -> Path:
-    """Throughput of models (default: Table E's) against resolution, in turns; randomly initialised, which costs the same."""
+    """Measure throughput against resolution and write a section of a report.
+
+    The models are randomly initialised, which costs the same as trained weights.
+
+    Args:
+        names: Models; empty for those of Table E.
+        sizes: Pixels on a side of the images.
+        batch: Images in a batch; it is halved where memory is short.
+        rounds: Rounds that count.
+        out: Folder of the section.
+        deployed: Measure the models with their batch norms and branches folded.
+
+    Returns:
+        The section's folder.
+
+    Raises:
+        ConfigError: A model is unknown, or `batch` or `rounds` is below 1.
+    """
     if batch < 1 or rounds < 1:
-        raise ConfigError(f"--batch {batch} --rounds {rounds}: at least one of each is needed")
+        raise ConfigError(f"--batch {batch} --rounds {rounds}: each must be at least one")
     names = list(dict.fromkeys(names or TABLE_E))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     costs: list[Cost] = []
     for size in sorted(set(sizes)):
         models = {name: build_model(name, image_size=size).eval() for name in names}
         one_size = dict.fromkeys(models, size)
-        costs += inference(models, one_size, batch=batch, rounds=rounds, device=device, as_shipped=deployed)
+        costs += measure_inference(models, one_size, batch=batch, rounds=rounds, device=device, deployed=deployed)
         print(
             f"{size} px: " + ", ".join(f"{c.model} {c.images_per_second:.1f}/s" for c in costs if c.size == size),
             flush=True,
@@ -80,17 +98,17 @@ def run(
               for n in names}  # fmt: skip
     latency = {n: [(x, [1000 / v for v in y]) for x, y in curve] for n, curve in series.items()}
     figures = [
-        draw(out / "figures", name, title, lines(curves, "pixels a side", axis, logy=True, at=sorted(set(sizes))))
+        draw(out / "figures", name, title, lines(curves, "pixels on a side", axis, logy=True, at=sorted(set(sizes))))
         for name, title, curves, axis in (
             ("throughput", "Throughput against resolution", series, "images per second"),
-            ("latency", "Time an image against resolution", latency, "milliseconds"),
+            ("latency", "Time for one image against resolution", latency, "milliseconds"),
         )
     ]
     return write_section(out, Section("Efficiency of inference", [table], figures))
 
 
 def place(device: torch.device) -> str:
-    """Where a time was taken."""
+    """Name the device of a measurement for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 

@@ -1,8 +1,8 @@
-"""Speed against accuracy, as EfficientViM's Figure B draws it: throughput measured here, accuracy as papers report it.
+"""The Pareto front of speed and accuracy, as EfficientViM's Figure B draws it.
 
-Nothing here is an accuracy of ours. The numbers are ImageNet-1k top-1 in percent of models trained alone for 300 epochs
-(EfficientViM's Tables C and E and README, SHViT's README). The line joins the EfficientViMs; what it passes over is worse at
-both.
+Throughput is measured here. Accuracy is ImageNet-1k top-1 in percent as papers report it for models trained without a teacher
+for 300 epochs (EfficientViM's Tables C and E and its README, SHViT's README); no accuracy here is ours. The line joins the
+EfficientViMs; what lies below and to the left of it is slower and less accurate.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from benchmarks.inference import place
 from pipeline.cli import guarded
 from pipeline.errors import ConfigError
-from pipeline.evaluate.speed import Cost, inference
+from pipeline.evaluate.speed import Cost, measure_inference
 from pipeline.models import build_model
 from pipeline.report.extras import Section, show_section, write_section
 from pipeline.report.figures import draw, pareto_front
@@ -25,13 +25,23 @@ from pipeline.report.tables import Table
 
 
 class Reported(NamedTuple):
+    """A model with the accuracy that a paper reports for it.
+
+    Attributes:
+        model: Name of the model.
+        top1: Accuracy in percent.
+        pixels: Pixels on a side of the images that it was evaluated on.
+        fields: Fields of the model's config that the row changes.
+    """
+
     model: str
     top1: float
-    pixels: int  # a side, of the images it was judged on
-    fields: Mapping[str, Any] = MappingProxyType({})  # what the row changes
+    pixels: int
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
-# Row -> its model. Letters are of Table C, whose base is M2; for its row C the published size is met with NC-SSD, no fusion.
+# Row -> its model. The letters are the rows of Table C, whose base is M2. Its row C has the published size with NC-SSD and
+# without fusion.
 EFFICIENTVIMS = {
     "EfficientViM-M1": Reported("efficientvim_m1", 72.9, 224),
     "EfficientViM-M2": Reported("efficientvim_m2", 75.4, 224),
@@ -74,20 +84,34 @@ def _run(arguments: list[str]) -> int:
 
 
 def run(rows: Sequence[str], batch: int, rounds: int, out: Path) -> Path:
-    """Measure the models of `rows` (default: all) in turns and write the section. Raises ConfigError for an unknown row."""
+    """Measure models in turns and write a section of a report.
+
+    Args:
+        rows: Names of `EFFICIENTVIMS` and `OTHERS`; empty for all.
+        batch: Images in a batch; it is halved where memory is short.
+        rounds: Rounds that count.
+        out: Folder of the section.
+
+    Returns:
+        The section's folder.
+
+    Raises:
+        ConfigError: A row is unknown, or `batch` or `rounds` is below 1.
+    """
     known = EFFICIENTVIMS | OTHERS
     unknown = [row for row in rows if row not in known]
     if unknown or batch < 1 or rounds < 1:
         raise ConfigError(
             f"--rows {', '.join(unknown)}: known are {', '.join(known)}"
             if unknown
-            else f"--batch {batch} --rounds {rounds}: at least one of each is needed"
+            else f"--batch {batch} --rounds {rounds}: each must be at least one"
         )
     chosen = {row: known[row] for row in rows or known}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {row: build_model(r.model, image_size=r.pixels, **r.fields) for row, r in chosen.items()}
     sizes = {row: r.pixels for row, r in chosen.items()}
-    costs = {c.model: c for c in inference(models, sizes, batch=batch, rounds=rounds, device=device, as_shipped=True)}
+    measured = measure_inference(models, sizes, batch=batch, rounds=rounds, device=device, deployed=True)
+    costs = {cost.model: cost for cost in measured}
     table = Table(
         name="pareto",
         title="Speed, and accuracy as reported",

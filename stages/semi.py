@@ -2,7 +2,7 @@
 
 Method: Semi-ViM (ICCV 2025). The teacher labels weak views of unlabelled images. The student learns the strong views of
 those with a confident label, beside the labelled images. Loss and views are those of Semi-ViT, the teacher's rule is in
-`pipeline/ssl/lyapema.py`, SSMixup in `pipeline/models/ssmixup.py`.
+`pipeline/ssl/lyapema.py`, SSMixup in `pipeline/models/vision_mamba/ssmixup.py`.
 Supervised training, FixMatch and Semi-ViT are configs of the same Task.
 Command: python -m stages semi configs/semi/demo.yaml
 Input: labelled and unlabelled shards, and a classifier's export. Output: the export of the teacher (or the student).

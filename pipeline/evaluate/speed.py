@@ -1,8 +1,8 @@
-"""What a model costs when it answers: parameters, multiply-adds, images per second, memory.
+"""Measure what inference costs: parameters, multiply-adds, images per second, memory.
 
-Protocol (SHViT's and VSSD's practice, since EfficientViM ships no script): eval mode, no gradients, warm-up, then rounds in
-which the models take turns, so that a slow moment of the machine falls on all; the median round counts. A batch that does
-not fit is halved until it does, as for the supplement's high resolutions.
+Protocol (that of SHViT and VSSD, since EfficientViM publishes no script): eval mode, no gradients, warm-up, then rounds in
+which the models take turns, so that a slow moment of the machine slows them all. The median round counts. A batch that does
+not fit in memory is halved until it does, as for the high resolutions of EfficientViM's supplement.
 """
 
 import logging
@@ -18,44 +18,71 @@ import torch
 from torch import nn
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.models.efficientvim.fused import FusedEfficientViM
+from pipeline.models.efficientvim.fused import FusedEfficientViM, fuse
 from pipeline.models.efficientvim.model import EfficientViM
+from pipeline.models.efficientvim.packed import pack
 from pipeline.models.flops import forward_flops
 from pipeline.models.timm_model import TimmModel
 
 logger = logging.getLogger(__name__)
 
-WARM_UP = 2
+WARM_UP = 2  # rounds
 
 
 class Cost(NamedTuple):
+    """Cost of one model at one size.
+
+    Attributes:
+        model: Its name.
+        size: Pixels on a side of the images.
+        batch: Images in a batch.
+        images_per_second: Throughput in the median round.
+        milliseconds: Time for one image in the median round.
+        parameters: Parameters of the trained model.
+        gmacs: Multiply-adds for one image, in units of 1e9; papers print them as FLOPs.
+        memory_gib: Peak memory allocated on a GPU; None on a CPU, where a process cannot tell its models apart.
+    """
+
     model: str
-    size: int  # pixels a side
+    size: int
     batch: int
     images_per_second: float
-    milliseconds: float  # an image
+    milliseconds: float
     parameters: int
-    gmacs: float  # of one image; papers print it as FLOPs
-    memory_gib: float | None  # peak allocated on a GPU; a process on a CPU cannot tell its models apart
+    gmacs: float
+    memory_gib: float | None
 
 
-def inference(
+def measure_inference(
     models: Mapping[str, nn.Module],
     sizes: Mapping[str, int],
     *,
     batch: int,
     rounds: int,
     device: torch.device,
-    as_shipped: bool = False,
+    deployed: bool = False,
 ) -> list[Cost]:
-    """Each model on random pixels (batch, 3, size, size) of its size; `as_shipped`: in its deployed form; parameters are
-    always those of the trained one. Raises torch's error if not even one image fits.
+    """Measure each model on batches of random pixels, in turns.
+
+    Args:
+        models: Models by name.
+        sizes: Pixels on a side of each model's square images.
+        batch: Images in a batch, before any halving.
+        rounds: Rounds that count, after `WARM_UP` others.
+        device: Where the models run.
+        deployed: Measure `deployed_form` of each model; on a CPU, EfficientViM is packed too.
+
+    Returns:
+        One cost for each model, in order.
+
+    Raises:
+        RuntimeError: Not even one image fits in memory (or torch's `OutOfMemoryError`, or MemoryError).
     """
     timed = {name: model.to(device).eval() for name, model in models.items()}
-    if as_shipped:
-        timed = {name: deployed(model) for name, model in timed.items()}
+    if deployed:
+        timed = {name: deployed_form(model) for name, model in timed.items()}
     flops = {name: forward_flops(model, (sizes[name], sizes[name])) for name, model in timed.items()}
-    if device.type == "cpu":  # on compiled layers, which nothing can count any more
+    if device.type == "cpu":  # after the FLOPs were counted: torch's counter does not see compiled layers
         timed = {name: _packed(model) for name, model in timed.items()}
     with _memory_that_can_run_out(device):
         fitting = {name: _fit(model, sizes[name], batch, device) for name, model in timed.items()}
@@ -92,10 +119,10 @@ def inference(
     return found
 
 
-def deployed(model: nn.Module) -> nn.Module:
-    """The same function with fewer operations: ours fused, timm's reparameterised; any other as it is."""
+def deployed_form(model: nn.Module) -> nn.Module:
+    """Rewrite a model to fewer operations: EfficientViM is fused, timm's models are reparameterised, others are unchanged."""
     if isinstance(model, EfficientViM):
-        return model.fuse()
+        return fuse(model)
     if isinstance(model, TimmModel):
         from timm.utils.model import reparameterize_model
 
@@ -104,18 +131,19 @@ def deployed(model: nn.Module) -> nn.Module:
 
 
 def _packed(model: nn.Module) -> nn.Module:
+    """The model on compiled layers, if it is a fused EfficientViM and there is a compiler; otherwise the model."""
     if not isinstance(model, FusedEfficientViM):
         return model
     try:
-        return model.pack()
+        return pack(model)
     except EnvironmentProblem as problem:
-        logger.warning("timed fused, not packed: %s", problem)
+        logger.warning("EfficientViM is timed fused, not packed: %s", problem)
         return model
 
 
 @contextmanager
 def _memory_that_can_run_out(device: torch.device) -> Iterator[None]:
-    """On a CPU Linux promises memory that it has not, and kills the process later: inside, such an allocation fails."""
+    """Make an allocation that a CPU has no memory for fail; by default Linux grants it and kills the process later."""
     if device.type != "cpu":
         yield
         return
@@ -129,7 +157,7 @@ def _memory_that_can_run_out(device: torch.device) -> Iterator[None]:
 
 
 def _fit(model: nn.Module, size: int, batch: int, device: torch.device) -> int:
-    """The batch, halved until it fits."""
+    """Return the batch size, halved until a batch fits in memory."""
     while True:
         try:
             with torch.no_grad():

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.timm_model import TimmModel
-from pipeline.models.vision_mamba import VisionMamba, drop_slot
+from pipeline.models.vision_mamba.model import VisionMamba
+from pipeline.models.vision_mamba.tokens import drop_token
 
 ToGrid = Callable[[Tensor, tuple[int, int]], Tensor]
 
@@ -102,8 +103,8 @@ def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def _mamba_grid(model: VisionMamba) -> ToGrid:
     def to_grid(tokens: Tensor, _size: tuple[int, int]) -> Tensor:
-        if model.middle is not None:
-            tokens = drop_slot(tokens, model.middle)
+        if model.cls_index is not None:
+            tokens = drop_token(tokens, model.cls_index)
         if model.order is not None:
             tokens = tokens[:, model.order.argsort()]
         return tokens.unflatten(1, model.grid_size).permute(0, 3, 1, 2)

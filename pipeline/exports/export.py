@@ -20,7 +20,9 @@ from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
 from pipeline.models.config import VisionMambaConfig
 from pipeline.models.timm_model import INSIDE, TimmModel
-from pipeline.models.vision_mamba import DIRECTIONS, VisionMamba, resize_positions
+from pipeline.models.vision_mamba.mixer import DIRECTIONS
+from pipeline.models.vision_mamba.model import VisionMamba
+from pipeline.models.vision_mamba.position_embedding import resize_position_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +147,9 @@ def transfer(source: nn.Module, target: nn.Module, where: Path) -> Transfer:
             raise HandoverError(f"{where} is a pretrained Vision Mamba, which cannot start another kind of model")
         dropped = [k for k in weights if k.startswith(DROPPED)]
         weights = {k.removeprefix("backbone."): v for k, v in weights.items() if k not in dropped}
-        weights["pos_embed"] = resize_positions(weights["pos_embed"], source.backbone.grid_size, target)
+        weights["pos_embed"] = resize_position_embedding(
+            weights["pos_embed"], source.backbone.grid_size, target.grid_size, target_cls=target.cls_index
+        )
         allowed: tuple[str, ...] = FRESH
     else:
         allowed = ()
@@ -182,7 +186,13 @@ def transfer(source: nn.Module, target: nn.Module, where: Path) -> Transfer:
 def _at_this_size(weights: dict[str, Tensor], source: nn.Module, target: nn.Module) -> dict[str, Tensor]:
     """A classifier's weights with positions for the target's images."""
     if isinstance(source, VisionMamba) and isinstance(target, VisionMamba) and source.grid_size != target.grid_size:
-        resized = resize_positions(weights["pos_embed"], source.grid_size, target, slot=source.middle)
+        resized = resize_position_embedding(
+            weights["pos_embed"],
+            source.grid_size,
+            target.grid_size,
+            source_cls=source.cls_index,
+            target_cls=target.cls_index,
+        )
         return {**weights, "pos_embed": resized}
     if isinstance(source, TimmModel) and isinstance(target, TimmModel):
         return target.weights_of(source)

@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.exports.card import PROBE
 from pipeline.exports.export import PROBE_TOLERANCE, load_export
+from pipeline.models.efficientvim.fused import fuse
 from pipeline.models.efficientvim.model import EfficientViM
 
 OPSET = 17
@@ -41,7 +42,7 @@ def export_to_onnx(folder: Path, out: Path) -> float:
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         try:
-            write_onnx(model.fuse() if isinstance(model, EfficientViM) else model, temporary, card.model.image_size)
+            write_onnx(fuse(model) if isinstance(model, EfficientViM) else model, temporary, card.model.image_size)
         except (
             RuntimeError,
             TypeError,

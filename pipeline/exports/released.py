@@ -17,16 +17,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import HandoverError
 from pipeline.models.arm import ARM
-from pipeline.models.config import (
-    EFFICIENTVIM_VARIANTS,
-    PRETRAINING_FORM,
-    VISION_MAMBA_VARIANTS,
-    DecoderConfig,
-    EfficientViMConfig,
-    FamilyConfig,
-    VisionMambaConfig,
-)
-from pipeline.models.vision_mamba import DIRECTIONS, sincos_positions
+from pipeline.models.config import DecoderConfig, EfficientViMConfig, FamilyConfig, VisionMambaConfig
+from pipeline.models.variants import EFFICIENTVIM_VARIANTS, PRETRAINING_FORM, VISION_MAMBA_VARIANTS
+from pipeline.models.vision_mamba.mixer import DIRECTIONS
+from pipeline.models.vision_mamba.position_embedding import sincos_position_embedding
 
 Weights = Mapping[str, Tensor]
 ImageSize = tuple[int, int] | None
@@ -206,10 +200,10 @@ def _describe_efficientvim(weights: Weights, image_size: ImageSize) -> tuple[Eff
 
 def _computed_by_arm(model: nn.Module) -> dict[str, Tensor]:
     assert isinstance(model, ARM)
-    width = model.positions.shape[-1]
+    width = model.position_embedding.shape[-1]
     return {
         "mask": torch.zeros(model.mask.shape).masked_fill(~model.mask, -torch.inf),
-        "dec_pos_embed": sincos_positions(model.backbone.grid_size, width),
+        "dec_pos_embed": sincos_position_embedding(model.backbone.grid_size, width),
     }
 
 

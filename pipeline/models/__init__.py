@@ -1,32 +1,33 @@
-"""The models by name. Light to import: torch is loaded when a model is built."""
+"""The models by name; importing this is cheap, since torch is loaded only when a model is built."""
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.models.config import (
-    FAMILIES,
-    EfficientViMConfig,
-    FamilyConfig,
-    TimmConfig,
-    VisionMambaConfig,
-    VSSDConfig,
-    family_of,
-)
+from pipeline.config import validate
+from pipeline.errors import ConfigError
+from pipeline.models.config import FAMILIES, FamilyConfig, family_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-# name -> the family's config; a family's module turns the config into a model. timm's names begin with `timm/`.
+# Name -> config of its family. timm's models are not listed; their names begin with `timm/`.
 MODELS = {name: family for family in FAMILIES for name in family.variants}
 
 
 def build_model(name: str, **overrides: Any) -> "nn.Module":
-    """The model `name`, with any field of its config overridden: build_model("vim_small", image_size=384).
+    """Build a model by its name, for example with `"vim_small", image_size=384`.
 
-    Runs under `torch.device("meta")` too. Raises ConfigError for an unknown name or field.
+    It works under `torch.device("meta")` too.
+
+    Args:
+        name: A name of `MODELS`, or `timm/NAME`.
+        **overrides: Fields of the family's config that differ from the variant's values.
+
+    Returns:
+        A freshly initialised model.
+
+    Raises:
+        ConfigError: The name or a field is unknown, or a value is not allowed.
     """
-    from pipeline.config import validate
-    from pipeline.errors import ConfigError
-
     try:
         family = family_of(name)
     except ValueError as error:
@@ -35,23 +36,7 @@ def build_model(name: str, **overrides: Any) -> "nn.Module":
 
 
 def build_from_config(config: FamilyConfig) -> "nn.Module":
-    """The model that a validated config describes."""
-    values = {field: value for field, value in config if field != "name"}
-    match config:
-        case VisionMambaConfig():
-            from pipeline.models.vision_mamba import VisionMamba
+    """Build the model that a validated config describes."""
+    from pipeline.models.registry import MODEL_CLASSES
 
-            return VisionMamba(**values)
-        case EfficientViMConfig():
-            from pipeline.models.efficientvim.model import EfficientViM
-
-            return EfficientViM(**values)
-        case VSSDConfig():
-            from pipeline.models.vssd import VSSD
-
-            return VSSD(**values)
-        case TimmConfig():
-            from pipeline.models.timm_model import TimmModel
-
-            return TimmModel(name=config.name, **values)
-    raise TypeError(f"no model is built from {type(config).__name__}")
+    return MODEL_CLASSES[type(config)](**config.arguments())

@@ -96,6 +96,7 @@ def _coreml(args: argparse.Namespace) -> None:
     from pipeline.exports.coreml import write_coreml
     from pipeline.exports.export import load_export
     from pipeline.models.config import VisionMambaConfig
+    from pipeline.models.efficientvim.fused import fuse
     from pipeline.models.efficientvim.model import EfficientViM
 
     model, card = load_export(args.export)
@@ -105,7 +106,7 @@ def _coreml(args: argparse.Namespace) -> None:
             " which Core ML has no operator for"
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_coreml(model.fuse() if isinstance(model, EfficientViM) else model, args.out, card.model.image_size)
+    write_coreml(fuse(model) if isinstance(model, EfficientViM) else model, args.out, card.model.image_size)
     print(f"{args.out}: images {card.model.image_size} to {len(card.classes)} logits")
 
 

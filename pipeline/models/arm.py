@@ -1,11 +1,13 @@
-"""ARM: autoregressive pretraining of a Vision Mamba (Ren et al., "Autoregressive Pretraining with Mamba in Vision").
+"""ARM: autoregressive pretraining of a Vision Mamba (Ren et al. 2024, "Autoregressive Pretraining with Mamba in Vision").
 
-The backbone reads all clusters but the last, in one direction; a decoder of cross-attention blocks predicts each
-next cluster's pixels from the clusters before it. Every size follows from the geometry: with K clusters of T tokens
-the backbone sees (K-1)T tokens and (K-1)T are predicted, whatever K and T are. With order=raster (ours) a cluster is
-T patches one after another along the rows, so that pretraining scans as fine-tuning does.
+The backbone reads all clusters but the last, in one direction. A decoder of cross-attention blocks predicts the pixels of
+each next cluster from the clusters before it. Every size follows from the geometry: with K clusters of T tokens the backbone
+reads (K - 1) T tokens, and (K - 1) T are predicted, for any K and T.
 
-Shapes: B images, K clusters, T tokens a cluster, S = (K-1)T, D backbone width, W decoder width, P pixels a patch x 3.
+Deviation: with order=raster a cluster is T patches one after another along the rows, so that pretraining scans in the same
+order as fine-tuning.
+
+Shapes: B images, C channels, K clusters, T tokens of a cluster, S = (K - 1) T, W decoder width, P = C x pixels of a patch.
 """
 
 import math
@@ -14,29 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.config import (
-    PRETRAINING_FORM,
-    DecoderConfig,
-    VisionMambaConfig,
-    check_clusters,
-    check_taps,
-    default_taps,
-)
-from pipeline.models.vision_mamba import VisionMamba, cluster_order, sincos_positions
+from pipeline.models.config import DecoderConfig, VisionMambaConfig, check_clusters, check_taps, default_taps
+from pipeline.models.layers import mlp
+from pipeline.models.variants import PRETRAINING_FORM
+from pipeline.models.vision_mamba.model import VisionMamba
+from pipeline.models.vision_mamba.position_embedding import sincos_position_embedding
+from pipeline.models.vision_mamba.tokens import cluster_order
 
 
 class CrossAttentionBlock(nn.Module):
-    """q + Attention(LN(q), LN(kv)), then q + MLP(LN(q)): no attention among the queries (ARM 1.5)."""
+    """q + Attention(LN(q), LN(kv)), then q + MLP(LN(q)); there is no attention among the queries.
+
+    Args:
+        width: W.
+        num_heads: Heads of the attention.
+        mlp_ratio: Hidden channels of the MLP over W.
+    """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm_q, self.norm_kv, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-        hidden = int(mlp_ratio * width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = mlp(width, mlp_ratio)
 
     def forward(self, q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
+        """Let queries (B, S, W) attend to features (B, S, W) where `mask` (S, S) is true: (B, S, W)."""
+
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
@@ -49,17 +55,25 @@ class CrossAttentionBlock(nn.Module):
 
 
 class ARM(nn.Module):
-    """Backbone in its pretraining form, with decoder. `forward` gives the predictions, `targets` what they should be."""
+    """A backbone in its pretraining form, and the decoder: `forward` predicts what `targets` computes.
+
+    Args:
+        backbone: Its config; the fields in `PRETRAINING_FORM` are overridden.
+        decoder: Its config.
+
+    Raises:
+        ValueError: The grid does not consist of whole clusters, or the decoder reads blocks that do not exist.
+    """
 
     mask: Tensor
     pixel_order: Tensor
-    positions: Tensor
+    position_embedding: Tensor
 
     def __init__(self, backbone: VisionMambaConfig, decoder: DecoderConfig) -> None:
         super().__init__()
         check_clusters(backbone)
         check_taps(decoder, backbone)
-        self.backbone = VisionMamba(**{**backbone.model_dump(exclude={"name"}), **PRETRAINING_FORM})
+        self.backbone = VisionMamba(**backbone.arguments() | PRETRAINING_FORM)
         self.backbone.norm_f = nn.Identity()  # the taps below have norms of their own
         width, dim, grid = decoder.width, backbone.embed_dim, backbone.grid_size
         side = backbone.cluster_size // backbone.patch_size
@@ -77,10 +91,10 @@ class ARM(nn.Module):
         self.to_pixels = nn.Linear(width, backbone.patch_size**2 * backbone.in_chans)
         with torch.device("cpu"):  # real on the meta device too: no state dict would bring them
             order = cluster_order(grid, side if backbone.order == "cluster" else 1)
-            positions = sincos_positions(grid, width)[:, order[self.tokens_per_cluster :]]
+            embedding = sincos_position_embedding(grid, width)[:, order[self.tokens_per_cluster :]]
             mask = block_causal_mask(self.num_clusters - 1, self.tokens_per_cluster)
         self.register_buffer("pixel_order", order, persistent=False)
-        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("position_embedding", embedding, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
         self._reset_decoder()
 
@@ -101,56 +115,77 @@ class ARM(nn.Module):
         features = torch.cat([norm(tap) for norm, tap in zip(self.norms, taps, strict=True)], dim=-1)
         # Interleaved, as in the released weights: block j reads channels j, j + depth, j + 2 depth, ...
         mixtures = self.to_decoder(features).unflatten(-1, (-1, len(self.blocks))).unbind(-1)
-        x = (self.query + self.positions).expand(len(images), -1, -1)
+        x = (self.query + self.position_embedding).expand(len(images), -1, -1)
         for block, mixture in zip(self.blocks, mixtures, strict=True):
             x = block(x, mixture, self.mask)
         return self.to_pixels(self.norm(x))
 
     def targets(self, images: Tensor) -> Tensor:
-        """Pixels of clusters 1..K-1, (B, S, P), each patch standardised by its own mean and unbiased variance."""
+        """Compute the pixels of clusters 1..K-1, each patch standardised by its own mean and variance: (B, S, P)."""
         return standardise(self.patches(images))[:, self.tokens_per_cluster :]
 
     def patches(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K T, P), patches in cluster order, a patch's values as (row, column, channel)."""
+        """Cut images (B, C, H, W) into patches (B, K T, P), in cluster order; a patch's values are (row, column, channel)."""
         p = self.patch_size
         x = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, rows, across, p, p)
         return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)[:, self.pixel_order]
 
     def draw(self, values: Tensor) -> Tensor:
-        """Targets or predictions (B, S, P) -> pictures (B, C, H, W), still standardised; cluster 0, never predicted, is 0."""
+        """Arrange targets or predictions (B, S, P) as images (B, C, H, W), still standardised.
+
+        Cluster 0, which is never predicted, is 0.
+        """
         patches = F.pad(values.float(), (0, 0, self.tokens_per_cluster, 0))
         p = self.patch_size
         x = patches[:, self.pixel_order.argsort()].unflatten(1, self.backbone.grid_size).unflatten(3, (p, p, -1))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As the backbone's; the decoder is small."""
+        """Set it for the backbone; the decoder is small."""
         self.backbone.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
+        """Names of the matrices exempt from weight decay: the query, and those of the backbone."""
         return {"query"} | {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def layer_of(self, name: str) -> int:
+        """Layer of a parameter for layer-wise decay: the backbone's layers, then one for the whole decoder."""
         inside = name.removeprefix("backbone.")
         return self.backbone.layer_of(inside) if inside != name else self.backbone.depth + 1
 
 
 def standardise(patches: Tensor) -> Tensor:
-    """By mean and spread along the last axis, in fp32; unbiased variance + 1e-6 under the root (ARM 1.6)."""
+    """Subtract the mean of the last axis and divide by the root of its unbiased variance + 1e-6, in fp32 (as ARM does)."""
     variance, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True)
     return (patches.float() - mean) * (variance + 1e-6).rsqrt()
 
 
 def pixel_loss(predictions: Tensor, targets: Tensor, clusters: int) -> Tensor:
-    """Squared error in fp32, (B, clusters): means over pixels and each cluster's tokens. Their mean is ARM's loss.
+    """Average the squared error over the pixels and tokens of each cluster, in fp32; the mean of the result is ARM's loss.
 
-    Zeros give (P-1)/P on patches that vary, and flat patches ask for nothing.
+    Predicting zeros scores (P - 1) / P on patches that vary. Flat patches have zeros as targets.
+
+    Args:
+        predictions: (B, S, P).
+        targets: (B, S, P).
+        clusters: K - 1, the number of predicted clusters.
+
+    Returns:
+        (B, clusters).
     """
     errors = F.mse_loss(predictions.float(), targets, reduction="none").mean(2)
     return errors.unflatten(1, (clusters, -1)).mean(2)
 
 
 def block_causal_mask(num_groups: int, tokens_per_group: int) -> Tensor:
-    """(S, S) bool: query group i, which predicts cluster i + 1, may attend to feature clusters 0..i."""
+    """Build the decoder's mask: query group i, which predicts cluster i + 1, may attend to the clusters 0..i.
+
+    Args:
+        num_groups: K - 1.
+        tokens_per_group: T.
+
+    Returns:
+        (S, S) bool, true where attention is allowed.
+    """
     group = torch.arange(num_groups).repeat_interleave(tokens_per_group)
     return group[:, None] >= group[None, :]

@@ -1,7 +1,7 @@
-"""What a model is, as values: no torch here, so that a plan or a refusal costs nothing.
+"""What a model is, as values. Nothing here imports torch, so a plan or a check of a config is quick.
 
-`ModelConfig` is one family's config, chosen by `name`: a name of ours, or `timm/NAME` for any model of timm. The variants of
-a family give the values of a named model; a config names one and overrides what differs.
+`ModelConfig` is the config of one family, chosen by `name`: a name of ours, or `timm/NAME` for any model of timm. A variant
+(`pipeline/models/variants.py`) gives the values of a named model; a config names one and overrides what differs.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -9,51 +9,32 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from pipeline.config import Strict, nearest
+from pipeline.models.variants import EFFICIENTVIM_VARIANTS, VISION_MAMBA_VARIANTS, VSSD_VARIANTS
 
-_ARM = {"expand": 1, "norm": "layer", "mlp": "swiglu", "directions": 4, "pool": "mean"}
-
-VISION_MAMBA_VARIANTS: dict[str, dict[str, Any]] = {
-    # Vision Mamba as released: RMSNorm, expand 2, no MLP, two directions, cls in the middle.
-    "vim_tiny": {"embed_dim": 192, "depth": 24},
-    "vim_small": {"embed_dim": 384, "depth": 24},
-    "vim_base": {"embed_dim": 768, "depth": 24},
-    # ARM in its fine-tuning form: LayerNorm, expand 1, SwiGLU, four directions, mean of the patches.
-    "arm_base": {"embed_dim": 768, "depth": 12, **_ARM},
-    "arm_large": {"embed_dim": 1024, "depth": 24, **_ARM},
-    "arm_huge": {"embed_dim": 1536, "depth": 24, **_ARM},
-    # Semi-ViM states only "146 M" for Base. Vim at 768 x 36 has 145.6 M: an inference, as are the two below it.
-    "semivim_tiny": {"embed_dim": 192, "depth": 24},
-    "semivim_small": {"embed_dim": 384, "depth": 24},
-    "semivim_base": {"embed_dim": 768, "depth": 36},
-    # Ours: a laptop's CPU trains it in seconds.
-    "vim_nano": {"embed_dim": 64, "depth": 4, "d_state": 8, "image_size": (32, 32), "patch_size": 4, "cluster_size": 8},
-}
-
-# ARM pretrains a backbone in this form. What fine-tuning builds anew: a classifier, a final norm and a cls token.
-PRETRAINING_FORM: dict[str, Any] = {
-    "directions": 1,
-    "cls_token": "none",
-    "pool": "mean",
-    "pos_embed": "sincos",
-    "num_classes": 0,
-    "drop_path": 0.0,
-}
+TIMM_PREFIX = "timm/"
 
 
 class FamilyConfig(Strict):
-    """What every model says of itself. Fields left out take the value of the variant `name`, then their default."""
+    """Fields that every family has. A field left out takes the value of the variant `name`, then its default.
+
+    Attributes:
+        variants: Values of the family's named models.
+        free: Fields that may differ between a classifier's export and the model that starts from it; the weights are
+            fitted to them.
+    """
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
-    # Fields that may differ between a classifier's export and the model that starts from it; the weights follow.
     free: ClassVar[tuple[str, ...]] = ("name", "image_size", "drop_path", "num_classes")
 
-    name: str
+    name: str = Field(description="name of a variant, or timm/NAME for a model of timm; it also chooses the family")
     image_size: tuple[PositiveInt, PositiveInt] = Field(
-        (224, 224), description="(height, width) in pixels; a number means square"
+        (224, 224), description="(height, width) of the images in pixels; a single number means square"
     )
-    in_chans: PositiveInt = 3
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    num_classes: int = Field(1000, ge=0)
+    in_chans: PositiveInt = Field(3, description="channels of the images")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="probability of dropping a residual branch in training; reached in the last block"
+    )
+    num_classes: int = Field(1000, ge=0, description="classes of the head; 0 means no head")
 
     @model_validator(mode="before")
     @classmethod
@@ -64,8 +45,8 @@ class FamilyConfig(Strict):
         if name is not None and not cls.knows(str(name)):
             elsewhere = any(family.knows(str(name)) for family in FAMILIES)
             raise ValueError(
-                f"model name {name!r} is {'of a family that is not taken here' if elsewhere else 'unknown'}; known:"
-                f" {', '.join(nearest(str(name), list(cls.variants)))}"
+                f"model name {name!r} {'belongs to a family that this stage does not take' if elsewhere else 'is unknown'};"
+                f" known: {', '.join(nearest(str(name), list(cls.variants)))}"
             )
         values = {**cls.variants.get(str(name), {}), **values}
         if isinstance(values.get("image_size"), int):
@@ -74,63 +55,82 @@ class FamilyConfig(Strict):
 
     @classmethod
     def knows(cls, name: str) -> bool:
+        """Whether `name` is a model of this family."""
         return name in cls.variants
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the class that builds this family's models."""
+        return {field: value for field, value in self if field != "name"}
 
 
 class SSMixupConfig(Strict):
-    """SSMixup's part in a model: nu C h_mix beside the two directions' outputs, h_mix = psi h_forward + (1 - psi) h_backward."""
+    """SSMixup in a model: nu C h_mix is added to the two directions' outputs, h_mix = psi h_forward + (1 - psi) h_backward."""
 
-    nu: float | Literal["learned"] = Field("learned", description="learned: one a block, from 0 on; or a fixed number")
+    nu: float | Literal["learned"] = Field(
+        "learned", description="strength of the term: a fixed number, or one learned for each block, starting at 0"
+    )
     layers: Literal["all"] | PositiveInt | tuple[PositiveInt, ...] = Field(
-        "all", description="all blocks, the last so many, or blocks counted from 1"
+        "all", description="blocks with the term: all, a number for that many last blocks, or a list counted from 1"
     )
     readout: Literal["own_C", "shared_C"] = Field(
-        "own_C", description="own_C: each direction's own C, no extra scan; shared_C: the forward one's, one extra scan"
+        "own_C", description="C that reads the states: each direction's own, or the forward one's (an extra scan)"
     )
     everywhere: bool = Field(
-        False, description="part of the model: psi = 1/2 where no confidence is given; else only where one is given"
+        False, description="give images without a confidence the term too, with psi = 1/2; otherwise they have none"
     )
 
     def blocks(self, depth: int) -> set[int]:
-        """Blocks, counted from 1, that have the term."""
+        """Return the blocks that have the term, counted from 1.
+
+        Args:
+            depth: Number of blocks of the model.
+        """
         if self.layers == "all":
             return set(range(1, depth + 1))
         return set(range(depth - self.layers + 1, depth + 1) if isinstance(self.layers, int) else self.layers)
 
 
 class VisionMambaConfig(FamilyConfig):
-    """A Vision Mamba."""
+    """A Vision Mamba: Vim, ARM's backbone, Semi-ViM."""
 
     variants = VISION_MAMBA_VARIANTS
 
-    patch_size: PositiveInt = Field(16, description="pixels")
-    stride: PositiveInt | None = Field(None, description="pixels between patches; none = patch_size")
-    embed_dim: PositiveInt
-    depth: PositiveInt
-    d_state: PositiveInt = Field(16, description="N, states a channel")
-    d_conv: PositiveInt = 4
-    expand: PositiveInt = Field(2, description="inner width / embed_dim")
-    directions: Literal[1, 2, 4] = 2
+    patch_size: PositiveInt = Field(16, description="pixels on a side of a patch")
+    stride: PositiveInt | None = Field(None, description="pixels from one patch to the next; null means patch_size")
+    embed_dim: PositiveInt = Field(description="width of the tokens, in channels")
+    depth: PositiveInt = Field(description="number of blocks")
+    d_state: PositiveInt = Field(16, description="N, states of the scan for each channel")
+    d_conv: PositiveInt = Field(4, description="taps of the causal convolution before each scan, in tokens")
+    expand: PositiveInt = Field(2, description="inner width of the mixer divided by embed_dim")
+    directions: Literal[1, 2, 4] = Field(
+        2, description="1: along the rows; 2: also backwards; 4: also along the columns, both ways"
+    )
     order: Literal["raster", "cluster"] = Field(
         "raster",
-        description="order of the scan. In pretraining (where cluster is the default) it also says what is predicted at once:"
-        " a square cluster, or as many patches one after another along the rows",
+        description="order of the scan. In pretraining, where cluster is the default, it also decides what is predicted at"
+        " once: a square cluster, or as many patches one after another along the rows",
     )
-    cluster_size: PositiveInt = Field(64, description="pixels a side of a cluster (ARM's unit of prediction)")
-    mlp: Literal["none", "swiglu"] = "none"
-    norm: Literal["rms", "layer"] = "rms"
-    cls_token: Literal["middle", "none"] = "middle"
+    cluster_size: PositiveInt = Field(64, description="pixels on a side of a cluster, ARM's unit of prediction")
+    mlp: Literal["none", "swiglu"] = Field("none", description="layer after each mixer: none (Vim) or swiglu (ARM)")
+    norm: Literal["rms", "layer"] = Field("rms", description="kind of norm: rms (Vim) or layer (ARM)")
+    cls_token: Literal["middle", "none"] = Field(
+        "middle", description="where the cls token is among the patches: in the middle, or nowhere"
+    )
     pool: Literal["cls", "mean"] = Field(
         "cls", description="what the head reads: the cls token, or the mean of the patches"
     )
-    pos_embed: Literal["learned", "sincos"] = "learned"
-    ssmixup: SSMixupConfig | None = None
+    pos_embed: Literal["learned", "sincos"] = Field(
+        "learned", description="position embedding: learned, or the fixed 2-D sin-cos table (pretraining)"
+    )
+    ssmixup: SSMixupConfig | None = Field(
+        None, description="blending of opposite directions by confidence (Semi-ViM); null for none"
+    )
 
     @model_validator(mode="after")
     def _geometry(self) -> Self:
         for side in self.image_size:
             if side < self.patch_size:
-                raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
+                raise ValueError(f"image_size {self.image_size} is below patch_size {self.patch_size}; raise it")
         if self.cls_token == "none" and self.pool == "cls":
             raise ValueError("pool=cls needs cls_token=middle; set pool=mean")
         if self.order == "cluster":
@@ -145,7 +145,7 @@ class VisionMambaConfig(FamilyConfig):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Patches (down, across)."""
+        """Number of patches (rows, across)."""
         stride = self.stride or self.patch_size
         return (
             (self.image_size[0] - self.patch_size) // stride + 1,
@@ -154,14 +154,16 @@ class VisionMambaConfig(FamilyConfig):
 
 
 class DecoderConfig(Strict):
-    """ARM's decoder and target."""
+    """ARM's decoder, which pretraining puts on top of the backbone and then drops."""
 
-    width: PositiveInt = 512
-    depth: PositiveInt = 4
-    num_heads: PositiveInt = 8
-    mlp_ratio: float = Field(4.0, gt=0)
+    width: PositiveInt = Field(512, description="width of the decoder, in channels; a multiple of 4 x num_heads")
+    depth: PositiveInt = Field(4, description="number of cross-attention blocks")
+    num_heads: PositiveInt = Field(8, description="heads of each cross-attention")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden channels of each MLP divided by width")
     taps: tuple[PositiveInt, ...] | None = Field(
-        None, description="blocks read, counted from 1; none = 1/2, 2/3, 5/6, 1 of the depth"
+        None,
+        description="blocks of the backbone that the decoder reads, counted from 1; null means those at 1/2, 2/3, 5/6 and all"
+        " of its depth",
     )
 
     @model_validator(mode="after")
@@ -172,19 +174,29 @@ class DecoderConfig(Strict):
 
 
 def default_taps(depth: int) -> tuple[int, ...]:
-    """Blocks 6, 8, 10, 12 of 12 and 12, 16, 20, 24 of 24 (ARM); for other depths the same fractions, rounded."""
+    """Return blocks 6, 8, 10, 12 of 12 and 12, 16, 20, 24 of 24 (ARM); for other depths the same fractions, rounded."""
     return tuple(sorted({max(1, round(depth * (3 + i) / 6)) for i in range(4)}))
 
 
 def check_taps(decoder: DecoderConfig, model: VisionMambaConfig) -> None:
-    """Raises ValueError unless the decoder's taps are blocks of the model, each once, in order."""
+    """Check that the decoder's taps are blocks of the model, each once, in order.
+
+    Raises:
+        ValueError: They are not.
+    """
     taps = decoder.taps or ()
     if taps and (max(taps) > model.depth or list(taps) != sorted(set(taps))):
-        raise ValueError(f"decoder.taps {taps} must rise and end at model.depth {model.depth} at most")
+        raise ValueError(
+            f"decoder.taps {taps} must be in rising order, without repeats, and at most model.depth {model.depth}"
+        )
 
 
 def check_clusters(model: VisionMambaConfig) -> None:
-    """Raises ValueError unless the grid of patches is a whole number (two at least) of whole clusters."""
+    """Check that the grid of patches consists of whole clusters, two at least.
+
+    Raises:
+        ValueError: It does not.
+    """
     if model.stride not in (None, model.patch_size):
         raise ValueError(
             f"clusters need patches that do not overlap; stride is {model.stride}, patch_size {model.patch_size}"
@@ -194,24 +206,7 @@ def check_clusters(model: VisionMambaConfig) -> None:
     if any(side % model.cluster_size for side in model.image_size):
         raise ValueError(f"image_size {model.image_size} must be a multiple of cluster_size {model.cluster_size}")
     if model.image_size == (model.cluster_size, model.cluster_size):
-        raise ValueError(f"image_size {model.image_size} is a single cluster; there is nothing to predict from")
-
-
-def _efficientvim(
-    widths: tuple[int, ...], depths: tuple[int, ...], states: tuple[int, ...], size: int
-) -> dict[str, Any]:
-    return {"widths": widths, "depths": depths, "states": states, "image_size": (size, size)}
-
-
-EFFICIENTVIM_VARIANTS: dict[str, dict[str, Any]] = {
-    "efficientvim_m1": _efficientvim((128, 192, 320), (2, 2, 2), (49, 25, 9), 224),
-    "efficientvim_m2": _efficientvim((128, 256, 512), (2, 2, 2), (49, 25, 9), 224),
-    "efficientvim_m3": _efficientvim((224, 320, 512), (2, 2, 2), (49, 25, 9), 224),
-    "efficientvim_m4": _efficientvim((224, 320, 512), (3, 4, 2), (64, 32, 16), 256),
-    # Ours, for the bundled digits: at 32 px the maps are 8, 4 and 2 a side, so the stem halves twice instead of four times.
-    "efficientvim_nano": {**_efficientvim((32, 48, 64), (1, 2, 1), (16, 9, 4), 32), "stem_stride": 4},
-}
-EFFICIENTVIM_VARIANTS |= {f"{name}_dist": {**v, "distilled": True} for name, v in EFFICIENTVIM_VARIANTS.items()}
+        raise ValueError(f"image_size {model.image_size} is a single cluster; lower cluster_size")
 
 
 class EfficientViMConfig(FamilyConfig):
@@ -224,24 +219,32 @@ class EfficientViMConfig(FamilyConfig):
     )
     depths: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="blocks of the three stages")
     states: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="N, hidden states of the three stages")
-    stem_stride: Literal[4, 8, 16] = Field(16, description="pixels a side of the first map's cells; 16 = as published")
-    mlp_ratio: float = Field(4.0, gt=0)
-    expand: PositiveInt = Field(1, description="inner width of the mixer / width")
-    mixer: Literal["hsm", "ncssd", "attention"] = "hsm"
-    importance: Literal["state", "vector", "multihead"] = Field(
-        "state", description="a token's weight: for each state, one for all, or one a head (hsm only)"
+    stem_stride: Literal[4, 8, 16] = Field(
+        16, description="image pixels on a side of a pixel of the first map; 16 is the published value"
     )
-    heads: PositiveInt = Field(8, description="of importance=multihead")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden channels of each feed-forward divided by the width")
+    expand: PositiveInt = Field(1, description="inner width of the mixer divided by the width")
+    mixer: Literal["hsm", "ncssd", "attention"] = Field(
+        "hsm", description="token mixer: HSM-SSD, or an ablation of Table C (NC-SSD, attention)"
+    )
+    importance: Literal["state", "vector", "multihead"] = Field(
+        "state",
+        description="weights of a token: one for each state, one for all states, or one for each head (hsm only)",
+    )
+    heads: PositiveInt = Field(8, description="number of heads for importance=multihead")
     fusion: Literal["hidden", "map", "none"] = Field(
-        "hidden", description="what the classifier reads beside the last map: hidden states, maps, nothing"
+        "hidden",
+        description="what the classifier reads beside the last map: the stages' hidden states, maps, or nothing",
     )
     norm: Literal["partial_ln", "bn"] = Field(
-        "partial_ln", description="before the mixer and the heads; bn diverges in the paper"
+        "partial_ln", description="norm before the mixer and the heads; bn (batch norm) diverges in the paper"
     )
     distilled: bool = Field(
-        False, description="a second set of heads, which the teacher teaches; answers are the average"
+        False, description="add a second set of heads that learn from the teacher; logits are the average of both sets"
     )
-    gate_init: float = Field(1e-4, description="before the sigmoid: 1e-4 halves every branch, as released")
+    gate_init: float = Field(
+        1e-4, description="first value of the gates before their sigmoid; the released 1e-4 halves every branch"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -250,20 +253,10 @@ class EfficientViMConfig(FamilyConfig):
         if self.mixer != "hsm" and self.fusion == "hidden":
             raise ValueError(f"mixer={self.mixer} has no hidden states to fuse; set fusion=map or fusion=none")
         if self.mixer != "hsm" and self.importance != "state":
-            raise ValueError(f"importance={self.importance} is of mixer=hsm, not of {self.mixer}")
+            raise ValueError(f"importance={self.importance} needs mixer=hsm, not {self.mixer}")
         if self.importance == "multihead" and any(width * self.expand % self.heads for width in self.widths):
             raise ValueError(f"widths {self.widths} must be multiples of heads {self.heads}")
         return self
-
-
-VSSD_VARIANTS: dict[str, dict[str, Any]] = {
-    "vssd_micro": {"width": 48, "depths": (2, 2, 8, 4), "heads": (2, 4, 8, 16), "states": 48},
-    "vssd_tiny": {"width": 64, "depths": (2, 4, 8, 4), "heads": (2, 4, 8, 16)},
-    "vssd_small": {"width": 64, "depths": (3, 4, 21, 5), "heads": (2, 4, 8, 16)},
-    "vssd_base": {"width": 96, "depths": (3, 4, 21, 5), "heads": (3, 6, 12, 24)},
-    # Table D of EfficientViM: its mixer in place of NC-SSD in the first three stages.
-    "vssd_tiny_hsm": {"width": 64, "depths": (2, 4, 8, 4), "heads": (2, 4, 8, 16), "mixer": "hsm"},
-}
 
 
 class VSSDConfig(FamilyConfig):
@@ -271,16 +264,15 @@ class VSSDConfig(FamilyConfig):
 
     variants = VSSD_VARIANTS
 
-    width: PositiveInt = Field(description="channels of the first stage; they double from stage to stage")
-    depths: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
-    heads: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
-    states: PositiveInt = Field(64, description="N, states of a head")
-    expand: PositiveInt = Field(2, description="inner width of the mixer / width")
-    mlp_ratio: float = Field(4.0, gt=0)
-    mixer: Literal["ncssd", "hsm"] = "ncssd"
-
-
-TIMM_PREFIX = "timm/"
+    width: PositiveInt = Field(description="channels of the first stage; each further stage has twice as many")
+    depths: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(description="blocks of the four stages")
+    heads: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(description="heads of the four stages")
+    states: PositiveInt = Field(64, description="N, states of each head")
+    expand: PositiveInt = Field(2, description="inner width of the mixer divided by the stage's width")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden channels of each MLP divided by the stage's width")
+    mixer: Literal["ncssd", "hsm"] = Field(
+        "ncssd", description="mixer of the first three stages: NC-SSD, or EfficientViM's HSM-SSD (its Table D)"
+    )
 
 
 class TimmConfig(FamilyConfig):
@@ -292,14 +284,23 @@ class TimmConfig(FamilyConfig):
 
     @classmethod
     def knows(cls, name: str) -> bool:
+        """Whether `name` begins with `timm/`; timm itself is asked when the model is built."""
         return name.startswith(TIMM_PREFIX)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `TimmModel`, which is told the name."""
+        return dict(self)
 
 
 FAMILIES: tuple[type[FamilyConfig], ...] = (VisionMambaConfig, EfficientViMConfig, VSSDConfig, TimmConfig)
 
 
 def family_of(name: str) -> type[FamilyConfig]:
-    """The family that knows the name. Raises ValueError that lists the nearest known names."""
+    """Return the family that has a model of this name.
+
+    Raises:
+        ValueError: No family has; the sentence lists the known names, nearest first.
+    """
     for family in FAMILIES:
         if family.knows(name):
             return family
@@ -313,7 +314,7 @@ def _tag(values: Any) -> str:
 
 
 def _has_a_name(values: Any) -> Any:
-    """Before the choice, which can only be made by name."""
+    """Refuse a missing or unknown name before the union is resolved, which needs it."""
     if isinstance(values, dict) and "name" not in values:
         raise ValueError("name is missing: which model? For example name: vim_nano")
     if not isinstance(values, dict | FamilyConfig):

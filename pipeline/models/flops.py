@@ -1,4 +1,4 @@
-"""What a forward pass costs, counted on the meta device: for MFU, for plans, for tables."""
+"""Count the FLOPs of a forward pass on the meta device: for MFU, plans and tables."""
 
 import torch
 from torch import Tensor, nn
@@ -6,8 +6,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def forward_flops(model: nn.Module, image_size: tuple[int, int], in_chans: int = 3) -> int:
-    """FLOPs of one image (height, width): 2 a multiply-add, convolutions and matrix products and the scan (papers
-    that print "FLOPs" mean multiply-adds, half of this). The model's weights are neither copied nor touched.
+    """Count the FLOPs of a forward pass over one image: convolutions, matrix products and the scan.
+
+    A multiply-add counts as 2. Papers that print "FLOPs" often mean multiply-adds, half of this. The model's weights are
+    neither copied nor changed.
+
+    Args:
+        model: In any mode; it is counted in eval mode.
+        image_size: (height, width) in pixels.
+        in_chans: Channels of the image.
     """
     shapes: dict[str, Tensor] = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers()}
     for name, p in model.named_parameters():

@@ -1,4 +1,7 @@
-"""Losses that more than one stage may use. They return tensors; they neither log nor reduce over ranks."""
+"""Losses that more than one stage uses. They return tensors; they neither log nor reduce over ranks.
+
+Shapes: B images, K classes.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +9,18 @@ from torch import Tensor
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, *, kind: str, temperature: float) -> Tensor:
-    """Logits (B, C) of both -> scalar. `hard`: cross-entropy with the teacher's argmax (DeiT). `soft`: KL at `temperature`,
-    times its square (Hinton et al. 2015)."""
+    """Compute the loss that pulls a student towards its teacher, averaged over the batch.
+
+    Args:
+        student: Logits (B, K).
+        teacher: Logits (B, K).
+        kind: `hard`: cross-entropy with the teacher's argmax (DeiT, Touvron et al. 2021). `soft`: KL divergence at
+            `temperature`, times its square (Hinton et al. 2015).
+        temperature: Divides both sets of logits for `soft`; `hard` ignores it.
+
+    Returns:
+        A scalar.
+    """
     if kind == "hard":
         return F.cross_entropy(student, teacher.argmax(-1))
     log_p, log_q = (F.log_softmax(x.float() / temperature, dim=-1) for x in (student, teacher))
@@ -15,11 +28,23 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, kind: str, temperatur
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """(B,) cross-entropy with probabilities (B, C), of which `smoothing` is spread over all classes."""
+    """Compute the cross-entropy of each image with probabilities as targets.
+
+    Args:
+        logits: (B, K).
+        targets: Probabilities (B, K).
+        smoothing: Share of the targets that is spread evenly over all classes.
+
+    Returns:
+        (B,), in fp32.
+    """
     targets = targets * (1 - smoothing) + smoothing / targets.shape[1]
     return -(targets * torch.log_softmax(logits.float(), dim=-1)).sum(-1)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """(B,) -> (B, classes), fp32. Unlike torch's it does not read the labels back to see whether they fit."""
+    """Encode labels (B,) as (B, classes) in fp32.
+
+    torch's own function waits for the device to check that the labels fit; this one does not.
+    """
     return (labels[:, None] == torch.arange(classes, device=labels.device)).float()

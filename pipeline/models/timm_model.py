@@ -1,6 +1,8 @@
-"""Any model of timm, saying what training asks of a model here: timm's own verbs, `layer_of`, and weights from a file.
+"""Any model of timm, with what training here asks of a model beside timm's own methods.
 
-Nothing is ever downloaded. Parameters are timm's with the prefix INSIDE, which an export leaves out.
+Nothing is ever downloaded. Parameters have timm's names with the prefix `INSIDE`, which an export leaves out.
+
+Shapes: B images, C channels, H x W pixels, K classes.
 """
 
 import inspect
@@ -19,7 +21,13 @@ INSIDE = "model."
 
 
 class TimmModel(nn.Module):
-    """timm's model `name` (with the prefix `timm/`). Raises ConfigError if timm knows no such model or option."""
+    """A model of timm under this package's interface.
+
+    The arguments are the fields of `TimmConfig`, which describes them.
+
+    Raises:
+        ConfigError: timm has no such model, or the model does not take one of the options.
+    """
 
     model: Any
 
@@ -40,7 +48,7 @@ class TimmModel(nn.Module):
         bare = name.removeprefix(TIMM_PREFIX)
         if not timm.is_model(bare):
             close = ", ".join(timm.list_models(f"*{bare.split('.')[0].split('_')[0]}*")[:5])
-            raise ConfigError(f"timm has no model {bare!r}" + (f"; near it: {close}" if close else ""))
+            raise ConfigError(f"timm has no model {bare!r}" + (f"; similar names: {close}" if close else ""))
         arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **options}
         try:
             with torch.device("meta"):
@@ -48,7 +56,7 @@ class TimmModel(nn.Module):
             if "img_size" in known:  # the others take images of any size
                 arguments["img_size"] = image_size
             if drop_path and "drop_path_rate" not in known:
-                raise ConfigError(f"timm's {bare} has no drop path; leave out model.drop_path")
+                raise ConfigError(f"timm's {bare} has no drop path; leave out model.drop_path, or set it to 0")
             if drop_path:
                 arguments["drop_path_rate"] = drop_path
             self.model = timm.create_model(bare, **arguments)
@@ -60,50 +68,58 @@ class TimmModel(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """What `forward_head` reads: channels of `forward_features`."""
+        """Channels of `forward_features`, which `forward_head` reads."""
         return int(self.model.num_features)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> features as timm's model lays them out."""
+        """(B, C, H, W) -> features in the layout of timm's model."""
         return self.model.forward_features(images)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool features and classify them: logits (B, K), or the pooled features with `pre_logits`."""
         return self.model.forward_head(x, pre_logits=pre_logits)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, num_classes)."""
+        """(B, C, H, W) -> logits (B, K)."""
         return self.model(images)
 
     def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a fresh one; 0 classes for none."""
         self.num_classes = num_classes
         self.model.reset_classifier(num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks again in the backward pass: less memory, more time."""
         count_images_once(self)
         self.model.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
-        """As timm says."""
+        """Names of the matrices that timm exempts from weight decay."""
         exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
         return {f"{INSIDE}{name}" for name in exempt}
 
     def layer_of(self, name: str) -> int:
-        """For layer-wise decay, by timm's own grouping; all in one layer if timm has none for this model."""
+        """Layer of a parameter for layer-wise decay, by timm's grouping; 0 for all if timm has none for this model."""
         return self._layers.get(name, 0)
 
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict as released, under this model's names; positions are resized to its grid (timm's filter)."""
+        """Give a released state dict this model's names; timm's filter resizes the position embedding to its grid."""
         if any(name.startswith("decoder_") for name in weights):  # a whole masked autoencoder
             weights = {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token"))}
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
         weights = dict(convert(weights, self.model)) if convert else weights
         if not any(name.startswith("fc_norm.") for name in self.model.state_dict()):
             return {f"{INSIDE}{k}": v for k, v in weights.items()}
-        # Pooled by the mean, timm's ViT has a norm after the pool and none before: masked autoencoders train it anew.
+        # With mean pooling timm's ViT has its norm after the pool instead of before. The norm of a masked autoencoder's file
+        # is therefore left out, and fine-tuning trains a new one.
         return {f"{INSIDE}{k}": v for k, v in weights.items() if not k.startswith("norm.")}
 
     def weights_of(self, source: "TimmModel") -> dict[str, Tensor]:
-        """The state dict of another size's model of this name, its absolute positions resized to this grid."""
+        """Fit the state dict of the same model at another image size: its absolute position embedding is resized.
+
+        Args:
+            source: A model of the same timm name.
+        """
         weights = source.state_dict()
         if f"{INSIDE}pos_embed" in weights and hasattr(self.model, "patch_embed"):
             from timm.layers import resample_abs_pos_embed
@@ -117,7 +133,7 @@ class TimmModel(nn.Module):
         return weights
 
     def fresh(self) -> tuple[str, ...]:
-        """Prefixes of what fine-tuning may make anew."""
+        """Prefixes of the parameters that fine-tuning may initialise anew."""
         heads = self.model.pretrained_cfg.get("classifier") or ()
         return *(f"{INSIDE}{head}." for head in ([heads] if isinstance(heads, str) else heads)), f"{INSIDE}fc_norm."
 

@@ -1,12 +1,12 @@
 """VSSD (Shi, Dong, Xu 2024): non-causal state space duality in stages 1 to 3, attention in stage 4.
 
-Written from a description of the method; no released weights are read (theirs carry no licence). `mixer=hsm` puts
-EfficientViM's mixer in place of NC-SSD: Table D of that paper. Sides are rounded up at every halving, so any image will do.
+It is written from a description of the method and reads no released weights (they carry no licence). `mixer=hsm` puts
+EfficientViM's mixer in place of NC-SSD: Table D of that paper. Every halving rounds up, so images may have any size.
 
-Shapes: B images, D channels, H x W positions, L = H W, E = expand x D, N states a head.
+Shapes: B images, C image channels, D channels, H x W pixels of a map, L = H W tokens, E = expand x D, N states of a head,
+K classes.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import cast
 
@@ -15,18 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.efficientvim.mixers import HSMSSD
-from pipeline.models.vision_mamba import DropPath
+from pipeline.models.layers import HSMSSD, DropPath, drop_path_rates, init_classifier, init_step_size_bias, mlp
 
 
 def conv(channels: int, out: int, kernel: int, stride: int = 1, *, act: bool = True) -> nn.Sequential:
-    """Convolution, batch norm, ReLU where `act`."""
+    """Convolution without bias, batch norm, and ReLU if `act`."""
     layers = [nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out)]
     return nn.Sequential(*layers, *[nn.ReLU()] * act)
 
 
 class Stem(nn.Module):
-    """(B, C, H, W) -> (B, D, H/4, W/4)."""
+    """Convolutions that reduce the image to a quarter of its sides.
+
+    Args:
+        channels: C.
+        width: D.
+    """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -36,12 +40,16 @@ class Stem(nn.Module):
         self.last = nn.Sequential(conv(half, 4 * width, 3, 2), conv(4 * width, width, 1, act=False))
 
     def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, H / 4, W / 4)."""
         x = self.first(images)
         return self.last(x + self.residual(x))
 
 
 class Downsample(nn.Sequential):
-    """(B, D, H, W) -> (B, 2D, H/2, W/2). That the last convolution has a bias too, the published counts say."""
+    """(B, D, H, W) -> (B, 2D, H / 2, W / 2).
+
+    That the last convolution has a bias is inferred: only so do the published parameter counts come out.
+    """
 
     def __init__(self, width: int) -> None:
         hidden = 8 * width
@@ -53,7 +61,16 @@ class Downsample(nn.Sequential):
 
 
 class NCSSD(nn.Module):
-    """Every head sums its tokens, weighted by step size x |A|, into N states and reads them out; the gate has no SiLU."""
+    """Non-causal SSD: each head sums its tokens, weighted by step size x |A|, into N states and reads them out.
+
+    The gate has no SiLU.
+
+    Args:
+        width: D.
+        heads: Heads that E is split into.
+        states: N.
+        expand: E / D.
+    """
 
     def __init__(self, width: int, *, heads: int, states: int, expand: int) -> None:
         super().__init__()
@@ -66,15 +83,14 @@ class NCSSD(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Step sizes log-uniform in [1e-3, 0.1], |A| uniform in [1, 16], D = 1."""
+        """Draw step sizes log-uniform in [1e-3, 0.1] and |A| uniform in [1, 16]; set D to 1."""
+        init_step_size_bias(self.dt_bias)
         with torch.no_grad():
-            dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.A_log.uniform_(1, 16).log_()
             self.D.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, D) -> the same."""
+        """(B, H, W, D) -> the same shape."""
         z, xbc, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.states, self.heads], -1)
         xbc = F.silu(self.conv2d(xbc.permute(0, 3, 1, 2))).flatten(2).transpose(1, 2)  # (B, L, ...)
         values, b, c = xbc.split([self.inner, self.states, self.states], -1)
@@ -86,7 +102,7 @@ class NCSSD(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without biases in, with one out."""
+    """Multi-head attention, without biases in the in-projection and with one in the out-projection."""
 
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
@@ -94,7 +110,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, D) -> the same."""
+        """(B, H, W, D) -> the same shape."""
         q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2)).view_as(x)
@@ -104,23 +120,29 @@ class HSM(HSMSSD):
     """EfficientViM's mixer on channels-last maps, without its hidden states."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """(B, H, W, D) -> the same."""
+        """(B, H, W, D) -> the same shape."""
         return super().forward(x.permute(0, 3, 1, 2))[0].permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
-    """x + DW(x), x + mixer(LN(x)), x + DW(x), x + MLP(LN(x))."""
+    """x + DW(x), x + mixer(LN(x)), x + DW(x), x + MLP(LN(x)) in turn.
+
+    Args:
+        width: D.
+        mixer: On channels-last maps (B, H, W, D).
+        mlp_ratio: Hidden channels of the MLP over D.
+        drop_path: Probability that an image's branch is dropped in training.
+    """
 
     def __init__(self, width: int, mixer: nn.Module, *, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
         self.dw1, self.dw2 = (nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(2))
         self.norm1, self.norm2, self.mixer = nn.LayerNorm(width), nn.LayerNorm(width), mixer
-        hidden = int(mlp_ratio * width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = mlp(width, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W) -> the same."""
+        """(B, D, H, W) -> the same shape."""
         x = (x + self.dw1(x)).permute(0, 2, 3, 1)
         x = (x + self.drop_path(self.mixer(self.norm1(x)))).permute(0, 3, 1, 2)
         x = (x + self.dw2(x)).permute(0, 2, 3, 1)
@@ -128,7 +150,10 @@ class Block(nn.Module):
 
 
 class VSSD(nn.Module):
-    """Backbone and classifier in timm's language; every argument is a field of `VSSDConfig`."""
+    """Backbone and classifier with the methods of timm's models.
+
+    The arguments are the fields of `VSSDConfig`, which describes them.
+    """
 
     def __init__(
         self,
@@ -149,7 +174,7 @@ class VSSD(nn.Module):
         self.image_size, self.depths, self.depth, self.grad_checkpointing = image_size, depths, sum(depths), False
         widths = [width * 2**i for i in range(len(depths))]
         self.num_features = widths[-1]
-        rates = iter([drop_path * i / max(1, self.depth - 1) for i in range(self.depth)])
+        rates = iter(drop_path_rates(drop_path, self.depth))
 
         def mixer_of(stage: int) -> nn.Module:
             if stage == len(depths) - 1:
@@ -169,7 +194,10 @@ class VSSD(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Linear layers truncated normal 0.02 (stated for none of them: timm's habit), scan parameters as in Mamba-2."""
+        """Initialise linear layers with a truncated normal of 0.02, and the scan's parameters as in Mamba-2.
+
+        The method's description states nothing for linear layers; 0.02 is timm's convention.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -179,18 +207,17 @@ class VSSD(nn.Module):
                 module.reset_parameters()
 
     def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a fresh one; 0 classes for none."""
         self.num_classes = num_classes
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            self.head = head = nn.Linear(self.num_features, num_classes)
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
+        self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        init_classifier(self.head)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass and compute the block again there: less memory, more time."""
         self.grad_checkpointing = enable
 
     def run_stages(self, images: Tensor) -> Iterator[Tensor]:
-        """Each stage's last map (B, D, H, W)."""
+        """Yield each stage's last map (B, D, H, W)."""
         x = self.stem(images)
         for i, blocks in enumerate(cast(Iterable[nn.ModuleList], self.stages)):
             if i:
@@ -201,15 +228,16 @@ class VSSD(nn.Module):
             yield x
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H/32, W/32, D), normalised."""
+        """(B, C, H, W) -> (B, H / 32, W / 32, D), normalised."""
         *_, last = self.run_stages(images)
         return self.norm(last.permute(0, 2, 3, 1))
 
     def forward_intermediates(self, images: Tensor, indices: tuple[int, ...] = (1, 2, 3, 4)) -> list[Tensor]:
-        """The maps (B, D, H, W) after the stages `indices`, counted from 1, not normalised."""
+        """Compute the maps (B, D, H, W) after the stages `indices`, counted from 1, not normalised."""
         return [x for i, x in enumerate(self.run_stages(images), start=1) if i in indices]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool features (B, H, W, D) and classify them: logits (B, K), or the pooled (B, D) with `pre_logits`."""
         x = x.mean((1, 2))
         return x if pre_logits else self.head(x)
 
@@ -218,11 +246,14 @@ class VSSD(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def no_weight_decay(self) -> set[str]:
-        """Nothing but vectors."""
+        """Names of the matrices exempt from weight decay: none; the optimizer exempts all vectors."""
         return set()
 
     def layer_of(self, name: str) -> int:
-        """For layer-wise decay: 0 for the stem, i + 1 for block i, a downsampler with the block before it, then the head."""
+        """Layer of a parameter for layer-wise decay: 0 for the stem, i + 1 for block i, depth + 1 for the head.
+
+        A downsampler belongs to the block before it.
+        """
         parts = name.split(".")
         if parts[0] == "stem":
             return 0
@@ -232,8 +263,9 @@ class VSSD(nn.Module):
         return sum(self.depths[:stage]) + (int(parts[2]) + 1 if parts[0] == "stages" else self.depths[stage])
 
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a state dict as it is: no released files are read."""
         return weights
 
     def fresh(self) -> tuple[str, ...]:
-        """Prefixes of what fine-tuning may make anew."""
+        """Prefixes of the parameters that fine-tuning may initialise anew."""
         return ("head.",)

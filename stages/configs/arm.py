@@ -7,13 +7,13 @@ from pydantic import Field, model_validator
 
 from pipeline.evaluate.config import ProbeConfig
 from pipeline.models.config import (
-    PRETRAINING_FORM,
     DecoderConfig,
     FamilyConfig,
     VisionMambaConfig,
     check_clusters,
     check_taps,
 )
+from pipeline.models.variants import PRETRAINING_FORM
 from pipeline.streaming.config import AugmentConfig
 from stages.configs.base import StageConfig
 from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Workload

@@ -32,6 +32,14 @@ ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "fsspec")
 FILES = sorted(p for top in ("pipeline", "stages", "launchers") for p in (ROOT / top).rglob("*.py"))
 
 
+def name_of(path: Path) -> str:
+    """Return the dotted name of a file's module; that of a package for its `__init__.py`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
 def layer_of(module: str) -> str:
     return max((r for r in LAYERS if module == r or module.startswith(r + ".")), key=len, default="")
 
@@ -51,7 +59,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_downward(path: Path) -> None:
-    here = layer_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    here = layer_of(name_of(path))
     wrong = [
         name
         for name, _ in imports(path)
@@ -71,3 +79,55 @@ def test_what_is_optional_is_imported_in_one_file(package: str) -> None:
     files = {p.name for p in FILES for name, _ in imports(p) if name.split(".")[0] == package}
     # DeepSpeed has two calls: joining the group (before CUDA is touched) and wrapping the model.
     assert files <= {"distributed.py", "engine.py"} if package == "deepspeed" else len(files) <= 1
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports anywhere: at its top, inside functions, under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from package import name`: the name may be a module of the package, or something that the package defines.
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (whole & MODULES.keys()) or {node.module}
+    return found & MODULES.keys()
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of one circle in order, the first again at the end; empty if there is none."""
+    done: set[str] = set()
+
+    def follow(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module not in done:
+            for target in sorted(graph[module]):
+                if found := follow(target, [*way, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := follow(module, []))), [])
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    assert circle({module: modules_imported(path) for module, path in MODULES.items()}) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("family", ["efficientvim", "timm_model", "vision_mamba", "vssd"])
+def test_no_family_of_models_imports_another(family: str) -> None:
+    """What two families share is in `pipeline/models/layers.py`."""
+
+    def family_in(module: str) -> str:
+        return (module.removeprefix("pipeline.models.") + ".").split(".")[0] if "pipeline.models." in module else ""
+
+    own = [path for module, path in MODULES.items() if family_in(module) == family]
+    imported = {family_in(module) for path in own for module in modules_imported(path)}
+    assert own
+    assert imported & {"efficientvim", "timm_model", "vision_mamba", "vssd", "arm"} <= {family}

@@ -1,128 +1,58 @@
 """EfficientViM for inference: the same function with fewer and larger steps, equal to rounding.
 
 What is rewritten, and why it is exact:
-- Batch norms are affine maps in evaluation; they go into the convolution before them.
+
+- Batch norms are affine maps in evaluation; they are folded into the convolution before them.
 - A gated depthwise branch (1 - g) x + g (k * x) is one depthwise convolution with the kernel (1 - g) delta + g k.
-- A gated branch (1 - g) x + g f(x) before a depthwise convolution need not scale x: with x + g / (1 - g) f(x) in its place,
-  the factor 1 - g goes into that convolution's kernel. What is left is a sum in place.
-- The importance's offset `A` is dropped (a softmax over tokens does not see it); h SiLU(z) + D h = h (SiLU(z) + D).
-- All heads, both sets of them, their fusion weights and the affine part of their norms are one linear map.
+- A gated branch (1 - g) x + g f(x) before a depthwise convolution need not scale x. It becomes x + g / (1 - g) f(x), a sum
+  in place, and the factor 1 - g is folded into that convolution's kernel.
+- The importance's offset `A` is dropped, since a softmax over the tokens cancels it; h SiLU(z) + D h = h (SiLU(z) + D).
+- All heads (both sets), their fusion weights and the affine part of their norms are one linear map.
 
-Maps are channels-last, so that 1x1 convolutions, layer norms and the mixer's products read one layout and nothing is copied;
-H and W stay apart, and no size is read from a tensor, so the graph exports with static shapes. `pack()` gives the same model on
-compiled layers of our own (efficientvim_packed.py): the fastest form on a CPU.
+Maps are channels-last, so that 1x1 convolutions, layer norms and the mixer's products read one layout and nothing is copied.
+H and W stay apart and no size is read from a tensor, so the graph exports with static shapes.
 
-Shapes: B images, D channels, H x W positions, L = H W, N hidden states, K classes.
+Shapes: B images, C image channels, D channels, H x W pixels of a map, L = H W tokens, N hidden states, K classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.models.efficientvim.mixers import HSMSSD, ChannelNorm
-from pipeline.models.efficientvim.model import Block, ConvNorm, Downsample, EfficientViM, SqueezeExcite, Stage
-
-if TYPE_CHECKING:
-    from pipeline.models.efficientvim.packed import PackedEfficientViM
-
-# Positions of a map up to which a 1x1 convolution is better written as one product over all images: ONNX Runtime convolves image
-# by image, and would read the last stage's large weights anew for each.
-FEW_POSITIONS = 16
+from pipeline.models.efficientvim.blocks import Block, ConvNorm, Downsample, SqueezeExcite, Stage
+from pipeline.models.efficientvim.folding import Conv, Linear, conv, depthwise, folded
+from pipeline.models.efficientvim.mixers import ChannelNorm
+from pipeline.models.efficientvim.model import EfficientViM
+from pipeline.models.layers import HSMSSD
 
 
-class Conv(nn.Module):
-    """Convolution on channels-last maps, then ReLU where `act`; `add` is summed in before it."""
+def fuse(model: EfficientViM) -> "FusedEfficientViM":
+    """Rewrite a trained model for inference.
 
-    weight: Tensor
-    bias: Tensor | None
+    Args:
+        model: Its batch norms must have been trained. It is not changed.
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1, act: bool = False
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", bias)
-        self.stride, self.padding, self.groups, self.act = stride, weight.shape[-1] // 2, groups, act
+    Returns:
+        A model without parameters, in eval mode, that gives the same logits to rounding.
 
-    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        few = int(x.shape[2]) * int(x.shape[3]) <= FEW_POSITIONS
-        if few and self.weight.shape[-1] == 1:
-            return self._product(x, add)
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
-        y = y if add is None else add + y
-        return F.relu(y) if self.act else y
-
-    def _product(self, x: Tensor, add: Tensor | None) -> Tensor:
-        channels, height, width = map(int, x.shape[1:])
-        y = F.linear(x.permute(0, 2, 3, 1).reshape(-1, channels), self.weight[:, :, 0, 0], self.bias)
-        if add is not None:
-            y = add.permute(0, 2, 3, 1).reshape(-1, len(self.weight)) + y
-        y = F.relu(y) if self.act else y
-        return y.view(-1, height, width, len(self.weight)).permute(0, 3, 1, 2)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": F.relu,
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-}
-
-
-class Linear(nn.Module):
-    """Linear map of the last dimension, then an activation (none, relu, silu, sigmoid)."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, act: str = "none") -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.contiguous())
-        self.register_buffer("bias", bias)
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.act](F.linear(x, self.weight, self.bias))
-
-
-def folded(layer: ConvNorm) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of convolution and batch norm, in float64."""
-    norm, weight = layer.norm, layer.conv.weight.detach().double()
-    assert norm.running_var is not None
-    assert norm.running_mean is not None
-    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    return weight * scale[:, None, None, None], norm.bias.detach().double() - norm.running_mean.double() * scale
-
-
-def conv(layer: ConvNorm, scale: Tensor | None = None) -> Conv:
-    """The layer as one convolution, its answer times `scale` (out channels)."""
-    weight, bias = folded(layer)
-    if scale is not None:
-        weight, bias = weight * scale[:, None, None, None], bias * scale
-    c = layer.conv
-    return Conv(weight.float(), bias.float(), stride=c.stride[0], groups=c.groups, act=layer.act)
-
-
-def depthwise(layer: ConvNorm, gate: Tensor | None, inputs: Tensor | None) -> Conv:
-    """(1 - gate) x + gate layer(x), without a gate x + layer(x), as one depthwise convolution of `inputs` (D,) x."""
-    weight, bias = folded(layer)
-    identity = torch.zeros_like(weight)
-    identity[:, :, weight.shape[2] // 2, weight.shape[3] // 2] = 1
-    if gate is None:
-        weight = weight + identity
-    else:
-        weight, bias = gate[:, None, None, None] * weight + (1 - gate)[:, None, None, None] * identity, gate * bias
-    if inputs is not None:
-        weight = weight * inputs[:, None, None, None]
-    return Conv(weight.float(), bias.float(), groups=len(bias))
+    Raises:
+        ConfigError: The model has no classifier.
+    """
+    return FusedEfficientViM(model)
 
 
 class FusedMixer(nn.Module):
-    """x (B, D, H, W), channels-last -> (x + scaled branch, hidden states (B, N, D) times `scale`)."""
+    """HSM-SSD with the norm before it and the sum after it.
+
+    Args:
+        mixer: The trained mixer.
+        norm: The norm before it.
+        scale: Factors (D,) of the branch in the sum.
+    """
 
     gamma: Tensor
     beta: Tensor
@@ -141,6 +71,11 @@ class FusedMixer(nn.Module):
         self.register_buffer("skip", mixer.D.detach().clone())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a channels-last map (B, D, H, W).
+
+        Returns:
+            x + scale mixer(norm(x)), and the hidden states (B, N, D) times `scale`.
+        """
         channels, height, width = map(int, x.shape[1:])  # constants of an exported graph
         last = x.permute(0, 2, 3, 1)
         tokens = F.layer_norm(last, self.channels, self.gamma, self.beta, self.eps)
@@ -153,7 +88,7 @@ class FusedMixer(nn.Module):
 
 
 class PlainMixer(nn.Module):
-    """Any other mixer or norm, as it was trained."""
+    """Any other mixer or norm, as it was trained, and the sum after it; `scale` as in `FusedMixer`."""
 
     scale: Tensor
 
@@ -163,13 +98,23 @@ class PlainMixer(nn.Module):
         self.register_buffer("scale", scale.float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, D, H, W) -> the sum, and the hidden states (B, N, D) times `scale` if there are any."""
         y, h = self.mixer(self.norm(x))
         states = None if h is None else (h * self.scale[:, None]).transpose(1, 2)
         return x + y * self.scale[:, None, None], states
 
 
 class FusedBlock(nn.Module):
-    """`inputs` (D,): what the incoming map still is to be multiplied by. It leaves a map that awaits its `owed`."""
+    """A block whose last gate is left to the layer that reads its map.
+
+    Args:
+        block: The trained block.
+        inputs: Factors (D,) that the incoming map must still be multiplied by; None for none.
+
+    Attributes:
+        owed: Factors (D,) that the map which this block leaves must still be multiplied by.
+        unscale: Factors (D,) that turn the hidden states into the model's.
+    """
 
     owed: Tensor
     unscale: Tensor
@@ -190,20 +135,23 @@ class FusedBlock(nn.Module):
         self.register_buffer("owed", rest[3].float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, D, H, W) -> the map before its `owed`, and the hidden states (B, N, D) if there are any."""
         x, h = self.mixer(self.first(x))
         x = self.second(x)
         return self.fc2(self.fc1(x), x), h
 
     def read_map(self, x: Tensor) -> Tensor:
-        """The map that this block left, as the model has it: (B, L, D)."""
+        """Turn the map that this block leaves into the model's: (B, D, H, W) -> (B, L, D)."""
         return (x * self.owed[:, None, None]).flatten(2).transpose(1, 2)
 
     def read_hidden(self, h: Tensor) -> Tensor:
-        """The hidden states likewise: (B, N, D)."""
+        """Turn the hidden states (B, N, D) that this block leaves into the model's."""
         return h * self.unscale
 
 
 class FusedDownsample(nn.Module):
+    """A downsampler whose input must still be multiplied by `inputs` (D,)."""
+
     def __init__(self, layer: Downsample, inputs: Tensor) -> None:
         super().__init__()
         self.first = depthwise(layer.dwconv1, None, inputs)
@@ -222,13 +170,14 @@ class FusedDownsample(nn.Module):
         self.last = depthwise(layer.dwconv2, None, None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) -> (B, out, ceil(H / 2), ceil(W / 2))."""
         x = self.halve(self.widen(self.first(x))).permute(0, 2, 3, 1)
         x = x * self.fc2(self.fc1(x.mean((1, 2))))[:, None, None]
         return self.last(self.narrow(x).permute(0, 3, 1, 2))
 
 
 class FusedEfficientViM(nn.Module):
-    """(B, C, H, W) -> logits (B, K); made by `EfficientViM.fuse`. It has no parameters: it is not to be trained."""
+    """EfficientViM with folded operations, made by `fuse`; it has buffers and no parameters."""
 
     weight: Tensor
     bias: Tensor
@@ -259,6 +208,7 @@ class FusedEfficientViM(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, K)."""
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         maps, hidden = [], []
         for i, blocks in enumerate(cast(Iterable[nn.ModuleList], self.stages)):
@@ -273,18 +223,18 @@ class FusedEfficientViM(nn.Module):
                 hidden.append(last.read_hidden(h))
         return F.linear(pooled([*hidden, *maps], self.eps, self.widths), self.weight, self.bias)
 
-    def pack(self) -> "PackedEfficientViM":
-        """The same model on our compiled layers: for eager mode on a CPU in fp32, not for export.
-
-        Raises EnvironmentProblem without a C++ compiler.
-        """
-        from pipeline.models.efficientvim.packed import PackedEfficientViM
-
-        return PackedEfficientViM(self)
-
 
 def pooled(features: list[Tensor], eps: list[float | None], widths: Sequence[int]) -> Tensor:
-    """Each (B, L or N, D) normed where it has an `eps`, its mean over positions: (B, sum of D)."""
+    """Pool what the heads read.
+
+    Args:
+        features: One (B, L or N, D) for each head.
+        eps: Epsilon of the layer norm of each, without its affine part; None for no norm.
+        widths: D of each.
+
+    Returns:
+        The means over tokens or states, concatenated: (B, sum of D).
+    """
     means = [
         (x if e is None else F.layer_norm(x, (width,), None, None, e)).mean(1)
         for x, e, width in zip(features, eps, widths, strict=True)
@@ -293,9 +243,13 @@ def pooled(features: list[Tensor], eps: list[float | None], widths: Sequence[int
 
 
 def head(model: EfficientViM) -> tuple[Tensor, Tensor]:
-    """All heads as one map of the concatenated pooled vectors, before the affine part of their norms: (K, sum of D), (K,).
+    """Fold all heads and the affine part of their norms into one linear map of the pooled features.
 
-    Raises ConfigError for a model without a classifier.
+    Returns:
+        Weight (K, sum of D) and bias (K,).
+
+    Raises:
+        ConfigError: The model has no classifier.
     """
     if not model.num_classes:
         raise ConfigError("this model has no classifier to fuse; build it with num_classes above 0")

@@ -1,8 +1,10 @@
 """Fused EfficientViM on our compiled layers: the fastest form on a CPU, equal to the model to rounding.
 
-It is made by `FusedEfficientViM.pack()`, runs in fp32 eager mode, and is not for export. What the layers gain over a library's:
-the hidden rows of a feed-forward never leave the cache, the mixer is one call, the stem needs 25 multiplications for every 36.
-Mixers and norms of the ablations run as they were trained. Shapes as in efficientvim_fused.py, but maps are (B, H, W, D).
+It runs in fp32 eager mode and is not for export. The compiled layers gain three things over a library's. The hidden rows of a
+feed-forward never leave the cache. The mixer is one call. The stem needs 25 multiplications for every 36.
+Mixers and norms of the ablations run as they were trained.
+
+Shapes: as in fused.py, but maps are (B, H, W, D).
 """
 
 from collections.abc import Iterable
@@ -12,18 +14,35 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import EnvironmentProblem
+from pipeline.models.efficientvim.folding import Conv, Linear
 from pipeline.models.efficientvim.fused import (
-    Conv,
     FusedBlock,
     FusedDownsample,
     FusedEfficientViM,
     FusedMixer,
-    Linear,
+    fuse,
     pooled,
 )
+from pipeline.models.efficientvim.model import EfficientViM
 from pipeline.ops.native import stem, vision
 from pipeline.ops.native.build import BuildError
 from pipeline.ops.native.vision_library import vision_library
+
+
+def pack(model: EfficientViM | FusedEfficientViM) -> "PackedEfficientViM":
+    """Put a trained model on our compiled layers.
+
+    Args:
+        model: The fused model, or a plain one, which is fused first. It is not changed.
+
+    Returns:
+        A model for fp32 on the CPU. It cannot be pickled: keep the model, and pack it again.
+
+    Raises:
+        EnvironmentProblem: There is no C++ compiler.
+        ConfigError: The model has no classifier.
+    """
+    return PackedEfficientViM(fuse(model) if isinstance(model, EfficientViM) else model)
 
 
 def _depthwise(layer: Conv) -> vision.Depthwise:
@@ -40,22 +59,26 @@ def _linear(layer: Linear) -> vision.Linear:
 
 
 class OtherConv(nn.Module):
-    """A convolution that no compiled layer takes, by its channels or with stride 1, on (B, H, W, C)."""
+    """A convolution that no compiled layer takes, because of its channels or its stride of 1."""
 
     def __init__(self, layer: Conv) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, in) -> (B, H', W', out)."""
         return self.layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
 class OtherStem(nn.Module):
+    """The first convolutions of a stem that no compiled layer takes."""
+
     def __init__(self, *layers: Conv) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H', W', D)."""
         return self.layers(images).permute(0, 2, 3, 1).contiguous()
 
 
@@ -89,18 +112,21 @@ def _mixer(first: Conv, mixer: FusedMixer) -> vision.Mixer:
 
 
 class OtherMixer(nn.Module):
-    """A mixer of an ablation, after its convolution."""
+    """The mixer of an ablation, and the convolution before it."""
 
     def __init__(self, first: Conv, mixer: nn.Module) -> None:
         super().__init__()
         self.first, self.mixer = _depthwise(first), mixer
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, D) -> the same shape, and the hidden states (B, N, D) if there are any."""
         y, h = self.mixer(self.first(x).permute(0, 3, 1, 2))
         return y.permute(0, 2, 3, 1).contiguous(), h
 
 
 class PackedBlock(nn.Module):
+    """A fused block on compiled layers; `owed` and `unscale` are those of `FusedBlock`."""
+
     owed: Tensor
     unscale: Tensor
 
@@ -117,19 +143,22 @@ class PackedBlock(nn.Module):
         self.ffn = vision.FeedForward(_local(block.second), *weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, D) -> the map before its `owed`, and the hidden states (B, N, D) if there are any."""
         x, h = self.mixer(x)
         return self.ffn(x), h
 
     def read_map(self, x: Tensor) -> Tensor:
-        """The map that this block left, as the model has it: (B, L, D)."""
+        """Turn the map that this block leaves into the model's: (B, H, W, D) -> (B, L, D)."""
         return (x * self.owed).flatten(1, 2)
 
     def read_hidden(self, h: Tensor) -> Tensor:
-        """The hidden states likewise: (B, N, D)."""
+        """Turn the hidden states (B, N, D) that this block leaves into the model's."""
         return h * self.unscale
 
 
 class PackedDownsample(nn.Module):
+    """A fused downsampler on compiled layers."""
+
     def __init__(self, layer: FusedDownsample) -> None:
         super().__init__()
         self.first, self.last = _depthwise(layer.first), _depthwise(layer.last)
@@ -138,25 +167,21 @@ class PackedDownsample(nn.Module):
         self.narrow, self.fc1, self.fc2 = map(_linear, (layer.narrow, layer.fc1, layer.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, D) -> (B, ceil(H / 2), ceil(W / 2), out)."""
         x = self.widen(self.first(x))
         x *= self.fc2(self.fc1(x.mean((1, 2))))[:, None, None]
         return self.last(self.narrow(x))
 
 
 class PackedEfficientViM(nn.Module):
-    """(B, C, H, W) fp32 on the CPU -> logits (B, K); raises ValueError for other images.
-
-    Making it raises EnvironmentProblem without a compiler. It cannot be pickled: keep the model, and pack again.
-    """
+    """EfficientViM on compiled layers, made by `pack`."""
 
     def __init__(self, model: FusedEfficientViM) -> None:
         super().__init__()
         try:
             vision_library()
         except BuildError as error:
-            raise EnvironmentProblem(
-                f"packing a model needs its compiled layers: {error}; fuse() needs none"
-            ) from error
+            raise EnvironmentProblem(f"pack() needs compiled layers: {error}; fuse() needs none") from error
         self.image_size, self.num_classes, self.fusion = model.image_size, model.num_classes, model.fusion
         self.eps, self.widths = model.eps, model.widths
         self.in_chans = int(cast(Conv, model.stem[0]).weight.shape[1])
@@ -170,6 +195,11 @@ class PackedEfficientViM(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """Classify images (B, C, H, W) in fp32 on the CPU: logits (B, K).
+
+        Raises:
+            ValueError: The images are of another type, device or shape.
+        """
         if images.dtype != torch.float32 or images.device.type != "cpu":
             raise ValueError(f"a packed model takes fp32 on the CPU, not {images.dtype} on {images.device}")
         if images.dim() != 4 or images.shape[1] != self.in_chans or 0 in images.shape[2:]:

@@ -115,8 +115,8 @@ class TestGradCAM:
             model(torch.rand(1, 3, 32, 48))
         tokens = patches[0]
         tokens = tokens if model.order is None else tokens[:, model.order]
-        if model.middle is not None:
-            tokens = torch.cat([tokens[:, : model.middle], torch.zeros(1, 1, 64), tokens[:, model.middle :]], 1)
+        if model.cls_index is not None:
+            tokens = torch.cat([tokens[:, : model.cls_index], torch.zeros(1, 1, 64), tokens[:, model.cls_index :]], 1)
         assert tokens.shape == final[0].shape
         assert torch.equal(layers.to_grid(tokens, (32, 48)).flatten(2).transpose(1, 2), patches[0])
 

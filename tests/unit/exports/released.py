@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.arm import ARM
-from pipeline.models.vision_mamba import sincos_positions
+from pipeline.models.vision_mamba.position_embedding import sincos_position_embedding
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -59,7 +59,7 @@ def filled(shapes: Shapes, *, dtype: torch.dtype = torch.float32) -> dict[str, T
         state["mask"] = torch.zeros(shapes["mask"]).masked_fill(which[:, None] < which[None, :], -torch.inf).to(dtype)
         side = round(shapes["pos_embed"][1] ** 0.5)
         for name in ("pos_embed", "dec_pos_embed"):
-            state[name] = sincos_positions((side, side), shapes[name][2]).to(dtype)
+            state[name] = sincos_position_embedding((side, side), shapes[name][2]).to(dtype)
     return state
 
 
@@ -102,7 +102,7 @@ def under_released_names(arm: ARM) -> dict[str, Tensor]:
             state[f"dec_block.{j}.{inner[name]}.{kind}"] = value
         else:
             state[f"{parts[module]}.{kind}"] = value
-    state["dec_pos_embed"] = sincos_positions(arm.backbone.grid_size, arm.query.shape[-1]).to(arm.query)
+    state["dec_pos_embed"] = sincos_position_embedding(arm.backbone.grid_size, arm.query.shape[-1]).to(arm.query)
     return state
 
 

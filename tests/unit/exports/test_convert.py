@@ -113,10 +113,10 @@ def test_a_released_vim_starts_a_model_of_other_classes_and_another_size(tmp_pat
     target = build_model("vim_tiny", embed_dim=32, depth=2, image_size=size, patch_size=4, num_classes=3)
     report = load_weights(target, path)
     assert sorted(report.fresh) == sorted(report.dropped) == ["head.bias", "head.weight"]
-    assert torch.equal(target.pos_embed[0, target.middle], state["pos_embed"][0, 8])
+    assert torch.equal(target.pos_embed[0, target.cls_index], state["pos_embed"][0, 8])
     grid = state["pos_embed"][:, [i for i in range(17) if i != 8]].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     resized = F.interpolate(grid, size=target.grid_size, mode="bicubic").flatten(2).transpose(1, 2)
-    own = [i for i in range(target.num_patches + 1) if i != target.middle]
+    own = [i for i in range(target.num_patches + 1) if i != target.cls_index]
     torch.testing.assert_close(target.pos_embed[:, own], resized)
     with pytest.raises(HandoverError, match="does not fit this model"):
         load_weights(target, saved(tmp_path, released.filled(SMALL["arm_pretraining"])))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models import build_model
+from pipeline.models.efficientvim.fused import fuse
 from tests.unit.models.test_efficientvim import randomised
 
 # Core ML's operations as torch's, as far as EfficientViM's program goes.
@@ -67,7 +68,7 @@ def test_the_program_answers_as_the_fused_model(tmp_path: Path, half: bool) -> N
     from pipeline.exports.coreml import write_coreml
 
     torch.manual_seed(0)
-    fused, images = randomised(build_model("efficientvim_nano_dist", num_classes=5)).fuse(), torch.randn(2, 3, 32, 48)
+    fused, images = fuse(randomised(build_model("efficientvim_nano_dist", num_classes=5))), torch.randn(2, 3, 32, 48)
     written = write_coreml(fused, tmp_path / "model.mlpackage", (32, 48), batch=2, half=half)
     assert (tmp_path / "model.mlpackage" / "Manifest.json").is_file()
     function = written._mil_program.functions["main"]

@@ -18,8 +18,9 @@ from pipeline.exports.hub import timm_config
 from pipeline.models import build_from_config, build_model
 from pipeline.models.__main__ import main
 from pipeline.models.arm import ARM
-from pipeline.models.config import EFFICIENTVIM_VARIANTS, DecoderConfig, VisionMambaConfig, family_of
-from pipeline.models.vision_mamba import resize_positions, sincos_positions
+from pipeline.models.config import DecoderConfig, VisionMambaConfig, family_of
+from pipeline.models.variants import EFFICIENTVIM_VARIANTS
+from pipeline.models.vision_mamba.position_embedding import resize_position_embedding, sincos_position_embedding
 from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.streaming.transforms import eval_views
 
@@ -195,7 +196,7 @@ def test_other_code_that_answers_differently_is_found_by_the_probe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported(tmp_path / "export")
-    from pipeline.models.vision_mamba import VisionMamba
+    from pipeline.models.vision_mamba.model import VisionMamba
 
     monkeypatch.setattr(VisionMamba, "forward_head", lambda self, x, pre_logits=False: self.head(x[:, 0]))
     with pytest.raises(HandoverError, match="answers its probe batch with a relative error"):
@@ -245,14 +246,16 @@ def test_a_pretrained_direction_starts_all_directions_and_nothing_else_is_new(tm
     for s in target.layers[1].mixer.suffixes:
         assert torch.equal(getattr(target.layers[1].mixer, f"A{s}_log"), trained.A_log)
         assert torch.equal(getattr(target.layers[1].mixer, f"dt_proj{s}").bias, trained.dt_proj.bias)
-    assert torch.equal(target.pos_embed[:, target.middle], torch.zeros(1, 16))
+    assert torch.equal(target.pos_embed[:, target.cls_index], torch.zeros(1, 16))
 
 
 def test_position_embeddings_of_another_grid_are_resized_around_the_cls_slot() -> None:
     target = build_model(**TINY, image_size=(48, 32))
-    resized = resize_positions(sincos_positions((8, 8), 16), (8, 8), target)
+    resized = resize_position_embedding(
+        sincos_position_embedding((8, 8), 16), (8, 8), target.grid_size, target_cls=target.cls_index
+    )
     assert resized.shape == target.pos_embed.shape
-    assert resized[:, target.middle].abs().sum() == 0
+    assert resized[:, target.cls_index].abs().sum() == 0
 
 
 def test_a_model_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:

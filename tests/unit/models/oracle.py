@@ -1,6 +1,7 @@
-"""Vim and ARM once more, from their equations and a checkpoint with the released names: loops, float64, nothing of ours.
+"""Vim and ARM a second time, from their equations and a checkpoint with the released names, without any code of ours.
 
-Token by token and image by image, as the papers write it. `side` is the clusters' side in patches (None: rows).
+It loops over tokens and images in float64, as the papers write it. `side` is the number of patches on a side of a cluster
+(None: the scan is row-major).
 """
 
 import math
@@ -39,9 +40,9 @@ def read_order(rows: int, across: int, side: int | None) -> list[int]:
 def _classify(w: State, image: Tensor, pool: str, side: int | None) -> Tensor:
     tokens, rows, across = _patches(w, image)
     middle = len(tokens) // 2
-    positions = torch.cat([w["pos_embed"][0, :middle], w["pos_embed"][0, middle + 1 :]])
+    position_embedding = torch.cat([w["pos_embed"][0, :middle], w["pos_embed"][0, middle + 1 :]])
     order = read_order(rows, across, side)
-    tokens = (tokens + positions)[order]
+    tokens = (tokens + position_embedding)[order]
     cls = w["cls_token"][0, 0] + w["pos_embed"][0, middle]
     x = torch.cat([tokens[:middle], cls[None], tokens[middle:]])
     # The columns of the grid are the rows of its transpose, in the same manner of reading; cls stays in the middle.
@@ -88,9 +89,9 @@ def _attend(w: State, name: str, q: Tensor, kv: Tensor, heads: int, group: int) 
     for t in range(len(q)):
         allowed = [s for s in range(len(kv)) if s // group <= t // group]
         for h in range(heads):
-            part = slice(h * size, (h + 1) * size)
-            weights = torch.softmax(keys[allowed, part] @ queries[t, part] / math.sqrt(size), 0)
-            out[t, part] = weights @ values[allowed, part]
+            own = slice(h * size, (h + 1) * size)
+            weights = torch.softmax(keys[allowed, own] @ queries[t, own] / math.sqrt(size), 0)
+            out[t, own] = weights @ values[allowed, own]
     return out @ w[f"{name}.attn2.proj.weight"].T + w[f"{name}.attn2.proj.bias"]
 
 

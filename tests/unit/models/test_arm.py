@@ -1,4 +1,4 @@
-"""ARM: what it may see, what it must predict, and the number that predicting nothing scores."""
+"""ARM: what a prediction may depend on, what its targets are, and the loss of predicting zeros."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_the_last_patch_of_a_cluster_moves_no_feature_of_the_patches_before_it()
 def test_predictions_equal_their_equations(name: str, image_size: tuple[int, int], order: str) -> None:
     """In float64, from the weights under their released names."""
     arm = build(image_size, 4, 8, order, name=name, embed_dim=16, depth=12).double()
-    arm.positions = arm.positions.double()
+    arm.position_embedding = arm.position_embedding.double()
     state = released.under_released_names(arm)
     images = torch.randn(2, 3, *image_size, dtype=torch.float64)
     side = 2 if order == "cluster" else None

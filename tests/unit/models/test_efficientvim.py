@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.evaluate.speed import _packed
 from pipeline.models import build_model, vssd
-from pipeline.models.efficientvim.mixers import HSMSSD, NCSSD, Attention, ChannelNorm, read_states
+from pipeline.models.efficientvim.fused import fuse
+from pipeline.models.efficientvim.mixers import NCSSD, Attention, ChannelNorm
+from pipeline.models.efficientvim.packed import pack
+from pipeline.models.layers import HSMSSD, read_states
 from pipeline.ops.native import build
 from pipeline.ops.native.vision_library import vision_library
 from pipeline.ops.torchvision_cpu import allow_torchvision
@@ -28,7 +31,7 @@ PARAMETERS = {
 }
 # Millions of multiply-adds as published; at the size the variant is trained at.
 FLOPS = {"m1": 239, "m2": 355, "m3": 656, "m4": 1111}
-# Table C's rows on M2: (fields, parameters and FLOPs as printed). Row C's setting is not published: with M2's states the
+# Rows of Table C on M2: (fields, parameters and FLOPs as printed). Row C's setting is not published: with M2's states the
 # count is 387 M, with 25 everywhere 382.
 TABLE_C = {
     "A": ({}, "13.9M/355M"),
@@ -45,7 +48,7 @@ TABLE_C = {
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """In eval mode, with every gate, norm and statistic at a value that matters."""
+    """Put a model in eval mode, with every gate, norm and statistic at a value that matters."""
     for name, p in model.named_parameters():
         if name.endswith("alpha"):
             nn.init.normal_(p)
@@ -59,7 +62,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def multiply_adds(model: nn.Module, size: tuple[int, int]) -> float:
-    """Millions, counted as published (fvcore): convolutions, linear maps and matrix products, and norms as one a value."""
+    """Count millions of multiply-adds as published (fvcore): convolutions, linear maps, matrix products, 1 for a normed value."""
     total = 0.0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -133,8 +136,10 @@ def test_table_c_has_the_published_size(row: str) -> None:
     ],
 )
 def test_vssd_and_table_d_have_the_published_size(name: str, millions: float, giga: float | None) -> None:
-    """VSSD's own FLOPs (2.306 and 4.475 G for micro and tiny) lie between our count with (2.389, 4.666) and without the products
-    of its mixers; how they were counted is not known. Table D's row is."""
+    """Parameters agree for all; FLOPs agree for Table D's row.
+
+    VSSD's own FLOPs (2.306 and 4.475 G for micro and tiny) lie between our count with the products of its mixers (2.389, 4.666)
+    and without them; how they were counted is not known."""
     model = meta(name)
     digits = len(str(millions).split(".")[1])
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, digits) == millions
@@ -144,7 +149,7 @@ def test_vssd_and_table_d_have_the_published_size(name: str, millions: float, gi
 
 @pytest.mark.parametrize("variant", PARAMETERS)
 def test_logits_equal_timms_with_its_weights_and_ours(variant: str) -> None:
-    """Strictly loaded in both directions, on a map that is not square; fused and packed too."""
+    """Weights load strictly in both directions; images are not square; the fused and packed forms agree too."""
     allow_torchvision()
     import timm
 
@@ -155,7 +160,7 @@ def test_logits_equal_timms_with_its_weights_and_ours(variant: str) -> None:
     images = torch.randn(2, 3, 96, 160)
     with torch.no_grad():
         want = theirs(images)
-        for model in (ours, ours.fuse(), ours.fuse().pack()):
+        for model in (ours, fuse(ours), pack(ours)):
             torch.testing.assert_close(model(images), want, rtol=0, atol=1e-5)
 
 
@@ -163,7 +168,7 @@ FUSIBLE = [*({**fields} for fields, _ in TABLE_C.values()), {"distilled": True},
 
 
 @pytest.mark.parametrize("fields", FUSIBLE, ids=str)
-def test_fusing_changes_no_answer_of_any_ablation(fields: dict) -> None:
+def test_fusing_and_packing_change_no_logits_of_any_ablation(fields: dict) -> None:
     torch.manual_seed(1)
     small = {"widths": (16, 24, 32), "depths": (1, 2, 1), "image_size": 64, "num_classes": 5}
     if "states" in fields:
@@ -172,7 +177,7 @@ def test_fusing_changes_no_answer_of_any_ablation(fields: dict) -> None:
     images = torch.randn(3, 3, 50, 70)
     with torch.no_grad():
         want = model(images)
-        for fused in (model.fuse(), model.fuse().pack()):
+        for fused in (fuse(model), pack(model)):
             torch.testing.assert_close(fused(images), want, rtol=1e-5, atol=1e-5)
 
 
@@ -184,7 +189,7 @@ def test_packing_keeps_every_stride_of_the_stem(widths: tuple[int, int, int], st
     model = randomised(build_model("efficientvim_nano", **fields, stem_stride=stride))
     images = torch.randn(2, 3, 60, 76)
     with torch.no_grad():
-        torch.testing.assert_close(model.fuse().pack()(images), model(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(pack(fuse(model))(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_closed_gate_is_fused_without_cancellation() -> None:
@@ -197,26 +202,26 @@ def test_a_closed_gate_is_fused_without_cancellation() -> None:
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
-            copy.deepcopy(model).float().fuse()(images), model(images.double()).float(), rtol=1e-4, atol=1e-5
+            fuse(copy.deepcopy(model).float())(images), model(images.double()).float(), rtol=1e-4, atol=1e-5
         )
 
 
 def test_what_cannot_be_fused_is_refused() -> None:
     with pytest.raises(ConfigError, match="no classifier to fuse"):
-        build_model("efficientvim_nano", num_classes=0).eval().fuse()
+        fuse(build_model("efficientvim_nano", num_classes=0).eval())
 
 
-def test_without_a_compiler_packing_is_refused_and_fusing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_packing_is_refused_and_fusing_works(monkeypatch: pytest.MonkeyPatch) -> None:
     vision_library.cache_clear()
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    fused = build_model("efficientvim_nano", num_classes=5).eval().fuse()
+    fused = fuse(build_model("efficientvim_nano", num_classes=5).eval())
     with pytest.raises(EnvironmentProblem, match=r"no C\+\+ compiler .*; fuse\(\) needs none"):
-        fused.pack()
+        pack(fused)
     assert _packed(fused) is fused
 
 
 def test_a_packed_model_takes_fp32_and_can_be_copied() -> None:
-    packed = build_model("efficientvim_nano", num_classes=5, image_size=32).eval().fuse().pack()
+    packed = pack(build_model("efficientvim_nano", num_classes=5, image_size=32).eval())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(copy.deepcopy(packed)(images), packed(images))
     assert torch.equal(packed(images.contiguous(memory_format=torch.channels_last)), packed(images))
@@ -304,7 +309,7 @@ def test_the_norm_is_layer_norm_over_channels() -> None:
     torch.testing.assert_close(norm(x), want)
 
 
-def test_a_distilled_model_answers_with_both_heads_in_training_only_when_asked() -> None:
+def test_a_distilled_model_returns_both_logits_in_training_only_when_asked() -> None:
     model = build_model("efficientvim_nano_dist", num_classes=3)
     images = torch.randn(4, 3, 32, 32)
     assert model(images).shape == (4, 3)
@@ -320,7 +325,7 @@ def test_a_distilled_model_answers_with_both_heads_in_training_only_when_asked()
 class TestExport:
     def fused(self) -> nn.Module:
         torch.manual_seed(0)
-        return randomised(build_model("efficientvim_nano_dist", num_classes=5)).fuse()
+        return fuse(randomised(build_model("efficientvim_nano_dist", num_classes=5)))
 
     def test_torch_export_takes_any_batch(self) -> None:
         fused = self.fused()
@@ -329,7 +334,7 @@ class TestExport:
         images = torch.randn(7, 3, 32, 32)
         torch.testing.assert_close(program.module()(images), fused(images), rtol=1e-5, atol=1e-6)
 
-    def test_onnx_runtime_answers_alike_for_any_batch(self, tmp_path: Path) -> None:
+    def test_onnx_runtime_agrees_for_any_batch(self, tmp_path: Path) -> None:
         runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
         pytest.importorskip("onnx", reason="pip install -r requirements-onnx.txt")
         from pipeline.exports.onnx import write_onnx
@@ -339,5 +344,5 @@ class TestExport:
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
         for number in (1, 7):
             images = torch.randn(number, 3, 32, 32)
-            (answer,) = session.run(None, {"images": images.numpy()})
-            torch.testing.assert_close(torch.from_numpy(answer), fused(images), rtol=1e-4, atol=1e-5)
+            (logits,) = session.run(None, {"images": images.numpy()})
+            torch.testing.assert_close(torch.from_numpy(logits), fused(images), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What every family promises: chosen by name, buildable on the meta device, trainable, and its weights move as declared."""
+"""What every family promises: it is chosen by name, builds on the meta device, trains, and its weights move as declared."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_a_config_is_chosen_by_its_name_and_survives_json(name: str, family: typ
     assert again.model == config.model
 
 
-def test_a_refusal_knows_the_family() -> None:
+def test_a_refused_model_names_the_nearest_models_or_keys() -> None:
     whole = {
         "run": {"experiment": "x"},
         "data": {"train": "d"},
@@ -127,7 +127,7 @@ def test_recomputing_in_the_backward_changes_no_gradient_and_no_statistic(family
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_every_family_goes_out_and_comes_in(family: str, tmp_path: Path) -> None:
+def test_every_family_can_be_exported_and_loaded(family: str, tmp_path: Path) -> None:
     name, fields = SMALL[family]
     config = validate(family_of(name), {"name": name, "image_size": SIZE, "num_classes": 3, **fields}, "here")
     model = build_from_config(config)
@@ -157,19 +157,19 @@ def test_every_family_goes_out_and_comes_in(family: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", SMALL)
 def test_a_classifier_starts_one_for_larger_images(family: str, tmp_path: Path) -> None:
-    """Whatever has no positions answers alike; positions are stretched, so that a constant table stays constant."""
+    """Models without a position embedding give equal logits; an embedding is resized, and a constant one stays constant."""
     source, target = small(family).eval(), small(family, image_size=(64, 96)).eval()
-    positions = next((p for n, p in source.named_parameters() if n.endswith("pos_embed")), None)
-    if positions is not None:
-        positions.data.fill_(0.25)
+    embedding = next((p for n, p in source.named_parameters() if n.endswith("pos_embed")), None)
+    if embedding is not None:
+        embedding.data.fill_(0.25)
     report = transfer(source, target, tmp_path)
     assert report.fresh == report.dropped == []
-    if positions is None:
+    if embedding is None:
         images = torch.randn(2, 3, *SIZE)
         assert torch.equal(source(images), target(images))
     else:
         stretched = next(p for n, p in target.named_parameters() if n.endswith("pos_embed"))
-        assert stretched.shape != positions.shape
+        assert stretched.shape != embedding.shape
         torch.testing.assert_close(stretched, torch.full_like(stretched, 0.25))
 
 

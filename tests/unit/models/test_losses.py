@@ -13,7 +13,7 @@ def test_hard_distillation_is_cross_entropy_with_the_teachers_choice() -> None:
     assert distillation_loss(student, teacher, kind="hard", temperature=3.0) == expected
 
 
-def test_soft_distillation_is_the_divergence_of_the_softened_answers() -> None:
+def test_soft_distillation_is_the_divergence_of_the_softened_predictions() -> None:
     student, teacher = torch.randn(5, 4, dtype=torch.float64).float(), torch.randn(5, 4)
     p, q = torch.softmax(teacher / 2, 1), torch.softmax(student / 2, 1)
     expected = 4 * (p * (p / q).log()).sum(1).mean()

@@ -1,4 +1,4 @@
-"""SSMixup against a literal reference that materialises every state, and where it is the plain block."""
+"""SSMixup agrees with a literal reference that materialises every state, and is the plain block where it should be."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.models import build_model
 from pipeline.models.config import SSMixupConfig, VisionMambaConfig
-from pipeline.models.vision_mamba import Mixer
+from pipeline.models.vision_mamba.mixer import Mixer
 
 DIM, TOKENS = 12, 11
 

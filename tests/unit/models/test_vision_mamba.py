@@ -1,4 +1,4 @@
-"""Vision Mamba: the counts that are published, laws for every variant, and an oracle written from the equations."""
+"""Vision Mamba: published parameter counts, laws for every variant, and an oracle written from the equations."""
 
 import math
 import re
@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from pipeline.errors import ConfigError
 from pipeline.models import build_model
 from pipeline.models.arm import ARM
-from pipeline.models.config import VISION_MAMBA_VARIANTS, DecoderConfig, VisionMambaConfig
-from pipeline.models.vision_mamba import DropPath, cluster_order, sincos_positions
+from pipeline.models.config import DecoderConfig, VisionMambaConfig
+from pipeline.models.layers import DropPath
+from pipeline.models.variants import VISION_MAMBA_VARIANTS
+from pipeline.models.vision_mamba.position_embedding import sincos_position_embedding
+from pipeline.models.vision_mamba.tokens import cluster_order
 from tests.unit.models import oracle
 
 MILLIONS = {
@@ -58,7 +61,7 @@ def test_parameter_counts_of_pretraining_encoders_are_the_published_ones(name: s
     config = VisionMambaConfig(name=name, image_size=192, order="cluster")
     with torch.device("meta"):
         backbone = ARM(config, DecoderConfig()).backbone
-    # The positions of pretraining are fixed, and not counted.
+    # The position embedding of pretraining is fixed, and is not counted.
     assert round(sum(p.numel() for p in backbone.parameters() if p.requires_grad) / 1e6, 1) == millions
 
 
@@ -71,7 +74,7 @@ def test_an_arm_name_is_the_fine_tuning_form(name: str) -> None:
 
 
 def test_a_model_of_the_meta_device_is_whole_once_it_is_given_weights() -> None:
-    """What no state dict holds (orders of the scan, the mask) is real all along."""
+    """Buffers that no state dict holds (orders of the scan, the mask) are real from the start."""
     for build in (
         lambda: build_model("vim_nano", directions=4, order="cluster"),
         lambda: ARM(VisionMambaConfig(name="vim_nano", order="cluster"), DecoderConfig(width=32, depth=2, num_heads=2)),
@@ -100,8 +103,8 @@ def test_images_of_another_size_are_refused_with_both_sizes() -> None:
 
 
 @pytest.mark.parametrize("order", ["raster", "cluster"])
-def test_intermediates_are_timms(order: str) -> None:
-    """Maps in raster order whatever the scan's, indices as timm counts them; the last block's, normed, are the features."""
+def test_intermediates_follow_timms_interface(order: str) -> None:
+    """Maps are row-major in any scan order, indices count as timm's do, and the last block's normed output is the features."""
     model = build_model("vim_tiny", **{**SMALL, "depth": 3}, order=order).eval()
     images = torch.randn(2, 3, 16, 24)
     final, every = model.forward_intermediates(images, norm=True)
@@ -135,7 +138,7 @@ def test_the_classifier_can_be_exchanged() -> None:
 
 @pytest.mark.parametrize("name", ["vim_tiny", "arm_base"])
 def test_activation_checkpointing_changes_memory_and_no_number(name: str) -> None:
-    """Loss and gradients bit for bit, drop path included; fewer bytes are kept for the backward pass."""
+    """Loss and gradients agree bit for bit, with drop path; fewer bytes are kept for the backward pass."""
 
     def train(enable: bool) -> tuple[list[torch.Tensor], int]:
         torch.manual_seed(0)
@@ -179,7 +182,7 @@ def test_an_unknown_name_or_field_is_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize("directions", [1, 2, 4])
 @pytest.mark.parametrize("name", ["vim_tiny", "arm_base"])
 def test_the_forward_pass_equals_its_equations(name: str, directions: int, order: str) -> None:
-    """Images that are not square; both in float64, so that what is compared is the mathematics."""
+    """Images are not square; both sides run in float64, so that the mathematics is compared and not the rounding."""
     torch.manual_seed(0)
     model = build_model(name, **SMALL, directions=directions, order=order).double().eval()
     images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
@@ -223,8 +226,8 @@ def test_every_direction_starts_with_steps_between_a_thousandth_and_a_tenth() ->
             assert steps.max() <= 0.1 + 1e-6
 
 
-def test_decay_spares_vectors_tokens_positions_and_A() -> None:
-    """In every direction; and what is left are the matrices that multiply."""
+def test_weight_decay_spares_vectors_the_cls_token_the_position_embedding_and_A() -> None:
+    """In every direction; only the matrices of linear layers and convolutions decay."""
     model = build_model("arm_base", **SMALL)
     exempt = model.no_weight_decay()
     decays = {re.sub(r"layers\.\d\.", "", n) for n, p in model.named_parameters() if p.ndim > 1 and n not in exempt}
@@ -240,8 +243,8 @@ def test_cluster_order_by_hand() -> None:
     assert cluster_order((2, 4), 2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
 
 
-def test_sincos_positions_by_hand() -> None:
-    p = sincos_positions((2, 3), 8)[0]
+def test_sincos_position_embedding_by_hand() -> None:
+    p = sincos_position_embedding((2, 3), 8)[0]
     row, column, k = 1, 2, 1
     omega = 10000 ** (-k / 2)
     token = p[row * 3 + column]

@@ -1,14 +1,17 @@
-"""SSMixup: two opposite directions of a Vision Mamba mixer blended by confidence (Semi-ViM, README).
+"""SSMixup: blends two opposite directions of a Vision Mamba mixer by confidence (Semi-ViM, README).
 
-y = SiLU(z) y_forward + SiLU(z) y_backward + nu C h_mix with h_mix = psi h_forward + (1 - psi) h_backward, h the states.
-Because C h is linear in h, C h_mix is psi C h_forward + (1 - psi) C h_backward, and no state is ever materialised:
+y = SiLU(z) y_forward + SiLU(z) y_backward + nu C h_mix with h_mix = psi h_forward + (1 - psi) h_backward, where h are states.
+Since C h is linear in h, C h_mix = psi C h_forward + (1 - psi) C h_backward, so no state needs to be materialised:
 
-- `own_C`     each direction's states are read by its own C: both terms are what the scans compute anyway.
-- `shared_C`  the forward direction's C reads both (the literal formula): one more scan, backwards.
+- `own_C`: each direction's C reads its own states. The scans compute both terms anyway.
+- `shared_C`: the forward direction's C reads both (the literal formula). This costs one more scan, backwards.
 
-psi and 1 - psi come as a `blend` (B, 2) without gradient; psi is of an image, the sources do not say of what else.
-Deviation: the mixer divides the whole sum, this term too, by its number of directions, as Vim does; the README shows no
+psi and 1 - psi are given as a `blend` (B, 2) without gradient. We take one psi for each image; the sources do not say.
+
+Deviations: the mixer divides the whole sum, this term too, by its number of directions, as Vim does; the README shows no
 such factor. With four directions each opposite pair is blended.
+
+Shapes: B images, L tokens, E inner width.
 """
 
 from collections.abc import Sequence
@@ -23,9 +26,17 @@ from pipeline.ops.scan import Direction, causal_conv1d_silu, mixer_scan, selecti
 def mixed_scan(
     xz: Tensor, directions: Sequence[Direction], blend: Tensor, nu: Tensor | float, *, shared_C: bool
 ) -> Tensor:
-    """`mixer_scan` of two directions plus nu C h_mix: xz (B, L, 2E), blend (B, 2) -> (B, L, E).
+    """Compute `mixer_scan` of two opposite directions, plus nu C h_mix.
 
-    A nu that is a tensor (1,) is learned; with nu = 0 the result is `mixer_scan`'s, bit for bit.
+    Args:
+        xz: Inputs and gates of the scan, (B, L, 2E).
+        directions: The forward and the backward one.
+        blend: (B, 2), psi and 1 - psi of each image; it gets no gradient.
+        nu: Strength of the term; a tensor (1,) is learned.
+        shared_C: Read both directions' states with the forward one's C.
+
+    Returns:
+        (B, L, E); with nu = 0 it is `mixer_scan`'s result, bit for bit.
     """
     blend = blend.detach()
     if isinstance(nu, Tensor):
@@ -45,7 +56,7 @@ def mixed_scan(
 
 
 def shared_readout(xz: Tensor, forward: Direction, backward: Direction) -> Tensor:
-    """C_forward · h_backward, (B, L, E): at each token, the state after the tokens from the last down to it."""
+    """Compute C_forward · h_backward, (B, L, E): at each token, the state after the tokens from the last back to it."""
     x = xz.transpose(1, 2)[:, : xz.shape[2] // 2]  # (B, E, L)
     states = forward.A.shape[1]
     ahead = causal_conv1d_silu(x, forward.conv_weight, forward.conv_bias).transpose(1, 2)

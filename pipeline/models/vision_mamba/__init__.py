@@ -1,0 +1,1 @@
+"""Vision Mamba: Vim, the backbone of ARM and of Semi-ViM."""
