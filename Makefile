@@ -1,4 +1,4 @@
-# Every target is one line of `make help`. Set-up is done by the targets that need it: nothing else to type.
+# `make help` lists the targets. A target that needs .venv makes it first.
 SHELL := bash
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -9,18 +9,19 @@ RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test test-slurm soak check format golden study tensorboard stage-1 stage-2 stage-3
+.PHONY: help install data demo test test-slurm test-package soak check format requirements docs docs-serve docs-reference
+.PHONY: golden study tensorboard stage-1 stage-2 stage-3
 .PHONY: submit submit-1 submit-2 submit-3 plan doctor status clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(STAMP)  ## make .venv with the pinned packages (the other targets do it when needed)
+install: $(STAMP)  ## make .venv with the pinned packages and the command .venv/bin/vmp (the other targets do it when needed)
 
-$(STAMP): requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "$(PYTHON) is $$($(PYTHON) -V): Python 3.11 or 3.12 is needed; give PYTHON=python3.12" >&2; exit 5; }
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V); Python 3.11, 3.12 or 3.13 is needed: give make PYTHON=python3.12" >&2; exit 5; }
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
 
 demo: $(STAMP)  ## the three stages on bundled digits, SEEDS="0 1 2", and a report (continues where it stopped)
@@ -64,26 +65,26 @@ define submit
 $(PY) -m launchers slurm $(1) $(CONFIG) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
 endef
 
-plan: $(STAMP)  ## what the chain will need, before it costs anything: NAME=demo CLUSTER=cpu ARGS=
+plan: $(STAMP)  ## steps, memory, disk, hours and commands of the chain, without starting it: NAME=demo CLUSTER=cpu ARGS=
 	@$(PY) -m launchers plan chain $(NAME) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
 
-doctor: $(STAMP)  ## whether this machine (and cluster) can do it, each line OK or the remedy: NAME=demo
+doctor: $(STAMP)  ## check whether this machine and cluster can run the chain; each line is OK or a remedy: NAME=demo
 	@$(PY) -m launchers doctor chain $(NAME) $(ARGS) --cluster configs/cluster/$(CLUSTER).yaml
 
-status: $(STAMP)  ## where every stage stands: queued, running, failed and why, done: RUNS=runs
+status: $(STAMP)  ## the state of every stage (queued, running, failed and why, complete): RUNS=runs
 	@$(PY) -m launchers status --root $(RUNS)
 
-study: $(STAMP)  ## stage 3 on two bundled datasets: what helps, STUDY_SEEDS="0 1 2 3 4", JOBS=2 (continues where it stopped)
+study: $(STAMP)  ## what helps in stage 3, on two bundled datasets: STUDY_SEEDS="0 1 2 3 4", JOBS=2 (continues where it stopped)
 	@$(PY) -m studies.semi --seeds $(or $(STUDY_SEEDS),0 1 2 3 4) --jobs $(or $(JOBS),2)
 
-tensorboard: $(STAMP)  ## watch all runs at http://localhost:6006
+tensorboard: $(STAMP)  ## show all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
 .PHONY: chain report evaluate efficiency inference pareto fields
-chain: $(STAMP)  ## a plan, the three stages of configs/STAGE/NAME.yaml, the report of their experiment: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
+chain: $(STAMP)  ## plan, the three stages of configs/STAGE/NAME.yaml, report: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
 	@$(PY) -m launchers local chain $(NAME) $(ARGS) --nproc $(NPROC)
 
-report: $(STAMP)  ## what happened and how good it is, on one page: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
+report: $(STAMP)  ## one page with the results of experiments: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
 	@$(PY) -m launchers report $(EXPERIMENT) $(ARGS)
 
 evaluate: $(STAMP)  ## evaluate an export: EXPORT=runs/E/semi/export DATA=data/D NPROC=2 ARGS="--train DATA --split FILE"
@@ -101,26 +102,43 @@ pareto: $(STAMP)  ## speed measured here against accuracy as papers report it: A
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)
 
-test: $(STAMP)  ## all tests but those that start a SLURM; warnings are errors
-	$(PY) -m pytest tests --ignore=tests/slurm -n 2 --dist loadfile
+test: $(STAMP)  ## all tests except SLURM's and the package's; warnings are errors
+	$(PY) -m pytest tests --ignore=tests/slurm --ignore=tests/package -n 2 --dist loadfile
 
 test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm): under 5 minutes
 	$(PY) -m pytest tests/slurm -rs
 
-soak: $(STAMP)  ## what takes longer: thirty kill -9 in turn, fifty steps at every ZeRO stage (a quarter of an hour)
+soak: $(STAMP)  ## long tests: thirty kill -9 in a row, fifty steps at every ZeRO stage (a quarter of an hour)
 	$(PY) -m pytest tests -m soak -s
 
-check: $(STAMP)  ## format, lint, types, floors
+test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there
+	$(PY) -m pytest tests/package
+
+check: $(STAMP)  ## format, lint, types, layers, words, and whether generated files are up to date
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest tests/unit/test_layers.py
+	$(PY) .ci/requirements.py --check
+	$(PY) -m docs.reference.generate --check
+	$(PY) -m pytest tests/unit/test_layers.py tests/unit/test_words.py
 
-format: $(STAMP)  ## rewrite the code in the house's format
+requirements: $(STAMP)  ## write requirements.txt from the pins in pyproject.toml
+	$(PY) .ci/requirements.py
+
+docs-reference: $(STAMP)  ## write docs/reference/config.md from the config schemas
+	$(PY) -m docs.reference.generate
+
+docs: $(STAMP)  ## build the documentation site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+docs-serve: $(STAMP)  ## show the documentation site at http://localhost:8000
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
+
+format: $(STAMP)  ## format the code and apply the linter's safe fixes
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-golden: $(STAMP)  ## write the golden losses anew (say why in the commit)
+golden: $(STAMP)  ## regenerate the golden losses (the commit says why)
 	$(PY) -m tests.golden.write
 
 clean:  ## remove caches (never runs/ or data/)

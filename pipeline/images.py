@@ -1,8 +1,9 @@
-"""Image bytes to pixels, with limits: what does not decode, or would fill the memory, is a sentence.
+"""Decode image bytes to pixels. Bytes that do not decode, or would fill the memory, are refused with a sentence.
 
-JPEG goes through simplejpeg where it is installed: the same libjpeg-turbo as Pillow's, bit-equal pixels, 1.7 times as
-fast (photographs of 500 x 375, one core: 0.95 against 1.61 ms). Its fast flags gain another 11 % for 1.9 levels of
-255 in the mean, and pictures that depend on what is installed: off. `python -m benchmarks.data` measures it.
+simplejpeg decodes JPEG where it is installed. It uses the same libjpeg-turbo as Pillow, gives bit-equal pixels, and is
+1.7 times as fast (photographs of 500 x 375, one core: 0.95 against 1.61 ms). Its fast flags would gain another 11 %, but
+change pixels by 1.9 levels of 255 in the mean, so that pixels would depend on what is installed. They are off.
+`python -m benchmarks.data` measures it.
 """
 
 import functools
@@ -20,23 +21,23 @@ from pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 64_000_000  # three bytes each; ImageNet's largest image has a third of this
+MAX_PIXELS = 64_000_000  # three bytes each; ImageNet's largest image has a third of it
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
 
 
 class UnreadableImage(DataError):
-    """One sample's bytes are no image within the limits; its neighbours may be fine."""
+    """The bytes of one sample are no image within the limits. Other samples may be fine."""
 
 
 def decode(data: bytes) -> Pixels:
-    """RGB pixels of any image that Pillow reads; UnreadableImage with the reason otherwise."""
+    """Decode any image that Pillow reads to RGB pixels; raise UnreadableImage with the reason otherwise."""
     return choose_decoder()(data)
 
 
 @functools.cache
 def choose_decoder() -> Callable[[bytes], Pixels]:
-    """Decided once per process, and said."""
+    """Choose the decoder once per process, and log the choice."""
     if importlib.util.find_spec("simplejpeg") is None:
         logger.info("decoding JPEG with Pillow; simplejpeg is not installed and would be about twice as fast")
         return decode_with_pillow
@@ -44,7 +45,7 @@ def choose_decoder() -> Callable[[bytes], Pixels]:
 
 
 def decode_with_simplejpeg(data: bytes) -> Pixels:
-    """Whatever it declines (CMYK, PNG, damage that can be decoded in part) is Pillow's to judge."""
+    """Decode JPEG with simplejpeg, and with Pillow what it declines: CMYK, PNG, partly damaged files."""
     import simplejpeg
 
     if data[:2] != b"\xff\xd8":
@@ -58,17 +59,18 @@ def decode_with_simplejpeg(data: bytes) -> Pixels:
 
 
 def decode_with_pillow(data: bytes) -> Pixels:
+    """Decode any image that Pillow reads."""
     try:
-        # Warnings about odd metadata say nothing about the pixels.
+        # Warnings about odd metadata do not concern the pixels.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             _check_size(image.width, image.height)
             return np.array(image.convert("RGB"))
     except UnidentifiedImageError:  # whose text names an object in memory
-        raise UnreadableImage("not a readable image (of no known format)") from None
+        raise UnreadableImage("not a readable image (unknown format)") from None
     except (Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
         raise UnreadableImage(f"not a readable image ({type(error).__name__}: {error})") from None
 
 
 def _check_size(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
-        raise UnreadableImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+        raise UnreadableImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} pixels are decoded")

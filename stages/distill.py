@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.exports.export import transfer
-from pipeline.exports.teachers import KeptAnswers, timm_teacher
+from pipeline.exports.prediction_cache import PredictionCache
+from pipeline.exports.timm_teacher import timm_teacher
+from pipeline.exports.transfer import transfer
 from pipeline.exports.weights import load_weights
 from pipeline.files import sha256_of
 from pipeline.models import build_from_config
@@ -113,7 +114,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     teacher: FrozenTeacher | None = None
     if config.teacher:
         built["teacher"] = network = frozen_teacher(s, config.teacher, size)
-        teacher = with_kept_answers(s, config.teacher, network) if config.teacher.cache else network
+        teacher = with_cache(s, config.teacher, network) if config.teacher.cache else network
     flops = s.flops(built, size)
     if config.teacher and hasattr(model, "set_distilled_training"):
         model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
@@ -148,9 +149,9 @@ def frozen_teacher(s: StageContext[DistillConfig], config: TeacherConfig, image_
     return teacher.to(s.world.device).eval().requires_grad_(False)
 
 
-def with_kept_answers(s: StageContext[DistillConfig], config: TeacherConfig, teacher: nn.Module) -> KeptAnswers:
+def with_cache(s: StageContext[DistillConfig], config: TeacherConfig, teacher: nn.Module) -> PredictionCache:
     """Keep the teacher's predictions in `teacher.cache`, in a file for its weights and its precision."""
     assert config.cache is not None
     weights = sha256_of(config.weights) if config.weights else s.ancestry.card("teacher").weights_sha256
     path = config.cache / f"{weights[:16]}-{s.config.engine.precision}.sqlite"
-    return KeptAnswers(teacher, path, gigabytes=config.cache_gb)
+    return PredictionCache(teacher, path, gigabytes=config.cache_gb)

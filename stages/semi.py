@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluate.pseudo import count_pseudo_labels, pseudo_summary
-from pipeline.exports.export import transfer
+from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config
 from pipeline.models.losses import one_hot, soft_cross_entropy
 from pipeline.report.tensorboard import Board

@@ -1,10 +1,16 @@
-"""Does ARM pretraining pay, and do its parts: python -m studies.arm [--seeds 0 1 2 3 4] [--jobs 2] [--images FOLDER]
+"""Study of stage 1: does ARM pretraining help, and which of its choices do?
 
-On the bundled digits, or on a FOLDER with train/ and test/, each a folder per class (at 32 px): one split a seed, a tenth
-of the labels. Pretraining reads all training images and no label; the probes learn from the labelled tenth and are judged
-on the validation part; fine-tuning on the labelled tenth is judged on the test set, and on the validation part, where the
-form of configs/distill/demo.yaml was chosen. Every row is made of ordinary runs, so what is done already is reused.
-Prints a table, then one JSON object.
+Command: `python -m studies.arm [--seeds 0 1 2 3 4] [--jobs 2] [--images FOLDER]`
+
+The images are the bundled digits, or a FOLDER with train/ and test/ that have one folder per class (read at 32 px). Each
+seed has its own split with a tenth of the labels.
+
+- Pretraining reads all training images and no label.
+- The linear probe and the nearest neighbours learn from the labelled tenth and are evaluated on the validation subset.
+- Fine-tuning learns from the labelled tenth. It is evaluated on the test set and on the validation subset, where the form
+  of configs/distill/demo.yaml was chosen.
+
+Every row is made of ordinary runs, so complete ones are reused. The command prints a table, then one JSON object.
 """
 
 import argparse
@@ -16,7 +22,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from studies.runs import prepare, run
+from studies.runs import evaluation, metrics, prepare, run
 
 PRETRAINING = {
     "random": ["loop.steps=1", "optim.warmup_steps=0", "optim.lr=1e-12"],  # no step that moves a weight visibly
@@ -34,23 +40,27 @@ _CLS = ["model.cls_token=middle", "model.pool=cls"]
 
 
 class Place(NamedTuple):
-    """Shards of the images, and the runs on them."""
+    """Where the shards of the images and the runs on them are."""
 
     data: Path
     runs: Path
 
     def folder(self, seed: int, name: str) -> Path:
+        """The folder of the runs of one row and seed."""
         return self.runs / f"seed{seed}-{name}"
 
     def split(self, seed: int) -> Path:
+        """The split of one seed."""
         return self.data / f"study-arm-seed{seed}.json"
 
 
 class Row(NamedTuple):
+    """One line of the table."""
+
     name: str
     title: str
-    pretraining: str
-    fine_tuning: Sequence[str] = ()
+    pretraining: str  # a key of PRETRAINING
+    fine_tuning: Sequence[str] = ()  # overrides of stage 2
 
 
 ROWS = (
@@ -65,23 +75,37 @@ ROWS = (
     Row("cls", "  a cls token in the middle instead of the mean", "arm", _CLS),
     Row("random-cls", "    from random weights", "random", _CLS),
 )
-AGAINST = {"arm": "random", "one": "random-one", "cls": "random-cls"}  # the others against "arm"
-JUDGED = {"linear": "linear probe", "knn": "neighbours", "val": "fine-tuned, val", "top1": "fine-tuned, test"}
+# row -> the row that its gain is measured against; a row that is not named here is measured against "arm"
+AGAINST = {"arm": "random", "one": "random-one", "cls": "random-cls"}
+MEASURES = {"linear": "linear probe", "knn": "neighbours", "val": "fine-tuned, val", "top1": "fine-tuned, test"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m studies.arm", description=__doc__)
+    """Run what is missing and print the table.
+
+    Args:
+        arguments: Words of the command line; None reads those of this process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m studies.arm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with one thread each (default 1)")
     parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="train/ and test/, a folder per class; none = digits"
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="has train/ and test/ with a folder per class (default: the digits)",
     )
     args = parser.parse_args(arguments)
     if args.images:
         name = f"study-arm-{args.images.resolve().name}"  # a folder called digits is not the bundled dataset
         place = Place(Path("data") / name, Path("runs") / name)
-        for part in ("train", "test"):
-            prepare("convert", "imagefolder", str(args.images / part), "--out", str(place.data / part))
+        for images in ("train", "test"):
+            prepare("convert", "imagefolder", str(args.images / images), "--out", str(place.data / images))
     else:
         place = Place(Path("data/digits"), Path("runs/study-arm"))
         prepare("convert", "digits", "--out", str(place.data))
@@ -92,17 +116,24 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in args.seeds:
             for jobs in ([("arm", n, n) for n in PRETRAINING], [("distill", r.name, r.pretraining) for r in ROWS]):
                 list(pool.map(lambda job, seed=seed: _run(place, seed, *job), jobs))
-    found = {row.name: [_judge(place, seed, row) for seed in args.seeds] for row in ROWS}
+    found = {row.name: [_measure(place, seed, row) for seed in args.seeds] for row in ROWS}
     print(table(found))
     print(json.dumps({"study": "arm", "seeds": args.seeds, "percent": found}))
     return 0
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Percent, mean ± standard deviation over the seeds; and what a row gains over the one it varies, seed by seed."""
-    lines = [f"{'':60s}" + "".join(f"{title:>18s}" for title in JUDGED.values()) + f"{'gain, test':>18s}"]
+    """Format the results as text, in percent.
+
+    Args:
+        found: Row -> one mapping of measures per seed.
+
+    Returns:
+        Mean ± standard deviation over the seeds, and each row's gain over the row it varies, paired by seed.
+    """
+    lines = [f"{'':60s}" + "".join(f"{title:>18s}" for title in MEASURES.values()) + f"{'gain, test':>18s}"]
     for row in ROWS:
-        cells = "".join(f"{_summary([seed[name] for seed in found[row.name]]):>18s}" for name in JUDGED)
+        cells = "".join(f"{_summary([seed[name] for seed in found[row.name]]):>18s}" for name in MEASURES)
         base = AGAINST.get(row.name, "arm")
         gain = ""
         if row.pretraining != "random":
@@ -111,7 +142,7 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(
         [
             *lines,
-            f"{len(found['arm'])} seeds; gains over random weights in the same form where the table has them, else over ARM",
+            f"{len(found['arm'])} seeds; a gain is over random weights in the same form if the table has that row, else over ARM",
         ]
     )
 
@@ -120,17 +151,15 @@ def _summary(values: list[float], sign: str = "") -> str:
     return f"{fmean(values):{sign}.2f} ± {stdev(values) if len(values) > 1 else 0:.2f}"
 
 
-def _judge(place: Place, seed: int, row: Row) -> dict[str, float]:
-    rows = (place.folder(seed, row.pretraining) / "arm" / "metrics.jsonl").read_text().splitlines()
-    probes = json.loads(rows[-1])
+def _measure(place: Place, seed: int, row: Row) -> dict[str, float]:
+    """The measures of one row and seed, in percent."""
+    pretrained = metrics(place.folder(seed, row.pretraining) / "arm")[-1]
     fine_tuning = place.folder(seed, row.name) / "distill"
-    validated = [json.loads(line) for line in (fine_tuning / "metrics.jsonl").read_text().splitlines()]
-    fine_tuned = json.loads((fine_tuning / "evaluation.json").read_text())
     return {
-        "linear": probes["val/linear"],
-        "knn": probes["val/knn"],
-        "val": next(row["val/top1"] for row in reversed(validated) if "val/top1" in row),
-        "top1": fine_tuned["models"]["student"]["top1"],
+        "linear": pretrained["val/linear"],
+        "knn": pretrained["val/knn"],
+        "val": next(logged["val/top1"] for logged in reversed(metrics(fine_tuning)) if "val/top1" in logged),
+        "top1": evaluation(fine_tuning)["student"]["top1"],
     }
 
 

@@ -1,9 +1,11 @@
-"""What the Semi-ViM paper and its README report, row by row, and the settings each row is run with on ImageNet.
+"""What the Semi-ViM paper and its README report, row by row, and the settings that each row is run with on ImageNet.
 
-Of Semi-ViM no hyper-parameter of ImageNet is published (supplement, README): its rows, and every model and share that
-Semi-ViT does not name, run with Semi-ViT's of ViT-Base at the nearest share, which is ours to choose. So a pair of Table 4
-differs in its backbone and the weights that it begins with, and in SSMixup, which works beside Semi-ViT's mixup of the
-images: it mixes directions. Semi-ViT's own (Cai et al. 2022, released commands) are given for Base and Huge at 1 and 10 %.
+Semi-ViM publishes no hyper-parameter for ImageNet, neither in the supplement nor in the README. Semi-ViT's settings (Cai et
+al. 2022, released commands) are known for Base and Huge at 1 and 10 %. Our choice: Semi-ViM's rows, and every model and
+share that Semi-ViT does not name, run with Semi-ViT's settings for ViT-Base at the nearest share.
+
+So a pair of Table 4 differs in its backbone, in the weights that it starts from, and in SSMixup. SSMixup mixes directions,
+and works beside Semi-ViT's mixup of the images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,17 +19,18 @@ from pipeline.datasets.config import SplitConfig
 from pipeline.datasets.imbalance import target_counts
 
 TRAIN_IMAGES, CLASSES, LARGEST = 1_281_167, 1000, 1300
-LT_IMAGES, LT_RAREST, LT_POWER = 115_846, 5, 6  # of ImageNet-LT
+LT_IMAGES, LT_RAREST, LT_POWER = 115_846, 5, 6  # ImageNet-LT: images, images of the rarest class, Pareto's exponent
 SHARES = {"0.1pct": "0.001", "1pct": "0.01", "5pct": "0.05", "10pct": "0.1", "50pct": "0.5"}
 PLAIN_EMA = "ema={mode: ema, base_decay: 0.9999, warmup_steps: 0}"  # Semi-ViT's
-# The same and what LyapEMA adds, which is ours: gamma is one over that decay's horizon and the radius that horizon, 10,000 steps.
+# The same decay, with our values for what LyapEMA adds. The horizon of that decay is 10,000 steps: gamma is one over it,
+# and the radius is equal to it.
 LYAPEMA = (
     "ema={mode: guarded, base_decay: 0.9999, warmup_steps: 0, gamma: 0.0001, max_decay: 0.99999, radius_steps: 10000}"
 )
 FOOTNOTES = {
     "a": "more than ARM-Huge reaches with all labels (85.0 top-1), or for Tiny than Vim-Tiny with all (76.1); unverified",
     "b": "confidence weighting is worth 9.37 points, a fixed psi 0.02: no mechanism in the text explains it",
-    "c": 'the column is headed "AP" and called training AP; tau was tuned on it. Ours is chosen on the validation part',
+    "c": 'the column is headed "AP" and called training AP; tau was tuned on it. Ours is chosen on the validation subset',
     "d": "above the ceiling of 51.4 % that the stated protocol leaves without at least one label a class (ours keeps one)",
     "e": "the README calls the gain over this row 6.2 points; by its own table it is 7.4 (1 %) and 3.9 (10 %)",
     "f": "the paper does not delimit head and tail, and no one share of head classes fits all its rows; ours are thirds",
@@ -38,10 +41,12 @@ FOOTNOTES = {
 
 
 class Row(NamedTuple):
+    """One row of a table of the paper."""
+
     name: str
     model: str
-    share: str  # of the labels, a key of SHARES
-    values: Sequence[str]  # of stage 3, on any dataset
+    share: str  # share of the labels, a key of SHARES
+    values: Sequence[str]  # overrides of stage 3, on any dataset
     reported: str  # top-1, or top-1/head/tail, percent
     notes: str = ""
     imbalance: int = 1
@@ -49,23 +54,23 @@ class Row(NamedTuple):
 
     @property
     def split(self) -> list[str]:
-        """Options of `python -m pipeline.data split`."""
+        """The options that `python -m pipeline.data split` gets."""
         made = ["--imbalance", str(self.imbalance)] if self.imbalance > 1 else []
         outside = ["--ood-classes", str(self.outside)] if self.outside else []
         return [*made, "--labelled", SHARES[self.share], *outside]
 
     @property
     def outside(self) -> int:
-        """Classes that are only in the test set."""
+        """The number of classes that are only in the test set."""
         return 10 if self.imbalance == 1000 else 0
 
     @property
     def pool(self) -> str:
-        """The data and the split in a word: rows of one model and pool share their stage 2."""
+        """A name for the data and the split; rows with the same model and pool share their stage 2."""
         return ("lt-" if self.long_tailed else f"if{self.imbalance}-" if self.imbalance > 1 else "") + self.share
 
     def images(self) -> tuple[int, int]:
-        """Labelled and unlabelled images of ImageNet, about: after validation, one label a class at least."""
+        """Estimate the labelled and unlabelled images of ImageNet, after validation, with at least one label per class."""
         if self.long_tailed:
             sizes = long_tail() - 1
         else:
@@ -77,13 +82,17 @@ class Row(NamedTuple):
 
 
 def long_tail() -> NDArray[np.float64]:
-    """(C,) images of ImageNet-LT's classes, about: quantiles of Pareto's law from the rarest class up, of the known sum."""
+    """Estimate the images of each class of ImageNet-LT, rarest class first.
+
+    Returns:
+        (C,) quantiles of a Pareto distribution, scaled to the known rarest class and the known sum.
+    """
     above = ((np.arange(CLASSES) + 1) / (CLASSES + 1)) ** (-1 / LT_POWER) - 1
     return LT_RAREST + (LT_IMAGES - LT_RAREST * CLASSES) * above / above.sum()
 
 
 def rows() -> Iterator[Row]:
-    """Tables 1 to 4 of the supplement, then the README's."""
+    """Yield the rows of Tables 1 to 4 of the supplement, then those of the README."""
     mixing = {
         "none": ("null", "72.53 79.90"),
         "confidence": ("{}", "81.90 85.40"),
@@ -139,17 +148,22 @@ def rows() -> Iterator[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The two stages of a model at a share: config files, what a row changes in them, and how long they train."""
+    """Stages 2 and 3 of a model at a share of the labels: the config files, their overrides, and how long they train."""
 
     configs: tuple[str, str]  # configs/distill/NAME.yaml and configs/semi/NAME.yaml
-    model: str  # stage 2's `model`
-    first: Sequence[str]  # what else stage 2 changes
-    second: Sequence[str] = ()
-    batches: tuple[int, int] = (512, 128)  # labelled images a step; stage 3 adds five unlabelled ones to each
-    epochs: tuple[int, int | None] = (100, 100)  # of the labelled, of the unlabelled images; None = the config's steps
+    model: str  # `model` of stage 2
+    first: Sequence[str]  # further overrides of stage 2
+    second: Sequence[str] = ()  # overrides of stage 3
+    batches: tuple[int, int] = (512, 128)  # labelled images per step; stage 3 adds five unlabelled ones to each
+    # Epochs of stage 2 over the labelled images, and of stage 3 over the unlabelled ones; None = the config's steps.
+    epochs: tuple[int, int | None] = (100, 100)
 
     def overrides(self, row: Row) -> tuple[list[str], list[str]]:
-        """Of stage 2 and stage 3, with steps for this row's images; five epochs rise to the peak rate, as published."""
+        """Overrides of stage 2 and of stage 3.
+
+        Args:
+            row: The row; its number of images decides the steps. The learning rate rises over five epochs, as published.
+        """
         labelled, unlabelled = row.images()
         first = [f"model={self.model}", *self.first, *_length(labelled, self.batches[0], self.epochs[0])]
         second = list(self.second)
@@ -159,8 +173,11 @@ class Recipe:
 
 
 def pretraining() -> list[str]:
-    """Stage 1 of Semi-ViM's rows. No labels, so one serves every split: it sees all images, as a masked autoencoder did."""
-    epoch = TRAIN_IMAGES / 2048  # the config's batch; the config itself holds out a validation part
+    """Overrides of stage 1 for Semi-ViM's rows.
+
+    It reads no labels and sees all images, as a masked autoencoder did. So one run serves every split.
+    """
+    epoch = TRAIN_IMAGES / 2048  # the config's batch; the config itself holds out a validation subset
     steps, warmup = round(300 * epoch), round(40 * epoch)
     return ["data.split=null", "probe=null", f"loop.steps={steps}", f"optim.warmup_steps={warmup}"]
 
@@ -168,7 +185,7 @@ def pretraining() -> list[str]:
 def _length(images: int, size: int, epochs: int, batch: int | None = None) -> list[str]:
     batch = batch or size
     steps, warmup = round(epochs * images / size), round(5 * images / size)
-    virtual_readers = min(256, batch // 2)  # at least two images each: partners of a mixup are found inside one
+    virtual_readers = min(256, batch // 2)  # mixup pairs images of one reader, so each needs two of a batch
     return [
         f"loop.global_batch={batch}",
         f"data.loader.virtual_readers={virtual_readers}",
@@ -180,8 +197,8 @@ def _length(images: int, size: int, epochs: int, batch: int | None = None) -> li
 
 
 def recipe(row: Row) -> Recipe:
-    """What `row` runs with on ImageNet."""
-    few = row.share in ("0.1pct", "1pct")  # published at 1 %: neither drop path, erasing nor mixup, and tau 0.6
+    """The configs and overrides that `row` runs with on ImageNet."""
+    few = row.share in ("0.1pct", "1pct")  # published at 1 %: no drop path, no erasing, no mixup; tau is 0.6
     plain = ["augment.erase=0", "mix={}"] if few else []
     unmixed = ["strong.erase=0", "mixup.labelled_mixup=0", "mixup.labelled_cutmix=0"] if few else []
     base_1 = [*plain, f"optim.lr={1e-4 if few else 5e-4}"]
@@ -210,5 +227,5 @@ def recipe(row: Row) -> Recipe:
     return Recipe(configs=configs, model=shape, first=first, second=second, batches=batches, epochs=(50, 50))
 
 
-# Masked autoencoders; Semi-ViT's Small began with DINO, and no command of it is published.
+# Masked autoencoders, except Small: Semi-ViT's Small starts from DINO, and no command of it is published.
 _PRETRAINED = {"small": "dino_vit_small.pth", "base": "mae_pretrain_vit_base.pth", "huge": "mae_pretrain_vit_huge.pth"}

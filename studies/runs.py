@@ -1,22 +1,40 @@
-"""What the studies are made of: data prepared and stages run as a person would, each once; the first failure ends the study."""
+"""Prepare data, run stages and read their results, as a person would. The first failure ends the study."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from pipeline.data import main as data
 
 
 def prepare(*arguments: str) -> None:
-    """`python -m pipeline.data ARGUMENTS`; SystemExit with its code if it fails."""
+    """Run `python -m pipeline.data ARGUMENTS` in this process.
+
+    Raises:
+        SystemExit: It failed; with its exit code.
+    """
     if code := data(list(arguments)):
         raise SystemExit(code)
 
 
 def run(stage: str, config: str, values: Sequence[str], *, name: str) -> None:
-    """configs/STAGE/CONFIG.yaml with `values`, on one thread; the stage reuses what is done, and refuses another config under
-    the same folder. Says `name` and how it ended; SystemExit with the stage's code if it failed."""
+    """Run one stage in a process of its own with one thread, and say how it ended.
+
+    A stage that is complete is reused. A folder that holds a run of another config is refused.
+
+    Args:
+        stage: `arm`, `distill` or `semi`.
+        config: Name of a file: configs/STAGE/NAME.yaml.
+        values: Overrides, `key=value`.
+        name: What the line on standard error calls this run.
+
+    Raises:
+        SystemExit: The stage failed; with its exit code.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "stages", stage, f"configs/{stage}/{config}.yaml", *values],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -27,3 +45,14 @@ def run(stage: str, config: str, values: Sequence[str], *, name: str) -> None:
     print(f"{name}: {done.stderr if done.returncode else 'done'}", file=sys.stderr, flush=True)
     if done.returncode:
         raise SystemExit(done.returncode)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a stage's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluation(folder: Path) -> dict[str, dict[str, Any]]:
+    """Metrics on the test set by model (`student`, `teacher`, `average`), from a stage's evaluation.json."""
+    models: dict[str, dict[str, Any]] = json.loads((folder / "evaluation.json").read_text())["models"]
+    return models

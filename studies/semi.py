@@ -1,10 +1,14 @@
-"""What helps where labels are few and long-tailed: python -m studies.semi [--seeds 0 1 2 3 4] [--jobs 2]
+"""Study of stage 3: what helps where labels are few and classes are imbalanced?
 
-Two bundled datasets (`digits`, and `letters`, 26 classes in colour), imbalance 10, a fifth of the labels on letters and a tenth
-on digits, one split a seed. Every row is an ordinary stage 3 from an ordinary stage 2, with one thing changed; what is
-done already is reused, so a study that was stopped goes on. Judged on the test set, once, by the teacher's weights; no
-threshold is chosen here. Tables go to standard output and, as Markdown, CSV and LaTeX, to runs/study; beside ours stands what
-the paper reports of the same comparison on ImageNet, where it has one. The last line is one JSON object.
+Command: `python -m studies.semi [--seeds 0 1 2 3 4] [--jobs 2]`
+
+There are two bundled datasets at imbalance 10: `digits` with a tenth of the labels, and `letters` (26 classes in colour)
+with a fifth. Each seed has its own split. Every row is an ordinary run of stage 3 that starts from an ordinary run of
+stage 2, with one thing changed. Complete runs are reused, so a study that was stopped continues.
+
+The teacher's weights are evaluated once, on the test set. No threshold is chosen here. Tables go to standard output and,
+as Markdown, CSV and LaTeX, to runs/study/tables. A column shows what the paper reports for the same comparison on
+ImageNet, if it has one. The last line is one JSON object.
 """
 
 import argparse
@@ -22,13 +26,13 @@ from scipy.stats import t as student_t
 from pipeline.report.tables import Table
 from studies.paper import FOOTNOTES
 from studies.paper import rows as paper_rows
-from studies.runs import prepare, run
+from studies.runs import evaluation, prepare, run
 
 RUNS, DATA = Path("runs/study"), Path("data")
-DATASETS = {"digits": "0.1", "letters": "0.2"}  # and the share of each class that is labelled
+DATASETS = {"digits": "0.1", "letters": "0.2"}  # name -> the share of each class that is labelled
 METRICS = ("top1", "balanced", "head", "medium", "tail")
-# ViT of as many weights as the Vision Mamba: 156 and 154 thousand on letters. In the Vision Mamba's recipe it learns next to
-# nothing from 395 images; it has the learning rate and the steps that were best on seed 0's validation part (docs/study.md).
+# A ViT with as many weights as the Vision Mamba: 156 and 154 thousand on letters. With the Vision Mamba's recipe it learns
+# almost nothing from 395 images. Its learning rate and steps were the best on seed 0's validation subset (docs/study.md).
 VIT = (
     "{name: timm/vit_tiny_patch16_224, image_size: 32, options: {patch_size: 8, embed_dim: 62, depth: 3, num_heads: 2}}"
 )
@@ -40,13 +44,13 @@ _PLAIN = ["ema.mode=ema"]
 
 
 class Row(NamedTuple):
-    """One line: a name, what it says, its backbone, what differs from configs/semi/study.yaml, the line it is held against."""
+    """One line of the tables."""
 
     name: str
     title: str
-    backbone: str
-    values: Sequence[str]
-    against: str | None
+    backbone: str  # a key of BACKBONES
+    values: Sequence[str]  # what differs from configs/semi/study.yaml
+    against: str | None  # name of the row that its gain is measured against
 
 
 ROWS = (
@@ -69,7 +73,8 @@ ROWS = (
     Row("vit-guarded", "ViT, guarded LyapEMA", "vit", [], "guarded"),
 )
 
-# Row -> the paper's nearest: imbalance 10, a tenth of the labels, Small; and the pair of which a gain is the difference.
+# Row -> the nearest row of the paper: imbalance 10, a tenth of the labels, Small. REPORTED_GAINS: row -> the two rows of the
+# paper whose difference is the gain.
 _VIM, _VIT = "T4-semivim-small-IF10-10pct", "T4-semivit-small-IF10-10pct"
 REPORTED = {
     "ema": f"{_VIM}-ema",
@@ -89,18 +94,28 @@ PAPER = {row.name: row for row in paper_rows()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m studies.semi", description=__doc__)
+    """Run what is missing, print the tables and write them.
+
+    Args:
+        arguments: Words of the command line; None reads those of this process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m studies.semi", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with one thread each (default 1)")
     args = parser.parse_args(arguments)
     rows = [row for row in ROWS if row.name in args.rows]
     summary = {}
     for dataset in args.datasets:
         summary[dataset] = found = _runs(dataset, rows, args.seeds, args.jobs)
         for made in (means(dataset, rows, found), gains(dataset, rows, found)):
-            if made.rows:  # of some rows alone there may be no gains
+            if made.rows:  # with --rows, the row to compare with may be absent
                 made.write(RUNS / "tables")
                 print(f"\n{made.title}\n\n{made.markdown()}", flush=True)
     print(json.dumps({"study": "semi", "seeds": args.seeds, "rows": [row.name for row in rows], "percent": summary}))
@@ -108,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _runs(dataset: str, rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> dict[str, list[dict[str, float]]]:
-    """All runs of a dataset, those that are done left as they are: row -> metrics of each seed."""
+    """Run what is missing on a dataset; row -> metrics of each seed."""
     prepare("convert", dataset, "--out", str(DATA / dataset))
     for seed in seeds:
         split = ["split", str(DATA / dataset / "train"), "--out", str(_split(dataset, seed)), "--seed", str(seed)]
@@ -117,11 +132,20 @@ def _runs(dataset: str, rows: Sequence[Row], seeds: Sequence[int], jobs: int) ->
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda job: _stage_2(dataset, *job), [(s, b) for s in seeds for b in backbones]))
         list(pool.map(lambda job: _stage_3(dataset, *job), [(s, row) for s in seeds for row in rows]))
-    return {row.name: [_judge(dataset, seed, row) for seed in seeds] for row in rows}
+    return {row.name: [_measure(dataset, seed, row) for seed in seeds] for row in rows}
 
 
 def means(dataset: str, rows: Sequence[Row], found: dict[str, list[dict[str, float]]]) -> Table:
-    """Percent on the test set, mean and 95 % interval over the seeds."""
+    """Percent on the test set.
+
+    Args:
+        dataset: Name of the dataset.
+        rows: Rows of the table, in order.
+        found: Row -> metrics of each seed.
+
+    Returns:
+        Mean and 95 % interval over the seeds.
+    """
     cells = [
         [row.title, *(_interval([seed[m] for seed in found[row.name]]) for m in METRICS), reported(row.name)]
         for row in rows
@@ -136,7 +160,16 @@ def means(dataset: str, rows: Sequence[Row], found: dict[str, list[dict[str, flo
 
 
 def gains(dataset: str, rows: Sequence[Row], found: dict[str, list[dict[str, float]]]) -> Table:
-    """Points that a row gains over the one it is held against, seed by seed: mean and 95 % interval of the differences."""
+    """Points that a row gains over the row it is compared with.
+
+    Args:
+        dataset: Name of the dataset.
+        rows: Rows of the table, in order; a row whose other row was not run is left out.
+        found: Row -> metrics of each seed.
+
+    Returns:
+        Mean and 95 % interval of the differences, paired by seed.
+    """
     cells = []
     for row in rows:
         if row.against not in found:
@@ -154,7 +187,7 @@ def gains(dataset: str, rows: Sequence[Row], found: dict[str, list[dict[str, flo
 
 
 def reported(row: str) -> str:
-    """top-1/head/tail of the paper's nearest row and its footnotes; empty without one."""
+    """Top-1/head/tail of the paper's nearest row, with its footnotes; empty if there is none."""
     if row not in REPORTED:
         return ""
     told = PAPER[REPORTED[row]]
@@ -162,7 +195,7 @@ def reported(row: str) -> str:
 
 
 def reported_gain(row: str) -> str:
-    """What the paper's numbers gain, top-1/head/tail or top-1 alone; empty where it does not compare."""
+    """The gain by the paper's numbers, top-1/head/tail or top-1 alone; empty if the paper has no such comparison."""
     if row not in REPORTED_GAINS:
         return ""
     mine, other = (PAPER[name] for name in REPORTED_GAINS[row])
@@ -180,7 +213,7 @@ def _footnotes(names: Sequence[str]) -> str:
         return ""
     used = sorted({note for name in names for note in PAPER[name].notes})
     what = "reported: the paper's top-1/head/tail, one number without seeds, on ImageNet at imbalance 10, 10 % of the labels"
-    mixing = "; of SSMixup its top-1 for ImageNet-1k without imbalance" if "T1-none-10pct" in names else ""
+    mixing = "; for SSMixup, its top-1 on ImageNet-1k without imbalance" if "T1-none-10pct" in names else ""
     whose = " (Small; LyapEMA there has no guard, and Semi-ViM's rows do not say whether SSMixup is on)"
     return what + whose + mixing + "".join(f"; [{note}] {FOOTNOTES[note]}" for note in used)
 
@@ -190,7 +223,7 @@ def _title(name: str) -> str:
 
 
 def _interval(values: list[float], sign: str = "") -> str:
-    """Student's interval of the mean; without a second seed there is none."""
+    """Mean and half of Student's 95 % interval; the mean alone for one seed."""
     mean = f"{fmean(values):{sign}.1f}"
     if len(values) < 2:
         return mean
@@ -198,9 +231,9 @@ def _interval(values: list[float], sign: str = "") -> str:
     return f"{mean} ± {half:.1f}"
 
 
-def _judge(dataset: str, seed: int, row: Row) -> dict[str, float]:
-    evaluation = json.loads((_folder(dataset, seed, row.name) / "semi" / "evaluation.json").read_text())
-    return {name: evaluation["models"]["teacher"][name] for name in METRICS}
+def _measure(dataset: str, seed: int, row: Row) -> dict[str, float]:
+    teacher = evaluation(_folder(dataset, seed, row.name) / "semi")["teacher"]
+    return {name: teacher[name] for name in METRICS}
 
 
 def _stage_2(dataset: str, seed: int, backbone: str) -> None:
@@ -214,7 +247,7 @@ def _stage_3(dataset: str, seed: int, row: Row) -> None:
 
 def _run(dataset: str, seed: int, stage: str, name: str, own: Sequence[str]) -> None:
     folder = _folder(dataset, seed, name)
-    where = [f"data.{part}={DATA / dataset / part}" for part in ("train", "test")]
+    where = [f"data.{images}={DATA / dataset / images}" for images in ("train", "test")]
     values = [f"run.root={RUNS}", f"run.experiment={folder.name}", f"run.seed={seed}", *where]
     values.append(f"data.split={_split(dataset, seed)}")
     run(stage, "study", [*values, *own], name=f"{dataset}, seed {seed}, {stage}, {name}")

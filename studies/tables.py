@@ -1,20 +1,22 @@
-"""Every row of the supplement's Tables 1 to 4 and of the README's table as one command, ours beside the reported number:
+"""Run any row of Semi-ViM's tables with one command, and show our number beside the reported one.
 
-    python -m studies.tables                              all rows, with what has been run so far
-    python -m studies.tables T1-none-10pct --nproc 8      runs one: split, stages 1 to 3 (ImageNet, on a cluster)
-    python -m studies.tables T3-10pct --nproc 8           the sweep of tau: all rows whose names begin so
-    python -m studies.tables T3-10pct --dataset letters             the same with a bundled dataset, here
-    python -m studies.tables T3-10pct --dataset letters --print     only says what it would start
+    python -m studies.tables                              list all rows, with the results so far
+    python -m studies.tables T1-none-10pct --nproc 8      run one: split, stages 1 to 3 (ImageNet, on a cluster)
+    python -m studies.tables T3-10pct --nproc 8           run all rows whose names begin so: the sweep of tau
+    python -m studies.tables T3-10pct --dataset letters             the same on a bundled dataset, on this machine
+    python -m studies.tables T3-10pct --dataset letters --print     only print the commands
 
-Rows share what is alike: one pretraining of a model, one stage 2 of a model on a split; what is done is reused. Tau is chosen
-on the validation part, and marked; a test number beside another tau decides nothing. Reported numbers are the paper's,
-single values without seeds, and no gate. A bundled dataset (no stage 1; configs/{distill,semi}/study.yaml) shows that a row
-runs, not what it gives. Needed on ImageNet: data/imagenet (docs/data.md), for ImageNet-LT its list beside it, for
-Semi-ViT its weights in weights/ (`studies/paper.py`).
+The rows are those of Tables 1 to 4 of the supplement and of the README's table. They share runs: a model has one stage 1,
+and one stage 2 for each split. Complete runs are reused. Tau is chosen on the validation subset, and the chosen row is
+marked; test numbers of the other rows decide nothing. Reported numbers are single values without seeds, and no test
+compares ours with them.
+
+A bundled dataset has no stage 1 and uses configs/{distill,semi}/study.yaml. It shows that a row runs, not what it gives.
+ImageNet needs data/imagenet (docs/data.md), ImageNet-LT also its list there, and Semi-ViT its weights in weights/
+(`studies/paper.py`).
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,11 +24,13 @@ from pathlib import Path
 
 from pipeline.report.tables import Table
 from studies.paper import FOOTNOTES, LYAPEMA, PLAIN_EMA, Row, pretraining, recipe, rows
+from studies.runs import evaluation, metrics
 from studies.semi import BACKBONES
 
 RUNS = Path("runs")
 LT_LIST = "data/imagenet/ImageNet_LT_train.txt"
-# Of a bundled dataset: the study's Vision Mamba or ViT, or a residual network, and what makes the method; for stages 2 and 3.
+# Bundled datasets. Family -> overrides of stage 2 and of stage 3: the study's Vision Mamba or ViT, or a residual network,
+# and what makes the method.
 _MIXED = ["mixup={pseudo: true}", "pseudo.smoothing=0.1"]
 SMALL = {
     "semivim": (BACKBONES["vim"]["distill"], [*BACKBONES["vim"]["semi"], *_MIXED]),
@@ -40,7 +44,16 @@ SMALL_EMA = {LYAPEMA: [], PLAIN_EMA: ["ema.mode=ema"]}  # configs/semi/study.yam
 
 
 def commands(row: Row, dataset: str, nproc: int) -> list[list[str]]:
-    """Data (bundled ones), split, stage 1 (where it has one), 2 and 3 as argument lists; what an earlier call did is reused."""
+    """The commands that produce a row, in order.
+
+    Args:
+        row: The row.
+        dataset: `imagenet`, or the name of a bundled dataset.
+        nproc: Processes for each stage.
+
+    Returns:
+        Argument lists: convert (bundled datasets only), split, stage 1 (Semi-ViM on ImageNet only), stage 2, stage 3.
+    """
     small = dataset != "imagenet"
     data = Path("data") / dataset
     split = data / f"table-{row.pool}.json"
@@ -61,9 +74,8 @@ def commands(row: Row, dataset: str, nproc: int) -> list[list[str]]:
 
     family = row.model.partition("_")[0]
     parent = f"table-{dataset}-{family if small else row.model}-{row.pool}"
-    judged = [f"data.test={data / ('test' if small else 'val')}", f"data.split={split}"]
-    begun = f"init_from={RUNS / parent / 'distill' / 'export'}"
-    chosen = [*judged, begun]
+    evaluated = [f"data.test={data / ('test' if small else 'val')}", f"data.split={split}"]
+    from_parent = [*evaluated, f"init_from={RUNS / parent / 'distill' / 'export'}"]
     if small:
         configs, (first, method) = ("study", "study"), SMALL[family]
         own = [value for given in row.values for value in SMALL_EMA.get(given, [given])]
@@ -80,17 +92,26 @@ def commands(row: Row, dataset: str, nproc: int) -> list[list[str]]:
     if family == "semivim" and not small:
         values = [f"model.name={row.model}", *pretraining()]
         plan.append(stage("arm", "imagenet_semivim_base", f"table-{dataset}-{row.model}", values))
-    plan.append(stage("distill", configs[0], parent, [*judged, *first]))
-    plan.append(stage("semi", configs[1], experiment(row, dataset), [*chosen, *second]))
+    plan.append(stage("distill", configs[0], parent, [*evaluated, *first]))
+    plan.append(stage("semi", configs[1], experiment(row, dataset), [*from_parent, *second]))
     return plan
 
 
 def experiment(row: Row, dataset: str) -> str:
+    """The name of the experiment that holds a row's stage 3."""
     return f"table-{dataset}-{row.name}"
 
 
 def results(asked: Sequence[Row], dataset: str) -> Table:
-    """Reported and ours; of a sweep the tau that the validation part chooses among those that have been run."""
+    """Our results beside the reported ones.
+
+    Args:
+        asked: The rows of the table.
+        dataset: The dataset that ours were run on.
+
+    Returns:
+        One line per row. In a sweep of tau, the row with the best validation accuracy so far is marked as chosen.
+    """
     validated = {row.name: _validation(row, dataset) for row in asked}
     cells = []
     for row in asked:
@@ -110,35 +131,45 @@ def results(asked: Sequence[Row], dataset: str) -> Table:
 
 
 def _sweep(row: Row) -> str:
-    """What a row of the sweep of tau is compared within; empty for the other rows."""
+    """The sweep of tau that a row belongs to; empty for the other rows."""
     return row.name.rpartition("-")[0] if row.name.startswith("T3-") else ""
 
 
 def _ours(row: Row, dataset: str) -> str:
-    path = RUNS / experiment(row, dataset) / "semi" / "evaluation.json"
-    if not path.is_file():
+    folder = RUNS / experiment(row, dataset) / "semi"
+    if not (folder / "evaluation.json").is_file():
         return ""
-    found = json.loads(path.read_text())["models"]["teacher"]
-    top1 = "top1_seen" if "top1_seen" in found else "top1"  # classes that were never trained on are judged apart
+    found = evaluation(folder)["teacher"]
+    top1 = "top1_seen" if "top1_seen" in found else "top1"  # classes without training images are evaluated separately
     names = (top1, "head", "tail") if "/" in row.reported else (top1,)
     return "/".join(f"{found[name]:.2f}" for name in names)
 
 
 def _validation(row: Row, dataset: str) -> float | None:
-    """The teacher's after the last step; None where the row has not been run to its end."""
+    """The teacher's validation top-1 after the last step; None if the row is not complete."""
     folder = RUNS / experiment(row, dataset) / "semi"
     if not (folder / "evaluation.json").is_file():
         return None
-    said = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return next((line["val/teacher_top1"] for line in reversed(said) if "val/teacher_top1" in line), None)
+    logged = metrics(folder)
+    return next((line["val/teacher_top1"] for line in reversed(logged) if "val/teacher_top1" in line), None)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m studies.tables", description=__doc__.splitlines()[0])
+    """Run the rows that were asked for, print the table and write it.
+
+    Args:
+        arguments: Words of the command line; None reads those of this process.
+
+    Returns:
+        The exit code of the first command that failed, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m studies.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("row", nargs="?", metavar="ROW", help="a name, or how the names of several rows begin")
     parser.add_argument("--dataset", choices=["imagenet", "letters", "digits"], default="imagenet")
-    parser.add_argument("--nproc", type=int, default=1)
-    parser.add_argument("--print", action="store_true", help="the commands, without starting them")
+    parser.add_argument("--nproc", type=int, default=1, help="processes for each stage (default 1)")
+    parser.add_argument("--print", action="store_true", help="print the commands without starting them")
     args = parser.parse_args(arguments)
     asked = [row for row in rows() if row.name.startswith(args.row or "")]
     if not asked:

@@ -1,90 +1,111 @@
-"""The model card: what an export says of itself. Readable without torch, so parents are checked before any start.
+"""The model card of an export. It is readable without torch, so the launcher checks parents before it starts anything.
 
 EXPORT/
-  model.json          this card; written last, so an export without it is incomplete
-  README.md           the same for people, in Hugging Face's form
-  config.json         the same for timm, if it knows the model
-  model.safetensors   the weights, fp32
-  fingerprint.safetensors   a few images and what the model said of them: whoever loads it must get the same answer
-  labels/HASH.npy     for every label split seen by the model, its parents or its teacher: the labelled positions
+  model.json                this card
+  README.md                 the same for people, in Hugging Face's form
+  config.json               the same for timm, if timm knows the model
+  model.safetensors         the weights, fp32
+  fingerprint.safetensors   `images` and the model's `outputs` for them; a loaded model must return the same outputs
+  labels/SPLIT.npy          sample indices of the labelled images, for every label split that the model, its parents or
+                            its teacher have seen
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from pipeline.config import Strict
-from pipeline.errors import HandoverError
+from pipeline.errors import ConfigError, HandoverError
 from pipeline.files import sha256_of
 from pipeline.models.config import DecoderConfig, ModelConfig
 
-WEIGHTS, PROBE, CARD = "model.safetensors", "fingerprint.safetensors", "model.json"
+WEIGHTS, FINGERPRINT, CARD = "model.safetensors", "fingerprint.safetensors", "model.json"
+# Excluded from the card's hash: itself, and where a parent lay.
+_UNSEALED: Any = {"card_sha256": True, "lineage": {"parents": {"__all__": {"path"}}}}
 
 
 class Preprocessing(Strict):
-    """How pixels reached the model: values in [0, 1], minus mean, over std, per channel."""
+    """How pixels become the model's input: values in [0, 1], minus mean, over std, per channel."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 class LabelsSeen(Strict):
-    """One label split that has shaped the weights. `dataset` is the manifest's hash; `external` weights name none."""
+    """One label split that has shaped the weights."""
 
-    split: str
-    protocol: str
-    count: int
-    dataset: str | None
-    positions_sha256: str = Field("", description="of labels/SPLIT.npy")
+    split: str = Field(description="hash of the split; for weights from outside, a name")
+    protocol: str = Field(description="how the split was made, for people")
+    count: int = Field(description="labelled images; 0 if unknown")
+    dataset: str | None = Field(description="hash of the manifest; null for weights from outside")
+    sample_indices_sha256: str = Field("", description="SHA-256 of labels/SPLIT.npy")
 
 
 class Parent(Strict):
-    role: str  # init_from or teacher
-    path: str
-    weights_sha256: str
+    """An export or file whose weights this model started from or learnt from. Its identity is the hash."""
+
+    role: str = Field(description="init_from or teacher; for a converted file, its layout")
+    path: str = Field(description="where it was read from; information only, it may have moved since")
+    weights_sha256: str = Field(description="SHA-256 of the parent's weights file")
 
 
 class Lineage(Strict):
+    """What the weights were made from. Configs, data, splits and parents are named by hash."""
+
     stage: str
-    config_sha256: str
-    commit: str
-    dataset: str
-    split: str | None
+    config_sha256: str = Field(description="SHA-256 of the config fields that are the run's identity")
+    commit: str = Field(description="git commit of the code")
+    dataset: str = Field(description="hash of the manifest of the training images")
+    split: str | None = Field(description="hash of the split; null if all images were labelled")
     parents: tuple[Parent, ...]
 
 
 class Card(Strict):
+    """What an export says of itself."""
+
     format: Literal[1] = 1
     kind: Literal["classifier", "pretrainer"]
     model: ModelConfig
-    decoder: DecoderConfig | None = None
-    classes: tuple[str, ...]
+    decoder: DecoderConfig | None = Field(None, description="of a pretrainer")
+    classes: tuple[str, ...] = Field(description="names, in the order of the logits; empty for a pretrainer")
     class_counts: tuple[int, ...] = Field((), description="labelled training images of each class")
-    class_groups: dict[str, tuple[int, ...]] = Field(default_factory=dict, description="head, medium, tail; ood")
+    class_groups: dict[str, tuple[int, ...]] = Field(
+        default_factory=dict, description="class indices of the groups head, medium, tail and ood"
+    )
     eval_batch: int = Field(
-        256, ge=1, description="images per process and step when judged: other sizes round otherwise"
+        256, ge=1, description="images per process and step of an evaluation; other sizes round differently"
     )
     preprocessing: Preprocessing
     weights_sha256: str
     fingerprint_sha256: str
     lineage: Lineage
     labels_seen: tuple[LabelsSeen, ...]
-    more_labels_than_claimed: bool = False
-    metrics: dict[str, float] = Field(default_factory=dict)
-    card_sha256: str = Field("", description="of all the above: a card that was edited says so")
+    more_labels_than_claimed: bool = Field(
+        False, description="whether the model, a parent or a teacher has seen labels outside the split"
+    )
+    metrics: dict[str, float] = Field(default_factory=dict, description="last validation and test results")
+    card_sha256: str = Field("", description="SHA-256 of all fields above except the parents' paths; shows edits")
 
     @classmethod
     def read(cls, folder: Path, remedy: str = "") -> Self:
-        """The card of a complete export. Raises HandoverError naming what is missing; `remedy` is the command that makes it."""
+        """Read the card of a complete export; `verify` then proves the files.
+
+        Args:
+            folder: The export.
+            remedy: Command that makes the export, for the error's sentence.
+
+        Raises:
+            HandoverError: If the folder or one of its files is missing, or the card cannot be read.
+        """
         path = folder / CARD
         hint = f"; make it with: {remedy}" if remedy else ""
         if not folder.is_dir():
             raise HandoverError(f"no export at {folder}{hint}")
-        for name in (CARD, WEIGHTS, PROBE):
+        for name in (CARD, WEIGHTS, FINGERPRINT):
             if not (folder / name).is_file():
                 raise HandoverError(f"the export {folder} is incomplete: {name} is missing{hint}")
         try:
@@ -93,52 +114,78 @@ class Card(Strict):
             raise HandoverError(f"{path} is not a model card: {str(error).splitlines()[0]}{hint}") from None
 
     def sealed(self) -> Self:
-        """The card with its own hash."""
+        """Return the card with its own hash."""
         return self.model_copy(update={"card_sha256": self._digest()})
 
     def _digest(self) -> str:
-        values = self.model_dump(mode="json", exclude={"card_sha256"})
+        values = self.model_dump(mode="json", exclude=_UNSEALED)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def verify(self, folder: Path) -> None:
-        """Raises HandoverError unless the card and every file's bytes are those that were exported."""
+        """Prove that the card and the bytes of every file are those that were exported.
+
+        Raises:
+            HandoverError: If a file is missing or its hash differs.
+        """
         if self.card_sha256 != self._digest():
             raise HandoverError(
                 f"{folder / CARD} is damaged or was edited: its values do not match its own hash; export it again"
             )
-        expected = {WEIGHTS: self.weights_sha256, PROBE: self.fingerprint_sha256}
-        expected |= {f"labels/{seen.split}.npy": seen.positions_sha256 for seen in self.labels_seen if seen.dataset}
+        expected = {WEIGHTS: self.weights_sha256, FINGERPRINT: self.fingerprint_sha256}
+        expected |= {
+            f"labels/{seen.split}.npy": seen.sample_indices_sha256 for seen in self.labels_seen if seen.dataset
+        }
         for name, digest in expected.items():
             if not (folder / name).is_file():
                 raise HandoverError(f"the export {folder} is incomplete: {name} is missing; export it again")
             found = sha256_of(folder / name)
             if found != digest:
                 raise HandoverError(
-                    f"{folder / name} is damaged: its sha256 is {found[:12]}…, the card says {digest[:12]}…; export it again"
+                    f"{folder / name} is damaged: its SHA-256 is {found[:12]}…, the card says {digest[:12]}…; export it again"
                 )
 
+    def check_classifier(self, folder: Path) -> None:
+        """Raise ConfigError unless the export holds a classifier."""
+        if self.kind != "classifier":
+            raise ConfigError(f"{folder} holds a pretrainer, which names no classes; give the export of a classifier")
+
     def check_preprocessing(self, wanted: Preprocessing, folder: Path) -> None:
+        """Raise HandoverError unless the model was trained on pixels that were prepared in the wanted way."""
         if self.preprocessing != wanted:
+            there, here = (f"mean {list(p.mean)} and std {list(p.std)}" for p in (self.preprocessing, wanted))
             raise HandoverError(
-                f"{folder} was trained on pixels with {self.preprocessing}, this run prepares them with {wanted};"
-                " set data.mean and data.std alike"
+                f"{folder} was trained on pixels normalised by {there}, this run uses {here};"
+                " set data.mean and data.std to the export's values"
             )
 
     def check_classes(self, classes: tuple[str, ...], folder: Path) -> None:
-        """A classifier must know the dataset's classes, in their order; a pretrainer knows none."""
+        """Raise HandoverError unless a classifier has the dataset's classes in their order. A pretrainer has none."""
         if self.kind == "classifier" and self.classes != classes:
             raise HandoverError(
                 f"{folder} knows {len(self.classes)} classes ({_some(self.classes)}), the dataset has {len(classes)}"
-                f" ({_some(classes)}); start from an export trained on these classes"
+                f" ({_some(classes)}); start from an export that was trained on these classes"
             )
 
     def check_labels(self, folder: Path, dataset: str, labelled: np.ndarray, allow_more: bool) -> bool:
-        """True if weights have seen labels outside `labelled`; raises HandoverError then, unless `allow_more`."""
+        """Compare the labels that the weights have seen with those that a stage claims to use.
+
+        Args:
+            folder: The export.
+            dataset: Hash of the stage's manifest.
+            labelled: Sample indices of the stage's labelled images.
+            allow_more: Whether other labels are accepted.
+
+        Returns:
+            Whether the weights have seen labels outside `labelled`.
+
+        Raises:
+            HandoverError: If they have and `allow_more` is false.
+        """
         for seen in self.labels_seen:
             inside = seen.dataset == dataset and np.isin(sample_indices_seen(folder, seen), labelled).all()
             if not inside and not allow_more:
                 raise HandoverError(
-                    f"{folder} (or what it came from) has seen labels outside this stage's {len(labelled)}: {seen.count} of"
+                    f"{folder} or one of its parents has seen labels outside this stage's {len(labelled)}: {seen.count} of"
                     f" '{seen.protocol}'; start from another export, or set allow_more_labels=true to mark the result"
                 )
             if not inside:
@@ -147,7 +194,7 @@ class Card(Strict):
 
 
 def sample_indices_seen(folder: Path, seen: LabelsSeen) -> np.ndarray:
-    """The labelled positions of one split that a verified export has seen."""
+    """Return the sample indices of the labelled images of one split that a verified export has seen."""
     return np.load(folder / "labels" / f"{seen.split}.npy", allow_pickle=False)
 
 

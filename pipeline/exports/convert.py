@@ -1,4 +1,4 @@
-"""Released weights into an export of ours: the model told by the shapes, every key in its place or named."""
+"""Convert released weights to an export. The shapes tell the model; every key is placed, or the file is refused."""
 
 import logging
 from collections.abc import Iterable
@@ -18,17 +18,28 @@ from pipeline.files import sha256_of
 logger = logging.getLogger(__name__)
 
 IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-NUM_PROBE_IMAGES = 2
+NUM_FINGERPRINT_IMAGES = 2
 
 
 def convert(
     path: Path, folder: Path, *, entry: str | None = None, image_size: ImageSize = None, classes: tuple[str, ...] = ()
 ) -> Card:
-    """Write the weights in the released file `path` (as `read_weights` finds them) as an export; returns its card.
+    """Write the weights of a released file as an export.
 
-    `image_size` (height, width) decides where positions do not (no square; patches that overlap). `classes` names the
-    outputs of a classifier, in order; none: their numbers. Raises HandoverError for a file that is damaged, wants to
-    run code, or does not fit to the last key; ConfigError for a folder that is taken or the wrong number of names.
+    Args:
+        path: The file, which `read_weights` reads.
+        folder: The export, which must not exist.
+        entry: Key of the weights in a checkpoint, as for `read_weights`.
+        image_size: Height and width in pixels, where the number of patches does not tell them (patches that overlap or
+            do not lie in a square).
+        classes: Names of a classifier's classes, in the order of the logits; empty = their numbers.
+
+    Returns:
+        The export's card.
+
+    Raises:
+        ConfigError: If the folder exists, or the number of names is wrong.
+        HandoverError: If the file is damaged, could run code, or has a key that does not fit.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give --out a folder that does not")
@@ -62,21 +73,29 @@ def convert(
         labels_seen=() if decoder else (_labels_of(path, digest),),
     )
     ours = rename(weights, layout, card, path)
-    pictures = torch.randn(
-        NUM_PROBE_IMAGES, model.in_chans, *model.image_size, generator=torch.Generator().manual_seed(0)
+    fingerprint_images = torch.randn(
+        NUM_FINGERPRINT_IMAGES, model.in_chans, *model.image_size, generator=torch.Generator().manual_seed(0)
     )
-    card = write_export(folder, card=card, weights=ours, fingerprint_images=pictures, labels={})
+    card = write_export(folder, card=card, weights=ours, fingerprint_images=fingerprint_images, labels={})
     count = sum(value.numel() for value in ours.values()) / 1e6
-    spelt = ", ".join(f"{name} {value}" for name, value in model if value not in (None, "none", False))
-    logger.info("%s: %s, %.2f M values: %s", path, layout.name, count, spelt)
-    logger.info(
-        "%d keys in place, %d computed here and found equal; nothing left over", len(ours), len(weights) - len(ours)
-    )
+    fields = ", ".join(f"{name} {value}" for name, value in model if value not in (None, "none", False))
+    logger.info("%s: %s, %.2f M values: %s", path, layout.name, count, fields)
+    logger.info("%d tensors loaded, %d computed here and equal, none left over", len(ours), len(weights) - len(ours))
     return card
 
 
 def rename(weights: dict[str, Tensor], layout: Layout, card: Card, path: Path) -> dict[str, Tensor]:
-    """The weights under our names, whole: raises HandoverError that names every key without a place, missing or misshapen."""
+    """Return all weights under our names.
+
+    Args:
+        weights: Tensors by released name.
+        layout: How the release names them.
+        card: Describes the model.
+        path: The released file, for messages.
+
+    Raises:
+        HandoverError: If a key has no place, is missing or has another shape. The sentence names them all.
+    """
     with torch.device("meta"):
         model = build_from_card(card)
     wanted, computed = model.state_dict(), layout.computed(model)
@@ -100,22 +119,22 @@ def rename(weights: dict[str, Tensor], layout: Layout, card: Card, path: Path) -
     if len(ours) < len(wanted) and not wrong:
         wrong.append(f"{_list(set(wanted) - set(ours))} missing")
     if wrong:
-        raise HandoverError(f"{path} is laid out like {layout.name}, but not to the last key: {'; '.join(wrong)}")
+        raise HandoverError(f"{path} has the layout {layout.name}, but not all of its keys fit: {'; '.join(wrong)}")
     return ours
 
 
 def _labels_of(path: Path, digest: str) -> LabelsSeen:
-    """Foreign weights have seen labels nobody can enumerate."""
+    """Released weights have seen labels that nobody can enumerate."""
     return LabelsSeen(
         split=f"released-{digest[:12]}", protocol=f"whatever {path.name} was trained on", count=0, dataset=None
     )
 
 
 def _long_sides(tensor: Tensor) -> list[int]:
-    """Its shape without sides of 1: EfficientViM's norms are (1, D, 1) as released."""
+    """Return the shape without dimensions of size 1: EfficientViM's released norms are (1, D, 1)."""
     return [side for side in tensor.shape if side != 1]
 
 
 def _list(keys: Iterable[str]) -> str:
-    """All the names, those of the blocks once."""
+    """List the names; a name that all blocks share appears once."""
     return ", ".join(sorted({starred(key) for key in keys}))

@@ -1,6 +1,6 @@
-"""What others read in an export: README.md, a model card in Hugging Face's form, and config.json, by which timm builds it.
+"""Files of an export that others read: README.md, a model card in Hugging Face's form, and config.json for timm.
 
-Both are made of what model.json says; no code of ours reads them.
+Both are made from model.json. No code of ours reads them.
 """
 
 import json
@@ -14,12 +14,11 @@ from pipeline.models.timm_model import TimmModel
 
 README = "README.md"
 TIMM_CONFIG = "config.json"
-CROP_SHARE = 0.875  # of `eval_views`, of which timm's evaluation transform is one
-_EXAMPLE = """from pathlib import Path
+CROP_SHARE = 0.875  # of `eval_views`; timm's evaluation transform does the same with it
+_EXAMPLE = """import pipeline
 
-from pipeline.predict import predict
-
-predict(Path("{folder}"), [Path("image.jpg")], top=5, cam=None)"""
+for prediction in pipeline.load("{folder}").predict("image.jpg"):
+    print(prediction)"""
 _WITH_TIMM = """import timm
 
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
@@ -27,7 +26,7 @@ view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
 
 
 def timm_config(card: Card, model: nn.Module) -> dict[str, Any] | None:
-    """What `timm.create_model("local-dir:EXPORT", pretrained=True)` reads, or None for a model that timm does not know."""
+    """Return what `timm.create_model("local-dir:EXPORT", pretrained=True)` reads, or None if timm lacks the model."""
     if card.kind != "classifier":
         return None
     if isinstance(model, TimmModel):
@@ -65,9 +64,14 @@ def _as_released(c: EfficientViMConfig) -> bool:
 
 
 def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
-    """Markdown with a YAML header; `for_timm`: the folder has a config.json.
+    """Return README.md: Markdown with a YAML header.
 
-    Values are JSON, which is YAML too, so that no name of a class can break it.
+    The header's values are JSON, which is valid YAML, so that no class name can break it.
+
+    Args:
+        card: The export's card.
+        folder: Name of the export's folder, for the examples.
+        for_timm: Whether the folder has a config.json.
     """
     classifier = card.kind == "classifier"
     header = {
@@ -79,24 +83,25 @@ def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
     height, width = card.model.image_size
     lines += [f"# {card.model.name}, stage {card.lineage.stage}", ""]
     lines += [
-        f"A {card.kind} for images of {height} x {width} pixels"
+        f"A {card.kind} for images of {height} x {width} pixels (height x width)"
         + (f", {len(card.classes)} classes." if classifier else ".")
     ]
     lines += ["", "| | |", "|---|---|"]
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (card.preprocessing.mean, card.preprocessing.std))
     rows = {
-        "preprocessing": f"shorter side to {height} / {CROP_SHARE} (bicubic), centre crop, pixels in [0, 1] minus {mean},"
-        f" over {std}",
+        "preprocessing": f"resize the shorter side to {height} / {CROP_SHARE} (bicubic), centre crop,"
+        f" then (pixels in [0, 1] - mean) / std with mean {mean} and std {std}",
         "weights": f"`model.safetensors`, fp32, sha256 `{card.weights_sha256}`",
         "data": f"manifest `{card.lineage.dataset}`"
         + (f", split `{card.lineage.split}`" if card.lineage.split else ""),
+        "fingerprint": f"`fingerprint.safetensors`, images and outputs to compare with, sha256 `{card.fingerprint_sha256}`",
         "parents": "; ".join(f"{p.role} `{p.weights_sha256[:16]}`" for p in card.lineage.parents) or "none",
         "labels seen": "; ".join(f"{s.count} ({s.protocol})" for s in card.labels_seen) or "none",
         "commit": f"`{card.lineage.commit}`",
     }
     lines += [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]
     if card.more_labels_than_claimed:
-        lines += ["", "**It has seen more labels than its split claims.**"]
+        lines += ["", "**This model has seen more labels than its split claims.**"]
     if card.metrics:
         lines += ["", "| measured | |", "|---|---:|", *(f"| {k} | {v:.4g} |" for k, v in card.metrics.items())]
     if classifier:

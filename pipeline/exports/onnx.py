@@ -1,21 +1,21 @@
-"""A model as an ONNX file with a free batch size. Needs requirements-onnx.txt.
+"""A classifier as an ONNX file with a free batch size. Needs the packages onnx and onnxruntime.
 
-What the format allows: EfficientViM (fused), VSSD, and timm's models that torch can trace. Not Vision Mamba: its scan is no
-operator of ONNX, and unrolled it would be thousands of nodes a block.
+EfficientViM (fused), VSSD and the timm models that torch can trace are supported. Vision Mamba is not: ONNX has no
+operator for its scan, which would unroll into thousands of nodes a block.
 """
 
 import json
-import os
 import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
-from pipeline.exports.card import PROBE
-from pipeline.exports.export import PROBE_TOLERANCE, load_export
+from pipeline.exports.card import FINGERPRINT
+from pipeline.exports.export import load_classifier
+from pipeline.exports.fingerprint import TOLERANCE, Fingerprint
+from pipeline.files import replacing
 from pipeline.models.efficientvim.fused import fuse
 from pipeline.models.efficientvim.model import EfficientViM
 
@@ -23,10 +23,21 @@ OPSET = 17
 
 
 def export_to_onnx(folder: Path, out: Path) -> float:
-    """The classifier of an export as the ONNX file `out`, whole or absent; its relative error on the stored probe batch.
+    """Write the classifier of an export as an ONNX file, whole or absent.
 
-    The error is what ONNX Runtime answers on the CPU against what the export says it should. Classes and preprocessing go into
-    the file's metadata, as JSON. Raises ConfigError for a model that ONNX cannot hold, HandoverError for a wrong answer.
+    Classes, mean and std are in the file's metadata, as JSON.
+
+    Args:
+        folder: The export.
+        out: The file, NAME.onnx. An existing one is replaced.
+
+    Returns:
+        The relative error of ONNX Runtime's logits, on the CPU, for the fingerprint batch.
+
+    Raises:
+        ConfigError: If `out` does not end in .onnx, or ONNX cannot hold the model.
+        EnvironmentProblem: If a package is missing.
+        HandoverError: If the export does not load, or the error exceeds the tolerance.
     """
     if out.suffix != ".onnx":
         raise ConfigError(f"--out {out}: give a name that ends in .onnx")
@@ -35,19 +46,11 @@ def export_to_onnx(folder: Path, out: Path) -> float:
     import onnx
     import onnxruntime
 
-    model, card = load_export(folder)
-    if card.kind != "classifier":
-        raise ConfigError(f"{folder} is a {card.kind}, which answers nothing by itself; give a classifier's export")
-    temporary = out.with_name(f".{out.name}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    model, card = load_classifier(folder)
+    with replacing(out) as temporary:
         try:
             write_onnx(fuse(model) if isinstance(model, EfficientViM) else model, temporary, card.model.image_size)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as refusal:  # torch's errors of tracing and of the format are these
+        except (RuntimeError, TypeError, ValueError) as refusal:  # tracing and the exporter raise these
             reason = str(refusal).strip().splitlines()[-1][:200]
             raise ConfigError(
                 f"{card.model.name} cannot be written as ONNX ({reason}); efficientvim_*, vssd_* and most of timm can"
@@ -56,15 +59,14 @@ def export_to_onnx(folder: Path, out: Path) -> float:
         about = {"classes": card.classes, "mean": card.preprocessing.mean, "std": card.preprocessing.std}
         onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in about.items()})
         onnx.save(graph, temporary)
-        probe = load_file(folder / PROBE)
+        fingerprint = Fingerprint.read(folder / FINGERPRINT)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-        answer = torch.from_numpy(session.run(None, {"images": probe["images"].numpy()})[0])
-        error = float((answer - probe["answer"]).abs().max() / probe["answer"].abs().max().clamp(min=1e-12))
-        if not error <= PROBE_TOLERANCE:
-            raise HandoverError(f"{folder} as ONNX answers its probe batch with a relative error of {error:.1e}")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+        error = fingerprint.error(torch.from_numpy(session.run(None, {"images": fingerprint.images.numpy()})[0]))
+        if not error <= TOLERANCE:
+            raise HandoverError(
+                f"{folder} is not written as ONNX: the file's outputs for the fingerprint batch have a relative error of"
+                f" {error:.1e} (allowed {TOLERANCE:.0e}); use other versions of torch and onnxruntime"
+            )
     return error
 
 
@@ -78,15 +80,25 @@ def _need(package: str) -> None:
 
 
 def write_onnx(model: nn.Module, path: Path, image_size: tuple[int, int]) -> Path:
-    """`model` (in eval mode; EfficientViM best fused, not packed) for images (batch, 3, *image_size), fp32.
+    """Write a model as an ONNX file with the input `images` and the output `logits`, fp32.
 
-    Input `images`, output `logits`. Height and width are fixed: static shapes are what runtimes are fast with.
-    Raises EnvironmentProblem without the package onnx.
+    Only the batch size is free: runtimes are fastest with static shapes.
+
+    Args:
+        model: The classifier; EfficientViM best fused, not packed.
+        path: The file.
+        image_size: Height and width of the images, in pixels.
+
+    Returns:
+        `path`.
+
+    Raises:
+        EnvironmentProblem: If the package onnx is missing.
     """
-    _need("onnx")  # the exporter's
+    _need("onnx")  # torch's exporter uses it
     images = torch.zeros(2, 3, *image_size)
     with warnings.catch_warnings():
-        # The exporter by tracing is announced as old; the new one needs onnxscript and leaves more transposes in the graph.
+        # torch calls its tracing exporter old; the new one needs onnxscript and leaves more transposes in the graph.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model.eval(),

@@ -1,19 +1,24 @@
-"""timm's weights brought to disk beforehand, for nodes without a network: the only place that downloads anything.
+"""Download timm's weights to disk, for nodes without a network. This is the only module that downloads anything.
 
-No training does: it reads the file that this leaves, and says how to get it where it is missing. Free of torch until used.
+A training reads the file that this leaves, and says how to get it where it is missing. timm and torch are imported late.
 """
 
-import os
 from pathlib import Path
 
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
+from pipeline.files import replacing
 from pipeline.models.config import TIMM_PREFIX
 
 COMMAND = "python -m pipeline.models prefetch"
 
 
 def missing_weights(path: Path, name: str) -> HandoverError:
-    """What to say where a model (by its config's name, with the prefix `timm/` for timm's) finds no file at `path`."""
+    """Return the error for a model without its weights file.
+
+    Args:
+        path: Where the file was expected.
+        name: The model's name in the config, with the prefix `timm/` for timm's.
+    """
     bare = name.removeprefix(TIMM_PREFIX)
     remedy = f", or run {COMMAND} {bare} --out {path.parent} where there is a network" if bare != name else ""
     return HandoverError(
@@ -22,10 +27,18 @@ def missing_weights(path: Path, name: str) -> HandoverError:
 
 
 def prefetch(name: str, folder: Path) -> Path:
-    """Download the weights that timm has for `name` (model.tag; without a tag its default) to `folder`/NAME.safetensors.
+    """Download timm's weights of a model to `folder`/NAME.safetensors, whole or absent. An existing file is kept.
 
-    The file is whole or absent; one that is there already is kept. Raises ConfigError for a name without weights,
-    EnvironmentProblem where the hub cannot be reached.
+    Args:
+        name: timm's name of the model and its weights, as in resnet50.a1_in1k; without a tag, timm's default weights.
+        folder: Where to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: If timm has no weights of this name.
+        EnvironmentProblem: If the hub cannot be reached.
     """
     from pipeline.ops.torchvision_cpu import allow_torchvision
 
@@ -42,7 +55,9 @@ def prefetch(name: str, folder: Path) -> Path:
         known = timm.list_models(f"{model}*", pretrained=True) or timm.list_models(
             f"{model.split('_')[0]}*", pretrained=True
         )
-        raise ConfigError(f"timm has no weights for {bare!r}" + (f"; near it: {', '.join(known[:5])}" if known else ""))
+        raise ConfigError(
+            f"timm has no weights for {bare!r}" + (f"; similar names: {', '.join(known[:5])}" if known else "")
+        )
     try:
         weights = timm.create_model(bare, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
@@ -51,8 +66,6 @@ def prefetch(name: str, folder: Path) -> Path:
             f"the weights of {bare} could not be downloaded ({said}); run {COMMAND} {bare} --out FOLDER"
             f" where there is a network, and copy {path.name} to {folder}"
         ) from None
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.tmp"
-    save_file({key: value.contiguous() for key, value in weights.items()}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({key: value.contiguous() for key, value in weights.items()}, temporary)
     return path

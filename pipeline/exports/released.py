@@ -1,10 +1,10 @@
-"""How others lay out their released weights: the names, and what the shapes say of the model.
+"""Layouts of released weights: their names, and what their shapes tell about the model.
 
-A layout is told by a key that only its files hold, and `LAYOUTS` lists all that `convert` reads. Names are given with `*`
-for a block's number. Sources: the released Vim, ARM and EfficientViM checkpoints, as their authors' repositories lay them out.
+A key that only one layout has tells it, and `LAYOUTS` lists all layouts that `convert` reads. In names, `*` is the number
+of a block. Sources: the released Vim, ARM and EfficientViM checkpoints, in the layout of their authors' repositories.
 
-Not in any shape, so assumed: the decoder's heads are 64 wide, and of its three norms `norm2_1` is the queries', `norm2_2`
-the features', `norm2` the MLP's.
+No shape tells the following, so it is assumed: heads of ARM's decoder are 64 wide, and its norms `norm2_1`, `norm2_2` and
+`norm2` belong to the queries, the features and the MLP.
 """
 
 import math
@@ -24,15 +24,22 @@ from pipeline.models.vision_mamba.position_embedding import sincos_position_embe
 
 Weights = Mapping[str, Tensor]
 ImageSize = tuple[int, int] | None
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a block
+_BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 HEAD_WIDTH = 64
 NUM_TAPS = 4
 _USUAL_SIDE = 224  # pixels of the images that Vim's released models were trained on
 
 
 class Layout(NamedTuple):
-    """`describe`: the config that the shapes spell, at an image size if they leave it open. `names`: released key -> ours;
-    none: they are alike. `computed`: what a file holds beside weights, and what our model has there: compared, not loaded."""
+    """How one project names its released weights.
+
+    Attributes:
+        name: For people.
+        told_by: A key that only files of this layout have.
+        describe: Maps the weights, and the image size if they leave it open, to the model's config.
+        names: Released key -> our key; None = they are equal.
+        computed: Maps our model to the constants that files hold besides weights. They are compared, not loaded.
+    """
 
     name: str
     told_by: str
@@ -41,35 +48,37 @@ class Layout(NamedTuple):
     computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
 
     def our_name(self, key: str) -> str | None:
-        """What a released key is called here; none: it has no place."""
+        """Return our name of a released key, or None if it has no place."""
         if self.names is None:
             return key
         ours = self.names.get(starred(key))
-        number = _NUMBER.search(key)
+        number = _BLOCK_NUMBER.search(key)
         return ours.replace("*", number.group()) if ours and number else ours
 
 
 def starred(key: str) -> str:
-    """layers.3.norm.weight -> layers.*.norm.weight"""
-    return _NUMBER.sub("*", key, count=1)
+    """Replace the block's number: layers.3.norm.weight -> layers.*.norm.weight."""
+    return _BLOCK_NUMBER.sub("*", key, count=1)
 
 
 def layout_of(weights: Weights) -> Layout:
-    """The first layout whose key is there. Raises HandoverError with what is known."""
+    """Return the first layout whose key is there; raise HandoverError with the known layouts otherwise."""
     for layout in LAYOUTS:
         if layout.told_by in weights:
             return layout
     known = ", ".join(f"{layout.name} ({layout.told_by})" for layout in LAYOUTS)
-    raise HandoverError(f"its keys ({_some(weights)}) are of no known layout; known, by the key that tells it: {known}")
+    raise HandoverError(
+        f"its keys ({_some(weights)}) belong to no known layout; known layouts, with the key of each: {known}"
+    )
 
 
 def shape_of(weights: Weights, key: str, dims: int) -> tuple[int, ...]:
-    """Raises HandoverError if the key is missing or its tensor has other than `dims` dimensions."""
+    """Return a tensor's shape; raise HandoverError if it is missing, empty, or has other than `dims` dimensions."""
     if key not in weights:
-        raise HandoverError(f"it lacks {key}, which says how large the model is")
+        raise HandoverError(f"it lacks {key}, which tells how large the model is")
     shape = tuple(weights[key].shape)
     if len(shape) != dims or 0 in shape:
-        raise HandoverError(f"its {key} is {shape}; {dims} dimensions, none of them 0, are needed")
+        raise HandoverError(f"its {key} has the shape {shape}; expected {dims} dimensions, none of them 0")
     return shape
 
 
@@ -101,12 +110,12 @@ _DECODER = {
 }
 _PRETRAINING = {f"dec_block.*.{theirs}": f"blocks.*.{ours}" for theirs, ours in _DECODER.items()}
 _PRETRAINING |= {f"norm_{k + 1}": f"norms.{k}" for k in range(NUM_TAPS)}
-# Rows of enc2dec: decoder block j's are j, j + depth, j + 2 depth, ...; our decoder reads them in that order too.
+# Decoder block j reads the rows j, j + depth, j + 2 depth, ... of enc2dec. Our decoder does the same.
 _PRETRAINING |= {"enc2dec": "to_decoder", "ar_norm": "norm", "ar_pred": "to_pixels"}
 
 
 def _trunk(weights: Weights, image_size: ImageSize, family: str) -> dict[str, Any]:
-    """The fields that the shapes of a Vision Mamba tell."""
+    """Return the fields of a config that the shapes of a Vision Mamba tell."""
     dim, channels, patch, _ = shape_of(weights, "patch_embed.proj.weight", 4)
     inner, states = shape_of(weights, "layers.0.mixer.A_log", 2)
     depth = len({key.split(".")[1] for key in weights if key.startswith("layers.")})
@@ -133,22 +142,22 @@ def _trunk(weights: Weights, image_size: ImageSize, family: str) -> dict[str, An
 
 
 def _geometry(tokens: int, patch: int, image_size: ImageSize) -> tuple[tuple[int, int], int | None]:
-    """Image size and stride (none = patch) that give as many patches; a square image, if none is given."""
+    """Return image size and stride (None = patch) that give `tokens` patches; by default the image is square."""
     if image_size is None:
         side = math.isqrt(tokens)
         if side * side != tokens or not side:
-            raise HandoverError(f"its {tokens} positions are no square; give --image-size HEIGHT WIDTH")
+            raise HandoverError(f"its {tokens} patches do not lie in a square; give --image-size HEIGHT WIDTH")
         if (side - 1) * patch // 2 + patch == _USUAL_SIDE:  # Vim's fine-grained models: patches that overlap by half
             raise HandoverError(
-                f"its {tokens} positions are {side} x {side} patches of {patch} px side by side, or of {_USUAL_SIDE} px"
-                f" overlapping by half; say which: --image-size {side * patch} or --image-size {_USUAL_SIDE}"
+                f"its {side} x {side} patches of {patch} px lie side by side in images of {side * patch} px, or overlap by half"
+                f" in images of {_USUAL_SIDE} px; give --image-size {side * patch} or --image-size {_USUAL_SIDE}"
             )
         return (side * patch, side * patch), None
     for stride in range(patch, 0, -1):
         if math.prod((side - patch) // stride + 1 for side in image_size) == tokens:
             return image_size, stride if stride < patch else None
     raise HandoverError(
-        f"no stride cuts {image_size} pixels into its {tokens} patches of {patch}; give another --image-size"
+        f"no stride cuts {image_size} pixels into its {tokens} patches of {patch} px; give another --image-size"
     )
 
 

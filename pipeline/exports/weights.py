@@ -1,8 +1,8 @@
-"""Weights from outside: a file somebody released, into a model of ours or of timm. Nothing is ever downloaded.
+"""Load a released weights file into a model of ours or of timm. Nothing is downloaded.
 
-A pickle can run code when it is loaded, so torch's restricted unpickler reads it, which knows tensors and plain
-containers, and beside them only ALLOWED. No size that a file claims is made unless the file holds as many values.
-An export of ours is not read here but by `export.load_export`, which knows and proves more.
+A pickle can run code when it is loaded. So torch's restricted unpickler reads it, which knows tensors, plain containers
+and ALLOWED. A tensor is refused if it claims more values than the file holds.
+Exports of ours are read by `export.load_export`, which proves more.
 """
 
 import argparse
@@ -19,22 +19,29 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import HandoverError
-from pipeline.exports.export import Transfer
+from pipeline.exports.transfer import Transfer, misshapen
 
 logger = logging.getLogger(__name__)
 
-# What a pickle may name beside torch's own, and what is made of it: the command line that Vim and ARM keep (attributes, no
-# more), and the settings that EfficientViM keeps, read as the mapping they are.
+# Classes that a pickle may name besides torch's own, and what they become: Vim and ARM store their command line, of which
+# only the attributes are read; EfficientViM stores its settings, which are read as a mapping.
 ALLOWED = ((argparse.Namespace, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode"))
-# Training checkpoints wrap the weights; the averaged ones are those that were reported.
+# Keys under which training checkpoints store weights. The averaged weights come first: papers report those.
 ENVELOPES = ("model_ema", "model", "state_dict")
 
 
 def read_weights(path: Path, entry: str | None = None) -> dict[str, Tensor]:
-    """The tensors by name in a .safetensors file or a torch checkpoint, there under `entry`; none: the first of ENVELOPES,
-    or the whole. Nothing in the file is run. Raises HandoverError for anything but weights."""
+    """Read tensors by name from a .safetensors file or a torch checkpoint. No code in the file runs.
+
+    Args:
+        path: The file.
+        entry: Key of the weights in a checkpoint; None = the first of ENVELOPES that is there, or the whole file.
+
+    Raises:
+        HandoverError: If the file is missing, damaged, or holds anything but weights.
+    """
     if not path.is_file():
-        raise HandoverError(f"no weights at {path}; put the file there: nothing is downloaded")
+        raise HandoverError(f"no weights at {path}; put the file there, since nothing is downloaded")
     state: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     entries = {str(name): value for name, value in state.items()} if isinstance(state, dict) else {}
     wrapped = entry or next((name for name in ENVELOPES if isinstance(entries.get(name), dict)), None)
@@ -43,7 +50,9 @@ def read_weights(path: Path, entry: str | None = None) -> dict[str, Tensor]:
             raise HandoverError(f"{path} has no weights under {wrapped!r}; it holds: {', '.join(entries)[:300]}")
         state = entries[wrapped]
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise HandoverError(f"{path} holds no state dict (names of tensors); known wrappings: {', '.join(ENVELOPES)}")
+        raise HandoverError(
+            f"{path} holds no state dict (tensors by name), neither at its top nor under {', '.join(ENVELOPES)}"
+        )
     hollow = [name for name, v in state.items() if v.untyped_storage().nbytes() < v.numel() * v.element_size()]
     if hollow:
         raise HandoverError(f"{path}: {hollow[0]} claims more values than the file holds")
@@ -63,22 +72,27 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(list(ALLOWED)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text advises to load it all the same
+        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text advises to load the file unsafely
         known = ", ".join(name for _, name in ALLOWED)
         raise HandoverError(
             f"{path} is not read: it holds {named.group(1) if named else 'an unknown instruction'}, and anything but tensors,"
-            f" plain containers and {known} could run code; open it where it is trusted and save its state dict as safetensors"
+            f" plain containers and {known} could run code; if you trust it, load it elsewhere and save its state dict as"
+            " safetensors"
         ) from None
-    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
+    except Exception as error:  # a damaged archive raises errors of many classes
         said = f"{type(error).__name__} {error}".splitlines()[0][:200]
         raise HandoverError(f"{path} is no torch checkpoint, or damaged: {said}") from None
 
 
 def load_weights(model: nn.Module, path: Path) -> Transfer:
-    """Load a released file into `model`. Its classifier may be left behind and made anew, nothing else.
+    """Load a released file into `model`. Only a classifier of other classes may be left behind and initialised anew.
 
-    The model's `convert` gives the file's tensors its own names, `fresh` names what may be new.
-    Raises HandoverError for any other key or shape that does not fit.
+    Args:
+        model: Has `convert`, which renames the file's tensors, and `fresh`, which names what may be new.
+        path: The weights file.
+
+    Raises:
+        HandoverError: If any other key is missing or left over, or a shape differs.
     """
     weights, wanted = model.convert(read_weights(path)), model.state_dict()  # type: ignore[operator]
     fresh: tuple[str, ...] = model.fresh()  # type: ignore[operator]
@@ -86,14 +100,11 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
     weights = {k: v for k, v in weights.items() if k not in dropped}
     problems = [f"{k} is missing" for k in wanted if k not in weights and not _may_lack(k, fresh)]
     problems += [f"{k} has no place here" for k in weights if k not in wanted]
-    problems += [
-        f"{k} is {tuple(weights[k].shape)} there and {tuple(v.shape)} here"
-        for k, v in wanted.items()
-        if k in weights and weights[k].shape != v.shape
-    ]
+    problems += misshapen(weights, wanted)
     if problems:
         raise HandoverError(
-            f"{path} does not fit this model: {problems[0]} ({len(problems)} such); choose the model it was made for"
+            f"{path} does not fit this model: {problems[0]} ({len(problems)} such problems); set model.* to the model that the"
+            " file was made for"
         )
     model.load_state_dict(weights, strict=False)
     report = Transfer(

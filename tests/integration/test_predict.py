@@ -1,15 +1,23 @@
-"""An image file classified from the shell, beside files that are none."""
+"""Images classified from the shell and from Python, beside files that are no images."""
 
+import io
 import subprocess
 import sys
-import tarfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+import pipeline
+from pipeline.errors import ConfigError, DataError, HandoverError
+from pipeline.streaming.transforms import eval_views
+from tests.conftest import ENVIRONMENT, ROOT
+from tests.unit.exports.test_export import exported
+
+CLASSES = tuple("abcdefg")
 
 
 def predict(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -18,20 +26,29 @@ def predict(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def export(chain: Stages) -> Path:
-    return chain.runs / "smoke" / "semi" / "export"
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the exports of a classifier and of a pretrainer."""
+    folder = tmp_path_factory.mktemp("exports")
+    exported(folder / "classifier", classes=CLASSES)
+    exported(folder / "pretrainer", "pretrainer")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def digit(chain: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One test image as a file."""
+def export(exports: Path) -> Path:
+    return exports / "classifier"
+
+
+@pytest.fixture(scope="module")
+def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image file with a space in its name."""
     path = tmp_path_factory.mktemp("images") / "a digit.png"
-    with tarfile.open(next((chain.digits / "test").glob("*.tar"))) as tar:
-        member = next(m for m in tar.getmembers() if m.name.endswith(".png"))
-        data = tar.extractfile(member)
-        assert data is not None
-        path.write_bytes(data.read())
+    Image.fromarray(pixels(0)).save(path)
     return path
+
+
+def pixels(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)
 
 
 def huge_png(path: Path) -> Path:
@@ -47,22 +64,22 @@ def huge_png(path: Path) -> Path:
     return path
 
 
-def test_the_top_five_come_with_their_shares_and_a_picture_of_where_it_looked(
+def test_the_top_five_come_with_their_probabilities_and_a_picture_of_the_evidence(
     export: Path, digit: Path, tmp_path: Path
 ) -> None:
     done = predict(export, digit, "--cam", tmp_path / "cam")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    shares = [float(word.rstrip("%")) for word in line.removeprefix(str(digit)).split()[1::2]]
-    assert len(shares) == 5
-    assert shares == sorted(shares, reverse=True)
-    assert sum(shares) <= 100.5
+    values = [float(word.rstrip("%")) for word in line.removeprefix(str(digit)).split()[1::2]]
+    assert len(values) == 5
+    assert values == sorted(values, reverse=True)
+    assert sum(values) <= 100.5
     (picture,) = (tmp_path / "cam").iterdir()
     with Image.open(picture) as image:
         assert image.size == (224, 224)
 
 
-def test_files_that_are_no_images_get_a_sentence_each_and_the_others_are_classified(
+def test_each_file_that_is_no_image_gets_a_sentence_and_the_others_are_classified(
     export: Path, digit: Path, tmp_path: Path
 ) -> None:
     damaged = tmp_path / "damaged.png"
@@ -86,15 +103,93 @@ def test_files_that_are_no_images_get_a_sentence_each_and_the_others_are_classif
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["semi/export", "--top", "0"], 2, "at least one name"),
-        (["arm/export"], 2, "holds a pretrainer"),
+        (["classifier", "--top", "0"], 2, "at least one name"),
+        (["pretrainer"], 2, "holds a pretrainer"),
         (["missing"], 4, "no export at"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_a_sentence(
-    chain: Stages, digit: Path, arguments: list[str], code: int, said: str
+    exports: Path, digit: Path, arguments: list[str], code: int, said: str
 ) -> None:
     folder, *options = arguments
-    done = predict(chain.runs / "smoke" / folder, digit, *options)
+    done = predict(exports / folder, digit, *options)
     assert done.returncode == code
     assert said in done.stderr
+
+
+def encoded(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="png")
+    return file.getvalue()
+
+
+def test_every_form_of_an_image_gets_the_prediction_of_the_model(export: Path, tmp_path: Path) -> None:
+    """The logits are those of the model on the evaluation's view, for all forms alike."""
+    classifier = pipeline.load(export)
+    assert classifier.classes == CLASSES == classifier.card.classes
+    image = pixels(3)
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(image))
+    view = eval_views((32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)(image, 0)["images"]
+    with torch.no_grad():
+        expected = classifier.model(view[None])[0].softmax(-1)
+    forms = [path, str(path), encoded(image), Image.fromarray(image), image, tmp_path]
+    found = classifier.predict(forms, top=7)
+    assert [p.source for p in found] == [str(path), str(path), "image 2", "image 3", "image 4", str(path)]
+    for prediction in found:
+        assert prediction.names == tuple(CLASSES[c] for c in expected.argsort(descending=True))
+        torch.testing.assert_close(torch.tensor(prediction.probabilities), expected.sort(descending=True).values)
+        assert (prediction.name, prediction.probability) == (prediction.names[0], prediction.probabilities[0])
+
+
+def test_a_folder_is_predicted_in_the_order_of_its_paths_and_across_batches(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    names = sorted([f"{k:02d}.png" for k in range(38)] + ["below/a.png", "below/b.png"])
+    for seed, name in enumerate(names):
+        (tmp_path / name).write_bytes(encoded(pixels(seed)))
+    (tmp_path / "notes.txt").write_text("no image")
+    classifier = pipeline.load(export)
+    found = classifier.predict(tmp_path)
+    assert [p.source for p in found] == [str(tmp_path / name) for name in names]
+    for seed in (0, 31, 32, 39):
+        (alone,) = classifier.predict(pixels(seed))
+        assert found[seed].names == alone.names
+        assert found[seed].probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+def test_an_unreadable_image_is_an_error_or_is_left_out(export: Path, tmp_path: Path) -> None:
+    classifier, good = pipeline.load(export), pixels(0)
+    bad = [b"no image", np.zeros((4, 4, 3)), tmp_path / "none.png", 7]
+    for image in bad:
+        with pytest.raises(DataError, match=r"not a readable image|of float64; give|no such file|a int is no image"):
+            classifier.predict([good, image])
+    refused: list[str] = []
+    found = classifier.predict([*bad, good], on_error=lambda source, error: refused.append(source))
+    assert refused == ["image 0", "image 1", str(tmp_path / "none.png"), "image 3"]
+    assert [p.source for p in found] == ["image 4"]
+    with pytest.raises(DataError, match="holds no images"):
+        classifier.predict(tmp_path)
+    with pytest.raises(ConfigError, match="at least one"):
+        classifier.predict(good, top=0)
+
+
+def test_only_a_whole_classifier_is_loaded(exports: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a pretrainer"):
+        pipeline.load(exports / "pretrainer")
+    with pytest.raises(HandoverError, match="no export at"):
+        pipeline.load(tmp_path / "none")
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, pipeline; dir(pipeline); print(sorted({'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert pipeline.__version__
+    stub = (ROOT / "pipeline" / "__init__.pyi").read_text()
+    for name in pipeline.__all__:
+        assert getattr(pipeline, name)
+        assert f"as {name}\n" in stub or f"{name}: str" in stub
+    with pytest.raises(AttributeError, match="has no attribute 'predictor'"):
+        _ = pipeline.predictor

@@ -1,4 +1,4 @@
-"""The studies: what fails ends them with the code it failed with, and what is made lies where nothing else does."""
+"""A failure ends a study with its own exit code, and a study writes only to folders of its own."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every row of the paper's tables stands for configs that the strict schemas accept, on ImageNet and on a bundled dataset."""
+"""Every row of the paper's tables gives configs that the strict schemas accept, on ImageNet and on a bundled dataset."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ ROWS = {row.name: row for row in rows()}
 
 
 def configs(row: Row, dataset: str) -> dict[str, Any]:
-    """stage -> its config as the row's commands start it."""
+    """Return stage -> config, as the row's commands start it."""
     found = {}
     for command in (c for c in tables.commands(row, dataset, 1) if "stages" in c):
         path = next(i for i, c in enumerate(command) if c.endswith(".yaml"))
@@ -41,7 +41,7 @@ def test_the_names_differ_and_all_rows_are_there() -> None:
 
 
 @pytest.mark.parametrize("dataset", ["imagenet", "letters"])
-def test_every_row_is_a_valid_config_and_begins_where_its_parents_end(dataset: str) -> None:
+def test_every_row_is_a_valid_config_and_starts_from_its_parents_export(dataset: str) -> None:
     shared: dict[str, DistillConfig] = {}
     for row in rows():
         found = configs(row, dataset)
@@ -59,7 +59,7 @@ def test_every_row_is_a_valid_config_and_begins_where_its_parents_end(dataset: s
         )
 
 
-def test_semi_vits_published_settings() -> None:
+def test_the_configs_have_semi_vits_published_settings() -> None:
     """Its tables: stage 2 (batch, rate, layer decay, drop path), stage 3 (batch, rate, tau, drop path, epochs)."""
     published = {
         ("T4-semivit-base-IF10-1pct-ema"): (512, 1e-4, 0.65, 0.0, 128, 5e-4, 0.6, 0.0),
@@ -84,7 +84,7 @@ def test_semi_vits_published_settings() -> None:
         assert bool(first.mix.mixup) == bool(first.augment.erase) == ("10pct" in name)
 
 
-def test_rows_share_a_stage_2_and_differ_in_one_thing() -> None:
+def test_rows_of_a_sweep_share_a_stage_2_and_differ_in_one_value() -> None:
     sweep = [configs(row, "imagenet") for row in rows() if row.name.startswith("T3-10pct")]
     assert len({found["distill"].run.experiment for found in sweep}) == 1
     assert len({found["arm"].run.experiment for found in sweep}) == 1
@@ -94,8 +94,8 @@ def test_rows_share_a_stage_2_and_differ_in_one_thing() -> None:
 
 
 def test_a_pair_of_table_4_differs_in_its_backbone_and_a_column_in_its_average() -> None:
-    """Semi-ViT beside Semi-ViM: but for names, parents, the model and SSMixup the stages are one; with LyapEMA beside without:
-    but for what LyapEMA adds to the decay; the configs in the house say the same."""
+    """Semi-ViT and Semi-ViM share all but names, parents, model and SSMixup. Rows with and without LyapEMA share all but what
+    LyapEMA adds to the decay. The config files of the repository have the values of the rows."""
     found = {name: configs(row, "imagenet") for name, row in ROWS.items() if name.startswith("T4-")}
     apart = {"run": True, "init_from": True, "weights": True, "model": True, "ssmixup": True}
     for name, mine in ((name, stages) for name, stages in found.items() if "semivim" in name):
@@ -116,7 +116,7 @@ def test_a_pair_of_table_4_differs_in_its_backbone_and_a_column_in_its_average()
 
 
 def test_the_images_of_a_row_are_those_of_its_split() -> None:
-    """Of a split made of as many images, IF 1000 at 1 %, where one label a class decides; and ImageNet-LT's known counts."""
+    """The counts equal those of a real split (IF 1000 at 1 %, where one label per class matters), and ImageNet-LT's counts."""
     row = ROWS["T4-semivim-base-IF1000-1pct-ema"]
     samples = np.zeros(1000 * 1300, SAMPLE)
     samples["label"] = np.repeat(np.arange(1000), 1300)
@@ -133,7 +133,7 @@ def test_the_images_of_a_row_are_those_of_its_split() -> None:
     assert ((sizes > 100).sum(), (sizes < 20).sum()) == pytest.approx((385, 136), rel=0.09)  # many-, few-shot classes
 
 
-def test_tau_is_chosen_on_the_validation_part_and_ours_stands_beside_the_reported(
+def test_tau_is_chosen_on_the_validation_subset_and_ours_is_shown_with_the_reported_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "RUNS", tmp_path)
@@ -152,7 +152,9 @@ def test_tau_is_chosen_on_the_validation_part_and_ours_stands_beside_the_reporte
     assert "tau was tuned on it" in made.note
 
 
-def test_classes_that_were_never_trained_on_are_judged_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_that_were_never_trained_on_are_evaluated_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tables, "RUNS", tmp_path)
     measured = {"top1": 59.4, "head": 80.0, "tail": 20.0}
     for imbalance, seen in ((10, {}), (1000, {"top1_seen": 60.0})):
@@ -165,7 +167,7 @@ def test_classes_that_were_never_trained_on_are_judged_apart(tmp_path: Path, mon
         assert tables.results([row], "imagenet").rows[0][3] == f"{top1}/80.00/20.00"
 
 
-def test_the_studys_tables_say_what_the_paper_reports_of_the_same_comparison() -> None:
+def test_the_studys_tables_show_what_the_paper_reports_for_the_same_comparison() -> None:
     found = {row.name: [dict.fromkeys(METRICS, 50.0 + seed + len(row.name)) for seed in range(3)] for row in STUDY}
     whole = {row[0]: row[-1] for row in means("letters", STUDY, found).rows}
     assert whole["plain EMA teacher"] == "71.88/82.73/45.94 [f]"

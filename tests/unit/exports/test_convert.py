@@ -1,4 +1,4 @@
-"""Released weights in: not a key lost, the answers those of the equations, and nothing that would run is loaded."""
+"""Released weights in: no key is lost, outputs follow the equations, and nothing that could run is loaded."""
 
 import os
 import pickle
@@ -16,8 +16,9 @@ from pipeline.config import validate
 from pipeline.errors import HandoverError
 from pipeline.exports.card import Card
 from pipeline.exports.convert import convert
-from pipeline.exports.export import load_export, transfer
+from pipeline.exports.export import load_export
 from pipeline.exports.released import layout_of
+from pipeline.exports.transfer import transfer
 from pipeline.exports.weights import load_weights
 from pipeline.models import build_model
 from pipeline.models.__main__ import main
@@ -123,7 +124,7 @@ def test_a_released_vim_starts_a_model_of_other_classes_and_another_size(tmp_pat
 
 
 def test_rows_of_the_projection_are_interleaved_over_the_decoders_blocks(tmp_path: Path) -> None:
-    """Block j reads channels j, j + depth, ...: what those rows do not say, it does not hear."""
+    """Block j reads channels j, j + depth, ...: other rows do not reach it."""
     state = released.filled(SMALL["arm_pretraining"])
     convert(saved(tmp_path, released.checkpoint(state)), tmp_path / "export")
     arm, _ = load_export(tmp_path / "export")
@@ -252,16 +253,17 @@ def test_every_key_that_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "head.bias is (4,), not (5,)" in refusal({"head.bias": torch.zeros(4)})
     assert "head.bias holds torch.int64" in refusal({"head.bias": torch.zeros(5, dtype=torch.int64)})
     assert "lacks patch_embed.proj.weight" in refusal({"patch_embed.proj.weight": None})
-    assert "its 17 positions are no square" in refusal({"pos_embed": torch.zeros(1, 18, 32)})
+    assert "its 17 patches do not lie in a square" in refusal({"pos_embed": torch.zeros(1, 18, 32)})
     assert "no stride cuts (16, 24) pixels into its 16 patches" in refusal({}, image_size=(16, 24))
     assert "claims more values than the file holds" in refusal(
         {"pos_embed": torch.zeros(1, 1, 32).expand(1, 10**6 + 1, 32)}
     )
     open_mask = torch.zeros(SMALL["arm_pretraining"]["mask"])
     assert "mask is not what our model computes" in refusal({"mask": open_mask}, "arm_pretraining")
-    assert "not exported: 1 tensors hold NaN" in refusal({"head.bias": torch.full((5,), torch.nan)})
-    assert "of no known layout; known, by the key that tells it: ARM, pretraining (enc2dec.weight)" in refusal(
-        {k: None for k in SMALL["vim"] if "A_b_log" in k}
+    assert "is not written: 1 tensors hold NaN" in refusal({"head.bias": torch.full((5,), torch.nan)})
+    assert (
+        "belong to no known layout; known layouts, with the key of each: ARM, pretraining (enc2dec.weight)"
+        in refusal({k: None for k in SMALL["vim"] if "A_b_log" in k})
     )
     assert not (tmp_path / "export").exists()
 
@@ -272,7 +274,7 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path: Path, capsys) 
     names.write_text("\n".join("abcde"))
     done = ["convert", str(path), "--out", str(tmp_path / "export"), "--classes", str(names)]
     assert main(done) == 0
-    assert "load it with pipeline.exports.export.load_export" in capsys.readouterr().out
+    assert "classifier; use it with pipeline.load(" in capsys.readouterr().out
     assert Card.read(tmp_path / "export").classes == tuple("abcde")
     assert main(done) == 2
     assert "exists; give --out a folder that does not" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The Core ML program of a fused EfficientViM, interpreted: only Apple's machines run it."""
+"""The Core ML program of a fused EfficientViM. It is interpreted here, since only Apple's machines run it."""
 
 import functools
 from pathlib import Path
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models import build_model
+from pipeline.models.__main__ import main
 from pipeline.models.efficientvim.fused import fuse
+from tests.unit.exports.test_export import NARROW, exported_family
 from tests.unit.models.test_efficientvim import randomised
 
 # Core ML's operations as torch's, as far as EfficientViM's program goes.
@@ -42,7 +44,7 @@ MIL = {
 
 
 def interpret(function: Any, images: Tensor) -> Tensor:
-    """A function of Core ML's intermediate language for `images`, in fp32."""
+    """Run a function of Core ML's intermediate language on `images`, in fp32."""
     values: dict[str, Any] = {"images": images}
 
     def read(variable: Any) -> Any:
@@ -56,25 +58,35 @@ def interpret(function: Any, images: Tensor) -> Tensor:
     for operation in function.operations:
         if operation.op_type != "const":
             inputs = {name: read(v) for name, v in operation.inputs.items() if v is not None}
-            answer = MIL[operation.op_type](**inputs)
-            outputs = [answer] if isinstance(answer, Tensor) else answer
+            result = MIL[operation.op_type](**inputs)
+            outputs = [result] if isinstance(result, Tensor) else result
             values.update(zip((output.name for output in operation.outputs), outputs, strict=True))
     return values["logits"]
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_program_answers_as_the_fused_model(tmp_path: Path, half: bool) -> None:
+def test_the_program_computes_what_the_fused_model_computes(half: bool) -> None:
     pytest.importorskip("coremltools", reason="pip install -r requirements-coreml.txt")
-    from pipeline.exports.coreml import write_coreml
+    from pipeline.exports.coreml import convert_to_coreml
 
     torch.manual_seed(0)
     fused, images = fuse(randomised(build_model("efficientvim_nano_dist", num_classes=5))), torch.randn(2, 3, 32, 48)
-    written = write_coreml(fused, tmp_path / "model.mlpackage", (32, 48), batch=2, half=half)
-    assert (tmp_path / "model.mlpackage" / "Manifest.json").is_file()
-    function = written._mil_program.functions["main"]
+    program = convert_to_coreml(fused, (32, 48), batch=2, half=half)
+    function = program._mil_program.functions["main"]
     assert list(function.inputs) == ["images"]
     assert [output.name for output in function.outputs] == ["logits"]
     want = fused(images)
     torch.testing.assert_close(
         interpret(function, images), want, rtol=0, atol=(1e-2 if half else 1e-5) * want.abs().max().item()
     )
+
+
+def test_an_export_becomes_a_program_that_is_whole_or_absent(tmp_path: Path) -> None:
+    pytest.importorskip("coremltools", reason="pip install -r requirements-coreml.txt")
+    exported_family(tmp_path / "export", "efficientvim_nano", image_size=64, **NARROW)
+    out = tmp_path / "out" / "model.mlpackage"
+    command = ["coreml", str(tmp_path / "export"), "--out", str(out)]
+    assert main(command) == 0
+    assert (out / "Manifest.json").is_file()
+    assert list(out.parent.iterdir()) == [out]
+    assert main(command) == 2

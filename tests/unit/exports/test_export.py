@@ -12,9 +12,10 @@ import yaml
 from PIL import Image
 
 from pipeline.errors import HandoverError
-from pipeline.exports.card import Card, LabelsSeen, Lineage, Preprocessing
-from pipeline.exports.export import load_export, transfer, write_export
+from pipeline.exports.card import Card, LabelsSeen, Lineage, Parent, Preprocessing
+from pipeline.exports.export import load_export, write_export
 from pipeline.exports.hub import timm_config
+from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config, build_model
 from pipeline.models.__main__ import main
 from pipeline.models.arm import ARM
@@ -43,10 +44,13 @@ def card(kind: str, **more) -> Card:
     )
 
 
-def exported(folder: Path, kind: str = "classifier") -> torch.nn.Module:
+def exported(folder: Path, kind: str = "classifier", classes: tuple[str, ...] = ("a", "b", "c")) -> torch.nn.Module:
     torch.manual_seed(1)
     c = card(kind)
-    model = ARM(c.model, c.decoder) if kind == "pretrainer" else build_model(**TINY, num_classes=3)
+    if kind == "classifier":
+        config = VisionMambaConfig(**TINY, num_classes=len(classes))
+        c = c.model_copy(update={"model": config, "classes": classes})
+    model = ARM(c.model, c.decoder) if kind == "pretrainer" else build_model(**TINY, num_classes=len(classes))
     write_export(
         folder, card=c, weights=model.state_dict(), fingerprint_images=torch.randn(2, 3, 32, 32), labels={"s": LABELLED}
     )
@@ -54,7 +58,7 @@ def exported(folder: Path, kind: str = "classifier") -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["classifier", "pretrainer"])
-def test_a_model_comes_back_with_equal_weights_and_answers(tmp_path: Path, kind: str) -> None:
+def test_a_model_comes_back_with_equal_weights_and_outputs(tmp_path: Path, kind: str) -> None:
     model = exported(tmp_path / "export", kind)
     loaded, read = load_export(tmp_path / "export")
     assert read.kind == kind
@@ -72,9 +76,9 @@ def exported_family(folder: Path, name: str, **fields: Any) -> torch.nn.Module:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
-    probe = torch.randn(2, 3, *config.image_size)
+    images = torch.randn(2, 3, *config.image_size)
     known = card("classifier").model_copy(update={"model": config})
-    write_export(folder, card=known, weights=model.state_dict(), fingerprint_images=probe, labels={"s": LABELLED})
+    write_export(folder, card=known, weights=model.state_dict(), fingerprint_images=images, labels={"s": LABELLED})
     return model.eval()
 
 
@@ -89,7 +93,7 @@ KNOWN_TO_TIMM = {
 
 
 @pytest.mark.parametrize("name", KNOWN_TO_TIMM)
-def test_timm_builds_it_from_the_folder_with_equal_answers_and_views(tmp_path: Path, name: str) -> None:
+def test_timm_builds_the_model_from_the_folder_with_equal_outputs_and_views(tmp_path: Path, name: str) -> None:
     allow_torchvision()
     import timm
 
@@ -139,16 +143,16 @@ def test_what_timm_does_not_know_has_no_config_for_it(tmp_path: Path) -> None:
         assert 'library_name: "pytorch"' in (tmp_path / name / "README.md").read_text()
 
 
-def test_an_export_as_onnx_gives_its_answers(tmp_path: Path) -> None:
+def test_an_export_as_onnx_gives_its_outputs(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx", reason="pip install -r requirements-onnx.txt")
     runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
     model = exported_family(tmp_path / "export", "efficientvim_nano", image_size=64, **NARROW)
     path = tmp_path / "out" / "model.onnx"
     assert main(["onnx", str(tmp_path / "export"), "--out", str(path)]) == 0
     images = torch.randn(5, 3, 64, 64)
-    (answer,) = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
+    (logits,) = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(answer), model(images), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-3, atol=1e-4)
     about = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
     assert about == {"classes": ["a", "b", "c"], "mean": [0.5] * 3, "std": [0.5] * 3}
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
@@ -184,6 +188,19 @@ def test_a_card_that_was_edited_is_refused(tmp_path: Path) -> None:
         load_export(tmp_path / "export")
 
 
+def test_where_a_parent_lay_is_information_and_its_hash_is_identity(tmp_path: Path) -> None:
+    """A card keeps its seal when the path of a parent changes, and loses it when the hash of a parent changes."""
+    parent = Parent(role="init_from", path="runs/a/export", weights_sha256="1" * 64)
+
+    def with_parent(**changed: str) -> Card:
+        c = card("classifier")
+        parents = (parent.model_copy(update=changed),)
+        return c.model_copy(update={"lineage": c.lineage.model_copy(update={"parents": parents})}).sealed()
+
+    assert with_parent(path="moved/export").card_sha256 == with_parent().card_sha256
+    assert with_parent(weights_sha256="2" * 64).card_sha256 != with_parent().card_sha256
+
+
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors", "fingerprint.safetensors"])
 def test_an_incomplete_export_names_what_is_missing_and_how_to_make_it(tmp_path: Path, name: str) -> None:
     exported(tmp_path / "export")
@@ -192,14 +209,14 @@ def test_an_incomplete_export_names_what_is_missing_and_how_to_make_it(tmp_path:
         Card.read(tmp_path / "export", remedy="make stage-1")
 
 
-def test_other_code_that_answers_differently_is_found_by_the_probe(
+def test_code_that_computes_other_outputs_is_found_by_the_fingerprint_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported(tmp_path / "export")
     from pipeline.models.vision_mamba.model import VisionMamba
 
     monkeypatch.setattr(VisionMamba, "forward_head", lambda self, x, pre_logits=False: self.head(x[:, 0]))
-    with pytest.raises(HandoverError, match="answers its probe batch with a relative error"):
+    with pytest.raises(HandoverError, match="outputs for the fingerprint batch have a relative error"):
         load_export(tmp_path / "export")
 
 
@@ -221,7 +238,7 @@ def test_other_classes_and_other_pixels_are_refused(tmp_path: Path) -> None:
     c = card("classifier")
     with pytest.raises(HandoverError, match=r"knows 3 classes \(a, b, c\), the dataset has 2"):
         c.check_classes(("a", "b"), tmp_path)
-    with pytest.raises(HandoverError, match=r"set data\.mean and data\.std alike"):
+    with pytest.raises(HandoverError, match=r"set data\.mean and data\.std to the export's"):
         c.check_preprocessing(Preprocessing(mean=(0, 0, 0), std=(1, 1, 1)), tmp_path)
 
 

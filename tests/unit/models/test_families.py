@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from pipeline.config import validate
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.exports.card import Card, LabelsSeen, Lineage, Preprocessing
-from pipeline.exports.export import load_export, transfer, write_export
+from pipeline.exports.export import load_export, write_export
+from pipeline.exports.transfer import transfer
 from pipeline.exports.weights import load_weights, read_weights
 from pipeline.models import MODELS, build_from_config, build_model
 from pipeline.models.config import EfficientViMConfig, TimmConfig, VisionMambaConfig, VSSDConfig, family_of

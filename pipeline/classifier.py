@@ -1,0 +1,238 @@
+"""An exported classifier that names what images show.
+
+    classifier = pipeline.load("runs/demo/semi/export")
+    for prediction in classifier.predict("photos/"):
+        print(prediction)
+
+Images are prepared as in an evaluation: the card of the export says how.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.datasets.convert.imagefolder import images_below
+from pipeline.datasets.tars import IMAGE_EXTENSIONS
+from pipeline.errors import ConfigError, DataError
+from pipeline.exports.card import Card
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BATCH = 32
+MAX_BYTES = 512 * 2**20  # a larger file is no photograph
+PICTURE_PIXELS = 224  # side of a Grad-CAM picture
+
+ImageLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
+OnError = Callable[[str, DataError], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The most probable classes of one image, best first.
+
+    Attributes:
+        source: Path of the image file, or "image N" for the Nth image of a call (from 0).
+        names: Class names.
+        probabilities: Their probabilities, in [0, 1].
+        picture: With `explain`, the image under its Grad-CAM map: where the evidence for the best class lies.
+    """
+
+    source: str
+    names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    picture: Image.Image | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The most probable class."""
+        return self.names[0]
+
+    @property
+    def probability(self) -> float:
+        """The probability of the most probable class, in [0, 1]."""
+        return self.probabilities[0]
+
+    @property
+    def summary(self) -> str:
+        """All names with their probabilities in percent, on one line."""
+        return "  ".join(f"{name} {100 * p:.1f}%" for name, p in zip(self.names, self.probabilities, strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.source}  {self.summary}"
+
+
+class Classifier:
+    """The model of an export with its classes and its preprocessing. `load` makes one.
+
+    Args:
+        model: The network, in eval mode. Predictions are computed on its device, so `model.to("cuda")` moves them.
+        card: The card of the export.
+    """
+
+    def __init__(self, model: "nn.Module", card: Card) -> None:
+        from pipeline.streaming.transforms import eval_views
+
+        self.model, self.card = model, card
+        self._view = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the logits."""
+        return self.card.classes
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        top: int = 5,
+        explain: bool = False,
+        on_error: OnError | None = None,
+    ) -> list[Prediction]:
+        """Name what images show.
+
+        Args:
+            images: One image or several: the path of a file, or of a folder with images at any depth; the bytes of a
+                file; a PIL image; an array (H, W, 3) or (H, W) of uint8.
+            top: The number of classes to return for each image.
+            explain: Whether to draw a Grad-CAM picture of each image.
+            on_error: Called with the source and the error of an image that cannot be read, which is then left out;
+                None = the error is raised.
+
+        Returns:
+            One prediction for each image, in order. Images of a folder are sorted by path.
+
+        Raises:
+            ConfigError: If `top` is below 1.
+            DataError: If an image cannot be read, or a folder holds none.
+        """
+        return list(self.stream(images, top=top, explain=explain, on_error=on_error))
+
+    def stream(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        top: int = 5,
+        explain: bool = False,
+        on_error: OnError | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield what `predict` returns, batch by batch, so that the images need not fit into memory."""
+        if top < 1:
+            raise ConfigError(f"top = {top}: ask for at least one class")
+        readable = self._readable(images, on_error)
+        while batch := list(itertools.islice(readable, BATCH)):
+            yield from self._predict([source for source, _ in batch], [view for _, view in batch], top, explain)
+
+    def _readable(
+        self, images: ImageLike | Iterable[ImageLike], on_error: OnError | None
+    ) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Yield the source and the view (3, H, W) of every image that can be read."""
+        for source, image in _sources(images):
+            try:
+                view = self._view(_picture(image), 0)["images"]
+            except DataError as error:
+                if on_error is None:
+                    raise DataError(f"{source}: {error}") from None
+                on_error(source, error)
+            else:
+                yield source, view
+
+    def _predict(self, sources: list[str], views: list["torch.Tensor"], top: int, explain: bool) -> list[Prediction]:
+        import torch
+
+        batch = torch.stack(views).to(next(self.model.parameters()).device)
+        with torch.no_grad():
+            best = self.model(batch).float().softmax(-1).topk(min(top, len(self.classes)))
+        pictures = self._pictures(batch) if explain else [None] * len(sources)
+        return [
+            Prediction(
+                source=source, names=tuple(self.classes[c] for c in classes), probabilities=tuple(row), picture=picture
+            )
+            for source, row, classes, picture in zip(
+                sources, best.values.tolist(), best.indices.tolist(), pictures, strict=True
+            )
+        ]
+
+    def _pictures(self, batch: "torch.Tensor") -> list[Image.Image]:
+        from pipeline.evaluate.gradcam import gradcam, overlay
+
+        maps, _ = gradcam(self.model, batch)
+        drawn = overlay(batch, maps, self.card.preprocessing.mean, self.card.preprocessing.std)
+        pixels = (drawn.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+        side = (PICTURE_PIXELS, PICTURE_PIXELS)
+        return [Image.fromarray(image).resize(side, Image.Resampling.NEAREST) for image in pixels]
+
+
+def load(export: str | Path) -> Classifier:
+    """Load the classifier of an export, after its files and its outputs are verified.
+
+    Args:
+        export: Folder with model.json, as `runs/EXPERIMENT/STAGE/export`.
+
+    Raises:
+        ConfigError: If the export holds a pretrainer.
+        HandoverError: If the export is missing, damaged, or computes other outputs than when it was written.
+    """
+    folder = Path(export)
+    Card.read(folder).check_classifier(folder)  # before torch is imported, which takes seconds
+    from pipeline.exports.export import load_export
+
+    return Classifier(*load_export(folder))
+
+
+def _sources(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, ImageLike]]:
+    """Yield (source, image) of each image; a folder stands for the images below it."""
+    if isinstance(images, str | Path | bytes | Image.Image | np.ndarray):
+        images = [images]
+    for number, image in enumerate(images):
+        if not isinstance(image, str | Path):
+            yield f"image {number}", image
+        elif Path(image).is_dir():
+            names = images_below(Path(image))
+            if not names:
+                raise DataError(f"{image} holds no images; give a folder of {', '.join(IMAGE_EXTENSIONS)} files")
+            yield from ((str(Path(image) / name), Path(image) / name) for name in names)
+        else:
+            yield str(image), Path(image)
+
+
+def _picture(image: ImageLike) -> bytes | NDArray[np.uint8]:
+    """Return an image as a view takes it; raise DataError with the reason if it is none."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        return _read(Path(image))
+    if isinstance(image, Image.Image):
+        try:
+            return np.array(image.convert("RGB"))
+        except OSError as error:  # PIL decodes late
+            raise DataError(f"not a readable image ({error})") from None
+    if not isinstance(image, np.ndarray):
+        raise DataError(f"a {type(image).__name__} is no image; give a path, bytes, a PIL image or an array")
+    if (
+        image.dtype != np.uint8
+        or image.ndim not in (2, 3)
+        or (image.ndim == 3 and image.shape[2] != 3)
+        or not image.size
+    ):
+        raise DataError(f"an array {image.shape} of {image.dtype}; give (H, W, 3) or (H, W) of uint8")
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+
+def _read(path: Path) -> bytes:
+    """Read the bytes of an image file; raise DataError with the reason if that is impossible."""
+    try:
+        if not path.is_file():
+            raise DataError("no such file" if not path.exists() else "not a file with an image in it")
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path.stat().st_size / 2**20:.0f} MiB; at most {MAX_BYTES >> 20} MiB are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})") from None
