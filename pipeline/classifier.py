@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets.convert.sources import images_below
+from pipeline.datasets.convert.imagefolder import images_below
 from pipeline.datasets.tars import IMAGE_EXTENSIONS
 from pipeline.errors import ConfigError, DataError
 from pipeline.exports.card import Card

@@ -73,7 +73,7 @@ def run_stage(
             path.write_text(yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False))
         else:
             path = Path(config)
-        schema = choose("stage", stage, stages.STAGES).config
+        schema = choose("stage", stage, stages.SPECS).config
         folder = load_config(schema, path, overrides).run.folder(stage)
         _run([sys.executable, "-m", "stages", stage, str(path), *overrides], stage)
     export = folder / "export"

@@ -14,7 +14,7 @@ from pipeline.streaming.config import AugmentConfig, LoaderConfig, derive_virtua
 from pipeline.streaming.loader import Loader
 from pipeline.streaming.transforms import train_views
 from stages.check import check_readers
-from stages.configs import DistillConfig
+from stages.configs.distill import DistillConfig
 
 VIEWS = train_views((8, 8), AugmentConfig(), (0.5,) * 3, (0.5,) * 3)
 
