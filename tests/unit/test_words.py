@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-TEXT = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.html", "*.cpp", "*.h", "Makefile", ".ci/run")
+TEXT = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.html", "*.ipynb", "*.cpp", "*.h", "Makefile", ".ci/run")
 EXEMPT = ("CHANGELOG.md", "tests/unit/test_words.py")  # they name the old words on purpose
 SIMD = ("pipeline/ops/*", "tests/unit/ops/*", "benchmarks/scan.py", "docs/scan.md", "docs/efficientvim.md")
 NOTHING = r"(?!)"
