@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.conftest import ROOT, Stages
 
 CONFIG = {
@@ -87,14 +88,7 @@ def test_a_split_of_another_dataset_ends_in_3(stages: Stages, digits: Path) -> N
 def test_half_an_environment_ends_in_5(stages: Stages) -> None:
     from tests.conftest import ENVIRONMENT
 
-    done = subprocess.run(
-        stages.command("arm", "run.experiment=half"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT | {"RANK": "0"},
-        check=False,
-    )
+    done = warm.run(stages.command("arm", "run.experiment=half"), env=ENVIRONMENT | {"RANK": "0"})
     assert_refused(done, 5, "the environment gives RANK but not WORLD_SIZE")
 
 
@@ -117,15 +111,8 @@ def test_a_rank_that_is_killed_ends_the_others_in_7(stages: Stages) -> None:
 
     import psutil
 
-    from tests.conftest import ENVIRONMENT
-
-    process = subprocess.Popen(
-        stages.command("arm", "run.experiment=widow", "loop.steps=5000", "data.loader.workers=1", nproc=2),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    process = warm.start(
+        stages.command("arm", "run.experiment=widow", "loop.steps=5000", "data.loader.workers=1", nproc=2)
     )
     metrics = stages.runs / "widow" / "arm" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -142,5 +129,4 @@ def test_a_rank_that_is_killed_ends_the_others_in_7(stages: Stages) -> None:
     assert process.wait(30) == 7
     _, there = psutil.wait_procs(everyone, timeout=5)
     assert all(one.status() == psutil.STATUS_ZOMBIE for one in there)
-    assert "was killed by SIGKILL" in process.stderr.read()
-    process.stderr.close()
+    assert "was killed by SIGKILL" in process.errors

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import psutil
 import pytest
 
 from stages import SPECS
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests import warm
+from tests.conftest import Stages
 from tests.integration.test_poison import poisoned
 
 
@@ -25,13 +25,7 @@ def start_and_signal(
 ) -> int:
     """Start, wait until `after_steps` rows are logged, send the signal, return the exit code."""
     run = stages.runs / next(m.split("=")[1] for m in more if m.startswith("run.experiment=")) / stage
-    process = subprocess.Popen(
-        stages.command(stage, *more, nproc=nproc),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = warm.start(stages.command(stage, *more, nproc=nproc))
     deadline = time.monotonic() + 120
     while step_reached(run) < after_steps and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -75,14 +69,7 @@ def test_ctrl_c_on_the_launcher_saves_on_all_ranks_and_continues(chain: Stages) 
 
 def test_a_stop_before_the_first_step_is_an_interruption(chain: Stages) -> None:
     more = ["run.experiment=early", *parents(chain, "semi")]
-    process = subprocess.Popen(
-        chain.command("semi", *more, nproc=2),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = warm.start(chain.command("semi", *more, nproc=2))
     deadline = time.monotonic() + 60
     while len(psutil.Process(process.pid).children()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -105,9 +92,7 @@ def test_a_finished_run_whose_export_was_damaged_writes_it_again(chain: Stages) 
 
 def test_two_processes_may_not_work_in_one_folder(chain: Stages) -> None:
     more = ["run.experiment=shared", "loop.steps=100000"]
-    first = subprocess.Popen(
-        chain.command("arm", *more), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    first = warm.start(chain.command("arm", *more))
     deadline = time.monotonic() + 120
     while step_reached(chain.runs / "shared" / "arm") < 1 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests import warm
+from tests.conftest import Stages
 from tests.golden.write import losses
 from tests.integration.test_faults import samples
 from tests.integration.test_resume import parents, step_reached
@@ -28,19 +29,12 @@ def kill_often(chain: Stages, name: str, kills: int, layouts: Sequence[tuple[int
     for k in range(kills):
         nproc, zero = layouts[k % len(layouts)]
         arguments = overrides(chain, name, kills, zero)
-        process = subprocess.Popen(
-            chain.command("semi", *arguments, nproc=nproc),
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = warm.start(chain.command("semi", *arguments, nproc=nproc))
         wait_for_steps(run, moments.randint(1, 3), process)
         family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
         time.sleep(moments.uniform(0, 0.15))
         victim = moments.choice(family[: 1 + nproc] if nproc > 1 else family[:1])
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert process.poll() is None, process.errors
         psutil.Process(victim).kill()
         _, text = process.communicate(timeout=60)
         assert process.returncode in (-9, 7), text
