@@ -26,6 +26,7 @@ from pipeline.cli import guarded, leave
 from pipeline.errors import EnvironmentProblem
 from pipeline.exit_codes import ExitCode, blame
 from pipeline.files import replace_text
+from pipeline.jsonl import read_rows
 from pipeline.train.signals import STOPPING, interrupt_on_signals
 from stages import SPECS
 
@@ -150,7 +151,7 @@ def conclude(logs: Path, srun_code: int, max_requeues: int) -> int:
     told = json.loads((folder / "job.json").read_text()) if (folder / "job.json").exists() else {}
     run = Path(told["folder"]) if told else folder
     path = folder / "verdicts.jsonl"
-    before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    before = read_rows(path)
     checkpoint = newest_checkpoint(run)
     row = {"time": time.time(), "start": restarts, "code": code, "checkpoint": checkpoint}
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from launchers.queue import JobState
 from launchers.slurm import record
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.exports.card import CARD, Card
+from pipeline.jsonl import newest, read_rows
 from stages import SPECS
 
 AGAIN = "submit the chain again to run it"
@@ -177,10 +178,7 @@ def _held(run: Path) -> bool:
 
 
 def _last(run: Path, name: str) -> float:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = (json.loads(line) for line in reversed(lines) if line.endswith("}"))
-    return next((float(row[name]) for row in rows if name in row), 0.0)
+    return float(newest(read_rows(run / "metrics.jsonl"), name) or 0.0)
 
 
 def _verdict(told: dict[str, Any]) -> str:
@@ -188,7 +186,7 @@ def _verdict(told: dict[str, Any]) -> str:
     path = Path(told["logs"]) / told["job"] / "verdicts.jsonl"
     if not path.is_file():
         return "has no verdict yet"
-    row = json.loads(path.read_text().splitlines()[-1])
+    row = read_rows(path)[-1]
     return f"ended with {row['code']}: {row['then']}"
 
 

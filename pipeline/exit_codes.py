@@ -1,7 +1,7 @@
 """The exit codes of every command, and the order in which the codes of several ranks are blamed.
 
 The codes are a contract with schedulers: SLURM's `afterok` must never fire for an interrupted stage. They are stated
-here, in README, and nowhere else.
+here, in docs/exit-codes.md, and nowhere else.
 
 When a run of several ranks ends, the ranks often leave different codes. One of them is the code of the run: the one that
 says most about the cause. `blame` finds it, for processes on one machine (`launchers/local.py`) and for a job of SLURM

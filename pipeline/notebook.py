@@ -68,11 +68,12 @@ def run_stage(
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     with tempfile.TemporaryDirectory() as scratch:
-        if isinstance(config, Mapping):
-            path = Path(scratch) / f"{stage}.yaml"
-            path.write_text(yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False))
-        else:
-            path = Path(config)
+        match config:
+            case str() | Path():
+                path = Path(config)
+            case _:
+                path = Path(scratch) / f"{stage}.yaml"
+                path.write_text(yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False))
         schema = choose("stage", stage, stages.SPECS).config
         folder = load_config(schema, path, overrides).run.folder(stage)
         _run([sys.executable, "-m", "stages", stage, str(path), *overrides], stage)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import main as data
+from pipeline.jsonl import read_rows
 
 
 def prepare(*arguments: str) -> None:
@@ -49,7 +50,7 @@ def run(stage: str, config: str, values: Sequence[str], *, name: str) -> None:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a stage's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(folder / "metrics.jsonl")
 
 
 def evaluation(folder: Path) -> dict[str, dict[str, Any]]:

@@ -28,6 +28,7 @@ from launchers.plan.text import show
 from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import replace_text
+from pipeline.jsonl import read_rows
 from pipeline.train.peak import peak_flops
 from pipeline.train.run import has_begun, identity_sha256
 from stages import spec_of
@@ -190,12 +191,10 @@ def hardware(config: StageConfig, cluster: ClusterConfig, earlier: Path | None) 
     else:
         own = peak_flops(torch.device("cpu"), config.engine.precision) / cluster.ranks_per_node
         machine = Hardware("core of this machine", own, CPU_UTILISATION, cluster.ranks_per_node, 2e9, 1e9, 200e-6)
-    path = earlier / "metrics.jsonl" if earlier else None
-    if path and path.is_file():
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        seen = [row["perf/mfu"] for row in rows if row.get("perf/mfu")]
-        if seen:
-            return replace(machine, utilisation=sorted(seen)[len(seen) // 2])
+    rows = read_rows(earlier / "metrics.jsonl") if earlier else []
+    seen = [row["perf/mfu"] for row in rows if row.get("perf/mfu")]
+    if seen:
+        return replace(machine, utilisation=sorted(seen)[len(seen) // 2])
     return machine
 
 

@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 _GROUPS = {"val/{}head": "head", "val/{}medium": "medium", "val/{}tail": "tail"}
 CURVES = (
     Curve("arm", "loss", "Loss", {"train/loss": "training", "val/loss": "validation"}, "squared error"),
-    Curve("arm", "probes", "Quality of the features",
+    Curve("arm", "features", "Quality of the features",
           {"val/linear": "linear probe", "val/knn": "nearest neighbours"}, "percent",
           "Accuracy of classifiers on the features, on validation. Training never sees the labels."),
     Curve("distill", "loss", "Loss", {"train/loss": "training"}, "cross-entropy"),

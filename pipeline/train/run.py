@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config import dump_yaml, flatten, identity
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem, HandoverError
 from pipeline.files import replace_text
+from pipeline.jsonl import read_rows
 
 if TYPE_CHECKING:
     from pipeline.train.distributed import World
@@ -85,7 +86,7 @@ class Run:
         """Remove the rows after `step`; a resumed run writes them again."""
         path = self.folder / "metrics.jsonl"
         if self.world.is_main and path.exists():
-            rows = [row for row in _rows(path) if row["step"] <= step]
+            rows = [row for row in read_rows(path) if row["step"] <= step]
             replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def incident(self, what: dict[str, Any]) -> None:
@@ -110,7 +111,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not self.world.is_main or not path.exists():
             return {}
-        rows = reversed(_rows(path))
+        rows = reversed(read_rows(path))
         return next((found for row in rows if (found := {k: v for k, v in row.items() if k.startswith(prefix)})), {})
 
     def write_json(self, name: str, value: Any) -> None:
@@ -136,12 +137,6 @@ class Run:
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "gpus": gpus,
         }
-
-
-def _rows(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl; a last line that a kill has cut is left out."""
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def identity_sha256(config: BaseModel) -> str:

@@ -15,11 +15,11 @@ from pipeline.exit_codes import ExitCode, blame
 from tests.conftest import ROOT
 
 
-def test_every_error_has_a_code_of_its_own_and_readme_lists_all_codes() -> None:
+def test_every_error_has_a_code_of_its_own_and_the_docs_list_all_codes() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PipelineError)]
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes)
-    table = (ROOT / "README.md").read_text().partition("Exit codes")[2]
+    table = (ROOT / "docs/exit-codes.md").read_text()
     listed = [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)]
     assert listed == list(ExitCode)
 
