@@ -21,6 +21,7 @@ from tests import warm
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 from tests.golden.write import losses
 from tests.integration.test_resume import parents, start_and_signal
+from tests.waiting import patience, wait_until
 
 
 def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_seen(chain: Stages, tmp_path: Path) -> None:
@@ -109,12 +110,10 @@ def test_a_frozen_rank_ends_all_in_7(chain: Stages) -> None:
     command = chain.command("arm", "run.experiment=frozen", "loop.steps=5000", "engine.timeout_seconds=6", nproc=2)
     process = warm.start(command)
     checkpoints = chain.runs / "frozen" / "arm" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not complete(checkpoints) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: bool(complete(checkpoints)), "the first checkpoint", 40, context=lambda: process.errors)
     ranks = psutil.Process(process.pid).children()
     ranks[1].send_signal(signal.SIGSTOP)
-    assert process.wait(60) == 7
+    assert process.wait(patience(30)) == 7
     text = process.errors
     assert "lost another rank" in text
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)

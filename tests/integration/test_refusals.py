@@ -10,6 +10,7 @@ import pytest
 
 from tests import warm
 from tests.conftest import ROOT, Stages
+from tests.waiting import patience, wait_until
 
 CONFIG = {
     "optim.lrr=1": "optim.lrr: unknown key; did you mean 'lr'?",
@@ -107,7 +108,6 @@ def test_divergence_ends_in_6_and_leaves_nothing_that_is_not_finite(stages: Stag
 def test_a_rank_that_is_killed_ends_the_others_in_7(stages: Stages) -> None:
     import os
     import signal
-    import time
 
     import psutil
 
@@ -115,9 +115,7 @@ def test_a_rank_that_is_killed_ends_the_others_in_7(stages: Stages) -> None:
         stages.command("arm", "run.experiment=widow", "loop.steps=5000", "data.loader.workers=1", nproc=2)
     )
     metrics = stages.runs / "widow" / "arm" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(metrics.exists, "the first logged step", 40, context=lambda: process.errors)
     ranks = psutil.Process(process.pid).children()
     assert len(ranks) == 2
     everyone = psutil.Process(process.pid).children(recursive=True)
@@ -126,7 +124,7 @@ def test_a_rank_that_is_killed_ends_the_others_in_7(stages: Stages) -> None:
     for worker in workers:
         worker.suspend()  # it cannot notice that its rank is gone
     os.kill(ranks[1].pid, signal.SIGKILL)
-    assert process.wait(30) == 7
-    _, there = psutil.wait_procs(everyone, timeout=5)
+    assert process.wait(patience(15)) == 7
+    _, there = psutil.wait_procs(everyone, timeout=patience(3))
     assert all(one.status() == psutil.STATUS_ZOMBIE for one in there)
     assert "was killed by SIGKILL" in process.errors

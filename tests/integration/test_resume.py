@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ from stages import SPECS
 from tests import warm
 from tests.conftest import Stages
 from tests.integration.test_poison import poisoned
+from tests.waiting import patience, wait_until
 
 
 def step_reached(run: Path) -> int:
@@ -26,12 +26,15 @@ def start_and_signal(
     """Start, wait until `after_steps` rows are logged, send the signal, return the exit code."""
     run = stages.runs / next(m.split("=")[1] for m in more if m.startswith("run.experiment=")) / stage
     process = warm.start(stages.command(stage, *more, nproc=nproc))
-    deadline = time.monotonic() + 120
-    while step_reached(run) < after_steps and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert step_reached(run) >= after_steps
+    wait_until(
+        lambda: step_reached(run) >= after_steps or process.poll() is not None,
+        f"step {after_steps} of {run}",
+        40,
+        every=0.002,
+    )
+    assert step_reached(run) >= after_steps, process.errors
     process.send_signal(number)
-    return process.wait(60)
+    return process.wait(patience(20))
 
 
 def parents(chain: Stages, stage: str) -> list[str]:
@@ -70,11 +73,9 @@ def test_ctrl_c_on_the_launcher_saves_on_all_ranks_and_continues(chain: Stages) 
 def test_a_stop_before_the_first_step_is_an_interruption(chain: Stages) -> None:
     more = ["run.experiment=early", *parents(chain, "semi")]
     process = warm.start(chain.command("semi", *more, nproc=2))
-    deadline = time.monotonic() + 60
-    while len(psutil.Process(process.pid).children()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: len(psutil.Process(process.pid).children()) == 2, "the launcher to start two ranks", 20)
     process.send_signal(signal.SIGTERM)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=patience(20))
     assert process.returncode == 75, text
     assert "Traceback" not in text
 
@@ -93,9 +94,7 @@ def test_a_finished_run_whose_export_was_damaged_writes_it_again(chain: Stages) 
 def test_two_processes_may_not_work_in_one_folder(chain: Stages) -> None:
     more = ["run.experiment=shared", "loop.steps=100000"]
     first = warm.start(chain.command("arm", *more))
-    deadline = time.monotonic() + 120
-    while step_reached(chain.runs / "shared" / "arm") < 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: step_reached(chain.runs / "shared" / "arm") >= 1, "the first step of the first process", 40)
     second = chain.run("arm", *more)
     first.kill()
     first.wait()
