@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests import warm
+from tests.conftest import Stages
 
 UNEVEN = "56"  # 400 images in batches of 56 do not divide evenly among one, two or three processes
 
@@ -15,7 +16,7 @@ UNEVEN = "56"  # 400 images in batches of 56 do not divide evenly among one, two
 def evaluate(*arguments: object, nproc: int = 1) -> subprocess.CompletedProcess[str]:
     head = ["-m", "launchers", "evaluate", "--nproc", str(nproc)] if nproc > 1 else ["-m", "pipeline.evaluate"]
     command = [sys.executable, *head, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    return warm.run(command)
 
 
 def test_student_and_teacher_get_the_numbers_of_the_run_to_the_last_digit(chain: Stages, tmp_path: Path) -> None:

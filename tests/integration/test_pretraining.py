@@ -43,6 +43,7 @@ def test_the_linear_probe_is_the_same_on_two_processes(chain: Stages, zero: int)
         assert sum(clusters) / 15 == pytest.approx(row["train/loss"], rel=1e-6)
 
 
+@pytest.mark.soak  # twice 300 steps
 def test_bf16_learns_what_fp32_learns(chain: Stages) -> None:
     """300 steps: every number finite, and the held-out loss within 2 % of fp32's."""
     more = ["loop.steps=300", "loop.log_every=20", "loop.save_every=300", "optim.warmup_steps=20"]
