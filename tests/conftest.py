@@ -59,11 +59,10 @@ class Stages:
         ranks = [warm.start(command, shared | {"RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(nproc)]
         while not all(rank.poll() == 0 for rank in ranks) and not any(rank.poll() for rank in ranks):
             time.sleep(0.02)
+        # As under the launcher: when a rank has failed, the others get a moment and are then ended.
         deadline = time.monotonic() + patience(3)
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            time.sleep(
-                0.02
-            )  # as the launcher does: the others of a rank that has failed get a moment, then they are ended
+            time.sleep(0.02)
         codes = [rank.poll() for rank in ranks]
         for rank in ranks:
             rank.kill()
