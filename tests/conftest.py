@@ -3,11 +3,14 @@
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.exit_codes import blame
 from tests import warm
+from tests.waiting import patience
 
 ROOT, ENVIRONMENT = warm.ROOT, warm.ENVIRONMENT
 
@@ -44,7 +47,7 @@ class Stages:
         return [sys.executable, *head, stage, f"configs/{stage}/{config}.yaml", *self.overrides(*more), *tail]
 
     def run(self, stage: str, *more: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:
-        """Run a stage in `nproc` processes to its end; the result has the first exit code that is not 0."""
+        """Run a stage in `nproc` processes to its end; the result has the exit code that the launcher would give."""
         command = self.command(stage, *more)
         if nproc == 1:
             return warm.run(command)
@@ -54,9 +57,17 @@ class Stages:
             "MASTER_PORT": str(free_port()),
         }
         ranks = [warm.start(command, shared | {"RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(nproc)]
-        codes = [rank.wait() for rank in ranks]
+        while not all(rank.poll() == 0 for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.02)
+        # As under the launcher: when a rank has failed, the others get a moment and are then ended.
+        deadline = time.monotonic() + patience(3)
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        codes = [rank.poll() for rank in ranks]
+        for rank in ranks:
+            rank.kill()
         output, errors = ("".join(texts) for texts in zip(*(rank.communicate() for rank in ranks), strict=True))
-        return subprocess.CompletedProcess(command, next((code for code in codes if code), 0), output, errors)
+        return subprocess.CompletedProcess(command, blame(code or 0 for code in codes), output, errors)
 
     def complete(self, stage: str, *more: str, nproc: int = 1) -> Path:
         """Run to the end and return the run's folder."""

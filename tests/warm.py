@@ -8,6 +8,7 @@ commands of the form `[sys.executable, "-m", MODULE, ...]`.
 import atexit
 import ctypes
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -166,6 +167,7 @@ def _serve(address: str) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        importlib.import_module("pipeline.ops.torchvision_cpu").allow_torchvision()
         for module in (
             "torch._dynamo",
             "deepspeed",
@@ -173,8 +175,13 @@ def _serve(address: str) -> None:
             "stages.distill",
             "stages.semi",
             "torch.utils.tensorboard",
+            "matplotlib.figure",
+            "matplotlib.backends.backend_agg",
+            "torchvision.transforms.v2.functional",
+            "timm.data",
+            "sklearn.linear_model",
         ):
-            __import__(module)
+            importlib.import_module(module)
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write)
