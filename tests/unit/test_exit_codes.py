@@ -146,6 +146,7 @@ def test_the_config_files_are_listed_and_copied_with_their_bases(capsys, tmp_pat
 
 
 def test_a_reader_that_has_read_enough_is_no_error() -> None:
-    command = f"{sys.executable} -c 'from pipeline.cli import guarded; guarded(lambda _: [print(k) for k in range(10**6)] and 0, [])'"
-    done = subprocess.run(["bash", "-c", f"{command} | head -1"], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = "from pipeline.cli import guarded; guarded(lambda _: [print(k) for k in range(10**6)] and 0, [])"
+    command = f"{sys.executable} -c '{code}' | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
