@@ -4,6 +4,7 @@
 (`pipeline/models/variants.py`) gives the values of a named model; a config names one and overrides what differs.
 """
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -16,6 +17,9 @@ TIMM_PREFIX = "timm/"
 # The largest published models have a tenth of these. A model that is larger would be refused by memory, and late.
 Depth = Annotated[int, Field(gt=0, le=512)]  # blocks, also heads, taps and the like
 Width = Annotated[int, Field(gt=0, le=2**15)]  # channels, states, pixels on a side
+Option = Annotated[int, Field(ge=-(2**15), le=2**15)] | Annotated[float, Field(ge=-1e6, le=1e6)]
+# Arguments of timm's create_model that fetch or read files. An export from somebody else must do neither.
+_READING_OPTIONS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "kwargs")
 Ratio = Annotated[float, Field(gt=0, le=64)]
 
 
@@ -283,9 +287,20 @@ class VSSDConfig(FamilyConfig):
 class TimmConfig(FamilyConfig):
     """Any model of timm, from scratch or from a file of weights: `name: timm/vit_small_patch16_224`."""
 
-    options: dict[str, str | int | float | bool] = Field(
+    options: dict[str, Annotated[str, Field(max_length=200)] | Option | bool] = Field(
         default_factory=dict, description="further arguments of timm's create_model, for example {global_pool: avg}"
     )
+
+    @model_validator(mode="after")
+    def _options(self) -> Self:
+        if not re.fullmatch(r"timm/[A-Za-z0-9_.-]{1,100}", self.name):
+            raise ValueError(f"{self.name[:60]!r} is no name of a timm model; write for example timm/resnet50")
+        if found := [option for option in self.options if option in _READING_OPTIONS]:
+            raise ValueError(f"options.{found[0]} would read other files; give weights by their file instead")
+        depth = self.options.get("depth", 1)
+        if not isinstance(depth, int) or not 0 < depth <= 512:
+            raise ValueError(f"options.depth is {depth}, but a model has 1 to 512 blocks")
+        return self
 
     @classmethod
     def knows(cls, name: str) -> bool:
