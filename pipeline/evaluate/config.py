@@ -26,4 +26,6 @@ class ProbeConfig(Strict):
     temperature: float = Field(
         0.07, gt=0, le=1e6, description="temperature of the neighbours' votes, each of weight exp(cosine / temperature)"
     )
-    weight_decay: float = Field(1e-3, gt=0, le=1e6, description="weight decay of the linear probe, on standardised features")
+    weight_decay: float = Field(
+        1e-3, gt=0, le=1e6, description="weight decay of the linear probe, on standardised features"
+    )

@@ -158,10 +158,15 @@ class Card(Strict):
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except ValidationError as error:
             raise HandoverError(f"{path} is not a model card: {_problem(error)}{hint}") from None
-        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5000 digits, or nested too deeply
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # no JSON, no UTF-8, a number of 5000 digits, or nested too deeply
             raise HandoverError(f"{path} is not a model card: {str(error).splitlines()[0]}{hint}") from None
         except OSError as error:
-            raise HandoverError(f"{path} cannot be read: {error.strerror}; ask its owner, or make it readable") from None
+            raise HandoverError(
+                f"{path} cannot be read: {error.strerror}; ask its owner, or make it readable"
+            ) from None
 
     def sealed(self) -> Self:
         """Return the card with its own hash."""

@@ -10,6 +10,7 @@ import argparse
 import logging
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def _read(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise HandoverError(f"{path} is only a pointer of Git LFS; type `git lfs pull` where it came from, and copy it again")
+        raise HandoverError(
+            f"{path} is only a pointer of Git LFS; type `git lfs pull` where it came from, and copy it again"
+        )
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path)
     if start.startswith(b"PK"):
@@ -117,7 +120,8 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(list(ALLOWED)):
+        with torch.serialization.safe_globals(list(ALLOWED)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of formats that are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text advises to load the file unsafely
@@ -157,7 +161,9 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
         if k in wanted and v.is_floating_point() != wanted[k].is_floating_point()
     ]
     if not problems:
-        problems = [f"{k} holds NaN or infinity" for k, v in weights.items() if not v.to(wanted[k].dtype).isfinite().all()]
+        problems = [
+            f"{k} holds NaN or infinity" for k, v in weights.items() if not v.to(wanted[k].dtype).isfinite().all()
+        ]
     if problems:
         raise HandoverError(
             f"{path} does not fit this model: {problems[0]} ({len(problems)} such problems); set model.* to the model that the"

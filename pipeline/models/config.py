@@ -223,9 +223,7 @@ class EfficientViMConfig(FamilyConfig):
 
     variants = EFFICIENTVIM_VARIANTS
 
-    widths: tuple[Width, Width, Width] = Field(
-        description="channels of the three stages; multiples of 8"
-    )
+    widths: tuple[Width, Width, Width] = Field(description="channels of the three stages; multiples of 8")
     depths: tuple[Depth, Depth, Depth] = Field(description="blocks of the three stages")
     states: tuple[Width, Width, Width] = Field(description="N, hidden states of the three stages")
     stem_stride: Literal[4, 8, 16] = Field(
@@ -252,7 +250,10 @@ class EfficientViMConfig(FamilyConfig):
         False, description="add a second set of heads that learn from the teacher; logits are the average of both sets"
     )
     gate_init: float = Field(
-        1e-4, ge=-1e3, le=1e3, description="first value of the gates before their sigmoid; the released 1e-4 halves every branch"
+        1e-4,
+        ge=-1e3,
+        le=1e3,
+        description="first value of the gates before their sigmoid; the released 1e-4 halves every branch",
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,12 @@ class RemoteConfig(Strict):
     )
     cache_gb: float = Field(50.0, gt=0.0, le=10**9, description="Size limit of the cache in 10^9 bytes.")
     timeout_seconds: Seconds = Field(30.0, description="Seconds without a byte after which a connection is cut.")
-    attempts: int = Field(8, gt=0, le=1000, description="Number of attempts in a row without a byte after which reading fails.")
+    attempts: int = Field(
+        8, gt=0, le=1000, description="Number of attempts in a row without a byte after which reading fails."
+    )
     backoff_seconds: float = Field(
-        0.5, ge=0.0, le=3600, description="Seconds before the second attempt; the wait doubles with each attempt, up to 30 s."
+        0.5,
+        ge=0.0,
+        le=3600,
+        description="Seconds before the second attempt; the wait doubles with each attempt, up to 30 s.",
     )

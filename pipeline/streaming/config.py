@@ -36,7 +36,10 @@ class AugmentConfig(Strict):
     )
     horizontal_flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     color_jitter: float = Field(
-        0.0, ge=0.0, le=10.0, description="strength s: brightness, contrast and saturation change by a factor in 1 ± s; 0 = off"
+        0.0,
+        ge=0.0,
+        le=10.0,
+        description="strength s: brightness, contrast and saturation change by a factor in 1 ± s; 0 = off",
     )
     rand_augment: str = Field(
         "", description="RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; empty = off"

@@ -21,7 +21,7 @@ class RunConfig(Strict):
         0,
         ge=0,
         lt=2**63,
-        description="seed of the first weights, of the order of the data, of the augmentation and of drop path"
+        description="seed of the first weights, of the order of the data, of the augmentation and of drop path",
     )
 
     def folder(self, stage: str) -> Path:
@@ -35,7 +35,7 @@ class OptimConfig(Strict):
     lr: float = Field(
         gt=0,
         le=1e6,
-        description="learning rate at the peak, for the global batch as configured (it is not scaled by it)"
+        description="learning rate at the peak, for the global batch as configured (it is not scaled by it)",
     )
     min_lr: float = Field(0.0, ge=0, le=1e6, description="learning rate at the end of the cosine")
     warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of the linear rise")
@@ -109,6 +109,12 @@ class EngineConfig(Strict):
         json_schema_extra=FREE,
     )
 
+    public_address: bool = Field(
+        False,
+        description="accept that several machines meet at an address of the internet; the ranks talk without a password",
+        json_schema_extra=FREE,
+    )
+
     @model_validator(mode="after")
     def _offload(self) -> Self:
         if self.offload_optimizer and self.zero_stage == 0:
@@ -123,8 +129,7 @@ class LoopConfig(Strict):
 
     steps: PositiveInt = Field(description="optimizer steps of the whole run")
     global_batch: PositiveInt = Field(
-        le=2**24,
-        description="samples of the stage's first stream per optimizer step, over all processes"
+        le=2**24, description="samples of the stage's first stream per optimizer step, over all processes"
     )
     log_every: PositiveInt = Field(50, description="steps between two log lines", json_schema_extra=FREE)
     eval_every: PositiveInt | None = Field(

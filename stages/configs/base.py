@@ -35,10 +35,7 @@ class DataConfig(Strict):
     )
     loader: LoaderConfig = Field(LoaderConfig(), description="order and speed of reading")
     eval_batch: int = Field(
-        256,
-        gt=0,
-        le=2**20,
-        description="samples per process in one batch of an evaluation", json_schema_extra=FREE
+        256, gt=0, le=2**20, description="samples per process in one batch of an evaluation", json_schema_extra=FREE
     )
 
     @property
