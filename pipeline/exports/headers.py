@@ -85,6 +85,7 @@ def check_archive(path: Path) -> None:
             together do not fit in memory.
     """
     size = path.stat().st_size
+    pickles: list[bytes] = []
     try:
         with path.open("rb") as file:
             end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # zipfile would read a million entries first
@@ -92,8 +93,18 @@ def check_archive(path: Path) -> None:
             raise zipfile.BadZipFile("it has too many members" if end else "its directory is missing")
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
-        raise HandoverError(f"{path} is no torch checkpoint, or damaged: {error}") from None
+            _check_members(path, members, size)
+            pickles += [archive.read(member) for member in members if member.filename.endswith(".pkl")]
+    except HandoverError:
+        raise
+    except Exception as error:  # zipfile raises errors of many classes for damaged archives
+        raise HandoverError(f"{path} is no torch checkpoint, or damaged: {str(error)[:200]}") from None
+    for content in pickles:
+        _count_opcodes(path, io.BytesIO(content), pickles=1)
+    check_memory(path, size)
+
+
+def _check_members(path: Path, members: list[zipfile.ZipInfo], size: int) -> None:
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise HandoverError(
             f"{path} is not read: it is compressed, which torch's checkpoints are not; save its state dict as safetensors"
@@ -101,16 +112,12 @@ def check_archive(path: Path) -> None:
     claimed = sum(member.file_size for member in members)
     if claimed > size:
         raise HandoverError(f"{path} is damaged: its members claim {claimed} bytes, the file has {size}")
-    for member in members:
-        if member.filename.endswith(".pkl"):
-            if member.file_size > MAX_HEADER:
-                raise HandoverError(
-                    f"{path} is not read: its description of tensors has {member.file_size} bytes, at most {MAX_HEADER} are"
-                    " allowed; save its state dict as safetensors"
-                )
-            with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-                _count_opcodes(path, io.BytesIO(file.read()), pickles=1)
-    check_memory(path, claimed)
+    described = sum(member.file_size for member in members if member.filename.endswith(".pkl"))
+    if described > MAX_HEADER:
+        raise HandoverError(
+            f"{path} is not read: its description of tensors has {described} bytes, at most {MAX_HEADER} are allowed; save"
+            " its state dict as safetensors"
+        )
 
 
 def check_bare_pickle(path: Path) -> None:

@@ -204,9 +204,9 @@ def _device(address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int) -
     """Return the network device of this machine that leads to an address; None if it is not found."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # nothing is sent
-            probe.connect((str(address), port or 9))
-            own = probe.getsockname()[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as unsent:  # nothing is sent
+            unsent.connect((str(address), port or 9))
+            own = unsent.getsockname()[0]
     except OSError:
         return None
     devices = {

@@ -96,7 +96,13 @@ def material(scratch: Path) -> Material:
     import torch
 
     torch.set_num_threads(1)
-    for module in ("stages.__main__", "stages.drivers", "stages.semi", "pipeline.models.__main__", "pipeline.exports.convert"):
+    for module in (
+        "stages.__main__",
+        "stages.drivers",
+        "stages.semi",
+        "pipeline.models.__main__",
+        "pipeline.exports.convert",
+    ):
         __import__(module)
     from pipeline.data import main as data
     from pipeline.exports.export import load_export
@@ -118,7 +124,7 @@ def material(scratch: Path) -> Material:
             data(["split", str(digits / "train"), "--out", str(digits / "split.json"), *options])
         finally:
             sys.stdout = shown
-    exported(scratch / "export")
+    exported(scratch / "export", classes=tuple("0123456789"))
     load_export(scratch / "export")  # builds and loads the kernels
     (scratch / "weights").mkdir()
     torch.save(checkpoint(filled(SMALL["vim"])), scratch / "weights" / "vim.pth")

@@ -53,8 +53,12 @@ def config(rng: random.Random, folder: Path, have: Material) -> Case:
     overrides = split if rng.random() < 0.7 else []
     overrides += ["run.root=runs"] if rng.random() < 0.8 else []
     if rng.random() < 0.4:
-        key = rng.choice(("run.seed", "model.depth", "optim.lr", "augment.rand_augment", "init_from", "run.experiment", "a.b"))
-        overrides.append(f"{key}={rng.choice((*mutate.WORDS, *map(str, mutate.HUGE), '9' * 5000, '!!int x', '*a', '[' * 999))}")
+        key = rng.choice(
+            ("run.seed", "model.depth", "optim.lr", "augment.rand_augment", "init_from", "run.experiment", "a.b")
+        )
+        overrides.append(
+            f"{key}={rng.choice((*mutate.WORDS, *map(str, mutate.HUGE), '9' * 5000, '!!int x', '*a', '[' * 999))}"
+        )
     return Case("stages.__main__", [stage, "config.yaml", *(o.replace("\x00", "\\0") for o in overrides)])
 
 
@@ -69,12 +73,37 @@ def _bad_yaml(rng: random.Random, text: str) -> str | bytes:
     lines = text.splitlines()
     place = rng.randrange(len(lines))
     key = lines[place].partition(":")[0]
-    bad = ("0x_", "0b_", "2024-01-01", "9" * 5000, "!!int abc", "!!python/object:os.system {}", "!!timestamp x", "*x", "1:2:3")
-    bad += ("!!binary x", "!!set {a}", "!!float x", "!!bool x", '"\\0"', '"\\ud800"', "-.inf", ".nan", "1e999", "[" * 3000, "{" * 50)
+    bad = (
+        "0x_",
+        "0b_",
+        "2024-01-01",
+        "9" * 5000,
+        "!!int abc",
+        "!!python/object:os.system {}",
+        "!!timestamp x",
+        "*x",
+        "1:2:3",
+    )
+    bad += (
+        "!!binary x",
+        "!!set {a}",
+        "!!float x",
+        "!!bool x",
+        '"\\0"',
+        '"\\ud800"',
+        "-.inf",
+        ".nan",
+        "1e999",
+        "[" * 3000,
+        "{" * 50,
+    )
     bad += ("&a [1, 2]", "<<", "? x", "!!omap [a]", "'", "|\n  x", "- 1")
     lines[place] = f"{key}: {rng.choice(bad)}"
     if rng.random() < 0.2:
-        lines += ["a: &a [x,x,x,x,x,x,x,x,x]", *(f"b{i}: &b{i} [{','.join(9 * [f'*b{i - 1}' if i else '*a'])}]" for i in range(12))]
+        lines += [
+            "a: &a [x,x,x,x,x,x,x,x,x]",
+            *(f"b{i}: &b{i} [{','.join(9 * [f'*b{i - 1}' if i else '*a'])}]" for i in range(12)),
+        ]
     if rng.random() < 0.2:
         return mutate.data(rng, "\n".join(lines).encode())
     return "\n".join(lines)
@@ -105,6 +134,7 @@ def card(rng: random.Random, folder: Path, have: Material) -> Case:
     if rng.random() < 0.5:
         return Case("tests.fuzz.commands", ["load", "export"])
     split = [f"data.train={have.digits}/train", f"data.split={have.digits}/split.json", "data.test=null"]
+    split += ["data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]", "allow_more_labels=true"]
     return Case(
         "stages.__main__", ["semi", str(ROOT / "configs/semi/smoke.yaml"), *split, "run.root=runs", "init_from=export"]
     )
@@ -144,7 +174,11 @@ def weights(rng: random.Random, folder: Path, have: Material) -> Case:
             text = json.dumps(header).encode()
         except RecursionError:
             text = b'{"a":' * 10_000
-        path.write_bytes(struct.pack("<Q", len(text) if rng.random() < 0.8 else rng.choice((0, 2**63, 10**9))) + text + whole[8 + size :])
+        path.write_bytes(
+            struct.pack("<Q", len(text) if rng.random() < 0.8 else rng.choice((0, 2**63, 10**9)))
+            + text
+            + whole[8 + size :]
+        )
     elif kind == 2:
         with zipfile.ZipFile(have.weights) as old, zipfile.ZipFile(path, "w", rng.choice((0, 0, 8))) as new:
             for member in old.infolist():
@@ -158,7 +192,11 @@ def weights(rng: random.Random, folder: Path, have: Material) -> Case:
     elif kind == 4:
         path.write_bytes(_odd_checkpoint(rng))
     else:
-        path.write_bytes(rng.choice((b"", b"PK\x05\x06", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x02" + b"]" * 10**5 + b".")))
+        path.write_bytes(
+            rng.choice(
+                (b"", b"PK\x05\x06", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x02" + b"]" * 10**5 + b".")
+            )
+        )
     return Case("pipeline.models.__main__", ["convert", path.name, "--out", "out"])
 
 
@@ -182,7 +220,14 @@ def _odd_checkpoint(rng: random.Random) -> bytes:
         "bool": lambda: torch.zeros(3, dtype=torch.bool),
         "runs": lambda: _Runs(),
     }
-    names = ["patch_embed.proj.weight", "layers.0.mixer.A_log", "layers.0.mixer.A_b_log", "pos_embed", "head.weight", "x"]
+    names = [
+        "patch_embed.proj.weight",
+        "layers.0.mixer.A_log",
+        "layers.0.mixer.A_b_log",
+        "pos_embed",
+        "head.weight",
+        "x",
+    ]
     state = {name: odd[rng.choice(list(odd))]() for name in names if rng.random() < 0.7}
     state |= {f"layers.{i}.x": one for i in range(rng.choice((0, 0, 3, 30_000)))}
     whole = io.BytesIO()
@@ -194,8 +239,31 @@ def _odd_checkpoint(rng: random.Random) -> bytes:
 def environment(rng: random.Random, folder: Path, have: Material) -> Case:
     """Variables that a launcher sets, as garbage or in contradiction."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
-    names += ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "HOME")
-    words = ("0", "1", "2", "-1", "x", "", "99999999999999999999", "1.5", "0x1", "²", "9" * 300, "127.0.0.1", "8.8.8.8", "[", "n[1-2]")
+    names += (
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_NODELIST",
+        "SLURM_JOB_ID",
+        "SLURM_RESTART_COUNT",
+        "HOME",
+    )
+    words = (
+        "0",
+        "1",
+        "2",
+        "-1",
+        "x",
+        "",
+        "99999999999999999999",
+        "1.5",
+        "0x1",
+        "²",
+        "9" * 300,
+        "127.0.0.1",
+        "8.8.8.8",
+        "[",
+        "n[1-2]",
+    )
     chosen = names[:5] if rng.random() < 0.4 else rng.sample(names, rng.randrange(1, 9))
     given = {name: rng.choice(words) for name in chosen}
     return Case("tests.fuzz.commands", ["meet"], given)
@@ -236,7 +304,9 @@ def image(rng: random.Random, folder: Path, have: Material) -> Case:
     whole = io.BytesIO()
     kind = rng.choice(("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"))
     Image.new(rng.choice(("RGB", "L")), (rng.choice((1, 30)), 20)).save(whole, kind)
-    found = mutate.data(rng, whole.getvalue()) if rng.random() < 0.9 else b"%!PS-Adobe-3.0 EPSF\n%%BoundingBox: 0 0 9 9\n"
+    found = (
+        mutate.data(rng, whole.getvalue()) if rng.random() < 0.9 else b"%!PS-Adobe-3.0 EPSF\n%%BoundingBox: 0 0 9 9\n"
+    )
     (folder / "photos" / "cat" / f"odd.{rng.choice(('png', 'jpg', 'webp'))}").write_bytes(found)
     return Case("pipeline.data", ["convert", "imagefolder", "photos", "--out", "out", "--processes", "1"])
 

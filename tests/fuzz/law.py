@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -27,7 +28,17 @@ MEMORY = 2**30
 CODES = {0, 2, 3, 4, 5, 6, 7, 75, 130}
 _UNMADE = 99  # exit code of a case that could not be made: a fault of the fuzzer
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "shutil.rmtree"}
+_CHANGES = {
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "shutil.rmtree",
+}
 _RUNS = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn"}
 _TOOLS = ("git", "g++", "clang++", "c++", "uname")
 
@@ -111,7 +122,9 @@ def _run(case: Case, folder: Path) -> int:
     import stages.drivers
 
     stages.drivers.train = lambda config: None  # what training does with a sound config is not asked here
-    os.environ.update({name: text.replace("\x00", "") for name, text in case.environment.items()} | {"TMPDIR": f"{folder}/tmp"})
+    os.environ.update(
+        {name: text.replace("\x00", "") for name, text in case.environment.items()} | {"TMPDIR": f"{folder}/tmp"}
+    )
     sys.argv = [case.module, *case.arguments]
     for kind, limit in (
         (resource.RLIMIT_AS, psutil.Process().memory_info().vms + MEMORY),
@@ -155,8 +168,9 @@ class _Watch:
             elif event in _RUNS:
                 if os.path.basename(str(arguments[0])) not in _TOOLS:
                     self._note(f"{event} {arguments[0]!r:.100}")
-            elif event == "socket.connect" and isinstance(arguments[1], tuple) and arguments[1][0] not in ("127.0.0.1", "::1"):
-                if arguments[0].type == 1:  # SOCK_STREAM
+            elif event == "socket.connect" and isinstance(arguments[1], tuple):
+                abroad = arguments[1][0] not in ("127.0.0.1", "::1")
+                if abroad and arguments[0].type == socket.SOCK_STREAM:
                     self._note(f"connects to {arguments[1]}")
         finally:
             self.busy = False

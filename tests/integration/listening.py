@@ -13,9 +13,7 @@ import psutil
 
 def watch(command: list[str], seconds: float, **more: object) -> tuple[int, str, set[str]]:
     """Run a command; its exit code, what it said, and the addresses that it listened on."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
-    )  # type: ignore[call-overload]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)  # type: ignore[call-overload]
     found: set[str] = set()
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
