@@ -128,8 +128,8 @@ class LoopConfig(Strict):
     """How long to train, and how often what happens; all in optimizer steps."""
 
     steps: PositiveInt = Field(description="optimizer steps of the whole run")
-    global_batch: PositiveInt = Field(
-        le=2**24, description="samples of the stage's first stream per optimizer step, over all processes"
+    global_batch: int = Field(
+        gt=0, le=2**24, description="samples of the stage's first stream per optimizer step, over all processes"
     )
     log_every: PositiveInt = Field(50, description="steps between two log lines", json_schema_extra=FREE)
     eval_every: PositiveInt | None = Field(
