@@ -10,7 +10,6 @@ import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 from tests.integration.listening import watch
-from tests.warm import run
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -20,6 +19,10 @@ def test_a_run_on_one_machine_listens_on_the_loopback_only(stages: Stages, nproc
     assert code == 0, said
     assert addresses <= {"127.0.0.1", "::1"}
     assert addresses, "gloo listens somewhere; otherwise this test saw nothing"
+
+
+def finished(command: list[str], env: dict[str, str], timeout: float) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True, check=False)
 
 
 def of_two(rank: int, **more: str) -> dict[str, str]:
@@ -34,7 +37,7 @@ def of_two(rank: int, **more: str) -> dict[str, str]:
 def test_a_rank_whose_peer_never_comes_ends_with_7_after_the_time_out(stages: Stages, rank: int) -> None:
     begin = time.monotonic()
     command = stages.command("arm", f"run.experiment=alone{rank}", "engine.timeout_seconds=2")
-    ended = run(command, env=of_two(rank), timeout=120)
+    ended = finished(command, env=of_two(rank), timeout=120)
     assert ended.returncode == 7, ended.stderr
     assert "lost another rank" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -46,7 +49,7 @@ def test_a_port_that_is_taken_is_told(stages: Stages) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        ended = run(stages.command("arm", "run.experiment=taken"), env=of_two(0, MASTER_PORT=port), timeout=120)
+        ended = finished(stages.command("arm", "run.experiment=taken"), env=of_two(0, MASTER_PORT=port), timeout=120)
     assert ended.returncode == 5, ended.stderr
     assert f"error: port {port} of 127.0.0.1 is taken by another process; set MASTER_PORT" in ended.stderr
 
@@ -67,7 +70,7 @@ def test_a_port_that_is_taken_is_told(stages: Stages) -> None:
 def test_garbage_of_a_launcher_ends_with_5_in_one_sentence(
     stages: Stages, variables: dict[str, str], said: str
 ) -> None:
-    ended = run(stages.command("arm", "run.experiment=garbage"), env=of_two(0, **variables), timeout=120)
+    ended = finished(stages.command("arm", "run.experiment=garbage"), env=of_two(0, **variables), timeout=120)
     assert ended.returncode == 5, ended.stderr
     assert said in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1

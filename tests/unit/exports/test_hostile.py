@@ -43,7 +43,7 @@ def reseal(folder: Path, change: Callable[[Values], None]) -> None:
 def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     exported(tmp_path / "export")
     reseal(tmp_path / "export", lambda values: values["labels_seen"][0].update(split=name))
-    with pytest.raises(HandoverError, match="labels_seen.0") as error:
+    with pytest.raises(HandoverError, match=r"labels_seen\.0") as error:
         load_export(tmp_path / "export")
     assert "\n" not in str(error.value)
 
@@ -226,7 +226,7 @@ def test_weights_of_another_type_or_without_a_value_are_refused(
     tmp_path: Path, change: Callable[[Tensor], Tensor]
 ) -> None:
     torch.save({name: change(value) for name, value in _linear().state_dict().items()}, tmp_path / "w.pth")
-    with pytest.raises(HandoverError, match="holds (NaN|torch)"):
+    with pytest.raises(HandoverError, match=r"holds (NaN|torch)"):
         load_weights(_linear(), tmp_path / "w.pth")
 
 
