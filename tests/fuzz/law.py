@@ -2,7 +2,7 @@
 
 A case ends within 10 s of wall clock and CPU, under 1 GiB more memory, with a documented exit code and a sentence, without
 a stack trace; it writes nothing outside its folder, runs nothing and asks nobody on the network. Limits of the kernel and
-an audit hook hold the child to it, so that a case can neither hang nor harm whoever runs it.
+an audit hook hold the child to it, so that a case can neither hang nor harm its caller.
 """
 
 import importlib
