@@ -9,7 +9,7 @@ RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test test-slurm test-package soak check format requirements docs docs-serve docs-reference
+.PHONY: help install data demo test test-slurm test-package soak fuzz check format requirements docs docs-serve docs-reference
 .PHONY: golden study tensorboard stage-1 stage-2 stage-3
 .PHONY: submit submit-1 submit-2 submit-3 plan doctor status clean
 
@@ -110,6 +110,9 @@ test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and
 
 soak: $(STAMP)  ## long tests: thirty kill -9 in a row, fifty steps at every ZeRO stage (a quarter of an hour)
 	$(PY) -m pytest tests -m soak -s
+
+fuzz: $(STAMP)  ## feed 10,000 damaged and hostile inputs to the commands: CASES= SEED= (about half an hour)
+	$(PY) -m tests.fuzz --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
 
 test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there
 	$(PY) -m pytest tests/package

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field
 
-from pipeline.config import Strict
+from pipeline.config import NonNegativeInt, PositiveInt, Strict
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,3}):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
 
@@ -46,8 +46,10 @@ class ClusterConfig(Strict):
     )
     cpus_per_task: PositiveInt = Field(1, description="CPUs of each rank and its data workers")
     memory_gb: NonNegativeInt = Field(0, description="memory of each node in GB; 0 = all of it")
-    device_memory_gb: PositiveFloat | None = Field(
+    device_memory_gb: float | None = Field(
         None,
+        gt=0,
+        le=10**6,
         description="memory of one GPU in GB (10^9 bytes), which the plan compares with the need of a rank; null = not compared",
     )
     time: Annotated[str, AfterValidator(_checked_time)] = Field(

@@ -70,7 +70,7 @@ class Job:
         if os.environ.get("SLURM_PROCID", "0") == "0":
             told = {"stage": self.stage, "config": str(self.config), "folder": str(self.folder)}
             replace_text(folder / "job.json", json.dumps(told))
-        from pipeline.train.distributed import rendezvous
+        from pipeline.train.rendezvous import rendezvous
 
         os.environ.update(rendezvous(os.environ))
         from stages.__main__ import main

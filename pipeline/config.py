@@ -9,13 +9,53 @@ import re
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import ConfigError
+
+# A config is a page of text. Whatever is larger is no config, and PyYAML would read it for minutes.
+MAX_CHARACTERS = 100_000
+MAX_DEPTH = 20
+_MAX_NAME = 255  # bytes of one file name on every common file system
+_UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_MAX_SHOWN = 120  # characters of a wrong value in an error message
+
+# Numbers that no knob exceeds. A knob whose number costs memory or time has a closer bound of its own.
+PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+Seconds = Annotated[float, Field(gt=0, le=10**7)]
+
+
+def usable_path(value: str | Path) -> str | Path:
+    """Return a path unchanged if the operating system can look it up.
+
+    Raises:
+        ValueError: It holds a character that no path can hold, or a name that is too long.
+    """
+    text = str(value)
+    if _UNUSABLE.search(text):
+        raise ValueError("a path can hold no control characters and no bytes that are not UTF-8")
+    longest = max((len(name.encode()) for name in text.split("/")), default=0)
+    if longest > _MAX_NAME or len(text) > 4000:
+        raise ValueError(f"a name in this path has {longest} bytes; file systems take {_MAX_NAME}")
+    return value
+
+
+# The path of a file or folder as text, for knobs that also take a name.
+PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(usable_path)]
 
 
 class Strict(BaseModel):
@@ -35,6 +75,10 @@ class Strict(BaseModel):
                 f"{str(value).lower()} is not allowed here; give a number or a name"
                 " (YAML reads on, off, yes and no as true and false)"
             )
+        if isinstance(value, Path) or (isinstance(value, str) and Path in (annotation, *get_args(annotation))):
+            if not str(value):
+                raise ValueError("expected a path, got nothing; write null for none where the knob allows it")
+            return usable_path(value)
         return value
 
 
@@ -45,7 +89,34 @@ RENAMED = {"lanes": "virtual_readers", "probe": "linear_probe"}
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and refuses a key given twice."""
+    """SafeLoader for configs.
+
+    It reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and a date as text. It refuses a key given twice, tags, aliases
+    (a few of them can stand for 10^9 values) and deep nesting.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        line = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{line}: aliases such as *{event.anchor} are not allowed; write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise ConfigError(f"{line}: tags such as {event.tag} are not allowed; write a plain value")
+        if self._depth >= MAX_DEPTH:
+            raise ConfigError(f"{line}: nested more than {MAX_DEPTH} levels deep; no config needs that")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return super().construct_yaml_int(node)
+        except ValueError:
+            shown = f"{node.value[:20]}..." if len(node.value) > 20 else node.value
+            raise ConfigError(f"line {node.start_mark.line + 1}: {shown} is no number that can be read") from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -59,11 +130,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
+
+# A date, as in `experiment: 2026-01-31`, stays the text it is. The table is copied, because it belongs to SafeLoader.
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
+    for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
 
 # YAML 1.1 reads 2:00:00 as the number 7200 (base 60); a time stays the text it is.
 for _digit in "0123456789":
@@ -80,14 +158,22 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises:
         ConfigError: The text is not YAML, or gives a key twice.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"{where}: {len(text)} characters are no config; at most {MAX_CHARACTERS} are read")
     try:
         return yaml.load(text, Loader=_Loader)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(
+            f"{where}: not valid YAML (character {error.position + 1} cannot be part of a text)"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{where}: a value cannot be read ({type(error).__name__})") from None
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -100,8 +186,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     merged = _copy(values)
     for override in overrides:
         path, equals, text = override.partition("=")
-        if not equals or not path or not all(path.split(".")):
-            raise ConfigError(f"override {override!r}: expected key=value, for example optim.lr=1e-3")
+        shown = _short(override)
+        if not equals or not path or not all(path.split(".")) or path.count(".") >= MAX_DEPTH:
+            raise ConfigError(f"override {shown}: expected key=value, for example optim.lr=1e-3")
         node = merged
         *parents, leaf = path.split(".")
         for parent in parents:
@@ -109,7 +196,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             if not isinstance(child, dict):
                 child = node[parent] = {}
             node = child
-        node[leaf] = parse_yaml(text, f"override {override!r}")
+        node[leaf] = parse_yaml(text, f"override {shown}")
     return merged
 
 
@@ -133,10 +220,18 @@ def find_config(path: Path) -> Path:
     Returns:
         `path` itself if it exists; else the packaged file of that name; `path` again if there is neither.
     """
-    if path.is_file() or path.is_absolute():
+    if _is_file(path) or path.is_absolute():
         return path
     name = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
     return next((found for folder in config_folders() if (found := folder / name).is_file()), path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return Path(usable_path(path)).is_file()
+    except (ValueError, OSError) as error:  # a folder above it may be closed to us
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"config {_short(str(path))} cannot be looked up: {reason}") from None
 
 
 def packaged_configs(group: str) -> list[Path]:
@@ -179,14 +274,15 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not _is_file(path):
         near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else packaged_configs(path.parent.name)
         known = (
             f"; there are {', '.join(str(p) for p in near)}" if near else "; `vmp configs` lists those of the package"
         )
         raise ConfigError(f"config {path} does not exist{known}")
     try:
-        text = path.read_text()
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read as text: {error}") from None
     values = parse_yaml(text, str(path)) or {}
@@ -309,8 +405,17 @@ def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
     if not name:
         return message
     value = detail["input"]
-    shown = f" = {value!r}" if not isinstance(value, dict | BaseModel) else ""
+    shown = f" = {_short(value)}" if not isinstance(value, dict | BaseModel) else ""
     return f"{name}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: Any) -> str:
+    """Return a value as text that fits in a sentence."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _keys_at(schema: type[BaseModel], path: Sequence[str]) -> list[str]:

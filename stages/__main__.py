@@ -18,7 +18,8 @@ from typing import Any
 
 from pipeline.cli import guarded, leave
 from pipeline.config import choose, load_config
-from pipeline.errors import ConfigError, DistributedFailure, EnvironmentProblem, PipelineError
+from pipeline.errors import ConfigError, DistributedFailure, PipelineError
+from pipeline.train.rendezvous import rendezvous
 from pipeline.train.signals import interrupt_on_signals
 from stages import SPECS
 from stages.check import check, derive_batches, is_complete
@@ -43,14 +44,15 @@ def _run(arguments: list[str]) -> int:
         parser.error("give a CONFIG, or --replay RUN DATA_STEP alone")
     interrupt_on_signals()
     spec = choose("stage", given.stage, SPECS)
+    world = rendezvous(os.environ)
     if given.replay:
         return _replay(spec, Path(given.replay[0]), given.replay[1])
     config = load_config(spec.config, given.config, given.overrides)
     if is_complete(config):
         return 0
-    if _rank() == "0":  # the launcher has checked already; one check is enough
-        check(config, world_size=_world_size())
-    level = logging.INFO if _rank() == "0" else logging.WARNING
+    if world["RANK"] == "0":  # the launcher has checked already; one check is enough
+        check(config, world_size=int(world["WORLD_SIZE"]))
+    level = logging.INFO if world["RANK"] == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     from stages.drivers import train
 
@@ -84,15 +86,6 @@ def _replay(spec: StageSpec[Any], folder: Path, data_step: str) -> int:
 
 def _rank() -> str:
     return os.environ.get("RANK", "0")
-
-
-def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdigit() or int(text) < 1:
-        raise EnvironmentProblem(
-            f"WORLD_SIZE is {text!r}, but it must be the number of processes; unset it to run a single one"
-        )
-    return int(text)
 
 
 def _communication_failure(error: Exception) -> PipelineError | None:

@@ -49,7 +49,7 @@ class StageContext(Generic[C]):
 
     def __init__(self, config: C, folder: Path) -> None:
         self.spec, self.config = spec_of(config), config
-        self.world = distributed.start(config.engine.timeout_seconds)
+        self.world = distributed.start(config.engine.timeout_seconds, config.engine.public_address)
         self.run = Run(folder, config, self.world)
         self.manifest, self.split, self.subsets = open_data(config)
         self.streams = self.spec.streams(config, self.subsets)

@@ -84,6 +84,12 @@ class Evaluator:
         seen = np.setdiff1d(np.arange(num_classes), header["ood_classes"])
         return with_outside(class_groups(counts[seen], ranks=np.array(header["class_ranks"])[seen]), seen, num_classes)
 
+    def known_groups(self) -> dict[str, np.ndarray]:
+        """Group the classes by their labelled images alone, for the card of an export; classes without any are apart."""
+        counts = self.class_counts()
+        seen = np.flatnonzero(counts)
+        return with_outside(class_groups(counts[seen]), seen, len(counts))
+
     def class_counts(self) -> np.ndarray:
         """Count the labelled images of each class: (C,)."""
         return np.bincount(self.manifest.labels[self.subsets.labelled], minlength=len(self.manifest.classes))
@@ -144,7 +150,10 @@ class Evaluator:
             "protocol": self.split.protocol if self.split else "all labelled",
         }
         counts = dict(zip(self.manifest.classes, self.class_counts().tolist(), strict=True))
-        self.run.write_json("evaluation.json", {**protocol, "labelled_per_class": counts, "models": results})
+        groups = {name: members.tolist() for name, members in self.groups().items()}
+        self.run.write_json(
+            "evaluation.json", {**protocol, "labelled_per_class": counts, "class_groups": groups, "models": results}
+        )
         if self.config.test is None:
             return {}
         return {f"test/{name}_top1": result["top1"] for name, result in results.items()}

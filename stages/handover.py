@@ -15,6 +15,8 @@ from stages.context import StageContext
 
 logger = logging.getLogger(__name__)
 
+_OF_GROUPS = tuple(f"{separator}{group}" for separator in "/_" for group in ("head", "medium", "tail", "ood"))
+
 
 def export(
     s: StageContext[Any],
@@ -40,7 +42,9 @@ def export(
         s.ancestry.saw_own_labels()
     if not s.world.is_main:
         return
-    groups = s.evaluator.groups() if classifier else {}
+    # The groups of the run count hidden labels too. An export carries only what its own labels say.
+    groups = s.evaluator.known_groups() if classifier else {}
+    told = {name: value for name, value in measured.items() if not name.endswith(_OF_GROUPS)}
     card = Card(
         kind="classifier" if classifier else "pretrainer",
         model=model,
@@ -55,7 +59,7 @@ def export(
         lineage=s.ancestry.lineage(s.run),
         labels_seen=s.ancestry.labels_seen(),
         more_labels_than_claimed=s.ancestry.more_labels_than_claimed,
-        metrics=measured,
+        metrics=told,
     )
     images, labels = s.fingerprint_images(model.image_size), s.ancestry.labelled_indices()
     for name, others in (companions or {}).items():

@@ -15,7 +15,10 @@ class SplitConfig(Strict):
     """
 
     imbalance: float = Field(
-        1.0, ge=1.0, description="samples of the largest class per sample of the smallest one; 1 = every sample is kept"
+        1.0,
+        ge=1.0,
+        le=1e9,
+        description="samples of the largest class per sample of the smallest one; 1 = every sample is kept",
     )
     profile: Literal["exponential", "supplement"] = Field(
         "exponential",
@@ -34,18 +37,23 @@ class SplitConfig(Strict):
         "samples are unlabelled",
     )
     ood_classes: int = Field(
-        0, ge=0, description="how many classes, the last in class_order, are never labelled and never in validation"
+        0,
+        ge=0,
+        le=10**6,
+        description="how many classes, the last in class_order, are never labelled and never in validation",
     )
     ood_scope: Literal["all", "labelled"] = Field(
         "all", description="where the ood_classes are missing: everywhere, or among the labelled samples only"
     )
     labelled: float = Field(1.0, gt=0.0, le=1.0, description="fraction of each class that keeps its label")
-    min_labelled_per_class: int = Field(1, ge=0, description="least number of labelled samples in each class")
+    min_labelled_per_class: int = Field(1, ge=0, le=10**9, description="least number of labelled samples in each class")
     rounding: Literal["random", "nearest"] = Field(
         "random",
         description="how counts are rounded: at random so that the mean is kept (seeded per class), or to the nearest",
     )
-    validation_per_class: int = Field(0, ge=0, description="samples of each class that are held out for validation")
+    validation_per_class: int = Field(
+        0, ge=0, le=10**9, description="samples of each class that are held out for validation"
+    )
     labelled_list: str = Field(
         "",
         description="file that names exactly the labelled samples, one a line, such as ImageNet's published 1 % and 10 %",

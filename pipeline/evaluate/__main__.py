@@ -14,6 +14,7 @@ Exit codes: those of `python -m stages`.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -145,6 +146,15 @@ def _evaluate(request: _Request, batch: int | None) -> None:
     distributed.stop()
 
 
+def _groups(folder: Path, card: Card) -> dict[str, Any]:
+    """Return the class groups of the run that an export lies in, which count hidden labels too; else those of its card."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
+        told: dict[str, list[int]] = json.loads((folder.parent / "evaluation.json").read_text())["class_groups"]
+        if all(0 <= index < len(card.classes) for members in told.values() for index in members):
+            return told
+    return dict(card.class_groups)
+
+
 def _evaluate_model(
     name: str, folder: Path, request: _Request, batch: int | None, world: "World"
 ) -> tuple[dict[str, Any], str]:
@@ -163,7 +173,7 @@ def _evaluate_model(
     model, card = load_export(folder)
     model = model.to(world.device)
     views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
-    groups = {group: np.array(members) for group, members in card.class_groups.items()}
+    groups = {group: np.array(members) for group, members in _groups(folder, card).items()}
     classes = request.data.classes
 
     def batches(manifest: Manifest, sample_indices: np.ndarray) -> "Iterator[Batch]":

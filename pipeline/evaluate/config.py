@@ -1,8 +1,8 @@
 """Schema of evaluation (torch-free)."""
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from pipeline.config import Strict
+from pipeline.config import PositiveInt, Strict
 
 
 class LinearProbeConfig(Strict):
@@ -25,6 +25,8 @@ class LinearProbeConfig(Strict):
         20, description="number of nearest neighbours that vote; fewer if there are fewer samples"
     )
     temperature: float = Field(
-        0.07, gt=0, description="temperature of the neighbours' votes, each of weight exp(cosine / temperature)"
+        0.07, gt=0, le=1e6, description="temperature of the neighbours' votes, each of weight exp(cosine / temperature)"
     )
-    weight_decay: float = Field(1e-3, gt=0, description="weight decay of the linear probe, on standardised features")
+    weight_decay: float = Field(
+        1e-3, gt=0, le=1e6, description="weight decay of the linear probe, on standardised features"
+    )

@@ -12,55 +12,76 @@ EXPORT/
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config import Strict
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.files import sha256_of
-from pipeline.models.config import DecoderConfig, ModelConfig
+from pipeline.models.config import DecoderConfig, ModelConfig, VisionMambaConfig, check_taps
 
 WEIGHTS, FINGERPRINT, CARD = "model.safetensors", "fingerprint.safetensors", "model.json"
+MAX_BYTES = 8 * 2**20  # of a card; one of 100,000 classes has about 3 MiB
+_MAX_LABELS = 10**9  # labelled images of one split
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a file in this folder and in no other
 # Excluded from the card's hash: itself, and where a parent lay.
 _UNSEALED: Any = {"card_sha256": True, "lineage": {"parents": {"__all__": {"path"}}}}
+
+Mean = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(ge=1e-3, le=10)]
+Channels = tuple[Mean, Mean, Mean]
+Spreads = tuple[Spread, Spread, Spread]
+Words = Annotated[str, Field(max_length=10_000)]
 
 
 class Preprocessing(Strict):
     """How pixels become the model's input: values in [0, 1], minus mean, over std, per channel."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Spreads
 
 
 class LabelsSeen(Strict):
     """One label split that has shaped the weights."""
 
-    split: str = Field(description="hash of the split; for weights from outside, a name")
-    protocol: str = Field(description="how the split was made, for people")
-    count: int = Field(description="labelled images; 0 if unknown")
-    dataset: str | None = Field(description="hash of the manifest; null for weights from outside")
-    sample_indices_sha256: str = Field("", description="SHA-256 of labels/SPLIT.npy")
+    split: str = Field(
+        pattern=r"^[^/\\\x00-\x1f]*$", max_length=200, description="hash of the split; for weights from outside, a name"
+    )
+    protocol: Words = Field(description="how the split was made, for people")
+    count: int = Field(ge=0, le=_MAX_LABELS, description="labelled images; 0 if unknown")
+    dataset: Words | None = Field(description="hash of the manifest; null for weights from outside")
+    sample_indices_sha256: Words = Field("", description="SHA-256 of labels/SPLIT.npy")
+
+    @model_validator(mode="after")
+    def _plain_file_name(self) -> Self:
+        if self.dataset is not None and not _PLAIN_NAME.fullmatch(self.split):
+            raise ValueError(
+                f"split {self.split[:60]!r} is no hash; it names a file, so it may hold letters, digits, `_`, `.` and `-` only"
+            )
+        return self
 
 
 class Parent(Strict):
     """An export or file whose weights this model started from or learnt from. Its identity is the hash."""
 
-    role: str = Field(description="init_from or teacher; for a converted file, its layout")
-    path: str = Field(description="where it was read from; information only, it may have moved since")
-    weights_sha256: str = Field(description="SHA-256 of the parent's weights file")
+    role: Words = Field(description="init_from or teacher; for a converted file, its layout")
+    path: Words = Field(description="where it was read from; information only, it may have moved since")
+    weights_sha256: Words = Field(description="SHA-256 of the parent's weights file")
 
 
 class Lineage(Strict):
     """What the weights were made from. Configs, data, splits and parents are named by hash."""
 
-    stage: str
-    config_sha256: str = Field(description="SHA-256 of the config fields that are the run's identity")
-    commit: str = Field(description="git commit of the code")
-    dataset: str = Field(description="hash of the manifest of the training images")
-    split: str | None = Field(description="hash of the split; null if all images were labelled")
+    stage: Words
+    config_sha256: Words = Field(description="SHA-256 of the config fields that are the run's identity")
+    commit: Words = Field(description="git commit of the code")
+    dataset: Words = Field(description="hash of the manifest of the training images")
+    split: Words | None = Field(description="hash of the split; null if all images were labelled")
     parents: tuple[Parent, ...]
 
 
@@ -71,13 +92,14 @@ class Card(Strict):
     kind: Literal["classifier", "pretrainer"]
     model: ModelConfig
     decoder: DecoderConfig | None = Field(None, description="of a pretrainer")
-    classes: tuple[str, ...] = Field(description="names, in the order of the logits; empty for a pretrainer")
+    classes: tuple[Words, ...] = Field(description="names, in the order of the logits; empty for a pretrainer")
     class_counts: tuple[int, ...] = Field((), description="labelled training images of each class")
     class_groups: dict[str, tuple[int, ...]] = Field(
-        default_factory=dict, description="class indices of the groups head, medium, tail and ood"
+        default_factory=dict,
+        description="class indices of the groups head, medium, tail and ood, by the labelled images alone",
     )
     eval_batch: int = Field(
-        256, ge=1, description="images per process and step of an evaluation; other sizes round differently"
+        256, ge=1, le=2**20, description="images per process and step of an evaluation; other sizes round differently"
     )
     preprocessing: Preprocessing
     weights_sha256: str
@@ -89,6 +111,27 @@ class Card(Strict):
     )
     metrics: dict[str, float] = Field(default_factory=dict, description="last validation and test results")
     card_sha256: str = Field("", description="SHA-256 of all fields above except the parents' paths; shows edits")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Refuse fields that contradict one another, before they become a model of other shapes."""
+        number = len(self.classes)
+        if self.kind == "pretrainer":
+            if self.decoder is None or not isinstance(self.model, VisionMambaConfig):
+                raise ValueError("a pretrainer has a decoder and a Vision Mamba")
+            check_taps(self.decoder, self.model)
+            if number:
+                raise ValueError(f"a pretrainer names no classes, but {number} are given")
+        elif self.decoder is not None:
+            raise ValueError("a classifier has no decoder")
+        elif number != self.model.num_classes:
+            raise ValueError(f"{number} classes are named, but the model has {self.model.num_classes}")
+        if self.class_counts and (len(self.class_counts) != number or min(self.class_counts) < 0):
+            raise ValueError(f"class_counts needs {number} counts, one of each class")
+        for group, members in self.class_groups.items():
+            if len(set(members)) != len(members) or any(not 0 <= index < number for index in members):
+                raise ValueError(f"class_groups.{group[:40]} must hold indices of the {number} classes, each once")
+        return self
 
     @classmethod
     def read(cls, folder: Path, remedy: str = "") -> Self:
@@ -108,10 +151,22 @@ class Card(Strict):
         for name in (CARD, WEIGHTS, FINGERPRINT):
             if not (folder / name).is_file():
                 raise HandoverError(f"the export {folder} is incomplete: {name} is missing{hint}")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise HandoverError(f"{path} is not a model card: it has {size} bytes, at most {MAX_BYTES} are read{hint}")
         try:
-            return cls.model_validate(json.loads(path.read_text()))
-        except (json.JSONDecodeError, ValidationError, UnicodeDecodeError) as error:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except ValidationError as error:
+            raise HandoverError(f"{path} is not a model card: {_problem(error)}{hint}") from None
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # no JSON, no UTF-8, a number of 5000 digits, or nested too deeply
             raise HandoverError(f"{path} is not a model card: {str(error).splitlines()[0]}{hint}") from None
+        except OSError as error:
+            raise HandoverError(
+                f"{path} cannot be read: {error.strerror}; ask its owner, or make it readable"
+            ) from None
 
     def sealed(self) -> Self:
         """Return the card with its own hash."""
@@ -138,7 +193,12 @@ class Card(Strict):
         for name, digest in expected.items():
             if not (folder / name).is_file():
                 raise HandoverError(f"the export {folder} is incomplete: {name} is missing; export it again")
-            found = sha256_of(folder / name)
+            try:
+                found = sha256_of(folder / name)
+            except OSError as error:
+                raise HandoverError(
+                    f"{folder / name} cannot be read: {error.strerror}; ask its owner, or make it readable"
+                ) from None
             if found != digest:
                 raise HandoverError(
                     f"{folder / name} is damaged: its SHA-256 is {found[:12]}…, the card says {digest[:12]}…; export it again"
@@ -194,8 +254,34 @@ class Card(Strict):
 
 
 def sample_indices_seen(folder: Path, seen: LabelsSeen) -> np.ndarray:
-    """Return the sample indices of the labelled images of one split that a verified export has seen."""
-    return np.load(folder / "labels" / f"{seen.split}.npy", allow_pickle=False)
+    """Return the sample indices of the labelled images of one split that a verified export has seen.
+
+    Raises:
+        HandoverError: If the file holds anything but `seen.count` whole numbers. Its header is checked first, since numpy
+            allocates what a header claims.
+    """
+    path = folder / "labels" / f"{seen.split}.npy"
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            held = path.stat().st_size - file.tell()
+        if shape != (seen.count,) or dtype.kind not in "iu" or held != seen.count * dtype.itemsize:
+            raise ValueError(f"it holds {shape} values of {dtype}")
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0][:100]
+        raise HandoverError(
+            f"{path} is no list of {seen.count} sample indices ({said}); start from another export"
+        ) from None
+
+
+def _problem(error: ValidationError) -> str:
+    """One line about the first of the problems."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tagged-", "function-")))
+    return f"{where[:100] or 'its fields'}: {first['msg'].removeprefix('Value error, ')[:300]}"
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import HandoverError
+from pipeline.errors import HandoverError, PipelineError
 from pipeline.exports.card import CARD, FINGERPRINT, WEIGHTS, Card
 from pipeline.exports.fingerprint import TOLERANCE, Fingerprint
+from pipeline.exports.headers import Claim, read_safetensors_header
 from pipeline.exports.hub import README, TIMM_CONFIG, model_card, timm_config
 from pipeline.files import replacing, sha256_of
 from pipeline.models import build_from_config
@@ -21,6 +22,8 @@ from pipeline.models.config import VisionMambaConfig
 from pipeline.models.timm_model import INSIDE, TimmModel
 
 logger = logging.getLogger(__name__)
+
+MAX_FINGERPRINT_IMAGES = 64  # a stage stores 4
 
 
 def build_from_card(card: Card) -> nn.Module:
@@ -87,7 +90,16 @@ def write_export(
         (temporary / README).write_text(model_card(card, folder.name, for_timm=known_to_timm is not None))
         if known_to_timm is not None:
             (temporary / TIMM_CONFIG).write_text(json.dumps(known_to_timm, indent=1) + "\n")
+        _share_alike(temporary)
     return card
+
+
+def _share_alike(folder: Path) -> None:
+    """Give every file the mode that the umask decides: safetensors writes files that only their owner can read."""
+    mode = (folder / CARD).stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def load_export(folder: Path) -> tuple[nn.Module, Card]:
@@ -102,6 +114,7 @@ def load_export(folder: Path) -> tuple[nn.Module, Card]:
     """
     card = Card.read(folder)
     card.verify(folder)
+    _check_claims(folder, card)
     model = build_from_card(card).eval()
     inside = INSIDE if isinstance(model, TimmModel) else ""
     weights = {f"{inside}{k}": v for k, v in load_file(folder / WEIGHTS).items()}
@@ -112,7 +125,13 @@ def load_export(folder: Path) -> tuple[nn.Module, Card]:
             f" ({_first(missing)}), {len(unexpected)} are unexpected ({_first(unexpected)}); export it again"
         )
     fingerprint = Fingerprint.read(folder / FINGERPRINT)
-    error = fingerprint.error(Fingerprint.of(model, fingerprint.images).outputs)
+    found = Fingerprint.of(model, fingerprint.images).outputs
+    if found.shape != fingerprint.outputs.shape:
+        raise HandoverError(
+            f"{folder} stores outputs of shape {tuple(fingerprint.outputs.shape)}, but its model returns"
+            f" {tuple(found.shape)}; export it again"
+        )
+    error = fingerprint.error(found)
     if not error <= TOLERANCE:
         raise HandoverError(
             f"{folder}: the loaded model's outputs for the fingerprint batch have a relative error of {error:.1e}"
@@ -121,6 +140,50 @@ def load_export(folder: Path) -> tuple[nn.Module, Card]:
         )
     logger.info("loaded %s: %d tensors, fingerprint error %.1e", folder, len(model.state_dict()), error)
     return model, card
+
+
+def _check_claims(folder: Path, card: Card) -> None:
+    """Compare the headers of both files with the model that the card describes, before any memory is taken.
+
+    Raises:
+        HandoverError: A tensor is missing, unexpected or of another shape, or the fingerprint batch does not fit.
+    """
+    claims = read_safetensors_header(folder / WEIGHTS)
+    blocks = sum(getattr(card.model, "depths", (getattr(card.model, "depth", 0),)))
+    if blocks > len(claims):
+        raise HandoverError(f"{folder}: its card names {blocks} blocks, but only {len(claims)} tensors are stored")
+    wanted = _wanted(folder, card)
+    missing, unexpected = sorted(wanted.keys() - claims), sorted(claims.keys() - wanted)
+    if missing or unexpected:
+        raise HandoverError(
+            f"{folder} does not hold the model that its card describes: {len(missing)} tensors are missing"
+            f" ({_first(missing)}), {len(unexpected)} are unexpected ({_first(unexpected)}); export it again"
+        )
+    for name, shape in wanted.items():
+        if claims[name] != Claim("F32", shape):
+            raise HandoverError(
+                f"{folder} does not hold the model that its card describes: {name} is {claims[name].dtype}"
+                f" {claims[name].shape} there, the card says F32 {shape}; export it again"
+            )
+    batch = read_safetensors_header(folder / FINGERPRINT)
+    images = batch["images"].shape if batch.keys() == {"images", "outputs"} else ()
+    expected = (card.model.in_chans, *card.model.image_size)
+    if images[1:] != expected or not 1 <= images[0] <= MAX_FINGERPRINT_IMAGES:
+        raise HandoverError(
+            f"{folder / FINGERPRINT} holds no images of shape {expected}, which the card's model takes; export it again"
+        )
+
+
+def _wanted(folder: Path, card: Card) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the card's model by its stored name."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = build_from_card(card)
+    except (PipelineError, RuntimeError, ValueError, TypeError, AssertionError, ArithmeticError) as error:
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise HandoverError(f"{folder}: no model can be built from its card ({said}); export it again") from None
+    inside = INSIDE if isinstance(model, TimmModel) else ""
+    return {name.removeprefix(inside): tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def load_classifier(folder: Path) -> tuple[nn.Module, Card]:

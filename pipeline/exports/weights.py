@@ -1,7 +1,8 @@
 """Load a released weights file into a model of ours or of timm. Nothing is downloaded.
 
 A pickle can run code when it is loaded. So torch's restricted unpickler reads it, which knows tensors, plain containers
-and ALLOWED. A tensor is refused if it claims more values than the file holds.
+and ALLOWED. Sizes are checked before anything is unpacked (`headers`), and a tensor is refused if it is no plain one or
+claims more values than the file holds.
 Exports of ours are read by `export.load_export`, which proves more.
 """
 
@@ -9,6 +10,7 @@ import argparse
 import logging
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import HandoverError
+from pipeline.exports.headers import (
+    MAX_TENSORS,
+    check_archive,
+    check_bare_pickle,
+    read_safetensors_header,
+)
 from pipeline.exports.transfer import Transfer, misshapen
 
 logger = logging.getLogger(__name__)
@@ -27,7 +35,9 @@ logger = logging.getLogger(__name__)
 # only the attributes are read; EfficientViM stores its settings, which are read as a mapping.
 ALLOWED = ((argparse.Namespace, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode"))
 # Keys under which training checkpoints store weights. The averaged weights come first: papers report those.
-ENVELOPES = ("model_ema", "model", "state_dict")
+ENVELOPES = ("model_ema", "state_dict_ema", "model", "state_dict")
+# DistributedDataParallel and torch.compile prefix every name, in any order.
+_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 def read_weights(path: Path, entry: str | None = None) -> dict[str, Tensor]:
@@ -42,25 +52,66 @@ def read_weights(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise HandoverError(f"no weights at {path}; put the file there, since nothing is downloaded")
-    state: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    try:
+        state = _read(path)
+    except OSError as error:
+        raise HandoverError(f"{path} cannot be read: {error.strerror or error}; ask its owner, or copy it") from None
     entries = {str(name): value for name, value in state.items()} if isinstance(state, dict) else {}
     wrapped = entry or next((name for name in ENVELOPES if isinstance(entries.get(name), dict)), None)
     if wrapped is not None:
         if not isinstance(entries.get(wrapped), dict):
-            raise HandoverError(f"{path} has no weights under {wrapped!r}; it holds: {', '.join(entries)[:300]}")
+            raise HandoverError(f"{path} has no weights under {wrapped!r}; it holds: {_some(entries)}")
         state = entries[wrapped]
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise HandoverError(
             f"{path} holds no state dict (tensors by name), neither at its top nor under {', '.join(ENVELOPES)}"
         )
-    hollow = [name for name, v in state.items() if v.untyped_storage().nbytes() < v.numel() * v.element_size()]
-    if hollow:
-        raise HandoverError(f"{path}: {hollow[0]} claims more values than the file holds")
-    # DistributedDataParallel and torch.compile prefix every name.
-    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+    if len(state) > MAX_TENSORS:
+        raise HandoverError(f"{path} is not read: it has {len(state)} tensors, at most {MAX_TENSORS} are allowed")
+    for name, value in state.items():
+        if problem := _problem(value):
+            raise HandoverError(f"{path}: {str(name)[:100]} {problem}")
+    return {_WRAPPED.sub("", str(name)): value for name, value in state.items()}
+
+
+def _problem(value: Tensor) -> str:
+    """Say what keeps a tensor from being plain numbers that the file holds; empty if nothing does."""
+    if type(value) not in (Tensor, nn.Parameter) or value.is_nested:
+        return "is a tensor of a special class; save plain tensors"
+    if value.is_quantized:
+        return "is quantised; dequantise it before you save it"
+    if value.layout is not torch.strided:
+        return f"is sparse ({value.layout}); save it dense"
+    if value.device.type != "cpu":
+        return f"has no values in this file (device {value.device.type}); save real tensors"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return "claims more values than the file holds"
+    return ""
+
+
+def _read(path: Path) -> Any:
+    """Read a file by its content: endings are often wrong."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise HandoverError(
+            f"{path} is only a pointer of Git LFS; type `git lfs pull` where it came from, and copy it again"
+        )
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if start.startswith(b"PK"):
+        check_archive(path)
+    else:
+        check_bare_pickle(path)
+    return _read_pickle(path)
+
+
+def _some(names: dict[str, Any]) -> str:
+    return ", ".join(name[:60] for name in list(names)[:8])[:300] + (", ..." if len(names) > 8 else "")
 
 
 def _read_safetensors(path: Path) -> Any:
+    read_safetensors_header(path)
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -69,7 +120,8 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(list(ALLOWED)):
+        with torch.serialization.safe_globals(list(ALLOWED)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of formats that are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text advises to load the file unsafely
@@ -79,6 +131,8 @@ def _read_pickle(path: Path) -> Any:
             f" plain containers and {known} could run code; if you trust it, load it elsewhere and save its state dict as"
             " safetensors"
         ) from None
+    except MemoryError:
+        raise HandoverError(f"{path} does not fit in memory; read it on a larger machine") from None
     except Exception as error:  # a damaged archive raises errors of many classes
         said = f"{type(error).__name__} {error}".splitlines()[0][:200]
         raise HandoverError(f"{path} is no torch checkpoint, or damaged: {said}") from None
@@ -101,6 +155,15 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
     problems = [f"{k} is missing" for k in wanted if k not in weights and not _may_lack(k, fresh)]
     problems += [f"{k} has no place here" for k in weights if k not in wanted]
     problems += misshapen(weights, wanted)
+    problems += [
+        f"{k} holds {v.dtype}, not {wanted[k].dtype}"
+        for k, v in weights.items()
+        if k in wanted and v.is_floating_point() != wanted[k].is_floating_point()
+    ]
+    if not problems:
+        problems = [
+            f"{k} holds NaN or infinity" for k, v in weights.items() if not v.to(wanted[k].dtype).isfinite().all()
+        ]
     if problems:
         raise HandoverError(
             f"{path} does not fit this model: {problems[0]} ({len(problems)} such problems); set model.* to the model that the"

@@ -4,14 +4,23 @@
 (`pipeline/models/variants.py`) gives the values of a named model; a config names one and overrides what differs.
 """
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.config import Strict, nearest
 from pipeline.models.variants import EFFICIENTVIM_VARIANTS, VISION_MAMBA_VARIANTS, VSSD_VARIANTS
 
 TIMM_PREFIX = "timm/"
+
+# The largest published models have a tenth of these. A model that is larger would be refused by memory, and late.
+Depth = Annotated[int, Field(gt=0, le=512)]  # blocks, also heads, taps and the like
+Width = Annotated[int, Field(gt=0, le=2**15)]  # channels, states, pixels on a side
+Option = Annotated[int, Field(ge=-(2**15), le=2**15)] | Annotated[float, Field(ge=-1e6, le=1e6)]
+# Arguments of timm's create_model that fetch or read files. An export from somebody else must do neither.
+_READING_OPTIONS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "kwargs")
+Ratio = Annotated[float, Field(gt=0, le=64)]
 
 
 class FamilyConfig(Strict):
@@ -27,14 +36,14 @@ class FamilyConfig(Strict):
     free: ClassVar[tuple[str, ...]] = ("name", "image_size", "drop_path", "num_classes")
 
     name: str = Field(description="name of a variant, or timm/NAME for a model of timm; it also chooses the family")
-    image_size: tuple[PositiveInt, PositiveInt] = Field(
+    image_size: tuple[Width, Width] = Field(
         (224, 224), description="(height, width) of the images in pixels; a single number means square"
     )
-    in_chans: PositiveInt = Field(3, description="channels of the images")
+    in_chans: int = Field(3, ge=3, le=3, description="channels of the images; data is always read as RGB")
     drop_path: float = Field(
         0.0, ge=0, lt=1, description="probability of dropping a residual branch in training; reached in the last block"
     )
-    num_classes: int = Field(1000, ge=0, description="classes of the head; 0 means no head")
+    num_classes: int = Field(1000, ge=0, le=10**6, description="classes of the head; 0 means no head")
 
     @model_validator(mode="before")
     @classmethod
@@ -66,10 +75,10 @@ class FamilyConfig(Strict):
 class SSMixupConfig(Strict):
     """SSMixup in a model: nu C h_mix is added to the two directions' outputs, h_mix = psi h_forward + (1 - psi) h_backward."""
 
-    nu: float | Literal["learned"] = Field(
+    nu: Annotated[float, Field(ge=-1e6, le=1e6)] | Literal["learned"] = Field(
         "learned", description="strength of the term: a fixed number, or one learned for each block, starting at 0"
     )
-    layers: Literal["all"] | PositiveInt | tuple[PositiveInt, ...] = Field(
+    layers: Literal["all"] | Depth | tuple[Depth, ...] = Field(
         "all", description="blocks with the term: all, a number for that many last blocks, or a list counted from 1"
     )
     readout: Literal["own_C", "shared_C"] = Field(
@@ -95,13 +104,13 @@ class VisionMambaConfig(FamilyConfig):
 
     variants = VISION_MAMBA_VARIANTS
 
-    patch_size: PositiveInt = Field(16, description="pixels on a side of a patch")
-    stride: PositiveInt | None = Field(None, description="pixels from one patch to the next; null means patch_size")
-    embed_dim: PositiveInt = Field(description="width of the tokens, in channels")
-    depth: PositiveInt = Field(description="number of blocks")
-    d_state: PositiveInt = Field(16, description="N, states of the scan for each channel")
-    d_conv: PositiveInt = Field(4, description="taps of the causal convolution before each scan, in tokens")
-    expand: PositiveInt = Field(2, description="inner width of the mixer divided by embed_dim")
+    patch_size: Width = Field(16, description="pixels on a side of a patch")
+    stride: Width | None = Field(None, description="pixels from one patch to the next; null means patch_size")
+    embed_dim: Width = Field(description="width of the tokens, in channels")
+    depth: Depth = Field(description="number of blocks")
+    d_state: Width = Field(16, description="N, states of the scan for each channel")
+    d_conv: Width = Field(4, description="taps of the causal convolution before each scan, in tokens")
+    expand: Depth = Field(2, description="inner width of the mixer divided by embed_dim")
     directions: Literal[1, 2, 4] = Field(
         2, description="1: along the rows; 2: also backwards; 4: also along the columns, both ways"
     )
@@ -110,7 +119,7 @@ class VisionMambaConfig(FamilyConfig):
         description="order of the scan. In pretraining, where cluster is the default, it also decides what is predicted at"
         " once: a square cluster, or as many patches one after another along the rows",
     )
-    cluster_size: PositiveInt = Field(64, description="pixels on a side of a cluster, ARM's unit of prediction")
+    cluster_size: Width = Field(64, description="pixels on a side of a cluster, ARM's unit of prediction")
     mlp: Literal["none", "swiglu"] = Field("none", description="layer after each mixer: none (Vim) or swiglu (ARM)")
     norm: Literal["rms", "layer"] = Field("rms", description="kind of norm: rms (Vim) or layer (ARM)")
     cls_token: Literal["middle", "none"] = Field(
@@ -156,11 +165,11 @@ class VisionMambaConfig(FamilyConfig):
 class DecoderConfig(Strict):
     """ARM's decoder, which pretraining puts on top of the backbone and then drops."""
 
-    width: PositiveInt = Field(512, description="width of the decoder, in channels; a multiple of 4 x num_heads")
-    depth: PositiveInt = Field(4, description="number of cross-attention blocks")
-    num_heads: PositiveInt = Field(8, description="heads of each cross-attention")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden channels of each MLP divided by width")
-    taps: tuple[PositiveInt, ...] | None = Field(
+    width: Width = Field(512, description="width of the decoder, in channels; a multiple of 4 x num_heads")
+    depth: Depth = Field(4, description="number of cross-attention blocks")
+    num_heads: Width = Field(8, description="heads of each cross-attention")
+    mlp_ratio: Ratio = Field(4.0, description="hidden channels of each MLP divided by width")
+    taps: tuple[Depth, ...] | None = Field(
         None,
         description="blocks of the backbone that the decoder reads, counted from 1; null means those at 1/2, 2/3, 5/6 and all"
         " of its depth",
@@ -214,16 +223,14 @@ class EfficientViMConfig(FamilyConfig):
 
     variants = EFFICIENTVIM_VARIANTS
 
-    widths: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        description="channels of the three stages; multiples of 8"
-    )
-    depths: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="blocks of the three stages")
-    states: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="N, hidden states of the three stages")
+    widths: tuple[Width, Width, Width] = Field(description="channels of the three stages; multiples of 8")
+    depths: tuple[Depth, Depth, Depth] = Field(description="blocks of the three stages")
+    states: tuple[Width, Width, Width] = Field(description="N, hidden states of the three stages")
     stem_stride: Literal[4, 8, 16] = Field(
         16, description="image pixels on a side of a pixel of the first map; 16 is the published value"
     )
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden channels of each feed-forward divided by the width")
-    expand: PositiveInt = Field(1, description="inner width of the mixer divided by the width")
+    mlp_ratio: Ratio = Field(4.0, description="hidden channels of each feed-forward divided by the width")
+    expand: Depth = Field(1, description="inner width of the mixer divided by the width")
     mixer: Literal["hsm", "ncssd", "attention"] = Field(
         "hsm", description="token mixer: HSM-SSD, or an ablation of Table C (NC-SSD, attention)"
     )
@@ -231,7 +238,7 @@ class EfficientViMConfig(FamilyConfig):
         "state",
         description="weights of a token: one for each state, one for all states, or one for each head (hsm only)",
     )
-    heads: PositiveInt = Field(8, description="number of heads for importance=multihead")
+    heads: Width = Field(8, description="number of heads for importance=multihead")
     fusion: Literal["hidden", "map", "none"] = Field(
         "hidden",
         description="what the classifier reads beside the last map: the stages' hidden states, maps, or nothing",
@@ -243,7 +250,10 @@ class EfficientViMConfig(FamilyConfig):
         False, description="add a second set of heads that learn from the teacher; logits are the average of both sets"
     )
     gate_init: float = Field(
-        1e-4, description="first value of the gates before their sigmoid; the released 1e-4 halves every branch"
+        1e-4,
+        ge=-1e3,
+        le=1e3,
+        description="first value of the gates before their sigmoid; the released 1e-4 halves every branch",
     )
 
     @model_validator(mode="after")
@@ -264,12 +274,12 @@ class VSSDConfig(FamilyConfig):
 
     variants = VSSD_VARIANTS
 
-    width: PositiveInt = Field(description="channels of the first stage; each further stage has twice as many")
-    depths: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(description="blocks of the four stages")
-    heads: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(description="heads of the four stages")
-    states: PositiveInt = Field(64, description="N, states of each head")
-    expand: PositiveInt = Field(2, description="inner width of the mixer divided by the stage's width")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden channels of each MLP divided by the stage's width")
+    width: Width = Field(description="channels of the first stage; each further stage has twice as many")
+    depths: tuple[Depth, Depth, Depth, Depth] = Field(description="blocks of the four stages")
+    heads: tuple[Width, Width, Width, Width] = Field(description="heads of the four stages")
+    states: Width = Field(64, description="N, states of each head")
+    expand: Depth = Field(2, description="inner width of the mixer divided by the stage's width")
+    mlp_ratio: Ratio = Field(4.0, description="hidden channels of each MLP divided by the stage's width")
     mixer: Literal["ncssd", "hsm"] = Field(
         "ncssd", description="mixer of the first three stages: NC-SSD, or EfficientViM's HSM-SSD (its Table D)"
     )
@@ -278,9 +288,20 @@ class VSSDConfig(FamilyConfig):
 class TimmConfig(FamilyConfig):
     """Any model of timm, from scratch or from a file of weights: `name: timm/vit_small_patch16_224`."""
 
-    options: dict[str, str | int | float | bool] = Field(
+    options: dict[str, Annotated[str, Field(max_length=200)] | Option | bool] = Field(
         default_factory=dict, description="further arguments of timm's create_model, for example {global_pool: avg}"
     )
+
+    @model_validator(mode="after")
+    def _options(self) -> Self:
+        if not re.fullmatch(r"timm/[A-Za-z0-9_.-]{1,100}", self.name):
+            raise ValueError(f"{self.name[:60]!r} is no name of a timm model; write for example timm/resnet50")
+        if found := [option for option in self.options if option in _READING_OPTIONS]:
+            raise ValueError(f"options.{found[0]} would read other files; give weights by their file instead")
+        depth = self.options.get("depth", 1)
+        if not isinstance(depth, int) or not 0 < depth <= 512:
+            raise ValueError(f"options.depth is {depth}, but a model has 1 to 512 blocks")
+        return self
 
     @classmethod
     def knows(cls, name: str) -> bool:

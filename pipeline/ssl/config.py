@@ -2,9 +2,9 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import NonNegativeInt, Strict
 
 
 class LyapEMAConfig(Strict):
@@ -27,7 +27,7 @@ class LyapEMAConfig(Strict):
     norm: Literal["l2", "rms", "relative", "lag"] = Field(
         "lag", description="how |s-t| is measured; lag = in mean student steps, without dimension"
     )
-    gamma: float = Field(0.01, ge=0, description="sensitivity of the decay to the discrepancy")
+    gamma: float = Field(0.01, ge=0, le=1e9, description="sensitivity of the decay to the discrepancy")
     base_decay: float = Field(
         0.97, gt=0, lt=1, description="decay at no discrepancy (0.5 = the supplement); in mode ema, the decay"
     )
@@ -52,7 +52,7 @@ class LyapEMAConfig(Strict):
         20, description="first updates k, with a decay of (1+k)/(10+k) at most and without the guard"
     )
     radius_steps: float = Field(
-        50.0, gt=0, description="mode guarded: smallest radius of the trust region, in mean student steps"
+        50.0, gt=0, le=1e9, description="mode guarded: smallest radius of the trust region, in mean student steps"
     )
     buffers: Literal["copy", "average"] = Field(
         "copy", description="the teacher's running statistics: the student's, or averaged with the same decay"
@@ -104,7 +104,7 @@ class PseudoLabelRule(Strict):
     """How a teacher's predictions become pseudo-labels, and which of them are accepted."""
 
     kind: Literal["hard", "soft"] = Field("hard", description="the most probable class, or the teacher's probabilities")
-    temperature: float = Field(1.0, gt=0, description="temperature of the teacher's softmax; below 1 sharpens")
+    temperature: float = Field(1.0, gt=0, le=1e6, description="temperature of the teacher's softmax; below 1 sharpens")
     threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label is accepted (tau)")
     thresholds: Literal["fixed", "class_balanced"] = Field(
         "fixed",

@@ -3,6 +3,7 @@
 The module imports nothing heavy: a misspelt key is refused before torch is loaded.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -11,7 +12,14 @@ from pipeline.config import FREE, Strict
 from pipeline.storage.config import RemoteConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Few = Annotated[int, Field(gt=0, le=1024)]
+
+
+# What timm's rand_augment_transform takes. Its own check is an assertion, and it ignores a section without a number.
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m(\d|10)|n\d|mstd\d{1,3}(\.\d{1,6})?|mmax\d{1,2}|p(0|1|0?\.\d{1,6}|[01]\.\d{1,6})|inc[01]))*"
+)
 
 
 class AugmentConfig(Strict):
@@ -28,7 +36,10 @@ class AugmentConfig(Strict):
     )
     horizontal_flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     color_jitter: float = Field(
-        0.0, ge=0.0, description="strength s: brightness, contrast and saturation change by a factor in 1 ± s; 0 = off"
+        0.0,
+        ge=0.0,
+        le=10.0,
+        description="strength s: brightness, contrast and saturation change by a factor in 1 ± s; 0 = off",
     )
     rand_augment: str = Field(
         "", description="RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; empty = off"
@@ -46,8 +57,12 @@ class AugmentConfig(Strict):
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio = {self.crop_ratio}: give 0 < smallest <= largest")
-        if self.rand_augment and not self.rand_augment.startswith("rand"):
-            raise ValueError(f"rand_augment = {self.rand_augment!r}: timm's notation begins with rand, as in rand-m9")
+        if self.rand_augment and not _RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise ValueError(
+                f"rand_augment = {self.rand_augment[:40]!r} is not in timm's notation: write rand and then sections of a name"
+                " and a number, m (magnitude, 0 to 10), n (operations), mstd, mmax, p (probability) or inc (0 or 1), as in"
+                " rand-m9-mstd0.5-inc1"
+            )
         return self
 
 
@@ -71,10 +86,11 @@ class LoaderConfig(Strict):
     workers: int = Field(
         2,
         ge=0,
+        le=1024,
         description="processes per rank that read and decode; 0 = the training process does it itself",
         json_schema_extra=FREE,
     )
-    prefetch: Positive = Field(2, description="batches that each worker makes ahead", json_schema_extra=FREE)
+    prefetch: Few = Field(2, description="batches that each worker makes ahead", json_schema_extra=FREE)
     sampling: Literal["uniform", "class_balanced", "repeat_factor"] = Field(
         "uniform",
         description="how often labelled samples appear: each once an epoch; every class equally often; or rare classes "

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.config import FREE, Strict
+from pipeline.config import FREE, NonNegativeInt, PositiveInt, Seconds, Strict
 
 
 class RunConfig(Strict):
@@ -14,10 +14,14 @@ class RunConfig(Strict):
     root: Path = Field(Path("runs"), description="folder of all experiments", json_schema_extra=FREE)
     experiment: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        max_length=200,
         description="name of the experiment; its stages share it (letters, digits, `_`, `.` and `-`)",
     )
-    seed: NonNegativeInt = Field(
-        0, description="seed of the first weights, of the order of the data, of the augmentation and of drop path"
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of the first weights, of the order of the data, of the augmentation and of drop path",
     )
 
     def folder(self, stage: str) -> Path:
@@ -29,20 +33,22 @@ class OptimConfig(Strict):
     """AdamW with a linear rise over `warmup_steps`, then half a cosine down to `min_lr`, held for `cooldown_steps`."""
 
     lr: float = Field(
-        gt=0, description="learning rate at the peak, for the global batch as configured (it is not scaled by it)"
+        gt=0,
+        le=1e6,
+        description="learning rate at the peak, for the global batch as configured (it is not scaled by it)",
     )
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
+    min_lr: float = Field(0.0, ge=0, le=1e6, description="learning rate at the end of the cosine")
     warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of the linear rise")
     cooldown_steps: NonNegativeInt = Field(0, description="last optimizer steps, all at min_lr")
     weight_decay: float = Field(
-        0.05, ge=0, description="AdamW's weight decay; vectors, A, tokens and position embeddings do not decay"
+        0.05, ge=0, le=1e6, description="AdamW's weight decay; vectors, A, tokens and position embeddings do not decay"
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
-    eps: float = Field(1e-8, gt=0, description="AdamW's term in the denominator")
+    eps: float = Field(1e-8, gt=0, le=1, description="AdamW's term in the denominator")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="learning rate of a layer, divided by that of the layer above it; 1 = all alike"
     )
-    clip_norm: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0 = no clipping")
+    clip_norm: float = Field(0.0, ge=0, le=1e9, description="largest global norm of the gradient; 0 = no clipping")
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -70,8 +76,10 @@ class EngineConfig(Strict):
         description="largest number of samples of the first stream that a process computes at once; none = its whole share",
         json_schema_extra=FREE,
     )
-    bucket_bytes: PositiveInt = Field(
+    bucket_bytes: int = Field(
         64 * 2**20,
+        gt=0,
+        le=2**40,
         description="bytes of gradients that are reduced at once; small models gain from small buckets",
         json_schema_extra=FREE,
     )
@@ -95,10 +103,15 @@ class EngineConfig(Strict):
         description="ZeRO 3: parameters of fewer elements stay whole on every process instead of being gathered",
         json_schema_extra=FREE,
     )
-    timeout_seconds: float = Field(
+    timeout_seconds: Seconds = Field(
         600.0,
-        gt=0,
         description="seconds that a collective may take before a silent process counts as dead (exit 7)",
+        json_schema_extra=FREE,
+    )
+
+    public_address: bool = Field(
+        False,
+        description="accept that several machines meet at an address of the internet; the ranks talk without a password",
         json_schema_extra=FREE,
     )
 
@@ -115,8 +128,8 @@ class LoopConfig(Strict):
     """How long to train, and how often what happens; all in optimizer steps."""
 
     steps: PositiveInt = Field(description="optimizer steps of the whole run")
-    global_batch: PositiveInt = Field(
-        description="samples of the stage's first stream per optimizer step, over all processes"
+    global_batch: int = Field(
+        gt=0, le=2**24, description="samples of the stage's first stream per optimizer step, over all processes"
     )
     log_every: PositiveInt = Field(50, description="steps between two log lines", json_schema_extra=FREE)
     eval_every: PositiveInt | None = Field(
@@ -137,6 +150,7 @@ class LoopConfig(Strict):
     time_limit_minutes: float | None = Field(
         None,
         gt=0,
+        le=10**7,
         description="minutes after which this start saves and ends with exit code 75, as after a signal; none = no limit",
         json_schema_extra=FREE,
     )
@@ -155,6 +169,7 @@ class LoopConfig(Strict):
     spike_mads: float | None = Field(
         None,
         gt=0,
+        le=10**9,
         description="a logged loss this many median absolute deviations above the median of the recorded ones is a divergence;"
         " none = spikes are not looked for",
         json_schema_extra=FREE,

@@ -3,13 +3,12 @@
 torchrun, DeepSpeed's launcher, `python -m launchers` and submitit set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
 MASTER_PORT. Plain srun sets SLURM_PROCID and the like, from which the same five follow (the port from the job's id).
 Without either, the world has one process. Contradictions are refused: sixteen tasks of which each takes itself for the
-only one would train sixteen models.
+only one would train sixteen models. Nothing here listens on more addresses than the ranks need (`rendezvous.py`).
 """
 
 import importlib
 import logging
 import os
-import re
 import socket
 import warnings
 from collections.abc import Mapping
@@ -22,11 +21,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import EnvironmentProblem
+from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 
 logger = logging.getLogger(__name__)
-
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
 
 @dataclass(frozen=True)
@@ -49,83 +46,18 @@ class World:
         return self.rank == 0
 
 
-def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process.
-
-    Raises:
-        EnvironmentProblem: If the variables contradict one another.
-    """
-    given = {name: environment[name] for name in NAMES if name in environment}
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))  # the srun step's, not the allocation's around a shell
-    if len(given) == len(NAMES):
-        if tasks > 1 and int(given["WORLD_SIZE"]) % tasks:
-            raise EnvironmentProblem(
-                f"srun started {tasks} tasks but WORLD_SIZE is {given['WORLD_SIZE']}: every task would train alone or wait for"
-                " ever; unset RANK and WORLD_SIZE, or start one task per node with torchrun inside"
-            )
-        place = environment.get("SLURM_PROCID", given["RANK"])
-        # torchrun numbers its processes in the order in which they arrive, not by srun's numbers.
-        if (
-            tasks == int(given["WORLD_SIZE"]) > 1
-            and place != given["RANK"]
-            and "TORCHELASTIC_RUN_ID" not in environment
-        ):
-            raise EnvironmentProblem(
-                f"RANK is {given['RANK']} in srun's task {place} of {tasks}: all tasks would take the same rank; unset RANK"
-            )
-        return given
-    if given and tasks == 1:
-        missing = [name for name in NAMES if name not in given]
-        raise EnvironmentProblem(
-            f"the environment gives {', '.join(given)} but not {', '.join(missing)};"
-            " start with `python -m launchers local` or torchrun, or unset them for one process"
-        )
-    if tasks > 1:
-        absent = [name for name in _SLURM if name not in environment]
-        if absent:
-            raise EnvironmentProblem(
-                f"srun started {tasks} tasks but {', '.join(absent)} is not set; start with srun or torchrun"
-            )
-        return {
-            "RANK": environment["SLURM_PROCID"],
-            "WORLD_SIZE": environment["SLURM_NTASKS"],
-            "LOCAL_RANK": environment["SLURM_LOCALID"],
-            "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
-            "MASTER_PORT": str(_port(environment)),
-        }
-    return {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",  # any free one
-    }
-
-
-def _port(environment: Mapping[str, str]) -> int:
-    """A port that is equal on all nodes and differs between the starts of a requeued job, so that their ranks never meet.
-
-    It lies below the range from which Linux hands out ports.
-    """
-    starts = int(environment["SLURM_JOB_ID"]) * 37 + int(environment.get("SLURM_RESTART_COUNT", "0"))
-    return 20_000 + starts % 12_000
-
-
-def first_host(nodes: str) -> str:
-    """Return the first name of SLURM's node list: `gpu[003-007,9],cpu1` -> `gpu003`."""
-    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
-    if match is None:
-        raise EnvironmentProblem(f"{nodes!r} is not a node list of SLURM; expected one such as gpu[003-007,9],cpu1")
-    return match.group(1) + (match.group(2) or "")
-
-
-def start(timeout_seconds: float) -> World:
+def start(timeout_seconds: float, public_address: bool = False) -> World:
     """Join the process group through DeepSpeed, with NCCL on GPUs and gloo elsewhere.
 
     Args:
-        timeout_seconds: How long a collective may take before it fails.
+        timeout_seconds: How long a collective may take, and how long a rank may stay away, before it fails.
+        public_address: Whether the ranks may meet at an address of the internet.
+
+    Raises:
+        EnvironmentProblem: The environment contradicts itself, or the ranks cannot or may not meet at its address.
     """
     found = rendezvous(os.environ)
+    keep_to_the_ranks(found, public_address)
     os.environ.update(found)
     gpus = torch.cuda.is_available()
     device = torch.device("cpu")
@@ -137,7 +69,13 @@ def start(timeout_seconds: float) -> World:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     deepspeed = _import_deepspeed()
     backend = "nccl" if gpus else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    store = open_store(found, timeout)
+    if store is not None:  # otherwise torchrun's own store is used
+        dist.init_process_group(
+            backend, store=store, rank=int(found["RANK"]), world_size=int(found["WORLD_SIZE"]), timeout=timeout
+        )
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     world = World(dist.get_rank(), dist.get_world_size(), device)
     _log_table(world, backend, found)
     return world

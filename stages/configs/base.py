@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config import FREE, Strict
-from pipeline.exports.card import Preprocessing
+from pipeline.exports.card import Channels, Preprocessing, Spreads
 from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConfig
 
@@ -27,15 +27,15 @@ class DataConfig(Strict):
         description="folder with a manifest; evaluated once, after the last step; null = none",
         json_schema_extra=FREE,
     )
-    mean: tuple[float, float, float] = Field(
+    mean: Channels = Field(
         (0.485, 0.456, 0.406), description="mean of red, green and blue that is subtracted from pixels in [0, 1]"
     )
-    std: tuple[float, float, float] = Field(
+    std: Spreads = Field(
         (0.229, 0.224, 0.225), description="standard deviation of red, green and blue that pixels are divided by"
     )
     loader: LoaderConfig = Field(LoaderConfig(), description="order and speed of reading")
-    eval_batch: PositiveInt = Field(
-        256, description="samples per process in one batch of an evaluation", json_schema_extra=FREE
+    eval_batch: int = Field(
+        256, gt=0, le=2**20, description="samples per process in one batch of an evaluation", json_schema_extra=FREE
     )
 
     @property

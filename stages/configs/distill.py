@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.config import FREE, Strict
+from pipeline.config import FREE, PathText, Strict
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.exports.prefetch import missing_weights
 from pipeline.models.config import TIMM_PREFIX, FamilyConfig, ModelConfig, TimmConfig
@@ -17,10 +17,10 @@ from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Worklo
 class TeacherConfig(Strict):
     """A frozen network whose predictions the student also learns from: an export of ours, or a timm model."""
 
-    export: str | None = Field(
+    export: PathText | None = Field(
         None, description="an export's folder, or the name of a stage of the same experiment", json_schema_extra=FREE
     )
-    timm: str | None = Field(None, description="name of a timm model, for example regnety_160.deit_in1k")
+    timm: PathText | None = Field(None, description="name of a timm model, for example regnety_160.deit_in1k")
     weights: Path | None = Field(
         None,
         description="weights file of the timm model (safetensors or a plain state dict); nothing is downloaded",
@@ -33,9 +33,11 @@ class TeacherConfig(Strict):
     weight: float = Field(
         0.5, ge=0, le=1, description="share of the teacher's loss; the loss on the labels has the rest"
     )
-    temperature: float = Field(1.0, gt=0, description="temperature of soft targets")
-    unlabelled_ratio: NonNegativeInt = Field(
+    temperature: float = Field(1.0, gt=0, le=1e6, description="temperature of soft targets")
+    unlabelled_ratio: int = Field(
         0,
+        ge=0,
+        le=1024,
         description="unlabelled images per labelled image in a step, taken from data.split; only the teacher gives them"
         " targets",
     )
@@ -45,7 +47,7 @@ class TeacherConfig(Strict):
         json_schema_extra=FREE,
     )
     cache_gb: float = Field(
-        50.0, gt=0, description="largest size of teacher.cache in GB (10^9 bytes)", json_schema_extra=FREE
+        50.0, gt=0, le=10**9, description="largest size of teacher.cache in GB (10^9 bytes)", json_schema_extra=FREE
     )
 
     @model_validator(mode="after")
@@ -66,15 +68,15 @@ class AverageConfig(Strict):
 class MesaConfig(Strict):
     """Self-distillation: the average's predictions are a second target (MESA, as EfficientViM and VSSD use it)."""
 
-    weight: float = Field(1.0, gt=0, description="weight of the cross-entropy with the average's predictions")
+    weight: float = Field(1.0, gt=0, le=1e6, description="weight of the cross-entropy with the average's predictions")
     start: float = Field(0.25, ge=0, le=1, description="share of loop.steps, without the cool-down, before it begins")
 
 
 class MixConfig(Strict):
     """Mixing of two labelled images of one virtual reader. If both kinds are on, each has an even chance."""
 
-    mixup: float = Field(0.0, ge=0, description="a of Beta(a, a) for the ratio of mixup; 0 = off")
-    cutmix: float = Field(0.0, ge=0, description="a of Beta(a, a) for the ratio of CutMix; 0 = off")
+    mixup: float = Field(0.0, ge=0, le=1000, description="a of Beta(a, a) for the ratio of mixup; 0 = off")
+    cutmix: float = Field(0.0, ge=0, le=1000, description="a of Beta(a, a) for the ratio of CutMix; 0 = off")
 
 
 class WeightsConfig(Strict):
@@ -94,7 +96,7 @@ class DistillConfig(StageConfig):
     stage: ClassVar[str] = "distill"
 
     model: ModelConfig = Field(description="the model to train; its number of classes comes from the data")
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         None,
         description="export to start from: its folder, or the name of a stage of the same experiment; null = none",
         json_schema_extra=FREE,

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.config import FREE, Strict
+from pipeline.config import FREE, NonNegativeInt, PathText, Strict
 from pipeline.errors import ConfigError
 from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
 from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
@@ -23,7 +23,7 @@ class PseudoLabelConfig(PseudoLabelRule):
         " evaluated",
     )
     weight: float = Field(
-        5.0, ge=0, description="weight of the unlabelled loss; 0 = supervised only, no unlabelled image is read"
+        5.0, ge=0, le=1e6, description="weight of the unlabelled loss; 0 = supervised only, no unlabelled image is read"
     )
     ramp_steps: NonNegativeInt = Field(0, description="steps over which the weight rises from 0 (half a cosine)")
     normalise: Literal["batch", "accepted"] = Field(
@@ -38,10 +38,10 @@ class MixupConfig(Strict):
     """Mixing of two images. The ratios of labelled pairs are drawn; those of unlabelled pairs follow the confidences."""
 
     labelled_mixup: float = Field(
-        0.0, ge=0, description="a of Beta(a, a) for mixup of labelled images; 0 = off (Semi-ViT: 0.8)"
+        0.0, ge=0, le=1000, description="a of Beta(a, a) for mixup of labelled images; 0 = off (Semi-ViT: 0.8)"
     )
     labelled_cutmix: float = Field(
-        0.0, ge=0, description="a of Beta(a, a) for CutMix of labelled images; 0 = off (Semi-ViT: 1)"
+        0.0, ge=0, le=1000, description="a of Beta(a, a) for CutMix of labelled images; 0 = off (Semi-ViT: 1)"
     )
     pseudo: bool = Field(False, description="Semi-ViT's probabilistic pseudo-mixup of the strong views")
     cut_share: float = Field(
@@ -80,7 +80,7 @@ class SemiConfig(StageConfig):
 
     stage: ClassVar[str] = "semi"
 
-    init_from: str = Field(
+    init_from: PathText = Field(
         description="a classifier's export to start from: its folder, or the name of a stage of the same experiment",
         json_schema_extra=FREE,
     )
@@ -94,7 +94,7 @@ class SemiConfig(StageConfig):
     )
     labelled: AugmentConfig | None = Field(None, description="augmentation of labelled images; null = as strong")
     drop_path: float | None = Field(None, ge=0, lt=1, description="drop path rate of the student; null = the parent's")
-    unlabelled_ratio: PositiveInt = Field(5, description="unlabelled images per labelled image in a step (mu)")
+    unlabelled_ratio: int = Field(5, gt=0, le=1024, description="unlabelled images per labelled image in a step (mu)")
     pseudo: PseudoLabelConfig = Field(PseudoLabelConfig(), description="pseudo-labels and their weight")
     mixup: MixupConfig = Field(MixupConfig(), description="mixing of images")
     ssmixup: StageSSMixupConfig | None = Field(
@@ -105,6 +105,7 @@ class SemiConfig(StageConfig):
     logit_adjustment: float = Field(
         0.0,
         ge=0,
+        le=1000,
         description="tau of Menon et al.: both losses see logits + tau log(share of the class among labels); 0 = off",
     )
     watched_samples: NonNegativeInt = Field(

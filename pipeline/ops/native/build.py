@@ -1,26 +1,32 @@
 """Compile the kernels once per machine and load them.
 
-The library lies in the user's cache folder. Its name contains a hash of the sources, the flags, the torch version and
-the compiler. So a new torch, another CPU on a shared home folder or an edited kernel causes a new build, and no stale
-library is loaded. A build takes seconds, because it includes only `at::parallel_for` from torch. Python calls the
-library through ctypes.
+The library lies in the user's cache folder. Its name contains a hash of the sources, the flags, the torch version, the
+compiler and the CPU. So a new torch, another CPU on a shared home folder or an edited kernel causes a new build, and no
+stale library is loaded. Beside it lies its SHA-256 (`.json`): a library that was damaged after its build would end the
+process with a signal, so it is compared before it is loaded, and built again if it differs. A build takes seconds,
+because it includes only `at::parallel_for` from torch. Python calls the library through ctypes.
 """
 
+import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
+import json
 import logging
+import os
 import platform
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pipeline.files import replacing
+from pipeline.files import replace_text, replacing, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +53,46 @@ def best_simd() -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the built libraries, in the user's cache folder."""
-    if platform.system() == "Darwin":
-        return Path.home() / "Library" / "Caches" / "visionmamba-pipeline"
-    return Path.home() / ".cache" / "visionmamba-pipeline"
+    """Return the folder of the built libraries: in the user's cache folder, or in the temporary folder without a home.
+
+    Raises:
+        BuildError: Neither can be used safely.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:  # HOME is unset, and the user is in no table of users
+        return _temporary_folder()
+    folder = home / ("Library/Caches" if platform.system() == "Darwin" else ".cache") / "visionmamba-pipeline"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.geteuid():
+            return folder
+    except OSError:
+        pass
+    return _temporary_folder()
+
+
+def _temporary_folder() -> Path:
+    """Return a folder that only this user can write to, among everybody's temporary files."""
+    folder = Path(tempfile.gettempdir()) / f"visionmamba-pipeline-{os.geteuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise BuildError(f"neither the home folder nor {folder} can be written: {error.strerror}") from None
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022 or folder.is_symlink():
+        raise BuildError(f"{folder} belongs to somebody else, who could put a library there")
+    return folder
+
+
+@functools.cache
+def cpu_fingerprint() -> str:
+    """Return a hash of the instructions that this processor knows; equal processors have equal ones."""
+    told = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told += sorted({line for line in lines if line.partition(":")[0].strip() in ("flags", "Features", "isa")})
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def find_compiler() -> str:
@@ -65,7 +107,7 @@ def load_library(simd: str | None = None, cache: Path | None = None, sources: Se
     """Return the loaded kernels, after building them if the cache has none.
 
     Processes that start together wait for the build of the first one: each library has a file lock. The build ends
-    with a rename, so a killed build leaves no library that could be loaded.
+    with a rename, so a killed build leaves no library that could be loaded. A library whose hash differs is built again.
 
     Args:
         simd: The instruction set, a key of `SIMD`; by default the widest that this processor runs.
@@ -78,24 +120,42 @@ def load_library(simd: str | None = None, cache: Path | None = None, sources: Se
     flags = (*FLAGS, *SIMD[simd or best_simd()])
     compiler = find_compiler()
     library = (cache or cache_folder()) / f"ops-{_key(compiler, flags, sources)}.so"
-    if not library.exists():
-        try:
+    try:
+        if not _is_whole(library):
             library.parent.mkdir(parents=True, exist_ok=True)
             with open(library.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not library.exists():
+                if not _is_whole(library):
                     _compile(compiler, flags, sources, library)
-        except OSError as error:
-            raise BuildError(f"cannot build in {library.parent}: {error}") from error
+    except OSError as error:
+        raise BuildError(f"cannot build in {library.parent}: {error}") from error
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"cannot load {library}: {error}") from error
 
 
+def _record(library: Path) -> Path:
+    return library.with_suffix(".json")
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library holds the bytes that were built for this CPU, and belongs to this user."""
+    try:
+        record = json.loads(_record(library).read_text())
+        if record != {"sha256": sha256_of(library), "cpu": cpu_fingerprint()}:
+            raise ValueError
+        return library.stat().st_uid in (0, os.geteuid())
+    except FileNotFoundError:
+        return False
+    except (ValueError, RecursionError):
+        logger.warning("%s is damaged or was built for another CPU; it is built again", library)
+        return False
+
+
 def _key(compiler: str, flags: Sequence[str], sources: Sequence[Path]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(repr((flags, torch.__version__, version, platform.machine())).encode())
+    digest = hashlib.sha256(repr((flags, torch.__version__, version, cpu_fingerprint())).encode())
     for path in (*sources, *HEADERS):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
@@ -115,4 +175,6 @@ def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], libra
             lines = finished.stderr.splitlines()
             errors = [line for line in lines if "error" in line] or [finished.stderr.strip()[-200:]]
             raise BuildError(f"{Path(compiler).name} failed: {errors[0]}")
+        digest = sha256_of(unfinished)
+    replace_text(_record(library), json.dumps({"sha256": digest, "cpu": cpu_fingerprint()}))
     logger.info("built the native kernels in %.0f s", time.perf_counter() - begin)

@@ -91,3 +91,70 @@ def test_two_processes_that_start_together_build_once(tmp_path):
     ]
     assert [process.wait() for process in started] == [0, 0]
     assert log.read_text() == "build\n"
+
+
+def _numbers(tmp_path: Path) -> tuple[Path, Path]:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int number() { return 42; }')
+    return source, tmp_path / "cache"
+
+
+def _number_in_a_process(source: Path, cache: Path) -> int:
+    """What a process of its own gets from the library; negative if a signal ended it."""
+    code = (
+        "import sys, pathlib; from pipeline.ops.native import build; cache, source = map(pathlib.Path, sys.argv[1:])\n"
+        "sys.exit(build.load_library(cache=cache, sources=[source]).number())"
+    )
+    folder = Path(__file__).parents[3]
+    return subprocess.run([sys.executable, "-c", code, str(cache), str(source)], cwd=folder, check=False).returncode
+
+
+def _other_library(tmp_path: Path) -> bytes:
+    other = tmp_path / "other.cpp"
+    other.write_text('extern "C" int number() { __builtin_trap(); }')
+    subprocess.run(["g++", "-shared", "-fPIC", str(other), "-o", str(tmp_path / "other.so")], check=True)
+    return (tmp_path / "other.so").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "another library", "no record", "damaged record"])
+def test_a_damaged_library_is_built_again_and_ends_no_process(tmp_path, damage):
+    source, cache = _numbers(tmp_path)
+    assert _number_in_a_process(source, cache) == 42
+    (library,), (record,) = cache.glob("*.so"), cache.glob("*.json")
+    whole = library.read_bytes()
+    if damage == "truncated":
+        library.write_bytes(whole[: len(whole) // 2])
+    elif damage == "zeroed":
+        library.write_bytes(bytes(len(whole)))
+    elif damage == "another library":
+        library.write_bytes(_other_library(tmp_path))
+    elif damage == "no record":
+        record.unlink()
+        library.write_bytes(b"")
+    else:
+        record.write_bytes(b"\x00" * 40)
+        library.write_bytes(_other_library(tmp_path))
+    assert _number_in_a_process(source, cache) == 42
+    assert build.sha256_of(library) in record.read_text()
+
+
+def test_a_library_of_another_cpu_is_built_again(tmp_path, monkeypatch):
+    source, cache = _numbers(tmp_path)
+    build.load_library(cache=cache, sources=[source])
+    monkeypatch.setattr(build, "cpu_fingerprint", lambda: "another")
+    build.load_library(cache=cache, sources=[source])
+    assert len(list(cache.glob("*.so"))) == 2
+
+
+def test_without_a_home_the_library_lies_in_a_folder_of_this_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    folder = build.cache_folder()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(build.BuildError, match="somebody else"):
+        build.cache_folder()

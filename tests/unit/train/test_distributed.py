@@ -3,7 +3,8 @@
 import pytest
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.train.distributed import NAMES, first_host, gpu_of, rendezvous
+from pipeline.train.distributed import gpu_of
+from pipeline.train.rendezvous import NAMES, first_host, rendezvous
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
