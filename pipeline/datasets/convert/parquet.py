@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Parquet(Source):
         """Return the file extension and the bytes of one image."""
         firsts = [first for _, _, first in self.groups]
         path, group, first = self.groups[int(np.searchsorted(firsts, item, side="right")) - 1]
-        value = _row_group(path, group, self.column)[item - first].as_py()
+        value = _row_group(path, os.stat(path).st_mtime_ns, group, self.column)[item - first].as_py()
         where = f"{path}: row {item - first} of row group {group}"
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None and isinstance(value, dict) and isinstance(value.get("path"), str):
@@ -163,18 +164,17 @@ class _ParquetFile:
 
 
 class _ArrowFile:
-    """A file of record batches, which is mapped into memory; the whole file is one group."""
+    """A file of record batches; the whole file is one group. It is not mapped: a mapped file that is cut off kills."""
 
     num_groups = 1
 
     def __init__(self, path: str) -> None:
         import pyarrow as pa
 
-        source = pa.memory_map(path)
-        try:
-            self._table = pa.ipc.open_stream(source).read_all()
-        except pa.ArrowInvalid:
-            self._table = pa.ipc.open_file(source).read_all()
+        with pa.OSFile(path, "rb") as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            self._table = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
         self.names: list[str] = self._table.schema.names
         self.metadata = self._table.schema.metadata
 
@@ -194,7 +194,7 @@ def _open(path: str) -> _ParquetFile | _ArrowFile:
 
 
 @functools.lru_cache(maxsize=1)
-def _row_group(path: str, group: int, column: str) -> Any:
+def _row_group(path: str, time: int, group: int, column: str) -> Any:
     return _open(path).read(group, column)
 
 

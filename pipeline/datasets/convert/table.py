@@ -16,6 +16,6 @@ def table(num_images: int, left_out: Mapping[str, Sequence[str]], problems: Mapp
     written = num_images - sum(map(len, problems.values()))
     lines = [f"{'found':<12}{found:>10,}", f"{'written':<12}{written:>10,}", f"{'left out':<12}{found - written:>10,}"]
     for reason, names in sorted(reasons.items()):
-        examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        examples = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         lines.append(f"{'':<12}{len(names):>10,}  {reason}: {examples}")
     return lines

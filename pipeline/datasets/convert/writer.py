@@ -6,6 +6,7 @@ known, its class number (`cls`). A shard has its final name only when it is whol
 """
 
 import contextlib
+import errno
 import functools
 import io
 from pathlib import Path
@@ -70,15 +71,16 @@ def convert(
         raise DataError(f"{source.name} has no images; nothing to convert")
     existed = out.is_dir()
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out) as descriptor:
-        try:
-            return _convert(
-                source, out, (seed, samples_per_shard, shorter_side), processes, skip_unreadable, descriptor
-            )
-        except BaseException:
-            if not existed:  # an empty folder that nobody asked for
-                _remove_if_empty(out)
-            raise
+    try:
+        with locked(out) as lock:
+            return _convert(source, out, (seed, samples_per_shard, shorter_side), processes, skip_unreadable, lock)
+    except BaseException as error:
+        if not existed:
+            with contextlib.suppress(OSError):  # it stays if it holds anything
+                out.rmdir()
+        if isinstance(error, OSError) and error.filename is None:  # a failed write does not say where
+            raise OSError(error.errno or errno.EIO, error.strerror, str(out)) from None
+        raise
 
 
 def _convert(
@@ -150,8 +152,3 @@ def _reduce(extension: str, data: bytes, shorter_side: int) -> tuple[str, bytes]
     buffer = io.BytesIO()
     picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
     return "jpg", buffer.getvalue()
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
