@@ -9,7 +9,6 @@ from types import MappingProxyType
 import numpy as np
 
 from pipeline.config import find_config
-from pipeline.datasets.convert.classes import class_difference
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import Split, read_split
 from pipeline.errors import ConfigError, HandoverError, PipelineError
@@ -51,8 +50,7 @@ def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
         test = read_manifest(config.data.test)
         if test.classes != manifest.classes:
             raise HandoverError(
-                f"{config.data.test} and {config.data.train} name different classes: "
-                f"{class_difference(test.classes, manifest.classes)}; convert the test set with --classes {config.data.train}"
+                f"{config.data.test} and {config.data.train} name different classes; convert them with the same class list"
             )
     num_classes = len(manifest.classes)
     spec.check_data(config, num_classes)

@@ -57,7 +57,7 @@ def _check_items(source: Source, items: list[int]) -> dict[int, Problem]:
 
 
 def _problem(source: Source, item: int) -> Problem | None:
-    name = shown(source.names[item]) if source.names else source.keys[item]
+    name = shown(source.files[item]) if len(source.files) == len(source.keys) else source.keys[item]
     try:
         _, data = source.read(item)
     except DataError as error:

@@ -61,14 +61,3 @@ def class_labels(found: Iterable[str], wanted: Sequence[str] | None, where: str)
             f"the list has {len(classes)} classes, {hint}; rename them, or give another list"
         )
     return classes, {name: label_of[form] for name, form in forms.items()}
-
-
-def class_difference(some: Sequence[str], others: Sequence[str]) -> str:
-    """Say in words how two lists of classes differ."""
-    only = [[name for name in a if name not in b] for a, b in ((some, others), (others, some))]
-    phrases = [
-        f"only the {which} has {', '.join(map(repr, names[:10]))}{' and more' if len(names) > 10 else ''}"
-        for which, names in zip(("first", "second"), only, strict=True)
-        if names
-    ]
-    return ", ".join(phrases) or "the order differs"

@@ -184,7 +184,16 @@ def test_a_file_that_changes_meanwhile_or_another_source_is_refused(source, tmp_
 
 @pytest.mark.parametrize("limit", [0, 10, 9000])
 def test_a_full_disk_is_one_sentence_and_the_next_start_works(source, tmp_path, limit):
-    command = [sys.executable, "-m", "pipeline.data", "convert", "imagefolder", str(source), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.data",
+        "convert",
+        "imagefolder",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     command += ["--processes", "2", "--samples-per-shard", "10"]
     full = subprocess.run(
         command,

@@ -12,7 +12,14 @@ from pipeline.datasets.manifest import read_manifest
 from pipeline.errors import DataError
 from tests.unit.datasets.test_sources import convert, put
 
-NAMES = ("cat/my photo (1).jpg", "dog/my photo (1).jpg", "cat/IMG_1.jpg", "dog/IMG_1.jpg", "cat/IMG_9.jpg", "dog/a, b.jpg")
+NAMES = (
+    "cat/my photo (1).jpg",
+    "dog/my photo (1).jpg",
+    "cat/IMG_1.jpg",
+    "dog/IMG_1.jpg",
+    "cat/IMG_9.jpg",
+    "dog/a, b.jpg",
+)
 
 
 @pytest.fixture
@@ -84,7 +91,16 @@ def test_a_unicode_form_and_a_dot_in_a_name_make_no_difference(tmp_path):
     assert named(tmp_path / "out", "cat/caf\u00e9.1.jpg\n") == {unicodedata.normalize("NFD", "cat/caf\u00e9_1")}
 
 
-PLACES = ("cat/a.jpg", "cat/a-b.jpg", "cat/a.1.jpg", "cat/a0.jpg", "cat/sub/z.jpg", "cat/sub-2/z.jpg", "Dog/b.jpg", "dog/b.png")
+PLACES = (
+    "cat/a.jpg",
+    "cat/a-b.jpg",
+    "cat/a.1.jpg",
+    "cat/a0.jpg",
+    "cat/sub/z.jpg",
+    "cat/sub-2/z.jpg",
+    "Dog/b.jpg",
+    "dog/b.png",
+)
 
 
 def as_torchvision(root: Path) -> list[str]:

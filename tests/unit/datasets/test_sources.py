@@ -95,7 +95,15 @@ def test_hidden_files_of_systems_are_counted_and_are_no_class(tmp_path, capsys):
 
 
 def test_images_are_recognised_by_content_and_formats_that_are_not_read_are_named(tmp_path, capsys):
-    endings = {"jpg": "JPEG", "avif": "AVIF", "jfif": "JPEG", "jpe": "JPEG", "pgm": "PPM", "data": "PNG", "2024": "JPEG"}
+    endings = {
+        "jpg": "JPEG",
+        "avif": "AVIF",
+        "jfif": "JPEG",
+        "jpe": "JPEG",
+        "pgm": "PPM",
+        "data": "PNG",
+        "2024": "JPEG",
+    }
     for c in ("cat", "dog"):
         for ending, form in (endings | {"jp2": "JPEG2000", "heic": "PNG"}).items():
             path = tmp_path / "in" / c / f"{ending}_picture.{ending}"
@@ -133,7 +141,14 @@ def test_linked_folders_are_followed_and_loops_are_seen(tmp_path, capsys):
 
 def test_a_test_set_may_lack_a_class_and_unicode_forms_are_one_class(tmp_path, capsys):
     composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
-    put(tmp_path, f"train/{composed}/1.jpg", "train/dog/1.jpg", "train/owl/1.jpg", f"test/{apart}/1.jpg", "test/owl/1.jpg")
+    put(
+        tmp_path,
+        f"train/{composed}/1.jpg",
+        "train/dog/1.jpg",
+        "train/owl/1.jpg",
+        f"test/{apart}/1.jpg",
+        "test/owl/1.jpg",
+    )
     assert convert("imagefolder", tmp_path / "train", "--out", tmp_path / "a") == 0
     assert read_manifest(tmp_path / "a").classes == (composed, "dog", "owl")
     assert convert("imagefolder", tmp_path / "test", "--classes", tmp_path / "a", "--out", tmp_path / "b") == 0
@@ -187,7 +202,13 @@ def test_tables_as_programs_write_them(tmp_path, name):
 
 def test_a_table_may_lack_labels_and_loses_no_row_without_a_word(tmp_path, capsys):
     put(tmp_path, "d/1.jpg", "d/2.jpg", "d/3.jpg", "caf\u00e9.jpg")
-    rows = ["d\\1.jpg,0.0", "d/2.jpg,", "./d/3.jpg,10.0", "d/1.jpg,0.0", unicodedata.normalize("NFD", "caf\u00e9.jpg") + ",NaN"]
+    rows = [
+        "d\\1.jpg,0.0",
+        "d/2.jpg,",
+        "./d/3.jpg,10.0",
+        "d/1.jpg,0.0",
+        unicodedata.normalize("NFD", "caf\u00e9.jpg") + ",NaN",
+    ]
     table = tmp_path / "t.csv"
     table.write_text("path,label\n" + "\n".join(rows) + "\n")
     command = ["csv", table, "--image", "path", "--label", "label"]
@@ -320,10 +341,11 @@ def test_tars_whose_labels_have_a_gap_lose_an_image_or_do_not_decode_are_refused
 
 def test_two_equal_folders_convert_to_equal_bytes(tmp_path):
     for name in ("one", "two"):
-        put(tmp_path / name, *(f"{c}/{k}.jpg" for c in "ab" for k in (range(5) if name == "one" else reversed(range(5)))))
+        put(
+            tmp_path / name,
+            *(f"{c}/{k}.jpg" for c in "ab" for k in (range(5) if name == "one" else reversed(range(5)))),
+        )
         assert convert("imagefolder", tmp_path / name, "--out", tmp_path / f"{name}.out") == 0
     first, second = (sorted((tmp_path / f"{name}.out").iterdir()) for name in ("one", "two"))
     assert [path.name for path in first] == [path.name for path in second]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-
-
