@@ -24,6 +24,7 @@ import psutil
 import torch
 from PIL import Image
 
+from pipeline.datasets.convert.source import Source
 from pipeline.datasets.convert.writer import convert
 from pipeline.datasets.manifest import HEADER, Manifest, Shard, ShardIndex, read_manifest, write_manifest
 from pipeline.images import decode_with_pillow, decode_with_simplejpeg
@@ -44,7 +45,7 @@ RANKS = 8
 
 
 @dataclass
-class Photographs:
+class Photographs(Source):
     """Crops of scikit-learn's two photographs, as JPEG of 500 x 375 and about 100 kB."""
 
     jpegs: list[bytes]
@@ -228,7 +229,7 @@ def bytes_fetched(folder: Path) -> dict[str, float]:
     rng = np.random.default_rng(0)
 
     @dataclass
-    class Noise:
+    class Noise(Source):
         name: str = "noise"
         in_order: bool = False
 
@@ -239,7 +240,7 @@ def bytes_fetched(folder: Path) -> dict[str, float]:
         def read(self, item: int) -> tuple[str, bytes]:
             return "jpg", rng.bytes(int(rng.integers(40_000, 120_000)))
 
-    local, _ = convert(Noise(), folder / "shards", samples_per_shard=300)
+    local = convert(Noise(), folder / "shards", samples_per_shard=300).manifest
     everything = np.arange(local.num_samples)
     virtual_readers, batch = 8, 64
     found = {}
@@ -308,7 +309,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = photographs()
-        manifest, _ = convert(source, folder / "photographs", samples_per_shard=256)
+        manifest = convert(source, folder / "photographs", samples_per_shard=256).manifest
         found: dict[str, float] = {"mean_jpeg_kilobytes": float(np.mean([len(jpeg) for jpeg in source.jpegs])) / 1e3}
         found |= decoders(source.jpegs)
         found |= throughput(manifest, rounds)

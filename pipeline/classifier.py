@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets.convert.imagefolder import images_below
-from pipeline.datasets.tars import IMAGE_EXTENSIONS
+from pipeline.datasets.convert.scan import images_below
+from pipeline.datasets.formats import IMAGE_EXTENSIONS
 from pipeline.errors import ConfigError, DataError
 from pipeline.exports.card import Card
 

@@ -4,110 +4,253 @@ import functools
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from pipeline.datasets.convert.classes import class_labels
+from pipeline.datasets.convert.lock import locked
+from pipeline.datasets.convert.table import table
 from pipeline.datasets.manifest import (
     HEADER,
     NAMES,
     SAMPLES,
     Manifest,
+    Shard,
     ShardIndex,
     read_manifest,
     sample_key,
     write_manifest,
 )
 from pipeline.datasets.parallel import run_parallel
-from pipeline.datasets.tars import scan_shard
+from pipeline.datasets.tars import MemberRules, Scan, scan_members
 from pipeline.errors import DataError
 from pipeline.files import replace_bytes
+from pipeline.images import UnreadableImage, decode
 from pipeline.storage.config import RemoteConfig
 from pipeline.storage.remote import fetch, remote_size
 
+_USUAL = MemberRules()
+_MOST_LETTERS = 100  # of a class name; a longer text is a caption
 
-def index_folder(folder: Path, classes: Sequence[str] | None, processes: int) -> tuple[Manifest, bool]:
+
+@dataclass(frozen=True)
+class _Found:
+    """A scanned tar, and why some of its images cannot be used, by their place in it."""
+
+    scan: Scan
+    problems: dict[int, str]
+
+
+class Indexed(NamedTuple):
+    """A dataset of tars, whether its manifest was there already, and the table of what was found."""
+
+    manifest: Manifest
+    existed: bool
+    table: list[str]
+
+
+def index_folder(folder: Path, classes: Sequence[str] | None, processes: int, rules: MemberRules = _USUAL) -> Indexed:
     """Write a manifest beside the WebDataset tars of a folder, unless it is there already.
 
     Args:
         folder: Folder of the tars.
-        classes: Names of the classes; None = their numbers.
+        classes: Names of the classes; None = the labels seen.
         processes: How many processes scan tars.
+        rules: Which members are images and labels.
 
     Returns:
         The manifest, and whether it was there already.
 
     Raises:
-        DataError: There are no tars, one of them is damaged, or two hold the same sample.
+        DataError: There are no tars, one of them is damaged, two hold the same sample, or images cannot be decoded.
     """
     if (folder / HEADER).exists():
-        return read_manifest(folder), True
+        return Indexed(read_manifest(folder), True, [])
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"{folder} has no .tar files; give a folder of WebDataset tars")
-    scan = functools.partial(scan_shard, num_classes=len(classes) if classes else None)
-    return _write_index(folder, classes, list(run_parallel(scan, tars, processes, "shards"))), False
+    with locked(folder) as lock:
+
+        def scan(rules: MemberRules) -> list[_Found]:
+            work = functools.partial(_scan, num_classes=len(classes) if classes else None, rules=rules)
+            return list(run_parallel(work, tars, processes, "shards", held=[lock]))
+
+        found = scan(rules)
+        if rules.label_key == "" and _has_texts_only(found):
+            named = scan(replace(rules, label_key="txt"))
+            if _are_classes([text for shard in named for text in shard.scan.texts]):
+                found, rules = named, replace(rules, label_key="txt")
+        return _write_index(folder, classes, found, rules)
 
 
 def index_remote(
-    source: str, out: Path, classes: Sequence[str] | None, remote: RemoteConfig, processes: int
-) -> tuple[Manifest, bool]:
+    source: str,
+    out: Path,
+    classes: Sequence[str] | None,
+    remote: RemoteConfig,
+    processes: int,
+    rules: MemberRules = _USUAL,
+) -> Indexed:
     """Write a manifest in `out` for shards that stay at a URL, unless it is there already.
 
     Args:
         source: URL of a folder with a manifest, which is copied. Or URLs of tars with a range of numbers in braces, as
             WebDataset writes it (https://host/train-{000000..000063}.tar); each tar is then read once.
         out: Folder for the manifest.
-        classes: Names of the classes; None = their numbers.
+        classes: Names of the classes; None = the labels seen.
         remote: How the shards are fetched.
         processes: How many processes scan tars.
+        rules: Which members are images and labels.
 
     Returns:
         The manifest, and whether it was there already.
 
     Raises:
-        DataError: A tar cannot be fetched or is damaged, or two hold the same sample.
+        DataError: A tar cannot be fetched or is damaged, two hold the same sample, or images cannot be decoded.
     """
     if (out / HEADER).exists():
-        return read_manifest(out), True
+        return Indexed(read_manifest(out), True, [])
     out.mkdir(parents=True, exist_ok=True)
-    if "{" not in source:
-        for name in (SAMPLES, NAMES, HEADER):
-            content = io.BytesIO()
-            url = f"{source.rstrip('/')}/{name}"
-            size = remote_size(url, remote)
-            fetch(url, 0, size, size, remote, content)
-            data = content.getvalue()
-            if name == HEADER:
-                data = json.dumps(json.loads(data) | {"location": source.rstrip("/")}, indent=1).encode()
-            replace_bytes(out / name, data)
-        return read_manifest(out), False
-    from webdataset.shardlists import expand_urls
+    with locked(out) as lock:
+        if "{" not in source:
+            for name in (SAMPLES, NAMES, HEADER):
+                content = io.BytesIO()
+                url = f"{source.rstrip('/')}/{name}"
+                size = remote_size(url, remote)
+                fetch(url, 0, size, size, remote, content)
+                data = content.getvalue()
+                if name == HEADER:
+                    data = json.dumps(json.loads(data) | {"location": source.rstrip("/")}, indent=1).encode()
+                replace_bytes(out / name, data)
+            return Indexed(read_manifest(out), False, [])
+        from webdataset.shardlists import expand_urls
 
-    urls = expand_urls(source)
-    scan = functools.partial(_scan_remote, out=out, remote=remote, num_classes=len(classes) if classes else None)
-    indices = list(run_parallel(scan, urls, processes, "shards"))
-    return _write_index(out, classes, indices, urls[0].rpartition("/")[0]), False
+        urls = expand_urls(source)
+        count = len(classes) if classes else None
+        scan = functools.partial(_scan_remote, out=out, remote=remote, num_classes=count, rules=rules)
+        found = list(run_parallel(scan, urls, processes, "shards", held=[lock]))
+        return _write_index(out, classes, found, rules, urls[0].rpartition("/")[0])
 
 
-def _scan_remote(url: str, out: Path, remote: RemoteConfig, num_classes: int | None) -> ShardIndex:
+def _scan(path: Path, num_classes: int | None, rules: MemberRules) -> _Found:
+    """Scan a tar and decode all its images."""
+    scan = scan_members(path, num_classes, rules)
+    problems = {}
+    with path.open("rb") as file:
+        for place, (offset, length) in enumerate(zip(scan.index.offsets, scan.index.lengths, strict=True)):
+            file.seek(offset)
+            try:
+                decode(file.read(length))
+            except UnreadableImage as error:
+                problems[place] = str(error)
+    return _Found(scan, problems)
+
+
+def _scan_remote(url: str, out: Path, remote: RemoteConfig, num_classes: int | None, rules: MemberRules) -> _Found:
     path = out / url.rpartition("/")[2]
     size = remote_size(url, remote)
     try:
         with path.open("wb") as file:
             fetch(url, 0, size, size, remote, file)
-        return scan_shard(path, num_classes)
+        return _scan(path, num_classes, rules)
     finally:
         path.unlink(missing_ok=True)
 
 
+def _has_texts_only(found: Sequence[_Found]) -> bool:
+    return any("member .txt" in shard.scan.left_out for shard in found) and not any(
+        text for shard in found for text in shard.scan.texts
+    )
+
+
+def _are_classes(texts: Sequence[str]) -> bool:
+    """Return whether texts are class names and not captions: short, one line each, and mostly repeated."""
+    given = [text for text in texts if text]
+    short = all(len(text) <= _MOST_LETTERS and "\n" not in text for text in given)
+    return bool(given) and short and len(set(given)) <= max(20, len(given) // 4)
+
+
 def _write_index(
-    folder: Path, classes: Sequence[str] | None, indices: list[ShardIndex], location: str = ""
-) -> Manifest:
+    folder: Path, classes: Sequence[str] | None, found: list[_Found], rules: MemberRules, location: str = ""
+) -> Indexed:
     seen: dict[str, str] = {}
-    for index in indices:
+    for shard in found:
+        index = shard.scan.index
         for member in index.members:
             if seen.setdefault(sample_key(member), index.shard.name) != index.shard.name:
                 first = seen[sample_key(member)]
                 raise DataError(f"sample {sample_key(member)!r} is in {first} and in {index.shard.name}; remove one")
-    if classes is None:
-        classes = [str(c) for c in range(1 + max((max(index.labels, default=-1) for index in indices), default=-1))]
-    return write_manifest(folder, classes, indices, location)
+    unreadable = [
+        f"{shard.scan.index.shard.name}: {shard.scan.index.members[place]}: {reason}"
+        for shard in found
+        for place, reason in shard.problems.items()
+    ]
+    if unreadable and not rules.skip_unreadable:
+        raise DataError(
+            "\n  ".join(
+                [
+                    f"{folder}: {len(unreadable)} of {sum(len(s.scan.texts) for s in found)} images cannot be decoded, and "
+                    "nothing was written; repair or remove them, or leave them out with --skip-unreadable:",
+                    *unreadable,
+                ]
+            )
+        )
+    names, indices = _labelled(classes, found, folder)
+    kept = [_without(index, shard.problems) for index, shard in zip(indices, found, strict=True)]
+    left_out: dict[str, list[str]] = {}
+    for shard in found:
+        for reason, members in shard.scan.left_out.items():
+            left_out.setdefault(reason, []).extend(members)
+    # A member that holds a caption or a number is found with its sample; it is no loss.
+    told = {reason: members for reason, members in left_out.items() if not reason.startswith("member ")}
+    usual = rules == _USUAL
+    manifest = write_manifest(folder, names, kept, location, None if usual else asdict(rules))
+    lines = table(len(seen), told, {"unreadable": unreadable} if unreadable else {})
+    others = {reason: members for reason, members in left_out.items() if reason.startswith("member ")}
+    lines += [f"{'':<12}{len(members):>10,}  {reason} not used" for reason, members in sorted(others.items())]
+    return Indexed(manifest, False, lines)
+
+
+def _labelled(
+    classes: Sequence[str] | None, found: Sequence[_Found], folder: Path
+) -> tuple[list[str], list[ShardIndex]]:
+    """Return the classes, and the shards with the labels by number."""
+    given = {text for shard in found for text in shard.scan.texts if text}
+    if all(text.isascii() and text.isdigit() for text in given):
+        if classes is None:
+            classes = [str(label) for label in sorted({max(-1, label) for s in found for label in s.scan.index.labels})]
+            classes = [name for name in classes if name != "-1"]
+            _check_gap(len(classes), found)
+        return list(classes), [shard.scan.index for shard in found]
+    known, label_of = class_labels(given, classes, str(folder))
+    label_of[""] = -1
+    return known, [replace(s.scan.index, labels=[label_of[text] for text in s.scan.texts]) for s in found]
+
+
+def _check_gap(num_classes: int, found: Sequence[_Found]) -> None:
+    """Refuse class numbers that do not count from 0 without a gap, and name a sample."""
+    for shard in found:
+        index = shard.scan.index
+        for member, label in zip(index.members, index.labels, strict=True):
+            if label >= num_classes:
+                raise DataError(
+                    f"sample {sample_key(member)!r} in {index.shard.name} has label {label}, but only {num_classes} "
+                    "different labels are there; labels count from 0 without a gap; give all classes with --classes"
+                )
+
+
+def _without(index: ShardIndex, problems: dict[int, str]) -> ShardIndex:
+    if not problems:
+        return index
+    kept = [place for place in range(len(index.members)) if place not in problems]
+    shard = index.shard
+    return ShardIndex(
+        shard=Shard(name=shard.name, size=shard.size, sha256=shard.sha256, count=len(kept)),
+        members=[index.members[place] for place in kept],
+        offsets=np.array(index.offsets)[kept].tolist(),
+        lengths=np.array(index.lengths)[kept].tolist(),
+        labels=np.array(index.labels)[kept].tolist(),
+    )

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -183,14 +183,21 @@ def check_sizes(manifest: Manifest) -> None:
             )
 
 
-def write_manifest(folder: Path, classes: Sequence[str], indices: Sequence[ShardIndex], location: str = "") -> Manifest:
+def write_manifest(
+    folder: Path,
+    classes: Sequence[str],
+    indices: Sequence[ShardIndex],
+    location: str = "",
+    member_rules: Mapping[str, Any] | None = None,
+) -> Manifest:
     """Write the three files, the header last, so that a manifest that can be read is complete.
 
     Args:
         folder: Folder of the manifest, and of the shards unless `location` is given.
-        classes: Names of the classes.
+        classes: Names of the classes; empty if no sample has a label.
         indices: The scanned shards, in order of name.
         location: URL of the shards, if they are elsewhere.
+        member_rules: How the members of the tars were read, if not in the usual way; `verify` needs it.
     """
     samples = np.zeros(sum(index.shard.count for index in indices), SAMPLE)
     for field, values in (
@@ -201,7 +208,7 @@ def write_manifest(folder: Path, classes: Sequence[str], indices: Sequence[Shard
         samples[field] = values
     members = [member.encode() for index in indices for member in index.members]
     samples["name"] = np.cumsum([0, *(len(member) for member in members)])[:-1]
-    header = {
+    header: dict[str, Any] = {
         "version": VERSION,
         "location": location,
         "num_samples": len(samples),
@@ -210,6 +217,8 @@ def write_manifest(folder: Path, classes: Sequence[str], indices: Sequence[Shard
         "classes": list(classes),
         "shards": [asdict(index.shard) for index in indices],
     }
+    if member_rules:
+        header["member_rules"] = dict(member_rules)
     replace_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
     return read_manifest(folder)
 

@@ -5,18 +5,21 @@ here. Members are only read: none is written anywhere, no link is followed, noth
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from pipeline.datasets.formats import FOREIGN_EXTENSIONS, HEAD, IMAGE_EXTENSIONS, format_of, is_hidden
 from pipeline.datasets.manifest import Shard, ShardIndex, sample_key
 from pipeline.errors import DataError
 
 BLOCK = 512
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "gif", "tif", "tiff")
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10  # labels, long names and pax records
+_MAX_DIGITS = 9  # of a class number, which the manifest keeps in four bytes
+_TEXT_EXTENSIONS = ("cls", "txt", "json", "id", "key", "url", "caption", "npy", "pyd", "pth")
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
 
 
@@ -35,12 +38,44 @@ class Member:
     size: int
 
 
-def scan_shard(path: Path, num_classes: int | None = None) -> ShardIndex:
+@dataclass(frozen=True)
+class MemberRules:
+    """Which members of a tar are images and labels.
+
+    Attributes:
+        image_key: Extension of the images, after the first dot of the name, for example "input.jpg"; empty = the
+            ending or the content of an image.
+        label_key: Extension of the members that hold the labels, or a field of the `json` members; empty = `cls`.
+        skip_unreadable: Leave out samples that cannot be used, instead of refusing the shard.
+    """
+
+    image_key: str = ""
+    label_key: str = ""
+    skip_unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a tar holds.
+
+    Attributes:
+        index: The shard and its samples. The labels are numbers; where the labels are texts, -1.
+        texts: Label of each sample as it was read; empty where there is none.
+        left_out: Names of the members that are no part of a sample, by the reason.
+    """
+
+    index: ShardIndex
+    texts: list[str]
+    left_out: dict[str, list[str]]
+
+
+def scan_shard(path: Path, num_classes: int | None = None, rules: MemberRules | None = None) -> ShardIndex:
     """Scan one tar: its checksum and its samples, whose labels are the numbers in the `cls` members.
 
     Args:
         path: The tar.
         num_classes: Refuse labels from this number on; None = any number is a label.
+        rules: Which members are images and labels.
 
     Returns:
         The shard and its samples; the label of a sample without a `cls` member is -1.
@@ -48,13 +83,19 @@ def scan_shard(path: Path, num_classes: int | None = None) -> ShardIndex:
     Raises:
         DataError: The tar holds anything but complete, plain, uniquely named samples.
     """
+    return scan_members(path, num_classes, rules or MemberRules()).index
+
+
+def scan_members(path: Path, num_classes: int | None, rules: MemberRules) -> Scan:
+    """Scan one tar as `scan_shard` does, and return its labels as they are written too."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
         try:
-            return _index(file, path.name, size, digest, num_classes)
+            return _index(file, path.name, size, digest, num_classes, rules)
         except DataError as error:
-            raise DataError(f"{path}: {error}; remove or rewrite this shard") from None
+            advice = "" if "--" in str(error) else "; remove or rewrite this shard"
+            raise DataError(f"{path}: {error}{advice}") from None
 
 
 def read_members(file: BinaryIO, size: int) -> Iterator[Member]:
@@ -97,42 +138,120 @@ def read_members(file: BinaryIO, size: int) -> Iterator[Member]:
             raise DataError(f"data after the end-of-archive mark at byte {offset}: several tars in one file?")
 
 
-def _index(file: BinaryIO, name: str, size: int, digest: str, num_classes: int | None) -> ShardIndex:
+def _index(file: BinaryIO, name: str, size: int, digest: str, num_classes: int | None, rules: MemberRules) -> Scan:
     images: dict[str, Member] = {}
-    labels: dict[str, int] = {}
+    texts: dict[str, str] = {}
+    labelled: dict[str, str] = {}  # name of the member with the label, by key
+    left_out: dict[str, list[str]] = {}
     for member in list(read_members(file, size)):
         key = sample_key(member.name)
         extension = member.name[len(key) + 1 :].lower()
-        if extension in IMAGE_EXTENSIONS:
-            if key in images:
-                raise DataError(f"sample {key!r} has two images")
-            if not 0 < member.size <= MAX_IMAGE_BYTES:
-                raise DataError(f"image {member.name!r} has {member.size} bytes; allowed are 1 to {MAX_IMAGE_BYTES}")
-            images[key] = member
-        elif extension == "cls":
-            if key in labels:
+        if is_hidden(member.name.rpartition("/")[2]) or any(map(is_hidden, member.name.split("/")[:-1])):
+            left_out.setdefault("hidden or of the system", []).append(member.name)
+        elif _holds_label(extension, rules):
+            if key in labelled:
                 raise DataError(f"sample {key!r} has two labels")
-            labels[key] = _label(file, member, num_classes)
-    if labels and images.keys() - labels.keys():
-        raise DataError(f"sample {min(images.keys() - labels.keys())!r} has no cls member, though others have")
+            text = _label_text(file, member, extension, rules)
+            if text is not None:
+                labelled[key], texts[key] = member.name, text
+        elif _holds_image(file, member, extension, rules):
+            _check_image(member, extension, rules, key in images, key)
+            images[key] = member
+        elif extension.endswith(".cls") and not rules.label_key:
+            raise DataError(
+                f"member {member.name!r} has the compound ending {extension!r}; say which members hold the labels with "
+                f"--label-key {extension} (--label-key none = without labels)"
+            )
+        else:
+            left_out.setdefault(f"member .{extension}", []).append(member.name)
+    lost = [labelled[key] for key in labelled if key not in images]
+    if lost and not rules.skip_unreadable:
+        raise DataError(
+            f"{len(lost)} labels have no image that is read here: {', '.join(lost[:20])}"
+            f"{' and more' if len(lost) > 20 else ''}; leave them out with --skip-unreadable, or add the images"
+        )
+    if lost:
+        left_out["label without an image"] = lost
     found = list(images.values())
-    return ShardIndex(
+    index = ShardIndex(
         shard=Shard(name=name, size=size, sha256=digest, count=len(found)),
         members=[member.name for member in found],
         offsets=[member.offset for member in found],
         lengths=[member.size for member in found],
-        labels=[labels.get(key, -1) for key in images],
+        labels=[_number(texts.get(key, ""), labelled.get(key, ""), num_classes, rules) for key in images],
     )
+    return Scan(index, [texts.get(key, "") for key in images], left_out)
 
 
-def _label(file: BinaryIO, member: Member, num_classes: int | None) -> int:
+def _holds_image(file: BinaryIO, member: Member, extension: str, rules: MemberRules) -> bool:
+    if rules.image_key:
+        return extension == rules.image_key.lower().lstrip(".")
+    ending = extension.rpartition(".")[2]
+    if ending in IMAGE_EXTENSIONS or ending in FOREIGN_EXTENSIONS:
+        return True
+    if ending in _TEXT_EXTENSIONS:
+        return False
     file.seek(member.offset)
-    text = file.read(min(member.size, 32)).strip()
-    if not text.isdigit():
-        raise DataError(f"label {member.name!r} is {text!r}, not a class number")
+    return bool(format_of(file.read(min(HEAD, member.size))))
+
+
+def _check_image(member: Member, extension: str, rules: MemberRules, known: bool, key: str) -> None:
+    if "." in extension and not rules.image_key:
+        raise DataError(
+            f"image {member.name!r} has the compound ending {extension!r}; say which members are the images with "
+            f"--image-key {extension}"
+        )
+    if known:
+        raise DataError(f"sample {key!r} has two images")
+    if not 0 < member.size <= MAX_IMAGE_BYTES:
+        raise DataError(f"image {member.name!r} has {member.size} bytes; allowed are 1 to {MAX_IMAGE_BYTES}")
+
+
+def _holds_label(extension: str, rules: MemberRules) -> bool:
+    wanted = rules.label_key.lower().lstrip(".") or "cls"
+    return extension == wanted or (extension == "json" and bool(rules.label_key))
+
+
+def _label_text(file: BinaryIO, member: Member, extension: str, rules: MemberRules) -> str | None:
+    """Return a label as it is written; empty where the sample has none, None if the member is not the one that counts."""
+    if member.size > MAX_TEXT_BYTES:
+        raise DataError(f"label {member.name!r} has {member.size} bytes; at most {MAX_TEXT_BYTES}")
+    file.seek(member.offset)
+    data = file.read(member.size)
+    if extension != "json" or rules.label_key.lower() == "json":
+        try:
+            return data.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise DataError(f"label {member.name!r} is {data[:32]!r}, which is no text") from None
+    try:
+        value: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"member {member.name!r} is no JSON ({type(error).__name__})") from None
+    if not isinstance(value, dict) or rules.label_key not in value:
+        return None
+    label = value[rules.label_key]
+    if label is None:
+        return ""
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise DataError(
+            f"member {member.name!r} has {label!r} as {rules.label_key!r}, which is no class number or name"
+        )
+    return str(label).strip()
+
+
+def _number(text: str, member: str, num_classes: int | None, rules: MemberRules) -> int:
+    """Return a label that is a number; -1 for none, and for a name where names are allowed."""
+    if not text and (rules.label_key or not member):
+        return -1
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+        if rules.label_key:
+            return -1
+        raise DataError(
+            f"label {member!r} is {text[:32].encode()!r}, not a class number; --label-key cls reads class names"
+        )
     label = int(text)
     if num_classes is not None and label >= num_classes:
-        raise DataError(f"label {member.name!r} is {label}, but there are {num_classes} classes")
+        raise DataError(f"label {member!r} is {label}, but there are {num_classes} classes")
     return label
 
 

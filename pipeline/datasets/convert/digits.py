@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import seeds
+from pipeline.datasets.convert.source import Source
 
 
 @dataclass
-class Digits:
+class Digits(Source):
     """Some of scikit-learn's 1797 scanned digits as lossless PNG, a `Source`.
 
     Attributes:

@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.datasets.convert.imagefolder import images_below
-from pipeline.datasets.convert.source import Files, keys_of
+from pipeline.datasets.convert.scan import find_images
+from pipeline.datasets.convert.source import Files, LeftOut, make_keys
+from pipeline.datasets.text import read_text
 from pipeline.errors import DataError
 
 
@@ -23,7 +24,8 @@ def imagenet_validation(folder: Path, truth: Path, synsets: Path | None, classes
     Raises:
         DataError: A file is missing, or the truth does not fit the images or the classes.
     """
-    names = images_below(folder)
+    left_out: LeftOut = {}
+    names = find_images(folder, left_out)
     if not names:
         raise DataError(f"{folder} has no images; expected ILSVRC2012_val_00000001.JPEG and so on")
     by_stem, in_turn = _read_truth(truth, synsets)
@@ -37,7 +39,8 @@ def imagenet_validation(folder: Path, truth: Path, synsets: Path | None, classes
         if wnid not in label_of:
             raise DataError(f"{truth}: image {name} has class {wnid!r}, which is not among the {len(classes)} classes")
     labels = [label_of[wnid] for wnid in wnids]
-    return Files(str(folder), classes, keys_of(names), labels, [str(folder / name) for name in names])
+    keys, problems = make_keys(names)
+    return Files(str(folder), classes, keys, labels, [str(folder / name) for name in names], names, problems, left_out)
 
 
 def _read_truth(path: Path, synsets: Path | None) -> tuple[dict[str, str], list[str]]:
@@ -69,6 +72,4 @@ def _synset_ids(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; give the file that lists the classes")
-    return [line for line in path.read_text().splitlines() if line.strip()]
+    return [line for line in read_text(path, "file of classes").splitlines() if line.strip()]

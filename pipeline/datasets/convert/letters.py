@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline import seeds
+from pipeline.datasets.convert.source import Source
 
 SIDE = 32  # pixels
 FADE = 0.8  # how far the background is faded towards its mean colour, 1 = wholly
@@ -29,7 +30,7 @@ _LETTERS = 31  # stream of random numbers
 
 
 @dataclass
-class Letters:
+class Letters(Source):
     """Rendered letters, a `Source`; each is drawn from (seed, key), so any order gives the same images."""
 
     name: str

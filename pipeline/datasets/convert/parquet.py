@@ -1,24 +1,27 @@
-"""A folder of parquet files, as Hugging Face lays it out, as a source; needs the optional pyarrow."""
+"""A folder of parquet files, or of a saved Hugging Face dataset, as a source; needs the optional pyarrow."""
 
 import functools
-import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.datasets.convert.classes import class_labels
+from pipeline.datasets.convert.source import Problem, Source, UnreadableSource, stored_extension
+from pipeline.datasets.formats import HEAD, format_of
 from pipeline.errors import DataError, EnvironmentProblem
 
 
 @dataclass
-class Parquet:
-    """Images in parquet files, a `Source`; rows are read in order, since a row group is read as a whole.
+class Parquet(Source):
+    """Images in parquet or arrow files, a `Source`; rows are read in order, since a row group is read as a whole.
 
     Attributes:
-        column: Image column, of bytes or of structs with `bytes`.
+        column: Image column, of bytes or of structs with `bytes`, or with the `path` of a file.
         groups: File, row group and first item of every row group.
     """
 
@@ -28,66 +31,102 @@ class Parquet:
     labels: Sequence[int]
     column: str
     groups: Sequence[tuple[str, int, int]]
+    problems: Mapping[int, Problem] = field(default_factory=dict)
     in_order: bool = True
+
+    @property
+    def files(self) -> Sequence[str]:  # type: ignore[override]
+        """The parquet or arrow files."""
+        return list(dict.fromkeys(path for path, _, _ in self.groups))
 
     def read(self, item: int) -> tuple[str, bytes]:
         """Return the file extension and the bytes of one image."""
-        from PIL import Image
-
         firsts = [first for _, _, first in self.groups]
         path, group, first = self.groups[int(np.searchsorted(firsts, item, side="right")) - 1]
-        value = _row_group(path, group, self.column)[item - first].as_py()
+        value = _row_group(path, os.stat(path).st_mtime_ns, group, self.column)[item - first].as_py()
+        where = f"{path}: row {item - first} of row group {group}"
         data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None and isinstance(value, dict) and isinstance(value.get("path"), str):
+            data = _read_beside(Path(path), value["path"], where)
         if not isinstance(data, bytes):
-            raise DataError(f"{path}: row {item - first} of row group {group} has no image bytes in {self.column!r}")
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return (image.format or "").lower().replace("jpeg", "jpg"), data
-        except OSError as error:
-            raise DataError(f"{path}: row {item - first} of row group {group} is no image ({error})") from None
+            raise UnreadableSource(f"{where} has no image bytes in {self.column!r}")
+        if not format_of(data[:HEAD]):
+            raise UnreadableSource(f"{where} is no image in {self.column!r}")
+        return stored_extension(where.replace(".", "_"), data), data
 
 
-def parquet_folder(root: Path, image_column: str, label_column: str) -> Parquet:
-    """Take all parquet files below `root`, in order of name.
+def parquet_folder(
+    root: Path, image_column: str, label_column: str, classes: Sequence[str] | None = None, labelled: bool = True
+) -> Parquet:
+    """Take all parquet files below `root`, in order of name; or the arrow files that `save_to_disk` writes.
 
     Args:
-        root: The folder.
+        root: The folder, or one file.
         image_column: Name of the image column.
-        label_column: Name of the column of class numbers.
+        label_column: Name of the column of class numbers or names; a null or -1 is an image without a label.
+        classes: The classes to have; None = the names in the file's schema, or else the labels seen.
+        labelled: Whether the label column is read at all.
 
     Raises:
-        DataError: There are no parquet files, or they lack such columns.
+        DataError: There are no such files, they lack such columns, or their labels are no classes.
         EnvironmentProblem: pyarrow is not installed.
     """
-    pq = _pyarrow_parquet()
-    paths = sorted(root.rglob("*.parquet"))
+    _pyarrow()
+    paths = [root] if root.is_file() else sorted(root.rglob("*.parquet")) or sorted(root.rglob("*.arrow"))
     if not paths:
-        raise DataError(f"{root} has no .parquet files; give the folder that holds them")
+        raise DataError(f"{root} has no .parquet and no .arrow files; give the folder that holds them")
     groups: list[tuple[str, int, int]] = []
-    labels: list[int] = []
+    raw: list[Any] = []
     keys: list[str] = []
-    classes: list[str] = []
+    names: list[str] = []
     for path in paths:
-        file = pq.ParquetFile(path)
-        known = file.schema_arrow.names
-        for column in (image_column, label_column):
-            if column not in known:
+        table = _open(str(path))
+        columns = [image_column, *([label_column] if labelled else [])]
+        for column in columns:
+            if column not in table.names:
                 raise DataError(
-                    f"{path} has no column {column!r}; it has {', '.join(known)}; choose one with --image-column, --label-column"
+                    f"{path} has no column {column!r}; it has {', '.join(table.names)}; choose one with --image-column, "
+                    "--label-column (--label-column none = without labels)"
                 )
-        classes = classes or _label_names(file.schema_arrow.metadata, label_column)
-        stem = path.relative_to(root).with_suffix("").as_posix().replace(".", "_")
-        for group in range(file.num_row_groups):
-            groups.append((str(path), group, len(labels)))
-            labels += file.read_row_group(group, [label_column]).column(0).to_pylist()
-        keys += [f"{stem}/{row:07d}" for row in range(len(labels) - len(keys))]
-    if any(not isinstance(label, int) or label < -1 for label in labels):
-        raise DataError(f"{root}: column {label_column!r} holds other values than class numbers; give --label-column")
-    classes = classes or [str(c) for c in range(max(labels) + 1)]
-    return Parquet(str(root), classes, keys, labels, image_column, groups)
+        names = names or _label_names(table.metadata, label_column)
+        stem = path.name if root == path else path.relative_to(root).as_posix()
+        stem = stem.removesuffix(path.suffix).replace(".", "_")
+        for group in range(table.num_groups):
+            groups.append((str(path), group, len(raw)))
+            raw += table.read(group, label_column).to_pylist() if labelled else [None] * table.count(group)
+        keys += [f"{stem}/{row:07d}" for row in range(len(raw) - len(keys))]
+    known, labels = _labels(raw, names, classes, f"column {label_column!r} of {root}")
+    return Parquet(str(root), known, keys, labels, image_column, groups)
 
 
-def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
+def _labels(raw: list[Any], names: list[str], classes: Sequence[str] | None, where: str) -> tuple[list[str], list[int]]:
+    """Return the classes and the label of each row; numbers index `names` where the file has them."""
+    kinds = {type(value) for value in raw if value is not None}
+    if kinds <= {str}:
+        known, label_of = class_labels({value for value in raw if value}, classes, where)
+        return known, [label_of[value] if value else -1 for value in raw]
+    if kinds != {int} or min(value for value in raw if value is not None) < -1:
+        raise DataError(f"{where} holds other values than class numbers or names; give --label-column")
+    numbers = [-1 if value is None else value for value in raw]
+    seen = sorted(set(numbers) - {-1})
+    listed = names or (list(classes) if classes is not None else [])
+    if not listed and seen != list(range(len(seen))):
+        gap = next(number for number, label in enumerate(seen) if number != label)
+        row = numbers.index(seen[gap])
+        raise DataError(
+            f"{where}: row {row} has label {seen[gap]}, but no row has label {gap}; "
+            "labels count from 0 without a gap; give all classes with --classes"
+        )
+    if listed and seen and seen[-1] >= len(listed):
+        row = numbers.index(seen[-1])
+        raise DataError(f"{where}: row {row} has label {seen[-1]}, but there are {len(listed)} classes")
+    if names and classes is not None:  # the file's own names say which class each number is
+        known, label_of = class_labels({names[label] for label in seen}, classes, where)
+        return known, [label_of[names[label]] if label >= 0 else -1 for label in numbers]
+    return listed or [str(label) for label in seen], numbers
+
+
+def _label_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[str]:
     """Return the class names that the datasets library stores in the schema, if any."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
@@ -96,15 +135,73 @@ def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
         return []
 
 
-@functools.lru_cache(maxsize=1)
-def _row_group(path: str, group: int, column: str) -> Any:
-    return _pyarrow_parquet().ParquetFile(path).read_row_group(group, [column]).column(0)
-
-
-def _pyarrow_parquet() -> Any:
+def _read_beside(file: Path, path: str, where: str) -> bytes:
+    """Return the bytes of an image that a row names; only files below the folder of the parquet file are read."""
+    folder = file.parent.resolve()
+    target = (folder / path).resolve()
+    if not target.is_relative_to(folder) or not target.is_file():
+        raise UnreadableSource(f"{where} has no bytes, and its path {path!r} is no file below {folder}")
     try:
+        return target.read_bytes()
+    except OSError as error:
+        raise UnreadableSource(f"{where}: {target} cannot be read ({error.strerror})") from None
+
+
+class _ParquetFile:
+    def __init__(self, path: str) -> None:
         import pyarrow.parquet
 
-        return pyarrow.parquet
+        self._file = pyarrow.parquet.ParquetFile(path)
+        self.names: list[str] = self._file.schema_arrow.names
+        self.metadata = self._file.schema_arrow.metadata
+        self.num_groups: int = self._file.num_row_groups
+
+    def read(self, group: int, column: str) -> Any:
+        return self._file.read_row_group(group, [column]).column(0)
+
+    def count(self, group: int) -> int:
+        return int(self._file.metadata.row_group(group).num_rows)
+
+
+class _ArrowFile:
+    """A file of record batches; the whole file is one group. It is not mapped: a mapped file that is cut off kills."""
+
+    num_groups = 1
+
+    def __init__(self, path: str) -> None:
+        import pyarrow as pa
+
+        with pa.OSFile(path, "rb") as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            self._table = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
+        self.names: list[str] = self._table.schema.names
+        self.metadata = self._table.schema.metadata
+
+    def read(self, group: int, column: str) -> Any:
+        return self._table.column(column)
+
+    def count(self, group: int) -> int:
+        return int(self._table.num_rows)
+
+
+def _open(path: str) -> _ParquetFile | _ArrowFile:
+    pyarrow = _pyarrow()
+    try:
+        return _ArrowFile(path) if path.endswith(".arrow") else _ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); restore or remove it") from None
+
+
+@functools.lru_cache(maxsize=1)
+def _row_group(path: str, time: int, group: int, column: str) -> Any:
+    return _open(path).read(group, column)
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+
+        return pyarrow
     except ImportError:
         raise EnvironmentProblem("reading parquet needs pyarrow; pip install pyarrow==26.0.1") from None

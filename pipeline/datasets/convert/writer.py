@@ -1,28 +1,44 @@
-"""Conversion of a source into shards and a manifest: in parallel, and continued where it was stopped.
+"""Conversion of a source into shards and a manifest: checked first, in parallel, and continued where it was stopped.
 
 Shards are written by webdataset's TarWriter, so every WebDataset reader opens them. A sample is an image and, where it is
 known, its class number (`cls`). A shard has its final name only when it is whole, and a second call keeps whole shards.
+`convert.json` beside the shards says what they are made of; the same source elsewhere gives the same bytes.
 """
 
-import hashlib
+import contextlib
+import errno
+import functools
 import io
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from pipeline import seeds
+from pipeline.datasets.convert.check import check_images, refusal
+from pipeline.datasets.convert.lock import locked
+from pipeline.datasets.convert.progress import Progress, content_digest, plan_digest, shard_digests
 from pipeline.datasets.convert.source import Source
+from pipeline.datasets.convert.table import table
 from pipeline.datasets.manifest import HEADER, Manifest, ShardIndex, read_manifest, write_manifest
 from pipeline.datasets.parallel import run_parallel
+from pipeline.datasets.places import keep_names
 from pipeline.datasets.tars import scan_shard
+from pipeline.datasets.text import storable
 from pipeline.errors import DataError
-from pipeline.files import replace_text, replacing
+from pipeline.files import replacing
 from pipeline.images import decode
 
-PLAN = "convert.json"
 _SHUFFLE = 21  # stream of random numbers
+
+
+class Converted(NamedTuple):
+    """A finished conversion: the dataset, whether it was there already, and the table of what was found."""
+
+    manifest: Manifest
+    existed: bool
+    table: list[str]
 
 
 def convert(
@@ -33,7 +49,8 @@ def convert(
     samples_per_shard: int = 2_000,
     shorter_side: int = 0,
     processes: int = 1,
-) -> tuple[Manifest, bool]:
+    skip_unreadable: bool = False,
+) -> Converted:
     """Write the dataset of `source` to `out`, unless it is there already.
 
     Args:
@@ -43,51 +60,68 @@ def convert(
         samples_per_shard: Images in each shard; the last one may hold fewer.
         shorter_side: Reduce larger images to this shorter side in pixels, as JPEG of quality 95. 0 = keep all bytes.
         processes: How many processes write shards.
-
-    Returns:
-        The manifest, and whether it was there already.
+        skip_unreadable: Leave out what cannot be converted, instead of refusing the whole source.
 
     Raises:
-        DataError: `out` holds anything but an equal conversion, finished or begun.
+        DataError: `out` holds anything but an equal conversion, finished or begun. Or some images cannot be converted;
+            then nothing is written, and the sentence names all of them.
+        EnvironmentProblem: Another process converts into `out`.
     """
-    count = len(source.keys)
-    if not count:
+    if not len(source.keys):
         raise DataError(f"{source.name} has no images; nothing to convert")
-    order = np.arange(count) if source.in_order else seeds.permutation(count, seed, _SHUFFLE)
-    chunks = [order[first : first + samples_per_shard].tolist() for first in range(0, count, samples_per_shard)]
-    plan = _plan(source, seed, samples_per_shard, shorter_side)
+    existed = out.is_dir()
     out.mkdir(parents=True, exist_ok=True)
-    _check_plan(out, plan, source.name)
-    if (out / HEADER).exists():
-        return read_manifest(out), True
-    jobs = [(source, chunk, out / f"{k:06d}.tar", shorter_side) for k, chunk in enumerate(chunks)]
-    indices = list(run_parallel(_write_shard, jobs, processes, "shards"))
-    return write_manifest(out, source.classes, indices), False
+    try:
+        with locked(out) as lock:
+            return _convert(source, out, (seed, samples_per_shard, shorter_side), processes, skip_unreadable, lock)
+    except BaseException as error:
+        if not existed:
+            with contextlib.suppress(OSError):  # it stays if it holds anything
+                out.rmdir()
+        if isinstance(error, OSError) and error.filename is None:  # a failed write does not say where
+            raise OSError(error.errno or errno.EIO, error.strerror, str(out)) from None
+        raise
 
 
-def _plan(source: Source, *options: int) -> str:
-    """Return a digest that only an equal conversion shares."""
-    digest = hashlib.sha256(json.dumps([list(source.classes), *options]).encode())
-    for key, label in zip(source.keys, source.labels, strict=True):
-        digest.update(f"{key}\0{label}\n".encode())
-    return digest.hexdigest()
+def _convert(
+    source: Source, out: Path, options: tuple[int, int, int], processes: int, skip_unreadable: bool, lock: int
+) -> Converted:
+    seed, samples_per_shard, shorter_side = options
+    plan, content = plan_digest(source, *options), content_digest(source)
+    before = Progress.read(out, source.name)
+    if before and (out / HEADER).exists():
+        before.check_finished(out, plan, content)
+        return Converted(read_manifest(out), True, table(len(source.keys), source.left_out, before.problems))
+    problems = dict(source.problems)
+    problems |= check_images(source, processes, lock)
+    if problems and not skip_unreadable:
+        raise refusal(source, problems)
+    items = np.setdiff1d(np.arange(len(source.keys)), np.fromiter(problems, np.int64))
+    if not len(items):
+        raise DataError(f"{source.name} has no image that can be converted; nothing was written")
+    order = items if source.in_order else items[seeds.permutation(len(items), seed, _SHUFFLE)]
+    chunks = [order[first : first + samples_per_shard].tolist() for first in range(0, len(order), samples_per_shard)]
+    paths = [out / f"{k:06d}.tar" for k in range(len(chunks))]
+    digests = shard_digests(source, chunks)
+    progress = Progress(
+        plan, content, digests, {item: problem.kind for item, problem in problems.items()}, source.names
+    )
+    progress.begin(out, before, paths)
+    jobs = list(zip(chunks, paths, strict=True))
+    write = functools.partial(_write_shard, source, shorter_side)
+    counts = [len(chunk) for chunk in chunks]
+    indices = list(run_parallel(write, jobs, processes, "images", counts, [lock]))
+    if shard_digests(source, chunks) != digests:
+        raise DataError(f"{source.name} changed while it was converted; start the same command again")
+    manifest = write_manifest(out, source.classes, indices)
+    if len(source.names) and source.classes:
+        keep_names(manifest, [storable(source.names[item]) for item in order.tolist()])
+    progress.finish(out)
+    return Converted(manifest, False, table(len(source.keys), source.left_out, progress.problems))
 
 
-def _check_plan(out: Path, plan: str, name: str) -> None:
-    path = out / PLAN
-    if not path.exists():
-        if any(out.glob("*.tar")) or (out / HEADER).exists():
-            raise DataError(f"{out} already holds shards that this command did not make; give another folder as --out")
-        replace_text(path, json.dumps({"plan": plan, "source": name}) + "\n")
-    elif json.loads(path.read_text()).get("plan") != plan:
-        raise DataError(
-            f"{out} holds another conversion ({json.loads(path.read_text()).get('source')}), or its source has "
-            "changed since; give another folder as --out, or delete this one"
-        )
-
-
-def _write_shard(job: tuple[Source, list[int], Path, int]) -> ShardIndex:
-    source, items, path, shorter_side = job
+def _write_shard(source: Source, shorter_side: int, job: tuple[list[int], Path]) -> ShardIndex:
+    items, path = job
     if not path.exists():
         from webdataset import TarWriter
 

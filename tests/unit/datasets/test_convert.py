@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline.data import main
-from pipeline.datasets.manifest import Manifest, read_image, read_manifest
+from pipeline.datasets.manifest import Manifest, read_image, read_manifest, write_manifest
+from pipeline.datasets.tars import scan_shard
 from pipeline.images import decode
 from tests.unit.storage.flaky import serve
 
@@ -195,14 +196,18 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(tmp_path: Path):
 
 
 def test_verify_finds_a_flipped_byte_and_an_undecodable_image(tree: Path, tmp_path: Path, capsys):
-    (tree / "ant" / "img.0.JPEG").write_bytes(jpeg(0)[:200])
     out = tmp_path / "out"
-    assert main(["convert", "imagefolder", str(tree), "--out", str(out)]) == 0
+    out.mkdir()
+    with tarfile.open(out / "000000.tar", "w") as tar:
+        for name, data in (("ant/img_0.jpg", jpeg(0)[:200]), ("ant/img_1.jpg", jpeg(1))):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    write_manifest(out, [], [scan_shard(out / "000000.tar")])
     assert main(["verify", str(out)]) == 3
     message = capsys.readouterr().err
     assert "1 problem\n" in message
     assert "sample 'ant/img_0'" in message
-    (tree / "ant" / "img.0.JPEG").write_bytes(jpeg(0))
     assert main(["convert", "imagefolder", str(tree), "--out", str(tmp_path / "good")]) == 0
     assert main(["verify", str(tmp_path / "good")]) == 0
     shard = tmp_path / "good" / "000000.tar"

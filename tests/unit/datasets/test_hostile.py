@@ -72,7 +72,9 @@ HOSTILE = {
     "no number": ([("x.cls", b"cat", b"0"), ("x.png", png(), b"0")], "not a class number"),
     "negative": ([("x.cls", b"-1", b"0"), ("x.png", png(), b"0")], "not a class number"),
     "unknown class": ([("x.cls", b"3", b"0"), ("x.png", png(), b"0")], "is 3, but there are 3 classes"),
-    "half labelled": ([("x.cls", b"1", b"0"), ("x.png", png(), b"0"), ("y.png", png(), b"0")], "'y' has no cls"),
+    "label without an image": ([("x.cls", b"1", b"0"), ("x.heif2", b"?", b"0")], "1 labels have no image .* x.cls"),
+    "compound image": ([("x.input.jpg", png(), b"0")], "say which members are the images with --image-key input.jpg"),
+    "compound label": ([("x.png", png(), b"0"), ("x.output.cls", b"1", b"0")], "--label-key output.cls"),
     "two labels": ([("x.cls", b"1", b"0"), ("x.cls", b"2", b"0"), ("x.png", png(), b"0")], "two labels"),
 }
 

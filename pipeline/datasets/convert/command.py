@@ -1,0 +1,257 @@
+"""The command `convert`: its options, one function per kind of source, and what it prints."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.datasets.text import shown
+from pipeline.errors import ConfigError, DataError
+from pipeline.storage.config import RemoteConfig
+
+if TYPE_CHECKING:
+    from pipeline.datasets.convert.source import Source
+    from pipeline.datasets.manifest import Manifest
+
+_CLASSES = "class names, one a line, in the order of the labels; or the folder of a dataset, to have its classes"
+
+
+def count(text: str) -> int:
+    """Read a positive whole number of the command line."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Add the kinds of sources and their options to the command's parser."""
+    kinds = parser.add_subparsers(required=True, metavar="KIND")
+
+    def kind(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, source: str = "", classes: bool = False
+    ) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=text, description=text)
+        if source:
+            sub.add_argument("source", help=source)
+        sub.add_argument("--out", type=Path, required=name != "tars", help="folder to write the dataset to")
+        sub.add_argument("--processes", type=count, default=os.cpu_count() or 1, help="default: one per CPU")
+        if name != "tars":
+            sub.add_argument("--seed", type=int, default=0, help="seed of the order of the samples (default 0)")
+        if source and name != "tars":
+            sub.add_argument(
+                "--samples-per-shard", type=count, default=2_000, help="images in one shard (default 2000)"
+            )
+            sub.add_argument(
+                "--resize", type=count, default=0, metavar="PIXELS", help="reduce larger images to this shorter side"
+            )
+        if source:
+            sub.add_argument(
+                "--skip-unreadable",
+                action="store_true",
+                help="leave out images that cannot be converted (empty, damaged, too large, of a format that is not read, "
+                "missing, of the same name), and count them",
+            )
+        if classes:
+            sub.add_argument("--classes", type=Path, metavar="FILE", help=_CLASSES)
+        sub.set_defaults(run=run)
+        return sub
+
+    kind("digits", _convert_digits, "scikit-learn's scanned digits, into OUT/train and OUT/test")
+    kind("letters", _convert_letters, "coloured letters on photographs, 26 classes, into OUT/train and OUT/test")
+    kind("folder", _convert_folder, "a folder of images without classes, at any depth", "folder of images")
+    folder = kind(
+        "imagefolder",
+        _convert_image_folder,
+        "a folder of images per class",
+        "folder that holds the class folders",
+        classes=True,
+    )
+    folder.add_argument(
+        "--unlabelled", type=Path, nargs="+", default=[], metavar="DIR", help="folders of images that have no label"
+    )
+    folder.add_argument(
+        "--nested", action="store_true", help="each folder with images is a class, named by its path (animals/cat)"
+    )
+    table = kind(
+        "csv",
+        _convert_csv,
+        "images that a table names: CSV, TSV or JSON lines",
+        "the table, with a row of titles",
+        classes=True,
+    )
+    table.add_argument("--image", required=True, metavar="COLUMN", help="column of the file names")
+    table.add_argument("--label", metavar="COLUMN", help="column of the classes; without it no image has a label")
+    table.add_argument("--root", type=Path, metavar="DIR", help="folder of the file names (default: that of the table)")
+    imagenet = kind(
+        "imagenet",
+        _convert_imagenet,
+        "ImageNet's layouts, into OUT/train and OUT/val",
+        "folder with train/ and val/",
+        classes=True,
+    )
+    imagenet.add_argument(
+        "--truth", type=Path, help="for a val/ without class folders: file of IMAGE WNID, WNID or class number per line"
+    )
+    imagenet.add_argument(
+        "--synsets",
+        type=Path,
+        help="for a --truth of numbers: the kit's meta.mat, or a file of one WNID a line in its order",
+    )
+    parquet = kind(
+        "parquet",
+        _convert_parquet,
+        "parquet files as from Hugging Face, or the folder of its save_to_disk (needs pyarrow)",
+        "folder of .parquet or .arrow files, or one such file",
+        classes=True,
+    )
+    parquet.add_argument("--image-column", default="image", help="default image")
+    parquet.add_argument("--label-column", default="label", help="default label; none = no image has a label")
+    tars = kind(
+        "tars",
+        _convert_tars,
+        "a manifest for WebDataset tars, which stay as they are",
+        "folder of tars; or, with --out for the manifest, a URL of tars such as https://HOST/{000000..000063}.tar,"
+        " or the URL of a folder with a manifest",
+        classes=True,
+    )
+    tars.add_argument(
+        "--image-key", default="", metavar="ENDING", help="which members are the images, for example input.jpg"
+    )
+    tars.add_argument(
+        "--label-key",
+        default="",
+        metavar="KEY",
+        help="which members hold the labels (cls, txt, output.cls), or a field of the json members; none = no labels "
+        "(default: cls, or else txt if it holds class names)",
+    )
+
+
+def _say(manifest: "Manifest", existed: bool, table: Sequence[str] = ()) -> None:
+    state = "already there" if existed else "written"
+    names = ", ".join(manifest.classes[:4]) + (", ..." if len(manifest.classes) > 4 else "")
+    classes = f" of {len(manifest.classes)} classes ({names})" if manifest.classes else " without classes"
+    unlabelled = int((manifest.labels < 0).sum())
+    without = f", {unlabelled} of them without a label," if unlabelled and manifest.classes else ""
+    print(
+        f"{manifest.folder}: {manifest.num_samples} samples{classes}{without} in {len(manifest.shards)} shards, {state}"
+    )
+    for line in table:
+        print("  " + line)
+
+
+def _convert(source: "Source", out: Path, args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.writer import convert
+
+    options: dict[str, Any] = {
+        "seed": args.seed,
+        "samples_per_shard": args.samples_per_shard,
+        "shorter_side": args.resize,
+        "processes": args.processes,
+        "skip_unreadable": args.skip_unreadable,
+    }
+    _say(*convert(source, out, **options))
+
+
+def _classes(args: argparse.Namespace) -> list[str] | None:
+    from pipeline.datasets.convert.classes import read_classes
+
+    return read_classes(args.classes) if args.classes else None
+
+
+def _check_out(out: Path, sources: Sequence[Path]) -> None:
+    """Refuse to write shards among the images: the next conversion would find them there."""
+    for source in sources:
+        if out.resolve().is_relative_to(source.resolve()):
+            raise ConfigError(f"--out {out} is inside the source {source}; give a folder outside it")
+
+
+def _convert_digits(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.digits import digits
+    from pipeline.datasets.convert.writer import convert
+
+    for name, source in zip(("train", "test"), digits(args.seed), strict=True):
+        _say(*convert(source, args.out / name, seed=args.seed, samples_per_shard=256, processes=args.processes))
+
+
+def _convert_letters(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.letters import letters
+    from pipeline.datasets.convert.writer import convert
+
+    for name, source in zip(("train", "test"), letters(args.seed), strict=True):
+        _say(*convert(source, args.out / name, seed=args.seed, samples_per_shard=520, processes=args.processes))
+
+
+def _convert_folder(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.imagefolder import plain_folder
+
+    _check_out(args.out, [Path(args.source)])
+    _convert(plain_folder(Path(args.source)), args.out, args)
+
+
+def _convert_image_folder(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.imagefolder import image_folder
+
+    root = Path(args.source)
+    _check_out(args.out, [root, *args.unlabelled])
+    source = image_folder(root, classes=_classes(args), unlabelled=args.unlabelled, nested=args.nested)
+    if doubtful := [name for name in source.classes if name.lower() in ("unlabelled", "unlabeled", "nolabel", "unsup")]:
+        print(
+            f"note: {doubtful[0]!r} is taken as a class; if its images have no label, add "
+            f"--unlabelled {shown(str(root / doubtful[0]))}"
+        )
+    _convert(source, args.out, args)
+
+
+def _convert_csv(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.rows import table_file
+
+    _convert(table_file(Path(args.source), args.image, args.label, args.root, _classes(args)), args.out, args)
+
+
+def _convert_imagenet(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.imagefolder import image_folder
+    from pipeline.datasets.convert.imagenet import imagenet_validation
+
+    root = Path(args.source)
+    val = root / "val"
+    _check_out(args.out / "train", [root / "train", val])
+    if val.is_dir() and not args.truth and not any(path.is_dir() for path in val.iterdir()):
+        raise ConfigError(f"{val} has no class folders; give --truth FILE, the file that says the class of each image")
+    train = image_folder(root / "train", classes=_classes(args))
+    _convert(train, args.out / "train", args)
+    if val.is_dir():
+        flat = args.truth is not None
+        source = (
+            imagenet_validation(val, args.truth, args.synsets, train.classes)
+            if flat
+            else image_folder(val, classes=train.classes)
+        )
+        _convert(source, args.out / "val", args)
+
+
+def _convert_parquet(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.parquet import parquet_folder
+
+    _check_out(args.out, [Path(args.source)])
+    labelled = args.label_column != "none"
+    source = parquet_folder(Path(args.source), args.image_column, args.label_column, _classes(args), labelled)
+    _convert(source, args.out, args)
+
+
+def _convert_tars(args: argparse.Namespace) -> None:
+    from pipeline.datasets.index import index_folder, index_remote
+    from pipeline.datasets.tars import MemberRules
+
+    classes = _classes(args)
+    rules = MemberRules(args.image_key, args.label_key, args.skip_unreadable)
+    if "://" not in args.source:
+        if args.out and args.out != Path(args.source):
+            raise ConfigError("the manifest of local tars is written beside them; leave out --out")
+        if not Path(args.source).is_dir():
+            raise DataError(f"{args.source} is not a folder; give a folder of WebDataset tars")
+        _say(*index_folder(Path(args.source), classes, args.processes, rules))
+    elif not args.out:
+        raise ConfigError("tars behind a URL need a folder for their manifest; give --out FOLDER")
+    else:
+        _say(*index_remote(args.source, args.out, classes, RemoteConfig(), args.processes, rules))

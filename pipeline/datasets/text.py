@@ -1,0 +1,55 @@
+"""Text files of a person, as Excel, Windows and Macs write them; and names as they are shown and compared."""
+
+import os
+import unicodedata
+from pathlib import Path
+
+from pipeline.errors import DataError
+
+
+def read_text(path: Path, what: str) -> str:
+    """Return the text of a file in UTF-8 or UTF-16, with or without a byte order mark, or in Windows' Western code page.
+
+    Args:
+        path: The file.
+        what: What the refusal calls it, for example "list".
+
+    Raises:
+        DataError: There is no such file, or it is no text.
+    """
+    if not path.is_file():  # a FIFO would block for ever
+        raise DataError(f"{what} {path} is not a file; give the path of a text file")
+    return decode_text(path.read_bytes(), path, what)
+
+
+def decode_text(content: bytes, path: Path, what: str) -> str:
+    """Return the text of a file whose bytes are `content`, as `read_text` does."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encodings = ["utf-16"]
+    elif content[1:2] == b"\0" or content[:1] == b"\0":
+        encodings = ["utf-16-le" if content[1:2] == b"\0" else "utf-16-be"]
+    else:
+        encodings = ["utf-8-sig", "cp1252"]
+    for encoding in encodings:
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            return text
+    raise DataError(f"{what} {path} is not a text in UTF-8 or UTF-16; save it as UTF-8")
+
+
+def shown(name: str) -> str:
+    r"""Return a name of the file system as it can be printed: bytes that are not UTF-8 become \xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def storable(name: str) -> str:
+    """Return a name of the file system as valid Unicode: bytes that are not UTF-8 become %E9."""
+    return "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in name)
+
+
+def same_form(name: str) -> str:
+    """Return the composed Unicode form (NFC); Macs write file names in the other form, which looks the same."""
+    return unicodedata.normalize("NFC", name)
