@@ -45,7 +45,7 @@ def cut_blocks(
     Returns:
         The blocks and the runs, each as the first index into `sample_indices` of every one, and N at the end.
     """
-    wanted = int(manifest.samples["length"][sample_indices].astype(np.int64).sum()) // (
+    wanted = int(manifest.rows(sample_indices)["length"].astype(np.int64).sum()) // (
         virtual_readers * BLOCKS_PER_READER
     )
     if wanted < BLOCK_BYTES // 8:
@@ -60,7 +60,7 @@ def cut_runs(manifest: Manifest, sample_indices: SampleIndices, span: int = BLOC
     Returns:
         The first index into `sample_indices` of each run, and the number of samples at the end.
     """
-    samples = manifest.samples[sample_indices]
+    samples = manifest.rows(sample_indices)
     starts = samples["offset"].astype(np.int64)
     lengths = samples["length"].astype(np.int64)
     shards = manifest.shard_of(sample_indices)
