@@ -206,7 +206,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", type=Path, help="folder of the dataset")
+    parser.add_argument("dataset", type=Path, nargs="+", help="folder of the dataset, or of several as one")
     parser.add_argument(
         "--split", type=Path, help="split file; describe its labelled, unlabelled and validation samples too"
     )
@@ -217,13 +217,13 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 def _show(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from pipeline.datasets.manifest import read_manifest
+    from pipeline.datasets.joint import read_manifests
     from pipeline.datasets.show import contact_sheet, describe
     from pipeline.datasets.splits import read_split
 
-    manifest = read_manifest(args.dataset)
+    manifest = read_manifests(args.dataset)
     everything = np.arange(manifest.num_samples)
-    print(*describe(manifest, everything, str(args.dataset)), sep="\n")
+    print(*describe(manifest, everything, str(manifest)), sep="\n")
     if args.split:
         split = read_split(args.split, manifest)
         print(f"\n{args.split}: {split.protocol}; sha256 {split.hash[:12]}")

@@ -40,7 +40,7 @@ def export(
         s.ancestry.saw_own_labels()
     if not s.world.is_main:
         return
-    groups = s.evaluator.groups() if classifier else {}
+    groups = s.evaluator.groups(hidden=False) if classifier else {}
     card = Card(
         kind="classifier" if classifier else "pretrainer",
         model=model,

@@ -1,6 +1,6 @@
 """Several datasets as one: their samples in the order given, their classes united by name.
 
-The joint view copies no table: it looks up each sample in the dataset that has it. The datasets lie where they lie, some
+The joint view copies no table and has no `samples`: `rows` looks up each sample in the dataset that has it. The datasets lie where they lie, some
 here and some behind a URL.
 """
 
@@ -53,7 +53,12 @@ class JointManifest(Manifest):
         return JointManifest, (self.parts, self.classes)
 
     def __str__(self) -> str:
-        return ", ".join(str(part) for part in self.parts)
+        return ", ".join(map(str, self.folders))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of the datasets."""
+        return tuple(part.folder for part in self.parts)
 
     @property
     def num_samples(self) -> int:
@@ -65,13 +70,6 @@ class JointManifest(Manifest):
         """The first sample index of each dataset, and of all of them together, by hash."""
         starts = [0, *self._sample_ends.tolist()[:-1]]
         return {self.hash: 0} | {part.hash: start for part, start in zip(self.parts, starts, strict=True)}
-
-    @functools.cached_property
-    def samples(self) -> NDArray[np.void]:  # type: ignore[override]
-        """(num_samples,) all rows in memory, with the joint labels; `rows` reads only those that are asked for."""
-        table = np.concatenate([part.samples for part in self.parts])
-        table["label"] = self.labels
-        return table
 
     @functools.cached_property
     def labels(self) -> NDArray[np.int64]:

@@ -111,6 +111,11 @@ class Manifest:
         return self.samples["label"].astype(np.int64)
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of all datasets that are read as this one."""
+        return (self.folder,)
+
+    @property
     def remote(self) -> bool:
         """Whether some shards are behind a URL."""
         return bool(self.location)

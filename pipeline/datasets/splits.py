@@ -80,19 +80,19 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
             without a label.
     """
     labels, num_classes = manifest.labels, len(manifest.classes)
-    known = labels >= 0
-    if not known.any() or num_classes < 2:
+    has_label = labels >= 0
+    if not has_label.any() or num_classes < 2:
         raise DataError(
-            f"{manifest} has {int(known.sum())} samples with a label, of {num_classes} classes; a split chooses among the"
+            f"{manifest} has {int(has_label.sum())} samples with a label, of {num_classes} classes; a split chooses among the"
             " labels of two classes or more, so name a dataset with labels too. Stage 1 needs no split: leave out data.split"
         )
     pool, pool_hash = _listed(config.pool_list, manifest, default=True)
     listed, listed_hash = _listed(config.labelled_list, manifest, default=False)
-    if nameless := int((listed & ~known).sum()):
+    if nameless := int((listed & ~has_label).sum()):
         raise ConfigError(
             f"--labelled-list {config.labelled_list} names {nameless} samples that have no label in {manifest}; remove them"
         )
-    sizes = np.bincount(labels[pool & known], minlength=num_classes)
+    sizes = np.bincount(labels[pool & has_label], minlength=num_classes)
     ranks = class_ranks(sizes, config.class_order, seed)
     outside = ranks >= num_classes - config.ood_classes
     codes = np.full(manifest.num_samples, CODES["unused"])
@@ -114,9 +114,9 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         codes[members[c][:known]] = CODES["labelled"]
         codes[members[c][known:kept]] = CODES["unlabelled"]
     if config.scope == "labelled":
-        barred = known & outside[labels] & (config.ood_scope == "all")
+        barred = has_label & outside[labels] & (config.ood_scope == "all")
         codes[(codes == CODES["unused"]) & ~barred] = CODES["unlabelled"]
-    codes[~known & pool] = CODES["unlabelled"]
+    codes[~has_label & pool] = CODES["unlabelled"]
     header = {
         "version": VERSION,
         "manifest": manifest.hash,
@@ -242,4 +242,4 @@ def read_split(path: Path, manifest: Manifest) -> Split:
 
 
 def _arguments(manifest: Manifest) -> str:
-    return str(manifest).replace(", ", " ")
+    return " ".join(map(str, manifest.folders))

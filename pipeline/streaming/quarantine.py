@@ -39,7 +39,13 @@ class Quarantine:
             logger.warning("%s: sample %r cannot be decoded: %s", folder, key, reason)
             if self.path:
                 shard = self.manifest.shards[int(self.manifest.shard_of(sample_index))].name
-                line = {"sample_index": sample_index, "key": key, "dataset": str(folder), "shard": shard, "reason": reason}
+                line = {
+                    "sample_index": sample_index,
+                    "key": key,
+                    "dataset": str(folder),
+                    "shard": shard,
+                    "reason": reason,
+                }
                 with self.path.open("a") as file:  # one short line: ranks may append to the same file
                     file.write(json.dumps(line) + "\n")
         if len(self.sample_indices) > self.allowed:
