@@ -1,7 +1,7 @@
 """Several datasets as one: their samples in the order given, their classes united by name.
 
-The joint view copies no table and has no `samples`: `rows` looks up each sample in the dataset that has it. The datasets lie where they lie, some
-here and some behind a URL.
+The joint view copies no table and has no `samples`: `rows` looks up each sample in the dataset that has it. The datasets
+lie where they lie, some here and some behind a URL.
 """
 
 import functools

@@ -82,6 +82,7 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise EnvironmentProblem(
                 f"another process is working in {self.folder}; wait for it, or give run.experiment=NEW_NAME"
             ) from None

@@ -118,7 +118,7 @@ def test_impossible_data_is_refused_in_a_sentence(
 ) -> None:
     parent = f"init_from={chain.runs / 'smoke' / 'distill' / 'export'}"
     given = [parent, f"data.train=[{few}/labelled,{few}/pool]", "data.split=null", "data.test=null"]
-    refused = chain.run("semi", *given, "run.experiment=no", *(text.format(few=few) for text in overrides))
+    refused = chain.run("semi", *given, "run.experiment=refused", *(text.format(few=few) for text in overrides))
     assert refused.returncode == code, refused.stderr
     assert sentence.format(few=few) in refused.stderr
     assert "Traceback" not in refused.stderr
