@@ -85,11 +85,13 @@ class JointManifest(Manifest):
             part, row = self._local(int(indices))
             return part.rows(row)
         if len(indices) and (np.diff(indices) >= 0).all():  # sorted: each dataset has a slice of them
-            cuts = [0, *np.searchsorted(indices, self._sample_ends).tolist()]
+            cuts = np.searchsorted(indices, self._sample_ends).tolist()
             starts = [0, *self._sample_ends.tolist()]
-            return np.concatenate(
-                [part.rows(indices[a:b] - s) for part, a, b, s in zip(self.parts, cuts, cuts[1:], starts, strict=False)]
-            )
+            found = np.empty(indices.shape, SAMPLE)
+            for part, begin, end, start in zip(self.parts, [0, *cuts], cuts, starts, strict=False):
+                if begin < end:
+                    found[begin:end] = part.rows(indices[begin:end] - start)
+            return found
         found, owners = np.empty(indices.shape, SAMPLE), np.searchsorted(self._sample_ends, indices, side="right")
         for number, part in enumerate(self.parts):
             own = owners == number

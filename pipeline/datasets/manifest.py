@@ -127,7 +127,10 @@ class Manifest:
 
     def rows(self, sample_indices: ArrayLike) -> NDArray[np.void]:
         """Return the rows of some samples, of type `SAMPLE`; their labels are those of the file, so use `labels`."""
-        return self.samples[sample_indices]
+        indices = np.asarray(sample_indices)
+        if indices.ndim == 1 and len(indices) and (np.diff(indices) == 1).all():  # a slice copies nothing
+            return self.samples[int(indices[0]) : int(indices[-1]) + 1]
+        return self.samples[indices]
 
     def folder_of(self, sample_index: int) -> Path:
         """Return the folder of the dataset that has a sample."""

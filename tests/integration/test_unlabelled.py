@@ -83,6 +83,11 @@ def test_three_stages_read_two_datasets_without_a_split(stages: Stages, few: Pat
     assert any("val/top1" in row for row in rows_of(stages.runs / "two" / "semi"))
     card = json.loads((stages.runs / "two" / "semi" / "export" / "model.json").read_text())
     assert [seen["count"] for seen in card["labels_seen"]] == [labelled]
+    from pipeline.report.experiment import run as write_report
+
+    page = write_report([stages.runs / "two"], None).read_text()
+    assert words.capitalize() in page
+    assert "recision and coverage of the pseudo-labels are absent" in page
     again = stages.run("semi", *data)
     assert again.returncode == 0
     assert "complete already" in again.stdout
