@@ -151,7 +151,9 @@ def with_classes(manifest: Manifest, classes: tuple[str, ...]) -> Manifest:
     Raises:
         DataError: The dataset has a class that is not among them.
     """
-    return manifest if manifest.classes == classes else JointManifest([manifest], classes)
+    if manifest.classes == classes:
+        return manifest
+    return JointManifest(manifest.parts if isinstance(manifest, JointManifest) else [manifest], classes)
 
 
 def unite(names: Sequence[Sequence[str]]) -> tuple[str, ...]:

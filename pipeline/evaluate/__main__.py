@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.cli import guarded
+from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import read_split
-from pipeline.errors import ConfigError, EnvironmentProblem, PipelineError
+from pipeline.errors import ConfigError, DataError, EnvironmentProblem, PipelineError
 from pipeline.exports.card import CARD, Card
 
 if TYPE_CHECKING:
@@ -63,7 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--subset", choices=("labelled", "unlabelled", "validation"), help="evaluate on this subset of --split only"
     )
-    parser.add_argument("--train", type=Path, metavar="DATA", help="dataset of --split (default: DATA)")
+    parser.add_argument(
+        "--train",
+        type=Path,
+        nargs="+",
+        metavar="DATA",
+        help="dataset of --split, or several in the order of data.train (default: DATA)",
+    )
     parser.add_argument("--split", type=Path, metavar="FILE", help="a split of --train")
     parser.add_argument(
         "--probe", action="store_true", help="add a linear probe and nearest neighbours on the features"
@@ -94,20 +101,25 @@ def _check(given: argparse.Namespace) -> _Request:
     if (given.subset or given.train or given.probe) and not given.split:
         raise ConfigError("--subset, --train and --probe need a split; give its file with --split")
     exports, data = companions(given.export), read_manifest(given.data)
+    train = read_manifests(given.train) if given.train else data
     for folder in exports.values():
         card = Card.read(folder)
         if card.kind != "classifier":
             raise ConfigError(f"{folder} holds a pretrainer, which predicts no classes; evaluate a classifier's export")
+        if {*data.classes} <= {*card.classes}:  # the dataset may lack some, or have them in another order
+            data, train = with_classes(data, card.classes), with_classes(train, card.classes)
         card.check_classes(data.classes, folder)
-    train = read_manifest(given.train) if given.train else data
     split = read_split(given.split, train) if given.split else None
     if given.subset and train.hash != data.hash:
         raise ConfigError(
-            f"--subset {given.subset} is a subset of {given.train}, but DATA is {given.data}; give the same folder for both"
+            f"--subset {given.subset} is a subset of {train}, but DATA is {given.data}; give the same folder for both"
         )
     sample_indices = split.subset(given.subset) if split and given.subset else np.arange(data.num_samples)
     if not len(sample_indices):
         raise ConfigError(f"{given.split} has no {given.subset} samples; give another --subset")
+    sample_indices = sample_indices[data.labels[sample_indices] >= 0]
+    if not len(sample_indices):
+        raise DataError(f"none of these samples of {data} has a label, so no score can be computed; give another DATA")
     out = given.out or given.export.parent / f"evaluation-{given.data.name}"
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Images that truly have no label: in one dataset with labelled ones, or in a dataset of their own."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from pipeline.datasets.manifest import read_manifest
 from pipeline.datasets.splits import read_split
+from tests import warm
 from tests.conftest import Stages
 from tests.relabel import relabelled
 
@@ -127,3 +129,27 @@ def test_impossible_data_is_refused_in_a_sentence(
     assert refused.returncode == code, refused.stderr
     assert sentence.format(few=few) in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_test_set_may_lack_a_class_and_have_another_order(chain: Stages, few: Path, tmp_path: Path) -> None:
+    """The numbers are those of the same images with the classes in the order of the training data."""
+    held = read_manifest(few / "held")
+    names = [name for name in reversed(held.classes) if name != held.classes[0]]
+    numbers = {held.classes.index(name): number for number, name in enumerate(names)}
+    labels = np.array([numbers.get(label, -1) for label in held.labels.tolist()])
+    fewer = relabelled(held, tmp_path / "fewer", labels, classes=names)
+    export = chain.runs / "smoke" / "semi" / "export"
+    found = {}
+    for data in (few / "held", fewer.folder):
+        command = [sys.executable, "-m", "pipeline.evaluate", str(export), str(data), "--out", str(tmp_path / "out")]
+        done = warm.run(command)
+        assert done.returncode == 0, done.stderr
+        found[data] = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["teacher"]
+    whole, part = found.values()
+    known = held.classes[1:]
+    assert {name: whole["per_class"][name] for name in known} == {name: part["per_class"][name] for name in known}
+    assert part["per_class"][held.classes[0]] is None
+    assert part["samples"] == int((labels >= 0).sum())
+    overrides = ["init_from=null", f"data.test={fewer.folder}", "run.experiment=fewer"]
+    run = chain.complete("distill", *overrides)
+    assert json.loads((run / "evaluation.json").read_text())["models"]["student"]["samples"] == part["samples"]

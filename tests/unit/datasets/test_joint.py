@@ -127,6 +127,10 @@ def test_labels_can_be_counted_in_the_classes_of_another_dataset(train: Manifest
     assert seen.hash == other.hash
     assert [train.classes[k] for k in seen.labels] == [names[k] for k in other.labels]
     assert with_classes(train, train.classes) is train
+    both = read_manifests([train.folder, other.folder])
+    again = with_classes(both, other.classes)
+    assert again.hash == both.hash
+    assert [both.classes[k] for k in both.labels] == [again.classes[k] for k in again.labels]
     with pytest.raises(DataError, match="has 10 classes that the training data does not have, the first: '9'"):
         with_classes(other, ("a", "b"))
 
