@@ -83,7 +83,11 @@ class Evaluator:
         if hidden and header["config"]["scope"] == "both":
             counts = counts + self.split.counts("unlabelled")
         seen = np.setdiff1d(np.arange(num_classes), header["ood_classes"])
-        return with_outside(class_groups(counts[seen], ranks=np.array(header["class_ranks"])[seen]), seen, num_classes)
+        # An order by frequency knows the hidden labels too.
+        ranks = (
+            np.array(header["class_ranks"])[seen] if hidden or header["config"]["class_order"] != "frequency" else None
+        )
+        return with_outside(class_groups(counts[seen], ranks=ranks), seen, num_classes)
 
     def _without_split(self) -> str:
         if not len(self.subsets.unlabelled):

@@ -175,8 +175,8 @@ def _evaluate_model(
     model, card = load_export(folder)
     model = model.to(world.device)
     views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
-    groups = {group: np.array(members) for group, members in card.class_groups.items()}
     classes = request.data.classes
+    groups = _groups(folder, card)
 
     def batches(manifest: Manifest, sample_indices: np.ndarray) -> "Iterator[Batch]":
         return evaluation_batches(
@@ -215,6 +215,19 @@ def _evaluate_model(
         )
         results[name]["probes"] = evaluate_features(learnt, queries, ProbeConfig())
     return results, card.weights_sha256
+
+
+def _groups(export: Path, card: Card) -> dict[str, np.ndarray]:
+    """Return the groups of classes: as the run evaluated them, if it lies beside the export, else those of the card.
+
+    The run may count hidden labels too; the card counts only the labels that the model has learnt.
+    """
+    try:
+        models = json.loads((export.parent / "evaluation.json").read_bytes())["models"]
+        named = next(iter(models.values()))["groups"]
+        return {group: np.array([card.classes.index(n) for n in names], int) for group, names in named.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        return {group: np.array(members) for group, members in card.class_groups.items()}
 
 
 def companions(export: Path) -> dict[str, Path]:

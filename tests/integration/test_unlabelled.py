@@ -1,7 +1,6 @@
 """Images that truly have no label: in one dataset with labelled ones, or in a dataset of their own."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,8 @@ import pytest
 
 from pipeline.datasets.manifest import read_manifest
 from pipeline.datasets.splits import read_split
-from tests import warm
 from tests.conftest import Stages
+from tests.integration.test_evaluate import evaluate
 from tests.relabel import relabelled
 
 
@@ -43,6 +42,8 @@ def test_images_without_a_label_give_the_weights_that_hidden_labels_give(chain: 
     assert not any(key.startswith("pseudo/") for row in rows for key in row)
     there, here = (json.loads((folder / "evaluation.json").read_text()) for folder in (straight, run))
     assert here["labels"] == there["labels"] | {"hidden": 0, "without_label": len(split.subset("unlabelled"))}
+    cards = [json.loads((folder / "export" / "model.json").read_text()) for folder in (straight, run)]
+    assert cards[0]["class_groups"] == cards[1]["class_groups"]  # they count no hidden label
     for a, b in zip(there["models"].values(), here["models"].values(), strict=True):
         assert a["confusion"] == b["confusion"]
 
@@ -141,8 +142,7 @@ def test_a_test_set_may_lack_a_class_and_have_another_order(chain: Stages, few: 
     export = chain.runs / "smoke" / "semi" / "export"
     found = {}
     for data in (few / "held", fewer.folder):
-        command = [sys.executable, "-m", "pipeline.evaluate", str(export), str(data), "--out", str(tmp_path / "out")]
-        done = warm.run(command)
+        done = evaluate(export, data, "--out", tmp_path / "out")
         assert done.returncode == 0, done.stderr
         found[data] = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["teacher"]
     whole, part = found.values()
