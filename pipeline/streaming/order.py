@@ -53,13 +53,13 @@ def cut_blocks(
     return runs, runs
 
 
-def cut_runs(manifest: Manifest, sample_indices: SampleIndices) -> SampleIndices:
-    """Cut the samples into runs: stretches of one shard of about BLOCK_BYTES without a large gap.
+def cut_runs(manifest: Manifest, sample_indices: SampleIndices, span: int = BLOCK_BYTES) -> SampleIndices:
+    """Cut the samples into runs: stretches of one shard of about `span` bytes without a large gap.
 
     Returns:
         The first index into `sample_indices` of each run, and the number of samples at the end.
     """
-    return _cut(manifest.rows(sample_indices), manifest.shard_of(sample_indices), BLOCK_BYTES)
+    return _cut(manifest.rows(sample_indices), manifest.shard_of(sample_indices), span)
 
 
 def _cut(rows: NDArray[np.void], shards: SampleIndices, span: int) -> SampleIndices:
