@@ -78,8 +78,8 @@ class StageData:
 def in_words(labels: Mapping[str, int]) -> str:
     """Say in one line where the labels are; the argument is that of `StageData.labels`."""
     return (
-        f"labels: {labels['labelled']} are learnt, {labels['validation']} are spent on validation, {labels['hidden']} are"
-        f" hidden; {labels['without_label']} unlabelled images have none"
+        f"labels: {labels['labelled']} for training, {labels['validation']} spent on validation, {labels['hidden']} hidden;"
+        f" {labels['without_label']} unlabelled images have none"
     )
 
 

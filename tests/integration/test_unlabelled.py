@@ -73,9 +73,9 @@ def test_three_stages_read_two_datasets_without_a_split(stages: Stages, few: Pat
     for stage in ("arm", "distill", "semi"):
         run = stages.complete(stage, *data)
         told[stage] = (run / "log.txt").read_text()
-        words = f"labels: {labelled} are learnt, {read_manifest(few / 'held').num_samples} are spent on validation"
+        words = f"labels: {labelled} for training, {read_manifest(few / 'held').num_samples} spent on validation"
         assert words in told[stage]
-        assert f"0 are hidden; {pool} unlabelled images have none" in told[stage]
+        assert f"0 hidden; {pool} unlabelled images have none" in told[stage]
         assert (run / "export" / "model.safetensors").is_file()
     assert f"an epoch is {labelled + pool} samples" in told["arm"]
     assert f"an epoch is {labelled} samples" in told["distill"]
