@@ -210,14 +210,16 @@ def disk(root: Path) -> Iterator[Finding]:
 def data(steps: Sequence[Step]) -> Iterator[Finding]:
     """Open the data of every stage, and look for the files of weights from outside."""
     from stages.check import open_data
+    from stages.spec import in_words
 
     for step in steps:
         try:
-            manifest, _, subsets = open_data(step.config)
+            data = open_data(step.config)
         except PipelineError as error:
             yield Finding(f"data of {step.stage}", str(error))
         else:
-            yield Finding(f"data of {step.stage}: {manifest.num_samples} images, {len(subsets.labelled)} labelled")
+            images = f"{data.manifest.num_samples} images in {data.manifest}"
+            yield Finding(f"data of {step.stage}: {images}; {in_words(data.labels())}")
         for key, path in spec_of(step.config).foreign_files(step.config).items():
             missing = "the file is missing; put it there: nothing is downloaded"
             yield Finding(f"{key} = {path}", "" if path.is_file() else missing)

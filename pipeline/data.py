@@ -74,7 +74,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", type=Path, help="folder of the dataset")
+    parser.add_argument("dataset", type=Path, nargs="+", help="folder of the dataset, or of several as one")
     parser.add_argument(
         "--split", type=Path, help="split file; describe its labelled, unlabelled and validation samples too"
     )
@@ -85,13 +85,13 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 def _show(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from pipeline.datasets.manifest import read_manifest
+    from pipeline.datasets.joint import read_manifests
     from pipeline.datasets.show import contact_sheet, describe
     from pipeline.datasets.splits import read_split
 
-    manifest = read_manifest(args.dataset)
+    manifest = read_manifests(args.dataset)
     everything = np.arange(manifest.num_samples)
-    print(*describe(manifest, everything, str(args.dataset)), sep="\n")
+    print(*describe(manifest, everything, str(manifest)), sep="\n")
     if args.split:
         split = read_split(args.split, manifest)
         print(f"\n{args.split}: {split.protocol}; sha256 {split.hash[:12]}")
@@ -103,7 +103,9 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _add_split(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", type=Path, help="folder of the dataset")
+    parser.add_argument(
+        "dataset", type=Path, nargs="+", help="folder of the dataset, or of several that data.train lists in this order"
+    )
     parser.add_argument("--out", type=Path, required=True, help="split file to write, for example data/mine/split.json")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice (default 0)")
     for name, field in SplitConfig.model_fields.items():
@@ -113,12 +115,12 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def _split(args: argparse.Namespace) -> None:
-    from pipeline.datasets.manifest import read_manifest
+    from pipeline.datasets.joint import read_manifests
     from pipeline.datasets.splits import CODES, make_split, read_split, write_split
 
     given = {name: getattr(args, name) for name in SplitConfig.model_fields}
     config = validate(SplitConfig, given, "split")
-    manifest = read_manifest(args.dataset)
+    manifest = read_manifests(args.dataset)
     split, state = make_split(manifest, config, args.seed), "written"
     if not args.out.exists():
         write_split(split, args.out)

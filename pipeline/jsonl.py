@@ -1,9 +1,12 @@
 """Files with one JSON object a line, such as metrics.jsonl: the one place that reads them."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -14,11 +17,34 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         All rows whose line is complete. A last line without its newline, cut by a kill or still being written, is left
-        out. Empty if there is no file.
+        out, and so is a damaged line, with a warning. Empty if there is no file.
     """
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows, damaged = sort_rows(path)
+    if damaged:
+        logger.warning("%s: %d damaged lines are left out", path, len(damaged))
+    return rows
+
+
+def sort_rows(path: Path, *needed: str) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Read the rows of a file and its damaged lines apart.
+
+    Args:
+        path: A file that need not exist yet.
+        needed: Names that every row must give a number to.
+
+    Returns:
+        The rows, and the complete lines that are not such a JSON object, as they are in the file.
+    """
+    rows: list[dict[str, Any]] = []
+    damaged: list[bytes] = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # a byte that is no UTF-8 is a ValueError too
+            row = None
+        sound = isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in needed)
+        rows.append(row) if sound else damaged.append(line)
+    return rows, damaged
 
 
 def newest(rows: Iterable[Mapping[str, Any]], name: str) -> Any:

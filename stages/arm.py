@@ -24,6 +24,7 @@ from stages.configs.arm import ArmConfig
 from stages.context import StageContext
 from stages.drivers import Prepared
 from stages.handover import export
+from stages.spec import Held
 
 NUM_PICTURES = 8
 
@@ -56,8 +57,8 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
     """Build the backbone with its decoder, and say how they are evaluated and exported."""
     config = s.config
     arm, size = ARM(config.model, config.decoder), config.model.image_size
-    held_out = s.subsets.validation
-    pictured = s.pictures(held_out if len(held_out) else s.streams["unlabelled"].sample_indices, NUM_PICTURES, size)
+    held_out, streamed = s.data.held_out, Held(s.manifest, s.streams["unlabelled"].sample_indices)
+    pictured = s.pictures(held_out if len(held_out.sample_indices) else streamed, NUM_PICTURES, size)
 
     def evaluate(step: int, board: Board) -> dict[str, float]:
         pictures = reconstructions(s.engine.module, arm, pictured)
@@ -65,9 +66,9 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
             path = s.run.folder / "report" / "reconstructions.png"
             grid = write_grid(path, pictures, mean=config.data.mean, std=config.data.std)
             board.image("input, target, prediction", grid, step)
-        if not len(held_out):
+        if not len(held_out.sample_indices):
             return {}
-        batches = s.evaluator.evaluation(s.manifest, held_out, size)
+        batches = s.evaluator.evaluation(*held_out, size)
         loss = mean_loss(s.engine.module, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
         return {"val/loss": loss} | quality_of_features(s, arm, step)
 
@@ -99,10 +100,10 @@ def quality_of_features(s: StageContext[ArmConfig], arm: ARM, step: int) -> dict
         features_of(
             s.engine.module,
             arm.to_decoder,
-            s.evaluator.evaluation(s.manifest, sample_indices, config.model.image_size),
+            s.evaluator.evaluation(*samples, config.model.image_size),
             s.world.device,
         )
-        for sample_indices in (learnt_from, s.subsets.validation)
+        for samples in (Held(s.manifest, learnt_from), s.data.held_out)
     )
     return {f"val/{name}": accuracy for name, accuracy in evaluate_features(bank, queries, asked).items()}
 

@@ -9,15 +9,16 @@ from types import MappingProxyType
 import numpy as np
 
 from pipeline.config import find_config
+from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest, read_manifest
-from pipeline.datasets.splits import Split, read_split
-from pipeline.errors import ConfigError, HandoverError, PipelineError
+from pipeline.datasets.splits import read_split
+from pipeline.errors import ConfigError, DataError, HandoverError, PipelineError
 from pipeline.exports.card import CARD, Card
 from pipeline.models.config import FamilyConfig
 from stages import SPECS, spec_of
 from stages.configs.base import StageConfig
 from stages.identity import refuse_other_run
-from stages.spec import ParentModel, Stream, Subsets
+from stages.spec import Held, ParentModel, StageData, Stream, Subsets
 
 Pending = Mapping[Path, StageConfig]  # folders of exports that earlier stages of a chain will write -> their configs
 NONE_PENDING: Pending = MappingProxyType({})
@@ -44,14 +45,11 @@ def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
     spec = spec_of(config)
     derive_batches(config.loop.global_batch, world_size, config.engine.micro_batch)
     refuse_other_run(config)
-    manifest, _, subsets = open_data(config)
+    data = open_data(config)
+    manifest, subsets = data.manifest, data.subsets
     check_readers(config, spec.streams(config, subsets), world_size)
     if config.data.test is not None:
-        test = read_manifest(config.data.test)
-        if test.classes != manifest.classes:
-            raise HandoverError(
-                f"{config.data.test} and {config.data.train} name different classes; convert them with the same class list"
-            )
+        open_labelled("data.test", config.data.test, manifest)
     num_classes = len(manifest.classes)
     spec.check_data(config, num_classes)
     for role, folder in spec.parents(config).items():
@@ -78,9 +76,11 @@ def check_readers(config: StageConfig, streams: Mapping[str, Stream], world_size
     )
     name, fewest = min(samples.items(), key=lambda item: item[1])
     if not fewest:
-        raise ConfigError(
-            f"there are no {name} samples in {config.data.split or config.data.train}; choose another data.split"
-        )
+        where = config.data.split or config.data.train_names
+        remedy = "choose another data.split" if config.data.split else "add a dataset that has some to data.train"
+        if name == "unlabelled" and not config.data.split:
+            remedy += ", or hide labels with `python -m pipeline.data split` and give data.split"
+        raise ConfigError(f"there are no {name} samples in {where}; {remedy}")
     if fewest < readers:
         raise ConfigError(
             f"data.loader.virtual_readers is {readers}, but there are only {fewest} {name} samples to share among them;"
@@ -115,7 +115,7 @@ def check_parent(
     card.check_preprocessing(config.data.preprocessing, folder)
     card.check_classes(manifest.classes, folder)
     spec_of(config).check_parent(config, role, folder, card.kind, card.model)
-    return card.check_labels(folder, manifest.hash, subsets.labelled, allow_more=not config.claimed_labels())
+    return card.check_labels(folder, manifest.first_index, subsets.labelled, allow_more=not config.claimed_labels())
 
 
 def model_of(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDING) -> FamilyConfig:
@@ -136,18 +136,62 @@ def parent_models(config: StageConfig, num_classes: int, pending: Pending = NONE
     return parent
 
 
-def open_data(config: StageConfig) -> tuple[Manifest, Split | None, Subsets]:
-    """Open the training manifest, its split and the subsets. Without a split every sample is labelled.
+def open_data(config: StageConfig) -> StageData:
+    """Open the training data, its split, the subsets and the validation set.
+
+    Without a split every sample that has a label is labelled, and the others are unlabelled.
 
     Raises:
-        DataError: The manifest or the split is missing or damaged, or they do not belong together.
+        ConfigError: There are two validation sets.
+        DataError: A manifest or the split is missing or damaged, or they do not belong together.
     """
-    manifest = read_manifest(config.data.train)
-    if config.data.split is None:
-        nothing = np.empty(0, np.int64)
-        return manifest, None, Subsets(np.arange(manifest.num_samples), nothing, nothing)
-    split = read_split(config.data.split, manifest)
-    return manifest, split, Subsets(*(split.subset(name) for name in Subsets._fields))
+    data = config.data
+    manifest = read_manifests(data.train_folders)
+    if data.split is None:
+        split, known = None, manifest.labels >= 0
+        subsets = Subsets(np.flatnonzero(known), np.flatnonzero(~known), np.empty(0, np.int64))
+    else:
+        split = read_split(data.split, manifest)
+        subsets = Subsets(*(split.subset(name) for name in Subsets._fields))
+    if data.validation is None:
+        return StageData(manifest, split, subsets, Held(manifest, subsets.validation))
+    if len(subsets.validation):
+        raise ConfigError(
+            f"data.validation is {data.validation}, but data.split {data.split} holds out {len(subsets.validation)} samples"
+            " too; set data.validation=null, or make a split with --validation-per-class 0"
+        )
+    held_out = open_labelled("data.validation", data.validation, manifest)
+    if held_out.manifest.hash in manifest.first_index:
+        raise ConfigError(
+            f"data.validation = {data.validation} is among the training data; give another dataset, or hold samples out with"
+            " `python -m pipeline.data split --validation-per-class`"
+        )
+    return StageData(manifest, split, subsets, held_out)
+
+
+def open_labelled(key: str, folder: Path, train: Manifest) -> Held:
+    """Open a dataset that is only evaluated: its samples with a label, counted in the classes of the training data.
+
+    Args:
+        key: The config key that names it.
+        folder: Its folder.
+        train: The training manifest.
+
+    Raises:
+        DataError: It cannot be opened, or no sample has a label.
+        HandoverError: It has a class that the training data does not have.
+    """
+    found = read_manifest(folder)
+    try:
+        manifest = with_classes(found, train.classes)
+    except DataError as error:
+        raise HandoverError(f"{key} = {error}") from None
+    known = np.flatnonzero(manifest.labels >= 0)
+    if not len(known):
+        raise DataError(
+            f"{key} = {folder} has no sample with a label, so nothing can be evaluated on it; set {key}=null"
+        )
+    return Held(manifest, known)
 
 
 def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:

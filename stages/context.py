@@ -1,12 +1,12 @@
 """What every stage needs around its Task: the processes, the run folder, the data, the parents, the evaluator."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +22,10 @@ from stages import spec_of
 from stages.check import derive_batches, open_data
 from stages.evaluator import Evaluator
 from stages.lineage import Ancestry
-from stages.spec import C
+from stages.spec import C, Held, in_words
 from stages.visualize import spread
+
+logger = logging.getLogger(__name__)
 
 NUM_FINGERPRINT_IMAGES = 4
 
@@ -41,6 +43,7 @@ class StageContext(Generic[C]):
         spec: The stage's spec.
         world: This process and the others.
         run: The run's folder.
+        data: The training data with its split and subsets, and the validation set.
         manifest: The training manifest; `split` and `subsets` belong to it.
         streams: The streams of the spec, first stream first.
         ancestry: The parents and the labels seen.
@@ -51,12 +54,14 @@ class StageContext(Generic[C]):
         self.spec, self.config = spec_of(config), config
         self.world = distributed.start(config.engine.timeout_seconds, config.engine.public_address)
         self.run = Run(folder, config, self.world)
-        self.manifest, self.split, self.subsets = open_data(config)
+        self.data = open_data(config)
+        self.manifest, self.split, self.subsets = self.data.manifest, self.data.split, self.data.subsets
         self.streams = self.spec.streams(config, self.subsets)
         self.ancestry = Ancestry(config, self.manifest, self.split, self.subsets)
-        self.evaluator = Evaluator(config.data, self.manifest, self.split, self.subsets, self.world, self.run)
+        self.evaluator = Evaluator(config.data, self.data, self.world, self.run)
         self._engine: Engine | None = None
         torch.manual_seed(config.run.seed)  # equal weights on all ranks
+        logger.info("%s", in_words(self.data.labels()))
 
     def __enter__(self) -> Self:
         return self
@@ -146,12 +151,14 @@ class StageContext(Generic[C]):
             for name, stream in self.streams.items()
         }
 
-    def pictures(self, sample_indices: np.ndarray, number: int, image_size: tuple[int, int]) -> Tensor:
-        """Return the same images on every rank, spread over `sample_indices`: (number, 3, H, W), on the device."""
+    def pictures(self, samples: Held, number: int, image_size: tuple[int, int]) -> Tensor:
+        """Return the same images on every rank, spread over `samples`: (number, 3, H, W), on the device."""
         view = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
-        return spread(self.manifest, sample_indices, number, view).images.to(self.world.device)
+        return spread(samples.manifest, samples.sample_indices, number, view).images.to(self.world.device)
 
     def fingerprint_images(self, image_size: tuple[int, int]) -> Tensor:
         """Return the fingerprint batch, (4, 3, H, W) on the CPU: it proves a restored checkpoint and a loaded export."""
-        known = self.subsets.validation if len(self.subsets.validation) else self.subsets.labelled
-        return self.pictures(known, NUM_FINGERPRINT_IMAGES, image_size).cpu()
+        known = next(subset for subset in (self.subsets.labelled, self.subsets.unlabelled) if len(subset))
+        held_out = self.data.held_out
+        samples = held_out if len(held_out.sample_indices) else Held(self.manifest, known)
+        return self.pictures(samples, NUM_FINGERPRINT_IMAGES, image_size).cpu()

@@ -105,7 +105,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         lr_at=warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps - optim.cooldown_steps),
         accumulation=s.batches()[1],
         seed=s.config.run.seed,
-        inputs=inputs_of(s.config),
+        inputs=inputs_of(s.config, s.manifest),
         recorder=recorder,
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),
         flops=prepared.flops * loop.global_batch,
@@ -119,8 +119,8 @@ def _show(s: StageContext[Any], training: Training, step: int, board: Board, ima
         return
     for name, confidence in s.evaluator.confidence.items():
         board.histogram(f"val/{name}", confidence, step)
-    task, look, held_out = training.task, s.config.data.preprocessing, s.subsets.validation
+    task, look, held_out = training.task, s.config.data.preprocessing, s.data.held_out
     model = training.engine.module if s.config.engine.zero_stage < 3 else None
     show_views(board, step, task, model, training.streams, s.manifest, look)
-    if model is not None and s.manifest.classes and task.names_classes and len(held_out):
-        show_attribution(board, step, model, s.manifest, held_out, image_size, look)
+    if model is not None and s.manifest.classes and task.names_classes and len(held_out.sample_indices):
+        show_attribution(board, step, model, *held_out, image_size, look)

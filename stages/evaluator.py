@@ -6,8 +6,7 @@ import numpy as np
 from torch import nn
 
 from pipeline.datasets.imbalance import class_groups
-from pipeline.datasets.manifest import Manifest, read_manifest
-from pipeline.datasets.splits import Split
+from pipeline.datasets.manifest import Manifest
 from pipeline.evaluate import metrics
 from pipeline.evaluate.open_set import with_outside
 from pipeline.evaluate.predictions import Predictions, predict
@@ -15,18 +14,17 @@ from pipeline.streaming.loader import Batch, evaluation_batches
 from pipeline.streaming.transforms import eval_views
 from pipeline.train.distributed import World
 from pipeline.train.run import Run
+from stages.check import open_labelled
 from stages.configs.base import DataConfig
-from stages.spec import Subsets
+from stages.spec import StageData, in_words
 
 
 class Evaluator:
     """Evaluates the models of one stage in fp32, as its export will compute.
 
     Args:
-        config: Which images.
-        manifest: The training manifest.
-        split: Its split, or None.
-        subsets: The subsets of the split.
+        config: How images are read.
+        data: The images.
         world: The processes that share the work.
         run: Receives evaluation.json and the predictions.
 
@@ -34,10 +32,9 @@ class Evaluator:
         confidence: The confidences of the last validation, by the name of the model.
     """
 
-    def __init__(
-        self, config: DataConfig, manifest: Manifest, split: Split | None, subsets: Subsets, world: World, run: Run
-    ) -> None:
-        self.config, self.manifest, self.split, self.subsets = config, manifest, split, subsets
+    def __init__(self, config: DataConfig, data: StageData, world: World, run: Run) -> None:
+        self.config, self.data = config, data
+        self.manifest, self.split, self.subsets = data.manifest, data.split, data.subsets
         self.world, self.run = world, run
         self.confidence: dict[str, np.ndarray] = {}  # of each model in the last validation
 
@@ -69,26 +66,33 @@ class Evaluator:
         """Let a classifier predict samples of a manifest in fp32 (collective). The arguments are those of `evaluation`."""
         return predict(model, self.evaluation(manifest, sample_indices, image_size), self.world.device)
 
-    def groups(self) -> dict[str, np.ndarray]:
+    def groups(self, *, hidden: bool = True) -> dict[str, np.ndarray]:
         """Group the classes into head, medium and tail by their number of images; classes outside the split are apart.
 
         Unlabelled images count too, by their hidden labels, because a tenth of the labels alone has many ties. No loss sees
-        these labels.
+        these labels. An image without a label does not count.
+
+        Args:
+            hidden: Whether hidden labels count. They stay in the run's folder: an export carries only what its own labels
+                say.
         """
         num_classes = len(self.manifest.classes)
         if self.split is None:
             return class_groups(self.class_counts())
         header, counts = self.split.header, self.split.counts("labelled")
-        if header["config"]["scope"] == "both":
+        if hidden and header["config"]["scope"] == "both":
             counts = counts + self.split.counts("unlabelled")
         seen = np.setdiff1d(np.arange(num_classes), header["ood_classes"])
-        return with_outside(class_groups(counts[seen], ranks=np.array(header["class_ranks"])[seen]), seen, num_classes)
+        # An order by frequency knows the hidden labels too.
+        ranks = (
+            np.array(header["class_ranks"])[seen] if hidden or header["config"]["class_order"] != "frequency" else None
+        )
+        return with_outside(class_groups(counts[seen], ranks=ranks), seen, num_classes)
 
-    def known_groups(self) -> dict[str, np.ndarray]:
-        """Group the classes by their labelled images alone, for the card of an export; classes without any are apart."""
-        counts = self.class_counts()
-        seen = np.flatnonzero(counts)
-        return with_outside(class_groups(counts[seen]), seen, len(counts))
+    def _without_split(self) -> str:
+        if not len(self.subsets.unlabelled):
+            return "all labelled"
+        return f"{len(self.subsets.labelled)} images with a label, {len(self.subsets.unlabelled)} without one"
 
     def class_counts(self) -> np.ndarray:
         """Count the labelled images of each class: (C,)."""
@@ -105,9 +109,10 @@ class Evaluator:
             val/top1, val/tail, ...; the names of models other than `student` are prefixed. Nothing without the subset.
         """
         row = {}
-        if len(self.subsets.validation):
+        held_out = self.data.held_out
+        if len(held_out.sample_indices):
             for name, model in models.items():
-                found = self.predictions(model, self.manifest, self.subsets.validation, image_size)
+                found = self.predictions(model, *held_out, image_size)
                 prefix = "" if name == "student" else f"{name}_"
                 self.confidence[f"{prefix}confidence"] = found.confidence
                 summary = metrics.summary(found, len(self.manifest.classes), self.groups())
@@ -127,14 +132,11 @@ class Evaluator:
             The top-1 of each model on the test set, for the card; nothing without one.
         """
         if self.config.test is not None:
-            test, evaluated_on = read_manifest(self.config.test), "test images"
-            sample_indices = np.arange(test.num_samples)
+            test, sample_indices = open_labelled("data.test", self.config.test, self.manifest)
+            evaluated_on = "test images"
         else:
-            test, evaluated_on, sample_indices = (
-                self.manifest,
-                "validation images (there is no test set)",
-                self.subsets.validation,
-            )
+            test, sample_indices = self.data.held_out
+            evaluated_on = "validation images (there is no test set)"
         if not len(sample_indices):
             return {}
         results = {}
@@ -143,17 +145,17 @@ class Evaluator:
             results[name] = metrics.report(found, self.groups(), test.classes)
             if self.world.is_main:
                 found.save(self.run.folder / f"predictions-{name}.npz")
+        labels = self.data.labels()
         protocol = {
             "dataset": test.hash,
             "evaluated_on": evaluated_on,
             "split": self.split.hash if self.split else None,
-            "protocol": self.split.protocol if self.split else "all labelled",
+            "protocol": self.split.protocol if self.split else self._without_split(),
+            "labels": labels,
+            "labels_in_words": in_words(labels),
         }
         counts = dict(zip(self.manifest.classes, self.class_counts().tolist(), strict=True))
-        groups = {name: members.tolist() for name, members in self.groups().items()}
-        self.run.write_json(
-            "evaluation.json", {**protocol, "labelled_per_class": counts, "class_groups": groups, "models": results}
-        )
+        self.run.write_json("evaluation.json", {**protocol, "labelled_per_class": counts, "models": results})
         if self.config.test is None:
             return {}
         return {f"test/{name}_top1": result["top1"] for name, result in results.items()}

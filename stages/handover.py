@@ -43,7 +43,7 @@ def export(
     if not s.world.is_main:
         return
     # The groups of the run count hidden labels too. An export carries only what its own labels say.
-    groups = s.evaluator.known_groups() if classifier else {}
+    groups = s.evaluator.groups(hidden=False) if classifier else {}
     told = {name: value for name, value in measured.items() if not name.endswith(_OF_GROUPS)}
     card = Card(
         kind="classifier" if classifier else "pretrainer",

@@ -3,10 +3,12 @@
 Values decide by the schema (`pipeline.config.identity`), inputs by their hash: where a dataset or a parent lies may change.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.datasets.manifest import read_manifest
+from pipeline.datasets.joint import read_manifests
+from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import read_split
 from pipeline.errors import PipelineError
 from pipeline.exports.card import Card
@@ -30,15 +32,21 @@ def refuse_other_run(config: StageConfig) -> None:
         refuse_other_inputs(folder, saved_inputs(folder), inputs_of(config))
 
 
-def inputs_of(config: StageConfig) -> dict[str, str | None]:
+def inputs_of(config: StageConfig, manifest: Manifest | None = None) -> dict[str, str | None]:
     """Return the hash of every input of a run, by the config key that names it.
 
     An input that cannot be read has None: whether it must be there is for `stages.check` to say.
+
+    Args:
+        config: The stage's config.
+        manifest: The training manifest, if it is open already.
     """
     data, spec = config.data, spec_of(config)
+    train = functools.cache(lambda: read_manifests(data.train_folders)) if manifest is None else lambda: manifest
     readers: list[tuple[str, Path | None, Callable[[Path], str]]] = [
-        ("data.train", data.train, lambda folder: read_manifest(folder).hash),
-        ("data.split", data.split, lambda path: read_split(path, read_manifest(data.train)).hash),
+        ("data.train", data.train_folders[0], lambda _: train().hash),
+        ("data.split", data.split, lambda path: read_split(path, train()).hash),
+        ("data.validation", data.validation, lambda folder: read_manifest(folder).hash),
         ("data.test", data.test, lambda folder: read_manifest(folder).hash),
     ]
     folders = zip(spec.references(config), spec.parents(config).values(), strict=True)

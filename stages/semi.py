@@ -209,10 +209,10 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
 
     def evaluate(step: int, board: Board) -> dict[str, float]:
         row = s.evaluator.validate(models(), size)
-        if "unlabelled" not in s.streams or not config.watched_samples:
+        known = s.subsets.unlabelled[s.manifest.labels[s.subsets.unlabelled] >= 0]
+        if "unlabelled" not in s.streams or not config.watched_samples or not len(known):
             return row
         labelling = models()[config.pseudo.labeller]
-        known = s.subsets.unlabelled
         watched = known[np.linspace(0, len(known) - 1, min(config.watched_samples, len(known))).astype(int)]
         batches = s.evaluator.evaluation(s.manifest, watched, size)
         label = partial(labeller.label, watch=False)

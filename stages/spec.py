@@ -5,13 +5,15 @@ start, the plan, the doctor, the preflight and the run itself ask the spec, so t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.splits import Split
 from pipeline.errors import HandoverError
 from pipeline.models.config import DecoderConfig, FamilyConfig
 
@@ -32,6 +34,53 @@ class Subsets(NamedTuple):
     labelled: np.ndarray
     unlabelled: np.ndarray
     validation: np.ndarray
+
+
+class Held(NamedTuple):
+    """Samples with labels that no stage trains on: the validation set.
+
+    Attributes:
+        manifest: Their dataset, with its labels counted in the classes of the training data.
+        sample_indices: The samples; empty without a validation set.
+    """
+
+    manifest: Manifest
+    sample_indices: np.ndarray
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The images of a stage.
+
+    Attributes:
+        manifest: The training data, one dataset or several as one.
+        split: Its split, or None.
+        subsets: Its subsets.
+        held_out: The validation set: the split's subset, or a dataset of its own.
+    """
+
+    manifest: Manifest
+    split: Split | None
+    subsets: Subsets
+    held_out: Held
+
+    def labels(self) -> dict[str, int]:
+        """Count what is known: the labels that are learnt and held out, and the unlabelled images with and without one."""
+        hidden = int((self.manifest.labels[self.subsets.unlabelled] >= 0).sum())
+        return {
+            "labelled": len(self.subsets.labelled),
+            "validation": len(self.held_out.sample_indices),
+            "hidden": hidden,
+            "without_label": len(self.subsets.unlabelled) - hidden,
+        }
+
+
+def in_words(labels: Mapping[str, int]) -> str:
+    """Say in one line where the labels are; the argument is that of `StageData.labels`."""
+    return (
+        f"labels: {labels['labelled']} for training, {labels['validation']} spent on validation, {labels['hidden']} hidden;"
+        f" {labels['without_label']} unlabelled images have none"
+    )
 
 
 @dataclass(frozen=True)
@@ -191,7 +240,10 @@ class StageSpec(ABC, Generic[C]):
 
         `data.loader.remote.cache` is not among them: it belongs on a disk of each node.
         """
-        data = {"data.train": config.data.train, "data.split": config.data.split, "data.test": config.data.test}
+        folders = config.data.train_folders
+        names = ["data.train"] if len(folders) == 1 else [f"data.train[{number}]" for number in range(len(folders))]
+        data: dict[str, Path | None] = dict(zip(names, folders, strict=True))
+        data |= {f"data.{key}": getattr(config.data, key) for key in ("split", "validation", "test")}
         parents = zip(self.references(config), self.parents(config).values(), strict=True)
         return {
             "run.root": config.run.root,

@@ -201,10 +201,10 @@ def hardware(config: StageConfig, cluster: ClusterConfig, earlier: Path | None) 
 def _data(config: StageConfig) -> tuple[dict[str, Stream], int, int]:
     """Return the streams, and the numbers of classes and shards; without data none, 1000 and 0."""
     try:
-        manifest, _, subsets = open_data(config)
+        data = open_data(config)
     except PipelineError:  # it is among the problems
         return {}, 1000, 0
-    return spec_of(config).streams(config, subsets), len(manifest.classes), len(manifest.shards)
+    return spec_of(config).streams(config, data.subsets), len(data.manifest.classes), len(data.manifest.shards)
 
 
 def _epochs(config: StageConfig, streams: Mapping[str, Stream]) -> dict[str, float]:

@@ -94,8 +94,11 @@ class Manifest:
     def __reduce__(self) -> tuple[Any, ...]:
         return read_manifest, (self.folder,)
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
     def __repr__(self) -> str:
-        return f"Manifest({self.folder}, {self.num_samples} samples, {len(self.shards)} shards)"
+        return f"Manifest({self}, {self.num_samples} samples, {len(self.shards)} shards)"
 
     @property
     def num_samples(self) -> int:
@@ -106,6 +109,40 @@ class Manifest:
     def labels(self) -> NDArray[np.int64]:
         """(num_samples,) class of each sample; -1 where it is unknown."""
         return self.samples["label"].astype(np.int64)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of all datasets that are read as this one."""
+        return (self.folder,)
+
+    @property
+    def remote(self) -> bool:
+        """Whether some shards are behind a URL."""
+        return bool(self.location)
+
+    @property
+    def first_index(self) -> dict[str, int]:
+        """The first sample index of each dataset, by its hash."""
+        return {self.hash: 0}
+
+    def rows(self, sample_indices: ArrayLike) -> NDArray[np.void]:
+        """Return the rows of some samples, of type `SAMPLE`; their labels are those of the file, so use `labels`."""
+        indices = np.asarray(sample_indices)
+        if indices.ndim == 1 and len(indices) and (np.diff(indices) == 1).all():  # a slice copies nothing
+            return self.samples[int(indices[0]) : int(indices[-1]) + 1]
+        return self.samples[indices]
+
+    def folder_of(self, sample_index: int) -> Path:
+        """Return the folder of the dataset that has a sample."""
+        return self.folder
+
+    def path_of(self, shard: int) -> Path:
+        """Return where a local shard is."""
+        return self.folder / self.shards[shard].name
+
+    def url_of(self, shard: int) -> str:
+        """Return the URL of a shard; empty if it is local."""
+        return f"{self.location.rstrip('/')}/{self.shards[shard].name}" if self.location else ""
 
     def shard_of(self, sample_indices: ArrayLike) -> NDArray[np.int64]:
         """Return the index of the shard that holds each sample."""
@@ -235,15 +272,16 @@ def read_image(manifest: Manifest, sample_index: int) -> bytes:
     Raises:
         DataError: The shards are remote, or the shard cannot be read.
     """
-    shard = manifest.shards[int(manifest.shard_of(sample_index))]
-    if manifest.location:
-        raise DataError(f"the shards of {manifest.folder} are at {manifest.location}; copy them here to read images")
+    shard, row = int(manifest.shard_of(sample_index)), manifest.rows(sample_index)
+    if url := manifest.url_of(shard):
+        raise DataError(f"a shard of {manifest} is at {url}; copy the shards here to read images")
+    path = manifest.path_of(shard)
     try:
-        with (manifest.folder / shard.name).open("rb") as file:
-            file.seek(int(manifest.samples["offset"][sample_index]))
-            return file.read(int(manifest.samples["length"][sample_index]))
+        with path.open("rb") as file:
+            file.seek(int(row["offset"]))
+            return file.read(int(row["length"]))
     except OSError as error:
-        raise DataError(f"{manifest.folder / shard.name} cannot be read ({error.strerror}); restore it") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore it") from None
 
 
 def _identity(header: dict[str, Any]) -> str:
@@ -282,6 +320,6 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
     if (np.diff(samples["name"].astype(np.int64)) <= 0).any() or samples["name"][-1] >= len(manifest._names):
         return "has member names out of order"
     labels = samples["label"]
-    if labels.min() < -1 or labels.max() >= max(1, len(manifest.classes)):
+    if labels.min() < -1 or labels.max() >= len(manifest.classes):
         return f"has labels from {labels.min()} to {labels.max()} for {len(manifest.classes)} classes"
     return ""

@@ -24,7 +24,7 @@ def describe(manifest: Manifest, sample_indices: NDArray[np.int64], title: str) 
     """
     labels = manifest.labels[sample_indices]
     counts = np.bincount(labels[labels >= 0], minlength=len(manifest.classes))
-    size = int(manifest.samples["length"][sample_indices].astype(np.int64).sum())
+    size = int(manifest.rows(sample_indices)["length"].astype(np.int64).sum())
     yield f"{title}: {len(sample_indices):,} samples, {size / 1e6:,.1f} MB of images, {len(counts)} classes"
     if not len(counts):
         return

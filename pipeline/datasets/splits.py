@@ -72,18 +72,27 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
 
     Each class draws from random streams of its own, so a class's samples do not depend on the other classes.
 
+    A sample without a label is unlabelled, unless a pool list leaves it out.
+
     Raises:
-        DataError: The dataset has samples without a label, or a single class.
-        ConfigError: A class has too few samples for `config.validation_per_class`.
+        DataError: No sample has a label, or there is a single class.
+        ConfigError: A class has too few samples for `config.validation_per_class`, or the labelled list names samples
+            without a label.
     """
     labels, num_classes = manifest.labels, len(manifest.classes)
-    if (labels < 0).any() or num_classes < 2:
+    has_label = labels >= 0
+    if not has_label.any() or num_classes < 2:
         raise DataError(
-            f"{manifest.folder} has samples without a label, or fewer than two classes; a split needs the class of every sample"
+            f"{manifest} has {int(has_label.sum())} samples with a label, of {num_classes} classes; a split chooses among the"
+            " labels of two classes or more, so name a dataset with labels too. Stage 1 needs no split: leave out data.split"
         )
     pool, pool_hash = _listed(config.pool_list, manifest, default=True)
     listed, listed_hash = _listed(config.labelled_list, manifest, default=False)
-    sizes = np.bincount(labels[pool], minlength=num_classes)
+    if nameless := int((listed & ~has_label).sum()):
+        raise ConfigError(
+            f"--labelled-list {config.labelled_list} names {nameless} samples that have no label in {manifest}; remove them"
+        )
+    sizes = np.bincount(labels[pool & has_label], minlength=num_classes)
     ranks = class_ranks(sizes, config.class_order, seed)
     outside = ranks >= num_classes - config.ood_classes
     codes = np.full(manifest.num_samples, CODES["unused"])
@@ -105,19 +114,29 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         codes[members[c][:known]] = CODES["labelled"]
         codes[members[c][known:kept]] = CODES["unlabelled"]
     if config.scope == "labelled":
-        barred = outside[labels] & (config.ood_scope == "all")
+        barred = has_label & outside[labels] & (config.ood_scope == "all")
         codes[(codes == CODES["unused"]) & ~barred] = CODES["unlabelled"]
+    codes[~has_label & pool] = CODES["unlabelled"]
     header = {
         "version": VERSION,
         "manifest": manifest.hash,
         "num_classes": num_classes,
-        "protocol": describe(config, num_classes, seed),
+        "protocol": describe(config, num_classes, seed) + _real_and_hidden(labels, codes),
         "config": config.model_dump(mode="json") | {"pool_list": pool_hash, "labelled_list": listed_hash},
         "seed": seed,
         "class_ranks": ranks.tolist(),
         "ood_classes": np.flatnonzero(outside).tolist(),
     }
     return Split(header, codes, labels)
+
+
+def _real_and_hidden(labels: NDArray[np.int64], codes: NDArray[np.bytes_]) -> str:
+    """Say how many labels are real and how many of those are hidden; nothing where every sample has a label."""
+    known = labels >= 0
+    if known.all():
+        return ""
+    real, hidden = int(known.sum()), int((known & (codes == CODES["unlabelled"])).sum())
+    return f"; {real} labels are real, {hidden} of them hidden; {len(labels) - real} samples have no label"
 
 
 def _listed(path: str, manifest: Manifest, default: bool) -> tuple[NDArray[np.bool_], str]:
@@ -195,7 +214,7 @@ def read_split(path: Path, manifest: Manifest) -> Split:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"split {path} does not exist; make it with `python -m pipeline.data split`")
-    again = f"delete it and make it again with `python -m pipeline.data split {manifest.folder} --out {path}`"
+    again = f"delete it and make it again with `python -m pipeline.data split {_arguments(manifest)} --out {path}`"
     try:
         header = json.loads(path.read_bytes())
         codes = header.pop("codes").encode("ascii")
@@ -209,10 +228,18 @@ def read_split(path: Path, manifest: Manifest) -> Split:
         raise DataError(f"split {path} has version {version!r}, this code reads {VERSION}; {again}")
     if made_for != manifest.hash:
         raise DataError(
-            f"split {path} was made for another dataset (manifest {str(made_for)[:12]}, {manifest.folder} has "
+            f"split {path} was made for another dataset (manifest {str(made_for)[:12]}, {manifest} has "
             f"{manifest.hash[:12]}); make a split of this one"
         )
     unknown = codes.translate(None, b"".join(CODES.values()))
     if len(codes) != manifest.num_samples or unknown or num_classes != len(manifest.classes):
         raise DataError(f"split {path} is damaged: {len(codes)} codes for {manifest.num_samples} samples; {again}")
-    return Split(header, np.frombuffer(codes, "S1"), manifest.labels)
+    split = Split(header, np.frombuffer(codes, "S1"), manifest.labels)
+    for name in ("labelled", "validation"):
+        if wrong := int((manifest.labels[split.subset(name)] < 0).sum()):
+            raise DataError(f"split {path} is damaged: {wrong} {name} samples have no label in {manifest}; {again}")
+    return split
+
+
+def _arguments(manifest: Manifest) -> str:
+    return " ".join(map(str, manifest.folders))

@@ -14,7 +14,6 @@ Exit codes: those of `python -m stages`.
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -26,9 +25,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.cli import guarded
+from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import read_split
-from pipeline.errors import ConfigError, EnvironmentProblem, PipelineError
+from pipeline.errors import ConfigError, DataError, EnvironmentProblem, PipelineError
 from pipeline.exports.card import CARD, Card
 
 if TYPE_CHECKING:
@@ -64,7 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--subset", choices=("labelled", "unlabelled", "validation"), help="evaluate on this subset of --split only"
     )
-    parser.add_argument("--train", type=Path, metavar="DATA", help="dataset of --split (default: DATA)")
+    parser.add_argument(
+        "--train",
+        type=Path,
+        nargs="+",
+        metavar="DATA",
+        help="dataset of --split, or several in the order of data.train (default: DATA)",
+    )
     parser.add_argument("--split", type=Path, metavar="FILE", help="a split of --train")
     parser.add_argument(
         "--linear-probe", action="store_true", help="add a linear probe and nearest neighbours on the features"
@@ -95,20 +101,25 @@ def _check(given: argparse.Namespace) -> _Request:
     if (given.subset or given.train or given.linear_probe) and not given.split:
         raise ConfigError("--subset, --train and --linear-probe need a split; give its file with --split")
     exports, data = companions(given.export), read_manifest(given.data)
+    train = read_manifests(given.train) if given.train else data
     for folder in exports.values():
         card = Card.read(folder)
         if card.kind != "classifier":
             raise ConfigError(f"{folder} holds a pretrainer, which predicts no classes; evaluate a classifier's export")
+        if {*data.classes} <= {*card.classes}:  # the dataset may lack some, or have them in another order
+            data, train = with_classes(data, card.classes), with_classes(train, card.classes)
         card.check_classes(data.classes, folder)
-    train = read_manifest(given.train) if given.train else data
     split = read_split(given.split, train) if given.split else None
     if given.subset and train.hash != data.hash:
         raise ConfigError(
-            f"--subset {given.subset} is a subset of {given.train}, but DATA is {given.data}; give the same folder for both"
+            f"--subset {given.subset} is a subset of {train}, but DATA is {given.data}; give the same folder for both"
         )
     sample_indices = split.subset(given.subset) if split and given.subset else np.arange(data.num_samples)
     if not len(sample_indices):
         raise ConfigError(f"{given.split} has no {given.subset} samples; give another --subset")
+    sample_indices = sample_indices[data.labels[sample_indices] >= 0]
+    if not len(sample_indices):
+        raise DataError(f"none of these samples of {data} has a label, so no score can be computed; give another DATA")
     out = given.out or given.export.parent / f"evaluation-{given.data.name}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -146,15 +157,6 @@ def _evaluate(request: _Request, batch: int | None) -> None:
     distributed.stop()
 
 
-def _groups(folder: Path, card: Card) -> dict[str, Any]:
-    """Return the class groups of the run that an export lies in, which count hidden labels too; else those of its card."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
-        told: dict[str, list[int]] = json.loads((folder.parent / "evaluation.json").read_text())["class_groups"]
-        if all(0 <= index < len(card.classes) for members in told.values() for index in members):
-            return told
-    return dict(card.class_groups)
-
-
 def _evaluate_model(
     name: str, folder: Path, request: _Request, batch: int | None, world: "World"
 ) -> tuple[dict[str, Any], str]:
@@ -173,8 +175,8 @@ def _evaluate_model(
     model, card = load_export(folder)
     model = model.to(world.device)
     views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
-    groups = {group: np.array(members) for group, members in _groups(folder, card).items()}
     classes = request.data.classes
+    groups = _groups(folder, card)
 
     def batches(manifest: Manifest, sample_indices: np.ndarray) -> "Iterator[Batch]":
         return evaluation_batches(
@@ -214,6 +216,19 @@ def _evaluate_model(
         )
         results[name]["features"] = evaluate_features(learnt, queries, LinearProbeConfig())
     return results, card.weights_sha256
+
+
+def _groups(export: Path, card: Card) -> dict[str, np.ndarray]:
+    """Return the groups of classes: as the run evaluated them, if it lies beside the export, else those of the card.
+
+    The run may count hidden labels too; the card counts only the labels that the model has learnt.
+    """
+    try:
+        models = json.loads((export.parent / "evaluation.json").read_bytes())["models"]
+        named = next(iter(models.values()))["groups"]
+        return {group: np.array([card.classes.index(n) for n in names], int) for group, names in named.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        return {group: np.array(members) for group, members in card.class_groups.items()}
 
 
 def companions(export: Path) -> dict[str, Path]:

@@ -13,6 +13,7 @@ EXPORT/
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -226,12 +227,12 @@ class Card(Strict):
                 f" ({_some(classes)}); start from an export that was trained on these classes"
             )
 
-    def check_labels(self, folder: Path, dataset: str, labelled: np.ndarray, allow_more: bool) -> bool:
+    def check_labels(self, folder: Path, datasets: Mapping[str, int], labelled: np.ndarray, allow_more: bool) -> bool:
         """Compare the labels that the weights have seen with those that a stage claims to use.
 
         Args:
             folder: The export.
-            dataset: Hash of the stage's manifest.
+            datasets: Hash of each dataset of the stage's training data -> its first sample index there.
             labelled: Sample indices of the stage's labelled images.
             allow_more: Whether other labels are accepted.
 
@@ -242,7 +243,8 @@ class Card(Strict):
             HandoverError: If they have and `allow_more` is false.
         """
         for seen in self.labels_seen:
-            inside = seen.dataset == dataset and np.isin(sample_indices_seen(folder, seen), labelled).all()
+            first = datasets.get(seen.dataset or "")
+            inside = first is not None and np.isin(first + sample_indices_seen(folder, seen), labelled).all()
             if not inside and not allow_more:
                 raise HandoverError(
                     f"{folder} or one of its parents has seen labels outside this stage's {len(labelled)}: {seen.count} of"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, PipelineError
@@ -112,13 +113,17 @@ def _panels(result: Result) -> list[Panel]:
         if (result.experiment / stage / "export" / CARD).is_file()
     }
     configs = [run.config["data"] for run in result.stages.values() if run.config.get("data")]
-    given = next((data for data in configs if data.get("test")), next((d for d in configs if d.get("split")), None))
-    if not exports or given is None or not Path(given["test"] or given["train"]).is_dir():
+    own = next((data[key] for key in ("test", "validation") for data in configs if data.get(key)), None)
+    given = next((data for data in configs if data.get("split")), None)
+    if not exports or (own is None and given is None):
         return []
-    manifest = read_manifest(Path(given["test"] or given["train"]))
-    if given["test"]:
-        return _draw_panels(exports, manifest, np.arange(manifest.num_samples))
-    held_out = read_split(Path(given["split"]), manifest).subset("validation")
+    if own is not None:
+        manifest = read_manifest(Path(own))
+        held_out = np.flatnonzero(manifest.labels >= 0)
+    elif given is not None:
+        train = given["train"] if isinstance(given["train"], list) else [given["train"]]
+        manifest = read_manifests([Path(folder) for folder in train])
+        held_out = read_split(Path(given["split"]), manifest).subset("validation")
     return _draw_panels(exports, manifest, held_out) if len(held_out) else []
 
 
@@ -140,6 +145,7 @@ def _draw_panels(exports: Mapping[str, Path], manifest: Manifest, sample_indices
     sides: list[str] = []
     for folder in exports.values():
         model, card = load_export(folder)
+        manifest = with_classes(manifest, card.classes)
         views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
         batches = evaluation_batches(manifest, chosen, batch_size=len(chosen), rank=0, world_size=1, views=views)
         batch = next(iter(batches))

@@ -81,6 +81,7 @@ def write_report(
         "designs": designs,
         "headline": accuracy.headline(shown, rows) if rows else [],
         "protocols": list(dict.fromkeys(r.protocol.rsplit("; seed", 1)[0] for r in results if r.protocol)),
+        "labels": list(dict.fromkeys(note for r in results for note in r.label_notes())),
         "tables": {table.name: table for table in tables},
         "running": running,
         "accuracy": accuracy.figures(shown, rows, figures) if rows else [],

@@ -78,6 +78,18 @@ class Result:
         """Return the `run.seed` of a stage."""
         return int(self.stages[stage].config.get("run", {}).get("seed", 0))
 
+    def label_notes(self) -> list[str]:
+        """Return sentences on the labels that were learnt, held out or missing, and on what is absent because of it."""
+        found = [s.evaluation for s in self.stages.values() if "labels" in s.evaluation]
+        if not found:
+            return []
+        labels, notes = found[-1]["labels"], [found[-1]["labels_in_words"]]
+        if "semi" in self.stages and labels["without_label"] and not labels["hidden"]:
+            notes.append(
+                "precision and coverage of the pseudo-labels are absent: no unlabelled image has a label to compare with"
+            )
+        return notes
+
     def labelled_per_class(self) -> dict[str, int]:
         """Return the labelled images of each class in the last stage that was evaluated."""
         found = [s.evaluation.get("labelled_per_class", {}) for s in self.stages.values()]

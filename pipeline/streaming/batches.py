@@ -63,7 +63,7 @@ class Batches(ABC, Dataset[RawBatch]):
 
     def _prefetch(self, k: int) -> None:
         """Fetch the bytes of this worker's next batches ahead; within the window each needs only a few new ranges."""
-        if self.manifest.location:
+        if self.manifest.remote:
             worker = torch.utils.data.get_worker_info()
             stride = worker.num_workers if worker else 1
             for following in range(max(k, self._prefetched), k + (STEPS_AHEAD + 1) * stride, stride):
@@ -122,8 +122,9 @@ class TrainBatches(Batches):
             batch.indices[slot] = sample_index
             return
         raise DataError(
-            f"{MAX_REPLACEMENTS} images of {self.manifest.folder} in a row cannot be decoded, the last: "
-            f"{batch.unreadable[-1][1]}; `python -m pipeline.data verify {self.manifest.folder}` names all of them"
+            f"{MAX_REPLACEMENTS} images of {self.manifest} in a row cannot be decoded, the last: "
+            f"{batch.unreadable[-1][1]}; `python -m pipeline.data verify {self.manifest.folder_of(sample_index)}` names all"
+            " of them"
         )
 
 
@@ -159,7 +160,7 @@ class EvaluationBatches(Batches):
                 pixels = decode(self.reader.read(sample_index))
             except UnreadableImage as error:
                 raise DataError(
-                    f"evaluation sample {self.manifest.key(sample_index)!r} in {self.manifest.folder}: {error}; "
+                    f"evaluation sample {self.manifest.key(sample_index)!r} in {self.manifest.folder_of(sample_index)}: {error}; "
                     "a score must count every sample, so repair it or make a split without it"
                 ) from None
             for name, view in self.views.pixels(pixels, 0).items():

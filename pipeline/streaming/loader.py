@@ -69,7 +69,7 @@ class Loader:
         num_readers = config.virtual_readers or derive_virtual_readers(global_batch, len(sample_indices))
         if 0 < len(sample_indices) < num_readers:
             raise ConfigError(
-                f"data.loader.virtual_readers is {num_readers}, but {manifest.folder} has only {len(sample_indices)}"
+                f"data.loader.virtual_readers is {num_readers}, but {manifest} has only {len(sample_indices)}"
                 " samples to share among them; leave virtual_readers out"
             )
         if hide_labels and config.sampling != "uniform":
@@ -101,7 +101,7 @@ class Loader:
         self._running: list[Generator[RawBatch, None, None]] = []
         logger.info(
             "%s: an epoch is %d samples = %.1f steps of %d; %d shards, %d blocks, %d virtual readers",
-            manifest.folder,
+            manifest,
             order.epoch_size,
             self.steps_per_epoch,
             global_batch,
@@ -171,8 +171,8 @@ def evaluation_batches(
 
 def _check_cache(manifest: Manifest, sample_indices: SampleIndices, config: LoaderConfig, world_size: int) -> None:
     """Refuse a cache that cannot hold what this rank shuffles at a time: every range would be fetched again."""
-    if manifest.location and len(sample_indices):
-        mean = float(manifest.samples["length"][sample_indices].mean())
+    if manifest.remote and len(sample_indices):
+        mean = float(manifest.rows(sample_indices)["length"].mean())
         needed = mean * min(2 * config.window, len(sample_indices)) / world_size / 1e9
         if needed > config.remote.cache_gb:
             raise ConfigError(

@@ -45,12 +45,11 @@ def cut_blocks(
     Returns:
         The blocks and the runs, each as the first index into `sample_indices` of every one, and N at the end.
     """
-    wanted = int(manifest.samples["length"][sample_indices].astype(np.int64).sum()) // (
-        virtual_readers * BLOCKS_PER_READER
-    )
+    rows, shards = manifest.rows(sample_indices), manifest.shard_of(sample_indices)
+    wanted = int(rows["length"].astype(np.int64).sum()) // (virtual_readers * BLOCKS_PER_READER)
     if wanted < BLOCK_BYTES // 8:
-        return np.arange(len(sample_indices) + 1), cut_runs(manifest, sample_indices)
-    runs = cut_runs(manifest, sample_indices, min(BLOCK_BYTES, wanted))
+        return np.arange(len(sample_indices) + 1), _cut(rows, shards, BLOCK_BYTES)
+    runs = _cut(rows, shards, min(BLOCK_BYTES, wanted))
     return runs, runs
 
 
@@ -60,16 +59,18 @@ def cut_runs(manifest: Manifest, sample_indices: SampleIndices, span: int = BLOC
     Returns:
         The first index into `sample_indices` of each run, and the number of samples at the end.
     """
-    samples = manifest.samples[sample_indices]
-    starts = samples["offset"].astype(np.int64)
-    lengths = samples["length"].astype(np.int64)
-    shards = manifest.shard_of(sample_indices)
+    return _cut(manifest.rows(sample_indices), manifest.shard_of(sample_indices), span)
+
+
+def _cut(rows: NDArray[np.void], shards: SampleIndices, span: int) -> SampleIndices:
+    starts = rows["offset"].astype(np.int64)
+    lengths = rows["length"].astype(np.int64)
     gaps = starts[1:] - (starts[:-1] + lengths[:-1])
-    fresh = np.ones(len(sample_indices), bool)  # whether a sample begins a run without holes
+    fresh = np.ones(len(rows), bool)  # whether a sample begins a run without holes
     fresh[1:] = (shards[1:] != shards[:-1]) | (gaps > MAX_GAP_BYTES)
-    run_start = starts[np.maximum.accumulate(np.where(fresh, np.arange(len(sample_indices)), 0))]
+    run_start = starts[np.maximum.accumulate(np.where(fresh, np.arange(len(rows)), 0))]
     fresh[1:] |= np.diff((starts - run_start) // span) != 0
-    return np.append(np.flatnonzero(fresh), len(sample_indices))
+    return np.append(np.flatnonzero(fresh), len(rows))
 
 
 class Order:

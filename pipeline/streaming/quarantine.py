@@ -35,15 +35,22 @@ class Quarantine:
                 continue
             self.sample_indices.add(sample_index)
             key = self.manifest.key(sample_index)
-            logger.warning("%s: sample %r cannot be decoded: %s", self.manifest.folder, key, reason)
+            folder = self.manifest.folder_of(sample_index)
+            logger.warning("%s: sample %r cannot be decoded: %s", folder, key, reason)
             if self.path:
                 shard = self.manifest.shards[int(self.manifest.shard_of(sample_index))].name
-                line = {"sample_index": sample_index, "key": key, "shard": shard, "reason": reason}
+                line = {
+                    "sample_index": sample_index,
+                    "key": key,
+                    "dataset": str(folder),
+                    "shard": shard,
+                    "reason": reason,
+                }
                 with self.path.open("a") as file:  # one short line: ranks may append to the same file
                     file.write(json.dumps(line) + "\n")
         if len(self.sample_indices) > self.allowed:
             named = f"; {self.path} names them" if self.path else ""
             raise DataError(
-                f"{len(self.sample_indices)} samples of {self.manifest.folder} cannot be decoded, {self.allowed} are "
+                f"{len(self.sample_indices)} samples of {self.manifest} cannot be decoded, {self.allowed} are "
                 f"allowed per process, the last: {reason}{named}; repair the shards or raise data.loader.max_unreadable"
             )

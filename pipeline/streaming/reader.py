@@ -37,15 +37,16 @@ class Reader:
         self, manifest: Manifest, sample_indices: NDArray[np.int64], runs: NDArray[np.int64], remote: RemoteConfig
     ) -> None:
         self.manifest, self._remote = manifest, remote
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard or run -> descriptor, least recently used first
+        # ("shard" or "run", number) -> descriptor, least recently used first
+        self._open: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._sample_indices, self._runs = sample_indices, runs
         self._cache: Cache | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._asked: set[int] = set()
-        if manifest.location:
+        if manifest.remote:
             if not remote.cache:
                 raise ConfigError(
-                    f"{manifest.folder} has its shards at {manifest.location}, but data.loader.remote.cache is empty; "
+                    f"{manifest} has its shards at {manifest.location}, but data.loader.remote.cache is empty; "
                     "set it to a folder on a local disk"
                 )
             self._cache = Cache(Path(remote.cache), int(remote.cache_gb * 1e9))
@@ -56,19 +57,20 @@ class Reader:
         Raises:
             DataError: The shard no longer holds them or cannot be reached.
         """
-        sample = self.manifest.samples[sample_index]
+        sample = self.manifest.rows(sample_index)
         offset, length = int(sample["offset"]), int(sample["length"])
-        if self._cache is None:
-            shard = int(self.manifest.shard_of(sample_index))
-            descriptor, start = self._descriptor(shard, self._open_shard), 0
+        shard = int(self.manifest.shard_of(sample_index))
+        if not self.manifest.url_of(shard):
+            descriptor, start = self._descriptor(("shard", shard), self._open_shard), 0
         else:
             run = self._run_of(sample_index)
-            descriptor, start = self._descriptor(run, self._open_run), self._extent(run)[1]
+            descriptor, start = self._descriptor(("run", run), self._open_run), self._extent(run)[1]
         data = os.pread(descriptor, length, offset - start)
         if len(data) != length:
+            folder = self.manifest.folder_of(sample_index)
             raise DataError(
-                f"{self.manifest.folder}: sample {self.manifest.key(sample_index)!r} is cut off; "
-                f"`python -m pipeline.data verify {self.manifest.folder}` finds all damage"
+                f"{folder}: sample {self.manifest.key(sample_index)!r} is cut off; "
+                f"`python -m pipeline.data verify {folder}` finds all damage"
             )
         return data
 
@@ -80,7 +82,8 @@ class Reader:
             self._pool = ThreadPoolExecutor(FETCH_THREADS)
         for run in {self._run_of(int(sample_index)) for sample_index in sample_indices} - self._asked:
             self._asked.add(run)
-            self._pool.submit(self._fetch_ahead, run)
+            if self.manifest.url_of(self._extent(run)[0]):
+                self._pool.submit(self._fetch_ahead, run)
         if len(self._asked) > 4096:
             self._asked.clear()  # the first of them may have left the cache
 
@@ -99,15 +102,13 @@ class Reader:
     def _extent(self, run: int) -> tuple[int, int, int]:
         """Return the shard, the first byte and the end of a run."""
         first, last = self._sample_indices[self._runs[run]], self._sample_indices[self._runs[run + 1] - 1]
-        samples = self.manifest.samples
-        stop = int(samples["offset"][last]) + int(samples["length"][last])
-        return int(self.manifest.shard_of(first)), int(samples["offset"][first]), stop
+        begin, end = self.manifest.rows(first), self.manifest.rows(last)
+        return int(self.manifest.shard_of(first)), int(begin["offset"]), int(end["offset"]) + int(end["length"])
 
     def _open_run(self, run: int) -> int:
         assert self._cache is not None
         index, start, stop = self._extent(run)
-        shard = self.manifest.shards[index]
-        url = f"{self.manifest.location.rstrip('/')}/{shard.name}"
+        shard, url = self.manifest.shards[index], self.manifest.url_of(index)
 
         def download(file: BinaryIO) -> None:
             fetch(url, start, stop, shard.size, self._remote, file)
@@ -118,7 +119,7 @@ class Reader:
         os.close(self._open_run(run))
 
     def _open_shard(self, shard: int) -> int:
-        path = self.manifest.folder / self.manifest.shards[shard].name
+        path = self.manifest.path_of(shard)
         try:
             return os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -126,10 +127,10 @@ class Reader:
                 f"{path} cannot be opened ({error.strerror}), though it was there at the start; restore it"
             ) from None
 
-    def _descriptor(self, key: int, opener: Callable[[int], int]) -> int:
+    def _descriptor(self, key: tuple[str, int], opener: Callable[[int], int]) -> int:
         if key not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[key] = opener(key)
+            self._open[key] = opener(key[1])
         self._open.move_to_end(key)
         return self._open[key]

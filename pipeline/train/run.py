@@ -13,11 +13,12 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 import yaml
@@ -26,10 +27,23 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config import dump_yaml, flatten, identity
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem, HandoverError
 from pipeline.files import replace_text
-from pipeline.jsonl import read_rows
+from pipeline.jsonl import read_rows, sort_rows
 
 if TYPE_CHECKING:
     from pipeline.train.distributed import World
+
+logger = logging.getLogger(__name__)
+
+_locks: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()
+
+
+def _leave_locks() -> None:
+    """Close the locks in a forked process: a data worker that outlives a killed run would keep the run's lock."""
+    for lock in list(_locks):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "safetensors")
 
@@ -64,12 +78,17 @@ class Run:
     def _open(self) -> None:
         (self.folder / "report").mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")  # the system holds it while this process lives
+        _locks.add(self._lock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise EnvironmentProblem(
                 f"another process is working in {self.folder}; wait for it, or give run.experiment=NEW_NAME"
             ) from None
+        for name, read in (("config.yaml", _read_values), ("environment.json", _read_object)):
+            if (self.folder / name).is_file() and read(self.folder / name) is None:
+                self._set_aside(name, (self.folder / name).read_bytes())
         replace_text(self.folder / "config.yaml", dump_yaml(self.config))
         replace_text(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
         logging.getLogger().addHandler(_file_handler(self.folder / "log.txt"))
@@ -82,12 +101,22 @@ class Run:
         if self.world.is_main:
             replace_text(self.folder / "status.json", json.dumps({"state": state, "time": time.time(), **more}))
 
+    def _set_aside(self, name: str, content: bytes) -> None:
+        """Keep what is damaged in a file of its own, and say so."""
+        with (self.folder / f"{name}.damaged").open("ab") as file:
+            file.write(content + b"\n")
+        logger.warning("%s is damaged; what cannot be read is in %s.damaged", self.folder / name, name)
+        self.incident({"reason": f"{name} was damaged; what could not be read is in {name}.damaged"})
+
     def truncate_metrics(self, step: int) -> None:
-        """Remove the rows after `step`; a resumed run writes them again."""
+        """Remove the rows after `step`; a resumed run writes them again. Damaged lines are set aside."""
         path = self.folder / "metrics.jsonl"
         if self.world.is_main and path.exists():
-            rows = [row for row in read_rows(path) if row["step"] <= step]
-            replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            rows, damaged = sort_rows(path, "step")
+            if damaged:
+                self._set_aside(path.name, b"\n".join(damaged))
+            kept = [row for row in rows if row["step"] <= step]
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def incident(self, what: dict[str, Any]) -> None:
         """Note something that was not as planned, for the report."""
@@ -144,6 +173,24 @@ def identity_sha256(config: BaseModel) -> str:
     return hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()
 
 
+def _read_values(path: Path) -> dict[str, Any] | None:
+    """Read a YAML file of nested values; None if it is damaged."""
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file of one object; None if it is missing or damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
 def has_begun(folder: Path) -> bool:
     """Return whether a run has taken the folder: a start without a checkpoint and an export has not."""
     return any(folder.glob("checkpoints/step_*/COMPLETE")) or (folder / "export").is_dir()
@@ -154,7 +201,15 @@ def refuse_other_config(folder: Path, config: BaseModel) -> None:
     saved = folder / "config.yaml"
     if not saved.exists():
         return
-    values = yaml.safe_load(saved.read_text())
+    values = _read_values(saved)
+    if values is None:
+        before = (_read_object(folder / "environment.json") or {}).get("config_sha256")
+        if before in (None, identity_sha256(config)):
+            return
+        raise ConfigError(
+            f"{saved} is damaged, and by its environment.json the run was begun with another config; give the values of"
+            f" that run, or run.experiment=NEW_NAME, or remove {folder}"
+        )
     try:  # so that fields that are newer than the run take their defaults
         there = identity(type(config).model_validate(values))
     except ValidationError:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import FREE, Strict
 from pipeline.exports.card import Channels, Preprocessing, Spreads
@@ -15,11 +15,21 @@ from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConf
 class DataConfig(Strict):
     """Which images a stage reads. `split` divides `train` into labelled, unlabelled and validation subsets."""
 
-    train: Path = Field(description="folder of shards with a manifest", json_schema_extra=FREE)
+    train: Path | tuple[Path, ...] = Field(
+        description="folder of shards with a manifest, or a list of such folders that are read as one dataset in this"
+        " order; their classes are united by name",
+        json_schema_extra=FREE,
+    )
     split: Path | None = Field(
         None,
         description="split file that says which samples of data.train are labelled, unlabelled and for validation;"
-        " null = all are labelled",
+        " null = samples with a label are labelled, the others are unlabelled",
+        json_schema_extra=FREE,
+    )
+    validation: Path | None = Field(
+        None,
+        description="folder with a manifest whose labelled samples are the validation set, in place of a validation"
+        " subset of data.split; its classes must be among those of data.train; null = none",
         json_schema_extra=FREE,
     )
     test: Path | None = Field(
@@ -37,6 +47,27 @@ class DataConfig(Strict):
     eval_batch: int = Field(
         256, gt=0, le=2**20, description="samples per process in one batch of an evaluation", json_schema_extra=FREE
     )
+
+    @field_validator("train", mode="after")
+    @classmethod
+    def _some_folders(cls, train: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
+        if not isinstance(train, tuple):
+            return train
+        if not train:
+            raise ValueError("the list is empty; name at least one folder of shards with a manifest")
+        if len(set(train)) < len(train):
+            raise ValueError("a folder is listed twice, but its images would count twice; name each folder once")
+        return train[0] if len(train) == 1 else train
+
+    @property
+    def train_folders(self) -> tuple[Path, ...]:
+        """The folders of `train`."""
+        return self.train if isinstance(self.train, tuple) else (self.train,)
+
+    @property
+    def train_names(self) -> str:
+        """The folders of `train`, for people."""
+        return ", ".join(map(str, self.train_folders))
 
     @property
     def preprocessing(self) -> Preprocessing:

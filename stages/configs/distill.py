@@ -38,8 +38,8 @@ class TeacherConfig(Strict):
         0,
         ge=0,
         le=1024,
-        description="unlabelled images per labelled image in a step, taken from data.split; only the teacher gives them"
-        " targets",
+        description="unlabelled images per labelled image in a step, taken from the unlabelled subset; only the teacher gives"
+        " them targets",
     )
     cache: Path | None = Field(
         None,
@@ -115,15 +115,6 @@ class DistillConfig(StageConfig):
     allow_more_labels: bool = Field(
         False, description="accept parents that saw labels outside data.split; the result is marked"
     )
-
-    @model_validator(mode="after")
-    def _unlabelled(self) -> Self:
-        if self.teacher and self.teacher.unlabelled_ratio and self.data.split is None:
-            raise ValueError(
-                f"teacher.unlabelled_ratio is {self.teacher.unlabelled_ratio}, but without data.split no image is"
-                " unlabelled; give data.split, or set teacher.unlabelled_ratio to 0"
-            )
-        return self
 
     @model_validator(mode="after")
     def _mesa(self) -> Self:
@@ -202,7 +193,7 @@ class DistillSpec(StageSpec[DistillConfig]):
         """Refuse another number of classes, missing files of weights, and labels that the result may not have seen."""
         if "num_classes" in config.model.model_fields_set and config.model.num_classes != num_classes:
             raise ConfigError(
-                f"model.num_classes is {config.model.num_classes}, but {config.data.train} has {num_classes} classes;"
+                f"model.num_classes is {config.model.num_classes}, but {config.data.train_names} has {num_classes} classes;"
                 " remove model.num_classes from the config: the data gives it"
             )
         for key, path in self.foreign_files(config).items():

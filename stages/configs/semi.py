@@ -110,7 +110,8 @@ class SemiConfig(StageConfig):
     )
     watched_samples: NonNegativeInt = Field(
         1024,
-        description="unlabelled images whose pseudo-labels an evaluation compares with the hidden labels; 0 = none",
+        description="unlabelled images whose pseudo-labels an evaluation compares with their hidden labels, where those"
+        " are known; 0 = none",
     )
     export: Literal["teacher", "student"] = Field(
         "teacher", description="the network written to export/; the other goes to export-student/ or export-teacher/"
@@ -123,15 +124,6 @@ class SemiConfig(StageConfig):
     def unlabelled_per_labelled(self) -> int:
         """Unlabelled images that a step reads per labelled image: none, if the unlabelled loss has no weight."""
         return self.unlabelled_ratio if self.pseudo.weight else 0
-
-    @model_validator(mode="after")
-    def _split(self) -> Self:
-        if self.data.split is None:
-            raise ValueError(
-                "data.split is missing: stage semi must know which samples are unlabelled; make one with"
-                " `python -m pipeline.data split`"
-            )
-        return self
 
     @model_validator(mode="after")
     def _one_remedy(self) -> Self:

@@ -1,37 +1,24 @@
 """Labels of unlabelled samples never reach a loss: whatever they are, the weights are the same."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.datasets.manifest import ShardIndex, read_manifest, write_manifest
+from pipeline.datasets.manifest import read_manifest
 from pipeline.datasets.splits import read_split
 from tests.conftest import Stages
+from tests.relabel import relabelled
 
 
 def poisoned(digits: Path, folder: Path) -> Path:
     """The digits with random labels on all but the labelled and validation samples, and the same split of them."""
-    shutil.copytree(digits / "train", folder / "train")
     manifest = read_manifest(digits / "train")
     split = read_split(digits / "split.json", manifest)
     hidden = np.concatenate([split.subset("unlabelled"), split.subset("unused")])
     labels = manifest.labels.copy()
     labels[hidden] = np.random.default_rng(0).permutation(labels[hidden])
-    indices, first = [], 0
-    for shard in manifest.shards:
-        rows = slice(first, first + shard.count)
-        index = ShardIndex(
-            shard=shard,
-            members=[manifest.member(index) for index in range(rows.start, rows.stop)],
-            offsets=manifest.samples["offset"][rows].tolist(),
-            lengths=manifest.samples["length"][rows].tolist(),
-            labels=labels[rows].tolist(),
-        )
-        indices.append(index)
-        first = rows.stop
-    changed = write_manifest(folder / "train", manifest.classes, indices)
+    changed = relabelled(manifest, folder / "train", labels)
     assert (read_manifest(folder / "train").labels != manifest.labels).sum() > 0.7 * len(hidden)
     content = json.loads((digits / "split.json").read_text()) | {"manifest": changed.hash}
     (folder / "split.json").write_text(json.dumps(content))

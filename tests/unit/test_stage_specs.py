@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launchers import doctor
 from launchers.chain import read_cluster, read_steps
 from launchers.plan import planner
 from launchers.plan.profile import profile
+from pipeline.datasets.manifest import read_manifest
 from pipeline.errors import ConfigError
 from stages import SPECS, spec_of
 from stages.check import check
 from stages.spec import Subsets
 from tests.conftest import ROOT
+from tests.relabel import relabelled
 
 TEACHER = "teacher={timm: resnet18, weights: w.pt, unlabelled_ratio: %d}"
 
@@ -140,3 +143,23 @@ def test_nobody_asks_which_stage_a_config_belongs_to(top: str) -> None:
         if re.search(r"isinstance\((self\.|step\.)?config,|getattr\((self\.|step\.)?config, [\"']", line)
     ]
     assert asking == []
+
+
+def test_every_dataset_of_a_list_is_a_path_of_the_stage_and_is_planned(digits: Path, tmp_path: Path) -> None:
+    """The preflight asks of each whether the nodes see it; plan and doctor count the images of all."""
+    train = read_manifest(digits / "train")
+    pool = relabelled(train, tmp_path / "pool", np.full(train.num_samples, -1), classes=[], shards=slice(0, 1))
+    folders = f"data.train=[{train.folder},{pool.folder}]"
+    given = [folders, "data.split=null", "data.test=null", f"data.validation={digits / 'test'}", f"run.root={tmp_path}"]
+    step = step_of(*given, name="arm/smoke")
+    found = spec_of(step.config).paths(step.config)
+    assert (found["data.train[0]"], found["data.train[1]"]) == (train.folder, pool.folder)
+    assert found["data.validation"] == digits / "test"
+    cluster, _ = read_cluster(planner.THIS_MACHINE, ["cluster:nodes=1"])
+    planned = planner.make([step], cluster)[0]["stages"][0]
+    images = train.num_samples + pool.num_samples
+    assert planned["epochs"]["unlabelled"] == pytest.approx(planned["samples"] / images)
+    assert planned["shards"] == len(train.shards) + 1
+    told = " ".join(finding.what for finding in doctor.data([step]))
+    assert f"{images} images in {train.folder}, {pool.folder}; labels: {train.num_samples} for training" in told
+    assert f"{pool.num_samples} unlabelled images have none" in told

@@ -245,12 +245,16 @@ def test_other_classes_and_other_pixels_are_refused(tmp_path: Path) -> None:
 def test_labels_seen_must_be_among_those_claimed(tmp_path: Path) -> None:
     exported(tmp_path / "export")
     c, folder = Card.read(tmp_path / "export"), tmp_path / "export"
-    assert c.check_labels(folder, "data", np.array([0, 1, 4, 7]), allow_more=False) is False
+    assert c.check_labels(folder, {"data": 0}, np.array([0, 1, 4, 7]), allow_more=False) is False
     with pytest.raises(HandoverError, match="has seen labels outside this stage's 2: 3 of 'a tenth'"):
-        c.check_labels(folder, "data", np.array([1, 4]), allow_more=False)
+        c.check_labels(folder, {"data": 0}, np.array([1, 4]), allow_more=False)
     with pytest.raises(HandoverError, match="has seen labels outside"):
-        c.check_labels(folder, "other data", LABELLED, allow_more=False)
-    assert c.check_labels(folder, "data", np.array([1, 4]), allow_more=True) is True
+        c.check_labels(folder, {"other data": 0}, LABELLED, allow_more=False)
+    assert c.check_labels(folder, {"data": 0}, np.array([1, 4]), allow_more=True) is True
+    joint = {"all": 0, "before": 0, "data": 100}  # a dataset of several; its samples come after 100 others
+    assert c.check_labels(folder, joint, np.array([3, 100, 101, 104, 107]), allow_more=False) is False
+    with pytest.raises(HandoverError, match="has seen labels outside"):
+        c.check_labels(folder, joint, np.array([0, 1, 4, 7]), allow_more=False)
 
 
 @pytest.mark.parametrize("directions", [2, 4])

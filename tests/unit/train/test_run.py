@@ -45,6 +45,7 @@ FREE = (
 PLACES = (
     "data.train",
     "data.split",
+    "data.validation",
     "data.test",
     "data.loader.remote.",
     "init_from",
