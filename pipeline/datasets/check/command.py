@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
 
 
 def _run(args: argparse.Namespace) -> None:
-    from pipeline.datasets.check.findings import survey
     from pipeline.datasets.check.page import lines, write_page
+    from pipeline.datasets.check.survey import survey
     from pipeline.datasets.manifest import read_manifest
     from pipeline.datasets.splits import read_split
 

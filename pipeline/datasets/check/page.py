@@ -12,14 +12,14 @@ from jinja2 import Environment, FileSystemLoader
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets.check.findings import Dataset, Example, Finding, Survey, shortened
+from pipeline.datasets.check.finding import Example, Finding, shortened
+from pipeline.datasets.check.survey import Dataset, Survey
 from pipeline.datasets.manifest import read_image
 from pipeline.errors import DataError
 from pipeline.files import replace_text
 from pipeline.images import decode
 
 PICTURE_SIDE = 112
-_MAX_PICTURES = 4  # of a group
 _MAX_EXAMPLES = 3  # that the text names for a finding
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)  # bounds of the histogram of shorter sides, in pixels
 _RATIOS = (0.33, 0.5, 0.75, 0.95, 1.05, 1.33, 2.0, 3.0)  # bounds of the histogram of width / height
@@ -56,11 +56,10 @@ def lines(survey: Survey) -> Iterator[str]:
         yield "nothing was found"
     for finding in survey.findings:
         yield f"{_MARKS[finding.level]} {finding.title}: {finding.text}"
-        for group in finding.groups[:_MAX_EXAMPLES] if finding.name != "sizes" else ():
-            names = [name_of(survey, example) for example in group[:_MAX_PICTURES]]
-            yield f"     {' = '.join(names)}" + (
-                f" and {len(group) - _MAX_PICTURES} more" if len(group) > _MAX_PICTURES else ""
-            )
+        sign = " ~ " if "like" in finding.name else " = "
+        for examples, more in finding.groups[:_MAX_EXAMPLES] if finding.name != "sizes" else ():
+            names = [name_of(survey, example) for example in examples]
+            yield f"     {sign.join(names)}" + (f" and {more} more" if more else "")
 
 
 def name_of(survey: Survey, example: Example) -> str:
@@ -68,7 +67,7 @@ def name_of(survey: Survey, example: Example) -> str:
     dataset = survey.datasets[example.dataset]
     key = shortened(dataset.manifest.key(example.sample_index), 60)
     where = f"{Path(dataset.title).name}/{key}" if len(survey.datasets) > 1 else key
-    return f"{where} ({shortened(example.caption)})" if example.caption and example.caption != key else where
+    return f"{where} ({shortened(example.caption)})" if example.caption else where
 
 
 def side_bars(dataset: Dataset) -> list[Bar]:
@@ -136,10 +135,7 @@ def _counts(labels: NDArray[np.int64], classes: tuple[str, ...]) -> tuple[tuple[
 
 def _pictures(survey: Survey, finding: Finding) -> list[tuple[list[Picture], int]]:
     """Return the pictures of each group of examples, and how many more images the group has."""
-    return [
-        ([_picture(survey, example) for example in group[:_MAX_PICTURES]], max(0, len(group) - _MAX_PICTURES))
-        for group in finding.groups
-    ]
+    return [([_picture(survey, example) for example in examples], more) for examples, more in finding.groups]
 
 
 def _picture(survey: Survey, example: Example) -> Picture:
@@ -148,12 +144,11 @@ def _picture(survey: Survey, example: Example) -> Picture:
     try:
         picture = Image.fromarray(decode(read_image(dataset.manifest, example.sample_index)))
     except DataError:
-        return Picture("", key, example.caption, Path(dataset.title).name)
+        return Picture("", key, shortened(example.caption), Path(dataset.title).name)
     picture.thumbnail((PICTURE_SIDE,) * 2, reducing_gap=2.0)
-    picture = picture.resize((max(1, picture.width), max(1, picture.height)))
     buffer = io.BytesIO()
     small = max(picture.size) <= PICTURE_SIDE // 2  # of few pixels, each of which matters
     picture.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 85}))
     kind = "png" if small else "jpeg"
     uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Picture(uri, key, "" if example.caption == key else example.caption, Path(dataset.title).name)
+    return Picture(uri, key, shortened(example.caption), Path(dataset.title).name)

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets.check.findings import Example, Finding, class_findings, label_findings
+from pipeline.datasets.check.finding import Example, Finding, Group, are, images, printable
+from pipeline.datasets.check.labels import class_findings, label_findings
 from pipeline.datasets.check.measure import digest
 from pipeline.datasets.manifest import Manifest, read_image
 from pipeline.datasets.splits import Split
@@ -39,7 +40,8 @@ def quick_check(train: Manifest, tests: Sequence[Manifest], split: Split | None)
 
 
 def _test_in_training(train: Manifest, test: Manifest) -> Iterable[Finding]:
-    command = f"`python -m pipeline.data check {train.folder} {test.folder}`"
+    train_folder, test_folder = (printable(str(manifest.folder)) for manifest in (train, test))
+    command = f"`python -m pipeline.data check {train_folder} {test_folder}`"
     lengths = [manifest.samples["length"] for manifest in (train, test)]
     candidates = [np.flatnonzero(np.isin(own, other)) for own, other in (lengths, lengths[::-1])]
     pairs = list(zip((train, test), candidates, strict=True))
@@ -64,11 +66,10 @@ def _test_in_training(train: Manifest, test: Manifest) -> Iterable[Finding]:
             name="test-in-training",
             level="grave",
             title="Test images in the training set",
-            text=f"{len(shared)} image{'s' if len(shared) > 1 else ''} of {test.folder} {'are' if len(shared) > 1 else 'is'}"
-            f" in {train.folder} too, for example {test.key(int(shared[0]))!r}. Scores on this test set are too good."
-            f" {command} shows them.",
+            text=f"{images(len(shared))} of {test_folder} {are(len(shared))} in {train_folder} too, for example"
+            f" {test.key(int(shared[0]))!r}. Scores on this test set are too good. {command} shows them.",
             count=len(shared),
-            groups=[[Example(1, int(k))] for k in shared[:12]],
+            groups=[Group([Example(1, int(k))]) for k in shared[:12]],
         )
     ]
 

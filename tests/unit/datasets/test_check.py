@@ -10,9 +10,9 @@ from PIL import Image
 
 from pipeline.data import main
 from pipeline.datasets.check.duplicates import MAX_BITS, MAX_INDEX_BITS, connected_groups, equal_groups, similar_pairs
-from pipeline.datasets.check.findings import Survey, survey
 from pipeline.datasets.check.measure import measure, perceptual_hash
 from pipeline.datasets.check.quick import quick_check
+from pipeline.datasets.check.survey import Survey, survey
 from pipeline.datasets.config import SplitConfig
 from pipeline.datasets.manifest import Manifest, read_manifest, write_manifest
 from pipeline.datasets.splits import make_split, write_split
@@ -68,14 +68,14 @@ def test_copies_are_found_by_their_bytes_and_by_their_pixels(clean, tmp_path):
     found = survey([dataset(tmp_path / "a", [*clean, clean[0], clean[0], (other_bytes, 1)])])
     assert names(found) == {"duplicates": 3}
     groups = found.finding("duplicates").groups
-    assert [[example.sample_index for example in group] for group in groups] == [[0, 20, 21], [1, 22]]
+    assert [[example.sample_index for example in group.examples] for group in groups] == [[0, 20, 21], [1, 22]]
     assert "1 of them with equal pixels in different files" in found.finding("duplicates").text
 
 
 def test_labels_that_differ_between_copies_are_a_conflict_and_a_missing_label_is_none(clean, tmp_path):
     found = survey([dataset(tmp_path / "a", [*clean, (clean[3][0], 0)])])
     assert names(found) == {"duplicates": 1, "label-conflicts": 1}
-    classes = sorted(example.caption for example in found.finding("label-conflicts").groups[0])
+    classes = sorted(example.caption for example in found.finding("label-conflicts").groups[0].examples)
     assert classes == ["cat", "dog"]
     unlabelled = dataset(tmp_path / "b", [clean[3]], ())
     assert "label-conflicts" not in names(survey([dataset(tmp_path / "c", clean), unlabelled]))
@@ -97,7 +97,7 @@ def test_changed_copies_look_alike(clean, tmp_path, change):
     }[change]()
     found = survey([dataset(tmp_path / "a", clean), dataset(tmp_path / "b", [(content, 0)])])
     assert names(found) == {"test-like-training": 1, "alike-label-conflicts": 1, "untested-classes": 1}
-    pair = found.finding("test-like-training").groups[0]
+    pair = found.finding("test-like-training").groups[0].examples
     assert [(example.dataset, example.sample_index) for example in pair] == [(0, 5), (1, 0)]
 
 
@@ -131,7 +131,7 @@ def test_black_constant_and_unreadable_images_are_named(clean, tmp_path):
     found = survey([dataset(tmp_path / "a", [*clean, *odd])])
     assert names(found) == {"constant": 2, "unreadable": 1}
     assert "1 of them is black" in found.finding("constant").text
-    assert [group[0].sample_index for group in found.finding("unreadable").groups] == [22]
+    assert [group.examples[0].sample_index for group in found.finding("unreadable").groups] == [22]
 
 
 def test_extremes_of_size_and_shape_are_named(clean, tmp_path):

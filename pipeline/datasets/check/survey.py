@@ -1,53 +1,22 @@
 """What is worth knowing about datasets before a training: sentences with examples, the gravest first."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.check.duplicates import connected_groups, equal_groups, similar_pairs
+from pipeline.datasets.check.finding import Example, Finding, Group, Level, are, images, printable
+from pipeline.datasets.check.labels import class_findings, label_findings
 from pipeline.datasets.check.measure import CONSTANT_RANGE, measure
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.splits import Split
 
-FEW_LABELS = 5
 _DARK = 8  # levels of 255; a constant image below is called black
-_MAX_GROUPS = 12  # examples of a finding that are kept
-_MAX_NAMES = 8  # classes that a sentence names
-
-Level = Literal["grave", "warning", "note"]
-
-
-class Example(NamedTuple):
-    """An image of a finding: the place of its dataset in the list of datasets, its sample index, and what to say of it."""
-
-    dataset: int
-    sample_index: int
-    caption: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """Something that was found.
-
-    Attributes:
-        name: A short name in lower case with hyphens; it does not change between versions of the text.
-        level: `grave` if results would be wrong, `warning` if something probably should be changed, `note` otherwise.
-        title: Heading.
-        text: Whole sentences.
-        count: How many images or classes it concerns.
-        groups: Examples; the images of a group belong together.
-    """
-
-    name: str
-    level: Level
-    title: str
-    text: str
-    count: int
-    groups: list[list[Example]] = field(default_factory=list)
+_MAX_GROUPS = 12  # of a finding that are kept, of each the first _MAX_EXAMPLES images
+_MAX_EXAMPLES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +96,14 @@ class _Everything:
         dataset = int(self.dataset[place])
         return Example(dataset, place - int(self.starts[dataset]), str(self.names[place]))
 
-    def examples(self, groups: Iterable[NDArray[np.int64]]) -> list[list[Example]]:
-        return [
-            [self.example(int(place)) for place in group] for _, group in zip(range(_MAX_GROUPS), groups, strict=False)
-        ]
+    def groups(self, groups: Iterable[NDArray[np.int64]], test: int = 0) -> list[Group]:
+        """Return the first groups; those that a test set shares show one training image and then its test images."""
+        found = []
+        for group in itertools.islice(groups, _MAX_GROUPS):
+            order = np.r_[group[:1], group[self.dataset[group] == test], group] if test else group
+            shown = list(dict.fromkeys(order.tolist()))[:_MAX_EXAMPLES]
+            found.append(Group([self.example(place) for place in shown], len(group) - len(shown)))
+        return found
 
     def conflicts(self, group: NDArray[np.int64]) -> bool:
         """Whether the labelled images of a group have different classes."""
@@ -155,10 +128,10 @@ def _duplicates(everything: _Everything, split: Split | None) -> Iterator[Findin
                 name="test-in-training",
                 level="grave",
                 title="Test images in the training set",
-                text=f"{_images(count)} of {dataset.title} {_are(count)} in {everything.datasets[0].title} too, pixel for"
+                text=f"{images(count)} of {dataset.title} {are(count)} in {everything.datasets[0].title} too, pixel for"
                 " pixel. Every score on this test set is too good. Remove them from the training set, or from the test set.",
                 count=count,
-                groups=everything.examples(shared),
+                groups=everything.groups(shared, place),
             )
     for place, dataset in enumerate(everything.datasets):
         inside = [g[of == place] for g, of in zip(groups, members, strict=True) if (of == place).sum() > 1]
@@ -169,21 +142,21 @@ def _duplicates(everything: _Everything, split: Split | None) -> Iterator[Findin
                 name="duplicates",
                 level="warning",
                 title=f"Duplicates in {dataset.title}",
-                text=f"{_images(len(inside))} {_are(len(inside))} there more than once, with {surplus} needless"
+                text=f"{images(len(inside))} {are(len(inside))} there more than once, with {surplus} needless"
                 f" {'copies' if surplus > 1 else 'copy'}"
                 + (f"; {other} of them with equal pixels in different files." if other else "."),
                 count=surplus,
-                groups=everything.examples(inside),
+                groups=everything.groups(inside),
             )
     if conflicting := [group for group in groups if everything.conflicts(group)]:
         yield Finding(
             name="label-conflicts",
             level="warning",
             title="One image, different labels",
-            text=f"{_images(len(conflicting))} {_are(len(conflicting))} there several times with labels that differ."
+            text=f"{images(len(conflicting))} {are(len(conflicting))} there several times with labels that differ."
             " At most one of the labels is right.",
             count=len(conflicting),
-            groups=everything.examples(conflicting),
+            groups=everything.groups(conflicting),
         )
     if split is not None:
         yield from _validation_leaks(everything, groups, split)
@@ -200,10 +173,10 @@ def _validation_leaks(everything: _Everything, groups: list[NDArray[np.int64]], 
             name="validation-in-training",
             level="warning",
             title="Validation images among the images to train on",
-            text=f"{_images(count)} of the validation subset {_are(count)} labelled or unlabelled images too. Validation scores"
+            text=f"{images(count)} of the validation subset {are(count)} labelled or unlabelled images too. Validation scores"
             " are too good.",
             count=count,
-            groups=everything.examples(shared),
+            groups=everything.groups(shared),
         )
 
 
@@ -211,7 +184,8 @@ def _alike(everything: _Everything) -> Iterator[Finding]:
     """Find images that look alike but differ in their pixels. Of exact copies in a dataset only the first is compared."""
     measures, bounds = everything.measures, everything.starts
     first = [
-        start + np.unique(measures["pixels"][start:stop], return_index=True)[1] for start, stop in pairwise(bounds)
+        start + np.unique(measures["pixels"][start:stop], return_index=True)[1]
+        for start, stop in itertools.pairwise(bounds)
     ]
     chosen = np.sort(np.concatenate(first))
     chosen = chosen[(measures["width"][chosen] > 0) & (measures["range"][chosen] > CONSTANT_RANGE)]
@@ -227,10 +201,10 @@ def _alike(everything: _Everything) -> Iterator[Finding]:
                 name="test-like-training",
                 level="warning",
                 title="Test images that look like training images",
-                text=f"{least}{_images(count)} of {dataset.title} {'look' if count > 1 else 'looks'} like an image of"
+                text=f"{least}{images(count)} of {dataset.title} {'look' if count > 1 else 'looks'} like an image of"
                 f" {everything.datasets[0].title}: resized, compressed again, or taken a moment later. Look at them.",
                 count=count,
-                groups=everything.examples(shared),
+                groups=everything.groups(shared, place),
             )
     for place, dataset in enumerate(everything.datasets):
         if len(inside := pairs[(sides == place).all(axis=1)]):
@@ -240,9 +214,9 @@ def _alike(everything: _Everything) -> Iterator[Finding]:
                 name="alike",
                 level="note",
                 title=f"Images that look alike in {dataset.title}",
-                text=f"{least}{_images(count)} form {len(groups)} group{'s' if len(groups) > 1 else ''} that look alike.",
+                text=f"{least}{images(count)} form {len(groups)} group{'s' if len(groups) > 1 else ''} that look alike.",
                 count=count,
-                groups=everything.examples(groups),
+                groups=everything.groups(groups),
             )
     if len(conflicting := pairs[[everything.conflicts(pair) for pair in pairs]] if len(pairs) else pairs):
         yield Finding(
@@ -252,73 +226,8 @@ def _alike(everything: _Everything) -> Iterator[Finding]:
             text=f"{least}{len(conflicting)} pair{'s' if len(conflicting) > 1 else ''} of images look alike, but their labels"
             " differ. Look at them: one label may be wrong.",
             count=len(conflicting),
-            groups=everything.examples(conflicting),
+            groups=everything.groups(conflicting),
         )
-
-
-def label_findings(manifest: Manifest, split: Split | None) -> Iterator[Finding]:
-    """Find classes of a training set with few labels or none, and say what validation took. No image is read."""
-    if not manifest.classes:
-        yield Finding(
-            name="no-classes",
-            level="note",
-            title="No classes",
-            text=f"{manifest.folder} has no labels at all.",
-            count=0,
-        )
-        return
-    labels = manifest.labels[split.subset("labelled")] if split is not None else manifest.labels
-    counts = np.bincount(labels[labels >= 0], minlength=len(manifest.classes))
-    for name, title, which in (
-        ("class-without-label", "Classes without any label", counts == 0),
-        ("few-labels", f"Classes with fewer than {FEW_LABELS} labels", (counts > 0) & (counts < FEW_LABELS)),
-    ):
-        if number := int(which.sum()):
-            what = "no labelled image" if name == "class-without-label" else f"fewer than {FEW_LABELS} labelled images"
-            yield Finding(
-                name=name,
-                level="warning",
-                title=title,
-                text=f"{number} of {len(counts)} classes {'have' if number > 1 else 'has'} {what} to train on:"
-                f" {_listed([f'{shortened(manifest.classes[c])} ({counts[c]})' for c in np.flatnonzero(which)])}.",
-                count=number,
-            )
-    if split is not None and len(held_out := split.subset("validation")):
-        known = int((manifest.labels[held_out] >= 0).sum())
-        share = known / max(1, known + int(counts.sum()))
-        yield Finding(
-            name="validation-labels",
-            level="warning" if share > 0.5 else "note",
-            title="Labels spent on validation",
-            text=f"{known} of {known + int(counts.sum())} labels are held out for validation ({share:.0%});"
-            f" {int(counts.sum())} are left to train on.",
-            count=known,
-        )
-
-
-def class_findings(manifests: Sequence[Manifest]) -> Iterator[Finding]:
-    """Compare the classes of test sets with those of the training set. No image is read."""
-    classes = set(manifests[0].classes)
-    for test in manifests[1:]:
-        if foreign := sorted(set(test.classes) - classes):
-            yield Finding(
-                name="foreign-classes",
-                level="warning",
-                title="Classes that the training set lacks",
-                text=f"{test.folder} has {len(foreign)} classes that {manifests[0].folder} lacks:"
-                f" {_listed([shortened(name) for name in foreign])}.",
-                count=len(foreign),
-            )
-        present = {test.classes[label] for label in np.unique(test.labels) if 0 <= label < len(test.classes)}
-        if present and (missing := [name for name in manifests[0].classes if name not in present]):
-            yield Finding(
-                name="untested-classes",
-                level="warning",
-                title="Classes without a test image",
-                text=f"{test.folder} has no image of {len(missing)} of {len(classes)} classes:"
-                f" {_listed([shortened(name) for name in missing])}.",
-                count=len(missing),
-            )
 
 
 def _odd_images(place: int, dataset: Dataset) -> Iterator[Finding]:
@@ -330,23 +239,19 @@ def _odd_images(place: int, dataset: Dataset) -> Iterator[Finding]:
             name="unreadable",
             level="warning",
             title=f"Images that do not decode in {dataset.title}",
-            text=f"{_images(number)} cannot be decoded; `python -m pipeline.data verify {dataset.title}` says why.",
+            text=f"{images(number)} cannot be decoded; `python -m pipeline.data verify {dataset.title}` says why.",
             count=number,
-            groups=[
-                [Example(place, int(k), dataset.manifest.key(int(k)))] for k in np.flatnonzero(~readable)[:_MAX_GROUPS]
-            ],
+            groups=_single(place, np.flatnonzero(~readable)),
         )
     if number := int(constant.sum()):
         yield Finding(
             name="constant",
             level="warning",
             title=f"Images of one colour in {dataset.title}",
-            text=f"{_images(number)} {'show' if number > 1 else 'shows'} one colour only; {int(black.sum())} of them"
-            f" {_are(int(black.sum()))} black.",
+            text=f"{images(number)} {'show' if number > 1 else 'shows'} one colour only; {int(black.sum())} of them"
+            f" {are(int(black.sum()))} black.",
             count=number,
-            groups=[
-                [Example(place, int(k), dataset.manifest.key(int(k)))] for k in np.flatnonzero(constant)[:_MAX_GROUPS]
-            ],
+            groups=_single(place, np.flatnonzero(constant)),
         )
     if not readable.any():
         return
@@ -371,29 +276,11 @@ def _odd_images(place: int, dataset: Dataset) -> Iterator[Finding]:
         title=f"Sizes in {dataset.title}",
         text=one if number == 1 else f"{number} different sizes: {', '.join(words)} pixels.",
         count=number,
-        groups=[[Example(place, k, word)] for (_, k), word in zip(extremes, words, strict=True)] if number > 1 else [],
+        groups=[Group([Example(place, k, word)]) for (_, k), word in zip(extremes, words, strict=True)]
+        if number > 1
+        else [],
     )
 
 
-def _images(count: int) -> str:
-    return f"{count} image{'s' if count != 1 else ''}"
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
-def shortened(name: str, length: int = 40) -> str:
-    """Return a name that fits a line and can be printed."""
-    name = printable(name)
-    return name if len(name) <= length else f"{name[: length - 3]}..."
-
-
-def printable(text: str) -> str:
-    """Return a text with ? for what a terminal or UTF-8 cannot show."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+def _single(place: int, sample_indices: NDArray[np.int64]) -> list[Group]:
+    return [Group([Example(place, sample_index)]) for sample_index in sample_indices[:_MAX_GROUPS].tolist()]
