@@ -72,7 +72,7 @@ def _measure(data: bytes) -> tuple[object, ...]:
     height, width, _ = pixels.shape
     shape = np.array(pixels.shape, np.uint32).tobytes()
     spread = max(int(pixels[..., c].max()) - int(pixels[..., c].min()) for c in range(3))
-    colour = tuple(pixels.reshape(-1, 3).mean(axis=0).astype(np.uint8))
+    colour = Image.fromarray(pixels).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     return whole, digest(shape, pixels.tobytes()), perceptual_hash(pixels), width, height, spread, colour
 
 

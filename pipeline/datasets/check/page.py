@@ -39,7 +39,7 @@ class Bar(NamedTuple):
     """A bar of a histogram; `share` is in percent of the longest bar."""
 
     label: str
-    count: int
+    number: int
     share: float
 
 
@@ -51,7 +51,7 @@ def lines(survey: Survey) -> Iterator[str]:
         yield f"{dataset.title}: {manifest.num_samples:,} images, {len(manifest.classes)} classes, {known:,} labels"
         if dataset.readable.any():
             for title, bars in (("shorter side", side_bars(dataset)), ("width / height", ratio_bars(dataset))):
-                yield f"   {title}: " + ", ".join(f"{bar.label}: {bar.count:,}" for bar in bars if bar.count)
+                yield f"   {title}: " + ", ".join(f"{bar.label}: {bar.number:,}" for bar in bars if bar.number)
     if not survey.findings:
         yield "nothing was found"
     for finding in survey.findings:
