@@ -14,7 +14,8 @@ from PIL import Image
 import pipeline
 from pipeline.errors import ConfigError, DataError, HandoverError
 from pipeline.streaming.transforms import eval_views
-from tests.conftest import ENVIRONMENT, ROOT
+from tests import warm
+from tests.conftest import ROOT
 from tests.unit.exports.test_export import exported
 
 CLASSES = tuple("abcdefg")
@@ -22,7 +23,7 @@ CLASSES = tuple("abcdefg")
 
 def predict(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.predict", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    return warm.run(command)
 
 
 @pytest.fixture(scope="module")
