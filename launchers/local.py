@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 
+from launchers import data_check
 from launchers.chain import Step, open_steps
 from pipeline.exit_codes import ExitCode, blame
 from pipeline.train.signals import STOPPING
@@ -25,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run(steps: Sequence[Step], nproc: int) -> int:
-    """Run the stages that are not complete, in order. All are checked before any process starts.
+    """Run the stages that are not complete, in order. All are checked before any process starts, and a chain's data too.
 
     Args:
         steps: The stages.
@@ -37,7 +38,10 @@ def run(steps: Sequence[Step], nproc: int) -> int:
     Raises:
         PipelineError: What `stages.check.check` raises.
     """
-    for step in open_steps(steps, nproc):
+    todo = open_steps(steps, nproc)
+    if len(steps) > 1 and len(todo) == len(steps):
+        data_check.run(steps)
+    for step in todo:
         if len(steps) > 1:
             print(f"\n== {step.config.run.experiment}, {step.stage} ==", flush=True)
         code = spawn([sys.executable, "-m", "stages", step.stage, str(step.path), *step.overrides], nproc)

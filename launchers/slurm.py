@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from launchers import queue
+from launchers import data_check, queue
 from launchers.chain import Step, open_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.job import Job
 from launchers.preflight import refuse, refuse_other_values
 from pipeline.errors import EnvironmentProblem, PipelineError
 from pipeline.files import replace_text
+from pipeline.train.run import has_begun
 
 FOLDER = "slurm"  # in an experiment's folder: the logs of all ranks, what was submitted, and how each start ended
 
@@ -50,6 +51,8 @@ def run(points: Sequence[Sequence[Step]], cluster: ClusterConfig, folder: Path) 
         PipelineError: Something is refused. Nothing is submitted then.
     """
     refuse(points, cluster)
+    if len(points) == 1 and len(points[0]) > 1 and not any(has_begun(step.folder) for step in points[0]):
+        data_check.run(points[0])
     todo = [open_steps(point, cluster.world_size) for point in points]
     there = [[(step, job) for step in point if (job := active_job(step, cluster))] for point in todo]
     jobs: list[Submitted] = []

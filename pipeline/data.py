@@ -38,6 +38,9 @@ def _run(arguments: list[str]) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_convert(commands.add_parser("convert", help="write images as shards with a manifest"))
     _add_verify(commands.add_parser("verify", help="check every hash and decode every image"))
+    _add_check(
+        commands.add_parser("check", help="look for duplicates, test images in training, thin classes, odd images")
+    )
     _add_show(commands.add_parser("show", help="print counts, classes and imbalance; draw a contact sheet"))
     _add_split(commands.add_parser("split", help="choose labelled, unlabelled and validation samples"))
     args = parser.parse_args(arguments)
@@ -71,6 +74,12 @@ def _verify(args: argparse.Namespace) -> None:
         head = f"{args.dataset}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise DataError("\n  ".join([head, *problems]))
     print(f"{args.dataset}: {manifest.num_samples} samples in {len(manifest.shards)} shards, no problems")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    from pipeline.datasets.check import command
+
+    command.add_arguments(parser, _count)
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:

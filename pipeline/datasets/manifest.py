@@ -6,6 +6,7 @@ Both are memory-mapped: 1.28 million samples open in a fraction of a second, and
 The sample index is the row of a sample in the table: shards in order of name, samples in order of their bytes.
 """
 
+import errno
 import functools
 import hashlib
 import io
@@ -19,10 +20,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import DataError
-from pipeline.files import replace_bytes, replace_text, sha256_of
+from pipeline.files import read_regular, replace_bytes, replace_text, sha256_of
 
 VERSION = 1
 SAMPLE = np.dtype([("offset", "<u8"), ("name", "<u8"), ("length", "<u4"), ("label", "<i4")])
+_MAX_FILE_NAME = 255  # bytes, on every file system in use
 HEADER, SAMPLES, NAMES = "manifest.json", "manifest.samples.npy", "manifest.names.bin"
 
 
@@ -153,7 +155,13 @@ class Manifest:
         start = int(self.samples["name"][sample_index])
         last = sample_index + 1 == self.num_samples
         stop = len(self._names) if last else int(self.samples["name"][sample_index + 1])
-        return self._names[start:stop].tobytes().decode()
+        name = self._names[start:stop].tobytes()
+        try:
+            return name.decode()
+        except UnicodeDecodeError:
+            raise DataError(
+                f"{self.folder / NAMES}: the name of sample {sample_index}, {name[:40]!r}, is not UTF-8; convert again"
+            ) from None
 
     def key(self, sample_index: int) -> str:
         """Return WebDataset's key of a sample: `sample_key` of its member."""
@@ -175,8 +183,10 @@ def read_manifest(folder: Path) -> Manifest:
     folder = Path(folder)
     path = folder / HEADER
     try:
-        raw = path.read_bytes()
-    except OSError:
+        raw = read_regular(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise DataError(f"{path} cannot be read ({error.strerror}); give the folder of a dataset") from None
         if any(folder.glob("*.tar")):
             make = f"its tars have no manifest yet; make it with `python -m pipeline.data convert tars {folder}`"
         else:
@@ -185,14 +195,18 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         header = json.loads(raw)
         if header["version"] != VERSION:
-            raise DataError(f"{path} has version {header['version']}, this code reads {VERSION}; convert again")
+            raise DataError(
+                f"{path} has version {str(header['version'])[:20]}, this code reads {VERSION}; convert again"
+            )
         _check_content(folder / SAMPLES, header["samples_sha256"])
         _check_content(folder / NAMES, header["names_sha256"])
         names = np.memmap(folder / NAMES, np.uint8, "r") if header["num_samples"] else np.zeros(0, np.uint8)
-        samples = np.load(folder / SAMPLES, mmap_mode="r" if header["num_samples"] else None, allow_pickle=False)
+        samples = (
+            np.lib.format.open_memmap(folder / SAMPLES, mode="r") if header["num_samples"] else np.zeros(0, SAMPLE)
+        )
         manifest = Manifest(folder, header, _identity(header), samples, names)
         problem = _problem(manifest, header)
-    except (KeyError, TypeError, ValueError, OSError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OSError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path} is damaged ({reason}); convert again or restore it") from None
     if problem:
@@ -291,6 +305,8 @@ def _identity(header: dict[str, Any]) -> str:
 
 
 def _check_content(path: Path, sha256: str) -> None:
+    if not path.is_file():  # a FIFO would be waited for
+        raise DataError(f"{path} is missing or no regular file; convert again or restore it")
     if sha256_of(path) != sha256:
         raise DataError(f"{path} is not the file that {HEADER} was written with; convert again or restore it")
 
@@ -300,6 +316,8 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
     samples, shards = manifest.samples, manifest.shards
     if not isinstance(header["classes"], list) or not all(isinstance(name, str) for name in header["classes"]):
         return "has no list of class names"
+    if not _is_text("".join(header["classes"])):
+        return "has a class name that is not Unicode text"
     if samples.dtype != SAMPLE or samples.ndim != 1:
         return "has a sample table of another form"
     if not shards or not len(samples):
@@ -307,8 +325,8 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
     if len(samples) != header["num_samples"] or len(samples) != sum(shard.count for shard in shards):
         return f"counts {header['num_samples']} samples, but its table has {len(samples)}"
     for shard in shards:
-        if shard.count < 0 or "/" in shard.name or "\\" in shard.name or shard.name in ("", ".", ".."):
-            return f"lists a shard named {shard.name!r}, which does not lie in the dataset's folder"
+        if shard.count < 0 or not _is_file_name(shard.name):
+            return f"lists a shard named {shard.name[:40]!r}, which does not lie in the dataset's folder"
     if len({shard.name for shard in shards}) != len(shards):
         return "lists a shard twice"
     if manifest.location.split("://")[0] not in ("", "http", "https", "s3"):
@@ -323,3 +341,18 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
     if labels.min() < -1 or labels.max() >= len(manifest.classes):
         return f"has labels from {labels.min()} to {labels.max()} for {len(manifest.classes)} classes"
     return ""
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a file of this name can lie directly in a folder."""
+    if not _is_text(name) or len(name.encode()) > _MAX_FILE_NAME:
+        return False
+    return not set("/\\\0") & set(name) and name not in ("", ".", "..")

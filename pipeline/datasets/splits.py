@@ -21,7 +21,7 @@ from pipeline.datasets.imbalance import class_ranks, round_count, target_counts
 from pipeline.datasets.lists import read_list
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import replace_bytes
+from pipeline.files import read_regular, replace_bytes
 
 VERSION = 2
 CODES = {"labelled": b"L", "unlabelled": b"U", "validation": b"V", "unused": b"-"}
@@ -178,7 +178,7 @@ def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
     """Return the protocol in words."""
     phrases = []
     if config.pool_list:
-        phrases.append(f"only the samples of {Path(config.pool_list).name}")
+        phrases.append(f"only the samples of {_name(config.pool_list)}")
     if config.imbalance > 1:
         scope = "labelled and unlabelled alike" if config.scope == "both" else "the labelled samples only"
         size = "the largest class" if config.relative_to == "largest" else "each class's own size"
@@ -190,7 +190,7 @@ def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
         where = "labelled nor unlabelled" if config.ood_scope == "all" else "labelled, though unlabelled,"
         phrases.append(f"the last {config.ood_classes} classes neither {where} nor in validation")
     if config.labelled_list:
-        phrases.append(f"labelled as in {Path(config.labelled_list).name}")
+        phrases.append(f"labelled as in {_name(config.labelled_list)}")
     else:
         least = config.min_labelled_per_class
         how = "at random" if config.rounding == "random" else "to the nearest"
@@ -198,6 +198,11 @@ def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
     if config.validation_per_class:
         phrases.append(f"{config.validation_per_class} per class held out for validation")
     return "; ".join([*phrases, f"seed {seed}"])
+
+
+def _name(path: str) -> str:
+    """Return the name of a file, with ? for bytes that are not UTF-8."""
+    return Path(path).name.encode(errors="replace").decode()
 
 
 def write_split(split: Split, path: Path) -> None:
@@ -212,25 +217,33 @@ def read_split(path: Path, manifest: Manifest) -> Split:
         DataError: The file is missing or damaged, or was made for another dataset.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"split {path} does not exist; make it with `python -m pipeline.data split`")
+    try:
+        raw = read_regular(path)
+    except FileNotFoundError:
+        raise DataError(f"split {path} does not exist; make it with `python -m pipeline.data split`") from None
+    except OSError as error:
+        raise DataError(
+            f"split {path} cannot be read ({error.strerror}); give a file of `pipeline.data split`"
+        ) from None
     again = f"delete it and make it again with `python -m pipeline.data split {_arguments(manifest)} --out {path}`"
     try:
-        header = json.loads(path.read_bytes())
+        header = json.loads(raw)
         codes = header.pop("codes").encode("ascii")
         made_for, version, num_classes = header["manifest"], header["version"], header["num_classes"]
-        _ = header["protocol"], header["class_ranks"], header["ood_classes"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        misfit = _misfit(header)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"split {path} is damaged or not a split of this version ({type(error).__name__}: {error}); {again}"
         ) from None
     if version != VERSION:
-        raise DataError(f"split {path} has version {version!r}, this code reads {VERSION}; {again}")
+        raise DataError(f"split {path} has version {str(version)[:20]}, this code reads {VERSION}; {again}")
     if made_for != manifest.hash:
         raise DataError(
             f"split {path} was made for another dataset (manifest {str(made_for)[:12]}, {manifest} has "
             f"{manifest.hash[:12]}); make a split of this one"
         )
+    if misfit:
+        raise DataError(f"split {path} is damaged: {misfit}; {again}")
     unknown = codes.translate(None, b"".join(CODES.values()))
     if len(codes) != manifest.num_samples or unknown or num_classes != len(manifest.classes):
         raise DataError(f"split {path} is damaged: {len(codes)} codes for {manifest.num_samples} samples; {again}")
@@ -243,3 +256,18 @@ def read_split(path: Path, manifest: Manifest) -> Split:
 
 def _arguments(manifest: Manifest) -> str:
     return " ".join(map(str, manifest.folders))
+
+
+def _misfit(header: dict[str, Any]) -> str:
+    """Return which field of a split has another form than `make_split` gives it; empty if none has."""
+    protocol, num_classes = header["protocol"], header["num_classes"]
+    if not isinstance(protocol, str) or protocol.encode(errors="replace").decode() != protocol:  # a lone surrogate
+        return "its protocol is not Unicode text"
+    if type(header["seed"]) is not int or not isinstance(header["config"], dict) or type(num_classes) is not int:
+        return "its seed, config or num_classes is of another type"
+    ranks, outside = header["class_ranks"], header["ood_classes"]
+    if not isinstance(ranks, list) or not isinstance(outside, list) or len(ranks) != num_classes:
+        return "its class_ranks or ood_classes are no lists, or of another length"
+    if not all(type(c) is int and 0 <= c < num_classes for c in [*ranks, *outside]):
+        return "its class_ranks or ood_classes name classes that do not exist"
+    return ""

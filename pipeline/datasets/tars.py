@@ -19,6 +19,7 @@ BLOCK = 512
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10  # labels, long names and pax records
 _MAX_DIGITS = 9  # of a class number, which the manifest keeps in four bytes
+_MAX_PAX_DIGITS = 20  # of a number in a pax header; Python refuses to read thousands
 _TEXT_EXTENSIONS = ("cls", "txt", "json", "id", "key", "url", "caption", "npy", "pyd", "pth")
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
 
@@ -88,6 +89,8 @@ def scan_shard(path: Path, num_classes: int | None = None, rules: MemberRules | 
 
 def scan_members(path: Path, num_classes: int | None, rules: MemberRules) -> Scan:
     """Scan one tar as `scan_shard` does, and return its labels as they are written too."""
+    if not path.is_file():  # a FIFO would be waited for
+        raise DataError(f"{path} is no regular file; remove it from the folder of shards")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
@@ -277,14 +280,14 @@ def _pax(record: bytes, name: str) -> tuple[str, int]:
     size = -1
     while record.strip(b"\0"):
         length, _, _ = record.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(record):
+        if not length.isdigit() or len(length) > _MAX_PAX_DIGITS or not len(length) < int(length) <= len(record):
             raise DataError("a pax header that cannot be read")
         key, _, value = record[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
         if key == b"path":
             name = _text(value)
         elif key == b"size":
-            if not value.isdigit():
-                raise DataError(f"a pax header with size {value!r}")
+            if not value.isdigit() or len(value) > _MAX_PAX_DIGITS:
+                raise DataError(f"a pax header with size {value[:40]!r}")
             size = int(value)
         record = record[int(length) :]
     return name, size
@@ -294,7 +297,7 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise DataError(f"member name {raw!r} is not UTF-8") from None
+        raise DataError(f"member name {raw[:80]!r} is not UTF-8") from None
 
 
 def _safe(name: str) -> str:

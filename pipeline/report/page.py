@@ -79,6 +79,8 @@ def write_report(
         "title": path.parent.name,
         "results": results,
         "designs": designs,
+        # Experiments on the same data have the same findings.
+        "data": list({f["text"]: f for r in results for f in r.data_findings if f["level"] != "note"}.values()),
         "headline": accuracy.headline(shown, rows) if rows else [],
         "protocols": list(dict.fromkeys(r.protocol.rsplit("; seed", 1)[0] for r in results if r.protocol)),
         "labels": list(dict.fromkeys(note for r in results for note in r.label_notes())),

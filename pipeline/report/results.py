@@ -14,6 +14,7 @@ from pipeline.jsonl import read_rows
 
 METRICS = ("top1", "head", "medium", "tail")
 STAGES = {"arm": "Stage 1: ARM pretraining", "distill": "Stage 2: supervised", "semi": "Stage 3: semi-supervised"}
+DATA_CHECK = "data-check.json"  # what a chain's check of its data found, in the experiment's folder
 # Row of the table -> (stage, model in its evaluation.json).
 ROWS = {
     "stage 2": ("distill", "student"),
@@ -61,6 +62,7 @@ class Result:
         protocol: Description of the split.
         split: Hash of the split, if there is one.
         models: Row of the table (a key of `ROWS`) -> metrics of that model.
+        data_findings: What the chain's check of its data found, the gravest first: name, level, title, text, count.
     """
 
     experiment: Path
@@ -68,6 +70,7 @@ class Result:
     protocol: str
     split: str | None
     models: dict[str, dict[str, Any]]
+    data_findings: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -115,7 +118,14 @@ def read_result(experiment: Path) -> Result:
         if model in evaluation.get("models", {}):
             protocol, split = evaluation["protocol"], evaluation["split"]
             models[row] = evaluation["models"][model]
-    return Result(experiment=experiment, stages=stages, protocol=protocol, split=split, models=models)
+    return Result(
+        experiment=experiment,
+        stages=stages,
+        protocol=protocol,
+        split=split,
+        models=models,
+        data_findings=_json(experiment / DATA_CHECK).get("findings", []),
+    )
 
 
 def mean_and_spread(results: Sequence[Result], row: str, metric: str) -> tuple[float, float] | None:
