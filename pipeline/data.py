@@ -79,7 +79,7 @@ def _verify(args: argparse.Namespace) -> None:
 def _add_check(parser: argparse.ArgumentParser) -> None:
     from pipeline.datasets.check import command
 
-    command.add_arguments(parser, _count)
+    command.add_arguments(parser, count)
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:

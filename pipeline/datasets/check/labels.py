@@ -18,7 +18,7 @@ def label_findings(manifest: Manifest, split: Split | None) -> Iterator[Finding]
             name="no-classes",
             level="note",
             title="No classes",
-            text=f"{printable(str(manifest.folder))} has no labels at all.",
+            text=f"{printable(str(manifest))} has no labels at all.",
             count=0,
         )
         return
