@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 BLOCK = 512
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10  # labels, long names and pax records
-_MAX_DIGITS = 9  # of a class number, which the manifest keeps in four bytes
+_MAX_LABEL_DIGITS = 9  # of a class number, which the manifest keeps in four bytes
 _TEXT_EXTENSIONS = ("cls", "txt", "json", "id", "key", "url", "caption", "npy", "pyd", "pth")
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
 
@@ -88,6 +88,8 @@ def scan_shard(path: Path, num_classes: int | None = None, rules: MemberRules | 
 
 def scan_members(path: Path, num_classes: int | None, rules: MemberRules) -> Scan:
     """Scan one tar as `scan_shard` does, and return its labels as they are written too."""
+    if not path.is_file():  # a FIFO would be waited for
+        raise DataError(f"{path} is no regular file; remove it from the folder of shards")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
@@ -243,7 +245,7 @@ def _number(text: str, member: str, num_classes: int | None, rules: MemberRules)
     """Return a label that is a number; -1 for none, and for a name where names are allowed."""
     if not text and (rules.label_key or not member):
         return -1
-    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_LABEL_DIGITS):
         if rules.label_key:
             return -1
         raise DataError(
