@@ -16,16 +16,9 @@ from pipeline.errors import DataError, EnvironmentProblem, PipelineError
 
 # A path that a person gave cannot be read or written.
 PATH_ERRORS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOENT,
-    errno.ELOOP,
-    errno.EFBIG,
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
+    *(errno.ELOOP, errno.EFBIG, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO),
 )
-PATH_ERRORS += (errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 BLOCK = 512
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10  # labels, long names and pax records
-_MAX_DIGITS = 9  # of a class number, which the manifest keeps in four bytes
+_MAX_LABEL_DIGITS = 9  # of a class number, which the manifest keeps in four bytes
 _MAX_PAX_DIGITS = 20  # of a number in a pax header; Python refuses to read thousands
 _TEXT_EXTENSIONS = ("cls", "txt", "json", "id", "key", "url", "caption", "npy", "pyd", "pth")
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
@@ -246,7 +246,7 @@ def _number(text: str, member: str, num_classes: int | None, rules: MemberRules)
     """Return a label that is a number; -1 for none, and for a name where names are allowed."""
     if not text and (rules.label_key or not member):
         return -1
-    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_LABEL_DIGITS):
         if rules.label_key:
             return -1
         raise DataError(

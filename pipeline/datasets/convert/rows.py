@@ -44,7 +44,10 @@ def table_file(
     values = [str(row.get(image_column) or "").strip() for row in rows]
     texts = _whole_numbers([_label_text(row.get(label_column)) if label_column else "" for row in rows])
     known, label_of = class_labels({text for text in texts if text}, classes, f"column {label_column!r} of {path}")
-    names, paths, labels, left_out = [], [], [], LeftOut()
+    names: list[str] = []
+    paths: list[str] = []
+    labels: list[int] = []
+    left_out: LeftOut = {}
     problems: dict[int, Problem] = {}
     seen: dict[str, int] = {}
     for number, (value, text) in enumerate(zip(values, texts, strict=True), start=1):

@@ -254,8 +254,7 @@ def test_hugging_face_rows_of_any_format_some_without_a_label(tmp_path, ending, 
     parquet(tmp_path / f"in/train.{ending}", {"image": rows, "label": [0, 1, None, -1, 0, 1, 1]}, names)
     assert convert("parquet", tmp_path / "in", "--out", tmp_path / "out") == 0
     assert list(labels(tmp_path / "out").values()) == ["cat", "dog", None, None, "cat", "dog", "dog"]
-    manifest = read_manifest(tmp_path / "out")
-    assert read_image(manifest, 2) == image(2, "WEBP")
+    assert read_image(read_manifest(tmp_path / "out"), 2) == image(2, "WEBP")
     assert convert("parquet", tmp_path / "in", "--label-column", "none", "--out", tmp_path / "bare") == 0
     assert read_manifest(tmp_path / "bare").classes == ()
     rows[2] = {"bytes": b"no image", "path": None}
