@@ -14,12 +14,12 @@ from pipeline.models.variants import EFFICIENTVIM_VARIANTS, VISION_MAMBA_VARIANT
 
 TIMM_PREFIX = "timm/"
 
-# The largest published models have a tenth of these. A model that is larger would be refused by memory, and late.
+# The largest published models have a tenth of these. Without a bound, memory would refuse a larger one, and late.
 Depth = Annotated[int, Field(gt=0, le=512)]  # blocks, also heads, taps and the like
 Width = Annotated[int, Field(gt=0, le=2**15)]  # channels, states, pixels on a side
 Option = Annotated[int, Field(ge=-(2**15), le=2**15)] | Annotated[float, Field(ge=-1e6, le=1e6)]
-# Arguments of timm's create_model that fetch or read files. An export from somebody else must do neither.
-_READING_OPTIONS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "kwargs")
+# Arguments of timm's create_model that fetch or read files; a foreign export must do neither.
+_READING_OPTIONS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
 Ratio = Annotated[float, Field(gt=0, le=64)]
 
 
@@ -295,12 +295,11 @@ class TimmConfig(FamilyConfig):
     @model_validator(mode="after")
     def _options(self) -> Self:
         if not re.fullmatch(r"timm/[A-Za-z0-9_.-]{1,100}", self.name):
-            raise ValueError(f"{self.name[:60]!r} is no name of a timm model; write for example timm/resnet50")
+            raise ValueError(f"{self.name[:60]!r} is no model of timm; write for example timm/resnet50")
         if found := [option for option in self.options if option in _READING_OPTIONS]:
             raise ValueError(f"options.{found[0]} would read other files; give weights by their file instead")
-        depth = self.options.get("depth", 1)
-        if not isinstance(depth, int) or not 0 < depth <= 512:
-            raise ValueError(f"options.depth is {depth}, but a model has 1 to 512 blocks")
+        if not 0 < float(self.options.get("depth", 1)) <= 512:
+            raise ValueError(f"options.depth is {self.options['depth']}, but a model has 1 to 512 blocks")
         return self
 
     @classmethod
