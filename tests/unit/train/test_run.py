@@ -38,6 +38,7 @@ FREE = (
     "loop.max_rewinds",
     "loop.spike_mads",
     "loop.max_skipped_steps",
+    "engine.public_address",
     "data.eval_batch",
     "data.loader.workers",
     "data.loader.prefetch",
