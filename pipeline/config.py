@@ -25,10 +25,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import ConfigError
+from pipeline.yaml_text import MAX_CHARACTERS, MAX_DEPTH, parse_yaml
 
-# A config is a page of text. Whatever is larger is no config, and PyYAML would read it for minutes.
-MAX_CHARACTERS = 100_000
-MAX_DEPTH = 20
 _MAX_NAME = 255  # bytes of one file name on every common file system
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _MAX_SHOWN = 120  # characters of a wrong value in an error message
@@ -48,7 +46,7 @@ def usable_path(value: str | Path) -> str | Path:
     text = str(value)
     if _UNUSABLE.search(text):
         raise ValueError("a path can hold no control characters and no bytes that are not UTF-8")
-    longest = max((len(name.encode()) for name in text.split("/")), default=0)
+    longest = max(len(name.encode()) for name in text.split("/"))
     if longest > _MAX_NAME or len(text) > 4000:
         raise ValueError(f"a name in this path has {longest} bytes; file systems take {_MAX_NAME}")
     return value
@@ -86,94 +84,6 @@ M = TypeVar("M", bound=BaseModel)
 
 # Old name of a key -> its name now. Nothing reads the old name: the refusal of an unknown key says the new one.
 RENAMED = {"lanes": "virtual_readers", "probe": "linear_probe"}
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader for configs.
-
-    It reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and a date as text. It refuses a key given twice, tags, aliases
-    (a few of them can stand for 10^9 values) and deep nesting.
-    """
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        line = f"line {event.start_mark.line + 1}"
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{line}: aliases such as *{event.anchor} are not allowed; write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise ConfigError(f"{line}: tags such as {event.tag} are not allowed; write a plain value")
-        if self._depth >= MAX_DEPTH:
-            raise ConfigError(f"{line}: nested more than {MAX_DEPTH} levels deep; no config needs that")
-        self._depth += 1
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
-        try:
-            return super().construct_yaml_int(node)
-        except ValueError:
-            shown = f"{node.value[:20]}..." if len(node.value) > 20 else node.value
-            raise ConfigError(f"line {node.start_mark.line + 1}: {shown} is no number that can be read") from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool):
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: a key must be a word, got {key!r}")
-            if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-# A date, as in `experiment: 2026-01-31`, stays the text it is. The table is copied, because it belongs to SafeLoader.
-_Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
-    for first, rules in _Loader.yaml_implicit_resolvers.items()
-}
-
-# YAML 1.1 reads 2:00:00 as the number 7200 (base 60); a time stays the text it is.
-for _digit in "0123456789":
-    _Loader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", re.compile(r"^\d+(:\d\d)+$")))
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse a YAML text into plain values.
-
-    Args:
-        text: The YAML.
-        where: Names the text in an error message, for example the path of its file.
-
-    Raises:
-        ConfigError: The text is not YAML, or gives a key twice.
-    """
-    if len(text) > MAX_CHARACTERS:
-        raise ConfigError(f"{where}: {len(text)} characters are no config; at most {MAX_CHARACTERS} are read")
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except yaml.reader.ReaderError as error:
-        raise ConfigError(
-            f"{where}: not valid YAML (character {error.position + 1} cannot be part of a text)"
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{where}: a value cannot be read ({type(error).__name__})") from None
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -230,8 +140,7 @@ def _is_file(path: Path) -> bool:
     try:
         return Path(usable_path(path)).is_file()
     except (ValueError, OSError) as error:  # a folder above it may be closed to us
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"config {_short(str(path))} cannot be looked up: {reason}") from None
+        raise ConfigError(f"config {_short(str(path))} cannot be looked up: {_short(str(error))}") from None
 
 
 def packaged_configs(group: str) -> list[Path]:

@@ -13,13 +13,10 @@ from pipeline.config import Strict, nearest
 from pipeline.models.variants import EFFICIENTVIM_VARIANTS, VISION_MAMBA_VARIANTS, VSSD_VARIANTS
 
 TIMM_PREFIX = "timm/"
-
-# The largest published models have a tenth of these. A model that is larger would be refused by memory, and late.
-Depth = Annotated[int, Field(gt=0, le=512)]  # blocks, also heads, taps and the like
+Depth = Annotated[int, Field(gt=0, le=512)]  # blocks; published models have a tenth
 Width = Annotated[int, Field(gt=0, le=2**15)]  # channels, states, pixels on a side
 Option = Annotated[int, Field(ge=-(2**15), le=2**15)] | Annotated[float, Field(ge=-1e6, le=1e6)]
-# Arguments of timm's create_model that fetch or read files. An export from somebody else must do neither.
-_READING_OPTIONS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "kwargs")
+_READING_OPTIONS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
 Ratio = Annotated[float, Field(gt=0, le=64)]
 
 
@@ -28,8 +25,7 @@ class FamilyConfig(Strict):
 
     Attributes:
         variants: Values of the family's named models.
-        free: Fields that may differ between a classifier's export and the model that starts from it; the weights are
-            fitted to them.
+        free: Fields that may differ between a classifier's export and a model that starts from it, which is fitted.
     """
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -295,12 +291,11 @@ class TimmConfig(FamilyConfig):
     @model_validator(mode="after")
     def _options(self) -> Self:
         if not re.fullmatch(r"timm/[A-Za-z0-9_.-]{1,100}", self.name):
-            raise ValueError(f"{self.name[:60]!r} is no name of a timm model; write for example timm/resnet50")
-        if found := [option for option in self.options if option in _READING_OPTIONS]:
-            raise ValueError(f"options.{found[0]} would read other files; give weights by their file instead")
-        depth = self.options.get("depth", 1)
-        if not isinstance(depth, int) or not 0 < depth <= 512:
-            raise ValueError(f"options.depth is {depth}, but a model has 1 to 512 blocks")
+            raise ValueError(f"{self.name[:60]!r} is no model of timm; write for example timm/resnet50")
+        if float(self.options.get("depth", 1)) > 512:
+            raise ValueError("options.depth is above 512 blocks")
+        if found := set(self.options).intersection(_READING_OPTIONS):
+            raise ValueError(f"options.{min(found)} would read other files; give weights by their file instead")
         return self
 
     @classmethod

@@ -1,6 +1,6 @@
 """Where the ranks meet: from the environment to a store that listens on no more addresses than the ranks need.
 
-torch's own store listens on every interface of the machine and answers everyone who connects. So rank 0 binds the socket
+torch's own store listens on every interface of the machine and takes in everyone who connects. So rank 0 binds the socket
 itself: one process needs no socket at all, processes of one machine meet on its loopback, and those of several at the
 address that all of them use. gloo and NCCL open sockets of their own, on the network device of that address.
 

@@ -16,10 +16,10 @@ from pipeline.config import (
     dump_yaml,
     find_config,
     load_config,
-    parse_yaml,
     validate,
 )
 from pipeline.errors import ConfigError
+from pipeline.yaml_text import parse_yaml
 from stages import SPECS
 from tests.conftest import ROOT
 

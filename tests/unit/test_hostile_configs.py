@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import load_config, parse_yaml
+from pipeline.config import load_config
 from pipeline.errors import ConfigError
+from pipeline.yaml_text import parse_yaml
 from stages import SPECS
 from tests.conftest import ROOT
 

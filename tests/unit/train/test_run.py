@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import apply_overrides, flatten, identity, parse_yaml, validate
+from pipeline.config import apply_overrides, flatten, identity, validate
 from pipeline.errors import DataError, HandoverError, PipelineError
 from pipeline.train.run import refuse_other_inputs, saved_inputs
+from pipeline.yaml_text import parse_yaml
 from stages import SPECS
 from stages.configs.base import StageConfig
 from tests.conftest import ROOT
@@ -37,6 +38,7 @@ FREE = (
     "loop.max_rewinds",
     "loop.spike_mads",
     "loop.max_skipped_steps",
+    "engine.public_address",
     "data.eval_batch",
     "data.loader.workers",
     "data.loader.prefetch",
