@@ -148,7 +148,9 @@ class StageContext(Generic[C]):
 
     def pictures(self, sample_indices: np.ndarray, number: int, image_size: tuple[int, int]) -> Tensor:
         """Return the same images on every rank, spread over `sample_indices`: (number, 3, H, W), on the device."""
-        view = eval_views(image_size, mean=self.config.data.mean, std=self.config.data.std)
+        view = eval_views(
+            image_size, mean=self.config.data.mean, std=self.config.data.std, decoding=self.config.data.decoding
+        )
         return spread(self.manifest, sample_indices, number, view).images.to(self.world.device)
 
     def fingerprint_images(self, image_size: tuple[int, int]) -> Tensor:

@@ -118,7 +118,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     flops = s.flops(built, size)
     if config.teacher and hasattr(model, "set_distilled_training"):
         model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
-    views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
+    views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std, decoding=config.data.decoding)
 
     def models() -> dict[str, nn.Module]:
         return {"student": s.engine.module} | ({"average": average} if average is not None else {})

@@ -162,7 +162,12 @@ def _evaluate_model(
 
     model, card = load_export(folder)
     model = model.to(world.device)
-    views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
+    views = eval_views(
+        card.model.image_size,
+        mean=card.preprocessing.mean,
+        std=card.preprocessing.std,
+        decoding=card.preprocessing.decoding,
+    )
     groups = {group: np.array(members) for group, members in card.class_groups.items()}
     classes = request.data.classes
 

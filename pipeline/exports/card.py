@@ -13,12 +13,13 @@ EXPORT/
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from pipeline.config import Strict
+from pipeline.decoding import WHITE, Decoding
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.files import sha256_of
 from pipeline.models.config import DecoderConfig, ModelConfig
@@ -28,11 +29,22 @@ WEIGHTS, FINGERPRINT, CARD = "model.safetensors", "fingerprint.safetensors", "mo
 _UNSEALED: Any = {"card_sha256": True, "lineage": {"parents": {"__all__": {"path"}}}}
 
 
+Mean = Annotated[float, Field(ge=0, le=1)]
+Std = Annotated[float, Field(ge=1e-3, le=1)]
+Level = Annotated[int, Field(ge=0, le=255)]
+
+
 class Preprocessing(Strict):
     """How pixels become the model's input: values in [0, 1], minus mean, over std, per channel."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Std, Std, Std]
+    ground: tuple[Level, Level, Level] = Field(WHITE, description="red, green and blue behind transparent pixels")
+
+    @property
+    def decoding(self) -> Decoding:
+        """How images are decoded for the model."""
+        return Decoding(ground=self.ground)
 
 
 class LabelsSeen(Strict):
@@ -119,6 +131,8 @@ class Card(Strict):
 
     def _digest(self) -> str:
         values = self.model_dump(mode="json", exclude=_UNSEALED)
+        if self.preprocessing.ground == WHITE:  # cards from before there was a choice keep their hash
+            del values["preprocessing"]["ground"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def verify(self, folder: Path) -> None:
@@ -152,10 +166,13 @@ class Card(Strict):
     def check_preprocessing(self, wanted: Preprocessing, folder: Path) -> None:
         """Raise HandoverError unless the model was trained on pixels that were prepared in the wanted way."""
         if self.preprocessing != wanted:
-            there, here = (f"mean {list(p.mean)} and std {list(p.std)}" for p in (self.preprocessing, wanted))
+            there, here = (
+                f"mean {list(p.mean)} and std {list(p.std)} on the ground {list(p.ground)}"
+                for p in (self.preprocessing, wanted)
+            )
             raise HandoverError(
                 f"{folder} was trained on pixels normalised by {there}, this run uses {here};"
-                " set data.mean and data.std to the export's values"
+                " set data.mean, data.std and data.ground to the export's values"
             )
 
     def check_classes(self, classes: tuple[str, ...], folder: Path) -> None:

@@ -7,7 +7,8 @@ from typing import ClassVar, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config import FREE, Strict
-from pipeline.exports.card import Preprocessing
+from pipeline.decoding import MAX_PIXELS, PILLOW_PIXELS, WHITE, Decoding
+from pipeline.exports.card import Level, Mean, Preprocessing, Std
 from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConfig
 
@@ -27,11 +28,22 @@ class DataConfig(Strict):
         description="folder with a manifest; evaluated once, after the last step; null = none",
         json_schema_extra=FREE,
     )
-    mean: tuple[float, float, float] = Field(
+    mean: tuple[Mean, Mean, Mean] = Field(
         (0.485, 0.456, 0.406), description="mean of red, green and blue that is subtracted from pixels in [0, 1]"
     )
-    std: tuple[float, float, float] = Field(
+    std: tuple[Std, Std, Std] = Field(
         (0.229, 0.224, 0.225), description="standard deviation of red, green and blue that pixels are divided by"
+    )
+    ground: tuple[Level, Level, Level] = Field(
+        WHITE,
+        description="red, green and blue, 0 to 255, that transparent pixels are composed on; the default is white",
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS,
+        ge=1,
+        le=PILLOW_PIXELS,
+        description="most pixels of an image, width times height. A larger JPEG is decoded at a reduced scale; a larger image"
+        " of another format is left out of training and counted, and is an error in an evaluation",
     )
     loader: LoaderConfig = Field(LoaderConfig(), description="order and speed of reading")
     eval_batch: PositiveInt = Field(
@@ -41,7 +53,12 @@ class DataConfig(Strict):
     @property
     def preprocessing(self) -> Preprocessing:
         """The normalisation, as an export's card states it."""
-        return Preprocessing(mean=self.mean, std=self.std)
+        return Preprocessing(mean=self.mean, std=self.std, ground=self.ground)
+
+    @property
+    def decoding(self) -> Decoding:
+        """How images are decoded."""
+        return Decoding(ground=self.ground, max_pixels=self.max_pixels)
 
 
 class StageConfig(Strict):

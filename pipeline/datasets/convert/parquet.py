@@ -1,7 +1,6 @@
 """A folder of parquet files, as Hugging Face lays it out, as a source; needs the optional pyarrow."""
 
 import functools
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError, EnvironmentProblem
+from pipeline.images import UnreadableImage, read_header
 
 
 @dataclass
@@ -32,8 +32,6 @@ class Parquet:
 
     def read(self, item: int) -> tuple[str, bytes]:
         """Return the file extension and the bytes of one image."""
-        from PIL import Image
-
         firsts = [first for _, _, first in self.groups]
         path, group, first = self.groups[int(np.searchsorted(firsts, item, side="right")) - 1]
         value = _row_group(path, group, self.column)[item - first].as_py()
@@ -41,9 +39,8 @@ class Parquet:
         if not isinstance(data, bytes):
             raise DataError(f"{path}: row {item - first} of row group {group} has no image bytes in {self.column!r}")
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                return (image.format or "").lower().replace("jpeg", "jpg"), data
-        except OSError as error:
+            return read_header(data).format.lower().replace("jpeg", "jpg"), data
+        except UnreadableImage as error:
             raise DataError(f"{path}: row {item - first} of row group {group} is no image ({error})") from None
 
 
