@@ -196,6 +196,9 @@ def _open(data: bytes) -> Image.Image:
         _JPEG
     ):  # without Pillow's own limit on pixels, since it may be reduced; also the first image of MPO
         return JpegImageFile(io.BytesIO(data))
+    kind = next((k for k, (at, starts) in _KNOWN.items() if data[at:].startswith(starts)), None)
+    if kind is not None:
+        raise UnreadableImage(f"not a readable image: its content is {kind}; accepted are {', '.join(FORMATS)}")
     return Image.open(io.BytesIO(data), formats=_readers())
 
 
@@ -207,7 +210,7 @@ def _readers() -> tuple[str, ...]:
 
 
 @contextmanager
-def _only_refusals() -> Iterator[None]:
+def _only_refusals(limit: int = MAX_PIXELS) -> Iterator[None]:
     """Turn everything that Pillow raises into UnreadableImage. On hostile bytes its readers raise nearly any exception."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about odd metadata, which does not concern the pixels
@@ -218,7 +221,7 @@ def _only_refusals() -> Iterator[None]:
         raise UnreadableImage("not a readable image (unknown format)") from None
     except Image.DecompressionBombError as error:
         number = re.search(r"\d+", str(error))
-        raise _too_large(f"{int(number[0]) if number else 0:,} pixels", MAX_PIXELS) from None
+        raise _too_large(f"{int(number[0]) if number else 0:,} pixels", limit) from None
     except MemoryError:
         raise UnreadableImage("not a readable image (it does not fit into the memory)") from None
     except Exception as error:
@@ -227,12 +230,10 @@ def _only_refusals() -> Iterator[None]:
 
 def _load(data: bytes, decoding: Decoding, notes: Notes | None) -> Image.Image:
     """Open a file, check its size, and decode it at a scale within the limit."""
-    kind = next((k for k, (at, starts) in _KNOWN.items() if data[at:].startswith(starts)), None)
-    if kind is not None:
-        raise UnreadableImage(f"not a readable image: its content is {kind}; accepted are {', '.join(FORMATS)}")
-    with _only_refusals():
+    limit = decoding.max_pixels
+    with _only_refusals(limit):
         image = _open(data)
-        width, height, limit = image.width, image.height, decoding.max_pixels
+        width, height = image.width, image.height
         if width < 1 or height < 1:
             raise UnreadableImage(f"not a readable image: it has {width} x {height} pixels")
         if width * height > limit:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.decoding import DEFAULT
 from pipeline.cli import guarded
 from pipeline.datasets.manifest import read_manifest
+from pipeline.decoding import DEFAULT
 from pipeline.errors import ConfigError
 from pipeline.report.extras import Section, show_section, write_section
 from pipeline.report.figures import draw, picture_grid

@@ -49,8 +49,8 @@ class Quarantine:
         if len(self._damaged) > self.allowed:
             named = f"; {self.path} names them" if self.path else ""
             raise DataError(
-                f"{len(self._damaged)} samples of {self.manifest.folder} cannot be decoded, {self.allowed} are "
-                f"allowed per process, the last: {self._damaged[-1]}{named}; repair the shards or raise data.loader.max_unreadable"
+                f"{len(self._damaged)} samples of {self.manifest.folder} cannot be decoded, {self.allowed} are allowed per"
+                f" process, the last: {self._damaged[-1]}{named}; repair the shards or raise data.loader.max_unreadable"
             )
 
 
