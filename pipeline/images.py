@@ -114,14 +114,14 @@ def choose_decoder() -> Decoder:
 
 
 def decode_with_simplejpeg(data: bytes, decoding: Decoding = DEFAULT, notes: Notes | None = None) -> Pixels:
-    """Decode JPEG with simplejpeg, and with Pillow what it declines: CMYK, PNG, large and partly damaged files."""
+    """Decode JPEG with simplejpeg, and with Pillow the rest: CMYK, PNG, large and partly damaged files."""
     import simplejpeg
 
     if not data.startswith(_JPEG):
         return decode_with_pillow(data, decoding, notes)
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        if not 0 < width * height <= decoding.max_pixels:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if not 0 < width * height <= decoding.max_pixels or colours in ("CMYK", "YCCK"):
             return decode_with_pillow(data, decoding, notes)
         pixels: Pixels = simplejpeg.decode_jpeg(data)
     except ValueError:
