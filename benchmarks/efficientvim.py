@@ -3,7 +3,7 @@
 The models run in fp32 on 2 threads, with random weights and statistics as if trained. All rivals take turns in the same rounds
 and medians are compared, so other work on the machine slows them together. timm's models are reparameterised, as its users run
 them. The "fastest form" of a model is the faster of torch eager (timm's in both memory layouts, ours fused and packed) and
-ONNX Runtime; without onnxruntime (requirements-onnx.txt) the keys that need it are null. `fused_error` is the largest error
+ONNX Runtime; without onnxruntime (extra `onnx`) the keys that need it are null. `fused_error` is the largest error
 of our forms over the largest logit.
 
 `--sizes 224 512 1024` adds the table of benchmarks/inference.py (Table E, Figures A and D), with at each size the largest batch

@@ -67,8 +67,8 @@ def guarded(
         rank: The rank of this process. Ranks other than 0 do not repeat the sentence about an interruption.
 
     Returns:
-        The command's own code; the `exit_code` of a `PipelineError`; 5 for a disk that fails; 130 for Ctrl-C; 1, with a
-        stack trace, for a bug.
+        The command's own code; 0 if the reader of the output has closed it; the `exit_code` of a `PipelineError`; 5 for a
+        disk that fails; 130 for Ctrl-C; 1, with a stack trace, for a bug.
     """
     previous, threading.excepthook = threading.excepthook, _thread_problem
     try:
@@ -76,6 +76,10 @@ def guarded(
     except KeyboardInterrupt:
         print("stopped at once; start the same command again to continue", file=sys.stderr, flush=True)
         return ExitCode.STOPPED
+    except BrokenPipeError:
+        # The reader of our output has read enough, as `head` does. Python would complain at exit when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.COMPLETE
     except Exception as error:
         known = error if isinstance(error, PipelineError) else explain(error) or _disk_problem(error)
         if known is None:

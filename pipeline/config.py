@@ -41,7 +41,7 @@ class Strict(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 # Old name of a key -> its name now. Nothing reads the old name: the refusal of an unknown key says the new one.
-RENAMED = {"lanes": "virtual_readers"}
+RENAMED = {"lanes": "virtual_readers", "probe": "linear_probe"}
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,6 +1,6 @@
 """Name what an exported classifier sees in image files, best class first.
 
-python -m pipeline.predict EXPORT IMAGE... [--top 5] [--cam FOLDER]
+    python -m pipeline.predict EXPORT IMAGE... [--top 5] [--cam FOLDER]
 
 With --cam it also draws where the evidence for the best class lies (Grad-CAM).
 An image that cannot be read gets a sentence, the others are still classified, and the exit code is 3. A command that

@@ -5,8 +5,7 @@ python -m stages STAGE --replay RUN DATA_STEP
 
 The process is one rank of several if torchrun's environment variables say so. With --replay, it takes one data step of a
 finished or failed run again, alone and on the CPU, and names the first value that is not finite.
-Exit codes: 0 complete; 1 bug; 2 config; 3 data; 4 hand-over or checkpoint; 5 environment; 6 diverged; 7 distributed
-failure; 75 interrupted and saved, start again to continue; 130 a second Ctrl-C ended it without saving.
+The exit code is one of pipeline/exit_codes.py; docs/exit-codes.md says what to do about each.
 """
 
 import argparse

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pipeline.evaluate.features import evaluate_features, features_of
 from pipeline.evaluate.metrics import mean_loss
-from pipeline.evaluate.probes import evaluate_features, features_of
 from pipeline.models.arm import ARM, pixel_loss
 from pipeline.report.pictures import write_grid
 from pipeline.report.tensorboard import Board
@@ -69,7 +69,7 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
             return {}
         batches = s.evaluator.evaluation(s.manifest, held_out, size)
         loss = mean_loss(s.engine.module, batches, lambda p, x: arm_loss(arm, p, x).mean(1), s.world.device)
-        return {"val/loss": loss} | probes(s, arm, step)
+        return {"val/loss": loss} | quality_of_features(s, arm, step)
 
     def finish(task: ArmTask) -> None:
         export(s, s.engine.full_weights(), model=config.model, decoder=config.decoder, measured=s.measured)
@@ -89,13 +89,13 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
     )
 
 
-def probes(s: StageContext[ArmConfig], arm: ARM, step: int) -> dict[str, float]:
-    """Evaluate the features that the decoder reads, at the steps of `probe.every` and after the last step.
+def quality_of_features(s: StageContext[ArmConfig], arm: ARM, step: int) -> dict[str, float]:
+    """Evaluate the features that the decoder reads, at the steps of `linear_probe.every` and after the last step.
 
     Returns:
         val/linear (linear probe) and val/knn in percent; nothing at other steps.
     """
-    config, asked = s.config, s.config.probe
+    config, asked = s.config, s.config.linear_probe
     if asked is None or not len(s.subsets.labelled) or (step % (asked.every or step) and step < config.loop.steps):
         return {}
     learnt_from = s.subsets.labelled[:: -(-len(s.subsets.labelled) // asked.samples)]

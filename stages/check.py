@@ -180,7 +180,7 @@ def derive_batches(global_batch: int, world_size: int, micro_batch: int | None) 
 
 
 def is_complete(config: StageConfig) -> bool:
-    """Find out whether this very run has finished and its export is sound, and print the answer.
+    """Find out whether this very run has finished and its export is sound, and say so.
 
     Raises:
         PipelineError: The folder belongs to another run (see `refuse_other_run`).

@@ -155,7 +155,7 @@ class StageSpec(ABC, Generic[C]):
         Args:
             config: The stage's config.
             num_classes: Classes of the training manifest.
-            parent: Gives the model of a parent by its role; called only where the answer depends on it.
+            parent: Gives the model of a parent by its role; called only where the result depends on it.
         """
 
     @abstractmethod

@@ -31,7 +31,7 @@ PRETRAINING = {
     "last-tap": ["decoder.taps=[4]"],
 }
 SHORT = {
-    "arm": ["loop.steps=200", "probe.neighbours=5"],
+    "arm": ["loop.steps=200", "linear_probe.neighbours=5"],
     "distill": ["loop.steps=150", "optim.lr=5e-3", "data.loader.sampling=uniform"],
 }
 

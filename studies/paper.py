@@ -179,7 +179,7 @@ def pretraining() -> list[str]:
     """
     epoch = TRAIN_IMAGES / 2048  # the config's batch; the config itself holds out a validation subset
     steps, warmup = round(300 * epoch), round(40 * epoch)
-    return ["data.split=null", "probe=null", f"loop.steps={steps}", f"optim.warmup_steps={warmup}"]
+    return ["data.split=null", "linear_probe=null", f"loop.steps={steps}", f"optim.warmup_steps={warmup}"]
 
 
 def _length(images: int, size: int, epochs: int, batch: int | None = None) -> list[str]:

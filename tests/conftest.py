@@ -1,13 +1,18 @@
 """What the tests share: the bundled digits as shards, and runs of real processes."""
 
-import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from pipeline.exit_codes import blame
+from tests import warm
+from tests.waiting import patience
+
+ROOT, ENVIRONMENT = warm.ROOT, warm.ENVIRONMENT
 
 
 @pytest.fixture(scope="session")
@@ -42,14 +47,27 @@ class Stages:
         return [sys.executable, *head, stage, f"configs/{stage}/{config}.yaml", *self.overrides(*more), *tail]
 
     def run(self, stage: str, *more: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(stage, *more, nproc=nproc),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env=ENVIRONMENT,
-            check=False,
-        )
+        """Run a stage in `nproc` processes to its end; the result has the exit code that the launcher would give."""
+        command = self.command(stage, *more)
+        if nproc == 1:
+            return warm.run(command)
+        shared = warm.ENVIRONMENT | {
+            "WORLD_SIZE": str(nproc),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        ranks = [warm.start(command, shared | {"RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(nproc)]
+        while not all(rank.poll() == 0 for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.02)
+        # As under the launcher: when a rank has failed, the others get a moment and are then ended.
+        deadline = time.monotonic() + patience(3)
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        codes = [rank.poll() for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+        output, errors = ("".join(texts) for texts in zip(*(rank.communicate() for rank in ranks), strict=True))
+        return subprocess.CompletedProcess(command, blame(code or 0 for code in codes), output, errors)
 
     def complete(self, stage: str, *more: str, nproc: int = 1) -> Path:
         """Run to the end and return the run's folder."""
@@ -59,7 +77,11 @@ class Stages:
         return self.runs / experiment / stage
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +93,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Stages:
 def chain(stages: Stages) -> Stages:
     """The three smoke stages, run once for all tests."""
     command = [sys.executable, "-m", "launchers", "local", "chain", "smoke", *stages.overrides()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr
     assert f"report: {stages.runs / 'smoke' / 'report.html'}" in done.stdout
     return stages

@@ -5,8 +5,11 @@ imports, which take longer than what most tests run. `start` and `run` mirror `s
 commands of the form `[sys.executable, "-m", MODULE, ...]`.
 """
 
+import atexit
 import ctypes
 import functools
+import importlib
+import itertools
 import json
 import os
 import runpy
@@ -20,20 +23,23 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 _PR_SET_PDEATHSIG = 1
+_NUMBERS = itertools.count()
 
 
 class Process:
     """A process that the warm server has forked. Its standard streams are files, so that nothing needs to be read meanwhile."""
 
-    def __init__(self, connection: socket.socket, args: Sequence[str], output: IO[bytes], errors: IO[bytes]) -> None:
+    def __init__(self, connection: socket.socket, args: Sequence[str], output: Path, errors: Path) -> None:
         self.args, self.returncode = args, None
         self._connection, self._output, self._errors, self._read = connection, output, errors, b""
         self.pid = int(self._line(None) or 0)
+
+    def __del__(self) -> None:
+        self._connection.close()
 
     def _line(self, timeout: float | None) -> str | None:
         """The server's next line: the process id, then the exit code; None if it does not come in time."""
@@ -51,7 +57,7 @@ class Process:
     def poll(self) -> int | None:
         """The exit code, negative for a signal, or None while the process runs."""
         if self.returncode is None and (line := self._line(0.0)) is not None:
-            self.returncode = int(line)
+            self._ended(int(line))
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -60,8 +66,13 @@ class Process:
             line = self._line(timeout)
             if line is None:
                 raise subprocess.TimeoutExpired(list(self.args), timeout or 0.0)
-            self.returncode = int(line)
+            self._ended(int(line))
+        assert self.returncode is not None
         return self.returncode
+
+    def _ended(self, code: int) -> None:
+        self.returncode = code
+        self._connection.close()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end and return the output and the errors as text."""
@@ -71,12 +82,12 @@ class Process:
     @property
     def output(self) -> str:
         """Standard output so far."""
-        return Path(self._output.name).read_text(errors="replace")
+        return self._output.read_text(errors="replace")
 
     @property
     def errors(self) -> str:
         """Standard error so far."""
-        return Path(self._errors.name).read_text(errors="replace")
+        return self._errors.read_text(errors="replace")
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
@@ -101,11 +112,15 @@ def start(command: Sequence[str], env: Mapping[str, str] = ENVIRONMENT, cwd: Pat
         cwd: Its folder.
     """
     assert list(command[:2]) == [sys.executable, "-m"], command
+    server = Path(_server())
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(_server())
-    output, errors = (tempfile.NamedTemporaryFile(prefix="warm-") for _ in range(2))  # noqa: SIM115 - the process owns them
+    connection.connect(str(server))
+    number = next(_NUMBERS)
+    output, errors = (server.with_name(f"{number}.{name}") for name in ("out", "err"))
     asked = {"argv": list(command[2:]), "env": dict(env), "cwd": str(cwd)}
-    socket.send_fds(connection, [json.dumps(asked).encode() + b"\n"], [output.fileno(), errors.fileno()])
+    with output.open("wb") as to_output, errors.open("wb") as to_errors:
+        message = json.dumps(asked).encode() + b"\n"
+        socket.send_fds(connection, [message], [to_output.fileno(), to_errors.fileno()])
     return Process(connection, command, output, errors)
 
 
@@ -125,16 +140,24 @@ def run(
 @functools.cache
 def _server() -> str:
     """Start this test process's server; the address of its socket. It ends with the test process."""
-    address = str(Path(tempfile.mkdtemp(prefix="warm-")) / "socket")
+    folder = tempfile.TemporaryDirectory(prefix="warm-")
+    address = str(Path(folder.name) / "socket")
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.warm", address], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL
     )
+    atexit.register(_stop, server, folder)
     deadline = time.monotonic() + 300
     while not Path(address).exists():
         assert server.poll() is None, "the warm server did not start"
         assert time.monotonic() < deadline, "the warm server takes too long to start"
         time.sleep(0.02)
     return address
+
+
+def _stop(server: "subprocess.Popen[bytes]", folder: "tempfile.TemporaryDirectory[str]") -> None:
+    server.kill()
+    server.wait()
+    folder.cleanup()
 
 
 def _serve(address: str) -> None:
@@ -144,6 +167,7 @@ def _serve(address: str) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        importlib.import_module("pipeline.ops.torchvision_cpu").allow_torchvision()
         for module in (
             "torch._dynamo",
             "deepspeed",
@@ -151,8 +175,13 @@ def _serve(address: str) -> None:
             "stages.distill",
             "stages.semi",
             "torch.utils.tensorboard",
+            "matplotlib.figure",
+            "matplotlib.backends.backend_agg",
+            "torchvision.transforms.v2.functional",
+            "timm.data",
+            "sklearn.linear_model",
         ):
-            __import__(module)
+            importlib.import_module(module)
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write)

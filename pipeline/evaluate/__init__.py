@@ -1,1 +1,1 @@
-"""Evaluation: predictions and what is computed from them, probes of features, and maps of where a model looks."""
+"""Evaluation: predictions and what is computed from them, the quality of features, and maps of where a model looks."""

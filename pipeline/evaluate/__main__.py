@@ -1,13 +1,13 @@
 """Evaluate an exported classifier on a dataset.
 
-python -m pipeline.evaluate EXPORT DATA [--train DATA --split FILE [--probe]] [--out FOLDER]
+    python -m pipeline.evaluate EXPORT DATA [--train DATA --split FILE [--linear-probe]] [--out FOLDER]
 
 DATA is a folder of shards with a manifest; --subset evaluates on one subset of a split of it. The command reports top-1 and
 top-5; balanced, head, medium and tail accuracy; calibration and the accuracy of every class; and it keeps all predictions.
 
 If the export's stage trained a student beside a teacher, both are evaluated. With --train and --split a temperature is
-fitted on the split's validation subset, and the calibrated metrics are added. With --probe too, a linear probe and nearest
-neighbours learn from the split's labelled subset, on the input of the model's head.
+fitted on the split's validation subset, and the calibrated metrics are added. With --linear-probe too, a linear probe and
+nearest neighbours learn from the split's labelled subset, on the input of the model's head.
 
 On several processes: make evaluate EXPORT=... DATA=... NPROC=N. The numbers do not depend on N.
 Exit codes: those of `python -m stages`.
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=Path, metavar="DATA", help="dataset of --split (default: DATA)")
     parser.add_argument("--split", type=Path, metavar="FILE", help="a split of --train")
     parser.add_argument(
-        "--probe", action="store_true", help="add a linear probe and nearest neighbours on the features"
+        "--linear-probe", action="store_true", help="add a linear probe and nearest neighbours on the features"
     )
     parser.add_argument(
         "--batch", type=int, help="images per process and step (default: the evaluation batch of the export's run)"
@@ -83,7 +83,7 @@ class _Request(NamedTuple):
     sample_indices: np.ndarray  # rows of `data`
     train: Manifest
     held_out: np.ndarray  # rows of `train` that the temperature is fitted on
-    bank: np.ndarray  # rows of `train` that the probes learn from; empty without --probe
+    bank: np.ndarray  # rows of `train` that the linear probe learns from; empty without --linear-probe
     split: str | None
     out: Path
 
@@ -91,8 +91,8 @@ class _Request(NamedTuple):
 def _check(given: argparse.Namespace) -> _Request:
     if given.batch is not None and given.batch < 1:
         raise ConfigError(f"--batch {given.batch}: give at least 1 image per step")
-    if (given.subset or given.train or given.probe) and not given.split:
-        raise ConfigError("--subset, --train and --probe need a split; give its file with --split")
+    if (given.subset or given.train or given.linear_probe) and not given.split:
+        raise ConfigError("--subset, --train and --linear-probe need a split; give its file with --split")
     exports, data = companions(given.export), read_manifest(given.data)
     for folder in exports.values():
         card = Card.read(folder)
@@ -114,12 +114,12 @@ def _check(given: argparse.Namespace) -> _Request:
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be written ({error.strerror}); choose another --out") from None
     held_out = split.subset("validation") if split and given.subset != "validation" else np.empty(0, np.int64)
-    bank = split.subset("labelled") if split and given.probe else np.empty(0, np.int64)
+    bank = split.subset("labelled") if split and given.linear_probe else np.empty(0, np.int64)
     learnt_from = np.concatenate([held_out, bank])
     if train.hash == data.hash and (both := np.intersect1d(sample_indices, learnt_from)).size:
         raise ConfigError(
-            f"the temperature or the probe would learn from {both.size} of the {len(sample_indices)} images to evaluate on;"
-            " give --subset validation or unlabelled, or another DATA"
+            f"the temperature or the linear probe would learn from {both.size} of the {len(sample_indices)} images to evaluate"
+            " on; give --subset validation or unlabelled, or another DATA"
         )
     return _Request(exports, data, sample_indices, train, held_out, bank, split.hash if split else None, out)
 
@@ -153,9 +153,9 @@ def _evaluate_model(
 
     from pipeline.evaluate import metrics
     from pipeline.evaluate.calibration import fit_temperature
-    from pipeline.evaluate.config import ProbeConfig
+    from pipeline.evaluate.config import LinearProbeConfig
+    from pipeline.evaluate.features import evaluate_features, features_of
     from pipeline.evaluate.predictions import collect_logits, predict
-    from pipeline.evaluate.probes import evaluate_features, features_of
     from pipeline.exports.export import load_export
     from pipeline.streaming.loader import evaluation_batches
     from pipeline.streaming.transforms import eval_views
@@ -200,13 +200,14 @@ def _evaluate_model(
         reader = getattr(model, "head", None)
         if not isinstance(reader, nn.Linear):
             raise ConfigError(
-                f"--probe needs a model with one linear head, but {card.model.name} in {folder} has none; leave --probe out"
+                f"--linear-probe needs a model with one linear head, but {card.model.name} in {folder} has none;"
+                " leave --linear-probe out"
             )
         learnt, queries = (
             features_of(model, reader, batches(manifest, chosen), world.device)
             for manifest, chosen in ((request.train, request.bank), (request.data, request.sample_indices))
         )
-        results[name]["probes"] = evaluate_features(learnt, queries, ProbeConfig())
+        results[name]["features"] = evaluate_features(learnt, queries, LinearProbeConfig())
     return results, card.weights_sha256
 
 
@@ -238,8 +239,8 @@ def _print(results: dict[str, Any], out: Path) -> None:
         )
         print(f"{name:22s}" + "".join(cells))
     for name, found in results.items():
-        if "probes" in found:
-            print(f"{name}, features: " + ", ".join(f"{k} {v:.2f}" for k, v in found["probes"].items()))
+        if "features" in found:
+            print(f"{name}, features: " + ", ".join(f"{k} {v:.2f}" for k, v in found["features"].items()))
     first = next(iter(results.values()))
     low, high = first["intervals"]["top1"]
     print(f"{first['samples']} images; 95 % bootstrap interval of top1: {low:.2f} to {high:.2f}; written to {out}")

@@ -5,7 +5,7 @@ from pydantic import Field, PositiveInt
 from pipeline.config import Strict
 
 
-class ProbeConfig(Strict):
+class LinearProbeConfig(Strict):
     """Evaluate features with a linear probe and with nearest neighbours.
 
     Both learn from the labelled subset and are evaluated on the validation subset. The labels are read for these numbers
@@ -14,11 +14,12 @@ class ProbeConfig(Strict):
 
     every: PositiveInt | None = Field(
         None,
-        description="optimizer steps between two probes, a multiple of loop.eval_every; null = at every evaluation",
+        description="optimizer steps between two evaluations of the features, a multiple of loop.eval_every;"
+        " null = at every evaluation",
     )
     samples: PositiveInt = Field(
         50_000,
-        description="maximum number of labelled samples that the probes learn from, spread evenly over the subset",
+        description="maximum number of labelled samples that both learn from, spread evenly over the subset",
     )
     neighbours: PositiveInt = Field(
         20, description="number of nearest neighbours that vote; fewer if there are fewer samples"

@@ -78,7 +78,7 @@ def convert_to_coreml(model: nn.Module, image_size: tuple[int, int], *, batch: i
             import coremltools as ct
         except ImportError:
             raise EnvironmentProblem(
-                "writing Core ML needs the package coremltools: pip install -r requirements-coreml.txt"
+                "writing Core ML needs the package coremltools: pip install 'visionmamba-pipeline[coreml]'"
             ) from None
         program = torch.export.export(model.eval(), (torch.zeros(batch, 3, *image_size),)).run_decompositions({})
         return ct.convert(

@@ -1,6 +1,6 @@
 """The fingerprint batch: a few images, and what the model returned for them when it was exported.
 
-Whoever loads the export computes the outputs again. Equal outputs prove that code, kernels and weights still belong
+Loading the export computes the outputs again. Equal outputs prove that code, kernels and weights still belong
 together; hashes alone prove only the weights.
 """
 

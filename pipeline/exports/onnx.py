@@ -75,7 +75,7 @@ def _need(package: str) -> None:
         __import__(package)
     except ImportError:
         raise EnvironmentProblem(
-            f"writing ONNX needs the package {package}: pip install -r requirements-onnx.txt"
+            f"writing ONNX needs the package {package}: pip install 'visionmamba-pipeline[onnx]'"
         ) from None
 
 

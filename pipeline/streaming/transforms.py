@@ -217,8 +217,8 @@ def random_box(
 def crop_resize(image: Pixels, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
     """Return a box resized to (3, *size) uint8 in channels-last strides, antialiased as Pillow does it."""
     top, left, height, width = box
-    # With a batch dimension in front, torch recognises the slice as channels-last, works on it without a copy and returns
-    # the same layout: a third faster than a copied crop.
+    # With a batch dimension added, torch recognises the slice as channels-last, works on it without a copy and returns the
+    # same layout: a third faster than a copied crop.
     crop = torch.from_numpy(image)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
     if height * size[1] > MAX_SCALED:  # a thin, very high crop: along the columns first
         crop = F.interpolate(crop, (size[0], width), mode=interpolation, antialias=True, align_corners=False)

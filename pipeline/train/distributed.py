@@ -227,6 +227,6 @@ def _import_deepspeed() -> ModuleType:
             ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Nothing of DeepSpeed's own is compiled. Its shared-memory all-reduce would take half a minute and g++ at the first
-    # start for no gain; reading the table instead of setting it would probe every operator with the compiler.
+    # start for no gain; reading the table instead of setting it would try the compiler on every operator.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed

@@ -92,10 +92,11 @@ def report(anomaly: Anomaly, run: Run, recorder: Recorder, step: int, rewinds: i
 def advice(anomaly: Anomaly, run: Run, step: int, rewinds: int) -> str:
     """Return the last sentence of a run that gives up after so many rewinds."""
     tried = f" after {rewinds} rewinds" if rewinds else ""
+    otherwise = "raise loop.max_rewinds" if rewinds else "set loop.on_divergence=rewind"
     return (
         f"{anomaly.reason} by step {step}{tried}, first at data step {anomaly.data_step}; the last steps are in"
         f" {run.folder / 'report'}, `python -m stages {run.folder.name} --replay {run.folder} {anomaly.data_step}` names the"
-        " module; lower optim.lr, lengthen optim.warmup_steps, or set loop.on_divergence=rewind"
+        f" module; lower optim.lr, lengthen optim.warmup_steps, or {otherwise}"
     )
 
 

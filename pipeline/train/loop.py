@@ -85,6 +85,7 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
                 _tell_incidents(training, run, saver, row, step)
                 display.show(step, row)
                 run.status("running", step=step, steps=loop.steps)
+            # Before saving: a run that continues from this checkpoint does not evaluate this step again.
             if last or (loop.eval_every and step % loop.eval_every == 0):
                 with meter.pausing():
                     row = evaluate(step, display.board)

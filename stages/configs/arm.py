@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from pipeline.evaluate.config import ProbeConfig
+from pipeline.evaluate.config import LinearProbeConfig
 from pipeline.models.config import (
     DecoderConfig,
     FamilyConfig,
@@ -27,8 +27,8 @@ class ArmConfig(StageConfig):
     model: VisionMambaConfig = Field(description="the backbone; pretraining decides the form of its head and scan")
     decoder: DecoderConfig = Field(DecoderConfig(), description="the decoder, which pretraining alone uses")
     augment: AugmentConfig = Field(AugmentConfig(crop_scale=(0.2, 1.0)), description="augmentation of training images")
-    probe: ProbeConfig | None = Field(
-        ProbeConfig(),
+    linear_probe: LinearProbeConfig | None = Field(
+        LinearProbeConfig(),
         description="linear probe and k-NN on the features; needs data.split with labelled and validation subsets;"
         " null = none",
     )
@@ -54,11 +54,11 @@ class ArmConfig(StageConfig):
 
     @model_validator(mode="after")
     def _cadence(self) -> Self:
-        every = self.probe.every if self.probe else None
+        every = self.linear_probe.every if self.linear_probe else None
         if every and every % (self.loop.eval_every or self.loop.steps):
             raise ValueError(
-                f"probe.every {every} must be a multiple of loop.eval_every {self.loop.eval_every}:"
-                " probes run as part of an evaluation"
+                f"linear_probe.every {every} must be a multiple of loop.eval_every {self.loop.eval_every}:"
+                " it is part of an evaluation"
             )
         return self
 

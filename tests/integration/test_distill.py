@@ -4,7 +4,6 @@ import contextlib
 import json
 import shutil
 import sqlite3
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,15 @@ from safetensors.torch import load_file
 from pipeline.exports.card import WEIGHTS, Card
 from pipeline.exports.export import load_export
 from pipeline.train.checkpoint import complete
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests import warm
+from tests.conftest import Stages
 
 
 def run(stages: Stages, stage: str, *more: str, nproc: int = 1) -> Path:
     """The smoke config of the second chain, to its end; the folder of its run."""
     teacher = [f"teacher.export={stages.runs / 'smoke/distill/export'}"] if stage == "distill" else []
     command = stages.command(stage, *teacher, *more, nproc=nproc, config="smoke_efficientvim")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr
     name = next((m.split("=")[1] for m in reversed(more) if m.startswith("run.experiment=")), "smoke-efficientvim")
     return stages.runs / name / stage
@@ -91,13 +91,13 @@ def test_a_second_run_does_not_ask_the_teacher_again(chain: Stages, tmp_path: Pa
     first = run(chain, "distill", "run.experiment=kept-one", kept, *short)
     (file,) = (tmp_path / "kept").glob("*.sqlite")
 
-    def answers() -> list[tuple[int, int]]:
+    def predictions() -> list[tuple[int, int]]:
         with contextlib.closing(sqlite3.connect(file)) as database:
-            return database.execute("SELECT count(*), max(rowid) FROM answers").fetchall()
+            return database.execute("SELECT count(*), max(rowid) FROM predictions").fetchall()
 
-    assert answers() == [(4 * 16, 4 * 16)]
+    assert predictions() == [(4 * 16, 4 * 16)]
     second = run(chain, "distill", "run.experiment=kept-two", kept, *short)
-    assert answers() == [(4 * 16, 4 * 16)]
+    assert predictions() == [(4 * 16, 4 * 16)]
     assert losses(second) == losses(first)
 
 
@@ -114,6 +114,6 @@ def test_a_teacher_may_give_targets_to_unlabelled_images(chain: Stages) -> None:
     assert row["train/teacher_loss"] > 0
     assert not Card.read(folder / "export").more_labels_than_claimed
     command = chain.command("distill", "teacher.unlabelled_ratio=2", "data.split=null", config="smoke_efficientvim")
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    refused = warm.run(command)
     assert refused.returncode == 2
     assert "teacher.unlabelled_ratio is 2, but without data.split no image is unlabelled" in refused.stderr

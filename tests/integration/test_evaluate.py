@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests import warm
+from tests.conftest import Stages
 
 UNEVEN = "56"  # 400 images in batches of 56 do not divide evenly among one, two or three processes
 
@@ -15,19 +16,19 @@ UNEVEN = "56"  # 400 images in batches of 56 do not divide evenly among one, two
 def evaluate(*arguments: object, nproc: int = 1) -> subprocess.CompletedProcess[str]:
     head = ["-m", "launchers", "evaluate", "--nproc", str(nproc)] if nproc > 1 else ["-m", "pipeline.evaluate"]
     command = [sys.executable, *head, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    return warm.run(command)
 
 
 def test_student_and_teacher_get_the_numbers_of_the_run_to_the_last_digit(chain: Stages, tmp_path: Path) -> None:
     run = chain.runs / "smoke" / "semi"
     split = ["--train", chain.digits / "train", "--split", chain.digits / "split.json"]
-    done = evaluate(run / "export", chain.digits / "test", *split, "--probe", "--out", tmp_path)
+    done = evaluate(run / "export", chain.digits / "test", *split, "--linear-probe", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     theirs = json.loads((run / "evaluation.json").read_text())["models"]
     ours = json.loads((tmp_path / "evaluation.json").read_text())["models"]
-    probes = {name: ours[name].pop("probes") for name in theirs}
+    features = {name: ours[name].pop("features") for name in theirs}
     assert {name: ours[name] for name in theirs} == theirs
-    assert all(10 < accuracy <= 100 for found in probes.values() for accuracy in found.values())
+    assert all(10 < accuracy <= 100 for found in features.values() for accuracy in found.values())
     assert ours["teacher, calibrated"]["top1"] == theirs["teacher"]["top1"]  # a temperature changes no argmax
     assert ours["teacher, calibrated"]["temperature"] > 0
     assert len((tmp_path / "per_class-student.csv").read_text().splitlines()) == 11

@@ -17,9 +17,11 @@ import pytest
 from launchers.local import spawn
 from pipeline.files import replace_text
 from pipeline.train.checkpoint import _damage, complete
+from tests import warm
 from tests.conftest import ENVIRONMENT, ROOT, Stages
 from tests.golden.write import losses
 from tests.integration.test_resume import parents, start_and_signal
+from tests.waiting import patience, wait_until
 
 
 def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_seen(chain: Stages, tmp_path: Path) -> None:
@@ -96,9 +98,7 @@ def test_a_clock_that_jumps_changes_nothing(chain: Stages) -> None:
     """Two years back in the middle of a run with a time limit: time that decides is monotonic."""
     command = [sys.executable, "-m", "tests.integration.planted", "clock", "configs/arm/smoke.yaml"]
     overrides = chain.overrides("run.experiment=jumped", "loop.time_limit_minutes=30")
-    done = subprocess.run(
-        [*command, *overrides], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    done = warm.run([*command, *overrides])
     assert done.returncode == 0, done.stderr
     run, straight = (chain.runs / name / "arm/export/model.safetensors" for name in ("jumped", "smoke"))
     assert run.read_bytes() == straight.read_bytes()
@@ -108,18 +108,13 @@ def test_a_clock_that_jumps_changes_nothing(chain: Stages) -> None:
 
 def test_a_frozen_rank_ends_all_in_7(chain: Stages) -> None:
     command = chain.command("arm", "run.experiment=frozen", "loop.steps=5000", "engine.timeout_seconds=6", nproc=2)
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = warm.start(command)
     checkpoints = chain.runs / "frozen" / "arm" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not complete(checkpoints) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: bool(complete(checkpoints)), "the first checkpoint", 40, context=lambda: process.errors)
     ranks = psutil.Process(process.pid).children()
     ranks[1].send_signal(signal.SIGSTOP)
-    assert process.wait(60) == 7
-    text = process.stderr.read()
-    process.stderr.close()
+    assert process.wait(patience(30)) == 7
+    text = process.errors
     assert "lost another rank" in text
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     assert complete(checkpoints)
@@ -228,14 +223,7 @@ def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, data_
     if not run.exists():
         assert chain.run("arm", *more, nproc=2).returncode == 6
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    done = subprocess.run(
-        [sys.executable, "-m", "stages", "arm", "--replay", str(run), str(data_step)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run([sys.executable, "-m", "stages", "arm", "--replay", str(run), str(data_step)])
     assert done.returncode == 0, done.stderr
     assert re.match(rf"data step {data_step} \(step {data_step}\): {finding}", done.stdout), done.stdout
     assert "2 micro-batches a step" in done.stderr  # a micro-batch is what one of the two processes took at once
@@ -244,14 +232,7 @@ def test_a_replay_names_the_first_module_that_is_not_finite(chain: Stages, data_
 
 def test_a_replay_beyond_the_end_of_the_run_is_refused(chain: Stages) -> None:
     run = chain.runs / "smoke" / "arm"
-    done = subprocess.run(
-        [sys.executable, "-m", "stages", "arm", "--replay", str(run), "8"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run([sys.executable, "-m", "stages", "arm", "--replay", str(run), "8"])
     assert done.returncode == 2
     assert f"DATA_STEP is 8, but the 8 steps of {run} end at data step 7" in done.stderr
 

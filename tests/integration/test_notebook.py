@@ -83,7 +83,7 @@ def test_what_ends_a_stage_is_the_exception_of_its_exit_code_with_its_sentence(d
         pipeline.run_stage("distill", config(digits, tmp_path), ["optim.lrr=1"])
     with pytest.raises(ConfigError, match="unknown stage 'distil'"):
         pipeline.run_stage("distil", config(digits, tmp_path))
-    with pytest.raises(DataError, match=r"^\S+/none\S* does not exist"):
+    with pytest.raises(DataError, match=r"^stage distill: \S+/none\S* does not exist"):
         pipeline.run_stage("distill", config(digits, tmp_path), {"data.train": tmp_path / "none"})
 
 

@@ -15,13 +15,14 @@ from pipeline.errors import EnvironmentProblem
 from pipeline.report.results import read_result
 from pipeline.report.sections import plans
 from stages import SPECS
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests import warm
+from tests.conftest import Stages
 
 
 def planned(stages: Stages, *more: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     overrides = [*stages.overrides(*more), "cluster:nodes=1"]
     command = [sys.executable, "-m", "launchers", "plan", "chain", "smoke", *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = warm.run(command)
     name = next((m.split("=")[1] for m in more if m.startswith("run.experiment=")), "smoke")
     path = stages.runs / name / "plan.json"
     return done, json.loads(path.read_text()) if path.exists() else {}

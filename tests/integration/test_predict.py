@@ -14,7 +14,8 @@ from PIL import Image
 import pipeline
 from pipeline.errors import ConfigError, DataError, HandoverError
 from pipeline.streaming.transforms import eval_views
-from tests.conftest import ENVIRONMENT, ROOT
+from tests import warm
+from tests.conftest import ROOT
 from tests.unit.exports.test_export import exported
 
 CLASSES = tuple("abcdefg")
@@ -22,7 +23,7 @@ CLASSES = tuple("abcdefg")
 
 def predict(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.predict", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    return warm.run(command)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_an_image_of_pillow_is_seen_as_its_file_is(export: Path, tmp_path: Path)
     assert seen.probabilities == same.probabilities
     ground = Image.new("RGB", (40, 20), "white")
     ground.paste(stored, mask=stored.getchannel("A"))
-    (upright,) = classifier.predict(np.asarray(ground.transpose(Image.Transpose.ROTATE_270)))
+    (upright,) = classifier.predict(np.array(ground.transpose(Image.Transpose.ROTATE_270)))
     assert seen.probabilities == upright.probabilities
 
 

@@ -18,12 +18,12 @@ def rows(run: Path, name: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_probes_are_the_same_on_two_processes(chain: Stages, zero: int) -> None:
+def test_the_linear_probe_is_the_same_on_two_processes(chain: Stages, zero: int) -> None:
     """At the stated cadence and after the last step; the loss of the clusters is the loss."""
-    more = ["loop.eval_every=2", "probe.every=4", "loop.steps=6", "probe.neighbours=5"]
+    more = ["loop.eval_every=2", "linear_probe.every=4", "loop.steps=6", "linear_probe.neighbours=5"]
     one, two = (
         rows(
-            chain.complete("arm", *more, f"run.experiment=probes{n}z{zero}", f"engine.zero_stage={zero}", nproc=n),
+            chain.complete("arm", *more, f"run.experiment=linear{n}z{zero}", f"engine.zero_stage={zero}", nproc=n),
             "val/loss",
         )
         for n in (1, 2)
@@ -37,12 +37,13 @@ def test_probes_are_the_same_on_two_processes(chain: Stages, zero: int) -> None:
     for got, want in zip(two, one, strict=True):
         assert got == pytest.approx(want, rel=1e-4, abs=100 / 150 + 1e-6)  # percent: one image at most falls otherwise
     assert two[-1]["val/loss"] == pytest.approx(one[-1]["val/loss"], rel=1e-5)
-    for row in rows(chain.runs / f"probes2z{zero}" / "arm", "train/loss"):
+    for row in rows(chain.runs / f"linear2z{zero}" / "arm", "train/loss"):
         clusters = [value for name, value in row.items() if name.startswith("cluster_loss/")]
         assert len(clusters) == 15
         assert sum(clusters) / 15 == pytest.approx(row["train/loss"], rel=1e-6)
 
 
+@pytest.mark.soak  # twice 300 steps
 def test_bf16_learns_what_fp32_learns(chain: Stages) -> None:
     """300 steps: every number finite, and the held-out loss within 2 % of fp32's."""
     more = ["loop.steps=300", "loop.log_every=20", "loop.save_every=300", "optim.warmup_steps=20"]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.conftest import ROOT, Stages
+from tests.waiting import patience, wait_until
 
 CONFIG = {
     "optim.lrr=1": "optim.lrr: unknown key; did you mean 'lr'?",
@@ -87,14 +89,7 @@ def test_a_split_of_another_dataset_ends_in_3(stages: Stages, digits: Path) -> N
 def test_half_an_environment_ends_in_5(stages: Stages) -> None:
     from tests.conftest import ENVIRONMENT
 
-    done = subprocess.run(
-        stages.command("arm", "run.experiment=half"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT | {"RANK": "0"},
-        check=False,
-    )
+    done = warm.run(stages.command("arm", "run.experiment=half"), env=ENVIRONMENT | {"RANK": "0"})
     assert_refused(done, 5, "the environment gives RANK but not WORLD_SIZE")
 
 
@@ -113,24 +108,14 @@ def test_divergence_ends_in_6_and_leaves_nothing_that_is_not_finite(stages: Stag
 def test_a_rank_that_is_killed_ends_the_others_in_7(stages: Stages) -> None:
     import os
     import signal
-    import time
 
     import psutil
 
-    from tests.conftest import ENVIRONMENT
-
-    process = subprocess.Popen(
-        stages.command("arm", "run.experiment=widow", "loop.steps=5000", "data.loader.workers=1", nproc=2),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    process = warm.start(
+        stages.command("arm", "run.experiment=widow", "loop.steps=5000", "data.loader.workers=1", nproc=2)
     )
     metrics = stages.runs / "widow" / "arm" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(metrics.exists, "the first logged step", 40, context=lambda: process.errors)
     ranks = psutil.Process(process.pid).children()
     assert len(ranks) == 2
     everyone = psutil.Process(process.pid).children(recursive=True)
@@ -139,8 +124,7 @@ def test_a_rank_that_is_killed_ends_the_others_in_7(stages: Stages) -> None:
     for worker in workers:
         worker.suspend()  # it cannot notice that its rank is gone
     os.kill(ranks[1].pid, signal.SIGKILL)
-    assert process.wait(30) == 7
-    _, there = psutil.wait_procs(everyone, timeout=5)
+    assert process.wait(patience(15)) == 7
+    _, there = psutil.wait_procs(everyone, timeout=patience(3))
     assert all(one.status() == psutil.STATUS_ZOMBIE for one in there)
-    assert "was killed by SIGKILL" in process.stderr.read()
-    process.stderr.close()
+    assert "was killed by SIGKILL" in process.errors

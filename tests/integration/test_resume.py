@@ -3,16 +3,16 @@
 import json
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from stages import SPECS
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests import warm
+from tests.conftest import Stages
 from tests.integration.test_poison import poisoned
+from tests.waiting import patience, wait_until
 
 
 def step_reached(run: Path) -> int:
@@ -25,19 +25,16 @@ def start_and_signal(
 ) -> int:
     """Start, wait until `after_steps` rows are logged, send the signal, return the exit code."""
     run = stages.runs / next(m.split("=")[1] for m in more if m.startswith("run.experiment=")) / stage
-    process = subprocess.Popen(
-        stages.command(stage, *more, nproc=nproc),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    process = warm.start(stages.command(stage, *more, nproc=nproc))
+    wait_until(
+        lambda: step_reached(run) >= after_steps or process.poll() is not None,
+        f"step {after_steps} of {run}",
+        40,
+        every=0.002,
     )
-    deadline = time.monotonic() + 120
-    while step_reached(run) < after_steps and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert step_reached(run) >= after_steps
+    assert step_reached(run) >= after_steps, process.errors
     process.send_signal(number)
-    return process.wait(60)
+    return process.wait(patience(20))
 
 
 def parents(chain: Stages, stage: str) -> list[str]:
@@ -75,19 +72,10 @@ def test_ctrl_c_on_the_launcher_saves_on_all_ranks_and_continues(chain: Stages) 
 
 def test_a_stop_before_the_first_step_is_an_interruption(chain: Stages) -> None:
     more = ["run.experiment=early", *parents(chain, "semi")]
-    process = subprocess.Popen(
-        chain.command("semi", *more, nproc=2),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while len(psutil.Process(process.pid).children()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process = warm.start(chain.command("semi", *more, nproc=2))
+    wait_until(lambda: len(psutil.Process(process.pid).children()) == 2, "the launcher to start two ranks", 20)
     process.send_signal(signal.SIGTERM)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=patience(20))
     assert process.returncode == 75, text
     assert "Traceback" not in text
 
@@ -105,12 +93,8 @@ def test_a_finished_run_whose_export_was_damaged_writes_it_again(chain: Stages) 
 
 def test_two_processes_may_not_work_in_one_folder(chain: Stages) -> None:
     more = ["run.experiment=shared", "loop.steps=100000"]
-    first = subprocess.Popen(
-        chain.command("arm", *more), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while step_reached(chain.runs / "shared" / "arm") < 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    first = warm.start(chain.command("arm", *more))
+    wait_until(lambda: step_reached(chain.runs / "shared" / "arm") >= 1, "the first step of the first process", 40)
     second = chain.run("arm", *more)
     first.kill()
     first.wait()

@@ -4,7 +4,6 @@ A few kills here; thirty in `make soak`. The seed of the moments is printed when
 """
 
 import random
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests import warm
+from tests.conftest import Stages
 from tests.golden.write import losses
 from tests.integration.test_faults import samples
 from tests.integration.test_resume import parents, step_reached
+from tests.waiting import patience
 
 STEPS_PER_KILL = 6
 SAME = [(2, 2)]  # (processes, ZeRO stage), in turn
@@ -28,21 +29,14 @@ def kill_often(chain: Stages, name: str, kills: int, layouts: Sequence[tuple[int
     for k in range(kills):
         nproc, zero = layouts[k % len(layouts)]
         arguments = overrides(chain, name, kills, zero)
-        process = subprocess.Popen(
-            chain.command("semi", *arguments, nproc=nproc),
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = warm.start(chain.command("semi", *arguments, nproc=nproc))
         wait_for_steps(run, moments.randint(1, 3), process)
         family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
         time.sleep(moments.uniform(0, 0.15))
         victim = moments.choice(family[: 1 + nproc] if nproc > 1 else family[:1])
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert process.poll() is None, process.errors
         psutil.Process(victim).kill()
-        _, text = process.communicate(timeout=60)
+        _, text = process.communicate(timeout=patience(20))
         assert process.returncode in (-9, 7), text
         assert gone(family), f"kill {k} left a process behind"
     nproc, zero = layouts[0]
@@ -63,9 +57,9 @@ def overrides(chain: Stages, name: str, kills: int, zero: int) -> list[str]:
     ]
 
 
-def wait_for_steps(run: Path, more: int, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(run: Path, more: int, process: warm.Process) -> None:
     """Until this start has logged `more` steps: it first forgets those after its checkpoint."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + patience(60)
     least = reached = step_reached(run)
     while time.monotonic() < deadline and process.poll() is None:
         reached = step_reached(run)
@@ -77,7 +71,7 @@ def wait_for_steps(run: Path, more: int, process: subprocess.Popen[str]) -> None
 
 
 def gone(pids: Sequence[int]) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(4)
     while time.monotonic() < deadline:
         if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
             return True

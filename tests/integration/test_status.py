@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import pytest
 from launchers import status
 from launchers.queue import JobState
 from pipeline.errors import ConfigError
-from tests.conftest import ENVIRONMENT, ROOT, Stages
+from tests import warm
+from tests.conftest import Stages
 from tests.integration.test_resume import start_and_signal, step_reached
 
 
@@ -43,13 +43,7 @@ def test_a_parent_that_was_trained_anew_is_told(chain: Stages, tmp_path: Path) -
 
 def test_a_killed_run_is_silent_and_a_living_one_runs(chain: Stages) -> None:
     run = chain.runs / "alive" / "arm"
-    process = subprocess.Popen(
-        chain.command("arm", "run.experiment=alive", "loop.steps=4000"),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = warm.start(chain.command("arm", "run.experiment=alive", "loop.steps=4000"))
     try:
         while step_reached(run) < 8:
             assert process.poll() is None

@@ -91,6 +91,7 @@ def test_an_optimizer_in_the_hosts_memory_steps_alike(chain: Stages, alone, zero
         assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.soak  # inductor compiles for minutes
 def test_a_compiled_model_trains_alike(chain: Stages, alone) -> None:
     run = chain.complete("arm", "run.experiment=compiled", SHORT, "engine.compile=true")
     for got, want in zip(losses(run, "arm"), alone["arm"], strict=True):

@@ -53,9 +53,10 @@ def test_an_unknown_key_inside_an_optional_section_is_explained_too() -> None:
 
 
 def test_a_key_that_was_renamed_is_refused_with_its_new_name() -> None:
-    path = ROOT / "configs/semi/smoke.yaml"
     with pytest.raises(ConfigError, match=r"data\.loader\.lanes: .* write data\.loader\.virtual_readers"):
-        load_config(SPECS["semi"].config, path, ["data.loader.lanes=4"])
+        load_config(SPECS["semi"].config, ROOT / "configs/semi/smoke.yaml", ["data.loader.lanes=4"])
+    with pytest.raises(ConfigError, match=r"probe: .* write linear_probe"):
+        load_config(SPECS["arm"].config, ROOT / "configs/arm/smoke.yaml", ["probe.every=4"])
 
 
 def test_all_problems_are_told_at_once() -> None:

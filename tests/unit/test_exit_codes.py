@@ -3,6 +3,7 @@
 import errno
 import itertools
 import re
+import subprocess
 import sys
 import threading
 
@@ -142,3 +143,10 @@ def test_the_config_files_are_listed_and_copied_with_their_bases(capsys, tmp_pat
     assert "exists already and is not overwritten" in capsys.readouterr().err
     assert cli.main(["configs", "copy", "demmo", "mine"]) == 2
     assert "no config file is called 'demmo'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    code = "from pipeline.cli import guarded; guarded(lambda _: [print(k) for k in range(10**6)] and 0, [])"
+    command = f"{sys.executable} -c '{code}' | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

@@ -14,20 +14,10 @@ import pytest
 
 from tests.conftest import ROOT
 
-TEXT = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.html", "*.cpp", "*.h", "Makefile", ".ci/run")
+TEXT = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.html", "*.ipynb", "*.cpp", "*.h", "Makefile", ".ci/run")
 EXEMPT = ("CHANGELOG.md", "tests/unit/test_words.py")  # they name the old words on purpose
 SIMD = ("pipeline/ops/*", "tests/unit/ops/*", "benchmarks/scan.py", "docs/scan.md", "docs/efficientvim.md")
 NOTHING = r"(?!)"
-# The evaluation of pretraining: a config section, its files and their tests.
-LINEAR_PROBE = (
-    "*evaluate*",
-    "stages/arm.py",
-    "stages/configs*",
-    "configs/arm/*",
-    "docs/arm.md",
-    "*pretraining*",
-    "*probe*",
-)
 
 
 @dataclass(frozen=True)
@@ -50,38 +40,33 @@ WORDS = (
     Word(r"\banatom(y|ies)\b", "profile"),
     Word(r"\b(shortages|refusals)\.py\b", "preflight.py, limits.py"),
     Word(r"\bsights?\b", "target layers"),
-    Word(r"\bfronts?\b", "Pareto front", r"(?i)Pareto (front|.*accuracy)|front page|in front of|frontmatter|pareto"),
+    Word(r"\bfronts?\b", "Pareto front", r"(?i)pareto"),
     Word(r"\bworking[ _-]cop(y|ies)\b", "inference copy"),
     # The old config key is refused with its new name.
     Word(r"\b_?lanes?\b", "virtual reader, reader", r"virtual_readers|data\.loader\.lanes", SIMD),
-    # DeepSpeed's own name; CSS; argparse.
+    # DeepSpeed's own name; CSS.
     Word(
         r"\b_?positions?\b",
         "sample index, data step, position embedding; pixel, patch or token; offset",
-        r"(?i)position[ _-]embedding|grad_position|position: *(absolute|relative|sticky|fixed)",
+        r"(?i)position[ _-]embedding|grad_position|position: sticky",
     ),
+    # The old config key is refused with its new name.
     Word(
         r"\bprobes?\b",
         "fingerprint, linear probe, self-test",
-        r"(?i)linear[ _-]probes?|\bprobe\.|probe=|--probe\b",
-        LINEAR_PROBE,
+        r'(?i)linear[ _-]probes?|"probe": "linear_probe"|"probe\.',
     ),
     Word(r"\btroubles?\b", "anomaly, problem"),
     Word(r"\bhouses?\b", "package, project"),
-    # Rounding down; the C++ and torch functions.
-    Word(r"\bfloors?\b", "layer", r"\bfloor(_?div\w*)?\(|\.floor\b|rounded? down"),
-    Word(r"\brooms?\b", "package, module; space", r"\b[mM]ake room\b"),
+    # Rounding down.
+    Word(r"\bfloors?\b", "layer", r"\bfloor\("),
+    Word(r"\brooms?\b", "package, module; space"),
     Word(r"\bwhoever\b", "say who"),
     Word(r"\bgoes on before\b", "waits until"),
     Word(r"\bwhat (stands|is left standing)\b", "say what is there"),
     Word(r"\b((un)?labelled|validation|held-out) parts?\b", "subset"),
-    # Servers, SLURM and people answer; models predict.
-    Word(
-        r"\banswers?\b",
-        "prediction, output, logits",
-        r"(?i)\banswers? to\b|\b(server|SLURM|squeue|sacct|browser|question|page|README|people|http|person)\b",
-        ("*storage*", "*slurm*", "tests/*"),
-    ),
+    # Servers and SLURM answer; models predict.
+    Word(r"\banswers?\b", "prediction, output, logits", files=("*storage*", "*slurm*", "launchers/*", "tests/*")),
     Word(r"\brequirements-\w+\.txt", "an extra of pyproject.toml: pip install 'visionmamba-pipeline[onnx]'"),
     Word(r'("""|# |//! ?|// )Of\b(?! course)', "a whole sentence, or a noun phrase that stands alone"),
 )

@@ -66,7 +66,7 @@ def interpret(function: Any, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_program_computes_what_the_fused_model_computes(half: bool) -> None:
-    pytest.importorskip("coremltools", reason="pip install -r requirements-coreml.txt")
+    pytest.importorskip("coremltools", reason="pip install 'visionmamba-pipeline[coreml]'")
     from pipeline.exports.coreml import convert_to_coreml
 
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def test_the_program_computes_what_the_fused_model_computes(half: bool) -> None:
 
 
 def test_an_export_becomes_a_program_that_is_whole_or_absent(tmp_path: Path) -> None:
-    pytest.importorskip("coremltools", reason="pip install -r requirements-coreml.txt")
+    pytest.importorskip("coremltools", reason="pip install 'visionmamba-pipeline[coreml]'")
     exported_family(tmp_path / "export", "efficientvim_nano", image_size=64, **NARROW)
     out = tmp_path / "out" / "model.mlpackage"
     command = ["coreml", str(tmp_path / "export"), "--out", str(out)]

@@ -144,8 +144,8 @@ def test_what_timm_does_not_know_has_no_config_for_it(tmp_path: Path) -> None:
 
 
 def test_an_export_as_onnx_gives_its_outputs(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx", reason="pip install -r requirements-onnx.txt")
-    runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
+    onnx = pytest.importorskip("onnx", reason="pip install 'visionmamba-pipeline[onnx]'")
+    runtime = pytest.importorskip("onnxruntime", reason="pip install 'visionmamba-pipeline[onnx]'")
     model = exported_family(tmp_path / "export", "efficientvim_nano", image_size=64, **NARROW)
     path = tmp_path / "out" / "model.onnx"
     assert main(["onnx", str(tmp_path / "export"), "--out", str(path)]) == 0
@@ -159,7 +159,7 @@ def test_an_export_as_onnx_gives_its_outputs(tmp_path: Path) -> None:
 
 
 def test_what_onnx_cannot_hold_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
+    pytest.importorskip("onnxruntime", reason="pip install 'visionmamba-pipeline[onnx]'")
     exported(tmp_path / "export")
     assert main(["onnx", str(tmp_path / "export"), "--out", str(tmp_path / "x.onnx")]) == 2
     assert "vim_nano cannot be written as ONNX" in capsys.readouterr().err

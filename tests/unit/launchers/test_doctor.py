@@ -1,6 +1,5 @@
 """The doctor tries things; a healthy machine passes, and what is missing comes with its remedy."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,13 +7,13 @@ import pytest
 
 from launchers import doctor, filesystem
 from launchers.chain import read_steps
-from tests.conftest import ENVIRONMENT, ROOT
+from tests import warm
 
 
 def test_here_all_that_is_needed_is_well(digits: Path, tmp_path: Path) -> None:
     overrides = [f"run.root={tmp_path}", f"data.train={digits / 'train'}", f"data.split={digits / 'split.json'}"]
     command = [sys.executable, "-m", "launchers", "doctor", "chain", "smoke", *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = warm.run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PROBLEM" not in done.stdout
     assert "OK       two processes sum a tensor over gloo" in done.stdout

@@ -335,8 +335,8 @@ class TestExport:
         torch.testing.assert_close(program.module()(images), fused(images), rtol=1e-5, atol=1e-6)
 
     def test_onnx_runtime_agrees_for_any_batch(self, tmp_path: Path) -> None:
-        runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-onnx.txt")
-        pytest.importorskip("onnx", reason="pip install -r requirements-onnx.txt")
+        runtime = pytest.importorskip("onnxruntime", reason="pip install 'visionmamba-pipeline[onnx]'")
+        pytest.importorskip("onnx", reason="pip install 'visionmamba-pipeline[onnx]'")
         from pipeline.exports.onnx import write_onnx
 
         fused = self.fused()

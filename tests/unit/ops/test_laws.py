@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.ops import closed_form, reference
@@ -63,11 +63,16 @@ def test_scan_without_its_optional_inputs(name, absent, softplus):
     states=st.integers(1, 64),
     reverse=st.booleans(),
 )
+@example(batch=1, channels=1, steps=9, states=9, reverse=True)
 def test_scan_of_any_shape(name, batch, channels, steps, states, reverse):
+    """The gradient of delta_bias is the sum of delta's, which may cancel: its error counts against the sum of magnitudes."""
     inputs = scan_inputs(batch, channels, steps, states)
     got = outputs_and_gradients(operators(name).scan, inputs, reverse=reverse)
     want = outputs_and_gradients(reference.selective_scan, doubled(inputs), reverse=reverse)
-    assert max(relative_errors(got, want)) < FP32_BOUND
+    *others, _ = relative_errors(got, want)
+    assert max(others) < FP32_BOUND
+    magnitude = want[2].abs().sum((0, 2)).max()
+    assert (got[-1].double() - want[-1]).abs().max() < FP32_BOUND * magnitude
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

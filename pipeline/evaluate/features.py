@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.evaluate.config import ProbeConfig
+from pipeline.evaluate.config import LinearProbeConfig
 from pipeline.evaluate.predictions import LabelledBatch, gather
 
 QUERIES_AT_ONCE = 1024  # rows of the table of cosines that are in memory at a time
@@ -68,7 +68,7 @@ def features_of(
     return Features(gather(torch.cat(rows))[real], gather(torch.cat(labels))[real])
 
 
-def evaluate_features(bank: Features, queries: Features, config: ProbeConfig) -> dict[str, float]:
+def evaluate_features(bank: Features, queries: Features, config: LinearProbeConfig) -> dict[str, float]:
     """Return the percentage of `queries` that a linear probe and the nearest neighbours in `bank` classify correctly.
 
     Both standardise each feature by its mean and standard deviation in the bank. The features of a model that was

@@ -1,4 +1,4 @@
-"""Probes equal scikit-learn and cases by hand; each sample counts once for any number of ranks and batches."""
+"""The linear probe and the neighbours equal scikit-learn and cases by hand, and count each sample once on any ranks."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from pipeline.evaluate.config import ProbeConfig
-from pipeline.evaluate.probes import Features, evaluate_features, features_of, linear_probe, nearest_neighbours
+from pipeline.evaluate.config import LinearProbeConfig
+from pipeline.evaluate.features import Features, evaluate_features, features_of, linear_probe, nearest_neighbours
 from tests.unit.evaluate.test_metrics import batch
 
 
@@ -42,8 +42,8 @@ def test_more_neighbours_than_samples_use_all_of_them() -> None:
     assert nearest_neighbours(bank, bank.values, 3, neighbours=20, temperature=0.1).shape == (5, 3)
 
 
-def test_probes_ignore_the_scale_and_the_origin_of_a_feature() -> None:
-    bank, queries, config = samples(90, 0), samples(200, 1), ProbeConfig(neighbours=9)
+def test_the_linear_probe_and_the_neighbours_ignore_the_scale_and_the_origin_of_a_feature() -> None:
+    bank, queries, config = samples(90, 0), samples(200, 1), LinearProbeConfig(neighbours=9)
     scale, shift = torch.tensor([1e-3, 1, 10, 1, 500, 1]), torch.tensor([100.0, 0, -3, 0, 7, 0])
     moved = [x._replace(values=x.values * scale + shift) for x in (bank, queries)]
     found = evaluate_features(bank, queries, config)
