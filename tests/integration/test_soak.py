@@ -1,6 +1,6 @@
 """Kill -9 again and again, at random moments, while every step is being saved: the end is that of a run never killed.
 
-A few kills here; thirty in `make soak`. The seed of the moments is printed when a case fails.
+Two kills here; thirty, with changing layouts too, in `make soak`. The seed of the moments is printed when a case fails.
 """
 
 import random
@@ -96,9 +96,8 @@ def soak(chain: Stages, kills: int, layouts: Sequence[tuple[int, int]], seed: in
     assert rest == {step: whole[step] for step in rest}
 
 
-@pytest.mark.parametrize("layouts", [SAME, MOVING], ids=["same", "moving"])
-def test_a_few_kills(chain: Stages, layouts: Sequence[tuple[int, int]]) -> None:
-    soak(chain, 3, layouts, seed=1)
+def test_two_kills(chain: Stages) -> None:
+    soak(chain, 2, SAME, seed=1)
 
 
 @pytest.mark.soak
