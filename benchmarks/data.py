@@ -152,7 +152,8 @@ def decoders(jpegs: list[bytes]) -> dict[str, float]:
         return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
 
     size, box = (224, 224), (40, 60, 250, 300)
-    pixels, picture = decode_with_pillow(jpegs[0]), Image.open(io.BytesIO(jpegs[0])).convert("RGB")
+    pixels = decode_with_pillow(jpegs[0])
+    picture = Image.fromarray(pixels)
     corners = (box[1], box[0], box[1] + box[3], box[0] + box[2])
     work: dict[str, Callable[[bytes], object]] = {
         "decode_ms_pillow": decode_with_pillow,

@@ -81,7 +81,12 @@ class Classifier:
         from pipeline.streaming.transforms import eval_views
 
         self.model, self.card = model, card
-        self._view = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
+        self._view = eval_views(
+            card.model.image_size,
+            mean=card.preprocessing.mean,
+            std=card.preprocessing.std,
+            decoding=card.preprocessing.decoding,
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -203,17 +208,14 @@ def _sources(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, Ima
             yield str(image), Path(image)
 
 
-def _picture(image: ImageLike) -> bytes | NDArray[np.uint8]:
+def _picture(image: ImageLike) -> bytes | Image.Image | NDArray[np.uint8]:
     """Return an image as a view takes it; raise DataError with the reason if it is none."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):
         return _read(Path(image))
     if isinstance(image, Image.Image):
-        try:
-            return np.array(image.convert("RGB"))
-        except OSError as error:  # PIL decodes late
-            raise DataError(f"not a readable image ({error})") from None
+        return image
     if not isinstance(image, np.ndarray):
         raise DataError(f"a {type(image).__name__} is no image; give a path, bytes, a PIL image or an array")
     if (

@@ -78,7 +78,11 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
     return Prepared(
         model=arm,
         make_task=lambda engine: ArmTask(arm),
-        views={"unlabelled": train_views(size, config.augment, mean=config.data.mean, std=config.data.std)},
+        views={
+            "unlabelled": train_views(
+                size, config.augment, mean=config.data.mean, std=config.data.std, decoding=config.data.decoding
+            )
+        },
         image_size=size,
         flops=s.flops({"student": arm}, size),
         evaluate=evaluate,

@@ -112,7 +112,8 @@ def check_parent(
     Raises:
         PipelineError: Says what does not fit: preprocessing, classes, kind, form or labels.
     """
-    card.check_preprocessing(config.data.preprocessing, folder)
+    if role != "teacher":  # a teacher's images are prepared as its card says
+        card.check_preprocessing(config.data.preprocessing, folder)
     card.check_classes(manifest.classes, folder)
     spec_of(config).check_parent(config, role, folder, card.kind, card.model)
     return card.check_labels(folder, manifest.first_index, subsets.labelled, allow_more=not config.claimed_labels())

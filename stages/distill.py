@@ -7,17 +7,21 @@ Input: labelled shards; an export, a file of weights or nothing; a teacher or no
 """
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.exports.card import Preprocessing
 from pipeline.exports.prediction_cache import PredictionCache
-from pipeline.exports.timm_teacher import timm_teacher
+from pipeline.exports.teacher_input import TeacherInput
+from pipeline.exports.timm_teacher import timm_input, timm_teacher
 from pipeline.exports.transfer import transfer
 from pipeline.exports.weights import load_weights
 from pipeline.files import sha256_of
 from pipeline.models import build_from_config
+from pipeline.models.config import FamilyConfig
 from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
 from pipeline.ssl.config import LyapEMAConfig
 from pipeline.ssl.teacher import Teacher
@@ -26,10 +30,12 @@ from pipeline.streaming.mixup import mix_at_random
 from pipeline.streaming.transforms import train_views
 from pipeline.train.engine import Engine
 from pipeline.train.task import Mean, StepOutput, Task, mean_of
-from stages.configs.distill import DistillConfig, TeacherConfig
+from stages.configs.distill import DistillConfig, TeacherConfig, teacher_size
 from stages.context import StageContext
 from stages.drivers import Prepared
 from stages.handover import export
+
+logger = logging.getLogger(__name__)
 
 FrozenTeacher = Callable[[Tensor], Tensor]
 
@@ -113,12 +119,12 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     built: dict[str, nn.Module] = {"student": model}
     teacher: FrozenTeacher | None = None
     if config.teacher:
-        built["teacher"] = network = frozen_teacher(s, config.teacher, size)
+        built["teacher"] = network = frozen_teacher(s, config.teacher, shape)
         teacher = with_cache(s, config.teacher, network) if config.teacher.cache else network
     flops = s.flops(built, size)
     if config.teacher and hasattr(model, "set_distilled_training"):
         model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
-    views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std)
+    views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std, decoding=config.data.decoding)
 
     def models() -> dict[str, nn.Module]:
         return {"student": s.engine.module} | ({"average": average} if average is not None else {})
@@ -139,19 +145,33 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     )
 
 
-def frozen_teacher(s: StageContext[DistillConfig], config: TeacherConfig, image_size: tuple[int, int]) -> nn.Module:
-    """Load the teacher, in eval mode and without gradients, on this rank's device. The labels that it saw count as seen."""
+def frozen_teacher(s: StageContext[DistillConfig], config: TeacherConfig, student: FamilyConfig) -> TeacherInput:
+    """Load the teacher, in eval mode and without gradients, on this rank's device. The labels that it saw count as seen.
+
+    It sees the student's images as its own were prepared: by its card, or for timm by its `pretrained_cfg` and the config.
+    """
+    seen = s.config.data.preprocessing
     if config.timm is not None and config.weights is not None:
-        teacher: nn.Module = timm_teacher(config.timm, config.weights, len(s.manifest.classes), image_size)
+        size = teacher_size(config, student)
+        network: nn.Module = timm_teacher(config.timm, config.weights, len(s.manifest.classes), size)
         s.ancestry.saw_external_labels(config.timm)
+        known = timm_input(config.timm)
+        usual = known.preprocessing if known else seen
+        own = Preprocessing(mean=config.mean or usual.mean, std=config.std or usual.std)
     else:
-        teacher = s.ancestry.load("teacher")
-    return teacher.to(s.world.device).eval().requires_grad_(False)
+        network = s.ancestry.load("teacher")
+        card = s.ancestry.card("teacher")
+        own, size = card.preprocessing, card.model.image_size
+    logger.info("the teacher sees images of %d x %d pixels, mean %s and std %s", *size, own.mean, own.std)
+    return TeacherInput(network, seen, own, size).to(s.world.device).eval().requires_grad_(False)
 
 
-def with_cache(s: StageContext[DistillConfig], config: TeacherConfig, teacher: nn.Module) -> PredictionCache:
-    """Keep the teacher's predictions in `teacher.cache`, in a file for its weights and its precision."""
+def with_cache(s: StageContext[DistillConfig], config: TeacherConfig, teacher: TeacherInput) -> PredictionCache:
+    """Keep the teacher's predictions in `teacher.cache`, in a file for its weights, its input and its precision."""
     assert config.cache is not None
     weights = sha256_of(config.weights) if config.weights else s.ancestry.card("teacher").weights_sha256
-    path = config.cache / f"{weights[:16]}-{s.config.engine.precision}.sqlite"
+    path = (
+        config.cache
+        / f"{weights[:16]}-{teacher.digest(s.config.data.preprocessing)}-{s.config.engine.precision}.sqlite"
+    )
     return PredictionCache(teacher, path, gigabytes=config.cache_gb)

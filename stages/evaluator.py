@@ -48,7 +48,7 @@ class Evaluator:
             sample_indices: The samples.
             image_size: (height, width) in pixels.
         """
-        views = eval_views(image_size, mean=self.config.mean, std=self.config.std)
+        views = eval_views(image_size, mean=self.config.mean, std=self.config.std, decoding=self.config.decoding)
         return evaluation_batches(
             manifest,
             sample_indices,

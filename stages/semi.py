@@ -197,7 +197,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     transfer(parent, model, s.ancestry.folder("init_from"))
     teacher = copy.deepcopy(model)  # before the engine may shard the weights
     weak, strong, views = (
-        train_views(size, a, mean=data.mean, std=data.std)
+        train_views(size, a, mean=data.mean, std=data.std, decoding=data.decoding)
         for a in (config.weak, config.strong, config.labelled or config.strong)
     )
     counts = np.bincount(s.manifest.labels[s.subsets.labelled], minlength=len(s.manifest.classes))

@@ -66,7 +66,12 @@ def show_attribution(
 
     `model` is the bare module, because DeepSpeed's wrapper would take a backward pass for a step.
     """
-    batch = spread(manifest, sample_indices, NUM_PICTURES, eval_views(image_size, mean=look.mean, std=look.std))
+    batch = spread(
+        manifest,
+        sample_indices,
+        NUM_PICTURES,
+        eval_views(image_size, mean=look.mean, std=look.std, decoding=look.decoding),
+    )
     try:
         maps, predicted = gradcam(model, batch.images.to(next(model.parameters()).device))
     except (PipelineError, RuntimeError, IndexError) as error:  # an unknown layout is no reason to stop

@@ -68,7 +68,7 @@ def profile(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDI
         workload=workload,
         parameters=_parameters(built[student.name], config),
         frozen_parameters=sum(p.numel() for network in workload.frozen for p in built[network.name].parameters()),
-        flops=workload.flops(lambda network: forward_flops(built[network.name], image_size)),
+        flops=workload.flops(lambda network: forward_flops(built[network.name], network.model.image_size)),
         fixed_activations=max(0, 2 * one - two),
         image_activations=two - one,
     )

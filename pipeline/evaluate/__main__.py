@@ -174,7 +174,12 @@ def _evaluate_model(
 
     model, card = load_export(folder)
     model = model.to(world.device)
-    views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
+    views = eval_views(
+        card.model.image_size,
+        mean=card.preprocessing.mean,
+        std=card.preprocessing.std,
+        decoding=card.preprocessing.decoding,
+    )
     classes = request.data.classes
     groups = _groups(folder, card)
 

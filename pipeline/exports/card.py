@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config import Strict
+from pipeline.decoding import WHITE, Decoding
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.files import sha256_of
 from pipeline.models.config import DecoderConfig, ModelConfig, VisionMambaConfig, check_taps
@@ -34,10 +35,13 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a file in this fol
 _UNSEALED: Any = {"card_sha256": True, "lineage": {"parents": {"__all__": {"path"}}}}
 
 Mean = Annotated[float, Field(ge=0, le=1)]
-Spread = Annotated[float, Field(ge=1e-3, le=10)]
+Spread = Annotated[float, Field(ge=1e-3, le=1)]
 Channels = tuple[Mean, Mean, Mean]
 Spreads = tuple[Spread, Spread, Spread]
 Words = Annotated[str, Field(max_length=10_000)]
+
+
+Level = Annotated[int, Field(ge=0, le=255)]
 
 
 class Preprocessing(Strict):
@@ -45,6 +49,12 @@ class Preprocessing(Strict):
 
     mean: Channels
     std: Spreads
+    ground: tuple[Level, Level, Level] = Field(WHITE, description="red, green and blue behind transparent pixels")
+
+    @property
+    def decoding(self) -> Decoding:
+        """How images are decoded for the model."""
+        return Decoding(ground=self.ground)
 
 
 class LabelsSeen(Strict):
@@ -175,6 +185,8 @@ class Card(Strict):
 
     def _digest(self) -> str:
         values = self.model_dump(mode="json", exclude=_UNSEALED)
+        if self.preprocessing.ground == WHITE:  # cards from before there was a choice keep their hash
+            del values["preprocessing"]["ground"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def verify(self, folder: Path) -> None:
@@ -213,10 +225,13 @@ class Card(Strict):
     def check_preprocessing(self, wanted: Preprocessing, folder: Path) -> None:
         """Raise HandoverError unless the model was trained on pixels that were prepared in the wanted way."""
         if self.preprocessing != wanted:
-            there, here = (f"mean {list(p.mean)} and std {list(p.std)}" for p in (self.preprocessing, wanted))
+            there, here = (
+                f"mean {list(p.mean)} and std {list(p.std)} on the ground {list(p.ground)}"
+                for p in (self.preprocessing, wanted)
+            )
             raise HandoverError(
                 f"{folder} was trained on pixels normalised by {there}, this run uses {here};"
-                " set data.mean and data.std to the export's values"
+                " set data.mean, data.std and data.ground to the export's values"
             )
 
     def check_classes(self, classes: tuple[str, ...], folder: Path) -> None:

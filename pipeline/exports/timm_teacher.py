@@ -1,14 +1,45 @@
 """A frozen teacher from timm. A teacher from an export of ours is simply `export.load_export`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from pipeline.errors import ConfigError, HandoverError
+from pipeline.exports.card import Preprocessing
 from pipeline.exports.prefetch import missing_weights
 from pipeline.exports.weights import load_weights
 from pipeline.models.config import TIMM_PREFIX, TimmConfig
 from pipeline.models.timm_model import TimmModel
+from pipeline.ops.torchvision_cpu import allow_torchvision
+
+
+@dataclass(frozen=True)
+class TimmInput:
+    """What a timm model was trained on.
+
+    Attributes:
+        preprocessing: Its normalisation.
+        image_size: (height, width) in pixels.
+    """
+
+    preprocessing: Preprocessing
+    image_size: tuple[int, int]
+
+
+def timm_input(name: str) -> TimmInput | None:
+    """Return what timm's `pretrained_cfg` says of a model's images; None if timm does not know such weights."""
+    allow_torchvision()
+    import timm
+
+    try:
+        known = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # timm knows the model, but no weights of that tag
+        return None
+    if known is None:
+        return None
+    _, height, width = known.input_size
+    return TimmInput(Preprocessing(mean=tuple(known.mean), std=tuple(known.std)), (height, width))
 
 
 def timm_teacher(name: str, weights: Path, num_classes: int, image_size: tuple[int, int]) -> TimmModel:
@@ -45,6 +76,6 @@ def timm_teacher(name: str, weights: Path, num_classes: int, image_size: tuple[i
     except (RuntimeError, AssertionError, ValueError) as error:
         raise HandoverError(
             f"teacher.timm={name} takes no images of {image_size[0]} x {image_size[1]} pixels"
-            f" ({str(error).splitlines()[0]}); choose another teacher or model.image_size"
+            f" ({str(error).splitlines()[0]}); choose another teacher or teacher.image_size"
         ) from error
     return model

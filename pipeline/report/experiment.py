@@ -146,7 +146,12 @@ def _draw_panels(exports: Mapping[str, Path], manifest: Manifest, sample_indices
     for folder in exports.values():
         model, card = load_export(folder)
         manifest = with_classes(manifest, card.classes)
-        views = eval_views(card.model.image_size, mean=card.preprocessing.mean, std=card.preprocessing.std)
+        views = eval_views(
+            card.model.image_size,
+            mean=card.preprocessing.mean,
+            std=card.preprocessing.std,
+            decoding=card.preprocessing.decoding,
+        )
         batches = evaluation_batches(manifest, chosen, batch_size=len(chosen), rank=0, world_size=1, views=views)
         batch = next(iter(batches))
         images, labels = batch.images[shown], batch.labels[shown]

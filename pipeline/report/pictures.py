@@ -7,10 +7,11 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from pipeline.images import decode
 
 ENLARGED_SIDE = 96  # small images are enlarged to at least this many pixels
 
@@ -63,4 +64,4 @@ def captioned(rows: Sequence[Tensor], names: Sequence[str], captions: Sequence[S
     picture_grid(arrays, names, captions)(canvas)
     out = io.BytesIO()
     canvas.savefig(out, format="png", facecolor="white")
-    return torch.from_numpy(np.array(Image.open(out).convert("RGB"))).permute(2, 0, 1) / 255
+    return torch.from_numpy(decode(out.getvalue())).permute(2, 0, 1) / 255

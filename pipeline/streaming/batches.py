@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from pipeline import seeds
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import DataError, PipelineError
-from pipeline.images import UnreadableImage, decode
+from pipeline.images import Notes, UnreadableImage, decode
 from pipeline.streaming.order import Order, SampleIndices
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.transforms import View
@@ -29,13 +29,15 @@ class RawBatch:
         views: (B, 3, H, W) uint8 pixels by the name of the view.
         indices: (B,) int64 sample indices; -1 is padding.
         unreadable: Sample index and reason of each sample that could not be decoded.
+        notes: How many images needed what to be decoded.
         failure: The error that ended the batch. It travels as a value, since DataLoader would bury its sentence in a
             stack trace.
     """
 
     views: dict[str, Tensor]
     indices: Tensor
-    unreadable: list[tuple[int, str]] = field(default_factory=list)
+    unreadable: list[tuple[int, UnreadableImage]] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
     failure: PipelineError | None = None
 
 
@@ -108,9 +110,9 @@ class TrainBatches(Batches):
         virtual_reader, first = place
         for step in range(1, MAX_REPLACEMENTS + 1):
             try:
-                pixels = decode(self.reader.read(sample_index))
+                pixels = decode(self.reader.read(sample_index), self.views.decoding, batch.notes)
             except UnreadableImage as error:
-                batch.unreadable.append((sample_index, str(error)))
+                batch.unreadable.append((sample_index, error))
                 following, epochs = self.order.take(virtual_reader, first + step, 1)
                 sample_index, epoch = int(following[0]), int(epochs[0])
                 continue
@@ -157,7 +159,7 @@ class EvaluationBatches(Batches):
         batch = self._empty(self.batch_size)
         for slot, sample_index in enumerate(self.needs(k).tolist()):
             try:
-                pixels = decode(self.reader.read(sample_index))
+                pixels = decode(self.reader.read(sample_index), self.views.decoding, batch.notes)
             except UnreadableImage as error:
                 raise DataError(
                     f"evaluation sample {self.manifest.key(sample_index)!r} in {self.manifest.folder_of(sample_index)}: {error}; "

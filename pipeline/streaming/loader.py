@@ -17,7 +17,7 @@ from pipeline.streaming.batches import EvaluationBatches, RawBatch, TrainBatches
 from pipeline.streaming.buffers import Buffers
 from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.streaming.order import Order, SampleIndices, cut_blocks, cut_runs, readers_of_rank
-from pipeline.streaming.quarantine import Quarantine
+from pipeline.streaming.quarantine import NoteLog, Quarantine
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.sampling import sample_weights
 from pipeline.streaming.transforms import View
@@ -97,6 +97,7 @@ class Loader:
         self._quarantine = Quarantine(
             manifest, quarantine, int(config.max_unreadable * len(sample_indices) / world_size)
         )
+        self._notes = NoteLog(str(manifest.folder))
         self._buffers = Buffers()
         self._running: list[Generator[RawBatch, None, None]] = []
         logger.info(
@@ -121,6 +122,7 @@ class Loader:
         self._running.append(raw_batches)
         for raw in raw_batches:
             self._quarantine.add(raw.unreadable)
+            self._notes.add(raw.notes)
             yield _batch(raw, self.views, self._labels, len(self._readers), self._buffers)
 
     def close(self) -> None:

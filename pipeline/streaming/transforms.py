@@ -17,11 +17,15 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from pipeline import seeds
-from pipeline.images import Pixels, decode
+from pipeline.decoding import DEFAULT, Decoding
+from pipeline.images import Pixels, decode, to_pixels
 from pipeline.streaming.config import AugmentConfig
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 Picture = bytes | Image.Image | Pixels
+
+MAX_SCALED = 16_000_000  # pixels of an image between the two passes of a resize, which goes along the rows first
+WIDEST = 8  # evaluation resizes at most this many times what its view shows, along each side
 
 
 class View:
@@ -32,6 +36,7 @@ class View:
         mean: Mean per channel of pixels in [0, 1].
         std: Standard deviation per channel of pixels in [0, 1].
         pixels: Makes the (3, H, W) uint8 view from the decoded image and a seed.
+        decoding: How encoded images are decoded.
     """
 
     names: tuple[str, ...] = ("images",)
@@ -42,8 +47,9 @@ class View:
         mean: Sequence[float],
         std: Sequence[float],
         pixels: Callable[[Pixels, int], Tensor],
+        decoding: Decoding = DEFAULT,
     ) -> None:
-        self.image_size = image_size
+        self.image_size, self.decoding = image_size, decoding
         self.mean, self.std = tuple(mean), tuple(std)
         self._pixels = pixels
 
@@ -64,7 +70,9 @@ class View:
         Raises:
             DataError: The bytes are no image.
         """
-        return {name: self.normalise(view) for name, view in self.pixels(as_pixels(picture), seed).items()}
+        return {
+            name: self.normalise(view) for name, view in self.pixels(as_pixels(picture, self.decoding), seed).items()
+        }
 
 
 class PairView(View):
@@ -73,7 +81,7 @@ class PairView(View):
     names = ("images", "strong")
 
     def __init__(self, weak: View, strong: View) -> None:
-        super().__init__(weak.image_size, weak.mean, weak.std, weak._pixels)
+        super().__init__(weak.image_size, weak.mean, weak.std, weak._pixels, weak.decoding)
         self._strong = strong
 
     def pixels(self, image: Pixels, seed: int) -> dict[str, Tensor]:
@@ -81,15 +89,19 @@ class PairView(View):
         return {"images": self._pixels(image, seed), "strong": self._strong._pixels(image, seeds.fold(seed, 1))}
 
 
-def as_pixels(picture: Picture) -> Pixels:
+def as_pixels(picture: Picture, decoding: Decoding = DEFAULT) -> Pixels:
     """Return (height, width, 3) uint8 pixels of encoded bytes or of a Pillow image; pixels are returned as they are."""
     if isinstance(picture, bytes):
-        return decode(picture)
-    return np.array(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
+        return decode(picture, decoding)
+    return to_pixels(picture, decoding) if isinstance(picture, Image.Image) else picture
 
 
 def train_views(
-    image_size: tuple[int, int], config: AugmentConfig, mean: Sequence[float], std: Sequence[float]
+    image_size: tuple[int, int],
+    config: AugmentConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    decoding: Decoding = DEFAULT,
 ) -> View:
     """Return the training view: a random crop, then the augmentation of `config`.
 
@@ -98,6 +110,7 @@ def train_views(
         config: The augmentation.
         mean: Mean per channel of pixels in [0, 1].
         std: Standard deviation per channel of pixels in [0, 1].
+        decoding: How encoded images are decoded.
     """
     augment = _rand_augment(config.rand_augment, image_size, tuple(mean), config.interpolation)
     fill = np.array([round(255 * m) for m in mean], np.float64)
@@ -119,7 +132,7 @@ def train_views(
             view = _erase(view, rng, fill, np.asarray(std) * 255 if config.erase_fill == "noise" else None)
         return view
 
-    return View(image_size, mean, std, pixels)
+    return View(image_size, mean, std, pixels, decoding)
 
 
 def eval_views(
@@ -129,8 +142,12 @@ def eval_views(
     *,
     crop_fraction: float = 0.875,
     interpolation: str = "bicubic",
+    decoding: Decoding = DEFAULT,
 ) -> View:
     """Return the evaluation view: the image is resized, then its centre is cropped; nothing is random.
+
+    Limit: the resized image has at most WIDEST / crop_fraction times the view's pixels. Of an image that is longer, only
+    the middle is resized, which holds all that the view shows and more than the interpolation reads about it.
 
     Args:
         image_size: H, W.
@@ -138,9 +155,11 @@ def eval_views(
         std: Standard deviation per channel of pixels in [0, 1].
         crop_fraction: Share that the view is of the resized image's shorter side.
         interpolation: "bilinear" or "bicubic".
+        decoding: How encoded images are decoded.
     """
 
     def pixels(image: Pixels, seed: int) -> Tensor:
+        image = _middle(image, image_size, crop_fraction)
         height, width = image.shape[:2]
         factor = max(image_size[0] / height, image_size[1] / width) / crop_fraction
         size = (max(round(height * factor), image_size[0]), max(round(width * factor), image_size[1]))
@@ -148,7 +167,17 @@ def eval_views(
         top, left = round((size[0] - image_size[0]) / 2), round((size[1] - image_size[1]) / 2)
         return whole[:, top : top + image_size[0], left : left + image_size[1]]
 
-    return View(image_size, mean, std, pixels)
+    return View(image_size, mean, std, pixels, decoding)
+
+
+def _middle(image: Pixels, image_size: tuple[int, int], crop_fraction: float) -> Pixels:
+    """Cut equally from both ends of an image that is longer than WIDEST times what the evaluation view shows of it."""
+    factor = max(image_size[0] / image.shape[0], image_size[1] / image.shape[1]) / crop_fraction
+    cuts = (
+        max(0, n - math.ceil(WIDEST * side / factor)) // 2 for n, side in zip(image.shape, image_size, strict=False)
+    )
+    top, left = cuts
+    return image[top : image.shape[0] - top, left : image.shape[1] - left]
 
 
 def pair_views(weak: View, strong: View) -> PairView:
@@ -191,6 +220,8 @@ def crop_resize(image: Pixels, box: Box, size: tuple[int, int], interpolation: s
     # With a batch dimension added, torch recognises the slice as channels-last, works on it without a copy and returns the
     # same layout: a third faster than a copied crop.
     crop = torch.from_numpy(image)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
+    if height * size[1] > MAX_SCALED:  # a thin, very high crop: along the columns first
+        crop = F.interpolate(crop, (size[0], width), mode=interpolation, antialias=True, align_corners=False)
     return F.interpolate(crop, size, mode=interpolation, antialias=True, align_corners=False)[0]
 
 

@@ -7,7 +7,8 @@ from typing import ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import FREE, Strict
-from pipeline.exports.card import Channels, Preprocessing, Spreads
+from pipeline.decoding import MAX_PIXELS, PILLOW_PIXELS, WHITE, Decoding
+from pipeline.exports.card import Channels, Level, Preprocessing, Spreads
 from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConfig
 
@@ -43,6 +44,17 @@ class DataConfig(Strict):
     std: Spreads = Field(
         (0.229, 0.224, 0.225), description="standard deviation of red, green and blue that pixels are divided by"
     )
+    ground: tuple[Level, Level, Level] = Field(
+        WHITE,
+        description="red, green and blue, 0 to 255, that transparent pixels are composed on; the default is white",
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS,
+        ge=1,
+        le=PILLOW_PIXELS,
+        description="most pixels of an image, width times height. A larger JPEG is decoded at a reduced scale; a larger image"
+        " of another format is left out of training and counted, and is an error in an evaluation",
+    )
     loader: LoaderConfig = Field(LoaderConfig(), description="order and speed of reading")
     eval_batch: int = Field(
         256, gt=0, le=2**20, description="samples per process in one batch of an evaluation", json_schema_extra=FREE
@@ -72,7 +84,12 @@ class DataConfig(Strict):
     @property
     def preprocessing(self) -> Preprocessing:
         """The normalisation, as an export's card states it."""
-        return Preprocessing(mean=self.mean, std=self.std)
+        return Preprocessing(mean=self.mean, std=self.std, ground=self.ground)
+
+    @property
+    def decoding(self) -> Decoding:
+        """How images are decoded."""
+        return Decoding(ground=self.ground, max_pixels=self.max_pixels)
 
 
 class StageConfig(Strict):

@@ -5,8 +5,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import FREE, PathText, Strict
+from pipeline.config import FREE, PathText, PositiveInt, Strict
 from pipeline.errors import ConfigError, HandoverError
+from pipeline.exports.card import Channels, Spreads
 from pipeline.exports.prefetch import missing_weights
 from pipeline.models.config import TIMM_PREFIX, FamilyConfig, ModelConfig, TimmConfig
 from pipeline.streaming.config import AugmentConfig
@@ -25,6 +26,19 @@ class TeacherConfig(Strict):
         None,
         description="weights file of the timm model (safetensors or a plain state dict); nothing is downloaded",
         json_schema_extra=FREE,
+    )
+    mean: Channels | None = Field(
+        None,
+        description="mean of red, green and blue, in [0, 1], of the images that the timm model was trained on; null = timm's"
+        " own value for it",
+    )
+    std: Spreads | None = Field(
+        None, description="standard deviation of these images; null = timm's own value for the model"
+    )
+    image_size: tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="(height, width) in pixels of these images; null = timm's own value for the model. The teacher sees the"
+        " student's images resized to it",
     )
     kind: Literal["hard", "soft"] = Field(
         "hard",
@@ -56,6 +70,11 @@ class TeacherConfig(Strict):
             raise ValueError("give exactly one of teacher.export and teacher.timm")
         if (self.timm is None) != (self.weights is None):
             raise ValueError("teacher.timm and teacher.weights belong together: give the path of the weights file")
+        if self.timm is None and (self.mean or self.std or self.image_size):
+            raise ValueError(
+                "teacher.mean, teacher.std and teacher.image_size are for teacher.timm; an export states its own, so leave"
+                " them out"
+            )
         return self
 
 
@@ -168,7 +187,9 @@ class DistillSpec(StageSpec[DistillConfig]):
             teacher = (
                 parent("teacher")
                 if timm is None
-                else TimmConfig(name=TIMM_PREFIX + timm, num_classes=num_classes, image_size=model.image_size)
+                else TimmConfig(
+                    name=TIMM_PREFIX + timm, num_classes=num_classes, image_size=teacher_size(config.teacher, model)
+                )
             )
             networks.append(Network("teacher", "frozen", teacher, inferred_images=images))
         return Workload(tuple(networks))
@@ -225,10 +246,21 @@ def _unlabelled_ratio(config: DistillConfig) -> int:
     return config.teacher.unlabelled_ratio if config.teacher else 0
 
 
+def teacher_size(teacher: TeacherConfig, student: FamilyConfig) -> tuple[int, int]:
+    """Return the size of the images that a timm teacher sees: as given, or timm's, or else the student's.
+
+    timm, and with it torch, is imported here: only a run or a plan asks.
+    """
+    from pipeline.exports.timm_teacher import timm_input
+
+    known = None if teacher.image_size or not teacher.timm else timm_input(teacher.timm)
+    return teacher.image_size or (known.image_size if known else student.image_size)
+
+
 def _must_agree(role: str, kind: str, there: FamilyConfig, here: FamilyConfig) -> tuple[str, ...]:
     """Fields of the model in which a parent and a student must not differ."""
     if role == "teacher":
-        return ("image_size", "in_chans")  # it sees the student's images
+        return ()  # it sees the student's images, prepared as its own were
     if type(there) is not type(here):
         return ("name",)
     if kind == "classifier":

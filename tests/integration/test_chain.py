@@ -118,11 +118,20 @@ class TestParents:
         assert done.returncode == 4
         assert "has seen labels outside this stage's" in done.stderr
 
-    def test_a_teacher_of_other_images_is_refused(self, chain: Stages) -> None:
+    def test_a_teacher_of_other_images_sees_them_as_its_own(self, chain: Stages) -> None:
         teacher = f"teacher={{export: {chain.runs / 'smoke/semi/export'}}}"
-        done = chain.run("distill", "run.experiment=larger", "init_from=null", teacher, "model.image_size=48")
-        assert done.returncode == 4
-        assert "model.image_size = (32, 32), this config (48, 48)" in done.stderr
+        images = ["model.image_size=48", "data.mean=[0.4,0.4,0.4]", "data.std=[0.3,0.3,0.3]"]
+        done = chain.run(
+            "distill",
+            "run.experiment=larger",
+            "init_from=null",
+            teacher,
+            *images,
+            "loop.steps=2",
+            "optim.warmup_steps=0",
+        )
+        assert done.returncode == 0, done.stderr
+        assert "the teacher sees images of 32 x 32 pixels, mean (0.5, 0.5, 0.5)" in done.stdout + done.stderr
 
 
 def test_stage_2_learns_from_a_teacher_of_timm(chain: Stages, tmp_path: Path) -> None:
@@ -141,7 +150,11 @@ def test_stage_2_learns_from_a_teacher_of_timm(chain: Stages, tmp_path: Path) ->
     absent = chain.run("distill", *more, "allow_more_labels=true", "teacher.weights=nowhere.safetensors")
     assert absent.returncode == 4
     assert "nothing is downloaded" in absent.stderr
-    card = Card.read(chain.complete("distill", *more, "allow_more_labels=true") / "export")
+    sized = ["allow_more_labels=true", "teacher.image_size=[64,64]"]
+    done = chain.run("distill", *more, *sized)
+    assert done.returncode == 0, done.stderr
+    assert "the teacher sees images of 64 x 64 pixels, mean (0.485, 0.456, 0.406)" in done.stdout + done.stderr
+    card = Card.read(chain.complete("distill", *more, *sized) / "export")
     assert card.more_labels_than_claimed
     assert "mobilenetv3_small_050" in [seen.split for seen in card.labels_seen]
 

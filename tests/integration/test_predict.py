@@ -174,6 +174,23 @@ def test_an_unreadable_image_is_an_error_or_is_left_out(export: Path, tmp_path: 
         classifier.predict(good, top=0)
 
 
+def test_an_image_of_pillow_is_seen_as_its_file_is(export: Path, tmp_path: Path) -> None:
+    """Its orientation and its transparency too."""
+    classifier = pipeline.load(export)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(pixels(3)).resize((40, 20))
+    stored.putalpha(Image.linear_gradient("L").resize((40, 20)))
+    stored.save(tmp_path / "photo.png", exif=exif)
+    (seen,) = classifier.predict(tmp_path / "photo.png")
+    (same,) = classifier.predict(Image.open(tmp_path / "photo.png"))
+    assert seen.probabilities == same.probabilities
+    ground = Image.new("RGB", (40, 20), "white")
+    ground.paste(stored, mask=stored.getchannel("A"))
+    (upright,) = classifier.predict(np.array(ground.transpose(Image.Transpose.ROTATE_270)))
+    assert seen.probabilities == upright.probabilities
+
+
 def test_only_a_whole_classifier_is_loaded(exports: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a pretrainer"):
         pipeline.load(exports / "pretrainer")

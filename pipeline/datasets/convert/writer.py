@@ -28,7 +28,7 @@ from pipeline.datasets.tars import scan_shard
 from pipeline.datasets.text import storable
 from pipeline.errors import DataError
 from pipeline.files import replacing
-from pipeline.images import decode
+from pipeline.images import UnreadableImage, decode, read_header
 
 _SHUFFLE = 21  # stream of random numbers
 
@@ -134,7 +134,12 @@ def _write_shard(source: Source, shorter_side: int, job: tuple[list[int], Path])
             for item in items:
                 extension, data = source.read(item)
                 if shorter_side:
-                    extension, data = _reduce(extension, data, shorter_side)
+                    try:
+                        extension, data = _reduce(extension, data, shorter_side)
+                    except UnreadableImage as error:
+                        raise DataError(
+                            f"{source.name}/{source.keys[item]}.{extension}: {error}; repair or remove it, then convert again"
+                        ) from None
                 sample = {"__key__": source.keys[item], extension: data}
                 if source.labels[item] >= 0:
                     sample["cls"] = str(source.labels[item]).encode()
@@ -143,12 +148,14 @@ def _write_shard(source: Source, shorter_side: int, job: tuple[list[int], Path])
 
 
 def _reduce(extension: str, data: bytes, shorter_side: int) -> tuple[str, bytes]:
-    with Image.open(io.BytesIO(data)) as image:
-        if min(image.size) <= shorter_side:
-            return extension, data
+    """Return the file ending and the bytes of the reduced image: upright, with its profile if that describes RGB."""
+    header = read_header(data)
+    if min(header.width, header.height) <= shorter_side:
+        return extension, data
     picture = Image.fromarray(decode(data))
     factor = shorter_side / min(picture.size)
-    size = (round(picture.width * factor), round(picture.height * factor))
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
     buffer = io.BytesIO()
-    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    reduced = picture.resize(size, Image.Resampling.BICUBIC) if factor < 1 else picture
+    reduced.save(buffer, "JPEG", quality=95, icc_profile=header.rgb_profile)
     return "jpg", buffer.getvalue()

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipeline.data import main
 from pipeline.datasets.manifest import Manifest, read_image, read_manifest, write_manifest
 from pipeline.datasets.tars import scan_shard
-from pipeline.images import decode
+from pipeline.images import decode, read_header
 from tests.unit.storage.flaky import serve
 
 
@@ -83,6 +83,42 @@ def test_a_resize_reduces_the_shorter_side_and_leaves_small_images_alone(tmp_pat
     found = contents(read_manifest(tmp_path / "out"))
     assert found["a/0"][1] == jpeg(0)
     assert decode(found["a/1"][1]).shape == (32, 64, 3)
+
+
+def test_a_resize_applies_the_orientation_and_keeps_a_profile_of_rgb(tmp_path: Path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene = np.zeros((80, 40, 3), np.uint8)  # upright: light above, dark below
+    scene[:60] = 250
+    stored = Image.fromarray(scene).rotate(90, expand=True)
+    folder = tmp_path / "tree" / "a"
+    folder.mkdir(parents=True)
+    stored.save(folder / "portrait.jpg", exif=exif, icc_profile=profile, quality=95)
+    stored.convert("CMYK").save(folder / "print.jpg", icc_profile=b"\0" * 16 + b"CMYK" + bytes(108))
+    transparent = Image.new("RGBA", (80, 40), (0, 0, 0, 0))
+    transparent.save(folder / "logo.png")
+    command = ["convert", "imagefolder", str(tmp_path / "tree"), "--out", str(tmp_path / "out"), "--resize", "20"]
+    assert main([*command, "--processes", "1"]) == 0
+    found = contents(read_manifest(tmp_path / "out"))
+    small = found["a/portrait"][1]
+    assert decode(small).shape == (40, 20, 3)
+    assert decode(small)[5, 10].mean() > 200 > 50 > decode(small)[35, 10].mean()
+    assert Image.open(io.BytesIO(small)).getexif().get(0x0112) is None
+    assert read_header(small).rgb_profile == profile
+    assert "icc_profile" not in Image.open(io.BytesIO(found["a/print"][1])).info
+    assert (decode(found["a/logo"][1]) == 255).all()
+
+
+def test_a_resize_of_what_is_no_image_names_it(tmp_path: Path, capsys):
+    folder = tmp_path / "tree" / "a"
+    folder.mkdir(parents=True)
+    for name, content in (("page.jpg", b"<html>404"), ("cut.jpg", jpeg(0, 90, 80)[:700])):
+        (folder / name).write_bytes(content)
+        command = ["convert", "imagefolder", str(tmp_path / "tree"), "--out", str(tmp_path / name), "--resize", "20"]
+        assert main([*command, "--processes", "1"]) == 3
+        assert f"{folder / name}: not a readable image" in capsys.readouterr().err
+        (folder / name).unlink()
 
 
 def test_imagenets_flat_validation_folder_in_each_form_of_its_truth(tmp_path: Path, capsys):

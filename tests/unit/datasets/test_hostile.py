@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.datasets.manifest import HEADER, Manifest, read_manifest, write_manifest
 from pipeline.datasets.tars import scan_shard
+from pipeline.decoding import MAX_PIXELS, Decoding
 from pipeline.errors import DataError
-from pipeline.images import MAX_PIXELS, UnreadableImage, decode
+from pipeline.images import UnreadableImage, decode
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Loader, evaluation_batches
 from pipeline.streaming.transforms import eval_views, train_views
@@ -251,6 +253,50 @@ def test_too_many_unreadable_samples_end_the_run(tmp_path):
     hopeless = with_damage(tmp_path / "hopeless", set(range(64)))
     with pytest.raises(DataError, match=r"100 images of .* in a row cannot be decoded"):
         next(loader_of(hopeless, allowed=1.0).batches())
+
+
+def test_one_large_image_does_not_end_a_training_and_is_named(tmp_path):
+    """Too large is not unreadable: it is left out and named, however few unreadable samples are allowed."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    large = io.BytesIO()
+    Image.new("L", (40, 30)).save(large, "PNG")
+    members = [(f"s{k:03d}.png", large.getvalue() if k == 5 else png(k), b"0") for k in range(64)]
+    (folder / "000000.tar").write_bytes(tar_of(members))
+    manifest = write_manifest(folder, [], [scan_shard(folder / "000000.tar")])
+    shared = {"global_batch": 16, "seed": 0, "rank": 0, "world_size": 1, "quarantine": tmp_path / "quarantine.jsonl"}
+    shared["config"] = LoaderConfig(virtual_readers=4, workers=0, max_unreadable=0)
+
+    def served(limit: int) -> set[int]:
+        views = train_views((8, 8), AugmentConfig(), MEAN, STD, Decoding(max_pixels=limit))
+        loader = Loader(manifest, np.arange(64), views=views, **shared)
+        return {k for batch in itertools.islice(loader.batches(), 4) for k in batch.indices.tolist()}
+
+    assert served(1199) == set(range(64)) - {5}
+    assert "40 x 30 pixels; at most 1,199 are decoded" in shared["quarantine"].read_text()
+    assert served(1200) == set(range(64))
+
+
+def test_what_was_done_to_images_is_counted_in_the_log(tmp_path, caplog):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    picture = io.BytesIO()
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(picture, "PNG")
+    (folder / "000000.tar").write_bytes(tar_of([(f"s{k}.png", picture.getvalue(), b"0") for k in range(32)]))
+    manifest = write_manifest(folder, [], [scan_shard(folder / "000000.tar")])
+    ground = (10, 200, 30)
+    views = train_views((8, 8), AugmentConfig(), (0, 0, 0), (1, 1, 1), Decoding(ground=ground))
+    with caplog.at_level("INFO"):
+        config = LoaderConfig(virtual_readers=4, workers=1)
+        loader = Loader(
+            manifest, np.arange(32), global_batch=16, seed=0, rank=0, world_size=1, views=views, config=config
+        )
+        batch = next(loader.batches())
+        loader.close()
+    assert torch.allclose(batch.images[0, :, 0, 0], torch.tensor(ground) / 255, atol=1e-3)
+    assert (
+        "16 of this process's images so far have transparent pixels, which are composed on data.ground" in caplog.text
+    )
 
 
 def test_evaluation_never_skips(tmp_path):

@@ -238,7 +238,7 @@ def test_other_classes_and_other_pixels_are_refused(tmp_path: Path) -> None:
     c = card("classifier")
     with pytest.raises(HandoverError, match=r"knows 3 classes \(a, b, c\), the dataset has 2"):
         c.check_classes(("a", "b"), tmp_path)
-    with pytest.raises(HandoverError, match=r"set data\.mean and data\.std to the export's"):
+    with pytest.raises(HandoverError, match=r"set data\.mean, data\.std and data\.ground to the export's"):
         c.check_preprocessing(Preprocessing(mean=(0, 0, 0), std=(1, 1, 1)), tmp_path)
 
 

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import HandoverError
-from pipeline.exports.timm_teacher import timm_teacher
+from pipeline.exports.card import Preprocessing
+from pipeline.exports.teacher_input import TeacherInput
+from pipeline.exports.timm_teacher import timm_input, timm_teacher
 from pipeline.models.__main__ import main
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
@@ -53,3 +56,48 @@ def test_a_prefetched_file_gives_timms_model_and_a_missing_one_says_how_to_get_i
     assert list(folder.iterdir()) == [file]
     assert main(["prefetch", "test_resnet.none", "--out", str(folder)]) == 2
     assert f"similar names: {NAME}" in capsys.readouterr().err
+
+
+PIXELS = torch.rand(2, 3, 40, 40)
+
+
+def prepared(preprocessing: Preprocessing) -> Tensor:
+    mean, std = (torch.tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    return (PIXELS - mean) / std
+
+
+def test_a_teacher_sees_its_own_normalisation_and_size() -> None:
+    student = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    own = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.4, 0.3))
+    network = nn.Conv2d(3, 4, 3)
+    for size in ((40, 40), (24, 48)):
+        expected = prepared(own)
+        if size != (40, 40):
+            expected = F.interpolate(expected, size, mode="bicubic", antialias=True, align_corners=False)
+        seen = TeacherInput(network, student, own, size)(prepared(student))
+        torch.testing.assert_close(seen, network(expected), atol=1e-5, rtol=1e-5)
+    same = TeacherInput(network, student, student, (40, 40))
+    assert torch.equal(same(prepared(student)), network(prepared(student)))
+
+
+def test_the_key_of_the_cache_follows_what_the_teacher_sees() -> None:
+    a, b = (Preprocessing(mean=(m, 0.5, 0.5), std=(0.5, 0.5, 0.5)) for m in (0.5, 0.4))
+    network, size = nn.Identity(), (8, 8)
+    cases = [(a, a, size), (b, b, size), (a, b, size), (b, a, size), (a, a, (8, 9))]
+    digests = {TeacherInput(network, student, own, shape).digest(student) for student, own, shape in cases}
+    assert len(digests) == len(cases)
+    assert TeacherInput(network, a, a, size).digest(a) == TeacherInput(nn.ReLU(), a, a, size).digest(a)
+
+
+def test_timm_says_what_its_models_were_trained_on() -> None:
+    known = timm_input("vit_tiny_patch16_224")
+    assert known is not None
+    assert (known.preprocessing.mean, known.preprocessing.std, known.image_size) == ((0.5,) * 3, (0.5,) * 3, (224, 224))
+    usual = timm_input("regnety_160.deit_in1k")
+    assert usual is not None
+    assert usual.preprocessing.mean == (0.485, 0.456, 0.406)
+    known = timm_input(NAME)
+    assert known is not None
+    assert known.image_size == (160, 160)
+    assert timm_input("test_resnet.none") is None
+    assert timm_input("no_such_model") is None
