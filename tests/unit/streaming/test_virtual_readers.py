@@ -15,6 +15,7 @@ from pipeline.streaming.loader import Loader
 from pipeline.streaming.transforms import train_views
 from stages.check import check_readers
 from stages.configs.distill import DistillConfig
+from stages.spec import Stream
 
 VIEWS = train_views((8, 8), AugmentConfig(), (0.5,) * 3, (0.5,) * 3)
 
@@ -70,12 +71,14 @@ def config_of(batch: int, **more: object) -> DistillConfig:
         (config_of(16), 55, 16, ""),
         (config_of(16), 9, 16, "loop.global_batch 16 and has only 9 labelled samples; start 8, or change"),
         (config_of(12, mix={"mixup": 1}), 55, 4, "12 and mixes images in pairs that stay in one process; start 3, or"),
-        (config_of(16), 0, 1, "there are no labelled samples in s; choose another split"),
+        (config_of(16), 0, 1, "there are no labelled samples in s; choose another data.split"),
     ],
 )
 def test_a_world_that_does_not_fit_is_refused_in_one_sentence(config, samples, world_size, sentence):
+    counts = {"labelled": samples, "unlabelled": 1000}
+    streams = {name: Stream(np.arange(count), config.loop.global_batch) for name, count in counts.items()}
     if not sentence:
-        return check_readers(config, {"labelled": samples, "unlabelled": 1000}, world_size)
+        return check_readers(config, streams, world_size)
     with pytest.raises(ConfigError, match=sentence) as caught:
-        check_readers(config, {"labelled": samples, "unlabelled": 1000}, world_size)
+        check_readers(config, streams, world_size)
     assert "\n" not in str(caught.value)
