@@ -70,8 +70,9 @@ def start(timeout_seconds: float, public_address: bool = False) -> World:
     deepspeed = _import_deepspeed()
     backend = "nccl" if gpus else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    store = open_store(found, timeout)
-    if store is not None:  # otherwise torchrun's own store is used
+    # A group that exists already is kept: a second stage in one process. Without a store torchrun's own is used.
+    store = None if dist.is_initialized() else open_store(found, timeout)
+    if store is not None:
         dist.init_process_group(
             backend, store=store, rank=int(found["RANK"]), world_size=int(found["WORLD_SIZE"]), timeout=timeout
         )

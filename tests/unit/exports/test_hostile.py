@@ -115,7 +115,7 @@ def test_a_list_of_labels_that_claims_10_12_values_is_refused(tmp_path: Path) ->
     reseal(tmp_path / "export", lambda values: values["labels_seen"][0].update(sample_indices_sha256=sha256_of(path)))
     _, read = load_export(tmp_path / "export")
     with pytest.raises(HandoverError, match="no list of 3 sample indices"):
-        read.check_labels(tmp_path / "export", "data", np.arange(9), allow_more=False)
+        read.check_labels(tmp_path / "export", {"data": 0}, np.arange(9), allow_more=False)
 
 
 def test_all_files_of_an_export_have_the_mode_of_the_umask(tmp_path: Path) -> None:

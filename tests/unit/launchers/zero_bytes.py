@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from pipeline.cli import leave
 from pipeline.models import build_model
 from pipeline.ssl.config import LyapEMAConfig
 from pipeline.ssl.lyapema import LyapEMA
@@ -57,3 +58,4 @@ def main(zero_stages: list[int]) -> None:
 
 if __name__ == "__main__":
     main([int(word) for word in sys.argv[1:]])
+    leave(0)  # as the stages do: gloo's threads may outlive the group
