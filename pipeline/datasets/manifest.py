@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pipeline.datasets.text import is_file_name, is_text
 from pipeline.errors import DataError
 from pipeline.files import read_regular, replace_bytes, replace_text, sha256_of
 
 VERSION = 1
 SAMPLE = np.dtype([("offset", "<u8"), ("name", "<u8"), ("length", "<u4"), ("label", "<i4")])
-_MAX_FILE_NAME = 255  # bytes, on every file system in use
 HEADER, SAMPLES, NAMES = "manifest.json", "manifest.samples.npy", "manifest.names.bin"
 
 
@@ -316,7 +316,7 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
     samples, shards = manifest.samples, manifest.shards
     if not isinstance(header["classes"], list) or not all(isinstance(name, str) for name in header["classes"]):
         return "has no list of class names"
-    if not _is_text("".join(header["classes"])):
+    if not is_text("".join(header["classes"])):
         return "has a class name that is not Unicode text"
     if samples.dtype != SAMPLE or samples.ndim != 1:
         return "has a sample table of another form"
@@ -325,7 +325,7 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
     if len(samples) != header["num_samples"] or len(samples) != sum(shard.count for shard in shards):
         return f"counts {header['num_samples']} samples, but its table has {len(samples)}"
     for shard in shards:
-        if shard.count < 0 or not _is_file_name(shard.name):
+        if shard.count < 0 or not is_file_name(shard.name):
             return f"lists a shard named {shard.name[:40]!r}, which does not lie in the dataset's folder"
     if len({shard.name for shard in shards}) != len(shards):
         return "lists a shard twice"
@@ -341,18 +341,3 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
     if labels.min() < -1 or labels.max() >= len(manifest.classes):
         return f"has labels from {labels.min()} to {labels.max()} for {len(manifest.classes)} classes"
     return ""
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether a file of this name can lie directly in a folder."""
-    if not _is_text(name) or len(name.encode()) > _MAX_FILE_NAME:
-        return False
-    return not set("/\\\0") & set(name) and name not in ("", ".", "..")

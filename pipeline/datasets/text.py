@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pipeline.errors import DataError
 
+_MAX_FILE_NAME = 255  # bytes, on every file system in use
+
 
 def read_text(path: Path, what: str) -> str:
     """Return the text of a file in UTF-8 or UTF-16, with or without a byte order mark, or in Windows' Western code page.
@@ -53,3 +55,19 @@ def storable(name: str) -> str:
 def same_form(name: str) -> str:
     """Return the composed Unicode form (NFC); Macs write file names in the other form, which looks the same."""
     return unicodedata.normalize("NFC", name)
+
+
+def is_text(text: str) -> bool:
+    """Whether a text is Unicode: a lone surrogate is not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file of this name can lie directly in a folder."""
+    if not is_text(name) or len(name.encode()) > _MAX_FILE_NAME:
+        return False
+    return not set("/\\\0") & set(name) and name not in ("", ".", "..")

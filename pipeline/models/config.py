@@ -35,9 +35,7 @@ class FamilyConfig(Strict):
     image_size: tuple[Width, Width] = Field(
         (224, 224), description="(height, width) of the images in pixels; a single number means square"
     )
-    in_chans: Literal[3] = Field(
-        3, description="channels of the images: red, green and blue, to which greyscale is converted"
-    )
+    in_chans: Literal[3] = Field(3, description="channels of the images: red, green, blue; greyscale is converted")
     drop_path: float = Field(
         0.0, ge=0, lt=1, description="probability of dropping a residual branch in training; reached in the last block"
     )
