@@ -34,10 +34,10 @@ class OptimConfig(Strict):
 
     lr: float = Field(
         gt=0,
-        le=1e6,
+        le=1e38,
         description="learning rate at the peak, for the global batch as configured (it is not scaled by it)",
     )
-    min_lr: float = Field(0.0, ge=0, le=1e6, description="learning rate at the end of the cosine")
+    min_lr: float = Field(0.0, ge=0, le=1e38, description="learning rate at the end of the cosine")
     warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of the linear rise")
     cooldown_steps: NonNegativeInt = Field(0, description="last optimizer steps, all at min_lr")
     weight_decay: float = Field(
