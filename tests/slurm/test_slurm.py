@@ -69,7 +69,9 @@ def test_a_failed_first_stage_leaves_the_others_not_run_and_status_says_why(pers
 
 
 def test_without_a_requeue_left_an_interrupted_stage_is_a_failed_job(person: Person) -> None:
-    more = ["run.experiment=spent", "cluster:max_requeues=0", "cluster:nodes=1", *LONG]
+    # It must not complete while the commands below are typed, however fast the machine is.
+    endless = ["arm:loop.steps=100000", "arm:loop.save_every=1000"]
+    more = ["run.experiment=spent", "cluster:max_requeues=0", "cluster:nodes=1", *endless]
     jobs = person.submit("chain", "smoke", *more)
     person.until_step("spent", "arm", 5)
     running = person.type("status", "spent", "--root", str(person.runs)).stdout
