@@ -33,7 +33,7 @@ from pipeline.storage.config import RemoteConfig
 from pipeline.storage.remote import fetch, remote_size
 
 _USUAL = MemberRules()
-_MOST_LETTERS = 100  # of a class name; a longer text is a caption
+_MOST_LETTERS = 100  # longest class name; a longer text is a caption
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pipeline import seeds
 from pipeline.datasets.manifest import Manifest, read_image
 from pipeline.images import decode
 
-_ROWS = 20  # of the histogram; more classes share rows
+_ROWS = 20  # rows of the histogram; more classes share rows
 
 
 def describe(manifest: Manifest, sample_indices: NDArray[np.int64], title: str) -> Iterator[str]:

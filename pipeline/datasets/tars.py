@@ -18,8 +18,8 @@ from pipeline.errors import DataError
 BLOCK = 512
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10  # labels, long names and pax records
-_MAX_LABEL_DIGITS = 9  # of a class number, which the manifest keeps in four bytes
-_MAX_PAX_DIGITS = 20  # of a number in a pax header; Python refuses to read thousands
+_MAX_LABEL_DIGITS = 9  # longest class number, which the manifest keeps in four bytes
+_MAX_PAX_DIGITS = 20  # longest number in a pax header; Python refuses to read thousands
 _TEXT_EXTENSIONS = ("cls", "txt", "json", "id", "key", "url", "caption", "npy", "pyd", "pth")
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
 

@@ -27,10 +27,10 @@ from pipeline.files import sha256_of
 from pipeline.models.config import DecoderConfig, ModelConfig, VisionMambaConfig, check_taps
 
 WEIGHTS, FINGERPRINT, CARD = "model.safetensors", "fingerprint.safetensors", "model.json"
-MAX_BYTES = 8 * 2**20  # of a card; one of 100,000 classes has about 3 MiB
+MAX_BYTES = 8 * 2**20  # largest card; one of 100,000 classes has about 3 MiB
 _MAX_LABELS = 10**9  # labelled images of one split
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a file in this folder and in no other
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # a file in this folder and in no other
 # Excluded from the card's hash: itself, and where a parent lay.
 _UNSEALED: Any = {"card_sha256": True, "lineage": {"parents": {"__all__": {"path"}}}}
 

@@ -21,7 +21,7 @@ from pipeline.errors import HandoverError
 MAX_HEADER = 4 * 2**20  # bytes of names, types and shapes
 MAX_TENSORS = 20_000
 _MAX_OPCODES = 300_000  # instructions of a pickle; a tensor takes some 25
-_MEMORY_SHARE = 0.9  # of the free memory that a file may fill
+_MEMORY_SHARE = 0.9  # share of the free memory that a file may fill
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 

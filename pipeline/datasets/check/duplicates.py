@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from pipeline.datasets.check.measure import HASH_SIDE
 
-MAX_BITS = 32  # of 256 that differ between two images that look alike
-MAX_INDEX_BITS = 4  # of the 64 lowest frequencies
+MAX_BITS = 32  # bits of 256 that may differ between two images that look alike
+MAX_INDEX_BITS = 4  # bits that may differ among the 64 lowest frequencies
 MAX_COLOUR = 24  # levels of 255 in the mean of a channel; the hash sees no colour
 _INDEX_SIDE = 8
 _CHUNK = 1 << 20  # pairs that are compared at once
