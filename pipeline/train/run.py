@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOCK_PATIENCE_SECONDS = 10.0  # a killed rank of a large model needs some seconds to give its memory back
 _locks: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()
 
 
@@ -79,13 +80,7 @@ class Run:
         (self.folder / "report").mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")  # the system holds it while this process lives
         _locks.add(self._lock)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise EnvironmentProblem(
-                f"another process is working in {self.folder}; wait for it, or give run.experiment=NEW_NAME"
-            ) from None
+        self._take_lock()
         for name, read in (("config.yaml", _read_values), ("environment.json", _read_object)):
             if (self.folder / name).is_file() and read(self.folder / name) is None:
                 self._set_aside(name, (self.folder / name).read_bytes())
@@ -95,6 +90,20 @@ class Run:
         for beat in (self.folder / "heartbeat").glob("rank_*"):  # a rank of a larger world would look as if it hung
             if int(beat.name.removeprefix("rank_")) >= self.world.size:
                 beat.unlink()
+
+    def _take_lock(self) -> None:
+        """Take the lock; a run that was killed a moment ago may need some seconds until its last process is gone."""
+        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    self._lock.close()
+                    raise EnvironmentProblem(
+                        f"another process is working in {self.folder}; wait for it, or give run.experiment=NEW_NAME"
+                    ) from None
+            time.sleep(0.1)
 
     def status(self, state: str, **more: Any) -> None:
         """Write the state of the run (running, interrupted, failed, complete), for people and for `launchers status`."""

@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.jsonl import sort_rows
+from pipeline.train import run as run_module
 from pipeline.train.distributed import start
 from pipeline.train.run import Run, refuse_other_config
 from tests.unit.train.test_run import config_of
@@ -48,8 +50,10 @@ def opened() -> Iterator[Open]:
     end()
 
 
-def test_a_data_worker_that_outlives_its_run_does_not_hold_the_runs_lock(tmp_path: Path, opened: Open) -> None:
-    """A worker of a killed run lives for seconds; a restart within them is not refused."""
+def test_a_restart_waits_for_a_dying_run_and_not_for_its_data_worker(
+    tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run and its workers live for moments longer; a restart within them is not refused."""
     fork = multiprocessing.get_context("fork")
     ready = fork.Event()
 
@@ -68,9 +72,13 @@ def test_a_data_worker_that_outlives_its_run_does_not_hold_the_runs_lock(tmp_pat
     first.start()
     try:
         assert ready.wait(60)
-        with pytest.raises(EnvironmentProblem, match="another process is working in"):
-            opened(tmp_path)
-        first.kill()
+        with monkeypatch.context() as patched:
+            patched.setattr(run_module, "LOCK_PATIENCE_SECONDS", 0.2)
+            with pytest.raises(EnvironmentProblem, match="another process is working in"):
+                opened(tmp_path)
+        dying = threading.Timer(0.5, first.kill)  # as a rank that a kill has reached but not yet ended
+        dying.start()
+        opened(tmp_path)
         first.join()
         os.kill(int((tmp_path / "worker").read_text()), 0)  # it is still alive
         opened(tmp_path)
