@@ -91,6 +91,8 @@ class _Everything:
         self.starts = np.cumsum([0, *(len(d.measures) for d in datasets)])
         self.dataset = np.repeat(np.arange(len(datasets)), np.diff(self.starts))
         self.names = np.concatenate([_class_names(d.manifest) for d in datasets])  # of classes; empty: no label
+        known = {name: number for number, name in enumerate(dict.fromkeys(self.names.tolist()))} | {"": -1}
+        self.classes = np.array([known[name] for name in self.names.tolist()])  # number of each name; -1: no label
 
     def example(self, place: int) -> Example:
         dataset = int(self.dataset[place])
@@ -107,7 +109,8 @@ class _Everything:
 
     def conflicts(self, group: NDArray[np.int64]) -> bool:
         """Whether the labelled images of a group have different classes."""
-        return len(set(self.names[group].tolist()) - {""}) > 1
+        classes = self.classes[group]
+        return len(np.unique(classes[classes >= 0])) > 1
 
 
 def _class_names(manifest: Manifest) -> NDArray[np.object_]:
@@ -218,7 +221,8 @@ def _alike(everything: _Everything) -> Iterator[Finding]:
                 count=count,
                 groups=everything.groups(groups),
             )
-    if len(conflicting := pairs[[everything.conflicts(pair) for pair in pairs]] if len(pairs) else pairs):
+    left, right = everything.classes[pairs].T
+    if len(conflicting := pairs[(left != right) & (left >= 0) & (right >= 0)]):
         yield Finding(
             name="alike-label-conflicts",
             level="warning",
