@@ -334,7 +334,8 @@ def _fit_spreading(
     everything = np.concatenate([x, more])
     scale = _scaler(setting["scaled_by"], everything)
     neighbours = min(setting["neighbours"], len(everything) - 1)
-    model = LabelSpreading(kernel="knn", n_neighbors=neighbours, alpha=setting["alpha"], max_iter=100)
+    # With scikit-learn's own tolerance the iterations end before a label has travelled far.
+    model = LabelSpreading(kernel="knn", n_neighbors=neighbours, alpha=setting["alpha"], max_iter=100, tol=1e-12)
     model.fit(scale(everything), np.concatenate([y, np.full(len(more), -1)]))
     return lambda queries: np.nan_to_num(model.predict_proba(scale(queries)))
 
