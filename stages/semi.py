@@ -23,6 +23,7 @@ from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config
 from pipeline.models.losses import one_hot, soft_cross_entropy
 from pipeline.report.tensorboard import Board
+from pipeline.ssl.acceptance import fairness
 from pipeline.ssl.pseudo_labels import PseudoLabeller, PseudoLabels
 from pipeline.ssl.teacher import Teacher
 from pipeline.streaming.loader import Batch
@@ -92,7 +93,12 @@ class SemiTask(Task):
             "ssl/class_entropy": Mean(self.labeller.class_entropy(), 1.0),
             "ssl/agreement": mean_of(guessed.argmax(-1) == guesses.argmax(-1), accepted),
         }
-        return StepOutput(loss=supervised + weight * (each * accepted).sum() / count, metrics=metrics)
+        loss = supervised + weight * (each * accepted).sum() / count
+        if c.pseudo.fairness:
+            fair = fairness(guessed, accepted, self.labeller.means)
+            loss = loss + c.pseudo.fairness * fair
+            metrics["train/fairness"] = mean_of(fair[None])
+        return StepOutput(loss=loss, metrics=metrics)
 
     def _labelling_network(self, model: nn.Module) -> nn.Module:
         return self.teacher.module if self.config.pseudo.labeller == "teacher" else model

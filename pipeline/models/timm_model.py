@@ -6,12 +6,14 @@ Shapes: B images, C channels, H x W pixels, K classes.
 """
 
 import inspect
+import re
 import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import nearest
 from pipeline.errors import ConfigError
 from pipeline.models.config import TIMM_PREFIX
 from pipeline.models.recompute import count_images_once
@@ -61,7 +63,8 @@ class TimmModel(nn.Module):
                 arguments["drop_path_rate"] = drop_path
             self.model = timm.create_model(bare, **arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise ConfigError(f"timm's {bare} at {image_size} with {options}: {str(error).splitlines()[0]}") from error
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"timm's {bare} at {image_size} with {options}: {_unknown_option(bare, said)}") from error
         self.timm_name, self.arguments = bare, arguments
         self.image_size, self.num_classes = image_size, num_classes
         self._layers = self._layer_table()
@@ -145,3 +148,15 @@ class TimmModel(nn.Module):
         matcher = self.model.group_matcher(coarse=False)
         found = cast(dict[str, int], group_parameters(self.model, matcher, reverse=True))
         return {f"{INSIDE}{name}": int(layer) for name, layer in found.items()}
+
+
+def _unknown_option(bare: str, said: str) -> str:
+    """Add the options of a model that are nearest to the one that it does not know, if that is what was said."""
+    import timm
+
+    found = re.search(r"unexpected keyword argument '(\w+)'", said)
+    if not found:
+        return said
+    with torch.device("meta"):
+        known = inspect.signature(type(timm.create_model(bare))).parameters
+    return f"it has no option {found[1]!r}; near ones: {', '.join(nearest(found[1], list(known))[:6])}"

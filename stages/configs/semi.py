@@ -32,6 +32,12 @@ class PseudoLabelConfig(PseudoLabelRule):
         " micro-batch",
     )
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of pseudo-labels (Semi-ViT: 0.1)")
+    fairness: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="weight of FreeMatch's self-adaptive fairness on the strong views; 0 = off (FreeMatch: 0.01 to 0.05)",
+    )
 
 
 class MixupConfig(Strict):
