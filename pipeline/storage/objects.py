@@ -49,7 +49,7 @@ def serve(descriptor: int) -> None:
 
 
 def _answer(request: dict[str, Any], connection: Connection) -> None:
-    """Send what `objects` yields and then None; or the error. Whoever hangs up early wants no more."""
+    """Send what the store yields and then None, or the error. A requester that closes its pipe wants no more."""
     with connection:
         try:
             for message in list_names(**request) if "start" not in request else read_range(**request):
