@@ -16,6 +16,7 @@ METRICS = ("top1", "head", "medium", "tail")
 STAGES = {"arm": "Stage 1: ARM pretraining", "distill": "Stage 2: supervised", "semi": "Stage 3: semi-supervised"}
 DATA_CHECK = "data-check.json"  # what a chain's check of its data found, in the experiment's folder
 # Row of the table -> (stage, model in its evaluation.json).
+FOLDS = "folds.json"  # result of `python -m studies.folds`, in the experiment's folder
 ROWS = {
     "stage 2": ("distill", "student"),
     "stage 3, student": ("semi", "student"),
@@ -82,11 +83,13 @@ class Result:
         return int(self.stages[stage].config.get("run", {}).get("seed", 0))
 
     def label_notes(self) -> list[str]:
-        """Return sentences on the labels that were learnt, held out or missing, and on what is absent because of it."""
+        """Return sentences on the labels (learnt, held out or missing), on what is absent without them, and on folds."""
+        folds = self.experiment / FOLDS
+        notes = [str(json.loads(folds.read_text())["sentence"])] if folds.is_file() else []
         found = [s.evaluation for s in self.stages.values() if "labels" in s.evaluation]
         if not found:
-            return []
-        labels, notes = found[-1]["labels"], [found[-1]["labels_in_words"]]
+            return notes
+        labels, notes = found[-1]["labels"], [found[-1]["labels_in_words"], *notes]
         if "semi" in self.stages and labels["without_label"] and not labels["hidden"]:
             notes.append(
                 "precision and coverage of the pseudo-labels are absent: no unlabelled image has a label to compare with"
