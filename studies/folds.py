@@ -45,8 +45,6 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, as for make chain")
     parser.add_argument("--folds", type=int, default=5, metavar="K", help="how many parts (default 5)")
     given = parser.parse_args(arguments)
-    if given.folds < 2:
-        raise ConfigError(f"--folds {given.folds}: cross-validation needs 2 parts or more")
     arm, *steps = read_steps(CHAIN, given.name, given.overrides)
     paths = _splits(steps[-1], given.folds)
     run(arm.stage, given.name, arm.overrides, name="stage 1")

@@ -29,8 +29,10 @@ def make_folds(split: Split, manifest: Manifest, count: int, seed: int) -> list[
         seed: Of the order in which samples are dealt.
 
     Raises:
-        ConfigError: The split has a validation subset, or there are fewer labels to deal than parts.
+        ConfigError: The split has a validation subset, or there are fewer labels to deal than parts, or than two parts.
     """
+    if count < 2:
+        raise ConfigError(f"--folds {count}: cross-validation needs 2 parts or more")
     if len(split.subset("validation")):
         raise ConfigError("--folds holds every label out once; leave out --validation-per-class")
     part = np.full(manifest.num_samples, -1)
@@ -64,16 +66,17 @@ def fold_path(path: Path, number: int, count: int) -> Path:
 
 def advice(split: Split) -> str:
     """Return a sentence where labels are few: what validation costs, or what its absence means; empty otherwise."""
-    learnt, held_out = split.counts("labelled"), split.counts("validation")
+    learnt, held_out = split.counts("labelled"), int(split.counts("validation").sum())
     few = int(learnt[learnt > 0].min(initial=FEW_LABELS + 1))
     if few > FEW_LABELS:
         return ""
-    if held_out.sum():
+    labels = f"{few} label{'s' if few > 1 else ''}"
+    if held_out:
         return (
-            f"note: a class has only {few} labels left to learn, and {int(held_out.sum())} of {int((learnt + held_out).sum())}"
-            " labels are spent on validation; --folds 5 in place of --validation-per-class lets every label be learnt"
+            f"note: a class has only {labels} left to learn, and {held_out} of {held_out + int(learnt.sum())} labels are spent on"
+            " validation; --folds 5 in place of --validation-per-class lets every label be learnt"
         )
     return (
-        f"note: a class has only {few} labels, so none is held out for validation, and accuracy is known only with a test set;"
+        f"note: a class has only {labels}, so none is held out for validation, and accuracy is known only with a test set;"
         " --folds 5 estimates it by cross-validation, which costs 5 more trainings of stages 2 and 3"
     )

@@ -8,7 +8,7 @@ from pipeline.datasets.convert.classes import class_labels
 from pipeline.datasets.convert.scan import find_images
 from pipeline.datasets.convert.source import Files, LeftOut, make_keys
 from pipeline.datasets.formats import is_hidden
-from pipeline.datasets.text import storable
+from pipeline.datasets.text import shown, storable
 from pipeline.errors import DataError
 
 
@@ -43,6 +43,7 @@ def image_folder(
         DataError: There is no such folder, or a class without images, or one that `classes` does not name.
     """
     _check_folder(root, "give the folder that holds a folder per class")
+    _check_unlabelled(unlabelled)
     left_out: LeftOut = {}
     inside = [folder.resolve() for folder in unlabelled]
     found = find_images(root, left_out, inside)
@@ -84,8 +85,7 @@ def add_unlabelled(
     Raises:
         DataError: There is no such folder, or it has no images.
     """
-    for folder in folders:
-        _check_folder(folder, "give a folder of images after --unlabelled")
+    _check_unlabelled(folders)
     known = set(map(os.path.realpath, paths))
     for folder, prefix in zip(
         folders, _prefixes(len(folders), {name.rpartition("/")[0] for name in names}), strict=True
@@ -94,9 +94,9 @@ def add_unlabelled(
         if not found:
             raise DataError(f"--unlabelled {folder} has no images{_passed_over(left_out)}; give a folder of images")
         more = [name for name in found if os.path.realpath(folder / name) not in known]
-        if len(more) < len(found):
-            twice = set(found) - set(more)
-            left_out.setdefault("already among the labelled images", []).extend(map(storable, sorted(twice)))
+        known |= {os.path.realpath(folder / name) for name in more}
+        if twice := sorted(set(found) - set(more)):
+            left_out.setdefault("taken already", []).extend(map(shown, twice))
         names += [prefix + name for name in more]
         labels += [-1] * len(more)
         paths += [str(folder / name) for name in more]
@@ -120,6 +120,11 @@ def _prefixes(count: int, others: set[str]) -> list[str]:
     while any(name == top or name.startswith(top + "/") for name in others):
         top = "_" + top
     return [f"{top}/"] if count == 1 else [f"{top}/{k}/" for k in range(count)]
+
+
+def _check_unlabelled(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        _check_folder(folder, "give a folder of images after --unlabelled")
 
 
 def _check_folder(folder: Path, instead: str) -> None:

@@ -48,6 +48,8 @@ def test_folds_beside_a_validation_subset_or_without_labels_are_refused(few: Man
     held = make_split(train, SplitConfig(validation_per_class=2), seed=0)
     with pytest.raises(ConfigError, match="leave out --validation-per-class"):
         make_folds(held, train, 5, seed=0)
+    with pytest.raises(ConfigError, match="needs 2 parts or more"):
+        make_folds(make_split(few, SplitConfig(), seed=0), few, 1, seed=0)
     with pytest.raises(ConfigError, match="only 54 labels can be held out; give at most 54"):
         make_folds(make_split(few, SplitConfig(), seed=0), few, 55, seed=0)
 
@@ -59,7 +61,7 @@ def test_the_command_writes_the_split_and_its_folds_and_says_what_few_labels_mea
     assert main(["split", str(few.folder), "--out", str(out)]) == 0
     alone = out.read_bytes()
     printed = capsys.readouterr().out
-    assert "a class has only 1 labels, so none is held out for validation" in printed
+    assert "a class has only 1 label, so none is held out for validation" in printed
     assert "--folds 5 estimates it by cross-validation, which costs 5 more trainings" in printed
     for state in ("written", "already there"):
         assert main(["split", str(few.folder), "--out", str(out), "--folds", "3"]) == 0
@@ -72,7 +74,7 @@ def test_the_command_writes_the_split_and_its_folds_and_says_what_few_labels_mea
 def test_advice_depends_on_what_is_left_to_learn(train: Manifest) -> None:
     assert advice(make_split(train, SplitConfig(), seed=0)) == ""
     one_left = make_split(train, SplitConfig(labelled=1e-9, validation_per_class=2), seed=0)
-    assert "only 1 labels left to learn, and 20 of 30 labels are spent on validation" in advice(one_left)
+    assert "only 1 label left to learn, and 20 of 30 labels are spent on validation" in advice(one_left)
 
 
 def test_the_folds_are_pooled_image_by_image() -> None:

@@ -72,7 +72,13 @@ def test_a_table_beside_the_folder_of_all_images_leaves_the_others_without_a_lab
     assert convert(*command, *pools, "--out", tmp_path / "out") == 0
     expected = {"a": "cat", "deep/c": "dog", "unlabelled/0/b": None, "unlabelled/1/d": None}
     assert labels(tmp_path / "out") == expected
-    assert "2  already among the labelled images: a.jpg, deep/c.jpg" in capsys.readouterr().out
+    assert "2  taken already: a.jpg, deep/c.jpg" in capsys.readouterr().out
+    assert convert("folder", tmp_path / "more", "--out", tmp_path / "pool") == 0
+    outside = tmp_path.parent / f"{tmp_path.name}-twice"
+    twice = ["--unlabelled", tmp_path / "more", tmp_path / "more", tmp_path]
+    assert convert(*command, *twice, "--out", outside) == 0
+    assert sorted(labels(outside))[:3] == ["a", "deep/c", "unlabelled/0/d"]
+    assert sorted(labels(outside))[3:] == ["unlabelled/2/all/b"]
     assert convert(*command, "--unlabelled", tmp_path / "all", "--out", tmp_path / "all" / "out") == 2
 
 
