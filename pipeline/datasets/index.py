@@ -95,9 +95,11 @@ def _tars_of(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
     Raises:
         DataError: There are other archives, or tars in folders below, which would be lost.
     """
-    tars = [path for path in sorted(folder.glob("*.tar")) if not is_hidden(path.name)]
-    hidden = [path.name for path in sorted(folder.glob("*.tar")) if is_hidden(path.name)]
-    below = [path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(_ARCHIVES) and path not in tars]
+    found = sorted(folder.glob("*.tar"))
+    tars = [path for path in found if not is_hidden(path.name)]
+    hidden = [path.name for path in found if is_hidden(path.name)]
+    archives = {path for path in folder.rglob("*") if path.name.lower().endswith(_ARCHIVES)}
+    below = sorted(archives.difference(found))
     if lost := [path.relative_to(folder).as_posix() for path in below if not is_hidden(path.name)]:
         names = ", ".join(lost[:10]) + (" and more" if len(lost) > 10 else "")
         raise DataError(
