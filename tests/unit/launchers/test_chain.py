@@ -94,7 +94,7 @@ def test_a_chain_begins_with_the_first_stage_that_has_a_config(tmp_path: Path, m
     with pytest.raises(ConfigError, match="only distill, semi is started"):
         read_steps("chain", "late", ["arm:loop.steps=3"])
     (tmp_path / "configs" / "semi" / "late.yaml").unlink()
-    with pytest.raises(ConfigError, match="configs/semi/late.yaml"):
+    with pytest.raises(ConfigError, match=r"configs/semi/late\.yaml"):
         read_steps("chain", "late", [])
 
 
