@@ -47,7 +47,7 @@ def _run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     arm, *steps = read_steps(CHAIN, given.name, given.overrides)
     paths = _splits(steps[-1], given.folds)
-    run(arm.stage, given.name, arm.overrides, name="stage 1")
+    run(arm.stage, arm.path.stem, arm.overrides, name="stage 1")
     experiment = arm.folder.parent
     found: dict[str, list[dict[str, Any]]] = {}
     for number, path in enumerate(paths, 1):
@@ -55,7 +55,7 @@ def _run(arguments: list[str]) -> int:
         own = ["data.test=null", "data.validation=null", f"data.split={path}", f"run.experiment={name}"]
         for step in steps:
             parent = [f"init_from={arm.folder}/export"] if step.values.get("init_from") == arm.stage else []
-            run(step.stage, given.name, [*step.overrides, *parent, *own], name=f"fold {number}, {step.stage}")
+            run(step.stage, step.path.stem, [*step.overrides, *parent, *own], name=f"fold {number}, {step.stage}")
             for row, (stage, model) in ROWS.items():
                 results = evaluation(experiment.with_name(name) / stage) if stage == step.stage else {}
                 if model in results:

@@ -73,7 +73,7 @@ def test_several_datasets_without_labels_give_the_weights_that_hidden_labels_giv
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         folders = ",".join(str(half.folder) for half in halves)
         data = [f"data.train=[{folders}]", f"data.split={tmp_path / f'{name}.json'}", "allow_more_labels=true"]
-        run = chain.complete("semi", parent, *data, f"run.experiment=two-{name}", "loop.steps=4", "loop.save_every=4")
+        run = chain.complete("semi", parent, *data, f"run.experiment=two-{name}")
         assert max(row.get("ssl/mask_rate", 0) for row in rows_of(run)) > 0
         weights.append((run / "export" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
@@ -194,7 +194,7 @@ def test_folds_estimate_what_all_labels_train_and_the_report_says_so(
     made = ["split", str(digits / "train"), "--out", str(split), "--labelled", "0.02", "--folds", "2"]
     assert main(made) == 0
     data = [f"data.train={digits / 'train'}", f"data.split={split}", "data.test=null", "run.experiment=cross"]
-    values = [f"run.root={stages.runs}", *data, "loop.steps=2", "loop.save_every=2", "optim.warmup_steps=1"]
+    values = [f"run.root={stages.runs}", *data, "loop.steps=4", "loop.save_every=4"]
     python = [sys.executable, "-m"]
     done = warm.run([*python, "studies.folds", "smoke", "--folds", "2", *values])
     assert done.returncode == 0, done.stderr
