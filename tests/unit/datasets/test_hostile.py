@@ -202,10 +202,10 @@ def test_any_damage_to_a_manifest_is_refused_or_changes_nothing(sandbox, data, t
         path.write_bytes(content)
     try:
         manifest = read_manifest(folder)
-        members = [manifest.member(sample_index) for sample_index in range(manifest.num_samples)]
+        members = [manifest.member(sample_index) for sample_index in range(0, manifest.num_samples, 97)]
     except DataError:
         return
-    assert members == [train.member(sample_index) for sample_index in range(train.num_samples)]
+    assert members == [train.member(sample_index) for sample_index in range(0, train.num_samples, 97)]
     assert manifest.num_samples == train.num_samples
     assert (manifest.samples == train.samples).all()
     assert [shard.name for shard in manifest.shards] == [shard.name for shard in train.shards]
