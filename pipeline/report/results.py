@@ -84,8 +84,7 @@ class Result:
 
     def label_notes(self) -> list[str]:
         """Return sentences on the labels (learnt, held out or missing), on what is absent without them, and on folds."""
-        folds = self.experiment / FOLDS
-        notes = [str(json.loads(folds.read_text())["sentence"])] if folds.is_file() else []
+        notes = _fold_notes(self.experiment / FOLDS)
         found = [s.evaluation for s in self.stages.values() if "labels" in s.evaluation]
         if not found:
             return notes
@@ -100,6 +99,15 @@ class Result:
         """Return the labelled images of each class in the last stage that was evaluated."""
         found = [s.evaluation.get("labelled_per_class", {}) for s in self.stages.values()]
         return next((counts for counts in reversed(found) if counts), {})
+
+
+def _fold_notes(path: Path) -> list[str]:
+    try:
+        return [str(json.loads(path.read_text())["sentence"])]
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError):
+        return [f"{path.name} is damaged; `python -m studies.folds` writes it again"]
 
 
 def read_result(experiment: Path) -> Result:
