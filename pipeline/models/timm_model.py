@@ -88,7 +88,7 @@ class TimmModel(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""
-        return self.model.get_classifier()  # type: ignore[no-any-return]
+        return self.model.get_classifier()
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one; 0 classes for none."""
