@@ -80,8 +80,8 @@ def test_a_backbone_from_a_file_goes_through_both_stages_to_export_predict_and_r
     command = [sys.executable, "-m", "pipeline.predict", str(third / "export"), str(tmp_path / "image.png")]
     assert warm.run(command).returncode == 0
     page = report.run([stages.runs / kind], tmp_path / "report.html")
-    assert page is not None
-    assert "stage 3, teacher" in (tmp_path / "report.md").read_text()
+    assert page.is_file()
+    assert "## Accuracy" in (tmp_path / "report.md").read_text()
 
 
 def test_a_resumed_run_with_lora_under_lyapema_is_the_uninterrupted_one_bit_for_bit(stages: Stages, file: Path) -> None:
@@ -119,7 +119,7 @@ def test_cached_features_train_the_classifier_that_images_train(stages: Stages, 
     first = distill(stages, file, "cached", "frozen", *kept)
     assert losses(first) == pytest.approx(losses(images), rel=1e-5)
     a, b = (load_file(folder / "export" / WEIGHTS) for folder in (images, first))
-    assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a)
+    assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-4) for k in a)
     (made,) = (tmp_path / "kept").iterdir()
     stamp = made.stat().st_mtime_ns
     again = distill(stages, file, "cached-again", "frozen", *kept, nproc=2)
@@ -132,9 +132,8 @@ def test_cached_features_train_the_classifier_that_images_train(stages: Stages, 
     distill(stages, file, "cached-views", "frozen", *views)
     assert len(list((tmp_path / "kept").iterdir())) == 2
     third = semi(stages, "cached-views", "frozen", "backbone.cached_views=2")
-    assert {"val/top1", "pseudo/precision"} <= set().union(
-        *(json.loads(line) for line in (third / "metrics.jsonl").read_text().splitlines())
-    )
+    logged = set().union(*(json.loads(line) for line in (third / "metrics.jsonl").read_text().splitlines()))
+    assert {"val/top1", "val/teacher_top1", "ssl/mask_rate", "pseudo/coverage"} <= logged
 
 
 def test_layers_that_have_not_joined_lie_still(stages: Stages, file: Path) -> None:

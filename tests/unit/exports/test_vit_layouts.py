@@ -229,7 +229,7 @@ def test_a_public_layout_gives_the_same_features_and_names_what_is_left_behind(
     if ending == "pth":
         torch.save({"model": file}, path)
     else:
-        save_file({k: v.contiguous() for k, v in file.items()}, path)
+        save_file({k: v.clone() for k, v in file.items()}, path)
     model = built(name)
     head = model.model.head.weight.clone()
     report = load_weights(model, path)
