@@ -131,11 +131,13 @@ class TimmModel(nn.Module):
         if f"{INSIDE}pos_embed" in weights and hasattr(self.model, "patch_embed"):
             from timm.layers import resample_abs_pos_embed
 
+            # With registers timm's DINOv2 gives the class token no row of its own.
+            bare = getattr(self.model, "no_embed_class", False)
             weights[f"{INSIDE}pos_embed"] = resample_abs_pos_embed(
                 weights[f"{INSIDE}pos_embed"],
                 new_size=self.model.patch_embed.grid_size,
                 old_size=source.model.patch_embed.grid_size,
-                num_prefix_tokens=getattr(self.model, "num_prefix_tokens", 0),
+                num_prefix_tokens=0 if bare else getattr(self.model, "num_prefix_tokens", 0),
             )
         return weights
 
