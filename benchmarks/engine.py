@@ -123,6 +123,7 @@ def training_of(engine: Engine, stream: Timed, recorder: Recorder, loop: LoopCon
         lr_at=lambda step: OPTIM.lr,
         accumulation=1,
         seed=0,
+        datasets=(),
         inputs={},
         recorder=recorder,
         fingerprint_images=stream.batch.images[:2],

@@ -65,6 +65,7 @@ def _parse(text: bytes, held: int) -> dict[str, Claim]:
     if len(header) > MAX_TENSORS:
         raise ValueError(f"it has {len(header)} tensors, at most {MAX_TENSORS} are read")
     claims: dict[str, Claim] = {}
+    spans: list[tuple[int, int]] = []
     for name, value in header.items():
         shape, (begin, end) = value["shape"], value["data_offsets"]
         if value["dtype"] not in _ITEM_BYTES:
@@ -74,6 +75,14 @@ def _parse(text: bytes, held: int) -> dict[str, Claim]:
         if end > held or end - begin != math.prod(shape) * _ITEM_BYTES[value["dtype"]]:
             raise ValueError(f"{name[:100]} claims more values than the file holds")
         claims[name] = Claim(value["dtype"], tuple(shape))
+        spans.append((begin, end))
+    covered = 0
+    for begin, end in sorted(spans):
+        if begin != covered:
+            raise ValueError(f"its tensors overlap or leave a gap at byte {covered}")
+        covered = end
+    if covered != held:
+        raise ValueError(f"its tensors take {covered} bytes, but it holds {held}")
     return claims
 
 
