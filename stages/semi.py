@@ -193,7 +193,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     parent = s.ancestry.load("init_from")
     shape = s.model_config()
     size = shape.image_size
-    model = build_from_config(shape)
+    model = build_from_config(shape, trained=True)
     transfer(parent, model, s.ancestry.folder("init_from"))
     teacher = copy.deepcopy(model)  # before the engine may shard the weights
     weak, strong, views = (

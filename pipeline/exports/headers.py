@@ -33,8 +33,12 @@ class Claim(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_safetensors_header(path: Path) -> dict[str, Claim]:
+def read_safetensors_header(path: Path, *, whole: bool = True) -> dict[str, Claim]:
     """Return what a safetensors file claims to hold, by name.
+
+    Args:
+        path: The file.
+        whole: Whether all of it will be in memory at once.
 
     Raises:
         HandoverError: The header is damaged or too large, contradicts the file's size, or claims more than fits in memory.
@@ -53,7 +57,8 @@ def read_safetensors_header(path: Path) -> dict[str, Claim]:
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise HandoverError(f"{path} is no safetensors file, or damaged: {said}") from None
-    check_memory(path, size)
+    if whole:
+        check_memory(path, size)
     return claims
 
 

@@ -20,6 +20,7 @@ from pipeline.train.meter import Meter
 from pipeline.train.peak import peak_flops
 from pipeline.train.progress import Progress
 from pipeline.train.run import Run
+from pipeline.train.saved_state import LoopRecord
 from pipeline.train.shard_check import ShardCheck
 from pipeline.train.signals import stop_flag
 from pipeline.train.tracer import Tracer
@@ -198,22 +199,23 @@ def _check_shards(
 def _save(saver: Saver, training: Training, state: _LoopState, shards: ShardCheck) -> None:
     if shards.settled:
         state.proven = state.step
-    loop_state = {
-        "left_out": state.left_out,
-        "rewinds": state.rewinds,
-        "proven": state.proven,
-        "fingerprint": training.fingerprint(),
-        "hashed": shards.stamps(),
-    }
-    saver.save(state.step, loop_state)
+    record = LoopRecord(
+        left_out=state.left_out,
+        rewinds=state.rewinds,
+        fingerprint=training.fingerprint(),
+        hashed=shards.stamps(),
+        proven=state.proven,
+    )
+    saver.save(state.step, record)
 
 
 def _restore(training: Training, run: Run, shards: ShardCheck, before: float = math.inf) -> _LoopState:
     """Continue from the newest checkpoint that has not seen the data step `before`; remove the later ones (collective)."""
-    step, saved = checkpoint.restore(run.checkpoints, training, accept=lambda found: next_data_step(found) <= before)
-    shards.begin(saved.get("hashed", {}))
+    saved = checkpoint.restore(run.checkpoints, training, accept=lambda found: next_data_step(found) <= before)
+    shards.begin(saved.loop.hashed if saved else {})
     if saved:
-        _check_fingerprint(training.fingerprint(), saved["fingerprint"], run, step, shards)
+        _check_fingerprint(training.fingerprint(), saved.loop.fingerprint, run, saved.step, shards)
+    step = saved.step if saved else 0
     if before < math.inf:
         if not saved:
             raise Diverged(
@@ -221,8 +223,10 @@ def _restore(training: Training, run: Run, shards: ShardCheck, before: float = m
             )
         checkpoint.remove_after(run.checkpoints, step, run.world)
     run.truncate_metrics(step)
-    known = {name: saved[name] for name in ("left_out", "rewinds", "proven") if name in saved}
-    return _LoopState(step=step, **known)
+    if not saved:
+        return _LoopState(step=0)
+    loop = saved.loop
+    return _LoopState(step=step, left_out=loop.left_out, rewinds=loop.rewinds, proven=loop.proven)
 
 
 def _check_fingerprint(now: float, saved: float, run: Run, step: int, shards: ShardCheck) -> None:

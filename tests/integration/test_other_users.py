@@ -1,0 +1,132 @@
+"""Files and folders of other users: each ends in one sentence with its exit code, or is done without."""
+
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import warm
+from tests.conftest import Stages
+from tests.integration.test_resume import parents
+
+
+class Other:
+    """Runs commands without rights over files whose mode forbids it, and takes rights away."""
+
+    def __init__(self) -> None:
+        self.closed: list[tuple[Path, int]] = []
+
+    def close(self, path: Path, mode: int = 0) -> None:
+        self.closed.append((path, stat.S_IMODE(path.stat().st_mode)))
+        path.chmod(mode)
+
+    def run(self, *words: object, env=warm.ENVIRONMENT):
+        command = [sys.executable, "-m", "tests.integration.without_rights", *map(str, words)]
+        done = warm.run(command, env=env)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+
+@pytest.fixture
+def other() -> Iterator[Other]:
+    made = Other()
+    yield made
+    for path, mode in reversed(made.closed):
+        path.chmod(mode)
+
+
+def stage(chain: Stages, name: str, *more: str) -> list[str]:
+    return chain.command(name, f"run.experiment=others{len(more)}", *more)[2:]
+
+
+def own_data(chain: Stages, folder: Path) -> list[str]:
+    shutil.copytree(chain.digits, folder / "digits")
+    data = [f"data.{name}={folder / 'digits' / name}" for name in ("train", "test")]
+    return [*data, f"data.split={folder / 'digits/split.json'}", f"run.root={folder / 'runs'}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("train/000000.tar", "000000.tar cannot be"),
+        ("test/000000.tar", "000000.tar cannot be"),
+        ("train/manifest.json", "manifest.json cannot be read (Permission denied)"),
+        ("train/manifest.samples.npy", "manifest.samples.npy"),
+        ("train", "train/manifest.json cannot be read (Permission denied)"),
+        ("split.json", "split.json cannot be read (Permission denied)"),
+    ],
+)
+def test_data_that_cannot_be_read_ends_in_3(chain: Stages, tmp_path: Path, other: Other, name: str, said: str) -> None:
+    more = own_data(chain, tmp_path)
+    other.close(tmp_path / "digits" / name)
+    done = other.run(*stage(chain, "arm", *more))
+    assert done.returncode == 3, done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "fingerprint.safetensors", "."])
+def test_an_export_that_cannot_be_read_ends_in_4(chain: Stages, tmp_path: Path, other: Other, name: str) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(chain.runs / "smoke/arm/export", export)
+    classifier = tmp_path / "classifier"
+    shutil.copytree(chain.runs / "smoke/semi/export", classifier)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "x.png")
+    other.close(export / name)
+    other.close(classifier / name)
+    done = other.run(*stage(chain, "distill", f"init_from={export}", f"run.root={tmp_path / 'runs'}"))
+    assert done.returncode == 4, done.stderr
+    done = other.run("pipeline.predict", classifier, tmp_path / "x.png")
+    assert done.returncode == 4, done.stderr
+
+
+@pytest.mark.parametrize("home", ["", "/nonexistent", "closed", "read-only"])
+def test_a_home_that_cannot_be_used_is_done_without(chain: Stages, tmp_path: Path, other: Other, home: str) -> None:
+    env = {name: value for name, value in warm.ENVIRONMENT.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    env["TMPDIR"] = str(tmp_path)
+    if home:
+        env["HOME"] = home
+    if home in ("closed", "read-only"):
+        (tmp_path / home).mkdir()
+        env["HOME"] = str(tmp_path / home)
+        other.close(tmp_path / home, 0 if home == "closed" else 0o555)
+    root = f"run.root={tmp_path / 'runs'}"
+    done = other.run(*stage(chain, "distill", *parents(chain, "distill"), root), env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_caches_and_outputs_in_folders_that_cannot_be_written_end_in_5(
+    chain: Stages, tmp_path: Path, other: Other
+) -> None:
+    (tmp_path / "closed").mkdir()
+    other.close(tmp_path / "closed", 0o555)
+    taught = [f"teacher.export={chain.runs / 'smoke/distill/export'}", "allow_more_labels=true"]
+    taught += [*parents(chain, "distill"), f"run.root={tmp_path / 'runs'}"]
+    for folder in ("closed", "closed/deeper"):
+        done = other.run(*stage(chain, "distill", *taught, f"teacher.cache={tmp_path / folder}"))
+        assert done.returncode in (0, 5), done.stderr  # a cache that cannot be written is done without
+        done = other.run(*stage(chain, "arm", f"run.root={tmp_path / folder}"))
+        assert done.returncode == 5, done.stderr
+    done = other.run("pipeline.data", "convert", "digits", "--out", tmp_path / "closed/digits")
+    assert done.returncode == 5, done.stderr
+    split = ["split", chain.digits / "train", "--labelled", "0.1"]
+    assert other.run("pipeline.data", *split, "--out", tmp_path / "closed/s.json").returncode == 5
+    done = other.run("launchers", "report", chain.runs / "smoke", "--out", tmp_path / "closed/r.html")
+    assert done.returncode == 5, done.stderr
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "config.yaml", "report", "status.json", "."])
+def test_a_run_of_another_user_is_not_continued(chain: Stages, tmp_path: Path, other: Other, name: str) -> None:
+    shutil.copytree(chain.runs / "smoke/arm", tmp_path / "runs/others1/arm")
+    shutil.rmtree(tmp_path / "runs/others1/arm/export")
+    run = tmp_path / "runs/others1/arm"
+    other.close(run / name, 0o555 if (run / name).is_dir() else 0o444)
+    done = other.run(*stage(chain, "arm", f"run.root={tmp_path / 'runs'}"))
+    assert done.returncode in (0, 5), done.stderr  # a file that is replaced needs no rights of its own
+    other.close(run / name)
+    done = other.run(*stage(chain, "arm", f"run.root={tmp_path / 'runs'}"))
+    assert done.returncode in (0, 2, 5), done.stderr
