@@ -33,10 +33,11 @@ from pipeline.images import decode_with_pillow, decode_with_simplejpeg
 from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
+from pipeline.streaming.geometry import crop_resize
 from pipeline.streaming.loader import Loader
 from pipeline.streaming.order import Order, cut_blocks, readers_of_rank, shuffle_quality
 from pipeline.streaming.reader import Reader
-from pipeline.streaming.transforms import crop_resize, train_views
+from pipeline.streaming.transforms import train_views
 from tests.unit.storage.flaky import serve
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -49,12 +49,7 @@ class ShardCheck:
 
     def __init__(self, datasets: Sequence[Manifest], world: World) -> None:
         self.world = world
-        files = [
-            _File(dataset.path_of(k), shard.sha256)
-            for dataset in datasets
-            for k, shard in enumerate(dataset.shards)
-            if not dataset.url_of(k)
-        ]
+        files = [_File(*shard) for dataset in datasets for shard in dataset.local_shards()]
         self._files = list(dict.fromkeys(files))[world.rank :: world.size]
         self._known: dict[str, Stamp] = {}
         self._problem = ""
