@@ -19,6 +19,7 @@ from pipeline.exit_codes import ExitCode
 
 # What any write can meet at any moment: the disk is full, over quota, read-only or broken, or its server is gone.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+NO_ACCESS = (errno.EACCES, errno.EPERM)  # a file or folder of somebody else
 
 
 class Command(NamedTuple):
@@ -68,7 +69,7 @@ def guarded(
 
     Returns:
         The command's own code; 0 if the reader of the output has closed it; the `exit_code` of a `PipelineError`; 5 for a
-        disk that fails; 130 for Ctrl-C; 1, with a stack trace, for a bug.
+        disk that fails or a file without access; 130 for Ctrl-C; 1, with a stack trace, for a bug.
     """
     previous, threading.excepthook = threading.excepthook, _thread_problem
     try:
@@ -109,6 +110,10 @@ def _is_disk_error(error: BaseException | None) -> bool:
 
 
 def _disk_problem(error: Exception) -> PipelineError | None:
+    if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
+        return EnvironmentProblem(
+            f"{error.filename}: {os.strerror(error.errno)}; ask its owner for access, or give another file or folder"
+        )
     if not (isinstance(error, OSError) and _is_disk_error(error)):
         return None
     return EnvironmentProblem(

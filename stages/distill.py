@@ -109,7 +109,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     """Build the student, its average and its teacher, and say how they are evaluated and exported."""
     config, shape = s.config, s.model_config()
     size, num_classes = shape.image_size, len(s.manifest.classes)
-    model = build_from_config(shape, trained=True)
+    model = build_from_config(shape, trained=config.backbone.train == "whole")
     new: list[str] = []
     if config.init_from:
         new = transfer(s.ancestry.load("init_from"), model, s.ancestry.folder("init_from")).fresh

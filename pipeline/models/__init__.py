@@ -45,9 +45,8 @@ def build_from_config(config: FamilyConfig, *, trained: bool = False) -> "nn.Mod
     Raises:
         ConfigError: It does not fit in this machine's memory.
     """
-    from pipeline.models.memory import TRAINED_BYTES, WEIGHT_BYTES, build_within_memory
+    from pipeline.models.memory import build_within_memory
     from pipeline.models.registry import MODEL_CLASSES
 
     family = MODEL_CLASSES[type(config)]
-    weight_bytes = TRAINED_BYTES if trained else WEIGHT_BYTES
-    return build_within_memory(lambda: family(**config.arguments()), f"model {config.name}", weight_bytes)
+    return build_within_memory(lambda: family(**config.arguments()), f"model {config.name}", trained=trained)

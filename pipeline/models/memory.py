@@ -16,7 +16,7 @@ _ROOM = 0.95  # share of the free memory that a model may take
 M = TypeVar("M", bound=nn.Module)
 
 
-def build_within_memory(build: Callable[[], M], name: str, weight_bytes: int = WEIGHT_BYTES) -> M:
+def build_within_memory(build: Callable[[], M], name: str, *, trained: bool) -> M:
     """Build a model, unless it is larger than the memory that is free.
 
     The weights are counted on the meta device, where they take no memory.
@@ -24,11 +24,12 @@ def build_within_memory(build: Callable[[], M], name: str, weight_bytes: int = W
     Args:
         build: Builds the model on the default device.
         name: What messages call it.
-        weight_bytes: Bytes that each weight will take: `WEIGHT_BYTES` for inference, `TRAINED_BYTES` for training.
+        trained: Whether it will be trained. Where there is no GPU, that takes this memory too.
 
     Raises:
         ConfigError: It does not fit.
     """
+    weight_bytes = TRAINED_BYTES if trained and not torch.cuda.is_available() else WEIGHT_BYTES
     if torch.get_default_device().type != "meta":
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             weights = sum(value.numel() for value in build().state_dict().values())

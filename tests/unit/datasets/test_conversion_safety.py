@@ -146,12 +146,16 @@ def test_workers_die_with_the_conversion_and_the_next_start_goes_on(large, tmp_p
     assert ours == straight
 
 
-def test_a_conversion_continued_over_a_changed_source_notices(large, tmp_path, caplog):
+@pytest.mark.parametrize("restored", [False, True], ids=["new time", "restored time"])
+def test_a_conversion_continued_over_a_changed_source_notices(large, tmp_path, caplog, restored):
     process = begun(large, tmp_path / "out", 1)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     first = read_first_member(tmp_path / "out" / "000000.tar")
+    before = (large / first).stat()
     (large / first).write_bytes(image(77))
+    if restored:
+        os.utime(large / first, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert convert("imagefolder", large, "--out", tmp_path / "out", "--samples-per-shard", "2") == 0
     assert "1 shards are written again" in caplog.text
     assert contents(tmp_path / "out")[first.removesuffix(".jpg")] == image(77)

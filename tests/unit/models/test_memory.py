@@ -8,7 +8,7 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.models import build_model
-from pipeline.models.memory import TRAINED_BYTES, build_within_memory
+from pipeline.models.memory import build_within_memory
 
 HUGE = {
     "vim_nano": {"embed_dim": 2**15, "depth": 512},
@@ -32,6 +32,6 @@ def test_asking_for_the_size_draws_no_random_numbers() -> None:
     torch.manual_seed(0)
     first = build_model("vim_nano", depth=1)
     torch.manual_seed(0)
-    second = build_within_memory(lambda: build_model("vim_nano", depth=1), "it", TRAINED_BYTES)
+    second = build_within_memory(lambda: build_model("vim_nano", depth=1), "it", trained=True)
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
