@@ -19,7 +19,8 @@ from pipeline.exit_codes import ExitCode
 
 # What any write can meet at any moment: the disk is full, over quota, read-only or broken, or its server is gone.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-NO_ACCESS = (errno.EACCES, errno.EPERM)  # a file or folder of somebody else
+# A file or folder of somebody else, and a path that leads nowhere.
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class Command(NamedTuple):
@@ -112,7 +113,7 @@ def _is_disk_error(error: BaseException | None) -> bool:
 def _disk_problem(error: Exception) -> PipelineError | None:
     if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
         return EnvironmentProblem(
-            f"{error.filename}: {os.strerror(error.errno)}; ask its owner for access, or give another file or folder"
+            f"{str(error.filename)[:200]}: {os.strerror(error.errno)}; give another file or folder, or ask its owner for access"
         )
     if not (isinstance(error, OSError) and _is_disk_error(error)):
         return None

@@ -212,3 +212,14 @@ def test_a_full_disk_is_one_sentence_and_the_next_start_works(source, tmp_path, 
     assert full.stderr.startswith("error: ")
     assert convert("imagefolder", source, "--out", tmp_path / "out", "--samples-per-shard", "10") == 0
     assert main(["verify", str(tmp_path / "out"), "--processes", "1"]) == 0
+
+
+def test_a_link_to_itself_is_no_folder_and_is_named(source, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert convert("folder", tmp_path / "loop", "--out", tmp_path / "out") == 3
+    assert "is not a folder" in capsys.readouterr().err
+    assert convert("folder", source, "--out", tmp_path / "loop/out") == 5
+    (source / "cat/loop").symlink_to("loop")
+    unlabelled = put(tmp_path / "more", "x.jpg")
+    assert convert("imagefolder", source, "--unlabelled", unlabelled, "--out", tmp_path / "out") in (0, 3)
+    assert "Traceback" not in capsys.readouterr().err
