@@ -14,7 +14,7 @@ HUGE = {
     "vim_nano": {"embed_dim": 2**15, "depth": 512},
     "efficientvim_m1": {"widths": (2**15,) * 3, "depths": (64,) * 3, "states": (2**15,) * 3},
     "vssd_micro": {"width": 2**14, "depths": (64,) * 4, "heads": (64,) * 4},
-    "timm/vit_tiny_patch16_224": {"options": {"embed_dim": 2**15, "depth": 256}},
+    "timm/vit_tiny_patch16_224": {"options": {"embed_dim": 2**15, "depth": 256, "num_heads": 64}},
 }
 
 
