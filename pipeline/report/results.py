@@ -163,7 +163,7 @@ def _read_stage(folder: Path) -> StageRun:
     environment = read_object(folder / "environment.json")
     return StageRun(
         folder=folder,
-        rows=read_rows(folder / "metrics.jsonl", "step", "samples"),
+        rows=read_rows(folder / "metrics.jsonl", "step"),
         config=read_config(folder),
         environment=environment,
         status=read_status(folder),
