@@ -19,7 +19,7 @@ class _Status(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     state: str = Field(max_length=40)
-    time: float = Field(ge=0, le=1e11)
+    time: float = Field(0.0, ge=0, le=1e11)
     step: int = Field(0, ge=0, lt=2**53)
     steps: int = Field(0, ge=0, lt=2**53)
     reason: str = ""
