@@ -40,6 +40,7 @@ from pipeline.train.loop import fit
 from pipeline.train.optim import Trainable, parameter_groups
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
+from pipeline.train.saved_state import LoopRecord
 from pipeline.train.task import StepOutput, Task, mean_of
 from pipeline.train.training import Training
 
@@ -219,13 +220,14 @@ def resuming(world: World, folder: Path) -> dict[str, float]:
     training = training_of(engine, Timed(batch), Recorder(log_every=50), loop)
     engine.backward(training.task.loss(engine.model, {"labelled": batch}).loss)
     engine.step(OPTIM.lr)
-    Saver(folder, training).save(1, {})
+    Saver(folder, training).save(1, LoopRecord(left_out=[], rewinds=0, fingerprint=0.0))
     barrier(world)
     begin = time.perf_counter()
-    step, _ = checkpoint.restore(folder, training)
+    found = checkpoint.restore(folder, training)
     training.fingerprint()
     barrier(world)
-    assert step == 1
+    assert found is not None
+    assert found.step == 1
     gigabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
     return {"resume_seconds": time.perf_counter() - begin, "resume_gigabytes": gigabytes}
 
