@@ -3,25 +3,19 @@
 Two kills here; thirty, with changing layouts too, in `make soak`. The seed of the moments is printed when a case fails.
 """
 
-import contextlib
 import random
-import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from tests import warm
 from tests.conftest import Stages
 from tests.golden.write import losses
 from tests.integration.test_faults import samples
 from tests.integration.test_resume import parents, step_reached
-from tests.unit.exports.released import checkpoint, filled
-from tests.unit.exports.test_convert import SMALL
 from tests.waiting import patience
 
 STEPS_PER_KILL = 6
@@ -29,14 +23,12 @@ SAME = [(2, 2)]  # (processes, ZeRO stage), in turn
 MOVING = [(2, 2), (1, 1), (2, 3), (1, 2), (2, 0), (2, 1)]
 
 
-def kill_often(
-    chain: Stages, name: str, kills: int, layouts: Sequence[tuple[int, int]], seed: int, workers: int = 0
-) -> Path:
+def kill_often(chain: Stages, name: str, kills: int, layouts: Sequence[tuple[int, int]], seed: int) -> Path:
     """Start, kill -9 one rank or the launcher, start again in the next layout, ...; then run to the end."""
     moments, run = random.Random(seed), chain.runs / name / "semi"
     for k in range(kills):
         nproc, zero = layouts[k % len(layouts)]
-        arguments = overrides(chain, name, kills, zero, workers)
+        arguments = overrides(chain, name, kills, zero)
         process = warm.start(chain.command("semi", *arguments, nproc=nproc))
         wait_for_steps(run, moments.randint(1, 3), process)
         family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
@@ -48,13 +40,13 @@ def kill_often(
         assert process.returncode in (-9, 7), text
         assert gone(family), f"kill {k} left a process behind"
     nproc, zero = layouts[0]
-    done = chain.run("semi", *overrides(chain, name, kills, zero, workers), nproc=nproc)
+    done = chain.run("semi", *overrides(chain, name, kills, zero), nproc=nproc)
     assert done.returncode == 0, done.stderr
     assert "is damaged" not in done.stderr  # what a kill cut short never looks like a checkpoint
     return run
 
 
-def overrides(chain: Stages, name: str, kills: int, zero: int, workers: int = 0) -> list[str]:
+def overrides(chain: Stages, name: str, kills: int, zero: int) -> list[str]:
     return [
         f"run.experiment={name}",
         *parents(chain, "semi"),
@@ -62,7 +54,6 @@ def overrides(chain: Stages, name: str, kills: int, zero: int, workers: int = 0)
         "loop.save_every=1",
         "optim.lr=1e-4",  # another order of sums must not be amplified into another run
         f"engine.zero_stage={zero}",
-        f"data.loader.workers={workers}",
     ]
 
 
@@ -88,12 +79,12 @@ def gone(pids: Sequence[int]) -> bool:
     return False
 
 
-def soak(chain: Stages, kills: int, layouts: Sequence[tuple[int, int]], seed: int, workers: int = 0) -> None:
+def soak(chain: Stages, kills: int, layouts: Sequence[tuple[int, int]], seed: int) -> None:
     moving = len(layouts) > 1
-    name = f"soak{kills}{'moving' if moving else ''}{workers or ''}"
+    name = f"soak{kills}{'moving' if moving else ''}"
     nproc, zero = layouts[0]
     straight = chain.complete("semi", *overrides(chain, f"{name}-straight", kills, zero), nproc=nproc)
-    run = kill_often(chain, name, kills, layouts, seed, workers)
+    run = kill_often(chain, name, kills, layouts, seed)
     steps = losses(run, "semi"), losses(straight, "semi")
     assert len(steps[0]) == len(steps[1]) == STEPS_PER_KILL * kills
     for got, want in zip(*steps, strict=True):
@@ -110,62 +101,6 @@ def test_two_kills(chain: Stages) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(
-    ("layouts", "workers"), [(SAME, 0), (MOVING, 0), (SAME, 2)], ids=["same", "moving", "with-data-workers"]
-)
-def test_thirty_kills(chain: Stages, layouts: Sequence[tuple[int, int]], workers: int) -> None:
-    soak(chain, 30, layouts, seed=int(time.time()), workers=workers)
-
-
-COMMANDS: dict[str, Callable[[Stages, Path], list[str]]] = {
-    "convert": lambda chain, out: ["pipeline.data", "convert", "digits", "--out", f"{out}/d", "--processes", "2"],
-    "split": lambda chain, out: [
-        *("pipeline.data", "split", str(chain.digits / "train"), "--out", f"{out}/s/split.json", "--labelled", "0.1")
-    ],
-    "report": lambda chain, out: ["pipeline.report", str(chain.runs / "smoke"), "--out", f"{out}/r/report.html"],
-    "export": lambda chain, out: [
-        *("pipeline.models", "convert", str(out.parent / "vim.pth"), "--out", f"{out}/e", "--image-size", "32")
-    ],
-}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """What lies in a folder, hidden files included."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def kill_command_often(chain: Stages, root: Path, make: Callable[[Stages, Path], list[str]], kills: int) -> None:
-    """Kill a command at random moments of its run; then let it end, and compare with a run that was never killed."""
-    straight, killed, moments = root / "straight", root / "killed", random.Random(kills)
-    began = time.monotonic()
-    done = warm.run([sys.executable, "-m", *make(chain, straight)])
-    assert done.returncode == 0, done.stderr
-    seconds, ended = time.monotonic() - began, 0
-    for _ in range(kills):
-        process = warm.start([sys.executable, "-m", *make(chain, killed)])
-        family = [process.pid]
-        deadline = time.monotonic() + moments.uniform(0, seconds)
-        while time.monotonic() < deadline and process.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-            time.sleep(0.005)
-        process.kill()
-        process.wait(patience(20))
-        assert process.returncode in (0, -9), process.errors
-        ended += process.returncode == 0
-        assert gone(family), "a process was left behind"
-        if process.returncode == 0 and make is COMMANDS["export"]:  # which refuses to write over an export
-            shutil.rmtree(killed)
-    done = warm.run([sys.executable, "-m", *make(chain, killed)])
-    assert done.returncode == 0, done.stderr
-    assert ended < kills
-    there, here = content(straight), content(killed)
-    assert there.keys() == here.keys()
-    assert [name for name in there if there[name].replace(b"straight", b"killed") != here[name]] == []
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.soak)])
-def test_a_killed_command_ends_as_one_never_killed(chain: Stages, tmp_path: Path, name: str, kills: int) -> None:
-    torch.save(checkpoint(filled(SMALL["vim"])), tmp_path / "vim.pth")
-    kill_command_often(chain, tmp_path, COMMANDS[name], kills)
+@pytest.mark.parametrize("layouts", [SAME, MOVING], ids=["same", "moving"])
+def test_thirty_kills(chain: Stages, layouts: Sequence[tuple[int, int]]) -> None:
+    soak(chain, 30, layouts, seed=int(time.time()))
