@@ -149,6 +149,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
         flops=flops,
         evaluate=lambda step, board: s.evaluator.validate(models(), size),
         finish=finish,
+        backbone=config.backbone,
     )
 
 
