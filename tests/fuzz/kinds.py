@@ -19,30 +19,25 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tests.fuzz import checkpoints, mutate
+from tests.fuzz import mutate
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Case(NamedTuple):
-    """A command: a module's `main`, its arguments, and variables of the environment.
-
-    `same` are two files that must be equal if the command ends with 0.
-    """
+    """A command: a module's `main`, its arguments, and variables of the environment."""
 
     module: str
     arguments: list[str]
     environment: Mapping[str, str] = MappingProxyType({})
-    same: tuple[Path, Path] | None = None
 
 
 class Material(NamedTuple):
-    """What sound inputs are made of: the digits as shards, exports of a tiny model, and runs of it."""
+    """What sound inputs are made of: the digits as shards, and exports of a tiny model."""
 
     digits: Path
     export: Path
     weights: Path  # a torch checkpoint of a tiny Vim in its released layout
-    runs: Path  # experiments of stage 1: `finished`, and `stopped` as it was before its last step
 
 
 def config(rng: random.Random, folder: Path, have: Material) -> Case:
@@ -319,15 +314,6 @@ def image(rng: random.Random, folder: Path, have: Material) -> Case:
     return Case("pipeline.data", ["convert", "imagefolder", "photos", "--out", "out", "--processes", "1"])
 
 
-def checkpoint(rng: random.Random, folder: Path, have: Material) -> Case:
-    """A stopped run whose checkpoints or books were damaged, which is started again."""
-    experiment = folder / "runs" / "finished"
-    _copy(have.runs / "stopped", experiment)
-    sound = checkpoints.damage(rng, experiment)
-    same = (experiment / checkpoints.WEIGHTS, have.runs / "finished" / checkpoints.WEIGHTS) if sound else None
-    return Case("stages.__main__", ["arm", *checkpoints.overrides("runs", have.digits)], same=same)
-
-
 def _damaged(rng: random.Random, path: Path) -> bytes:
     whole = path.read_bytes()
     try:
@@ -356,5 +342,4 @@ KINDS: dict[str, Make] = {
     "split": split,
     "tar": tar,
     "image": image,
-    "checkpoint": checkpoint,
 }
