@@ -100,7 +100,7 @@ def _read(path: Path) -> Any:
             f"{path} is only a pointer of Git LFS; type `git lfs pull` where it came from, and copy it again"
         )
     if start[8:9] == b"{" or path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return load_safetensors(path)
     if start.startswith(b"PK"):
         check_archive(path)
     else:
@@ -112,7 +112,12 @@ def _some(names: dict[str, Any]) -> str:
     return ", ".join(name[:60] for name in list(names)[:8])[:300] + (", ..." if len(names) > 8 else "")
 
 
-def _read_safetensors(path: Path) -> Any:
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file after its header has been checked.
+
+    Raises:
+        HandoverError: It is damaged, or claims more than it holds or than fits in memory.
+    """
     read_safetensors_header(path)
     try:
         return load_file(path)
