@@ -1,5 +1,6 @@
 """Read the folders of experiments: evaluations, curves, cards, incidents, plans."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
