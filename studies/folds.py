@@ -3,8 +3,8 @@
     python -m studies.folds NAME [--folds 5] [KEY=VALUE ...]
 
 `make chain NAME=mine` trains the models to keep, on all labels of a split without validation. This command then trains stages 2
-and 3 once more for each fold of that split, on the labels of the other folds, and lets them judge the images of the fold. Stage
-1 has learnt no label, so all folds share it. Each labelled image is judged once, by models that have not learnt its label.
+and 3 once more for each fold of that split, on the labels of the other folds, and evaluates them on the images of the fold. Stage
+1 has learnt no label, so all folds share it. Each labelled image is evaluated once, by models that have not learnt its label.
 
 The result is FOLDS in the experiment's folder; the report of the experiment quotes it. A run that is complete is reused. No
 stage chooses anything by validation scores, so the folds estimate the models that all labels train, with fewer labels: the
@@ -89,7 +89,7 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         f"{row} {100 * r['top1']:.1f} % (spread of the folds {100 * r['spread']:.1f})" for row, r in rows.items()
     )
     sentence = (
-        f"cross-validation in {len(first['folds'])} folds: each of {first['images']} labelled images is judged once, by models"
+        f"cross-validation in {len(first['folds'])} folds: each of {first['images']} labelled images is evaluated once, by models"
         f" that have not learnt its label; top-1 of {words}"
     )
     return {"sentence": sentence, "rows": rows}

@@ -207,4 +207,4 @@ def test_folds_estimate_what_all_labels_train_and_the_report_says_so(
     done = warm.run([*python, "launchers", "local", "chain", "smoke", *values])
     assert done.returncode == 0, done.stderr
     page = (stages.runs / "cross" / "report.html").read_text()
-    assert f"each of {labelled} labelled images is judged once" in page
+    assert f"each of {labelled} labelled images is evaluated once" in page
