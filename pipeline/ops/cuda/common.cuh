@@ -19,6 +19,12 @@ __device__ inline float opaque(float x) {
   asm("" : "+f"(x));
   return x;
 }
+// threadIdx.x, read anew: what follows from it is then computed again where it is used, instead of occupying registers.
+__device__ inline int thread_now() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 __device__ inline int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that a warp agrees on x
 __device__ inline float exp2_fast(float x) {  // 2 units in the last place
   float y;
@@ -117,15 +123,17 @@ __device__ inline float softplus_slope(float y) {
   series = 1.0f - y * 0.25f * series;
   series = 1.0f - y * (1.0f / 3.0f) * series;
   series = 1.0f - y * 0.5f * series;
-  return y < 0.25f ? y * series : 1.0f - exponential(-y);
+  const float small = opaque(y * series), large = opaque(1.0f - exponential(-y));
+  return y < 0.25f ? small : large;
 }
 
-// The sum over the four lanes of a channel; lane p of them gets the sum of x[p].
-__device__ inline float quad_sum(const float (&x)[4], int p) {
-  const bool high = p & 2, odd = p & 1;
-  const float a = (high ? x[2] : x[0]) + __shfl_xor_sync(~0u, high ? x[0] : x[2], 2);
-  const float b = (high ? x[3] : x[1]) + __shfl_xor_sync(~0u, high ? x[1] : x[3], 2);
-  return (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 1);
+// Sums over the four lanes of a channel, of four values at a time; lane p gets the sum of value p. `pair` takes values 2 i
+// and 2 i + 1, `quad` the results of two pairs.
+__device__ inline float sum_pair(float even, float odd, int p) {
+  return (p & 1 ? odd : even) + __shfl_xor_sync(~0u, p & 1 ? even : odd, 1);
+}
+__device__ inline float sum_quad(float low, float high, int p) {
+  return (p & 2 ? high : low) + __shfl_xor_sync(~0u, p & 2 ? low : high, 2);
 }
 
 // x of a channel from step `first` on, 0 where there is none.

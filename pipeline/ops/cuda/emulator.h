@@ -130,6 +130,7 @@ template <class T>
 inline void __stcs(T* p, T x) { *p = x; }
 
 inline float opaque(float x) { return x; }
+inline int thread_now() { return threadIdx.x; }
 inline int uniform(int x) { return x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }

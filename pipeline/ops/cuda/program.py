@@ -69,7 +69,8 @@ class Program:
         copies = min(self.lane_states, 8)
         states = max(self.directions * self.tile_steps * 2 * copies * 4 * self.lane_states * 4, 16384)
         marks = (-(-steps // self.tile_steps) - 1) * THREADS * self.lane_states * 4
-        return tile + states, marks
+        part = 32 + self.directions * self.block_channels * 8
+        return part + tile + states, marks
 
 
 class Strided(Structure):

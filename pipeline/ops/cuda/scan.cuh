@@ -34,17 +34,16 @@ struct Scan {
 // Threads for the recurrence: a warp holds 8 channels of one direction.
 struct Place {
   int lane, warp, p, c8, k, c;  // p: the lane of its channel; k: direction; c: channel of the block
-  __device__ Place() {
-    const int t = threadIdx.x;
+  __device__ explicit Place(int t) {
     lane = t % 32, p = lane % 4, c8 = lane / 4;
     warp = uniform(t / 32);
     k = warp / direction_warps, c = warp % direction_warps * 8 + c8;
   }
 };
 
-// The entry of a channel and step in a tile. The swizzle spreads four neighbouring steps over the banks.
+// The entry of a channel and step in a tile. The swizzle puts neighbouring steps into different banks.
 __device__ inline int entry(int k, int t, int c) {
-  return (k * T + t) * channels_of_block + (c ^ (t & 3) * 2);
+  return (k * T + t) * channels_of_block + (c ^ (t & 1) * 4);
 }
 
 // Copies B and C of a tile into shared memory in fp32: [direction][step][B, C][copy][4 S]. Copy f holds the states of each
@@ -53,16 +52,16 @@ template <int COPIES>
 struct States {
   static constexpr int items = DIRECTIONS * T * 2 * S;  // 128 for each direction
   const char* from;
-  int step, channel, j, k, quad, matrix, states;
-  __device__ States(const Scan& s, int b, int g)
-      : j(threadIdx.x / (2 * S) % T), k(threadIdx.x / (2 * S * T) % DIRECTIONS), quad(threadIdx.x % S),
-        matrix(threadIdx.x / S % 2), states(s.states) {
+  int thread, step, channel, j, k, quad, matrix, states;
+  __device__ States(const Scan& s, int b, int g, int thread)
+      : thread(thread), j(thread / (2 * S) % T), k(thread / (2 * S * T) % DIRECTIONS), quad(thread % S),
+        matrix(thread / S % 2), states(s.states) {
     const Strided& source = matrix ? s.direction[k].C : s.direction[k].B;
     from = source.data + b * source.batch + g * source.group + (long long)quad * 4 * source.channel;
     step = source.step, channel = source.channel;
   }
   __device__ void copy(int first, int steps, float* out) const {
-    if (items < threads && threadIdx.x >= items) return;
+    if (items < threads && thread >= items) return;
     const int t = first + j, quads = S / 4;
     const char* p = from + (long long)t * step;
     float x[4];
@@ -100,8 +99,8 @@ struct Share {
   int c, j;     // channel of the block; first step of the tile
   bool real;    // whether the channel exists
   int channel;  // in all channels; the last one that exists stands for those that do not
-  __device__ Share(int first_channel, int count)
-      : c(threadIdx.x % channels_of_block), j(threadIdx.x / channels_of_block * run), real(c < count),
+  __device__ Share(int first_channel, int count, int thread)
+      : c(thread % channels_of_block), j(thread / channels_of_block * run), real(c < count),
         channel(first_channel + min(c, count - 1)) {}
 };
 

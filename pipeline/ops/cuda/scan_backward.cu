@@ -57,33 +57,59 @@ __device__ inline void sum_channels(const Place& at, float (&g_B)[S], float (&g_
   }
 }
 
-struct Gradients {
-  float A[S], D, bias;
+// Reads what the first sweep kept of this thread at the beginning of a tile; 0 for the first tile.
+__device__ inline void read_mark(const float4* mark, float (&v)[S]) {
+#pragma unroll
+  for (int j = 0; j < values; j++) {
+    const float4 x = mark ? mark[j * threads] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    v[4 * j] = x.x, v[4 * j + 1] = x.y, v[4 * j + 2] = x.z, v[4 * j + 3] = x.w;
+  }
+}
+
+// What a block computes at a time. It lies in shared memory, because it is needed seldom and registers are scarce.
+struct Part {
+  int b, g, first_channel, count;          // count: channels that exist; none or less: the block is done
+  int round, unused[3];                    // tiles of channels done
+  float2 sums[DIRECTIONS * channels];      // of the gradients of D and the bias, over the steps so far
+  __device__ void set(const Scan& s, int next) {
+    round = next;
+    const int block = blockIdx.x % s.blocks, group_channels = s.channels / s.groups;
+    const int first = (block * s.tiles + round) * channels;
+    g = blockIdx.x / s.blocks % s.groups, b = blockIdx.x / s.blocks / s.groups;
+    first_channel = g * group_channels + first, count = min(group_channels - first, channels);
+  }
+  __device__ int channel(int c) const { return first_channel + min(c, count - 1); }
 };
 
-// The second sweep over a tile. `v` is the state that runs forward in time, at the beginning of the tile; `w` the other one:
-// what enters the tile's last step. A lane leaves {g_u, g_delta, y, -} of step 4 i + p in its entry.
+// The second sweep over a tile. `mark` is the state that runs forward in time, at the beginning of the tile; `w` the other
+// one: what enters the tile's last step. A lane leaves {g_u, g_delta, y, -} of step 4 i + p in its entry.
 template <bool REVERSED>
-__device__ inline void sweep_back(const Place& at, float4* tile, const float* states, const float (&A)[S], float skip,
-                                  const float (&start)[S], float (&w)[S], Gradients& sums, float (&out)[T * values]) {
+__device__ inline void sweep_back(float4* tile, const float* states, const float (&A)[S], const float* D, const Part& part,
+                                  const float4* mark, float (&w)[S], float (&g_A)[S], float2& sums,
+                                  float (&out)[T * values]) {
+  const Place at(thread_now());
   const float* rows = states + (at.k * T * 2 * W + at.c8 % W) * 4 * S + at.p * S;
   constexpr int row = 2 * W * 4 * S;
   float kept[T][S], v[S];
-#pragma unroll
-  for (int i = 0; i < S; i++) v[i] = start[i];
+  read_mark(mark, v);
 #pragma unroll
   for (int t = 0; t < T; t++) advance<REVERSED>(tile[entry(at.k, t, at.c)], rows + t * row, A, v, kept[t]);
+  __syncwarp();
+  const float skip = D ? D[part.channel(at.c)] : 0.0f;
+  sums = make_float2(0.0f, 0.0f);
 #pragma unroll
   for (int group = T - 4; group >= 0; group -= 4) {
-    float q[4], rate[4], y[4];
+    float q[4], rate[4], y[4];  // of the steps, then of pairs of them
 #pragma unroll
     for (int j = 3; j >= 0; j--) {
       const int t = group + j;
+      __syncwarp();  // keeps the compiler from loading so far ahead that registers run out
       const float4 e = tile[entry(at.k, t, at.c)];
       const float dtu = e.x * e.y;
       float B[S], C[S], g_B[S], g_C[S];
       read(rows + t * row, B);
       read(rows + t * row + W * 4 * S, C);
+      if (!REVERSED && t == 0) read_mark(mark, v);
       q[j] = rate[j] = y[j] = 0.0f;
 #pragma unroll
       for (int i = 0; i < S; i++) {
@@ -96,25 +122,31 @@ __device__ inline void sweep_back(const Place& at, float4* tile, const float* st
         } else {
           lam = fmaf(e.z, C[i], w[i]);
           h = kept[t][i];
-          passed = a * (t ? kept[t ? t - 1 : 0][i] : start[i]);
+          passed = a * (t ? kept[t ? t - 1 : 0][i] : v[i]);
           w[i] = a * lam;
         }
         const float slope = lam * passed;
         q[j] = fmaf(lam, B[i], q[j]);
         y[j] = fmaf(h, C[i], y[j]);
         rate[j] = fmaf(slope, A[i], rate[j]);
-        sums.A[i] = fmaf(slope, e.x, sums.A[i]);
+        g_A[i] = fmaf(slope, e.x, g_A[i]);
         g_B[i] = lam * dtu;
         g_C[i] = h * e.z;
       }
       sum_channels(at, g_B, g_C, out + t * values);
+      if (j % 2 == 0) {
+        q[j] = sum_pair(q[j], q[j + 1], at.p);
+        rate[j] = sum_pair(rate[j], rate[j + 1], at.p);
+        if (GATE) y[j] = sum_pair(y[j], y[j + 1], at.p);
+      }
     }
-    const float q_p = quad_sum(q, at.p), rate_p = quad_sum(rate, at.p), y_p = GATE ? quad_sum(y, at.p) : 0.0f;
+    const float q_p = sum_quad(q[0], q[2], at.p), rate_p = sum_quad(rate[0], rate[2], at.p);
+    const float y_p = GATE ? sum_quad(y[0], y[2], at.p) : 0.0f;
     const int place = entry(at.k, group + at.p, at.c);
     const float4 e = tile[place];  // dt, u, g, g_y
     const float g_dt = fmaf(e.y, q_p, rate_p * ln_2) * (SOFTPLUS ? softplus_slope(e.x) : 1.0f);
-    sums.D = fmaf(e.w, e.y, sums.D);
-    sums.bias += g_dt;
+    sums.x = fmaf(e.w, e.y, sums.x);
+    sums.y += g_dt;
     __syncwarp();  // all lanes have read the entries that are now replaced
     tile[place] = make_float4(fmaf(e.x, q_p, skip * e.w), g_dt, fmaf(skip, e.y, y_p), 0.0f);
   }
@@ -151,45 +183,40 @@ __device__ inline void fill(const Scan& s, const Share& share, int b, int first,
 
 KERNEL(scan_backward, Scan) {
   const Scan& s = params;
-  const int block = blockIdx.x % s.blocks, g = blockIdx.x / s.blocks % s.groups, b = blockIdx.x / s.blocks / s.groups;
-  const int group_channels = s.channels / s.groups, tiles = (s.steps + T - 1) / T;
+  const int tiles = (s.steps + T - 1) / T;
 
   constexpr int state_floats = DIRECTIONS * T * 2 * W * 4 * S, warp_sums = warps * T * values * 32;
-  float4* tile = shared_memory();                                               // [direction][T][channel]
+  Part& part = *reinterpret_cast<Part*>(shared_memory());
+  float4* tile = shared_memory() + sizeof(Part) / sizeof(float4);               // [direction][T][channel]
   float* states = reinterpret_cast<float*>(tile + DIRECTIONS * T * channels);   // States, or the sums of the warps
   float4* marks = reinterpret_cast<float4*>(states + (state_floats > warp_sums ? state_floats : warp_sums));
   if (s.scratch) marks = reinterpret_cast<float4*>(s.scratch) + (long long)blockIdx.x * (tiles - 1) * threads * values;
 
-  const Place at;
-  const Direction& own = s.direction[at.k];
-  const States<W> loader(s, b, g);
-
-  for (int round = 0; round < s.tiles; round++) {
-    const int first_channel_of_group = (block * s.tiles + round) * channels;
-    if (first_channel_of_group >= group_channels) break;
-    const int first_channel = g * group_channels + first_channel_of_group;
-    const int count = min(group_channels - first_channel_of_group, channels);
-    const Share share(first_channel, count);
-    const bool real = at.c < count;
-    const int channel = first_channel + min(at.c, count - 1);
-    const float skip = own.D ? own.D[channel] : 0.0f;
+  if (threadIdx.x == 0) part.set(s, 0);
+  __syncthreads();
+  while (part.round < s.tiles && part.count > 0) {
     float A[S], v[S], w[S];
-    Gradients sums;
-    sums.D = sums.bias = 0.0f;
+    {
+      const Place at(thread_now());
+      const Direction& own = s.direction[at.k];
 #pragma unroll
-    for (int i = 0; i < S; i++) {
-      const int n = at.p * S + (i ^ (at.c8 % W));
-      A[i] = real && n < s.states ? own.A[(long long)channel * s.states + n] * log2_e : 0.0f;
-      v[i] = w[i] = sums.A[i] = 0.0f;
+      for (int i = 0; i < S; i++) {
+        const int n = at.p * S + (i ^ (at.c8 % W));
+        const bool real = at.c < part.count && n < s.states;
+        A[i] = real ? own.A[(long long)part.channel(at.c) * s.states + n] * log2_e : 0.0f;
+        v[i] = w[i] = 0.0f;
+      }
     }
+    if (threadIdx.x < DIRECTIONS * channels) part.sums[threadIdx.x] = make_float2(0.0f, 0.0f);
 
     for (int i = 0; i < tiles - 1; i++) {
-      fill<true>(s, share, b, i * T, tile);
-      loader.copy(i * T, s.steps, states);
+      fill<true>(s, Share(part.first_channel, part.count, thread_now()), part.b, i * T, tile);
+      States<W>(s, part.b, part.g, thread_now()).copy(i * T, s.steps, states);
       __syncthreads();
+      const Place at(thread_now());
       const float* rows = states + (at.k * T * 2 * W + at.c8 % W) * 4 * S + at.p * S;
       float unused[S];
-      if (own.reversed) {
+      if (s.direction[at.k].reversed) {
 #pragma unroll
         for (int t = 0; t < T; t++) advance<true>(tile[entry(at.k, t, at.c)], rows + t * 2 * W * 4 * S, A, v, unused);
       } else {
@@ -198,28 +225,56 @@ KERNEL(scan_backward, Scan) {
       }
 #pragma unroll
       for (int j = 0; j < values; j++)
-        marks[(i * values + j) * threads + threadIdx.x] = make_float4(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
+        marks[(i * values + j) * threads + thread_now()] = make_float4(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
       __syncthreads();
     }
 
     for (int i = tiles - 1; i >= 0; i--) {
-      fill<false>(s, share, b, i * T, tile);
-      loader.copy(i * T, s.steps, states);
+      fill<false>(s, Share(part.first_channel, part.count, thread_now()), part.b, i * T, tile);
+      States<W>(s, part.b, part.g, thread_now()).copy(i * T, s.steps, states);
       __syncthreads();
+      const Place at(thread_now());
+      const Direction& own = s.direction[at.k];
+      float4* mark = marks + (i - 1) * values * threads + thread_now();
+      float2 sums;
+      float g_A[S], out[T * values];
+#pragma unroll
+      for (int j = 0; j < S; j++) g_A[j] = 0.0f;
+      if (own.reversed)
+        sweep_back<true>(tile, states, A, own.D, part, i ? mark : nullptr, w, g_A, sums, out);
+      else
+        sweep_back<false>(tile, states, A, own.D, part, i ? mark : nullptr, w, g_A, sums, out);
+      for (int m = 1; m < 4; m *= 2) {  // the four lanes of a channel had different steps
+        sums.x += __shfl_xor_sync(~0u, sums.x, m);
+        sums.y += __shfl_xor_sync(~0u, sums.y, m);
+      }
+      if (at.p == 0) {
+        float2& sum = part.sums[at.k * channels + at.c];
+        sum.x += sums.x, sum.y += sums.y;
+      }
+      // The mark of the later tile is free by now: the sum of g_A so far waits there.
 #pragma unroll
       for (int j = 0; j < values; j++) {
-        const float4 mark = i ? marks[((i - 1) * values + j) * threads + threadIdx.x] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        v[4 * j] = mark.x, v[4 * j + 1] = mark.y, v[4 * j + 2] = mark.z, v[4 * j + 3] = mark.w;
+        float4 sum = make_float4(g_A[4 * j], g_A[4 * j + 1], g_A[4 * j + 2], g_A[4 * j + 3]);
+        if (i < tiles - 1) {
+          const float4 later = mark[(values + j) * threads];
+          sum.x += later.x, sum.y += later.y, sum.z += later.z, sum.w += later.w;
+        }
+        if (i) mark[j * threads] = sum;
+        if (!i && at.c < part.count) {
+          float* to = own.partial_A + ((long long)part.b * s.channels + part.channel(at.c)) * s.states;
+          const int n = at.p * S, f = at.c8 % W;
+          if (n + (4 * j ^ f) < s.states) to[n + (4 * j ^ f)] = sum.x;
+          if (n + (4 * j + 1 ^ f) < s.states) to[n + (4 * j + 1 ^ f)] = sum.y;
+          if (n + (4 * j + 2 ^ f) < s.states) to[n + (4 * j + 2 ^ f)] = sum.z;
+          if (n + (4 * j + 3 ^ f) < s.states) to[n + (4 * j + 3 ^ f)] = sum.w;
+        }
       }
-      float out[T * values];
-      if (own.reversed)
-        sweep_back<true>(at, tile, states, A, skip, v, w, sums, out);
-      else
-        sweep_back<false>(at, tile, states, A, skip, v, w, sums, out);
       __syncthreads();
-
 #pragma unroll
       for (int j = 0; j < T * values; j++) states[(at.warp * T * values + j) * 32 + at.lane] = out[j];
+      const Share share(part.first_channel, part.count, thread_now());
+      const int b = part.b;
       const int t0 = i * T + share.j;
       float y[Share::run];
 #pragma unroll
@@ -251,7 +306,7 @@ KERNEL(scan_backward, Scan) {
       // The sums over the warps of each direction; added to those of this block's earlier channels.
       float* partial = s.partial_BC + (long long)blockIdx.x * DIRECTIONS * s.steps * 2 * s.states;
 #pragma unroll
-      for (int e = threadIdx.x; e < DIRECTIONS * T * values * 32; e += threads) {
+      for (int e = thread_now(); e < DIRECTIONS * T * values * 32; e += threads) {
         const int lane = e % 32, value = e / 32 % values, t = e / 32 / values % T, k = e / 32 / values / T;
         const int c8 = lane / 4, matrix = W == 4 ? c8 / 4 : value / halves;
         const int n = lane % 4 * S + value % halves * W + c8 % W;
@@ -261,27 +316,21 @@ KERNEL(scan_backward, Scan) {
           sum += states[(((k * direction_warps + warp) * T + t) * values + value) * 32 + lane];
         if (n < s.states && i * T + t < s.steps) {
           float* to = partial + (((long long)k * s.steps + i * T + t) * 2 + matrix) * s.states + n;
-          *to = round ? *to + sum : sum;
+          *to = part.round ? *to + sum : sum;
         }
       }
       __syncthreads();
     }
 
-    if (real) {
-#pragma unroll
-      for (int i = 0; i < S; i++) {
-        const int n = at.p * S + (i ^ (at.c8 % W));
-        if (n < s.states) own.partial_A[((long long)b * s.channels + channel) * s.states + n] = sums.A[i];
-      }
+    const Place at(thread_now());
+    if (at.c < part.count && at.p == 0) {
+      const Direction& own = s.direction[at.k];
+      const long long row = (long long)part.b * s.channels + part.channel(at.c);
+      own.partial_D[row] = part.sums[at.k * channels + at.c].x;
+      own.partial_bias[row] = part.sums[at.k * channels + at.c].y;
     }
-    // The four lanes of a channel had different steps.
-    for (int m = 1; m < 4; m *= 2) {
-      sums.D += __shfl_xor_sync(~0u, sums.D, m);
-      sums.bias += __shfl_xor_sync(~0u, sums.bias, m);
-    }
-    if (real && at.p == 0) {
-      own.partial_D[(long long)b * s.channels + channel] = sums.D;
-      own.partial_bias[(long long)b * s.channels + channel] = sums.bias;
-    }
+    __syncthreads();
+    if (threadIdx.x == 0) part.set(s, part.round + 1);
+    __syncthreads();
   }
 }

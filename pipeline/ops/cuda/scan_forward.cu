@@ -32,7 +32,7 @@ __device__ inline void walk(const Place& at, float2* tile, const float* states, 
       }
       sums[j] = sum;
     }
-    const float p = quad_sum(sums, at.p);
+    const float p = sum_quad(sum_pair(sums[0], sums[1], at.p), sum_pair(sums[2], sums[3], at.p), at.p);
     __syncwarp();  // all lanes have read the entries that are now replaced
     tile[entry(at.k, REVERSED ? T - 1 - group - at.p : group + at.p, at.c)].x = p;
   }
@@ -51,7 +51,7 @@ KERNEL(scan_forward, Scan) {
   if (s.scratch) parts = s.scratch + (long long)blockIdx.x * steps * channels * (1 + BLEND);
   float* blended = parts + steps * channels;
 
-  const Place at;
+  const Place at(threadIdx.x);
   const Direction& own = s.direction[at.k];
   float A[S], h[S];
 #pragma unroll
@@ -61,13 +61,13 @@ KERNEL(scan_forward, Scan) {
     A[i] = real ? own.A[(long long)(first_channel + at.c) * s.states + n] * log2_e : 0.0f;
     h[i] = 0.0f;
   }
-  const Share share(first_channel, count);
+  const Share share(first_channel, count, threadIdx.x);
   constexpr int run = Share::run;
   const Column<const Wide> z(s.z, b, 0, share.channel);
   const Column<Wide> o(s.o, b, 0, share.channel);
   const Source first_source(s.direction[0], share, b), second_source(s.direction[DIRECTIONS - 1], share, b);
 
-  const States<1> loader(s, b, g);
+  const States<1> loader(s, b, g, threadIdx.x);
 
   for (int step = 0; step < tiles; step++) {
     int first[2];  // step of each direction's tile
