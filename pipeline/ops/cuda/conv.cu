@@ -24,6 +24,10 @@ struct Conv {
 };
 
 
+#ifdef EMULATE
+extern "C" int parameter_bytes = sizeof(Conv);
+#endif
+
 KERNEL(conv_forward, Conv) {
   constexpr int run = 8;
   const Conv& s = params;

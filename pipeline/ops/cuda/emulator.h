@@ -7,7 +7,6 @@
 #pragma once
 #include <ucontext.h>
 
-#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdio>
@@ -140,8 +139,8 @@ inline unsigned short bf16_bits(float x) {
   return static_cast<unsigned short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 inline float4* shared_memory() { return emulator::shared.data(); }
-using std::max;
-using std::min;
+inline int max(int a, int b) { return a > b ? a : b; }
+inline int min(int a, int b) { return a < b ? a : b; }
 
 #define KERNEL(name, Params)                                                                              \
   static void name##_body(const Params& params);                                                          \

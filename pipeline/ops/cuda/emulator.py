@@ -1,6 +1,7 @@
 """Run the kernels' own source on the CPU, for tests and for machines without a GPU (see `emulator.h`)."""
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import subprocess
@@ -37,15 +38,19 @@ class Emulator:
         self, program: Program, kernel: str, call: Structure, blocks: int, shared_bytes: int, device: torch.device
     ) -> None:
         """Implement `Device.launch`."""
-        function = getattr(_load(program), kernel)
+        function = getattr(load(program), kernel)
         function(byref(call), c_longlong(blocks), c_int(THREADS), c_longlong(shared_bytes))
 
 
 @functools.cache
-def _load(program: Program) -> ctypes.CDLL:
+def load(program: Program) -> ctypes.CDLL:
+    """Return a program compiled for the CPU."""
     key = hashlib.sha256(program.text().encode()).hexdigest()[:20]
     library = cache_folder() / f"emulator-{key}.so"
-    if not library.exists():
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that need the same program wait for the first one
+        if library.exists():
+            return ctypes.CDLL(str(library))
         with replacing(library) as unfinished:
             options = ["-O1", "-std=c++20", "-fPIC", "-shared", "-w", "-DEMULATE", f"-I{FOLDER}", *program.macros()]
             source = str(FOLDER / Path(program.source))

@@ -31,6 +31,10 @@ struct Scan {
   Direction direction[2];
 };
 
+#ifdef EMULATE
+extern "C" int parameter_bytes = sizeof(Scan);
+#endif
+
 // Threads for the recurrence: a warp holds 8 channels of one direction.
 struct Place {
   int lane, warp, p, c8, k, c;  // p: the lane of its channel; k: direction; c: channel of the block
