@@ -66,9 +66,7 @@ class _Scan(torch.autograd.Function):
         gate, *saved = ctx.saved_tensors
         count = len(ScanInputs._fields)
         given, carries = ScanInputs(*saved[:count]), saved[count:]
-        problem = ScanProblem(
-            inputs=[given], reverses=[ctx.reverse], z=gate, blend=None, softplus=ctx.softplus
-        )
+        problem = ScanProblem(inputs=[given], reverses=[ctx.reverse], z=gate, blend=None, softplus=ctx.softplus)
         g_z = None if gate is None else torch.empty_like(gate)
         (grads,) = ctx.kernels.scan_backward(problem, carries, _loadable(g_o), [_loadable(g) for g in g_ps], g_z)
         return None, None, None, None, None, *_like((g_z, *grads), ctx.dtypes)

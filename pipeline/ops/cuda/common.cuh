@@ -14,6 +14,11 @@
 #else
 extern __shared__ float4 shared_floats[];
 __device__ inline float4* shared_memory() { return shared_floats; }
+__device__ inline char* address(char* base, int index, int stride) {  // in one instruction
+  long long y;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(y) : "r"(index), "r"(stride), "l"(base));
+  return reinterpret_cast<char*>(y);
+}
 // Hides where x comes from: the compiler then selects between values instead of branching around how they are computed.
 __device__ inline float opaque(float x) {
   asm("" : "+f"(x));
@@ -67,14 +72,14 @@ struct Strided {
   int channel, step;
 };
 
-// One channel of a batch item: its elements along time. An address costs one multiply-add of 32 by 32 to 64 bits.
+// One channel of a batch item: its elements along time.
 template <class T>
 struct Column {
   char* data;
   int step;
   __device__ Column(const Strided& s, int b, int g, int c)
-      : data(s.data + b * s.batch + g * s.group + (long long)c * s.channel), step(s.step) {}
-  __device__ T* at(int t) const { return reinterpret_cast<T*>(data + (long long)t * step); }
+      : data(address(s.data + b * s.batch + g * s.group, c, s.channel)), step(s.step) {}
+  __device__ T* at(int t) const { return reinterpret_cast<T*>(address(data, t, step)); }
 };
 
 __device__ inline float widen(float x) { return x; }
@@ -153,7 +158,11 @@ struct Taps {
   float weight[K], bias;  // the weights in the order of time
   __device__ Taps(const float* weights, const float* biases, bool reversed, int c) : bias(biases ? biases[c] : 0.0f) {
 #pragma unroll
-    for (int j = 0; j < K; j++) weight[j] = weights[(long long)c * K + (reversed ? K - 1 - j : j)];
+    for (int j = 0; j < K; j++) {
+      const float* own = weights + (long long)c * K;
+      const float ahead = own[j], mirrored = own[K - 1 - j];
+      weight[j] = reversed ? mirrored : ahead;
+    }
   }
   __device__ float convolve(const float* x) const {
     float sum = bias;

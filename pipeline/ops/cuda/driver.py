@@ -101,7 +101,7 @@ def _log(library: ctypes.CDLL, handle: c_void_p) -> str:
 
 def _expect(code: int, who: str) -> None:
     if code:
-        raise CudaError(f"{who} answers with error {code}")
+        raise CudaError(f"{who} reports error {code}")
 
 
 class Driver:

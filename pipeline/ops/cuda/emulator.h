@@ -128,6 +128,7 @@ inline T __ldcs(const T* p) { return *p; }
 template <class T>
 inline void __stcs(T* p, T x) { *p = x; }
 
+inline char* address(char* base, int index, int stride) { return base + (long long)index * stride; }
 inline float opaque(float x) { return x; }
 inline int thread_now() { return threadIdx.x; }
 inline int uniform(int x) { return x; }

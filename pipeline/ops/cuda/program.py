@@ -138,7 +138,9 @@ def strided(tensor: Tensor | None) -> Strided:
     strides = [stride * tensor.element_size() for stride in tensor.stride()]
     batch, group, channel, step = strides if tensor.dim() == 4 else (strides[0], 0, *strides[1:])
     if max(channel, step) >= 2**31:
-        raise ValueError(f"the kernels take strides below 2 GiB, got {tuple(strides)} bytes; make the tensor contiguous")
+        raise ValueError(
+            f"the kernels take strides below 2 GiB, got {tuple(strides)} bytes; make the tensor contiguous"
+        )
     return Strided(tensor.data_ptr(), batch, group, channel, step)
 
 

@@ -55,24 +55,24 @@ __device__ inline int entry(int k, int t, int c) {
 template <int COPIES>
 struct States {
   static constexpr int items = DIRECTIONS * T * 2 * S;  // 128 for each direction
-  const char* from;
+  char* from;
   int thread, step, channel, j, k, quad, matrix, states;
   __device__ States(const Scan& s, int b, int g, int thread)
       : thread(thread), j(thread / (2 * S) % T), k(thread / (2 * S * T) % DIRECTIONS), quad(thread % S),
         matrix(thread / S % 2), states(s.states) {
     const Strided& source = matrix ? s.direction[k].C : s.direction[k].B;
-    from = source.data + b * source.batch + g * source.group + (long long)quad * 4 * source.channel;
+    from = address(source.data + b * source.batch + g * source.group, quad * 4, source.channel);
     step = source.step, channel = source.channel;
   }
   __device__ void copy(int first, int steps, float* out) const {
     if (items < threads && thread >= items) return;
     const int t = first + j, quads = S / 4;
-    const char* p = from + (long long)t * step;
+    char* p = address(from, t, step);
     float x[4];
 #pragma unroll
     for (int n = 0; n < 4; n++) {
       x[n] = 0.0f;
-      if (t < steps && quad * 4 + n < states) x[n] = load(reinterpret_cast<const Narrow*>(p + n * channel));
+      if (t < steps && quad * 4 + n < states) x[n] = load(reinterpret_cast<const Narrow*>(address(p, n, channel)));
     }
 #pragma unroll
     for (int f = 0; f < COPIES; f++) {

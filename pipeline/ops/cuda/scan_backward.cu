@@ -82,7 +82,7 @@ struct Part {
 };
 
 // The second sweep over a tile. `mark` is the state that runs forward in time, at the beginning of the tile; `w` the other
-// one: what enters the tile's last step. A lane leaves {g_u, g_delta, y, -} of step 4 i + p in its entry.
+// one: what enters the tile's last step. A lane leaves {g_u, g_delta, y} of step 4 i + p in its entry.
 template <bool REVERSED>
 __device__ inline void sweep_back(float4* tile, const float* states, const float (&A)[S], const float* D, const Part& part,
                                   const float4* mark, float (&w)[S], float (&g_A)[S], float2& sums,
@@ -148,7 +148,8 @@ __device__ inline void sweep_back(float4* tile, const float* states, const float
     sums.x = fmaf(e.w, e.y, sums.x);
     sums.y += g_dt;
     __syncwarp();  // all lanes have read the entries that are now replaced
-    tile[place] = make_float4(fmaf(e.x, q_p, skip * e.w), g_dt, fmaf(skip, e.y, y_p), 0.0f);
+    // One of the sums over channels waits in the entry too: registers are scarce.
+    tile[place] = make_float4(fmaf(e.x, q_p, skip * e.w), g_dt, fmaf(skip, e.y, y_p), out[(group + 3) * values]);
   }
 }
 
@@ -272,7 +273,10 @@ KERNEL(scan_backward, Scan) {
       }
       __syncthreads();
 #pragma unroll
-      for (int j = 0; j < T * values; j++) states[(at.warp * T * values + j) * 32 + at.lane] = out[j];
+      for (int j = 0; j < T * values; j++) {
+        const bool waits = j % (4 * values) == 3 * values;
+        states[(at.warp * T * values + j) * 32 + at.lane] = waits ? tile[entry(at.k, j / values - 3 + at.p, at.c)].w : out[j];
+      }
       const Share share(part.first_channel, part.count, thread_now());
       const int b = part.b;
       const int t0 = i * T + share.j;
@@ -306,8 +310,10 @@ KERNEL(scan_backward, Scan) {
       // The sums over the warps of each direction; added to those of this block's earlier channels.
       float* partial = s.partial_BC + (long long)blockIdx.x * DIRECTIONS * s.steps * 2 * s.states;
 #pragma unroll
-      for (int e = thread_now(); e < DIRECTIONS * T * values * 32; e += threads) {
-        const int lane = e % 32, value = e / 32 % values, t = e / 32 / values % T, k = e / 32 / values / T;
+      for (int e = 0; e < DIRECTIONS * T * values * 32; e += threads) {
+        // a thread keeps its lane and, in each round, takes another row of `warps` rows of lanes
+        const int thread = thread_now(), lane = thread % 32, row = thread / 32 + e / 32;
+        const int value = row % values, t = row / values % T, k = row / values / T;
         const int c8 = lane / 4, matrix = W == 4 ? c8 / 4 : value / halves;
         const int n = lane % 4 * S + value % halves * W + c8 % W;
         float sum = 0.0f;
