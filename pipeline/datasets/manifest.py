@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from pipeline.datasets.text import is_file_name, is_text
 from pipeline.errors import DataError
 from pipeline.files import read_regular, replace_bytes, replace_text, sha256_of
+from pipeline.storage.config import KINDS
 
 VERSION = 1
 SAMPLE = np.dtype([("offset", "<u8"), ("name", "<u8"), ("length", "<u4"), ("label", "<i4")])
@@ -145,6 +146,10 @@ class Manifest:
     def url_of(self, shard: int) -> str:
         """Return the URL of a shard; empty if it is local."""
         return f"{self.location.rstrip('/')}/{self.shards[shard].name}" if self.location else ""
+
+    def local_shards(self) -> list[tuple[Path, str]]:
+        """Return the shards that lie here, each with the SHA-256 of its content."""
+        return [(self.path_of(k), shard.sha256) for k, shard in enumerate(self.shards) if not self.url_of(k)]
 
     def shard_of(self, sample_indices: ArrayLike) -> NDArray[np.int64]:
         """Return the index of the shard that holds each sample."""
@@ -329,8 +334,8 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
             return f"lists a shard named {shard.name[:40]!r}, which does not lie in the dataset's folder"
     if len({shard.name for shard in shards}) != len(shards):
         return "lists a shard twice"
-    if manifest.location.split("://")[0] not in ("", "http", "https", "s3"):
-        return f"has its shards at {manifest.location!r}, which is neither here nor http(s) nor s3"
+    if manifest.location and manifest.location.split("://")[0] not in KINDS:
+        return f"has its shards at {manifest.location!r}, which is neither here nor at {', '.join(KINDS)}"
     sizes = np.repeat([shard.size for shard in shards], [shard.count for shard in shards]).astype(np.uint64)
     ends = samples["offset"] + samples["length"]
     if (ends > sizes).any() or (ends < samples["offset"]).any():

@@ -5,13 +5,16 @@ Nothing is ever downloaded. Parameters have timm's names with the prefix `INSIDE
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
+import functools
 import inspect
+import re
 import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import nearest
 from pipeline.errors import ConfigError
 from pipeline.models.config import TIMM_PREFIX
 from pipeline.models.recompute import count_images_once
@@ -61,10 +64,10 @@ class TimmModel(nn.Module):
                 arguments["drop_path_rate"] = drop_path
             self.model = timm.create_model(bare, **arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise ConfigError(f"timm's {bare} at {image_size} with {options}: {str(error).splitlines()[0]}") from error
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"timm's {bare} at {image_size} with {options}: {_unknown_option(bare, said)}") from error
         self.timm_name, self.arguments = bare, arguments
         self.image_size, self.num_classes = image_size, num_classes
-        self._layers = self._layer_table()
 
     @property
     def num_features(self) -> int:
@@ -80,8 +83,12 @@ class TimmModel(nn.Module):
         return self.model.forward_head(x, pre_logits=pre_logits)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, K)."""
-        return self.model(images)
+        """(B, C, H, W) -> logits (B, K). What the classifier reads, (B, F), is accepted in place of images."""
+        return self.model.get_classifier()(images) if images.dim() == 2 else self.model(images)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.model.get_classifier()
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one; 0 classes for none."""
@@ -102,17 +109,21 @@ class TimmModel(nn.Module):
         """Layer of a parameter for layer-wise decay, by timm's grouping; 0 for all if timm has none for this model."""
         return self._layers.get(name, 0)
 
+    @functools.cached_property
+    def _layers(self) -> dict[str, int]:
+        if not hasattr(self.model, "group_matcher"):
+            return {}
+        from timm.models import group_parameters
+
+        matcher = self.model.group_matcher(coarse=False)
+        found = cast(dict[str, int], group_parameters(self.model, matcher, reverse=True))
+        return {f"{INSIDE}{name}": int(layer) for name, layer in found.items()}
+
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Give a released state dict this model's names; timm's filter resizes the position embedding to its grid."""
-        if any(name.startswith("decoder_") for name in weights):  # a whole masked autoencoder
-            weights = {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token"))}
+        """Fit a state dict in timm's names to this model: timm's filter resizes the position embedding to its grid."""
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
         weights = dict(convert(weights, self.model)) if convert else weights
-        if not any(name.startswith("fc_norm.") for name in self.model.state_dict()):
-            return {f"{INSIDE}{k}": v for k, v in weights.items()}
-        # With mean pooling timm's ViT has its norm after the pool instead of before. The norm of a masked autoencoder's file
-        # is therefore left out, and fine-tuning trains a new one.
-        return {f"{INSIDE}{k}": v for k, v in weights.items() if not k.startswith("norm.")}
+        return {f"{INSIDE}{k}": v for k, v in weights.items()}
 
     def weights_of(self, source: "TimmModel") -> dict[str, Tensor]:
         """Fit the state dict of the same model at another image size: its absolute position embedding is resized.
@@ -124,11 +135,13 @@ class TimmModel(nn.Module):
         if f"{INSIDE}pos_embed" in weights and hasattr(self.model, "patch_embed"):
             from timm.layers import resample_abs_pos_embed
 
+            # With registers timm's DINOv2 gives the class token no row of its own.
+            bare = getattr(self.model, "no_embed_class", False)
             weights[f"{INSIDE}pos_embed"] = resample_abs_pos_embed(
                 weights[f"{INSIDE}pos_embed"],
                 new_size=self.model.patch_embed.grid_size,
                 old_size=source.model.patch_embed.grid_size,
-                num_prefix_tokens=getattr(self.model, "num_prefix_tokens", 0),
+                num_prefix_tokens=0 if bare else getattr(self.model, "num_prefix_tokens", 0),
             )
         return weights
 
@@ -137,11 +150,14 @@ class TimmModel(nn.Module):
         heads = self.model.pretrained_cfg.get("classifier") or ()
         return *(f"{INSIDE}{head}." for head in ([heads] if isinstance(heads, str) else heads)), f"{INSIDE}fc_norm."
 
-    def _layer_table(self) -> dict[str, int]:
-        if not hasattr(self.model, "group_matcher"):
-            return {}
-        from timm.models import group_parameters
 
-        matcher = self.model.group_matcher(coarse=False)
-        found = cast(dict[str, int], group_parameters(self.model, matcher, reverse=True))
-        return {f"{INSIDE}{name}": int(layer) for name, layer in found.items()}
+def _unknown_option(bare: str, said: str) -> str:
+    """Add the options of a model that are nearest to the one that it does not know, if that is what was said."""
+    import timm
+
+    found = re.search(r"unexpected keyword argument '(\w+)'", said)
+    if not found:
+        return said
+    with torch.device("meta"):
+        known = inspect.signature(type(timm.create_model(bare))).parameters
+    return f"it has no option {found[1]!r}; near ones: {', '.join(nearest(found[1], list(known))[:6])}"

@@ -22,6 +22,32 @@ _RAND_AUGMENT = re.compile(
 )
 
 
+class AffineConfig(Strict):
+    """A random affine map of a training view about its centre: shear, scale, rotation and translation, drawn uniformly.
+
+    The scale is drawn uniformly in its logarithm.
+    """
+
+    rotation: float = Field(0.0, ge=0.0, le=180.0, description="largest rotation to either side, in degrees")
+    scale: tuple[float, float] = Field((1.0, 1.0), description="least and largest factor by which the content grows")
+    shear: float = Field(0.0, ge=0.0, le=60.0, description="largest shear along each axis to either side, in degrees")
+    translation: Fraction = Field(
+        0.0, description="largest shift along each axis to either side, as a fraction of the view's side"
+    )
+    chance: Fraction = Field(1.0, description="probability that a view is mapped at all")
+    fill: Literal["border", "mean"] = Field(
+        "border",
+        description="colour of what lies outside the image: the median of the image's outermost pixels, or data.mean",
+    )
+
+    @model_validator(mode="after")
+    def _scale_rises(self) -> "AffineConfig":
+        low, high = self.scale
+        if not 0.1 <= low <= high <= 10:
+            raise ValueError(f"scale = {self.scale}: give 0.1 <= smallest <= largest <= 10")
+        return self
+
+
 class AugmentConfig(Strict):
     """Augmentation of one training view, applied in the order of the fields."""
 
@@ -33,6 +59,11 @@ class AugmentConfig(Strict):
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(
         "bicubic", description="how pixels are interpolated when the crop is resized"
+    )
+    affine: AffineConfig | None = Field(
+        None,
+        description="random rotation, scale, shear and translation of the crop, which read the image beyond the crop's edges;"
+        " null = off",
     )
     horizontal_flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     color_jitter: float = Field(
@@ -108,7 +139,7 @@ class LoaderConfig(Strict):
         "quarantine.jsonl",
     )
     remote: RemoteConfig = Field(
-        RemoteConfig(), description="how shards behind http(s) or s3 are fetched", json_schema_extra=FREE
+        RemoteConfig(), description="how shards behind http(s), s3, gs or az are fetched", json_schema_extra=FREE
     )
 
 

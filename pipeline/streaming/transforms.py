@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
@@ -20,11 +19,10 @@ from pipeline import seeds
 from pipeline.decoding import DEFAULT, Decoding
 from pipeline.images import Pixels, decode, to_pixels
 from pipeline.streaming.config import AugmentConfig
+from pipeline.streaming.geometry import affine_view, crop_resize, draw_affine, ground_colour, random_box
 
-Box = tuple[int, int, int, int]  # top, left, height, width
 Picture = bytes | Image.Image | Pixels
 
-MAX_SCALED = 16_000_000  # pixels of an image between the two passes of a resize, which goes along the rows first
 WIDEST = 8  # evaluation resizes at most this many times what its view shows, along each side
 
 
@@ -103,7 +101,7 @@ def train_views(
     std: Sequence[float],
     decoding: Decoding = DEFAULT,
 ) -> View:
-    """Return the training view: a random crop, then the augmentation of `config`.
+    """Return the training view: a random crop, resampled under a random affine map, then the augmentation of `config`.
 
     Args:
         image_size: H, W.
@@ -113,12 +111,16 @@ def train_views(
         decoding: How encoded images are decoded.
     """
     augment = _rand_augment(config.rand_augment, image_size, tuple(mean), config.interpolation)
-    fill = np.array([round(255 * m) for m in mean], np.float64)
+    mean_colour = tuple(min(255, max(0, round(255 * m))) for m in mean)
 
     def pixels(image: Pixels, seed: int) -> Tensor:
         rng = random.Random(seed)
         box = random_box(rng, image.shape[0], image.shape[1], config.crop_scale, config.crop_ratio)
-        view = crop_resize(image, box, image_size, config.interpolation)
+        if config.affine and rng.random() < config.affine.chance:
+            ground = ground_colour(image) if config.affine.fill == "border" else mean_colour
+            view = affine_view(image, box, image_size, draw_affine(rng, config.affine), config.interpolation, ground)
+        else:
+            view = crop_resize(image, box, image_size, config.interpolation)
         if rng.random() < config.horizontal_flip:
             view = view.flip(-1)
         if augment or config.color_jitter:
@@ -129,7 +131,12 @@ def train_views(
                 picture = _apply(augment, picture, rng)
             view = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         if rng.random() < config.erase:
-            view = _erase(view, rng, fill, np.asarray(std) * 255 if config.erase_fill == "noise" else None)
+            view = _erase(
+                view,
+                rng,
+                np.asarray(mean_colour, np.float64),
+                np.asarray(std) * 255 if config.erase_fill == "noise" else None,
+            )
         return view
 
     return View(image_size, mean, std, pixels, decoding)
@@ -183,46 +190,6 @@ def _middle(image: Pixels, image_size: tuple[int, int], crop_fraction: float) ->
 def pair_views(weak: View, strong: View) -> PairView:
     """Return both views of one decoded image: `images` is the weak one, `strong` the strong one."""
     return PairView(weak, strong)
-
-
-def random_box(
-    rng: random.Random, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> Box:
-    """Draw the box of Inception's crop (Szegedy et al. 2015), as torchvision's RandomResizedCrop does.
-
-    Area and aspect are drawn until the box fits, at most ten times; after that it is the largest box at the centre.
-
-    Args:
-        rng: Source of randomness.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        scale: Least and largest area of the box, as a fraction of the image's.
-        ratio: Least and largest width / height of the box.
-
-    Returns:
-        Top, left, height and width of the box in pixels.
-    """
-    log_ratio = math.log(ratio[0]), math.log(ratio[1])
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_ratio))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    aspect = min(max(width / height, ratio[0]), ratio[1])
-    h, w = max(1, min(height, round(width / aspect))), max(1, min(width, round(height * aspect)))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def crop_resize(image: Pixels, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Return a box resized to (3, *size) uint8 in channels-last strides, antialiased as Pillow does it."""
-    top, left, height, width = box
-    # With a batch dimension added, torch recognises the slice as channels-last, works on it without a copy and returns the
-    # same layout: a third faster than a copied crop.
-    crop = torch.from_numpy(image)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
-    if height * size[1] > MAX_SCALED:  # a thin, very high crop: along the columns first
-        crop = F.interpolate(crop, (size[0], width), mode=interpolation, antialias=True, align_corners=False)
-    return F.interpolate(crop, size, mode=interpolation, antialias=True, align_corners=False)[0]
 
 
 def _color_jitter(picture: Image.Image, rng: random.Random, strength: float) -> Image.Image:

@@ -43,10 +43,20 @@ class OptimConfig(Strict):
     weight_decay: float = Field(
         0.05, ge=0, le=1e6, description="AdamW's weight decay; vectors, A, tokens and position embeddings do not decay"
     )
+    decay_also: tuple[str, ...] = Field(
+        (),
+        description="shell patterns of parameter names that decay though the rule exempts them, as some released recipes do: for"
+        ' example ["*.A_log"]; a pattern that fits no parameter is refused',
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
     eps: float = Field(1e-8, gt=0, le=1, description="AdamW's term in the denominator")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="learning rate of a layer, divided by that of the layer above it; 1 = all alike"
+    )
+    unfreeze_every: PositiveInt | None = Field(
+        None,
+        description="gradual unfreezing: the top layer trains from step 0, and each layer below joins this many optimizer"
+        " steps after the one above it; until then its learning rate is 0. null = all train from the start",
     )
     clip_norm: float = Field(0.0, ge=0, le=1e9, description="largest global norm of the gradient; 0 = no clipping")
 
@@ -103,8 +113,14 @@ class EngineConfig(Strict):
         description="ZeRO 3: parameters of fewer elements stay whole on every process instead of being gathered",
         json_schema_extra=FREE,
     )
+    sync_batch_norm: bool = Field(
+        True,
+        description="batch norms see the micro-batches of all processes, so that the result does not depend on their number;"
+        " false: each process normalises by its own images, as the recipes of EfficientViM and VSSD do (256 images each)",
+    )
     timeout_seconds: Seconds = Field(
         600.0,
+        ge=1,
         description="seconds that a collective may take before a silent process counts as dead (exit 7)",
         json_schema_extra=FREE,
     )

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import FREE, NonNegativeInt, PathText, Strict
 from pipeline.errors import ConfigError
+from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
 from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
 from pipeline.streaming.config import AugmentConfig
@@ -32,6 +33,12 @@ class PseudoLabelConfig(PseudoLabelRule):
         " micro-batch",
     )
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of pseudo-labels (Semi-ViT: 0.1)")
+    fairness: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="weight of FreeMatch's self-adaptive fairness on the strong views; 0 = off (FreeMatch: 0.01 to 0.05)",
+    )
 
 
 class MixupConfig(Strict):
@@ -84,6 +91,7 @@ class SemiConfig(StageConfig):
         description="a classifier's export to start from: its folder, or the name of a stage of the same experiment",
         json_schema_extra=FREE,
     )
+    backbone: BackboneConfig = Field(WHOLE, description="which part of the model trains, and the teacher averages")
     ema: LyapEMAConfig = Field(LyapEMAConfig(), description="how the teacher follows the student")
     weak: AugmentConfig = Field(
         AugmentConfig(color_jitter=0.4), description="augmentation of the unlabelled views that get a pseudo-label"
@@ -124,6 +132,15 @@ class SemiConfig(StageConfig):
     def unlabelled_per_labelled(self) -> int:
         """Unlabelled images that a step reads per labelled image: none, if the unlabelled loss has no weight."""
         return self.unlabelled_ratio if self.pseudo.weight else 0
+
+    @model_validator(mode="after")
+    def _cached(self) -> Self:
+        if self.backbone.cached_views and self.mixing():
+            raise ValueError(
+                f"backbone.cached_views={self.backbone.cached_views} trains on features, but mixup and ssmixup need images; set"
+                " mixup={} and ssmixup=null, or cached_views=0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_remedy(self) -> Self:
@@ -182,13 +199,22 @@ class SemiSpec(StageSpec[SemiConfig]):
         model, ratio = self.model_config(config, num_classes, parent), config.unlabelled_per_labelled
         labels = {config.pseudo.labeller: ratio}
         student = Network(
-            "student", "trained", model, trained_images=1 + ratio, inferred_images=labels.get("student", 0)
+            "student",
+            "trained",
+            model,
+            backbone=config.backbone,
+            trained_images=1 + ratio,
+            inferred_images=labels.get("student", 0),
         )
         return Workload((student, Network("teacher", "averaged", model, inferred_images=labels.get("teacher", 0))))
 
     def references(self, config: SemiConfig) -> dict[str, str]:
         """The classifier to start from."""
         return {"init_from": config.init_from}
+
+    def other_paths(self, config: SemiConfig) -> dict[str, Path]:
+        """The cache of the backbone's features."""
+        return {"backbone.cache": config.backbone.cache} if config.backbone.cache else {}
 
     def check_parent(self, config: SemiConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
         """Refuse a pretrainer, and SSMixup for a model without opposite directions."""

@@ -15,6 +15,7 @@ from pipeline.exports.transfer import transfer
 from pipeline.exports.weights import load_weights, read_weights
 from pipeline.models import MODELS, build_from_config, build_model
 from pipeline.models.config import EfficientViMConfig, TimmConfig, VisionMambaConfig, VSSDConfig, family_of
+from pipeline.models.layers import init_classifier
 from pipeline.train.config import OptimConfig
 from pipeline.train.optim import parameter_groups
 from stages.configs.distill import DistillConfig
@@ -33,6 +34,19 @@ SIZE = (32, 48)
 def small(family: str, **more) -> torch.nn.Module:
     name, fields = SMALL[family]
     return build_model(name, **{"image_size": SIZE, "num_classes": 3, **fields, **more})
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_classifier_is_drawn_with_the_asked_standard_deviation(family: str) -> None:
+    model = small(family, num_classes=200)
+    rest = {k: v.clone() for k, v in model.state_dict().items()}
+    init_classifier(model.get_classifier(), std=2e-5)
+    weights = [m.weight for m in model.get_classifier().modules() if isinstance(m, torch.nn.Linear)]
+    assert weights
+    for weight in weights:
+        assert weight.std().item() == pytest.approx(2e-5, rel=0.05)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, rest[k])}
+    assert sum(k.endswith("weight") for k in changed) == len(weights)  # nothing but the classifier
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -80,8 +94,25 @@ def test_a_refused_model_names_the_nearest_models_or_keys() -> None:
             validate(DistillConfig, {**whole, "model": model}, "here")
     with pytest.raises(ConfigError, match="timm has no model 'resnet19'"):
         build_model("timm/resnet19")
+    with pytest.raises(ConfigError, match="has no option 'stem_typ'; near ones: stem_type"):
+        build_model("timm/resnet18", options={"stem_typ": "deep"})
+    with pytest.raises(ConfigError, match="above 512 blocks"):
+        build_model("timm/resnet18", options={"layers": [500, 10, 10, 10]})
     with pytest.raises(ValueError, match="is unknown"):
         family_of("resnet18")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "maps"),
+    [
+        ("timm/resnet18", {"output_stride": 8}, (512, 4, 4)),
+        ("timm/resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32]}, (32, 1, 1)),
+        ("timm/convnext_atto", {"output_stride": 8}, (320, 4, 4)),
+    ],
+)
+def test_options_fit_a_convolutional_model_to_small_images(name: str, options: dict, maps: tuple[int, ...]) -> None:
+    model = build_model(name, image_size=(32, 32), num_classes=3, options=options)
+    assert model.forward_features(torch.zeros(2, 3, 32, 32)).shape == (2, *maps)
 
 
 @pytest.mark.parametrize("family", SMALL)

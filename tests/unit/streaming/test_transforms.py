@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.images import UnreadableImage, decode_with_pillow, decode_with_simplejpeg
-from pipeline.streaming.config import STRONG, WEAK, AugmentConfig
-from pipeline.streaming.transforms import (
-    MAX_SCALED,
-    WIDEST,
-    crop_resize,
-    eval_views,
-    pair_views,
-    random_box,
-    train_views,
-)
+from pipeline.streaming.config import STRONG, WEAK, AffineConfig, AugmentConfig
+from pipeline.streaming.geometry import MAX_SCALED, crop_resize, random_box
+from pipeline.streaming.transforms import WIDEST, eval_views, pair_views, train_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TURNED = AugmentConfig(affine=AffineConfig(rotation=30, scale=(0.8, 1.2), shear=15, translation=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +28,7 @@ def photo() -> np.ndarray:
     return (128 + 90 * np.stack(waves, -1) + noise).clip(0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(), WEAK, STRONG], ids=["plain", "weak", "strong"])
+@pytest.mark.parametrize("config", [AugmentConfig(), WEAK, STRONG, TURNED], ids=["plain", "weak", "strong", "turned"])
 def test_a_view_is_a_function_of_its_seed_alone(photo, config):
     views = train_views((64, 64), config, MEAN, STD)
     state, numpy_state = random.getstate(), np.random.get_state()[1].copy()
@@ -125,7 +119,8 @@ def test_a_thin_image_costs_a_few_megabytes(shape, monkeypatch):
     assert eval_views((224, 224), MEAN, STD).pixels(image, 0)["images"].shape == (3, 224, 224)
     assert built[0][0] <= 1.02 * WIDEST / 0.875**2 * 224**2
     any_box = AugmentConfig(crop_scale=(0.9, 1.0), crop_ratio=(1e-5, 1e5))
-    for config in (AugmentConfig(), WEAK, STRONG, any_box):
+    turned = AugmentConfig(affine=AffineConfig(rotation=180, scale=(0.5, 2), shear=30, translation=1))
+    for config in (AugmentConfig(), WEAK, STRONG, any_box, turned):
         for seed in range(3):
             view = train_views((224, 224), config, MEAN, STD).pixels(image, seed)["images"]
             assert view.shape == (3, 224, 224)
