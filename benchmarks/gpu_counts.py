@@ -149,7 +149,11 @@ def clocks(operations: Counter[str], state_steps: float, gpu: Gpu) -> tuple[dict
 def count_kernel(name: str, program: Program, kernel: str, arch: str, steps: int) -> Count:
     """Compile and count one of our scans."""
     gpu = GPUS[arch]
-    text, told = compile_cubin(FOLDER / program.source, arch, ["-std=c++17", f"-I{FOLDER}", *program.macros()])
+    text, told = compile_cubin(
+        FOLDER / program.source,
+        arch,
+        ["-std=c++17", f"-I{FOLDER}", *program.macros(), "-Xptxas", program.assembler_option(arch)],
+    )
     blocks = sass.kernels(text)[kernel]
     operations: Counter[str] = Counter()
     for loop in _innermost_with_exponentials(blocks, sass.loops(blocks)):

@@ -30,7 +30,9 @@ def there(function):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", [(2, 384, 197, 16), (1, 20, 19, 5), (2, 48, 1, 16), (1, 40, 700, 16), (1, 33, 50, 24)])
+@pytest.mark.parametrize(
+    "shape", [(2, 384, 197, 16), (1, 20, 19, 5), (2, 48, 1, 16), (1, 40, 700, 16), (1, 33, 50, 24)]
+)
 @pytest.mark.parametrize("name", BOUNDS)
 def test_scan_equals_the_reference_in_value_and_gradient(name, shape, reverse):
     inputs = scan_inputs(*shape)

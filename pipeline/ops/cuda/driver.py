@@ -66,14 +66,15 @@ def compile_program(library: ctypes.CDLL, program: Program, arch: str) -> bytes:
     """
     major, minor = c_int(), c_int()
     library.nvrtcVersion(byref(major), byref(minor))
-    told = f"{arch} NVRTC {major.value}.{minor.value}\n{program.text()}"
+    options = [f"--gpu-architecture={arch}", "--std=c++17", f"--include-path={FOLDER}", *program.macros()]
+    options.append(f"--ptxas-options={program.assembler_option(arch)}")
+    told = f"{arch} NVRTC {major.value}.{minor.value} {program.assembler_option(arch)}\n{program.text()}"
     cached = cache_folder() / f"cuda-{hashlib.sha256(told.encode()).hexdigest()[:20]}.cubin"
     with contextlib.suppress(FileNotFoundError):
         return cached.read_bytes()
 
     handle = c_void_p()
     source = (FOLDER / program.source).read_bytes()
-    options = [f"--gpu-architecture={arch}", "--std=c++17", f"--include-path={FOLDER}", *program.macros()]
     words = (c_char_p * len(options))(*(option.encode() for option in options))
     _expect(library.nvrtcCreateProgram(byref(handle), source, program.source.encode(), 0, None, None), "NVRTC")
     try:

@@ -40,6 +40,16 @@ class Program:
         values = {name: value for name, value in vars(self).items() if name != "source"}
         return [f"-D{name.upper()}={int(value)}" for name, value in values.items()]
 
+    def assembler_option(self, arch: str) -> str:
+        """Return the option for ptxas with which no register is spilled, found by trial (`benchmarks.gpu_static` tells).
+
+        Args:
+            arch: For example `sm_80`.
+        """
+        old = int(arch.removeprefix("sm_")) < 90
+        level = {("scan_backward.cu", True): 7, ("scan_forward.cu", True): 2}.get((self.source, old), 4)
+        return f"--register-usage-level={level}"
+
     def text(self) -> str:
         """Return everything that decides the result: the options and all sources."""
         return "\n".join([*self.macros(), *((FOLDER / name).read_text() for name in (self.source, *HEADERS))])
