@@ -41,6 +41,10 @@ class ArmTask(Task):
     def __init__(self, arm: ARM) -> None:
         self.arm = arm
 
+    def criteria(self) -> dict[str, int]:
+        """A pretrainer is judged by its loss."""
+        return {"val/loss": -1}
+
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
         """Return the mean error over images and predicted clusters, and the error of each cluster."""
         errors = arm_loss(self.arm, model(batch["unlabelled"].images), batch["unlabelled"].images)
