@@ -8,7 +8,6 @@ Command: python -m stages semi configs/semi/demo.yaml
 Input: labelled and unlabelled shards, and a classifier's export. Output: the export of the teacher (or the student).
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -21,8 +20,11 @@ from torch import Tensor, nn
 from pipeline.evaluate.pseudo import count_pseudo_labels, pseudo_summary
 from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config
+from pipeline.models.backbone.adapt import adapt, copy_of
+from pipeline.models.backbone.lora import merged
 from pipeline.models.losses import one_hot, soft_cross_entropy
 from pipeline.report.tensorboard import Board
+from pipeline.ssl.acceptance import fairness
 from pipeline.ssl.pseudo_labels import PseudoLabeller, PseudoLabels
 from pipeline.ssl.teacher import Teacher
 from pipeline.streaming.loader import Batch
@@ -92,7 +94,12 @@ class SemiTask(Task):
             "ssl/class_entropy": Mean(self.labeller.class_entropy(), 1.0),
             "ssl/agreement": mean_of(guessed.argmax(-1) == guesses.argmax(-1), accepted),
         }
-        return StepOutput(loss=supervised + weight * (each * accepted).sum() / count, metrics=metrics)
+        loss = supervised + weight * (each * accepted).sum() / count
+        if c.pseudo.fairness:
+            fair = fairness(guessed, accepted, self.labeller.means)
+            loss = loss + c.pseudo.fairness * fair
+            metrics["train/fairness"] = mean_of(fair[None])
+        return StepOutput(loss=loss, metrics=metrics)
 
     def _labelling_network(self, model: nn.Module) -> nn.Module:
         return self.teacher.module if self.config.pseudo.labeller == "teacher" else model
@@ -194,8 +201,8 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     shape = s.model_config()
     size = shape.image_size
     model = build_from_config(shape)
-    transfer(parent, model, s.ancestry.folder("init_from"))
-    teacher = copy.deepcopy(model)  # before the engine may shard the weights
+    adapt(model, config.backbone, size, transfer(parent, model, s.ancestry.folder("init_from")).fresh)
+    teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights
     weak, strong, views = (
         train_views(size, a, mean=data.mean, std=data.std, decoding=data.decoding)
         for a in (config.weak, config.strong, config.labelled or config.strong)
@@ -228,7 +235,8 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         exported = exported_model(shape)
         kept = build_from_config(exported).state_dict()
         weights = {"student": s.engine.full_weights(), "teacher": task.teacher.full_weights()}
-        weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in weights.items()}
+        plain = {name: merged(w, s.engine.module) for name, w in weights.items()}
+        weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in plain.items()}
         chosen = weights.pop(config.export)
         export(s, chosen, model=exported, measured=measured, name=config.export, companions=weights)
 

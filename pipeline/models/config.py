@@ -16,6 +16,7 @@ TIMM_PREFIX = "timm/"
 Depth = Annotated[int, Field(gt=0, le=512)]  # blocks; published models have a tenth
 Width = Annotated[int, Field(gt=0, le=2**15)]  # channels, states, pixels on a side
 Option = Annotated[int, Field(ge=-(2**15), le=2**15)] | Annotated[float, Field(ge=-1e6, le=1e6)]
+Options = Annotated[tuple[Option, ...], Field(max_length=16)]
 _READING_OPTIONS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
 Ratio = Annotated[float, Field(gt=0, le=64)]
 
@@ -85,11 +86,7 @@ class SSMixupConfig(Strict):
     )
 
     def blocks(self, depth: int) -> set[int]:
-        """Return the blocks that have the term, counted from 1.
-
-        Args:
-            depth: Number of blocks of the model.
-        """
+        """Return the blocks of a model of `depth` blocks that have the term, counted from 1."""
         if self.layers == "all":
             return set(range(1, depth + 1))
         return set(range(depth - self.layers + 1, depth + 1) if isinstance(self.layers, int) else self.layers)
@@ -284,16 +281,17 @@ class VSSDConfig(FamilyConfig):
 class TimmConfig(FamilyConfig):
     """Any model of timm, from scratch or from a file of weights: `name: timm/vit_small_patch16_224`."""
 
-    options: dict[str, Annotated[str, Field(max_length=200)] | Option | bool] = Field(
-        default_factory=dict, description="further arguments of timm's create_model, for example {global_pool: avg}"
+    options: dict[str, Annotated[str, Field(max_length=200)] | Option | bool | Options] = Field(
+        {}, description="further arguments of timm's create_model, for example {global_pool: avg}; see docs/models.md"
     )
 
     @model_validator(mode="after")
     def _options(self) -> Self:
         if not re.fullmatch(r"timm/[A-Za-z0-9_.-]{1,100}", self.name):
             raise ValueError(f"{self.name[:60]!r} is no model of timm; write for example timm/resnet50")
-        if float(self.options.get("depth", 1)) > 512:
-            raise ValueError("options.depth is above 512 blocks")
+        blocks = [self.options.get(key, 1) for key in ("depth", "depths", "layers")]
+        if any(sum(map(float, n if isinstance(n, tuple) else (n,))) > 512 for n in blocks):
+            raise ValueError("options.depth, options.depths or options.layers is above 512 blocks")
         if found := set(self.options).intersection(_READING_OPTIONS):
             raise ValueError(f"options.{min(found)} would read other files; give weights by their file instead")
         return self

@@ -105,13 +105,37 @@ class PseudoLabelRule(Strict):
 
     kind: Literal["hard", "soft"] = Field("hard", description="the most probable class, or the teacher's probabilities")
     temperature: float = Field(1.0, gt=0, le=1e6, description="temperature of the teacher's softmax; below 1 sharpens")
-    threshold: float = Field(0.7, ge=0, le=1, description="confidence from which a pseudo-label is accepted (tau)")
-    thresholds: Literal["fixed", "class_balanced"] = Field(
+    threshold: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="confidence from which a pseudo-label is accepted (tau), for the thresholds fixed and class_balanced",
+    )
+    thresholds: Literal["fixed", "class_balanced", "softmatch", "freematch"] = Field(
         "fixed",
-        description="one threshold for all classes, or a lower one for classes that are rare among confident predictions"
-        " (FlexMatch)",
+        description="fixed: pseudo.threshold for all classes; class_balanced: lower for classes that are rare among confident"
+        " predictions (FlexMatch); softmatch: no threshold, a weight that falls below the mean confidence; freematch: the mean"
+        " confidence, lower for classes that are rarely predicted",
+    )
+    sigmas: float = Field(
+        2.0,
+        gt=0,
+        le=1000,
+        description="thresholds=softmatch: how steeply the weight falls, in 1 / standard deviation of the confidence; the paper's"
+        " equation has 1, its released code 2",
+    )
+    momentum: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of the running means of the predictions that remains after a step (SoftMatch and FreeMatch: 0.999);"
+        " null = the first 100 steps weigh alike, then 0.99",
     )
     alignment: Literal["none", "uniform", "labelled"] = Field(
         "none",
         description="distribution alignment: moves the mean prediction to uniform, or to the classes' shares of the labels",
+    )
+    aligned: Literal["targets", "confidence"] = Field(
+        "targets",
+        description="what the alignment changes: the pseudo-labels and their confidence, or the confidence alone (SoftMatch)",
     )

@@ -70,6 +70,11 @@ def test_ssmixup_and_running_means_survive_a_kill_and_leave_no_trace_in_the_expo
             "semivit",
             ["mixup={pseudo: true, labelled_mixup: 0.8, labelled_cutmix: 1.0}", "pseudo.smoothing=0.1", "ema.mode=ema"],
         ),
+        (
+            "softmatch",
+            "pseudo.thresholds=softmatch pseudo.alignment=uniform pseudo.aligned=confidence pseudo.momentum=0.9".split(),
+        ),
+        ("freematch", "pseudo.thresholds=freematch pseudo.fairness=0.05 pseudo.momentum=0.9".split()),
         ("both", ["ssmixup={axis: both, psi: self, nu: 0.5}", "pseudo.kind=soft", "pseudo.normalise=accepted"]),
     ],
 )

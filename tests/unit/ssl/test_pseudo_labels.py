@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from pipeline.models.losses import soft_cross_entropy
+from pipeline.ssl.acceptance import THRESHOLDS
 from pipeline.ssl.config import PseudoLabelRule
-from pipeline.ssl.pseudo_labels import HORIZON, PseudoLabeller
+from pipeline.ssl.pseudo_labels import PseudoLabeller
+from pipeline.ssl.running_means import HORIZON
 from pipeline.streaming.mixup import mix, mix_at_random, mix_by_confidence, pair_ratio
 
 PRIOR = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
@@ -44,7 +46,8 @@ def test_balanced_thresholds_are_lower_for_rarer_classes_and_never_above_the_giv
     labeller.label(confident)
     labeller.update()
     # Shares of the most frequent: 1, 1/2, 1/4; b / (2 - b): 1, 1/3, 1/7.
-    torch.testing.assert_close(labeller.class_thresholds(), 0.8 * torch.tensor([1, 1 / 3, 1 / 7], dtype=torch.float64))
+    found = THRESHOLDS["class_balanced"](labeller.means, labeller.rule)
+    torch.testing.assert_close(found, 0.8 * torch.tensor([1, 1 / 3, 1 / 7], dtype=torch.float64))
 
 
 def test_micro_batches_and_a_restore_give_the_same_labels() -> None:
@@ -59,14 +62,14 @@ def test_micro_batches_and_a_restore_give_the_same_labels() -> None:
         whole.label(logits, watch=False)
         whole.update()
         cut.update()
-    torch.testing.assert_close(whole.mean_probability, cut.mean_probability, rtol=1e-12, atol=0)
-    torch.testing.assert_close(whole.confident, cut.confident, rtol=1e-12, atol=0)
+    torch.testing.assert_close(whole.means.probability, cut.means.probability, rtol=1e-12, atol=0)
+    torch.testing.assert_close(whole.means.confident, cut.means.confident, rtol=1e-12, atol=0)
     twin = PseudoLabeller(PRIOR, rule)
     twin.load_state_dict(whole.state_dict())
     assert torch.equal(twin.label(logits).targets, whole.label(logits).targets)
     twin.update()
     whole.update()
-    assert torch.equal(twin.mean_probability, whole.mean_probability)
+    assert torch.equal(twin.means.probability, whole.means.probability)
 
 
 def test_running_means_weigh_the_first_steps_alike_and_then_forget() -> None:
@@ -88,7 +91,7 @@ def test_running_means_weigh_the_first_steps_alike_and_then_forget() -> None:
             twin = PseudoLabeller(PRIOR, labeller.rule)
             twin.load_state_dict(labeller.state_dict())
             labeller = twin
-        for mean, shares in ((labeller.mean_probability, predicted), (labeller.confident, confident)):
+        for mean, shares in ((labeller.means.probability, predicted), (labeller.means.confident, confident)):
             want = torch.stack(shares[:HORIZON]).mean(0) if shares else torch.full((3,), 1 / 3, dtype=torch.float64)
             for share in shares[HORIZON:]:
                 want = want + (share - want) / HORIZON
