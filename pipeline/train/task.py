@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pipeline.streaming.loader import Batch
-    from pipeline.train.selection import Best
 
 
 class Mean(NamedTuple):
@@ -79,6 +78,22 @@ class Companion(Protocol):
         """Restore the small numbers, after the sharded state."""
 
 
+class KeptState(Protocol):
+    """What a Task asks of the best state that it holds; `pipeline.train.selection.Best` is the one there is."""
+
+    def keep(self) -> None:
+        """Copy the present state."""
+
+    def adopt(self) -> None:
+        """Make the kept state the present one (collective)."""
+
+    def sharded_state(self) -> "dict[str, dict[Tensor, Tensor]]":
+        """Return kind -> {optimizer's flat parameter: the kept tensor of its shape}."""
+
+    def buffers(self) -> "dict[str, Tensor]":
+        """Return the kept running statistics."""
+
+
 class Task:
     """What differs between stages. Only `loss` must be given.
 
@@ -94,7 +109,7 @@ class Task:
 
     names_classes = True
     teacher: Companion | None = None
-    best: "Best | None" = None
+    best: KeptState | None = None
     exported: str = "student"
 
     def loss(self, model: "nn.Module", batch: "Mapping[str, Batch]") -> StepOutput:

@@ -104,6 +104,16 @@ def test_a_pretrainer_is_selected_by_its_loss(chain: Stages) -> None:
     assert selected.best == {"val/loss": min(loss.values())}
 
 
+def test_a_pretrainer_may_be_selected_by_its_linear_probe_and_has_then_seen_labels(chain: Stages) -> None:
+    more = ["run.experiment=probed-arm", "loop.select=best", "loop.eval_every=4", "select_by=linear"]
+    run = chain.complete("arm", *more, "linear_probe.neighbours=5")
+    linear, card = rows(run, "val/linear"), Card.read(run / "export")
+    assert card.selected is not None
+    assert card.selected.best["val/linear"] == max(linear.values())
+    assert [seen.count for seen in card.labels_seen] == [51]
+    assert Card.read(chain.runs / "smoke/arm/export").labels_seen == ()
+
+
 @pytest.mark.parametrize(
     ("key", "code", "said"),
     [
