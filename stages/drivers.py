@@ -95,7 +95,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     streams = s.loaders(prepared.views)
     loop, optim = s.config.loop, s.config.optim
     recorder = Recorder(loop.log_every)
-    if s.world.size > 1:
+    if s.world.size > 1 and s.config.engine.sync_batch_norm:
         synchronise_batch_norms(prepared.model)
     recorder.watch(prepared.model.to(s.world.device))
     engine = s.open_engine(prepared.model)
@@ -128,4 +128,4 @@ def _show(s: StageContext[Any], training: Training, step: int, board: Board, ima
     model = training.engine.module if s.config.engine.zero_stage < 3 else None
     show_views(board, step, task, model, training.streams, s.manifest, look)
     if model is not None and s.manifest.classes and task.names_classes and len(held_out.sample_indices):
-        show_attribution(board, step, model, *held_out, image_size, look)
+        show_attribution(board, step, model, *held_out, image_size, look, s.config.data.loader.remote)
