@@ -21,6 +21,7 @@ from pipeline.train.recorder import Recorder
 from pipeline.train.replay import Replay
 from pipeline.train.replay import replay as take_again
 from pipeline.train.schedules import warmup_cosine
+from pipeline.train.selection import Best
 from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
 from pipeline.train.training import Training
@@ -70,9 +71,11 @@ def train(config: StageConfig) -> None:
             _show(s, training, step, board, prepared.image_size)
             return row
 
-        fit(training, s.run, evaluate)
+        ending = fit(training, s.run, evaluate)
+        if s.ended(ending) and task.best:
+            task.best.adopt()
         prepared.finish(task)
-        s.run.status("complete", step=config.loop.steps, steps=config.loop.steps)
+        s.run.status("complete", step=ending.step, steps=ending.steps)
 
 
 def replay(config: StageConfig, asked: Replay) -> str:
@@ -97,6 +100,8 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     recorder.watch(prepared.model.to(s.world.device))
     engine = s.open_engine(prepared.model)
     task = prepared.make_task(engine)
+    if loop.select == "best":
+        task.best = Best(engine, task)
     training = Training(
         task=task,
         engine=engine,

@@ -54,7 +54,7 @@ class SemiTask(Task):
     def __init__(
         self, engine: Engine, teacher: nn.Module, labeller: PseudoLabeller, config: SemiConfig, prior: Tensor
     ) -> None:
-        self.config, self.labeller = config, labeller
+        self.config, self.labeller, self.exported = config, labeller, config.export
         self.teacher = Teacher(engine, teacher, config.ema)
         # A class without labels is as rare as one with half a label.
         rarest = prior[prior > 0].min() / 2
@@ -230,6 +230,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
 
     def finish(task: SemiTask) -> None:
+        s.evaluator.calibrate(models(), size)
         measured = s.measured | s.evaluator.test(models(), size)
         exported = exported_model(shape)
         kept = build_from_config(exported).state_dict()
@@ -237,7 +238,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         plain = {name: merged(w, s.engine.module) for name, w in weights.items()}
         weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in plain.items()}
         chosen = weights.pop(config.export)
-        export(s, chosen, model=exported, measured=measured, companions=weights)
+        export(s, chosen, model=exported, measured=measured, name=config.export, companions=weights)
 
     return Prepared(
         model=model,

@@ -34,6 +34,7 @@ class Memory:
         masters: The rank's shard of the fp32 masters.
         moments: The rank's shard of both moments of AdamW.
         averages: The rank's shard of the averages of the weights (the teacher of stage 3, the average of stage 2).
+        best: The rank's shard of the best state, with `loop.select=best`: a copy of the masters and of each average.
         inference_copies: The whole copies of these averages that compute.
         frozen: Whole frozen networks (a distillation teacher).
         buckets: Buckets of the reduction.
@@ -46,6 +47,7 @@ class Memory:
     masters: int
     moments: int
     averages: int
+    best: int
     inference_copies: int
     frozen: int
     buckets: int
@@ -55,7 +57,7 @@ class Memory:
     @property
     def sharded(self) -> int:
         """Bytes of what ZeRO shards and may offload."""
-        return self.masters + self.moments + self.averages
+        return self.masters + self.moments + self.averages + self.best
 
     @property
     def device(self) -> int:
@@ -90,6 +92,7 @@ def memory(
     bucket_bytes: int,
     activations: int,
     offloaded: bool,
+    keeps_best: bool = False,
 ) -> Memory:
     """Compute the memory of one rank.
 
@@ -102,6 +105,7 @@ def memory(
         bucket_bytes: Bytes that are reduced at once.
         activations: Bytes of one micro-batch.
         offloaded: Whether the optimizer lies in the host's memory.
+        keeps_best: Whether the best state is kept beside the last.
     """
     total = sum(p.numel for p in parameters)
     own = partition(parameters, zero_stage, world_size)
@@ -113,6 +117,7 @@ def memory(
         masters=FP32 * own if zero_stage else 0,  # without ZeRO the parameters are their own masters
         moments=2 * FP32 * own,
         averages=averages * FP32 * own,
+        best=(1 + averages) * FP32 * own if keeps_best else 0,
         inference_copies=averages * FP32 * total,
         frozen=FP32 * frozen_parameters,
         buckets=bucket_bytes if zero_stage else 0,
@@ -121,9 +126,10 @@ def memory(
     )
 
 
-def checkpoint_bytes(parameters: Sequence[Parameter], averages: Sequence[str]) -> int:
-    """Count the bytes of all files of one checkpoint: masters, two moments, the named averages, and the headers."""
-    kinds = ("master", "exp_avg", "exp_avg_sq", *averages)
+def checkpoint_bytes(parameters: Sequence[Parameter], averages: Sequence[str], keeps_best: bool = False) -> int:
+    """Count the bytes of a checkpoint: masters, two moments, the named averages, the best state, and the headers."""
+    kinds = ["master", "exp_avg", "exp_avg_sq", *averages]
+    kinds += [f"best_{kind}" for kind in ("master", *averages)] if keeps_best else []
     numbers = len(kinds) * FP32 * sum(p.numel for p in parameters)
     entry = {"dtype": "F32", "shape": [10_000], "data_offsets": [1_000_000, 1_000_000]}
     header = sum(len(json.dumps({f"{kind}/{p.name}@0": entry})) for kind in kinds for p in parameters)

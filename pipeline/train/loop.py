@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from pipeline.errors import Diverged, HandoverError, Interrupted
 from pipeline.report.tensorboard import Board
@@ -20,6 +20,7 @@ from pipeline.train.meter import Meter
 from pipeline.train.peak import peak_flops
 from pipeline.train.progress import Progress
 from pipeline.train.run import Run
+from pipeline.train.selection import Selection
 from pipeline.train.signals import stop_flag
 from pipeline.train.tracer import Tracer
 from pipeline.train.training import Draws, Training, train_step
@@ -32,13 +33,16 @@ Evaluate = Callable[[int, Board], dict[str, float]]
 FINGERPRINT_TOLERANCE = 1e-3  # relative; another world size or ZeRO stage sums in another order
 
 
-def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
+def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
     """Train for `loop.steps` optimizer steps, continuing from the run's newest sound checkpoint.
 
     Args:
         training: What is trained, on what, by which rules.
         run: The folder that receives numbers and checkpoints.
         evaluate: Called every `loop.eval_every` steps and after the last.
+
+    Returns:
+        Where the run ended. The weights are those of the last step; with `loop.select=best` the task holds the best ones.
 
     Raises:
         Interrupted: After a signal or the time limit; everything is saved.
@@ -57,7 +61,7 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
 
     run.status("running", step=state.step, steps=loop.steps)
     with stop_flag() as stop:
-        while state.step < loop.steps:
+        while state.step < loop.steps and not state.ended_early:
             data_step = data_step_of(state.step, state.left_out)
             with meter.waiting():
                 drawn = draws.take(data_step)
@@ -71,8 +75,10 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
             voting = step % loop.vote_every == 0 and not last
             stopping = voting and any_rank(bool(stop) or time.monotonic() > deadline, world)
             saving = last or stopping or step % loop.save_every == 0
+            evaluating = last or bool(loop.eval_every and step % loop.eval_every == 0)
 
-            if saving or step % loop.log_every == 0:  # nothing is saved that has not been checked
+            # Nothing is saved that has not been checked, and with patience a validation may be the end.
+            if saving or step % loop.log_every == 0 or (evaluating and loop.patience):
                 row = _log_row(training, meter, step, moved=done.moved)
                 anomaly = find_anomaly(row, recorder, loop, world)
                 if anomaly:
@@ -86,10 +92,12 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
                 display.show(step, row)
                 run.status("running", step=step, steps=loop.steps)
             # Before saving: a run that continues from this checkpoint does not evaluate this step again.
-            if last or (loop.eval_every and step % loop.eval_every == 0):
+            if evaluating:
                 with meter.pausing():
                     row = evaluate(step, display.board)
                 display.show(step, row)
+                state.ended_early = _compare(training, state, row) and not last
+                saving |= state.ended_early
             if saving:
                 with meter.pausing():
                     _save(saver, training, state)
@@ -109,6 +117,22 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
     recorder.dump(run.folder / "report" / f"flight_rank_{world.rank:05d}.jsonl")
     display.close()
     draws.close()
+    return Ending(step=state.step, steps=loop.steps, selection=state.selection)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """Where a run ended.
+
+    Args:
+        step: The last optimizer step.
+        steps: Those that the config asked for; more than `step` if `loop.patience` ended the run.
+        selection: What its validations found.
+    """
+
+    step: int
+    steps: int
+    selection: Selection
 
 
 @dataclass(kw_only=True)
@@ -118,6 +142,8 @@ class _LoopState:
     step: int
     left_out: list[int] = field(default_factory=list)  # data steps that a rewind has closed
     rewinds: int = 0
+    selection: Selection = field(default_factory=Selection)
+    ended_early: bool = False
 
 
 class _Display:
@@ -150,6 +176,16 @@ def _log_row(training: Training, meter: Meter, step: int, *, moved: bool) -> dic
     return row | {"train/grad_norm": engine.grad_norm()} if moved else row
 
 
+def _compare(training: Training, state: _LoopState, row: dict[str, float]) -> bool:
+    """Compare a validation with the earlier ones, keep the state if it is the best, and return whether patience is over."""
+    loop, selection = training.loop, state.selection
+    if not loop.compares:
+        return False
+    if selection.see(state.step, row, training.task.criteria()) and training.task.best:
+        training.task.best.keep()
+    return loop.patience is not None and selection.waited >= loop.patience
+
+
 def _tell_incidents(training: Training, run: Run, saver: Saver, row: dict[str, float], step: int) -> None:
     """Note skipped updates and the task's alarms; with `loop.on_alarm=stop` an alarm raises Diverged."""
     if row["train/skipped_updates"]:
@@ -169,12 +205,12 @@ def _rewind(training: Training, run: Run, state: _LoopState, anomaly: Anomaly) -
     restored = _restore(training, run, before=anomaly.data_step)
     training.recorder.forget_from(restored.step)
     left_out = [*state.left_out, anomaly.data_step]
-    return _LoopState(step=restored.step, left_out=left_out, rewinds=state.rewinds + 1)
+    return replace(restored, left_out=left_out, rewinds=state.rewinds + 1)
 
 
 def _save(saver: Saver, training: Training, state: _LoopState) -> None:
-    loop_state = {"left_out": state.left_out, "rewinds": state.rewinds, "fingerprint": training.fingerprint()}
-    saver.save(state.step, loop_state)
+    loop_state = {name: value for name, value in asdict(state).items() if name != "step"}
+    saver.save(state.step, loop_state | {"fingerprint": training.fingerprint()})
 
 
 def _restore(training: Training, run: Run, before: float = math.inf) -> _LoopState:
@@ -189,7 +225,13 @@ def _restore(training: Training, run: Run, before: float = math.inf) -> _LoopSta
             )
         checkpoint.remove_after(run.checkpoints, step, run.world)
     run.truncate_metrics(step)
-    return _LoopState(step=step, left_out=saved.get("left_out", []), rewinds=saved.get("rewinds", 0))
+    return _LoopState(
+        step=step,
+        left_out=saved.get("left_out", []),
+        rewinds=saved.get("rewinds", 0),
+        selection=Selection(**saved.get("selection", {})),
+        ended_early=saved.get("ended_early", False),
+    )
 
 
 def _check_fingerprint(now: float, saved: float, run: Run, step: int) -> None:

@@ -1,6 +1,6 @@
 """Stage 1, arm: the config and the spec of autoregressive pretraining (torch-free)."""
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -33,6 +33,12 @@ class ArmConfig(StageConfig):
         " null = none",
     )
 
+    select_by: Literal["loss", "linear"] = Field(
+        "loss",
+        description="what loop.select=best and loop.patience compare: val/loss, or the accuracy of the linear probe (val/linear),"
+        " which tells when more pretraining stops paying; it reads labels, so they count as seen",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _form(cls, values: Any) -> Any:
@@ -59,6 +65,10 @@ class ArmConfig(StageConfig):
             raise ValueError(
                 f"linear_probe.every {every} must be a multiple of loop.eval_every {self.loop.eval_every}:"
                 " it is part of an evaluation"
+            )
+        if self.select_by == "linear" and (self.linear_probe is None or every not in (None, self.loop.eval_every)):
+            raise ValueError(
+                "select_by=linear compares the linear probe of every validation; give linear_probe without every"
             )
         return self
 

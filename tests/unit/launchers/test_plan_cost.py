@@ -93,6 +93,7 @@ def test_starts_leave_room_for_starting_and_saving(hours: float, limit: float, s
 
 def test_the_predicted_checkpoint_has_names_too() -> None:
     assert checkpoint_bytes(TEN, ["teacher"]) > 16 * sum(p.numel for p in TEN)
+    assert checkpoint_bytes(TEN, ["teacher"], keeps_best=True) > 24 * sum(p.numel for p in TEN)
 
 
 def test_activations_grow_in_proportion_to_the_batch() -> None:
