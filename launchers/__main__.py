@@ -102,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--flips", choices=("test", "yes", "no"), default="test", help="horizontal flips; default: test"
     )
+    models = ("auto", "efficientvim", "vision_mamba")
+    recipe.add_argument("--model", choices=models, default="auto", help="kind of model; vision_mamba has stage 1")
     recipe.add_argument(
         "--again", action="store_true", help="write configs that exist anew; edited ones are kept aside"
     )
@@ -145,7 +147,7 @@ def _recipe(given: argparse.Namespace) -> int:
     order = known if known and not given.train else write.Order(name=given.name, train=tuple(given.train))
     options = ("split", "validation", "test", "budget")
     typed = {name: getattr(given, name) for name in options if getattr(given, name) is not None}
-    write.write(replace(order, flips=given.flips, again=given.again, **typed))
+    write.write(replace(order, flips=given.flips, model=given.model, again=given.again, **typed))
     return 0
 
 

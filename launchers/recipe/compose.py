@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from launchers.recipe import rules
 from launchers.recipe.flips import FlipTest
 from launchers.recipe.look import Look
-from launchers.recipe.rules import Choice, Stage
-
-STAGES: tuple[Stage, ...] = ("arm", "distill", "semi")
+from launchers.recipe.rules import Choice, Family, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +30,7 @@ def compose(
     flips: FlipTest,
     *,
     gpu: bool,
+    family: Choice,
     steps: Mapping[Stage, Choice],
     micro: Mapping[Stage, Choice],
 ) -> dict[Stage, Draft]:
@@ -43,25 +42,27 @@ def compose(
         look: The images.
         flips: Whether flips are harmless.
         gpu: Whether the machine has a GPU.
+        family: The kind of model, which decides the stages.
         steps: Steps of each stage.
         micro: Micro-batch of each stage; value None = the whole share.
     """
-    side = rules.image_size(look, gpu)
-    network, augment = rules.model(side.value), rules.views(look, bool(flips.harmless))
+    side, chosen_family = rules.image_size(look, gpu), cast(Family, family.value)
+    network, augment = rules.model(chosen_family, side.value), rules.views(look, bool(flips.harmless))
+    mamba, width = chosen_family == "vision_mamba", network.value.get("embed_dim", rules.BASE_WIDTH)
     balance = rules.sampling(look)
     flip = f"Horizontal flips {'are' if flips.harmless else 'are not'} used: {flips.why}."
     pixels = {"mean": list(look.mean), "std": list(look.std)}
     of_pixels = f"mean and std are those of the images, {'grey' if look.is_grey else 'in colour'}."
     drafts: dict[Stage, Draft] = {}
-    for stage in STAGES:
+    for stage in rules.stages(chosen_family):
         supervised = stage != "arm"
         own = dict(data) if supervised else {k: v for k, v in data.items() if k != "test"}
         number, size = steps[stage].value, rules.batch(stage, look, gpu)
-        rate = rules.learning_rate(stage, size.value, network.value["embed_dim"])
+        rate = rules.learning_rate(chosen_family, stage, size.value, width)
         chosen = rules.selection(look, number) if supervised else rules.pretraining_selection(look, number)
         values: dict[str, Any] = {"run": {"experiment": name}}
         reasons: dict[str, tuple[str, ...]] = {}
-        if supervised:
+        if stage == "semi" or (stage == "distill" and mamba):
             values["init_from"] = "arm" if stage == "distill" else "distill"
         values["data"] = own | pixels | ({"loader": {"sampling": balance.value}} if supervised else {})
         reasons["data"] = (of_pixels, *([f"Sampling is {balance.value}: {balance.why}."] if supervised else []))
@@ -72,7 +73,7 @@ def compose(
             if "patience" in chosen.value:
                 values["select_by"] = "linear"
         if stage == "distill":
-            values["model"] = network.value | {"cls_token": "none", "pool": "mean"}
+            values["model"] = network.value | ({"cls_token": "none", "pool": "mean"} if mamba else {})
             values["augment"] = augment["plain"].value
         if stage == "semi":
             values |= {"weak": augment["weak"].value, "strong": augment["strong"].value}
@@ -83,11 +84,12 @@ def compose(
             average = rules.teacher(number)
             values["ema"], reasons["ema"] = average.value, (f"{average.why}.",)
         if "model" in values:
-            reasons["model"] = (f"{side.why}.", f"{network.why}.")
+            reasons["model"] = (f"{family.why}.", f"{side.why}.", f"{network.why}.")
         if "augment" in values:
             reasons["augment"] = (f"Views: {augment['plain'].why}.", flip)
-        optim = {"lr": rate.value, "warmup_steps": max(1, number // 20)}
-        optim |= {"betas": [0.9, 0.95]} if stage == "arm" else {"layer_decay": 0.8}
+        optim: dict[str, Any] = {"lr": rate.value, "warmup_steps": max(1, number // 20)}
+        if mamba:
+            optim |= {"betas": [0.9, 0.95]} if stage == "arm" else {"layer_decay": 0.8}
         values["optim"], reasons["optim"] = optim | {"clip_norm": 3.0}, (f"{rate.why}.",)
         if micro[stage].value is not None:
             values["engine"], reasons["engine"] = {"micro_batch": micro[stage].value}, (f"{micro[stage].why}.",)
@@ -117,4 +119,4 @@ def _pseudo(look: Look, reasons: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     reasons["pseudo"] = (
         f"{look.unlabelled} unlabelled images; {rules.UNLABELLED_RATIO} in a step for each labelled one.",
     )
-    return {"pseudo": {"threshold": 0.9, "weight": 2.0}, "unlabelled_ratio": rules.UNLABELLED_RATIO}
+    return {"pseudo": dict(rules.PSEUDO), "unlabelled_ratio": rules.UNLABELLED_RATIO, "label_smoothing": 0.0}

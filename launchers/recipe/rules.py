@@ -5,20 +5,25 @@ and otherwise ours; the person edits the file that is written. A rule sees no te
 """
 
 import math
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 from launchers.recipe.look import Look
 
 Stage = Literal["arm", "distill", "semi"]
+Family = Literal["efficientvim", "vision_mamba"]
 
 SIDES_CPU, SIDES_GPU = (32, 64), (32, 64, 128, 192)
 PATCHES = {32: 4, 64: 8, 128: 8, 192: 16}  # side -> patch
 CLUSTERS = {32: 8, 64: 16, 128: 32, 192: 64}  # side -> ARM's cluster; 16 clusters, or 9 at 192 as in ARM
 SIZES = {32: (64, 4), 64: (128, 6), 128: (192, 12), 192: (192, 24)}  # side -> width, depth
 
-# Learning rates at a width and a batch, from the demo and the study; see `learning_rate`.
+# Learning rates at a batch, from the demo, the study and the scoreboard; those of the Vision Mamba at BASE_WIDTH.
 BASE_WIDTH = 64
-BASE_RATES: dict[Stage, tuple[float, int]] = {"arm": (3e-3, 64), "distill": (2e-3, 32), "semi": (2e-3, 16)}
+BASE_RATES: dict[Family, dict[Stage, tuple[float, int]]] = {
+    "vision_mamba": {"arm": (3e-3, 64), "distill": (2e-3, 32), "semi": (2e-3, 16)},
+    "efficientvim": {"distill": (4e-3, 32), "semi": (3e-3, 16)},
+}
 BATCHES: dict[Stage, tuple[int, int]] = {"arm": (64, 256), "distill": (32, 128), "semi": (16, 64)}  # CPU, GPU
 EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}  # at most, of the stage's larger stream
 LEAST_STEPS, MOST_STEPS = 100, 100_000
@@ -28,6 +33,12 @@ FIXED_SECONDS = 60.0  # starts of three stages, exports, report
 USABLE = 0.85  # share of the rest that goes to steps; the others are validations and saves
 ENOUGH_VALIDATION = 50  # images from which the best validation says more than the last step
 LONGEST_HORIZON = 10_000.0  # steps that the teacher averages over at most (decay 0.9999)
+MANY_IMAGES = 50_000  # images from which pretraining is chosen on a CPU too
+PSEUDO = {
+    "thresholds": "softmatch",
+    "alignment": "uniform",
+    "weight": 1.0,
+}  # best in all cells tried (docs/scoreboard.md)
 ENOUGH_FOR_PROBE = 200  # images from which a linear probe can say that stage 1 has stopped paying
 MEMORY_SHARE = 0.6  # of the free memory that a step may use
 
@@ -50,8 +61,35 @@ def image_size(look: Look, gpu: bool) -> Choice:
     return Choice(side, f"{side} px{limit}: the images are {look.width} x {look.height} px (width x height, medians)")
 
 
-def model(side: int, directions: int | None = None) -> Choice:
-    """Choose a Vision Mamba for a side: 64 tokens on a CPU's sizes, and width and depth that grow with the side."""
+def family(look: Look, gpu: bool, asked: Family | Literal["auto"] = "auto") -> Choice:
+    """Choose the kind of model: a Vision Mamba, which stage 1 pretrains, or a small hierarchical model without stage 1.
+
+    From few labels and small images the hierarchical model learns more, and in less time (docs/scoreboard.md). Pretraining
+    needs many images and time, so it is chosen from MANY_IMAGES on, and on a GPU.
+    """
+    if asked != "auto":
+        return Choice(asked, f"--model {asked}")
+    if gpu or look.images >= MANY_IMAGES:
+        place = "on a GPU" if gpu else f"with {look.images} images"
+        return Choice("vision_mamba", f"a Vision Mamba, since {place} pretraining on all images pays")
+    return Choice(
+        "efficientvim",
+        "a small hierarchical model, which learns more from few labels than a Vision Mamba and needs no pretraining, so there"
+        " is no stage 1; `--model vision_mamba` writes all three stages",
+    )
+
+
+def stages(chosen: Family) -> tuple[Stage, ...]:
+    """List the stages of a chain: stage 1 pretrains only a Vision Mamba."""
+    return ("arm", "distill", "semi") if chosen == "vision_mamba" else ("distill", "semi")
+
+
+def model(chosen: Family, side: int) -> Choice:
+    """Choose the model of a family: for a Vision Mamba 64 tokens on a CPU, and width and depth that grow with the side."""
+    if chosen == "efficientvim":
+        return Choice(
+            {"name": "efficientvim_mini", "image_size": side}, "its maps are a quarter, an eighth and a sixteenth"
+        )
     width, depth = SIZES[side]
     patch = PATCHES[side]
     values: dict[str, Any] = {
@@ -75,24 +113,25 @@ def batch(stage: Stage, look: Look, gpu: bool) -> Choice:
     return Choice(value, f"batch {value}" + (f": only {there} images" if value < wanted else ""))
 
 
-def learning_rate(stage: Stage, global_batch: int, width: int) -> Choice:
-    """Scale the base rate by the square root of the batch and by the inverse of the width.
+def learning_rate(chosen: Family, stage: Stage, global_batch: int, width: int = BASE_WIDTH) -> Choice:
+    """Scale the base rate by the square root of the batch and, for a Vision Mamba, by the inverse of the width.
 
     The square root is the rule for Adam, whose steps are normalised by the gradient's noise (Malladi et al. 2022); the inverse
     of the width is that of hidden layers under Adam (Yang et al. 2022).
     """
-    base, at = BASE_RATES[stage]
+    base, at = BASE_RATES[chosen][stage]
     value = float(f"{base * math.sqrt(global_batch / at) * BASE_WIDTH / width:.2g}")
-    return Choice(
-        value, f"lr {base:g} at batch {at} and width {BASE_WIDTH}, times sqrt(batch ratio), over the width ratio"
-    )
+    words = f"lr {base:g} at batch {at}, times the square root of {global_batch}/{at}"
+    return Choice(value, words + (f", times {BASE_WIDTH}/{width} for the width" if width != BASE_WIDTH else ""))
 
 
-def shares(look: Look) -> dict[Stage, float]:
+def shares(look: Look, among: Collection[Stage]) -> dict[Stage, float]:
     """Divide the time among the stages; the more of the images are unlabelled, the more goes to stages 1 and 3."""
     unlabelled = look.unlabelled / (look.unlabelled + look.labels)
     arm, semi = 0.25 + 0.15 * unlabelled, 0.3 + 0.15 * unlabelled
-    return {"arm": arm, "distill": 1 - arm - semi, "semi": semi}
+    found: dict[Stage, float] = {"arm": arm, "distill": 1 - arm - semi, "semi": semi}
+    total = sum(found[stage] for stage in among)
+    return {stage: found[stage] / total for stage in among}
 
 
 def epoch_limit(stage: Stage, look: Look, global_batch: int) -> int:
@@ -118,7 +157,7 @@ def steps(look: Look, batches: dict[Stage, int], seconds: dict[Stage, float], bu
     LEAST_STEPS.
     """
     limits = {stage: epoch_limit(stage, look, batches[stage]) for stage in batches}
-    left, open_shares = max(0.0, USABLE * (budget - FIXED_SECONDS)), shares(look)
+    left, open_shares = max(0.0, USABLE * (budget - FIXED_SECONDS)), shares(look, batches)
     chosen: dict[Stage, int] = {}
     while open_shares:  # a stage that reaches its epochs frees time for those that are still open
         total = sum(open_shares.values())
@@ -170,9 +209,9 @@ def views(look: Look, flips: bool) -> dict[str, Choice]:
     if look.is_drawn:
         why = f"{100 * look.drawn:.0f} % of the images have a border of one colour: drawn or scanned, so affine views"
         return {
-            "plain": Choice(_drawn((0.8, 1.0), 15.0, 0.15, flip) | jitter, why),
-            "weak": Choice(_drawn((0.9, 1.0), 8.0, 0.08, flip), why + ", small ones"),
-            "strong": Choice(_drawn((0.7, 1.0), 25.0, 0.25, flip) | jitter | {"erase": 0.25}, why + ", large ones"),
+            "plain": Choice(_drawn(15.0, (0.8, 1.25), 0.12, flip) | jitter, why),
+            "weak": Choice(_drawn(8.0, (0.9, 1.1), 0.06, flip), why + ", small ones"),
+            "strong": Choice(_drawn(22.0, (0.7, 1.35), 0.18, flip) | jitter | {"erase": 0.4}, why + ", large ones"),
         }
     why = "photographs: crops"
     randaugment = {"rand_augment": "rand-m9-mstd0.5-inc1"}
@@ -186,14 +225,9 @@ def views(look: Look, flips: bool) -> dict[str, Choice]:
     }
 
 
-def _drawn(crop: tuple[float, float], degrees: float, change: float, flip: float) -> dict[str, Any]:
-    affine = {
-        "rotation": degrees,
-        "scale": [round(1 - change, 2), round(1 + change, 2)],
-        "shear": round(degrees / 2, 1),
-        "translation": round(change / 2, 3),
-    }
-    return {"crop_scale": list(crop), "affine": affine, "horizontal_flip": flip}
+def _drawn(degrees: float, scale: tuple[float, float], translation: float, flip: float) -> dict[str, Any]:
+    affine = {"rotation": degrees, "scale": list(scale), "shear": round(degrees * 2 / 3, 1), "translation": translation}
+    return {"crop_scale": [0.85, 1.0], "affine": affine, "horizontal_flip": flip}
 
 
 def sampling(look: Look) -> Choice:
@@ -228,8 +262,9 @@ def pretraining_selection(look: Look, number: int) -> Choice:
 
 
 def teacher(number: int) -> Choice:
-    """Choose the horizon of the teacher's average: a thirtieth of the run, at most a fifteenth, at least ten steps."""
-    short, long = (min(LONGEST_HORIZON, max(least, number / part)) for least, part in ((10.0, 30), (20.0, 15)))
+    """Choose the horizon of the teacher's average: a fourteenth of the run, at most a seventh, at least ten steps."""
+    long = min(LONGEST_HORIZON, max(20.0, number / 7))
+    short = long / 2
     values = {
         "mode": "guarded",
         "base_decay": round(1 - 1 / short, 6),

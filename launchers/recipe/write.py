@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +11,9 @@ import numpy as np
 
 from launchers.recipe import flips as flip_test
 from launchers.recipe import rules, text
-from launchers.recipe.compose import STAGES, Draft, compose
+from launchers.recipe.compose import Draft, compose
 from launchers.recipe.look import Look, look_at, sampled
-from launchers.recipe.rules import Choice, Stage
+from launchers.recipe.rules import Choice, Family, Stage
 from pipeline.config import find_config, validate
 from pipeline.datasets.manifest import HEADER
 from pipeline.errors import ConfigError, EnvironmentProblem
@@ -38,6 +39,7 @@ class Order:
         test: Folder of a test set, or None.
         budget: Time for the whole chain, such as 30m or 2h.
         flips: Whether to use flips; `test` asks the images.
+        model: The kind of model; `auto` = by the rule `rules.family`.
         again: Whether to write configs that exist already; edited ones are kept beside the new ones.
     """
 
@@ -48,6 +50,7 @@ class Order:
     test: Path | None = None
     budget: str = BUDGET
     flips: Literal["yes", "no", "test"] = "test"
+    model: Family | Literal["auto"] = "auto"
     again: bool = False
 
 
@@ -76,7 +79,7 @@ def order_for(name: str, budget: str | None, *, existing: bool = False) -> Order
 
 def paths(name: str) -> dict[Stage, Path]:
     """Return the config file of each stage."""
-    return {stage: Path("configs") / stage / f"{name}.yaml" for stage in STAGES}
+    return {stage: Path("configs") / stage / f"{name}.yaml" for stage in rules.stages("vision_mamba")}
 
 
 def seconds_of_budget(budget: str) -> float:
@@ -106,10 +109,19 @@ def write(order: Order) -> list[Path]:
         print(f"kept: {', '.join(map(str, there))}; --again writes them anew and keeps what was edited")
         return []
     drafts = draft(order, budget)
-    for stage, path in files.items():
-        _write(path, _file(order, stage, drafts[stage]))
-    print(f"wrote {', '.join(map(str, files.values()))}; edit them as you like, a rerun keeps them")
-    return list(files.values())
+    written = [files[stage] for stage in drafts]
+    try:
+        for path in there:
+            _clear(path)
+        for stage, found in drafts.items():
+            files[stage].parent.mkdir(parents=True, exist_ok=True)
+            replace_text(files[stage], _file(order, stage, found))
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{error.filename or written[0]} cannot be written ({error.strerror}); run this where you may write"
+        ) from None
+    print(f"wrote {', '.join(map(str, written))}; edit them as you like, a rerun keeps them")
+    return written
 
 
 def draft(order: Order, budget: float) -> dict[Stage, Draft]:
@@ -135,29 +147,31 @@ def draft(order: Order, budget: float) -> dict[Stage, Draft]:
 
     gpu = probe.has_gpu()
     pictures = sampled(opened.manifest, np.arange(opened.manifest.num_samples), 32)
-    unknown: dict[Stage, Choice] = {stage: Choice(rules.LEAST_STEPS, "") for stage in STAGES}
-    nothing: dict[Stage, Choice] = {stage: Choice(None, "") for stage in STAGES}
-    first = compose(order.name, data, look, found, gpu=gpu, steps=unknown, micro=nothing)
+    family = rules.family(look, gpu, order.model)
+    stages = rules.stages(family.value)
+    compose_with = partial(compose, order.name, data, look, found, gpu=gpu, family=family)
+    unknown, nothing = (dict.fromkeys(stages, Choice(value, "")) for value in (rules.LEAST_STEPS, None))
+    first = compose_with(steps=unknown, micro=nothing)
     pending: dict[Path, StageConfig] = {}
     batches: dict[Stage, int] = {}
     seconds: dict[Stage, float] = {}
     micro: dict[Stage, Choice] = {}
-    for stage in STAGES:
+    for stage in stages:
         config = _validated(stage, first[stage].values, order)
         measured = probe.probe(config, len(opened.manifest.classes), pending, pictures, _drawn(first[stage].values))
         pending[config.folder / "export"] = config
         batches[stage], seconds[stage] = config.loop.global_batch, measured.seconds
         micro[stage] = rules.micro_batch(batches[stage], measured.bytes_per_sample, measured.free)
     numbers = rules.steps(look, batches, seconds, budget)
-    for stage in STAGES:
+    for stage in stages:
         print(f"{stage}: {numbers[stage].value} steps, {numbers[stage].why}")
-    total = sum(numbers[stage].value * seconds[stage] for stage in STAGES) / rules.USABLE + rules.FIXED_SECONDS
+    total = sum(numbers[stage].value * seconds[stage] for stage in stages) / rules.USABLE + rules.FIXED_SECONDS
     if total > 1.2 * budget:
         print(
             f"note: the least of every stage takes about {total / 60:.0f} min here, more than the budget {order.budget}"
         )
-    drafts = compose(order.name, data, look, found, gpu=gpu, steps=numbers, micro=micro)
-    for stage in STAGES:
+    drafts = compose_with(steps=numbers, micro=micro)
+    for stage in stages:
         _validated(stage, drafts[stage].values, order)
     return drafts
 
@@ -194,9 +208,10 @@ def _validated(stage: Stage, values: dict[str, Any], order: Order) -> StageConfi
 
 
 def _file(order: Order, stage: Stage, draft: Draft) -> str:
+    pretrained = " of stage 1's backbone" if "init_from" in draft.values else ""
     title = {
         "arm": "Stage 1: ARM pretraining of a Vision Mamba on all images; it reads no labels.",
-        "distill": "Stage 2: supervised training of stage 1's backbone on the labelled images.",
+        "distill": f"Stage 2: supervised training{pretrained} on the labelled images.",
         "semi": "Stage 3: semi-supervised fine-tuning of stage 2's model, with a teacher (Semi-ViM).",
     }[stage]
     remake = (
@@ -215,11 +230,9 @@ def _file(order: Order, stage: Stage, draft: Draft) -> str:
     return text.render(head, draft.values, draft.reasons)
 
 
-def _write(path: Path, content: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and text.edited(path.read_text(encoding="utf-8")):
-            print(f"{path} was edited: it is kept as {text.set_aside(path)}")
-        replace_text(path, content)
-    except OSError as error:
-        raise EnvironmentProblem(f"{path} cannot be written ({error.strerror}); run this where you may write") from None
+def _clear(path: Path) -> None:
+    """Make room for a new file; what a person has edited is kept beside it, and said."""
+    if text.edited(path.read_text(encoding="utf-8")):
+        print(f"{path} was edited: it is kept as {text.set_aside(path)}")
+    else:
+        path.unlink()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launchers.recipe import rules
-from launchers.recipe.compose import STAGES, compose
+from launchers.recipe.compose import compose
 from launchers.recipe.flips import FlipTest
 from launchers.recipe.look import Look
 from launchers.recipe.rules import Choice
@@ -27,6 +27,7 @@ def look(**changed: Any) -> Look:
     return Look(**facts | changed)
 
 
+STAGES = rules.stages("vision_mamba")
 LOOKS = st.builds(
     look,
     images=st.integers(2, 10**7),
@@ -40,21 +41,27 @@ LOOKS = st.builds(
 )
 
 
-@given(LOOKS, st.booleans(), st.booleans(), st.integers(100, 10**5))
-def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, number: int) -> None:
+@given(LOOKS, st.booleans(), st.booleans(), st.integers(100, 10**5), st.sampled_from(["auto", "vision_mamba"]))
+def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, number: int, asked: Any) -> None:
+    family = rules.family(facts, gpu, asked)
     drafts = compose(
         "mine",
         {"train": "data/mine/train"},
         facts,
         FlipTest(flips, "because"),
         gpu=gpu,
+        family=family,
         steps={stage: Choice(number, "words") for stage in STAGES},
         micro={stage: Choice(None, "") for stage in STAGES},
     )
-    for stage in STAGES:
+    assert tuple(drafts) == rules.stages(family.value)
+    for stage in drafts:
         config = SPECS[stage].config.model_validate(drafts[stage].values)
         assert config.run.experiment == "mine"
         assert set(drafts[stage].reasons) <= set(drafts[stage].values)
+    if "arm" not in drafts:
+        assert "init_from" not in drafts["distill"].values
+        return
     arm, distill = (SPECS[s].config.model_validate(drafts[s].values).model for s in ("arm", "distill"))
     same = ("image_size", "patch_size", "embed_dim", "depth")
     assert [getattr(arm, name) for name in same] == [getattr(distill, name) for name in same]
@@ -69,16 +76,17 @@ def test_the_view_is_the_least_that_holds_the_images(side: int, gpu: bool, chose
 
 @pytest.mark.parametrize("side", rules.SIDES_GPU)
 def test_clusters_and_patches_divide_the_side(side: int) -> None:
-    values = rules.model(side).value
+    values = rules.model("vision_mamba", side).value
     assert side % values["cluster_size"] == 0
     assert values["cluster_size"] % values["patch_size"] == 0
 
 
 def test_learning_rates_follow_the_root_of_the_batch_and_the_inverse_of_the_width() -> None:
-    for stage, (base, batch) in rules.BASE_RATES.items():
-        assert rules.learning_rate(stage, batch, 64).value == pytest.approx(base)
-        assert rules.learning_rate(stage, 4 * batch, 64).value == pytest.approx(2 * base)
-        assert rules.learning_rate(stage, batch, 256).value == pytest.approx(base / 4)
+    for family, rates in rules.BASE_RATES.items():
+        for stage, (base, batch) in rates.items():
+            assert rules.learning_rate(family, stage, batch).value == pytest.approx(base)
+            assert rules.learning_rate(family, stage, 4 * batch, 64).value == pytest.approx(2 * base)
+            assert rules.learning_rate(family, stage, batch, 256).value == pytest.approx(base / 4)
 
 
 def test_a_batch_never_exceeds_its_images_by_more_than_the_least_of_eight() -> None:
@@ -103,10 +111,11 @@ def test_the_steps_take_the_budget_or_all_epochs_or_the_least(facts: Look, each:
 
 
 def test_more_unlabelled_images_get_more_of_the_time_for_stages_1_and_3() -> None:
-    few, many = rules.shares(look(unlabelled=0)), rules.shares(look(unlabelled=10**6))
+    few, many = (rules.shares(look(unlabelled=n), STAGES) for n in (0, 10**6))
     assert many["arm"] > few["arm"]
     assert many["semi"] > few["semi"]
     assert sum(few.values()) == pytest.approx(sum(many.values())) == pytest.approx(1)
+    assert sum(rules.shares(look(), rules.stages("efficientvim")).values()) == pytest.approx(1)
 
 
 def test_views_follow_the_kind_of_images() -> None:
@@ -145,7 +154,7 @@ def test_the_teachers_horizon_is_a_part_of_the_run(number: int) -> None:
     found = rules.teacher(number).value
     short, long = (1 / (1 - found[key]) for key in ("base_decay", "max_decay"))
     assert 10 * 0.99 <= short <= long
-    assert long <= max(20, number / 15) * 1.2
+    assert long <= max(20, number / 7) * 1.01
     assert math.isfinite(long)
 
 
@@ -160,9 +169,11 @@ def test_micro_batches_divide_the_batch_and_fit(global_batch: int, each: int, fr
 
 def test_an_unlabelled_pool_that_is_missing_makes_stage_3_supervised() -> None:
     drafts = compose(
-        "mine", {"train": "x"}, look(unlabelled=0), FlipTest(False, "x"), gpu=False,
+        "mine", {"train": "x"}, look(unlabelled=0), FlipTest(False, "x"), gpu=False, family=Choice("vision_mamba", ""),
         steps={stage: Choice(100, "") for stage in STAGES}, micro={stage: Choice(None, "") for stage in STAGES},
     )  # fmt: skip
     assert drafts["semi"].values["pseudo"] == {"weight": 0.0}
     assert "no unlabelled images" in drafts["semi"].reasons["pseudo"][0]
-    assert np.isclose(drafts["distill"].values["optim"]["lr"], rules.learning_rate("distill", 8, 64).value)
+    assert np.isclose(
+        drafts["distill"].values["optim"]["lr"], rules.learning_rate("vision_mamba", "distill", 8, 64).value
+    )
