@@ -190,5 +190,5 @@ def test_an_unlabelled_pool_that_is_missing_makes_stage_3_supervised() -> None:
     assert drafts["semi"].values["pseudo"] == {"weight": 0.0}
     assert "no unlabelled images" in drafts["semi"].reasons["pseudo"][0]
     assert np.isclose(
-        drafts["distill"].values["optim"]["lr"], rules.learning_rate("vision_mamba", "distill", 8, 64).value
+        drafts["distill"].values["optim"]["lr"], rules.learning_rate("vision_mamba", "distill", 32, 64).value
     )
