@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--flips", choices=("test", "yes", "no"), default="test", help="horizontal flips; default: test"
     )
-    models = ("auto", "efficientvim", "vision_mamba")
+    models = ("auto", "resnet", "efficientvim", "vision_mamba")
     recipe.add_argument("--model", choices=models, default="auto", help="kind of model; vision_mamba has stage 1")
     recipe.add_argument(
         "--again", action="store_true", help="write configs that exist anew; edited ones are kept aside"

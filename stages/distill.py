@@ -150,6 +150,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
         flops=flops,
         evaluate=lambda step, board: s.evaluator.validate(models(), size),
         finish=finish,
+        backbone=config.backbone,
     )
 
 
