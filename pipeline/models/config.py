@@ -10,7 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.config import Strict, nearest
-from pipeline.models.variants import EFFICIENTVIM_VARIANTS, VISION_MAMBA_VARIANTS, VSSD_VARIANTS
+from pipeline.models.variants import (
+    EFFICIENTVIM_VARIANTS,
+    VISION_MAMBA_VARIANTS,
+    VSSD_VARIANTS,
+    WIDE_RESNET_VARIANTS,
+)
 
 TIMM_PREFIX = "timm/"
 Depth = Annotated[int, Field(gt=0, le=512)]  # blocks; published models have a tenth
@@ -281,6 +286,21 @@ class VSSDConfig(FamilyConfig):
     )
 
 
+class WideResNetConfig(FamilyConfig):
+    """A wide residual network for small images: WRN-28-2 of the FixMatch family."""
+
+    variants = WIDE_RESNET_VARIANTS
+
+    depth: Depth = Field(description="layers with weights, 6 n + 4 for n blocks in each of the three stages")
+    widen: Depth = Field(description="channels of the three stages, over 16, 32 and 64")
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> Self:
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise ValueError(f"depth {self.depth} must be 6 n + 4, for example 10, 16, 22 or 28")
+        return self
+
+
 class TimmConfig(FamilyConfig):
     """Any model of timm, from scratch or from a file of weights: `name: timm/vit_small_patch16_224`."""
 
@@ -308,7 +328,13 @@ class TimmConfig(FamilyConfig):
         return dict(self)
 
 
-FAMILIES: tuple[type[FamilyConfig], ...] = (VisionMambaConfig, EfficientViMConfig, VSSDConfig, TimmConfig)
+FAMILIES: tuple[type[FamilyConfig], ...] = (
+    VisionMambaConfig,
+    EfficientViMConfig,
+    VSSDConfig,
+    WideResNetConfig,
+    TimmConfig,
+)
 
 
 def family_of(name: str) -> type[FamilyConfig]:
@@ -344,6 +370,7 @@ ModelConfig = Annotated[
     Annotated[VisionMambaConfig, Tag("tagged-VisionMambaConfig")]
     | Annotated[EfficientViMConfig, Tag("tagged-EfficientViMConfig")]
     | Annotated[VSSDConfig, Tag("tagged-VSSDConfig")]
+    | Annotated[WideResNetConfig, Tag("tagged-WideResNetConfig")]
     | Annotated[TimmConfig, Tag("tagged-TimmConfig")],
     Discriminator(_tag),
     BeforeValidator(_has_a_name),

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 from pipeline.config import FREE, NonNegativeInt, PathText, Strict
 from pipeline.errors import ConfigError
 from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
-from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
+from pipeline.ssl.config import BalancedHeadConfig, LyapEMAConfig, PseudoLabelRule
 from pipeline.streaming.config import AugmentConfig
-from stages.configs.base import StageConfig
+from stages.configs.base import ClassWeightsConfig, StageConfig, refuse_two_corrections
 from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Workload
 
 
@@ -114,6 +114,12 @@ class SemiConfig(StageConfig):
         le=1000,
         description="tau of Menon et al.: both losses see logits + tau log(share of the class among labels); 0 = off",
     )
+    class_weights: ClassWeightsConfig | None = Field(
+        None, description="weights of the classes in the loss on labels; null = all alike"
+    )
+    balanced_head: BalancedHeadConfig | None = Field(
+        None, description="ABC's second head, which is evaluated and exported in place of the first; null = none"
+    )
     watched_samples: NonNegativeInt = Field(
         1024,
         description="unlabelled images whose pseudo-labels an evaluation compares with their hidden labels, where those"
@@ -133,9 +139,17 @@ class SemiConfig(StageConfig):
 
     @model_validator(mode="after")
     def _one_remedy(self) -> Self:
-        if self.logit_adjustment and self.data.loader.sampling == "class_balanced":
+        refuse_two_corrections(
+            {
+                "logit_adjustment": self.logit_adjustment,
+                "class_weights": self.class_weights,
+                "balanced_head": self.balanced_head,
+                "data.loader.sampling=class_balanced": self.data.loader.sampling == "class_balanced",
+            }
+        )
+        if self.balanced_head and (self.mixup.pseudo or (self.ssmixup and self.ssmixup.axis != "direction")):
             raise ValueError(
-                "logit_adjustment and data.loader.sampling=class_balanced correct the same imbalance twice; choose one"
+                "balanced_head learns from each strong view alone; set mixup.pseudo=false and ssmixup.axis=direction"
             )
         if self.ssmixup and self.ssmixup.axis != "direction" and self.mixup.pseudo:
             raise ValueError(f"ssmixup.axis={self.ssmixup.axis} and mixup.pseudo both mix the images; choose one")
