@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.models.config import FamilyConfig
+from pipeline.models.family import FamilyConfig
 from pipeline.models.flops import forward_flops
 from pipeline.models.losses import class_weights
 from pipeline.streaming.loader import Loader

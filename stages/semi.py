@@ -8,7 +8,6 @@ Command: python -m stages semi configs/semi/demo.yaml
 Input: labelled and unlabelled shards, and a classifier's export. Output: the export of the teacher (or the student).
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from pipeline.evaluate.pseudo import count_pseudo_labels, pseudo_summary
 from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config
+from pipeline.models.backbone.adapt import adapt, copy_of
+from pipeline.models.backbone.lora import merged
 from pipeline.models.classifier_layers import FirstOutputs, add_balanced_head, keep_balanced_head
 from pipeline.models.losses import one_hot, soft_cross_entropy, weigh
 from pipeline.report.tensorboard import Board
@@ -233,10 +234,11 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     shape = s.model_config()
     size = shape.image_size
     model = build_from_config(shape)
-    transfer(parent, model, s.ancestry.folder("init_from"))
     num_classes = len(s.manifest.classes)
+    fresh = transfer(parent, model, s.ancestry.folder("init_from")).fresh
     wide = add_balanced_head(model, num_classes) if config.balanced_head else []
-    teacher = copy.deepcopy(model)  # before the engine may shard the weights
+    adapt(model, config.backbone, size, fresh)
+    teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights
     weak, strong, views = (
         train_views(size, a, mean=data.mean, std=data.std, decoding=data.decoding)
         for a in (config.weak, config.strong, config.labelled or config.strong)
@@ -275,6 +277,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         exported = exported_model(shape)
         kept = build_from_config(exported).state_dict()
         trained = {"student": s.engine.full_weights(), "teacher": task.teacher.full_weights()}
+        trained = {name: merged(w, s.engine.module) for name, w in trained.items()}
         trained = {name: {k: v for k, v in w.items() if k in kept} for name, w in trained.items()}
         trained = {name: keep_balanced_head(w, wide, num_classes) for name, w in trained.items()}
         chosen = trained.pop(config.export)

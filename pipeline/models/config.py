@@ -5,11 +5,12 @@
 """
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.config import Strict, nearest
+from pipeline.models.family import Depth, FamilyConfig, Ratio, Width
 from pipeline.models.variants import (
     EFFICIENTVIM_VARIANTS,
     VISION_MAMBA_VARIANTS,
@@ -18,59 +19,9 @@ from pipeline.models.variants import (
 )
 
 TIMM_PREFIX = "timm/"
-Depth = Annotated[int, Field(gt=0, le=512)]  # blocks; published models have a tenth
-Width = Annotated[int, Field(gt=0, le=2**15)]  # channels, states, pixels on a side
 Option = Annotated[int, Field(ge=-(2**15), le=2**15)] | Annotated[float, Field(ge=-1e6, le=1e6)]
+Options = Annotated[tuple[Option, ...], Field(max_length=16)]
 _READING_OPTIONS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
-Ratio = Annotated[float, Field(gt=0, le=64)]
-
-
-class FamilyConfig(Strict):
-    """Fields that every family has. A field left out takes the value of the variant `name`, then its default.
-
-    Attributes:
-        variants: Values of the family's named models.
-        free: Fields that may differ between a classifier's export and a model that starts from it, which is fitted.
-    """
-
-    variants: ClassVar[dict[str, dict[str, Any]]] = {}
-    free: ClassVar[tuple[str, ...]] = ("name", "image_size", "drop_path", "num_classes")
-
-    name: str = Field(description="name of a variant, or timm/NAME for a model of timm; it also chooses the family")
-    image_size: tuple[Width, Width] = Field(
-        (224, 224), description="(height, width) of the images in pixels; a single number means square"
-    )
-    in_chans: Literal[3] = Field(3, description="channels of the images: red, green, blue; greyscale is converted")
-    drop_path: float = Field(
-        0.0, ge=0, lt=1, description="probability of dropping a residual branch in training; reached in the last block"
-    )
-    num_classes: int = Field(1000, ge=0, le=10**6, description="classes of the head; 0 means no head")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_variant(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        name = values.get("name")
-        if name is not None and not cls.knows(str(name)):
-            elsewhere = any(family.knows(str(name)) for family in FAMILIES)
-            raise ValueError(
-                f"model name {name!r} {'belongs to a family that this stage does not take' if elsewhere else 'is unknown'};"
-                f" known: {', '.join(nearest(str(name), list(cls.variants)))}"
-            )
-        values = {**cls.variants.get(str(name), {}), **values}
-        if isinstance(values.get("image_size"), int):
-            values["image_size"] = (values["image_size"], values["image_size"])
-        return values
-
-    @classmethod
-    def knows(cls, name: str) -> bool:
-        """Whether `name` is a model of this family."""
-        return name in cls.variants
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the class that builds this family's models."""
-        return {field: value for field, value in self if field != "name"}
 
 
 class SSMixupConfig(Strict):
@@ -90,11 +41,7 @@ class SSMixupConfig(Strict):
     )
 
     def blocks(self, depth: int) -> set[int]:
-        """Return the blocks that have the term, counted from 1.
-
-        Args:
-            depth: Number of blocks of the model.
-        """
+        """Return the blocks of a model of `depth` blocks that have the term, counted from 1."""
         if self.layers == "all":
             return set(range(1, depth + 1))
         return set(range(depth - self.layers + 1, depth + 1) if isinstance(self.layers, int) else self.layers)
@@ -304,16 +251,17 @@ class WideResNetConfig(FamilyConfig):
 class TimmConfig(FamilyConfig):
     """Any model of timm, from scratch or from a file of weights: `name: timm/vit_small_patch16_224`."""
 
-    options: dict[str, Annotated[str, Field(max_length=200)] | Option | bool] = Field(
-        default_factory=dict, description="further arguments of timm's create_model, for example {global_pool: avg}"
+    options: dict[str, Annotated[str, Field(max_length=200)] | Option | bool | Options] = Field(
+        {}, description="further arguments of timm's create_model, for example {global_pool: avg}; see docs/models.md"
     )
 
     @model_validator(mode="after")
     def _options(self) -> Self:
         if not re.fullmatch(r"timm/[A-Za-z0-9_.-]{1,100}", self.name):
             raise ValueError(f"{self.name[:60]!r} is no model of timm; write for example timm/resnet50")
-        if float(self.options.get("depth", 1)) > 512:
-            raise ValueError("options.depth is above 512 blocks")
+        blocks = [self.options.get(key, 1) for key in ("depth", "depths", "layers")]
+        if any(sum(map(float, n if isinstance(n, tuple) else (n,))) > 512 for n in blocks):
+            raise ValueError("options.depth, options.depths or options.layers is above 512 blocks")
         if found := set(self.options).intersection(_READING_OPTIONS):
             raise ValueError(f"options.{min(found)} would read other files; give weights by their file instead")
         return self

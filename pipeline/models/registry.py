@@ -2,15 +2,9 @@
 
 from torch import nn
 
-from pipeline.models.config import (
-    EfficientViMConfig,
-    FamilyConfig,
-    TimmConfig,
-    VisionMambaConfig,
-    VSSDConfig,
-    WideResNetConfig,
-)
+from pipeline.models.config import EfficientViMConfig, TimmConfig, VisionMambaConfig, VSSDConfig, WideResNetConfig
 from pipeline.models.efficientvim.model import EfficientViM
+from pipeline.models.family import FamilyConfig
 from pipeline.models.timm_model import TimmModel
 from pipeline.models.vision_mamba.model import VisionMamba
 from pipeline.models.vssd import VSSD

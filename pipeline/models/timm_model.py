@@ -5,13 +5,16 @@ Nothing is ever downloaded. Parameters have timm's names with the prefix `INSIDE
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
+import functools
 import inspect
+import re
 import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import nearest
 from pipeline.errors import ConfigError
 from pipeline.models.config import TIMM_PREFIX
 from pipeline.models.recompute import count_images_once
@@ -61,10 +64,10 @@ class TimmModel(nn.Module):
                 arguments["drop_path_rate"] = drop_path
             self.model = timm.create_model(bare, **arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise ConfigError(f"timm's {bare} at {image_size} with {options}: {str(error).splitlines()[0]}") from error
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"timm's {bare} at {image_size} with {options}: {_unknown_option(bare, said)}") from error
         self.timm_name, self.arguments = bare, arguments
         self.image_size, self.num_classes = image_size, num_classes
-        self._layers = self._layer_table()
 
     @property
     def num_features(self) -> int:
@@ -102,6 +105,16 @@ class TimmModel(nn.Module):
         """Layer of a parameter for layer-wise decay, by timm's grouping; 0 for all if timm has none for this model."""
         return self._layers.get(name, 0)
 
+    @functools.cached_property
+    def _layers(self) -> dict[str, int]:
+        if not hasattr(self.model, "group_matcher"):
+            return {}
+        from timm.models import group_parameters
+
+        matcher = self.model.group_matcher(coarse=False)
+        found = cast(dict[str, int], group_parameters(self.model, matcher, reverse=True))
+        return {f"{INSIDE}{name}": int(layer) for name, layer in found.items()}
+
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Give a released state dict this model's names; timm's filter resizes the position embedding to its grid."""
         if any(name.startswith("decoder_") for name in weights):  # a whole masked autoencoder
@@ -137,11 +150,14 @@ class TimmModel(nn.Module):
         heads = self.model.pretrained_cfg.get("classifier") or ()
         return *(f"{INSIDE}{head}." for head in ([heads] if isinstance(heads, str) else heads)), f"{INSIDE}fc_norm."
 
-    def _layer_table(self) -> dict[str, int]:
-        if not hasattr(self.model, "group_matcher"):
-            return {}
-        from timm.models import group_parameters
 
-        matcher = self.model.group_matcher(coarse=False)
-        found = cast(dict[str, int], group_parameters(self.model, matcher, reverse=True))
-        return {f"{INSIDE}{name}": int(layer) for name, layer in found.items()}
+def _unknown_option(bare: str, said: str) -> str:
+    """Add the options of a model that are nearest to the one that it does not know, if that is what was said."""
+    import timm
+
+    found = re.search(r"unexpected keyword argument '(\w+)'", said)
+    if not found:
+        return said
+    with torch.device("meta"):
+        known = inspect.signature(type(timm.create_model(bare))).parameters
+    return f"it has no option {found[1]!r}; near ones: {', '.join(nearest(found[1], list(known))[:6])}"

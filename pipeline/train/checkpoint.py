@@ -2,7 +2,7 @@
 
 checkpoints/step_00000500/
   shards_00000.safetensors   "KIND/NAME@START": elements of the flattened parameter NAME (master, exp_avg, ..., teacher, buffer)
-  state.json                 step, the optimizer's count, the task's numbers, the loop's (with the fingerprint), hashes of the inputs
+  state.json                 step, the optimizer's count, numbers of the task and the loop (with the fingerprint), hashes
   COMPLETE                   SHA-256 of every file; a folder without it is not a checkpoint
 
 A save is collective. Every rank copies its shards, which is the only stall. A thread of each rank writes them into a

@@ -118,3 +118,17 @@ def test_a_teacher_may_give_targets_to_unlabelled_images(chain: Stages) -> None:
     refused = warm.run(command)
     assert refused.returncode == 2
     assert "there are no unlabelled samples in" in refused.stderr
+
+
+def test_a_resnet_of_timm_from_scratch_goes_through_both_stages_as_fixmatch(chain: Stages) -> None:
+    """The student labels its own weak views; the average, batch norms' statistics included, is what stage 3 exports."""
+    name = "run.experiment=fixmatch"
+    small = "model={name: timm/resnet18, image_size: 32, options: {layers: [1, 1, 1, 1], channels: [8, 8, 16, 16]}}"
+    chain.complete("distill", name, "init_from=null", small, "loop.steps=4", "loop.save_every=4")
+    fixmatch = ["pseudo.labeller=student", "ema.buffers=average", "ema.mode=ema", "ema.base_decay=0.5", "ema.pull=0"]
+    semi = chain.complete("semi", name, *fixmatch, "loop.steps=4", "loop.save_every=4")
+    model, card = load_export(semi / "export")
+    assert card.model.name == "timm/resnet18"
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    average, student = (load_file(semi / folder / WEIGHTS) for folder in ("export", "export-student"))
+    assert not torch.equal(average["bn1.running_mean"], student["bn1.running_mean"])

@@ -89,8 +89,25 @@ def test_a_refused_model_names_the_nearest_models_or_keys() -> None:
             validate(DistillConfig, {**whole, "model": model}, "here")
     with pytest.raises(ConfigError, match="timm has no model 'resnet19'"):
         build_model("timm/resnet19")
+    with pytest.raises(ConfigError, match="has no option 'stem_typ'; near ones: stem_type"):
+        build_model("timm/resnet18", options={"stem_typ": "deep"})
+    with pytest.raises(ConfigError, match="above 512 blocks"):
+        build_model("timm/resnet18", options={"layers": [500, 10, 10, 10]})
     with pytest.raises(ValueError, match="is unknown"):
         family_of("resnet18")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "maps"),
+    [
+        ("timm/resnet18", {"output_stride": 8}, (512, 4, 4)),
+        ("timm/resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32]}, (32, 1, 1)),
+        ("timm/convnext_atto", {"output_stride": 8}, (320, 4, 4)),
+    ],
+)
+def test_options_fit_a_convolutional_model_to_small_images(name: str, options: dict, maps: tuple[int, ...]) -> None:
+    model = build_model(name, image_size=(32, 32), num_classes=3, options=options)
+    assert model.forward_features(torch.zeros(2, 3, 32, 32)).shape == (2, *maps)
 
 
 @pytest.mark.parametrize("family", SMALL)

@@ -1,0 +1,146 @@
+"""Measure what the chain reaches beside simpler means, on several data sets and label regimes.
+
+    python -m studies.scoreboard --budget 3h --jobs 2              the bundled data sets, all regimes, three seeds
+    python -m studies.scoreboard --data FOLDER --regimes 4 10      a folder of images per class; a test set is cut off
+    python -m studies.scoreboard --only digits-4 resnet            only jobs whose name has one of these in it
+    python -m studies.scoreboard --dry                             list the jobs and what each would take
+
+Each column of each cell is one file of JSON in runs/scoreboard/cells, so a board that was stopped continues. Seeds come first:
+a budget that ends early leaves all cells with fewer seeds. Partial boards say what is missing. The last line is one JSON
+object: points of top-1 by which the chain exceeds the best baseline, in the worst cell and on average, and the like.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+from pipeline.cli import guarded
+from pipeline.errors import ConfigError, PipelineError
+from studies.scoreboard import pictures
+from studies.scoreboard.board import Board, Place, write_document
+from studies.scoreboard.columns import JOBS, RUNS
+
+CELLS = RUNS / "cells"
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return guarded(_run, sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m studies.scoreboard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, nargs="+", default=[], metavar="FOLDER", help="folders of images, in place of --sets"
+    )
+    parser.add_argument("--sets", nargs="+", choices=pictures.BUNDLED, default=list(pictures.BUNDLED))
+    parser.add_argument("--regimes", nargs="+", choices=pictures.REGIMES, default=list(pictures.REGIMES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="only jobs whose name contains one of these words"
+    )
+    parser.add_argument("--budget", help="start no job that would end later than this, for example 3h or 90m")
+    parser.add_argument("--jobs", type=int, default=1, help="jobs at a time, with one thread each (default 1)")
+    parser.add_argument("--dry", action="store_true", help="list the jobs without starting them")
+    parser.add_argument(
+        "--document", type=Path, metavar="FILE", help="write the board as Markdown, for example docs/scoreboard.md"
+    )
+    given = parser.parse_args(arguments)
+    folders = {re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.resolve().name): folder for folder in given.data}
+    places = [Place(name, regime, seed)
+              for seed in given.seeds for name in (folders or given.sets) for regime in given.regimes]  # fmt: skip
+    board = Board(CELLS, places)
+    todo = [(place, job) for place in places for job in JOBS
+            if any(column not in board.cells[place] for column in JOBS[job].columns)
+            and (not given.only or any(word in f"{place.name}-{job}" for word in given.only))]  # fmt: skip
+    if given.dry:
+        for place, job in todo:
+            seconds = _expected(board, job)
+            print(f"{place.name}-{job}: " + (f"about {seconds:.0f} s" if seconds else "no time known yet"))
+        return 0
+    failed = _work(board, todo, folders, _seconds(given.budget), given.jobs)
+    print(f"\n{board.table().markdown()}\n{board.costs().markdown()}")
+    if given.document:
+        words = f"{os.cpu_count()} cores, {platform.machine()}, {time.strftime('%d %B %Y')}"
+        write_document(board, given.document, f"python -m studies.scoreboard {' '.join(arguments)}", words)
+    print(json.dumps(board.summary()))
+    return 1 if failed else 0
+
+
+def _work(
+    board: Board, todo: list[tuple[Place, str]], folders: dict[str, Path], budget: float | None, jobs: int
+) -> list[str]:
+    """Run jobs until the budget ends; returns the names of those that failed."""
+    end = None if budget is None else time.monotonic() + budget
+    failed: list[str] = []
+    making = threading.Lock()
+    left = 0
+
+    def one(place: Place, job: str) -> None:
+        nonlocal left
+        needs = JOBS[job].needs
+        if needs and any(column not in board.cells[place] for column in JOBS[needs].columns):
+            return  # it was left out or failed, and said so
+        if end is not None and time.monotonic() + _expected(board, job) > end:
+            left += 1
+            return
+        began = time.monotonic()
+        try:
+            with making:
+                found = pictures.prepared(place.pictures, folders.get(place.pictures))
+                case = pictures.split_of(found, place.regime, place.seed)
+            cells = JOBS[job].measure(case, place.name, place.seed)
+        except (PipelineError, SystemExit) as error:
+            failed.append(f"{place.name}-{job}")
+            print(f"{place.name}-{job}: failed: {error}", file=sys.stderr, flush=True)
+            return
+        except Exception:
+            failed.append(f"{place.name}-{job}")
+            traceback.print_exc()
+            return
+        wall = round(time.monotonic() - began, 1)
+        for column, cell in cells.items():
+            board.write(place, column, {**cell, "labels": len(case.split.subset("labelled")), "job_seconds": wall})
+        print(f"{place.name}-{job}: " + ", ".join(f"{c} {cell['top1']:.1f}" for c, cell in cells.items()) + f" ({wall:.0f} s)",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    # The jobs of one place depend on one another, so a thread takes a place and does its jobs in turn.
+    by_place = {place: [job for other, job in todo if other == place] for place in dict.fromkeys(p for p, _ in todo)}
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        list(pool.map(lambda item: [one(item[0], job) for job in item[1]], by_place.items()))
+    if left:
+        print(f"{left} jobs were not started: they would have ended after the budget", file=sys.stderr, flush=True)
+    return failed
+
+
+def _expected(board: Board, job: str) -> float:
+    """Median time of a job on this board, in seconds; 0 if none is complete."""
+    column = JOBS[job].columns[0]
+    known = [found[column]["job_seconds"] for found in list(board.cells.values()) if column in found]
+    return median(known) if known else 0.0
+
+
+def _seconds(budget: str | None) -> float | None:
+    if budget is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget)
+    if not found:
+        raise ConfigError(f"--budget {budget}: give a number and s, m or h, for example 3h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""What the cells of the scoreboard add up to: one table, one figure, one document, one JSON object.
+
+A cell is one data set under one regime. Its number in a column is the mean over the seeds that the column and the chain both
+have, so that every comparison is paired. What is missing is said and never filled in.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from pipeline.files import replace_text
+from pipeline.report.figures import COLOURS, Paint, draw
+from pipeline.report.tables import Table
+from studies.scoreboard.columns import OURS, TITLES, Cell
+from studies.scoreboard.pictures import REGIMES
+
+MANY_LABELS = 200  # from here on the bound of the calibration error holds
+
+
+class Place(NamedTuple):
+    """Where a cell is on the board."""
+
+    pictures: str
+    regime: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its experiments."""
+        return f"{self.pictures}-{self.regime}-seed{self.seed}"
+
+
+class Board:
+    """The cells of a folder.
+
+    Args:
+        folder: Where the cells are.
+        places: The cells that are asked for, whether they are there or not.
+    """
+
+    def __init__(self, folder: Path, places: Sequence[Place]) -> None:
+        self.folder, self.places = folder, list(places)
+        self.cells = {place: {c: cell for c in TITLES if (cell := self.read(place, c))} for place in self.places}
+
+    def file(self, place: Place, column: str) -> Path:
+        """The file of one cell and column."""
+        return self.folder / place.pictures / place.regime / f"seed{place.seed}" / f"{column}.json"
+
+    def read(self, place: Place, column: str) -> Cell | None:
+        """Read one cell and column; None if it is not there."""
+        path = self.file(place, column)
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write(self, place: Place, column: str, cell: Cell) -> None:
+        """Write one cell and column."""
+        path = self.file(place, column)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(cell, indent=1) + "\n")
+        self.cells[place][column] = cell
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Data sets and regimes, in the order asked for."""
+        return list(dict.fromkeys((place.pictures, place.regime) for place in self.places))
+
+    def values(self, row: tuple[str, str], column: str, key: str = "top1") -> dict[int, float]:
+        """Seed -> value of a column."""
+        there = (place for place in self.places if (place.pictures, place.regime) == row)
+        return {p.seed: self.cells[p][column][key] for p in there if key in self.cells[p].get(column, {})}
+
+    def gain(self, row: tuple[str, str], column: str, over: str, key: str = "top1") -> float | None:
+        """Mean of a column minus another, over the seeds that both have; None if there are none."""
+        mine, other = self.values(row, column, key), self.values(row, over, key)
+        both = sorted(mine.keys() & other.keys())
+        return fmean(mine[s] - other[s] for s in both) if both else None
+
+    def best_baseline(self, row: tuple[str, str]) -> tuple[str, float] | None:
+        """The baseline with the best mean in a cell, and the chain's gain over it."""
+        means = {column: fmean(found.values()) for column in TITLES
+                 if column not in OURS and (found := self.values(row, column))}  # fmt: skip
+        if not means:
+            return None
+        best = max(means, key=lambda column: means[column])
+        gained = self.gain(row, "chain", best)
+        return None if gained is None else (best, gained)
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the JSON line; None where no cell has them."""
+        rows = self.rows()
+        against = {row: found for row in rows if (found := self.best_baseline(row))}
+        gains = [gain for _, gain in against.values()]
+        third = [g for row in rows if (g := self.gain(row, "stage-3-teacher", "stage-2")) is not None]
+        errors = [
+            (
+                cell["chain"]["ece"],
+                cell["labels"]["count"] >= MANY_LABELS,
+                cell["chain"]["ece"] - cell["stage-2"]["ece"],
+            )
+            for place in self.places
+            if "chain" in (cell := self.cells[place])
+            and "stage-2" in cell
+            and (cell := {**cell, "labels": {"count": cell["chain"]["labels"]}})
+        ]
+        complete = sum(1 for p in self.places if len(self.cells[p]) == len(TITLES))
+        rounded = {
+            "worst_cell_vs_best_baseline": min(gains, default=None),
+            "mean_vs_best_baseline": fmean(gains) if gains else None,
+            "stage3_vs_stage2": fmean(third) if third else None,
+            "stage3_vs_stage2_worst": min(third, default=None),
+            "ece_worst": max((ece for ece, many, _ in errors if many), default=None),
+            "ece_worst_any": max((ece for ece, _, _ in errors), default=None),
+            "ece_over_stage2_worst": max((more for _, _, more in errors), default=None),
+        }
+        worst = min(against, key=lambda row: against[row][1], default=None)
+        return {
+            **{key: None if value is None else round(value, 2) for key, value in rounded.items()},
+            "worst_cell": "/".join(worst) if worst else None,
+            "cells": len(rows),
+            "cells_compared": len(against),
+            "places": len(self.places),
+            "places_complete": complete,
+            "seeds": sorted({place.seed for place in self.places}),
+        }
+
+    def table(self) -> Table:
+        """The accuracies: a row for each cell."""
+        shown = [column for column in TITLES if any(column in self.cells[p] for p in self.places)]
+        rows = []
+        for row in self.rows():
+            counts = self.values(row, "chain", "labels") or self.values(row, "majority", "labels")
+            best = self.best_baseline(row)
+            rows.append([
+                f"{row[0]}, {REGIMES[row[1]].title}",
+                f"{fmean(counts.values()):.0f}" if counts else "–",
+                *(_spread(list(self.values(row, column).values())) for column in shown),
+                f"{best[1]:+.1f} ({TITLES[best[0]]})" if best else "–",
+            ])  # fmt: skip
+        return Table(
+            name="scoreboard",
+            title="Top-1 on the test set, percent",
+            header=["", "labels", *(TITLES[column] for column in shown), "make chain over the best baseline"],
+            rows=rows,
+            note=f"Mean ± standard deviation over the seeds that are there ({self._missing()}). "
+            "The best baseline is the one with the best mean on the test set, which favours it.",
+        )
+
+    def costs(self) -> Table:
+        """Images seen, time and calibration: a row for each column, means over all cells."""
+        rows = []
+        for column, title in TITLES.items():
+            found = [self.cells[p][column] for p in self.places if column in self.cells[p]]
+            if found:
+                errors = [cell["ece"] for cell in found if "ece" in cell]
+                rows.append([
+                    title, str(len(found)), f"{fmean(c['images'] for c in found):,.0f}",
+                    f"{fmean(c['seconds'] for c in found):.1f}",
+                    f"{fmean(errors):.1f} ({max(errors):.1f})" if errors else "–",
+                ])  # fmt: skip
+        return Table(
+            name="costs",
+            title="Cost and calibration",
+            header=["", "runs", "images seen", "seconds", "ECE, mean (worst)"],
+            rows=rows,
+            note="Images seen count every view that a network trained on, of all stages. Seconds are one thread's, without the"
+            " start, evaluations and saves; tuning counts. ECE: expected calibration error in percent.",
+        )
+
+    def _missing(self) -> str:
+        rows = self.rows()
+        asked = len({place.seed for place in self.places})
+        lacking = [
+            row for row in rows if len(self.values(row, "chain")) < asked or len(self.values(row, "resnet")) < asked
+        ]
+        if not lacking:
+            return f"{asked} each"
+        return f"{asked} are asked for; {len(lacking)} of {len(rows)} cells are not complete: " + ", ".join(
+            map("/".join, lacking)
+        )
+
+
+def write_document(board: Board, path: Path, command: str, machine: str) -> None:
+    """Write the board as a Markdown page, with its figure beside it in images/.
+
+    Args:
+        board: The board.
+        path: The page.
+        command: The command that made it.
+        machine: The machine, in words.
+    """
+    table, costs, found = board.table(), board.costs(), board.summary()
+    draw(path.parent / "images", "scoreboard", "", gains_figure(board), size=(6.4, 0.28 * len(board.rows()) + 1.2))
+    (path.parent / "images" / "scoreboard.pdf").unlink()
+    parts = [
+        "# The scoreboard",
+        "What `make chain` reaches on several data sets and label regimes, beside what simpler means reach with the same"
+        " labels. It is made by",
+        f"```\n{command}\n```",
+        f"on {machine}. A run that stops continues where it was. Splits, tuning and columns are described in"
+        " `studies/scoreboard/`; nothing is chosen on test images.",
+        f"## {table.title}",
+        table.markdown(),
+        "![Gain of make chain over the best baseline of each cell](images/scoreboard.svg)",
+        f"## {costs.title}",
+        costs.markdown(),
+        "## In short",
+        f"```json\n{json.dumps(found, indent=1)}\n```",
+    ]
+    replace_text(path, "\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def gains_figure(board: Board) -> Paint:
+    """Make the figure: for each cell the gain over the best baseline, a point per seed and the mean."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        rows = board.rows()
+        for k, row in enumerate(rows):
+            best = board.best_baseline(row)
+            if best is None:
+                axes.text(0, k, "missing", fontsize=7, ha="left", va="center", color="#888888")
+                continue
+            mine, other = board.values(row, "chain"), board.values(row, best[0])
+            each = [mine[s] - other[s] for s in mine.keys() & other.keys()]
+            axes.plot(each, [k] * len(each), "o", color=COLOURS[0], alpha=0.4, markersize=4)
+            axes.plot([best[1]], [k], "D", color=COLOURS[1], markersize=6)
+        axes.axvline(0, color="#888888", linewidth=1)
+        axes.set_yticks(range(len(rows)), [f"{a}, {REGIMES[b].title}" for a, b in rows], fontsize=7)
+        axes.invert_yaxis()
+        axes.set(xlabel="points of top-1 over the best baseline")
+
+    return paint
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
