@@ -250,12 +250,12 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     def models() -> dict[str, nn.Module]:
         return {"student": s.engine.module, "teacher": teacher}
 
-    def answering() -> dict[str, nn.Module]:
+    def exported_outputs() -> dict[str, nn.Module]:
         """The models as they are exported: with a balanced head, its logits are the first."""
         return {name: FirstOutputs(model, num_classes) if wide else model for name, model in models().items()}
 
     def evaluate(step: int, board: Board) -> dict[str, float]:
-        row = s.evaluator.validate(answering(), size)
+        row = s.evaluator.validate(exported_outputs(), size)
         known = s.subsets.unlabelled[s.manifest.labels[s.subsets.unlabelled] >= 0]
         if "unlabelled" not in s.streams or not config.watched_samples or not len(known):
             return row
@@ -273,7 +273,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
 
     def finish(task: SemiTask) -> None:
-        measured = s.measured | s.evaluator.test(answering(), size)
+        measured = s.measured | s.evaluator.test(exported_outputs(), size)
         exported = exported_model(shape)
         kept = build_from_config(exported).state_dict()
         trained = {"student": s.engine.full_weights(), "teacher": task.teacher.full_weights()}

@@ -48,10 +48,10 @@ def shares_of(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor)
 
 
 def _constant(value: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def answer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def constant(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return torch.full_like(output, value)
 
-    return answer
+    return constant
 
 
 def read_head(layers: Mapping[str, nn.Linear], shares: Mapping[str, float]) -> LinearHead:

@@ -64,7 +64,7 @@ def keep_balanced_head(weights: dict[str, Tensor], layers: list[str], num_classe
 
 
 class FirstOutputs(nn.Module):
-    """A model that answers with the first `number` of its outputs.
+    """A model cut to the first `number` of its outputs.
 
     Args:
         model: Images -> (B, K).
