@@ -22,7 +22,7 @@ class _Layout:
         train: Names of the training files, in their order.
         test: Name of the test file.
         names: File of the class names.
-        label: Entry of the labels in a python batch; position of the label's byte in a binary record.
+        label: Entry of the labels in a python batch; offset of the label's byte in a binary record.
         entry: Entry of the class names in a python file.
         prefix: Bytes before the pixels of a binary record; 0 = the python version.
     """
