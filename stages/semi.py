@@ -5,7 +5,7 @@ those with a confident label, beside the labelled images. Loss and views are tho
 `pipeline/ssl/lyapema.py`, SSMixup in `pipeline/models/vision_mamba/ssmixup.py`.
 Supervised training, FixMatch and Semi-ViT are configs of the same Task.
 Command: python -m stages semi configs/semi/demo.yaml
-Input: labelled and unlabelled shards, and a classifier's export. Output: the export of the teacher (or the student).
+Input: labelled and unlabelled shards, and a classifier's export or nothing. Output: the export of the teacher (or the student).
 """
 
 import math
@@ -230,12 +230,12 @@ def _supervised_metrics(loss: Tensor, logits: Tensor, labelled: Batch) -> dict[s
 def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     """Build student, teacher and labeller, and say how they are evaluated and exported."""
     config, data = s.config, s.config.data
-    parent = s.ancestry.load("init_from")
+    parent = s.ancestry.load("init_from") if config.init_from else None
     shape = s.model_config()
     size = shape.image_size
     model = build_from_config(shape)
     num_classes = len(s.manifest.classes)
-    fresh = transfer(parent, model, s.ancestry.folder("init_from")).fresh
+    fresh = transfer(parent, model, s.ancestry.folder("init_from")).fresh if parent is not None else ()
     wide = add_balanced_head(model, num_classes) if config.balanced_head else []
     adapt(model, config.backbone, size, fresh)
     teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pipeline.config import FREE, NonNegativeInt, PathText, Strict
 from pipeline.errors import ConfigError
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
-from pipeline.models.config import SSMixupConfig, VisionMambaConfig
+from pipeline.models.config import ModelConfig, SSMixupConfig, VisionMambaConfig
 from pipeline.models.family import FamilyConfig
 from pipeline.ssl.config import BalancedHeadConfig, LyapEMAConfig, PseudoLabelRule
 from pipeline.streaming.config import AugmentConfig
@@ -88,9 +88,14 @@ class SemiConfig(StageConfig):
 
     stage: ClassVar[str] = "semi"
 
-    init_from: PathText = Field(
-        description="a classifier's export to start from: its folder, or the name of a stage of the same experiment",
+    init_from: PathText | None = Field(
+        None,
+        description="a classifier's export to start from: its folder, or the name of a stage of the same experiment; null ="
+        " none, and model says what is trained",
         json_schema_extra=FREE,
+    )
+    model: ModelConfig | None = Field(
+        None, description="a model to train from random weights, in place of init_from, as FixMatch and USB do"
     )
     backbone: BackboneConfig = Field(WHOLE, description="which part of the model trains, and the teacher averages")
     ema: LyapEMAConfig = Field(LyapEMAConfig(), description="how the teacher follows the student")
@@ -139,6 +144,16 @@ class SemiConfig(StageConfig):
     def unlabelled_per_labelled(self) -> int:
         """Unlabelled images that a step reads per labelled image: none, if the unlabelled loss has no weight."""
         return self.unlabelled_ratio if self.pseudo.weight else 0
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if (self.init_from is None) == (self.model is None):
+            raise ValueError(
+                "give init_from, a classifier's export to start from, or model, to train from random weights; one of the two"
+            )
+        if self.model and self.backbone.train != "whole":
+            raise ValueError("model starts from random weights, so all of them must train; set backbone.train=whole")
+        return self
 
     @model_validator(mode="after")
     def _one_remedy(self) -> Self:
@@ -191,8 +206,8 @@ class SemiSpec(StageSpec[SemiConfig]):
         return streams
 
     def model_config(self, config: SemiConfig, num_classes: int, parent: ParentModel) -> FamilyConfig:
-        """The parent's model, with this stage's drop path and SSMixup."""
-        model = parent("init_from")
+        """The parent's model or the config's own, with this stage's drop path and SSMixup."""
+        model: FamilyConfig = self.own_model(config, num_classes) or parent("init_from")
         values = model.model_dump()
         if config.drop_path is not None:
             values["drop_path"] = config.drop_path
@@ -214,16 +229,30 @@ class SemiSpec(StageSpec[SemiConfig]):
         )
         return Workload((student, Network("teacher", "averaged", model, inferred_images=labels.get("teacher", 0))))
 
+    @staticmethod
+    def own_model(config: SemiConfig, num_classes: int) -> FamilyConfig | None:
+        """The model that starts from random weights, with the data's number of classes; None if a parent gives it."""
+        return config.model and config.model.model_copy(update={"num_classes": num_classes})
+
     def references(self, config: SemiConfig) -> dict[str, str]:
-        """The classifier to start from."""
-        return {"init_from": config.init_from}
+        """The classifier to start from, if there is one."""
+        return {"init_from": config.init_from} if config.init_from else {}
+
+    def check_data(self, config: SemiConfig, num_classes: int) -> None:
+        """Refuse SSMixup for a model of its own without opposite directions."""
+        if config.model:
+            self._check_ssmixup(config, config.model, "model")
 
     def check_parent(self, config: SemiConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
         """Refuse a pretrainer, and SSMixup for a model without opposite directions."""
         self.need_classifier(role, folder, kind)
+        self._check_ssmixup(config, model, str(folder))
+
+    @staticmethod
+    def _check_ssmixup(config: SemiConfig, model: FamilyConfig, where: str) -> None:
         if config.ssmixup and (not isinstance(model, VisionMambaConfig) or model.directions == 1):
             raise ConfigError(
-                f"ssmixup blends the opposite directions of a Vision Mamba, but {model.name} of {folder} has none; set"
+                f"ssmixup blends the opposite directions of a Vision Mamba, but {model.name} of {where} has none; set"
                 " ssmixup=null (LyapEMA works with every model), or mix images instead with ssmixup=null"
                 " mixup.pseudo=true"
             )

@@ -131,8 +131,8 @@ def test_an_export_is_rebalanced_to_an_export(chain: Stages, tmp_path: Path, met
     assert "after" in done.stdout
     old, new = (load_file(folder / "model.safetensors") for folder in (export, tmp_path / "out"))
     changed = [name for name in old if not old[name].equal(new[name])]
-    assert (
-        changed == ["head.bias", "head.weight"] or ("tau" in method[0] and changed == ["head.bias"])
+    assert changed == ["head.bias", "head.weight"] or (
+        "tau" in method[0] and changed == ["head.bias"]
     )  # the best tau may be 0
     card = json.loads((tmp_path / "out" / "model.json").read_text())
     assert card["lineage"]["parents"][0]["role"] == "init_from"
