@@ -10,6 +10,9 @@ from pipeline.datasets.text import read_text, shown
 from pipeline.errors import DataError
 
 
+_IMAGE = re.compile(r"(n\d{8})_\d+(?:\.JPE?G)?", re.IGNORECASE)
+
+
 @dataclass
 class Mapped(Source):
     """A source under other class names, a `Source`; keys, images and problems are those of `inner`."""
@@ -33,7 +36,8 @@ class Mapped(Source):
 def read_class_map(path: Path) -> dict[str, str]:
     """Read a table of `CLASS COARSER-CLASS`, one pair a line, with a comma, a tab or spaces between.
 
-    The coarser name is the rest of the line, so it may have spaces. Lines that begin with # are comments.
+    The coarser name is the rest of the line, so it may have spaces. Lines that begin with # are comments. An image of
+    ImageNet (n01440764_10026.JPEG) counts as its class, as in ImageNet-127's list imgname2folder.txt.
 
     Raises:
         DataError: A line is no pair, or a class has two coarser ones.
@@ -47,6 +51,8 @@ def read_class_map(path: Path) -> dict[str, str]:
             raise DataError(
                 f"{path}, line {number}: {shown(line.strip()[:80])!r} is no pair of a class and its coarser class"
             )
+        if image := _IMAGE.fullmatch(parts[0]):
+            parts[0] = image.group(1)
         if found.setdefault(parts[0], parts[1]) != parts[1]:
             raise DataError(
                 f"{path}, line {number}: {parts[0]!r} belongs to {found[parts[0]]!r} already; keep one of the lines"

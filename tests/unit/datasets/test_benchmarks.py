@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.data import main
 from pipeline.datasets.convert.benchmarks.pickles import read_pickle
+from pipeline.datasets.convert.class_map import read_class_map
 from pipeline.datasets.manifest import Manifest, read_image, read_manifest
 from pipeline.errors import DataError
 
@@ -265,6 +266,8 @@ def test_a_class_map_makes_coarser_classes(tmp_path: Path, capsys: pytest.Captur
     assert list(manifest.classes) == ["bird", "dog", "domestic cat"]
     of = {manifest.key(i).split("/")[0]: int(manifest.labels[i]) for i in range(3)}
     assert of == {"n01": 2, "n02": 1, "n03": 2}
+    table.write_text("n01440764_10026.JPEG n01428580\nn01440764_10027.JPEG n01428580\nn01443537_16.JPEG n02512938\n")
+    assert read_class_map(table) == {"n01440764": "n01428580", "n01443537": "n02512938"}  # ImageNet-127's own list
     for text, sentence in (
         ("n01 a\nn02 b\n", "no line for 1 of the 3 classes"),
         ("n01 a\nn01 b\n", "belongs to 'a' already"),
