@@ -9,7 +9,6 @@ from pipeline.datasets.convert.source import Problem, Source
 from pipeline.datasets.text import read_text, shown
 from pipeline.errors import DataError
 
-
 _IMAGE = re.compile(r"(n\d{8})_\d+(?:\.JPE?G)?", re.IGNORECASE)
 
 

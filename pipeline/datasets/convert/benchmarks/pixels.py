@@ -53,6 +53,8 @@ def read_bytes(path: Path, most: int = 2**30) -> bytes:
         DataError: It is missing, cannot be read, or is larger than any file of these benchmarks.
     """
     try:
+        if path.exists() and not path.is_file():  # a FIFO would block for ever
+            raise DataError(f"{path} is no file; unpack the benchmark's archive again")
         size = path.stat().st_size
         if size > most:
             raise DataError(f"{path} has {size:,} bytes, at most {most:,} are read; it is no file of this benchmark")

@@ -40,6 +40,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     from scipy.io import loadmat, whosmat
 
     try:
+        if path.exists() and not path.is_file():  # a FIFO would block for ever
+            raise DataError(f"{path} is no file; {_AGAIN}")
         with path.open("rb") as file:
             start = file.read(128)
         if start.startswith(b"\x89HDF") or b"MATLAB 7.3" in start:
