@@ -63,7 +63,7 @@ _ALLOWED = {
 
 
 # Python's own reader and not the one in C: that allocates a table as large as the highest index which a file claims.
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
+class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in of an allowed name.
 
