@@ -34,6 +34,7 @@ class _Array:
     def __setstate__(self, state: Any) -> None:
         """Make the array of (version, shape, dtype, column-major, bytes), as NumPy states it."""
         _, shape, dtype, transposed, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data  # a text of Python 2
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes) or len(shape) > 4:
             raise pickle.UnpicklingError("an array that is no table of bytes")
         if not all(type(side) is int and side >= 0 for side in shape) or np.prod([float(s) for s in shape]) != len(
