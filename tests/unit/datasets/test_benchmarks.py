@@ -125,7 +125,6 @@ HOSTILE = {
     "a shape of 4 TB": big_array((2**20, 2**22)),
     "negative sides": big_array((-1, -4)),
     "objects in an array": pickle.dumps({"data": np.array([{}, []], object)}),
-    "a huge memo": b"\x80\x02}r\xff\xff\xff\x7f.",
     "a huge text": b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x.",
     "half a batch": python2_batch(np.zeros((2, 3072), np.uint8), [0, 1], b"labels")[:-3000],
     "no table": pickle.dumps([1, 2]),
@@ -142,6 +141,12 @@ def test_a_hostile_or_damaged_pickle_runs_nothing_and_ends_in_a_sentence(tmp_pat
     with pytest.raises(DataError, match=r"is damaged|is not read|holds no table|does not fit"):
         read_pickle(tmp_path / "batch")
     assert not Path("/tmp/cifar-was-run").exists()
+
+
+def test_a_huge_index_of_the_memo_takes_no_memory(tmp_path: Path) -> None:
+    """The reader in C would allocate 2^31 entries here."""
+    (tmp_path / "batch").write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
+    assert read_pickle(tmp_path / "batch") == {}
 
 
 @pytest.mark.parametrize(
