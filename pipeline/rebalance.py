@@ -89,6 +89,8 @@ def rebalance(given: argparse.Namespace) -> None:
     if given.method == "tau-norm" and given.tau is None and not len(split.subset("validation")):
         raise ConfigError(f"{given.split} has no validation subset to choose tau on; give --tau")
 
+    import torch
+
     from pipeline.evaluate import rebalanced_head as maths
     from pipeline.exports.export import load_export, write_export
     from pipeline.exports.fingerprint import Fingerprint
@@ -99,6 +101,7 @@ def rebalance(given: argparse.Namespace) -> None:
     images = Fingerprint.read(given.export / FINGERPRINT).images
     shares = maths.shares_of(model, layers, images)
     old = maths.read_head(layers, shares)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     held_out = _rows(model, layers, shares, card, train, split.subset("validation"))
     if given.method == "crt":
         bank = _rows(model, layers, shares, card, train, split.subset("labelled"))
@@ -108,6 +111,7 @@ def rebalance(given: argparse.Namespace) -> None:
         tau = maths.best_tau(old, *held_out) if given.tau is None else given.tau
         new = maths.tau_normalised(old, tau)
         how = f"weights over their norm to the power of {tau:g}"
+    model.cpu()
     maths.write_head(new, layers, shares)
     measured = _measure(held_out, {"before": old, "after": new})
     seen = _labels_seen(given.export, card, train, split)
@@ -157,15 +161,15 @@ def _rows(
         return _Rows(
             torch.zeros(0, sum(layer.in_features for layer in layers.values())), torch.zeros(0, dtype=torch.int64)
         )
-    look, columns = card.preprocessing, []
+    look, columns, device = card.preprocessing, [], next(model.parameters()).device
     views = eval_views(card.model.image_size, mean=look.mean, std=look.std, decoding=look.decoding)
     for name, layer in layers.items():
         batches = evaluation_batches(
             data, sample_indices, batch_size=card.eval_batch, rank=0, world_size=1, views=views
         )
-        found = features_of(model, layer, batches, torch.device("cpu"))
-        columns.append(shares[name] * found.values)
-    return _Rows(torch.cat(columns, dim=1), found.labels)
+        found = features_of(model, layer, batches, device)
+        columns.append(shares[name] * found.values.cpu())
+    return _Rows(torch.cat(columns, dim=1), found.labels.cpu())
 
 
 def _measure(held_out: _Rows, heads: dict[str, "LinearHead"]) -> dict[str, float]:
