@@ -131,6 +131,13 @@ class DistillConfig(StageConfig):
     class_weights: ClassWeightsConfig | None = Field(
         None, description="weights of the classes in the loss on labels; null = all alike"
     )
+    head_std: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="standard deviation of a fresh classifier's weights, a truncated normal; null = as the model has it (0.02)."
+        " ARM, MAE and Semi-ViT fine-tune from 2e-5",
+    )
     average: AverageConfig | None = Field(
         None, description="average of the weights; null = the student itself is evaluated and exported"
     )
