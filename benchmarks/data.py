@@ -13,9 +13,10 @@ import json
 import logging
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import psutil
 import torch
 from PIL import Image
 
+from pipeline.cli import guarded
 from pipeline.datasets.convert.source import Source
 from pipeline.datasets.convert.writer import convert
 from pipeline.datasets.manifest import HEADER, Manifest, Shard, ShardIndex, read_manifest, write_manifest
@@ -301,11 +303,16 @@ def first_epoch(manifest: Manifest) -> dict[str, int]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(words: list[str]) -> int:
     """Measure everything and print it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
-    rounds = parser.parse_args().rounds
+    rounds = parser.parse_args(words).rounds
     logging.disable(logging.WARNING)  # timm warns at every start that it found no info file
     allow_torchvision()
     with tempfile.TemporaryDirectory() as name:
@@ -319,7 +326,8 @@ def main() -> None:
         found |= seek(folder / "large")
         found |= bytes_fetched(folder / "remote")
     print(json.dumps({name: round(value, 4) for name, value in found.items()}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -233,7 +233,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     parent = s.ancestry.load("init_from") if config.init_from else None
     shape = s.model_config()
     size = shape.image_size
-    model = build_from_config(shape)
+    model = build_from_config(shape, trained=config.backbone.train == "whole")
     num_classes = len(s.manifest.classes)
     fresh = transfer(parent, model, s.ancestry.folder("init_from")).fresh if parent is not None else ()
     wide = add_balanced_head(model, num_classes) if config.balanced_head else []
@@ -291,4 +291,5 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         flops=s.flops({"student": model}, size),
         evaluate=evaluate,
         finish=finish,
+        backbone=config.backbone,
     )

@@ -147,6 +147,10 @@ class Manifest:
         """Return the URL of a shard; empty if it is local."""
         return f"{self.location.rstrip('/')}/{self.shards[shard].name}" if self.location else ""
 
+    def local_shards(self) -> list[tuple[Path, str]]:
+        """Return the shards that lie here, each with the SHA-256 of its content."""
+        return [(self.path_of(k), shard.sha256) for k, shard in enumerate(self.shards) if not self.url_of(k)]
+
     def shard_of(self, sample_indices: ArrayLike) -> NDArray[np.int64]:
         """Return the index of the shard that holds each sample."""
         return np.searchsorted(self._ends, sample_indices, side="right")

@@ -1,16 +1,14 @@
 """Read the folders of experiments: evaluations, curves, cards, incidents, plans."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
-
+from pipeline.books import read_config, read_status
 from pipeline.errors import DataError
-from pipeline.jsonl import read_rows
+from pipeline.jsonl import read_object, read_rows
 
 METRICS = ("top1", "head", "medium", "tail")
 STAGES = {"arm": "Stage 1: ARM pretraining", "distill": "Stage 2: supervised", "semi": "Stage 3: semi-supervised"}
@@ -124,7 +122,7 @@ def read_result(experiment: Path) -> Result:
         protocol=protocol,
         split=split,
         models=models,
-        data_findings=_json(experiment / DATA_CHECK).get("findings", []),
+        data_findings=read_object(experiment / DATA_CHECK).get("findings", []),
     )
 
 
@@ -162,26 +160,22 @@ def _cell(value: tuple[float, float] | None, alone: bool) -> str:
 
 
 def _read_stage(folder: Path) -> StageRun:
-    config, environment = folder / "config.yaml", _json(folder / "environment.json")
+    environment = read_object(folder / "environment.json")
     return StageRun(
         folder=folder,
-        rows=read_rows(folder / "metrics.jsonl"),
-        config=yaml.safe_load(config.read_text()) if config.is_file() else {},
+        rows=read_rows(folder / "metrics.jsonl", "step"),
+        config=read_config(folder),
         environment=environment,
-        status=_json(folder / "status.json"),
+        status=read_status(folder),
         plan=_plan(folder, environment.get("config_sha256")),
         incidents=read_rows(folder / "incidents.jsonl"),
-        evaluation=_json(folder / "evaluation.json"),
-        card=_json(folder / "export" / "model.json"),
+        evaluation=read_object(folder / "evaluation.json"),
+        card=read_object(folder / "export" / "model.json"),
     )
 
 
 def _plan(folder: Path, config_sha256: str | None) -> dict[str, Any]:
     """Return this stage's plan, unless it was made for another config than the stage ran with."""
-    stages = _json(folder.parent / "plan.json").get("stages", [])
+    stages = read_object(folder.parent / "plan.json").get("stages", [])
     mine = (s for s in stages if s["stage"] == folder.name and s.get("config_sha256") == config_sha256)
     return next(mine, {})
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

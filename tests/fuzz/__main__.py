@@ -16,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+from tests.fuzz import checkpoints
 from tests.fuzz.kinds import KINDS, Material
 
 JOBS = max(1, min(4, os.cpu_count() or 1))
@@ -83,7 +84,7 @@ def run(cases: list[tuple[str, int]], seed: int, scratch: Path, have: Material) 
 
 def _state(have: Material) -> list[tuple[str, int, int]]:
     """Names, sizes and times of what no case may change."""
-    paths = sorted(p for root in (have.digits, have.export, have.weights.parent) for p in root.rglob("*"))
+    paths = sorted(p for root in (have.digits, have.export, have.weights.parent, have.runs) for p in root.rglob("*"))
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
@@ -99,6 +100,8 @@ def material(scratch: Path) -> Material:
     for module in (
         "stages.__main__",
         "stages.drivers",
+        "stages.arm",
+        "stages.distill",
         "stages.semi",
         "pipeline.models.__main__",
         "pipeline.exports.convert",
@@ -107,12 +110,17 @@ def material(scratch: Path) -> Material:
     from pipeline.data import main as data
     from pipeline.exports.export import load_export
     from pipeline.ops.torchvision_cpu import allow_torchvision
+    from pipeline.train.distributed import _import_deepspeed
+    from stages.__main__ import main as train
     from tests.unit.exports.released import checkpoint, filled
     from tests.unit.exports.test_convert import SMALL
     from tests.unit.exports.test_export import exported
 
     allow_torchvision()
     import timm  # noqa: F401 - imported for the children
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error"}
+    _import_deepspeed()
 
     logging.disable(logging.INFO)
     digits = scratch / "digits"
@@ -128,7 +136,13 @@ def material(scratch: Path) -> Material:
     load_export(scratch / "export")  # builds and loads the kernels
     (scratch / "weights").mkdir()
     torch.save(checkpoint(filled(SMALL["vim"])), scratch / "weights" / "vim.pth")
-    return Material(digits, scratch / "export", scratch / "weights" / "vim.pth")
+    pid = os.fork()  # training starts threads, which the forks of the cases must not find
+    if pid == 0:
+        train(["arm", *checkpoints.overrides(str(scratch / "runs"), digits)])
+        os._exit(0)
+    os.waitpid(pid, 0)
+    checkpoints.stop_before_the_end(scratch / "runs" / "finished", scratch / "runs" / "stopped")
+    return Material(digits, scratch / "export", scratch / "weights" / "vim.pth", scratch / "runs")
 
 
 if __name__ == "__main__":

@@ -19,25 +19,30 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tests.fuzz import mutate
+from tests.fuzz import checkpoints, mutate
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Case(NamedTuple):
-    """A command: a module's `main`, its arguments, and variables of the environment."""
+    """A command: a module's `main`, its arguments, and variables of the environment.
+
+    `same` are two files that must be equal if the command ends with 0.
+    """
 
     module: str
     arguments: list[str]
     environment: Mapping[str, str] = MappingProxyType({})
+    same: tuple[Path, Path] | None = None
 
 
 class Material(NamedTuple):
-    """What sound inputs are made of: the digits as shards, and exports of a tiny model."""
+    """What sound inputs are made of: the digits as shards, exports of a tiny model, and runs of it."""
 
     digits: Path
     export: Path
     weights: Path  # a torch checkpoint of a tiny Vim in its released layout
+    runs: Path  # experiments of stage 1: `finished`, and `stopped` as it was before its last step
 
 
 def config(rng: random.Random, folder: Path, have: Material) -> Case:
@@ -284,6 +289,8 @@ def split(rng: random.Random, folder: Path, have: Material) -> Case:
     path = folder / "split.json"
     path.write_bytes(_damaged(rng, have.digits / "split.json"))
     data = [f"data.train={have.digits}/train", "data.split=split.json", "data.test=null", "run.root=runs"]
+    if rng.random() < 0.5:
+        return Case("tests.fuzz.commands", ["split", f"{have.digits}/train", "split.json", f"{have.digits}/split.json"])
     return Case("stages.__main__", ["arm", str(ROOT / "configs/arm/smoke.yaml"), *data])
 
 
@@ -310,6 +317,15 @@ def image(rng: random.Random, folder: Path, have: Material) -> Case:
     )
     (folder / "photos" / "cat" / f"odd.{rng.choice(('png', 'jpg', 'webp'))}").write_bytes(found)
     return Case("pipeline.data", ["convert", "imagefolder", "photos", "--out", "out", "--processes", "1"])
+
+
+def checkpoint(rng: random.Random, folder: Path, have: Material) -> Case:
+    """A stopped run whose checkpoints or books were damaged, which is started again."""
+    experiment = folder / "runs" / "finished"
+    _copy(have.runs / "stopped", experiment)
+    sound = checkpoints.damage(rng, experiment)
+    same = (experiment / checkpoints.WEIGHTS, have.runs / "finished" / checkpoints.WEIGHTS) if sound else None
+    return Case("stages.__main__", ["arm", *checkpoints.overrides("runs", have.digits)], same=same)
 
 
 def _damaged(rng: random.Random, path: Path) -> bytes:
@@ -340,4 +356,5 @@ KINDS: dict[str, Make] = {
     "split": split,
     "tar": tar,
     "image": image,
+    "checkpoint": checkpoint,
 }

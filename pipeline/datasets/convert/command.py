@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.datasets.text import shown
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import real_path
 from pipeline.storage.config import RemoteConfig
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _classes(args: argparse.Namespace) -> list[str] | None:
 def _check_out(out: Path, sources: Sequence[Path]) -> None:
     """Refuse to write shards among the images: the next conversion would find them there."""
     for source in sources:
-        if out.resolve().is_relative_to(source.resolve()):
+        if real_path(out).is_relative_to(real_path(source)):
             raise ConfigError(f"--out {out} is inside the source {source}; give a folder outside it")
 
 

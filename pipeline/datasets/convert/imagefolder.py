@@ -10,6 +10,7 @@ from pipeline.datasets.convert.source import Files, LeftOut, make_keys
 from pipeline.datasets.formats import is_hidden
 from pipeline.datasets.text import storable
 from pipeline.errors import DataError
+from pipeline.files import real_path
 
 
 def plain_folder(root: Path) -> Files:
@@ -46,7 +47,7 @@ def image_folder(
     for folder in unlabelled:
         _check_folder(folder, "give a folder of images after --unlabelled")
     left_out: LeftOut = {}
-    inside = [folder.resolve() for folder in unlabelled]
+    inside = [real_path(folder) for folder in unlabelled]
     found = find_images(root, left_out, inside)
     names = sorted((name for name in found if "/" in name), key=lambda name: _split(name, nested))
     if outside := [name for name in found if "/" not in name]:
@@ -86,7 +87,7 @@ def _split(name: str, nested: bool) -> tuple[str, str]:
 def _empty_classes(root: Path, full: set[str], exclude: Sequence[Path]) -> list[str]:
     with os.scandir(root) as entries:
         folders = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
-    return [name for name in folders if name not in full and (root / name).resolve() not in exclude]
+    return [name for name in folders if name not in full and real_path(root / name) not in exclude]
 
 
 def _prefixes(count: int, classes: set[str]) -> list[str]:

@@ -14,6 +14,7 @@ from pipeline.datasets.convert.classes import class_labels
 from pipeline.datasets.convert.source import Problem, Source, UnreadableSource, stored_extension
 from pipeline.datasets.formats import HEAD, format_of
 from pipeline.errors import DataError, EnvironmentProblem
+from pipeline.files import real_path
 
 
 @dataclass
@@ -137,8 +138,8 @@ def _label_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[st
 
 def _read_beside(file: Path, path: str, where: str) -> bytes:
     """Return the bytes of an image that a row names; only files below the folder of the parquet file are read."""
-    folder = file.parent.resolve()
-    target = (folder / path).resolve()
+    folder = real_path(file.parent)
+    target = real_path(folder / path)
     if not target.is_relative_to(folder) or not target.is_file():
         raise UnreadableSource(f"{where} has no bytes, and its path {path!r} is no file below {folder}")
     try:

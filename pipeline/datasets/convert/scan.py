@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.datasets.convert.source import LeftOut
 from pipeline.datasets.formats import FOREIGN_EXTENSIONS, HEAD, IMAGE_EXTENSIONS, extension_of, format_of, is_hidden
 from pipeline.datasets.text import shown
+from pipeline.files import real_path
 
 
 def find_images(root: Path, left_out: LeftOut, exclude: Collection[Path] = ()) -> list[str]:
@@ -59,7 +60,7 @@ def _files_below(root: Path, left_out: LeftOut, exclude: Collection[Path]) -> It
                 yield name, entry
             elif _identity(entry.path) in ancestors:
                 _leave_out(left_out, "link to a folder above it", name)
-            elif not exclude or Path(entry.path).resolve() not in exclude:
+            elif not exclude or real_path(entry.path) not in exclude:
                 open_folders.append((entry.path, name + "/", (*ancestors, _identity(entry.path))))
 
 
