@@ -10,7 +10,8 @@ from pipeline.config import flatten
 from pipeline.evaluate.calibration import Calibration
 from pipeline.exports.card import Card
 from pipeline.exports.export import write_export
-from pipeline.models.config import DecoderConfig, FamilyConfig
+from pipeline.models.config import DecoderConfig
+from pipeline.models.family import FamilyConfig
 from pipeline.report.tensorboard import Board
 from stages.context import StageContext
 
