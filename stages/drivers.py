@@ -16,13 +16,13 @@ from torch import nn
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.transforms import View
+from pipeline.train.best import Best
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
 from pipeline.train.recorder import Recorder
 from pipeline.train.replay import Replay
 from pipeline.train.replay import replay as take_again
 from pipeline.train.schedules import warmup_cosine
-from pipeline.train.selection import Best
 from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
 from pipeline.train.training import Training
@@ -116,6 +116,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         lr_at=warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps - optim.cooldown_steps),
         accumulation=s.batches()[1],
         seed=s.config.run.seed,
+        datasets=s.datasets(),
         inputs=inputs_of(s.config, s.manifest),
         recorder=recorder,
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),

@@ -24,6 +24,7 @@ def render(head: Sequence[str], values: Mapping[str, Any], reasons: Mapping[str,
     lines: list[str] = []
     for key, value in values.items():
         for sentence in reasons.get(key, ()):
+            sentence = sentence[:1].upper() + sentence[1:]
             lines += textwrap.wrap(sentence, WIDTH, initial_indent="# ", subsequent_indent="#   ")
         lines.append(f"{key}: {_flow(value)}")
     body = "\n".join(lines) + "\n"

@@ -214,13 +214,14 @@ def _file(order: Order, stage: Stage, draft: Draft) -> str:
         "distill": f"Stage 2: supervised training{pretrained} on the labelled images.",
         "semi": "Stage 3: semi-supervised fine-tuning of stage 2's model, with a teacher (Semi-ViM).",
     }[stage]
-    remake = (
-        f"python -m launchers recipe {order.name} --train {' '.join(map(str, order.train))} --budget {order.budget}"
-    )
+    given = {"split": order.split, "validation": order.validation, "test": order.test, "budget": order.budget}
+    options = " ".join(f"--{option} {value}" for option, value in given.items() if value is not None)
+    remake = f"python -m launchers recipe {order.name} --train {' '.join(map(str, order.train))} {options}"
     head = [
         title,
         "",
-        f"Written by `{remake}` for these images and this machine.",
+        "Written for these images and this machine by",
+        f"    {remake}",
         "Edit it as you like: a rerun keeps it. Every key: docs/reference/config.md",
         f"Command   make chain NAME={order.name}      (this stage alone: make stage-{SPECS[stage].number}"
         f" CONFIG=configs/{stage}/{order.name}.yaml)",

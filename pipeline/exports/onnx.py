@@ -26,7 +26,7 @@ OPSET = 17
 def export_to_onnx(folder: Path, out: Path) -> float:
     """Write the classifier of an export as an ONNX file, whole or absent.
 
-    Its outputs are `logits` and the calibrated `probabilities`. Classes, mean, std and the temperature are in the file's
+    Its outputs are `logits` and the calibrated `probabilities`. Classes, mean, std, ground and temperature are in the file's
     metadata, as JSON.
 
     Args:
@@ -60,8 +60,9 @@ def export_to_onnx(folder: Path, out: Path) -> float:
                 f"{card.model.name} cannot be written as ONNX ({reason}); efficientvim_*, vssd_* and most of timm can"
             ) from None
         graph = onnx.load(temporary)
+        how = card.preprocessing
         about: dict[str, Any] = {"classes": card.classes, "temperature": card.temperature}
-        about |= {"mean": card.preprocessing.mean, "std": card.preprocessing.std}
+        about |= {"mean": how.mean, "std": how.std, "ground": how.ground}
         onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in about.items()})
         onnx.save(graph, temporary)
         fingerprint = Fingerprint.read(folder / FINGERPRINT)

@@ -79,7 +79,7 @@ class Companion(Protocol):
 
 
 class KeptState(Protocol):
-    """What a Task asks of the best state that it holds; `pipeline.train.selection.Best` is the one there is."""
+    """What a Task asks of the best state that it holds; `pipeline.train.best.Best` is the one there is."""
 
     def keep(self) -> None:
         """Copy the present state."""

@@ -158,7 +158,8 @@ def test_an_export_as_onnx_gives_its_outputs(tmp_path: Path) -> None:
         calibrated = (model(images) / 2.5).softmax(-1)
     torch.testing.assert_close(torch.from_numpy(probabilities), calibrated, rtol=1e-3, atol=1e-4)
     about = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
-    assert about == {"classes": ["a", "b", "c"], "temperature": 2.5, "mean": [0.5] * 3, "std": [0.5] * 3}
+    known = {"mean": [0.5] * 3, "std": [0.5] * 3, "ground": [255] * 3}
+    assert about == {"classes": ["a", "b", "c"], "temperature": 2.5, **known}
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
 
 

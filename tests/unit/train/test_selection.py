@@ -29,6 +29,6 @@ def test_it_survives_its_json() -> None:
     selection = Selection()
     selection.see(5, {"val/loss": 0.25}, {"val/loss": -1})
     assert not selection.see(10, {"val/loss": 0.5}, {"val/loss": -1})
-    again = Selection(**vars(selection))
+    again = Selection.model_validate_json(selection.model_dump_json())
     assert again.see(15, {"val/loss": 0.125}, {"val/loss": -1})
     assert (again.step, again.seen, again.waited) == (15, 3, 0)
