@@ -45,7 +45,7 @@ class ArmTask(Task):
         self.arm, self.by_probe = arm, by_probe
 
     def criteria(self) -> dict[str, int]:
-        """A pretrainer is judged by its loss, or by the linear probe on its features."""
+        """A pretrainer is compared by its loss, or by the linear probe on its features."""
         return ({"val/linear": 1} if self.by_probe else {}) | {"val/loss": -1}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
