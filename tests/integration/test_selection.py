@@ -65,14 +65,15 @@ def test_the_best_state_survives_kill_9(chain: Stages) -> None:
 def test_the_best_state_survives_other_processes_and_zero_stages(chain: Stages, zero: int) -> None:
     """The checkpoints of step 6, written by one process at ZeRO 2, continue on two at another stage."""
     straight = chain.runs / "best-semi" / "semi"
-    run = chain.runs / f"best-elastic{zero}" / "semi"
+    elsewhere = Stages(chain.runs / f"elastic{zero}", chain.digits)  # the same experiment under another root
+    run = elsewhere.runs / "best-semi" / "semi"
     shutil.copytree(straight, run)
     for late in ("step_00000007", "step_00000008"):
         shutil.rmtree(run / "checkpoints" / late)
     for export in ("export", "export-student"):
         shutil.rmtree(run / export)
-    more = [f"run.experiment=best-elastic{zero}", *parents(chain, "semi"), *KEEP, *LEAP, f"engine.zero_stage={zero}"]
-    chain.complete("semi", *more, nproc=2)
+    more = ["run.experiment=best-semi", *parents(chain, "semi"), *KEEP, *LEAP, f"engine.zero_stage={zero}"]
+    elsewhere.complete("semi", *more, nproc=2)
     there, here = (Card.read(folder / "export").selected for folder in (straight, run))
     assert there is not None
     assert here is not None
