@@ -12,6 +12,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
     if isinstance(model, TimmModel):
         layout, weights, left = timm_names(weights, [name.removeprefix(INSIDE) for name in wanted])
         logger.info("%s has the layout of %s", path, layout)
-    weights = model.convert(weights)  # type: ignore[operator]
+    weights = _converted(model, weights, wanted)
     fresh: tuple[str, ...] = model.fresh()  # type: ignore[operator]
     dropped = [k for k, v in weights.items() if k.startswith(fresh) and (k not in wanted or wanted[k].shape != v.shape)]
     weights = {k: v for k, v in weights.items() if k not in dropped}
@@ -188,6 +189,26 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
     )
     logger.info("weights %s: %s", path, report)
     return report
+
+
+def _converted(model: nn.Module, stored: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a file's tensors for a model.
+
+    Lightning and others keep the network in an attribute, so that all its names begin with `model.`, `net.` or the like.
+    If no name fits as it is, such an attribute is left out.
+    """
+    renamed: dict[str, Tensor] = model.convert(stored)  # type: ignore[operator]
+    if renamed.keys() & wanted.keys():
+        return renamed
+    for attribute in sorted({name.partition(".")[0] for name in stored}):
+        head = f"{attribute}."
+        inner = {_WRAPPED.sub("", name.removeprefix(head)): v for name, v in stored.items() if name.startswith(head)}
+        found: dict[str, Tensor] = model.convert(inner)  # type: ignore[operator]
+        if found.keys() & wanted.keys():
+            others = len(stored) - len(inner)
+            logger.info("names of tensors begin with %r, which is left out; %d others are not used", head, others)
+            return found
+    return renamed
 
 
 def _may_lack(key: str, fresh: tuple[str, ...]) -> bool:

@@ -1,5 +1,6 @@
 """Read the folders of experiments: evaluations, curves, cards, incidents, plans."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ METRICS = ("top1", "head", "medium", "tail")
 STAGES = {"arm": "Stage 1: ARM pretraining", "distill": "Stage 2: supervised", "semi": "Stage 3: semi-supervised"}
 DATA_CHECK = "data-check.json"  # what a chain's check of its data found, in the experiment's folder
 # Row of the table -> (stage, model in its evaluation.json).
+FOLDS = "folds.json"  # result of `python -m studies.folds`, in the experiment's folder
 ROWS = {
     "stage 2": ("distill", "student"),
     "stage 3, student": ("semi", "student"),
@@ -80,11 +82,12 @@ class Result:
         return int(self.stages[stage].config.get("run", {}).get("seed", 0))
 
     def label_notes(self) -> list[str]:
-        """Return sentences on the labels that were learnt, held out or missing, and on what is absent because of it."""
+        """Return sentences on the labels (learnt, held out or missing), on what is absent without them, and on folds."""
+        notes = _fold_notes(self.experiment / FOLDS)
         found = [s.evaluation for s in self.stages.values() if "labels" in s.evaluation]
         if not found:
-            return []
-        labels, notes = found[-1]["labels"], [found[-1]["labels_in_words"]]
+            return notes
+        labels, notes = found[-1]["labels"], [found[-1]["labels_in_words"], *notes]
         if "semi" in self.stages and labels["without_label"] and not labels["hidden"]:
             notes.append(
                 "precision and coverage of the pseudo-labels are absent: no unlabelled image has a label to compare with"
@@ -95,6 +98,15 @@ class Result:
         """Return the labelled images of each class in the last stage that was evaluated."""
         found = [s.evaluation.get("labelled_per_class", {}) for s in self.stages.values()]
         return next((counts for counts in reversed(found) if counts), {})
+
+
+def _fold_notes(path: Path) -> list[str]:
+    try:
+        return [str(json.loads(path.read_text())["sentence"])]
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError):
+        return [f"{path.name} is damaged; `python -m studies.folds` writes it again"]
 
 
 def read_result(experiment: Path) -> Result:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.datasets.convert.classes import class_labels
 from pipeline.datasets.convert.source import Problem, Source, UnreadableSource, stored_extension
-from pipeline.datasets.formats import HEAD, format_of
+from pipeline.datasets.formats import HEAD, format_of, is_hidden
 from pipeline.errors import DataError, EnvironmentProblem
 from pipeline.files import real_path
 
@@ -73,7 +73,7 @@ def parquet_folder(
         EnvironmentProblem: pyarrow is not installed.
     """
     _pyarrow()
-    paths = [root] if root.is_file() else sorted(root.rglob("*.parquet")) or sorted(root.rglob("*.arrow"))
+    paths = [root] if root.is_file() else _files_below(root, ".parquet") or _files_below(root, ".arrow")
     if not paths:
         raise DataError(f"{root} has no .parquet and no .arrow files; give the folder that holds them")
     groups: list[tuple[str, int, int]] = []
@@ -102,6 +102,7 @@ def parquet_folder(
 
 def _labels(raw: list[Any], names: list[str], classes: Sequence[str] | None, where: str) -> tuple[list[str], list[int]]:
     """Return the classes and the label of each row; numbers index `names` where the file has them."""
+    raw = [_plain(value) for value in raw]
     kinds = {type(value) for value in raw if value is not None}
     if kinds <= {str}:
         known, label_of = class_labels({value for value in raw if value}, classes, where)
@@ -125,6 +126,20 @@ def _labels(raw: list[Any], names: list[str], classes: Sequence[str] | None, whe
         known, label_of = class_labels({names[label] for label in seen}, classes, where)
         return known, [label_of[names[label]] if label >= 0 else -1 for label in numbers]
     return listed or [str(label) for label in seen], numbers
+
+
+def _files_below(root: Path, ending: str) -> list[Path]:
+    found = (path for path in root.rglob("*") if path.suffix.lower() == ending and path.is_file())
+    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(root).parts)))
+
+
+def _plain(value: Any) -> Any:
+    """Return a whole number for 1.0 and nothing for NaN, as pandas writes them where some are missing; a text for a bool."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and (value != value or value.is_integer()):
+        return None if value != value else int(value)
+    return value
 
 
 def _label_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[str]:

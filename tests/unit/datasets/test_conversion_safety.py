@@ -63,11 +63,13 @@ def test_names_that_no_shard_can_hold(source, tmp_path, capsys):
     assert convert("imagefolder", source, "--out", tmp_path / "out", "--skip-unreadable") == 0
     assert "dog/caf%E9" in labels(tmp_path / "out")
     assert main(["verify", str(tmp_path / "out"), "--processes", "1"]) == 0
-    (source / "dog/7.png").write_bytes(image(1, "PNG"))
+    (source / "dog/7_jpg").write_bytes(image(1, "PNG"))
+    (source / "dog/7.png").write_bytes(image(2, "PNG"))
     assert convert("imagefolder", source, "--out", tmp_path / "two") == 3
-    assert "dog/7.jpg and dog/7.png would both be sample 'dog/7'" in capsys.readouterr().err
+    assert "dog/7.jpg and dog/7_jpg would both be sample 'dog/7_jpg'" in capsys.readouterr().err
     os.rename(os.fsencode(source / "dog") + b"/caf\xe9.jpg", os.fsencode(source / "dog") + b"/\xe9.txt")
     os.truncate(os.fsencode(source / "dog") + b"/\xe9.txt", 0)
+    (source / "dog/7_jpg").unlink()
     (source / "dog/7.png").unlink()
     assert convert("imagefolder", source, "--out", tmp_path / "two", "--skip-unreadable") == 0
     assert "no image by ending and content: dog/\\xe9.txt" in capsys.readouterr().out
