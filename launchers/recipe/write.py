@@ -234,7 +234,7 @@ def _file(order: Order, stage: Stage, draft: Draft) -> str:
 
 
 def _clear(path: Path) -> None:
-    """Make room for a new file; what a person has edited is kept beside it, and said."""
+    """Take an old file away; what a person has edited is kept beside it, and said."""
     if text.edited(path.read_text(encoding="utf-8")):
         print(f"{path} was edited: it is kept as {text.set_aside(path)}")
     else:
