@@ -138,11 +138,17 @@ class SemiTask(Task):
 
     def alarms(self, row: dict[str, float]) -> list[str]:
         """Return what in a logged row says that the run collapses, with advice."""
-        limits = self.config.alarms
-        if self.teacher.updates < limits.after_steps:
+        limits, steps = self.config.alarms, self.teacher.updates
+        nothing = row.get("ssl/mask_rate", 1.0) == 0 and steps >= self.config.loop.steps // 2
+        if steps < limits.after_steps and not nothing:
             return []
         watched = {
-            "ssl/mask_rate": (limits.mask_rate, "hardly any pseudo-label is accepted: lower pseudo.threshold"),
+            "ssl/mask_rate": (
+                limits.mask_rate,
+                f"{'no' if nothing else 'hardly any'} pseudo-label is accepted, so the unlabelled images teach nothing: the mean"
+                f" confidence is {row.get('ssl/confidence', math.nan):.2f}, pseudo.threshold {self.config.pseudo.threshold:g};"
+                " lower pseudo.threshold, train stage 2 longer, or leave stage 3 out",
+            ),
             "ssl/class_entropy": (
                 limits.class_entropy,
                 "the pseudo-labels collapse to few classes: try pseudo.alignment",

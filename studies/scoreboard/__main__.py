@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import threading
 import time
@@ -111,6 +112,8 @@ def _work(
             failed.append(f"{place.name}-{job}")
             traceback.print_exc()
             return
+        for folder in [*RUNS.glob(f"{place.name}/*/checkpoints"), *RUNS.glob(f"{place.name}-*/*/checkpoints")]:
+            shutil.rmtree(folder)  # a finished run is read from its export, and a board has hundreds of runs
         wall = round(time.monotonic() - began, 1)
         for column, cell in cells.items():
             board.write(place, column, {**cell, "labels": len(case.split.subset("labelled")), "job_seconds": wall})

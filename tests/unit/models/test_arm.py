@@ -152,3 +152,23 @@ def test_every_weight_learns() -> None:
     assert [
         n for n, p in arm.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
     ] == []
+
+
+@pytest.mark.parametrize("order", ["cluster", "raster"])
+@pytest.mark.parametrize(("image_size", "patch_size", "cluster_size"), GEOMETRIES)
+def test_drawing_the_targets_gives_the_images_and_drawing_zeros_gives_each_patch_its_mean(
+    image_size, patch_size, cluster_size, order
+) -> None:
+    arm = build(image_size, patch_size, cluster_size, order)
+    images = torch.randn(2, 3, *image_size)
+    targets = arm.targets(images)
+    torch.testing.assert_close(arm.draw(targets, images), images)
+    flat = arm.draw(torch.zeros_like(targets), images)
+    first = cluster_of_pixels(image_size, patch_size, cluster_size, order) == 0
+    torch.testing.assert_close(flat[..., first], images[..., first])
+    patches = flat.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # (B, C, rows, across, p, p)
+    true = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+    means = true.mean((1, 4, 5))  # over the colours too
+    torch.testing.assert_close(patches.mean((1, 4, 5)), means)
+    outside = ~first.unfold(0, patch_size, patch_size).unfold(1, patch_size, patch_size)[..., 0, 0]
+    assert patches.std((1, 4, 5))[:, outside].max() < 1e-5
