@@ -156,7 +156,8 @@ class StageContext(Generic[C]):
         view = eval_views(
             image_size, mean=self.config.data.mean, std=self.config.data.std, decoding=self.config.data.decoding
         )
-        return spread(samples.manifest, samples.sample_indices, number, view).images.to(self.world.device)
+        remote = self.config.data.loader.remote
+        return spread(samples.manifest, samples.sample_indices, number, view, remote).images.to(self.world.device)
 
     def fingerprint_images(self, image_size: tuple[int, int]) -> Tensor:
         """Return the fingerprint batch, (4, 3, H, W) on the CPU: it proves a restored checkpoint and a loaded export."""

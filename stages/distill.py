@@ -6,7 +6,6 @@ Command: python -m stages distill configs/distill/demo.yaml
 Input: labelled shards; an export, a file of weights or nothing; a teacher or none. Output: a classifier's export.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 
@@ -21,6 +20,8 @@ from pipeline.exports.transfer import transfer
 from pipeline.exports.weights import load_weights
 from pipeline.files import sha256_of
 from pipeline.models import build_from_config
+from pipeline.models.backbone.adapt import adapt, copy_of
+from pipeline.models.backbone.lora import merged
 from pipeline.models.config import FamilyConfig
 from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
 from pipeline.ssl.config import LyapEMAConfig
@@ -109,13 +110,16 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     config, shape = s.config, s.model_config()
     size, num_classes = shape.image_size, len(s.manifest.classes)
     model = build_from_config(shape)
+    new: list[str] = []
     if config.init_from:
-        transfer(s.ancestry.load("init_from"), model, s.ancestry.folder("init_from"))
+        new = transfer(s.ancestry.load("init_from"), model, s.ancestry.folder("init_from")).fresh
     if config.weights:
-        load_weights(model, config.weights.path)
+        new = load_weights(model, config.weights.path).fresh
         if config.weights.saw_labels:
             s.ancestry.saw_external_labels(config.weights.path.name)
-    average = copy.deepcopy(model) if config.average else None  # before the engine may shard the weights
+    adapt(model, config.backbone, size, new)
+    # The copy is made before the engine may shard the weights.
+    average = copy_of(model, share=config.engine.zero_stage < 3) if config.average else None
     built: dict[str, nn.Module] = {"student": model}
     teacher: FrozenTeacher | None = None
     if config.teacher:
@@ -132,7 +136,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     def finish(task: DistillTask) -> None:
         measured = s.measured | s.evaluator.test(models(), size)
         weights = task.teacher.full_weights() if task.teacher else s.engine.full_weights()
-        export(s, weights, model=shape, measured=measured)
+        export(s, merged(weights, s.engine.module), model=shape, measured=measured)
 
     return Prepared(
         model=model,

@@ -123,4 +123,4 @@ def _show(s: StageContext[Any], training: Training, step: int, board: Board, ima
     model = training.engine.module if s.config.engine.zero_stage < 3 else None
     show_views(board, step, task, model, training.streams, s.manifest, look)
     if model is not None and s.manifest.classes and task.names_classes and len(held_out.sample_indices):
-        show_attribution(board, step, model, *held_out, image_size, look)
+        show_attribution(board, step, model, *held_out, image_size, look, s.config.data.loader.remote)

@@ -8,7 +8,6 @@ Command: python -m stages semi configs/semi/demo.yaml
 Input: labelled and unlabelled shards, and a classifier's export. Output: the export of the teacher (or the student).
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from pipeline.evaluate.pseudo import count_pseudo_labels, pseudo_summary
 from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config
+from pipeline.models.backbone.adapt import adapt, copy_of
+from pipeline.models.backbone.lora import merged
 from pipeline.models.losses import one_hot, soft_cross_entropy
 from pipeline.report.tensorboard import Board
 from pipeline.ssl.acceptance import fairness
@@ -206,8 +207,8 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     shape = s.model_config()
     size = shape.image_size
     model = build_from_config(shape)
-    transfer(parent, model, s.ancestry.folder("init_from"))
-    teacher = copy.deepcopy(model)  # before the engine may shard the weights
+    adapt(model, config.backbone, size, transfer(parent, model, s.ancestry.folder("init_from")).fresh)
+    teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights
     weak, strong, views = (
         train_views(size, a, mean=data.mean, std=data.std, decoding=data.decoding)
         for a in (config.weak, config.strong, config.labelled or config.strong)
@@ -239,7 +240,8 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         exported = exported_model(shape)
         kept = build_from_config(exported).state_dict()
         weights = {"student": s.engine.full_weights(), "teacher": task.teacher.full_weights()}
-        weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in weights.items()}
+        plain = {name: merged(w, s.engine.module) for name, w in weights.items()}
+        weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in plain.items()}
         chosen = weights.pop(config.export)
         export(s, chosen, model=exported, measured=measured, companions=weights)
 

@@ -15,15 +15,13 @@ import numpy as np
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.splits import Split
 from pipeline.errors import HandoverError
+from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.models.config import DecoderConfig, FamilyConfig
 
 if TYPE_CHECKING:
     from stages.configs.base import StageConfig
 
 C = TypeVar("C", bound="StageConfig")
-
-# A backward pass costs two forward passes: one for the gradients of the activations, one for those of the weights.
-TRAINING_PASSES = 3
 
 ParentModel = Callable[[str], FamilyConfig]  # the role of a parent -> the config of its model
 
@@ -113,6 +111,7 @@ class Network:
         weights: See above.
         model: The config to build it from.
         decoder: The decoder of ARM pretraining, or None.
+        backbone: Which part of it trains.
         trained_images: Images that pass forward and backward, per sample of the stage's first stream.
         inferred_images: Images that pass forward only, per sample of the stage's first stream.
     """
@@ -121,6 +120,7 @@ class Network:
     weights: Literal["trained", "averaged", "frozen"]
     model: FamilyConfig
     decoder: DecoderConfig | None = None
+    backbone: BackboneConfig = WHOLE
     trained_images: int = 0
     inferred_images: int = 0
 
@@ -159,7 +159,7 @@ class Workload:
         """
         total, own = 0, forward(self.student)
         for network in self.networks:
-            passes = TRAINING_PASSES * network.trained_images + network.inferred_images
+            passes = network.backbone.passes * network.trained_images + network.inferred_images
             # An average has the student's architecture.
             total += passes * (forward(network) if network.weights == "frozen" else own)
         return total

@@ -12,6 +12,7 @@ from pipeline.evaluate.gradcam import gradcam, overlay
 from pipeline.exports.card import Preprocessing
 from pipeline.report.pictures import captioned, to_pixels
 from pipeline.report.tensorboard import Board
+from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.loader import Batch, Loader, evaluation_batches
 from pipeline.streaming.transforms import View, eval_views
 from pipeline.train.task import Task
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 NUM_PICTURES = 8
 
 
-def spread(manifest: Manifest, sample_indices: np.ndarray, number: int, view: View) -> Batch:
+def spread(manifest: Manifest, sample_indices: np.ndarray, number: int, view: View, remote: RemoteConfig) -> Batch:
     """Load samples spread evenly over `sample_indices`, the same on every rank.
 
     Args:
@@ -29,9 +30,13 @@ def spread(manifest: Manifest, sample_indices: np.ndarray, number: int, view: Vi
         sample_indices: The samples to choose from.
         number: How many; fewer if there are fewer.
         view: The transform of each image.
+        remote: How remote shards are fetched.
     """
     chosen = sample_indices[np.linspace(0, len(sample_indices) - 1, min(number, len(sample_indices))).astype(int)]
-    return next(iter(evaluation_batches(manifest, chosen, batch_size=len(chosen), rank=0, world_size=1, views=view)))
+    batches = evaluation_batches(
+        manifest, chosen, batch_size=len(chosen), rank=0, world_size=1, views=view, remote=remote
+    )
+    return next(iter(batches))
 
 
 def show_views(
@@ -45,7 +50,7 @@ def show_views(
 ) -> None:
     """Draw images of each stream as they are trained on; with a `model`, with the task's caption under each."""
     for name, stream in streams.items():
-        batch = spread(manifest, stream.order.sample_indices, NUM_PICTURES, stream.views)
+        batch = spread(manifest, stream.order.sample_indices, NUM_PICTURES, stream.views, stream.config.remote)
         captions = task.captions(model, batch) if model is not None else None
         views = {"view": batch.images} if batch.strong is None else {"weak": batch.images, "strong": batch.strong}
         pixels = [to_pixels(view, look.mean, look.std) for view in views.values()]
@@ -61,6 +66,7 @@ def show_attribution(
     sample_indices: np.ndarray,
     image_size: tuple[int, int],
     look: Preprocessing,
+    remote: RemoteConfig,
 ) -> None:
     """Draw where a classifier looks (Grad-CAM) and what it predicts.
 
@@ -71,6 +77,7 @@ def show_attribution(
         sample_indices,
         NUM_PICTURES,
         eval_views(image_size, mean=look.mean, std=look.std, decoding=look.decoding),
+        remote,
     )
     try:
         maps, predicted = gradcam(model, batch.images.to(next(model.parameters()).device))

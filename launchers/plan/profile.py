@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from launchers.plan.cost import Parameter
 from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
+from pipeline.models.backbone.adapt import adapt
 from pipeline.models.flops import forward_flops
 from pipeline.train.optim import parameter_groups
 from stages import spec_of
@@ -29,7 +30,7 @@ class Profile:
     Attributes:
         workload: The networks of a step.
         parameters: The trained parameters, with the optimizer's groups.
-        frozen_parameters: Number of parameters of all frozen networks.
+        frozen_parameters: Number of parameters of all frozen networks, and of the student's that do not train.
         flops: FLOPs of a step per sample of the first stream, backward included.
         fixed_activations: Bytes of activations that do not depend on the batch.
         image_activations: Bytes of activations per image.
@@ -67,7 +68,8 @@ def profile(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDI
     return Profile(
         workload=workload,
         parameters=_parameters(built[student.name], config),
-        frozen_parameters=sum(p.numel() for network in workload.frozen for p in built[network.name].parameters()),
+        frozen_parameters=sum(p.numel() for network in workload.frozen for p in built[network.name].parameters())
+        + sum(p.numel() for p in built[student.name].parameters() if not p.requires_grad),
         flops=workload.flops(lambda network: forward_flops(built[network.name], network.model.image_size)),
         fixed_activations=max(0, 2 * one - two),
         image_activations=two - one,
@@ -78,7 +80,7 @@ def build(network: Network) -> nn.Module:
     """Build a network of a workload, with fresh weights."""
     if network.decoder is not None:
         return ARM(network.model, network.decoder)  # type: ignore[arg-type] # a decoder belongs to a Vision Mamba
-    return build_from_config(network.model)
+    return adapt(build_from_config(network.model), network.backbone, network.model.image_size)
 
 
 def _parameters(model: nn.Module, config: StageConfig) -> tuple[Parameter, ...]:

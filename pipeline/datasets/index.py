@@ -30,7 +30,7 @@ from pipeline.errors import DataError
 from pipeline.files import replace_bytes
 from pipeline.images import UnreadableImage, decode
 from pipeline.storage.config import RemoteConfig
-from pipeline.storage.remote import fetch, remote_size
+from pipeline.storage.remote import fetch, list_remote, remote_size
 
 _USUAL = MemberRules()
 _MOST_LETTERS = 100  # longest class name; a longer text is a caption
@@ -98,7 +98,8 @@ def index_remote(
 
     Args:
         source: URL of a folder with a manifest, which is copied. Or URLs of tars with a range of numbers in braces, as
-            WebDataset writes it (https://host/train-{000000..000063}.tar); each tar is then read once.
+            WebDataset writes it (https://host/train-{000000..000063}.tar), or the URL of a folder of tars in an object
+            store; each tar is then read once.
         out: Folder for the manifest.
         classes: Names of the classes; None = the labels seen.
         remote: How the shards are fetched.
@@ -115,7 +116,10 @@ def index_remote(
         return Indexed(read_manifest(out), True, [])
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) as lock:
-        if "{" not in source:
+        from webdataset.shardlists import expand_urls
+
+        urls = expand_urls(source) if "{" in source else _listed_tars(source, remote)
+        if not urls:
             for name in (SAMPLES, NAMES, HEADER):
                 content = io.BytesIO()
                 url = f"{source.rstrip('/')}/{name}"
@@ -126,13 +130,23 @@ def index_remote(
                     data = json.dumps(json.loads(data) | {"location": source.rstrip("/")}, indent=1).encode()
                 replace_bytes(out / name, data)
             return Indexed(read_manifest(out), False, [])
-        from webdataset.shardlists import expand_urls
-
-        urls = expand_urls(source)
         count = len(classes) if classes else None
         scan = functools.partial(_scan_remote, out=out, remote=remote, num_classes=count, rules=rules)
         found = list(run_parallel(scan, urls, processes, "shards", held=[lock]))
         return _write_index(out, classes, found, rules, urls[0].rpartition("/")[0])
+
+
+def _listed_tars(source: str, remote: RemoteConfig) -> list[str]:
+    """Return the tars below the address of an object store; none if a manifest is there, or no list can be had."""
+    if source.startswith("http"):
+        return []
+    names = list_remote(source, remote)
+    tars = [f"{source.rstrip('/')}/{name}" for name in names if name.endswith(".tar")]
+    if not tars:
+        raise DataError(
+            f"{source} has no .tar files (it has {len(names)} other files); give the address of a folder of tars"
+        )
+    return [] if HEADER in names else tars
 
 
 def _scan(path: Path, num_classes: int | None, rules: MemberRules) -> _Found:

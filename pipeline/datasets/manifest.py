@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from pipeline.datasets.text import is_file_name, is_text
 from pipeline.errors import DataError
 from pipeline.files import read_regular, replace_bytes, replace_text, sha256_of
+from pipeline.storage.config import KINDS
 
 VERSION = 1
 SAMPLE = np.dtype([("offset", "<u8"), ("name", "<u8"), ("length", "<u4"), ("label", "<i4")])
@@ -329,8 +330,8 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
             return f"lists a shard named {shard.name[:40]!r}, which does not lie in the dataset's folder"
     if len({shard.name for shard in shards}) != len(shards):
         return "lists a shard twice"
-    if manifest.location.split("://")[0] not in ("", "http", "https", "s3"):
-        return f"has its shards at {manifest.location!r}, which is neither here nor http(s) nor s3"
+    if manifest.location and manifest.location.split("://")[0] not in KINDS:
+        return f"has its shards at {manifest.location!r}, which is neither here nor at {', '.join(KINDS)}"
     sizes = np.repeat([shard.size for shard in shards], [shard.count for shard in shards]).astype(np.uint64)
     ends = samples["offset"] + samples["length"]
     if (ends > sizes).any() or (ends < samples["offset"]).any():

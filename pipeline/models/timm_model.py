@@ -5,6 +5,7 @@ Nothing is ever downloaded. Parameters have timm's names with the prefix `INSIDE
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
+import functools
 import inspect
 import re
 import sys
@@ -67,7 +68,6 @@ class TimmModel(nn.Module):
             raise ConfigError(f"timm's {bare} at {image_size} with {options}: {_unknown_option(bare, said)}") from error
         self.timm_name, self.arguments = bare, arguments
         self.image_size, self.num_classes = image_size, num_classes
-        self._layers = self._layer_table()
 
     @property
     def num_features(self) -> int:
@@ -105,6 +105,16 @@ class TimmModel(nn.Module):
         """Layer of a parameter for layer-wise decay, by timm's grouping; 0 for all if timm has none for this model."""
         return self._layers.get(name, 0)
 
+    @functools.cached_property
+    def _layers(self) -> dict[str, int]:
+        if not hasattr(self.model, "group_matcher"):
+            return {}
+        from timm.models import group_parameters
+
+        matcher = self.model.group_matcher(coarse=False)
+        found = cast(dict[str, int], group_parameters(self.model, matcher, reverse=True))
+        return {f"{INSIDE}{name}": int(layer) for name, layer in found.items()}
+
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Give a released state dict this model's names; timm's filter resizes the position embedding to its grid."""
         if any(name.startswith("decoder_") for name in weights):  # a whole masked autoencoder
@@ -139,15 +149,6 @@ class TimmModel(nn.Module):
         """Prefixes of the parameters that fine-tuning may initialise anew."""
         heads = self.model.pretrained_cfg.get("classifier") or ()
         return *(f"{INSIDE}{head}." for head in ([heads] if isinstance(heads, str) else heads)), f"{INSIDE}fc_norm."
-
-    def _layer_table(self) -> dict[str, int]:
-        if not hasattr(self.model, "group_matcher"):
-            return {}
-        from timm.models import group_parameters
-
-        matcher = self.model.group_matcher(coarse=False)
-        found = cast(dict[str, int], group_parameters(self.model, matcher, reverse=True))
-        return {f"{INSIDE}{name}": int(layer) for name, layer in found.items()}
 
 
 def _unknown_option(bare: str, said: str) -> str:

@@ -4,9 +4,12 @@ from pydantic import Field
 
 from pipeline.config import Seconds, Strict
 
+# What may stand before :// in an address: web servers, S3, Google storage, Azure storage.
+KINDS = dict.fromkeys(("http", "https", "s3", "gs", "az", "abfs", "abfss"), True)
+
 
 class RemoteConfig(Strict):
-    """How shards behind http(s) or s3 are fetched. It has no effect on local shards."""
+    """How shards behind http(s), s3, gs or az are fetched. It has no effect on local shards."""
 
     cache: str = Field(
         "",

@@ -1,24 +1,22 @@
-"""Reading byte ranges of a shard over http(s) or s3, with timeouts, and with retries that resume at the last byte."""
+"""Reading byte ranges of a shard behind an address, with timeouts, and with retries that resume at the last byte."""
 
 import contextlib
+import itertools
 import logging
 import random
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from pipeline.config import choose
-from pipeline.errors import DataError, EnvironmentProblem
-from pipeline.storage.config import RemoteConfig
+from pipeline.errors import DataError
+from pipeline.storage.config import KINDS, RemoteConfig
+from pipeline.storage.helper import ask
+from pipeline.storage.objects import Transient
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 256 * 2**10
-_TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _jitter = random.SystemRandom()  # not the seeded generator: a wait must not change other random numbers
 
 
@@ -28,15 +26,11 @@ class Stream:
 
     Attributes:
         total: Size of the whole file in bytes.
-        read: Returns up to the given number of bytes, as they arrive; returns none at the end.
+        data: The bytes of the range, as they arrive.
     """
 
     total: int
-    read: Callable[[int], bytes]
-
-
-class _Transient(Exception):
-    """An error after which another attempt may succeed."""
+    data: Iterator[bytes]
 
 
 def fetch(url: str, start: int, stop: int, size: int | None, config: RemoteConfig, into: BinaryIO) -> None:
@@ -46,7 +40,7 @@ def fetch(url: str, start: int, stop: int, size: int | None, config: RemoteConfi
     after a wait that grows.
 
     Args:
-        url: The address of the file: http, https or s3.
+        url: The address of the file; `KINDS` are the kinds of addresses.
         start: First byte.
         stop: One past the last byte.
         size: Expected size of the whole file in bytes, or None if it is unknown.
@@ -66,77 +60,65 @@ def fetch(url: str, start: int, stop: int, size: int | None, config: RemoteConfi
                         f"{url} has {stream.total} bytes, the manifest says {size}; the file has changed, "
                         "so make the manifest again"
                     )
-                while offset < stop:
-                    data = stream.read(min(CHUNK, stop - offset))
-                    if not data:
-                        raise _Transient(f"the stream ended at byte {offset} of {stop}")
+                for data in stream.data:
                     into.write(data)
                     offset, failures = offset + len(data), 0
-        except (_Transient, OSError, HTTPException) as error:
+                if offset < stop:
+                    raise Transient(f"the stream ended at byte {offset} of {stop}")
+        except Transient as error:
             failures += 1
-            if failures >= config.attempts:
-                raise DataError(
-                    f"{url}: no byte after {offset} in {failures} attempts ({error}); "
-                    "check the network and the server, or raise remote.attempts"
-                ) from None
-            wait = min(config.backoff_seconds * 2 ** (failures - 1), 30.0) * _jitter.uniform(0.5, 1.0)
-            logger.info("%s: %s; next attempt from byte %d in %.1f s", url, error, offset, wait)
-            time.sleep(wait)
+            _wait(f"{url}: no byte after {offset}", failures, error, config)
+
+
+def _wait(what: str, failures: int, error: Transient, config: RemoteConfig) -> None:
+    """Wait before the next attempt, twice as long each time; after the last one, raise the error."""
+    if failures >= config.attempts:
+        raise DataError(
+            f"{what} in {failures} attempts ({error}); check the network and the server, or raise remote.attempts"
+        ) from None
+    wait = min(config.backoff_seconds * 2 ** (failures - 1), 30.0) * _jitter.uniform(0.5, 1.0)
+    logger.info("%s: %s; next attempt in %.1f s", what, error, wait)
+    time.sleep(wait)
 
 
 def remote_size(url: str, config: RemoteConfig) -> int:
-    """Return the size of a remote file in bytes; DataError if the server does not answer."""
-    for attempt in range(config.attempts):
+    """Return the size of a remote file in bytes.
+
+    Raises:
+        PipelineError: The file cannot be read, or the server does not answer.
+    """
+    for failures in itertools.count(1):
         try:
             with open_range(url, 0, 1, config.timeout_seconds) as stream:
                 return stream.total
-        except (_Transient, OSError, HTTPException) as error:
-            logger.info("%s: %s", url, error)
-            time.sleep(min(config.backoff_seconds * 2**attempt, 30.0))
-    raise DataError(f"{url} does not answer in {config.attempts} attempts; check the network and the server")
+        except Transient as error:
+            _wait(f"{url} does not answer", failures, error, config)
+    raise AssertionError
+
+
+def list_remote(url: str, config: RemoteConfig) -> list[str]:
+    """Return the names of the files directly below an address of an object store, in order.
+
+    Raises:
+        PipelineError: The store cannot be read, or is a web server, which has no list.
+    """
+    _check_kind(url)
+    for failures in itertools.count(1):
+        try:
+            with ask({"url": url, "timeout": config.timeout_seconds}) as answers:
+                return list(answers)
+        except Transient as error:
+            _wait(f"{url} does not answer", failures, error, config)
+    raise AssertionError
 
 
 @contextlib.contextmanager
 def open_range(url: str, start: int, stop: int, timeout: float) -> Iterator[Stream]:
     """Open bytes [start, stop) of a remote file; DataError if another attempt cannot help."""
-    openers: dict[str, Callable[..., Any]] = {"http": _open_http, "https": _open_http, "s3": _open_fsspec}
-    with choose("kind of address", url.partition("://")[0], openers)(url, start, stop, timeout) as stream:
-        yield stream
+    _check_kind(url)
+    with ask({"url": url, "start": start, "stop": stop, "timeout": timeout}) as answers:
+        yield Stream(next(answers), answers)
 
 
-@contextlib.contextmanager
-def _open_http(url: str, start: int, stop: int, timeout: float) -> Iterator[Stream]:
-    """Use Python's own client: fsspec's http client needs aiohttp, whose event loop does not survive a fork."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{stop - 1}"})
-    try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code in _TRANSIENT_STATUS:
-            raise _Transient(f"the server answers with status {error.code}") from None
-        raise DataError(f"{url}: the server answers {error.code} {error.reason}") from None
-    with response:
-        unit, _, total = response.headers.get("Content-Range", "").rpartition("/")
-        if response.status != 206 or not unit.startswith(f"bytes {start}-") or not total.isdigit():
-            raise DataError(
-                f"{url}: the server does not serve byte ranges; use a server that does, or copy the shards to a local folder"
-            )
-        yield Stream(int(total), response.read1)  # read() would lose the bytes that arrived before a cut
-
-
-@contextlib.contextmanager
-def _open_fsspec(url: str, start: int, stop: int, timeout: float) -> Iterator[Stream]:
-    try:
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise EnvironmentProblem(f"{url}: {error}; pip install s3fs, or copy the shards") from None
-    try:
-        # No read-ahead and one block as long as the range give one request.
-        file = filesystem.open(path, "rb", cache_type="none", block_size=max(stop - start, CHUNK))
-    except (FileNotFoundError, PermissionError) as error:
-        raise DataError(f"{url}: {type(error).__name__}: {error}") from None
-    with file:
-        file.seek(start)
-        yield Stream(file.size, file.read)
+def _check_kind(url: str) -> None:
+    choose("kind of address", url.partition("://")[0], KINDS)

@@ -139,7 +139,7 @@ class LoaderConfig(Strict):
         "quarantine.jsonl",
     )
     remote: RemoteConfig = Field(
-        RemoteConfig(), description="how shards behind http(s) or s3 are fetched", json_schema_extra=FREE
+        RemoteConfig(), description="how shards behind http(s), s3, gs or az are fetched", json_schema_extra=FREE
     )
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from pipeline.streaming.transforms import View
 from pipeline.streaming.workers import read_batches
 
 logger = logging.getLogger(__name__)
+
+TEMPORARY_GB = 2.0  # largest cache of an evaluation that was given none
 
 
 class Loader:
@@ -153,13 +156,17 @@ def evaluation_batches(
         world_size: Number of processes.
         views: Makes the view of one image.
         workers: Processes that read and decode; 0 = this process.
-        remote: How remote shards are fetched.
+        remote: How remote shards are fetched. Without a cache folder a temporary one is used.
 
     Raises:
         DataError: A sample cannot be decoded. A score must count every sample, so none is skipped.
     """
     buffers = Buffers()
     sample_indices = np.sort(np.asarray(sample_indices, np.int64))
+    temporary = None
+    if manifest.remote and not remote.cache:
+        temporary = tempfile.TemporaryDirectory(prefix="shards-")
+        remote = remote.model_copy(update={"cache": temporary.name, "cache_gb": min(remote.cache_gb, TEMPORARY_GB)})
     reader = Reader(manifest, sample_indices, cut_runs(manifest, sample_indices), remote)
     source = EvaluationBatches(manifest, views, reader, sample_indices, batch_size, rank, world_size)
     raw_batches = read_batches(source, range(len(source)), workers, prefetch=2)
@@ -169,6 +176,8 @@ def evaluation_batches(
     finally:
         raw_batches.close()
         source.reader.close()
+        if temporary:
+            temporary.cleanup()
 
 
 def _check_cache(manifest: Manifest, sample_indices: SampleIndices, config: LoaderConfig, world_size: int) -> None:

@@ -48,6 +48,11 @@ class OptimConfig(Strict):
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="learning rate of a layer, divided by that of the layer above it; 1 = all alike"
     )
+    unfreeze_every: PositiveInt | None = Field(
+        None,
+        description="gradual unfreezing: the top layer trains from step 0, and each layer below joins this many optimizer"
+        " steps after the one above it; until then its learning rate is 0. null = all train from the start",
+    )
     clip_norm: float = Field(0.0, ge=0, le=1e9, description="largest global norm of the gradient; 0 = no clipping")
 
     @model_validator(mode="after")

@@ -112,17 +112,18 @@ class Engine:
         """Accumulate the gradients of one micro-batch's loss."""
         self._deepspeed.backward(loss)
 
-    def step(self, lr: float) -> bool:
+    def step(self, lr: float, step: int = 0) -> bool:
         """Count one micro-batch, and update the weights after the last one of the accumulation.
 
         Args:
             lr: Learning rate of the step, before layer decay.
+            step: Number of the optimizer step, for layers that join later (`optim.unfreeze_every`).
 
         Returns:
             Whether the weights moved: false between updates, and for a skipped update.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr * group["lr_scale"] if step >= group["joins"] else 0.0
         before = self._deepspeed.skipped_steps
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
         if boundary and self.config.zero_stage == 0:  # DeepSpeed keeps no norm there

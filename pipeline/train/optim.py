@@ -23,18 +23,20 @@ class Trainable(Protocol):
 
 
 def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, Any]]:
-    """Return groups with `weight_decay` and `lr_scale` = layer_decay^(layers above), in a fixed order.
+    """Return groups in a fixed order, each with `weight_decay`, `lr_scale` = layer_decay^(layers above), and `joins`.
 
+    `joins` is the optimizer step from which the group trains: unfreeze_every x (layers above).
     Vectors (biases, norms, D) never decay, nor does what the model's `no_weight_decay()` names.
     """
     exempt = model.no_weight_decay()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     top = max(model.layer_of(name) for name, _ in named)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float, int], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
         decay = 0.0 if parameter.ndim <= 1 or name in exempt else config.weight_decay
-        groups[decay, config.layer_decay ** (top - model.layer_of(name))].append(parameter)
+        above = top - model.layer_of(name)
+        groups[decay, config.layer_decay**above, (config.unfreeze_every or 0) * above].append(parameter)
     return [
-        {"params": params, "weight_decay": decay, "lr_scale": scale}
-        for (decay, scale), params in sorted(groups.items(), key=lambda g: g[0])
+        {"params": params, "weight_decay": decay, "lr_scale": scale, "joins": joins}
+        for (decay, scale, joins), params in sorted(groups.items(), key=lambda g: g[0])
     ]

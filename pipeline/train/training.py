@@ -97,7 +97,7 @@ def train_step(training: Training, drawn: Mapping[str, Batch], *, step: int, dat
         with engine.precision():
             output = task.loss(engine.model, micro)
         engine.backward(output.loss)
-        moved = engine.step(lr)
+        moved = engine.step(lr, step)
         loss += output.loss.detach() / accumulation
         metrics += output.metrics.items()
     if moved:

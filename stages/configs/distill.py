@@ -9,6 +9,7 @@ from pipeline.config import FREE, PathText, PositiveInt, Strict
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.exports.card import Channels, Spreads
 from pipeline.exports.prefetch import missing_weights
+from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.models.config import TIMM_PREFIX, FamilyConfig, ModelConfig, TimmConfig
 from pipeline.streaming.config import AugmentConfig
 from stages.configs.base import StageConfig
@@ -121,6 +122,7 @@ class DistillConfig(StageConfig):
         json_schema_extra=FREE,
     )
     weights: WeightsConfig | None = Field(None, description="file of weights from outside, in place of init_from")
+    backbone: BackboneConfig = Field(WHOLE, description="which part of the model trains")
     teacher: TeacherConfig | None = Field(None, description="the distillation teacher; null = none")
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of training images")
     mix: MixConfig = Field(MixConfig(), description="mixing of labelled images")
@@ -145,6 +147,11 @@ class DistillConfig(StageConfig):
     def _one_start(self) -> Self:
         if self.init_from and self.weights:
             raise ValueError("init_from and weights are both given, but a model starts from one place; remove one")
+        if self.backbone.train != "whole" and not (self.init_from or self.weights):
+            raise ValueError(
+                f"backbone.train={self.backbone.train} keeps the backbone's weights, but none are given; give weights or"
+                " init_from, or set backbone.train=whole"
+            )
         return self
 
     def mixing(self) -> dict[str, int]:
@@ -178,7 +185,7 @@ class DistillSpec(StageSpec[DistillConfig]):
     def workload(self, config: DistillConfig, num_classes: int, parent: ParentModel) -> Workload:
         """The student, its average and the frozen teacher, as far as the config has them."""
         model, images = self.model_config(config, num_classes, parent), 1 + _unlabelled_ratio(config)
-        networks = [Network("student", "trained", model, trained_images=images)]
+        networks = [Network("student", "trained", model, backbone=config.backbone, trained_images=images)]
         if config.average:
             # MESA's forward pass through the average is not counted: it begins within the run.
             networks.append(Network("average", "averaged", model))

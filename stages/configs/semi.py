@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import FREE, NonNegativeInt, PathText, Strict
 from pipeline.errors import ConfigError
+from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
 from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
 from pipeline.streaming.config import AugmentConfig
@@ -90,6 +91,7 @@ class SemiConfig(StageConfig):
         description="a classifier's export to start from: its folder, or the name of a stage of the same experiment",
         json_schema_extra=FREE,
     )
+    backbone: BackboneConfig = Field(WHOLE, description="which part of the model trains, and the teacher averages")
     ema: LyapEMAConfig = Field(LyapEMAConfig(), description="how the teacher follows the student")
     weak: AugmentConfig = Field(
         AugmentConfig(color_jitter=0.4), description="augmentation of the unlabelled views that get a pseudo-label"
@@ -188,7 +190,12 @@ class SemiSpec(StageSpec[SemiConfig]):
         model, ratio = self.model_config(config, num_classes, parent), config.unlabelled_per_labelled
         labels = {config.pseudo.labeller: ratio}
         student = Network(
-            "student", "trained", model, trained_images=1 + ratio, inferred_images=labels.get("student", 0)
+            "student",
+            "trained",
+            model,
+            backbone=config.backbone,
+            trained_images=1 + ratio,
+            inferred_images=labels.get("student", 0),
         )
         return Workload((student, Network("teacher", "averaged", model, inferred_images=labels.get("teacher", 0))))
 

@@ -33,8 +33,8 @@ LAYERS = {
     "pipeline.storage": 1,
     "pipeline": 0,
 }
-LATE = ("deepspeed", "mamba_ssm", "submitit", "fsspec", "timm", "sklearn", "matplotlib", "triton", "onnx")
-ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "fsspec")
+LATE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "timm", "sklearn", "matplotlib", "triton", "onnx")
+ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "obstore")
 FILES = sorted(p for top in ("pipeline", "stages", "launchers") for p in (ROOT / top).rglob("*.py"))
 
 

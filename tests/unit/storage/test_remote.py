@@ -4,18 +4,19 @@ import json
 import multiprocessing
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import torch
 
 from pipeline.datasets.manifest import HEADER, Manifest, read_manifest
 from pipeline.errors import ConfigError, DataError
+from pipeline.storage import helper
 from pipeline.storage.cache import Cache
 from pipeline.storage.config import RemoteConfig
-from pipeline.storage.remote import fetch, open_range
+from pipeline.storage.remote import fetch
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Loader, evaluation_batches
 from pipeline.streaming.transforms import eval_views, train_views
@@ -103,16 +104,45 @@ def test_a_missing_server_is_one_sentence():
         fetch("pipe://cat", 0, 10, 10, QUICK, io.BytesIO())
 
 
-def test_object_stores_are_read_by_range_through_fsspec():
-    from pipeline.storage import remote
+def test_a_server_that_goes_away_in_the_middle_ends_with_the_byte_where_it_broke(tmp_path):
+    (tmp_path / "a.tar").write_bytes(bytes(10_000))
+    gone = pytest.raises(DataError, match="no byte after 5000 in 4 attempts")
+    with serve(tmp_path, ("truncate", "503", "503", "503", "503")) as (url, log), gone:
+        fetch(f"{url}/a.tar", 0, 10_000, 10_000, QUICK, io.BytesIO())
+    assert len(log.ranges) == 4  # the first one, which was cut after 5,000 bytes, and three in a row without any
 
-    fsspec.filesystem("memory").pipe("/bucket/a.tar", bytes(range(200)))
-    with remote._open_fsspec("memory://bucket/a.tar", 50, 60, 1.0) as stream:
-        assert stream.total == 200
-        assert stream.read(10) == bytes(range(50, 60))
-    with pytest.raises(DataError, match="FileNotFoundError"), remote._open_fsspec("memory://bucket/b", 0, 1, 1.0):
-        pass
-    assert callable(open_range)
+
+def test_threads_and_forked_processes_share_one_process_that_reads_and_outlive_its_death(tmp_path):
+    """obstore itself does not survive a fork; when its process is killed, the next attempt starts another one."""
+    content = np.random.default_rng(0).bytes(100_000)
+    (tmp_path / "a.tar").write_bytes(content)
+
+    def read(start: int) -> bytes:
+        into = io.BytesIO()
+        fetch(f"{url}/a.tar", start, start + 1000, len(content), QUICK, into)
+        return into.getvalue()
+
+    def check(starts: range) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(read, starts)) == [content[start : start + 1000] for start in starts]
+
+    with serve(tmp_path) as (url, _):
+        check(range(0, 50_000, 1000))
+        process = helper._helper[1]
+        children = [
+            multiprocessing.get_context("fork").Process(target=check, args=(range(k, 9_000, 1000),)) for k in (0, 7)
+        ]
+        for child in children:
+            child.start()
+        check(range(50_000, 60_000, 1000))
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0, 0]
+        assert helper._helper[1] is process
+        process.kill()
+        process.wait()
+        check(range(0, 10_000, 1000))
+        assert helper._helper[1] is not process
 
 
 def test_ranks_of_a_node_share_the_cache_and_fetch_each_byte_once(train, tmp_path):
