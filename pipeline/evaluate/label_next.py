@@ -116,7 +116,7 @@ def contact_sheet(picks: Sequence[Pick], manifest: Manifest, *, columns: int = C
             picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
         sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + (SIDE - picture.height) // 2))
         width = SIDE // 6 - 1  # letters that fit
-        draw.text((left + 4, top + SIDE), f"{k + 1}. {pick.predicted}"[:width], fill="black")
+        draw.text((left + 4, top + SIDE), f"#{k + 1}  {pick.predicted}"[:width], fill="black")
         draw.text((left + 4, top + SIDE + TEXT // 2), f"or {pick.second}"[:width], fill="#555555")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")

@@ -225,10 +225,10 @@ def _validated(stage: StageRun, prefix: str) -> float:
 
 
 def _images(stage: StageRun) -> int:
-    """Return the images that a stage trained on, labelled and unlabelled."""
-    loop, config = stage.config["loop"], stage.config
+    """Return the images that a stage trained on, labelled and unlabelled, up to its last step."""
+    config = stage.config
     unlabelled = config.get("unlabelled_ratio", 0) if config.get("pseudo", {}).get("weight") else 0
-    return int(loop["steps"] * loop["global_batch"] * (1 + unlabelled))
+    return int(stage.rows[-1]["step"] * config["loop"]["global_batch"] * (1 + unlabelled))
 
 
 def _flow(value: Any) -> str:
