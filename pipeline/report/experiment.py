@@ -15,14 +15,12 @@ import numpy as np
 from pipeline.datasets.joint import with_classes
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.evaluate.baselines import evenly
 from pipeline.exports.card import CARD
 from pipeline.report.ablation import Comparison, NotPaired, designs_of
 from pipeline.report.extras import read_section
 from pipeline.report.images_of import images_of
 from pipeline.report.page import LabelNext, Panel, write_report
 from pipeline.report.results import ROWS, Result, read_result
-from pipeline.report.worth import measure
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +46,8 @@ def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = 
     """
     if out is not None and out.suffix != ".html":
         raise ConfigError(f"--out {out}: the report is an HTML page; give a name that ends in .html")
+    from pipeline.report.worth import measure
+
     results = [read_result(e) for e in experiments]
     measured = [read_section(folder) for folder in extras]
     try:
@@ -69,6 +69,7 @@ def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = 
 
 def _label_next(result: Result) -> LabelNext | None:
     """Choose unlabelled images worth labelling; None if there are none, or no classifier, or they cannot be read."""
+    from pipeline.evaluate.baselines import evenly
     from pipeline.evaluate.label_next import contact_sheet, rank_images, table_text
 
     exports = [result.experiment / stage / "export" for stage in ("semi", "distill")]

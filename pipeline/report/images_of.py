@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import read_split
-from pipeline.decoding import Decoding
+from pipeline.decoding import DEFAULT, Decoding
 from pipeline.errors import DataError
 from pipeline.report.results import Result
 
@@ -63,7 +63,9 @@ def images_of(result: Result) -> ImagesOf:
     validation = (train, own)
     if config.get("validation"):
         validation = _labelled(Path(config["validation"]), train)
-    decoding = Decoding(ground=tuple(config["ground"]), max_pixels=config["max_pixels"])
+    decoding = Decoding(
+        ground=tuple(config.get("ground", DEFAULT.ground)), max_pixels=config.get("max_pixels", DEFAULT.max_pixels)
+    )
     if config.get("test"):
         return ImagesOf(
             config, train, labelled, unlabelled, validation, _labelled(Path(config["test"]), train), decoding

@@ -91,26 +91,18 @@ class Board:
         against = {row: found for row in rows if (found := self.best_baseline(row))}
         gains = [gain for _, gain in against.values()]
         third = [g for row in rows if (g := self.gain(row, "stage-3-teacher", "stage-2")) is not None]
-        errors = [
-            (
-                cell["chain"]["ece"],
-                cell["labels"]["count"] >= MANY_LABELS,
-                cell["chain"]["ece"] - cell["stage-2"]["ece"],
-            )
-            for place in self.places
-            if "chain" in (cell := self.cells[place])
-            and "stage-2" in cell
-            and (cell := {**cell, "labels": {"count": cell["chain"]["labels"]}})
-        ]
+        measured = [cells for cells in self.cells.values() if "chain" in cells and "stage-2" in cells]
+        errors = [(c["chain"]["ece"], c["chain"]["labels"] >= MANY_LABELS) for c in measured]
+        raised = [c["chain"]["ece"] - c["stage-2"]["ece"] for c in measured]
         complete = sum(1 for p in self.places if len(self.cells[p]) == len(TITLES))
         rounded = {
             "worst_cell_vs_best_baseline": min(gains, default=None),
             "mean_vs_best_baseline": fmean(gains) if gains else None,
             "stage3_vs_stage2": fmean(third) if third else None,
             "stage3_vs_stage2_worst": min(third, default=None),
-            "ece_worst": max((ece for ece, many, _ in errors if many), default=None),
-            "ece_worst_any": max((ece for ece, _, _ in errors), default=None),
-            "ece_over_stage2_worst": max((more for _, _, more in errors), default=None),
+            "ece_worst": max((ece for ece, many in errors if many), default=None),
+            "ece_worst_any": max((ece for ece, _ in errors), default=None),
+            "ece_over_stage2_worst": max(raised, default=None),
         }
         worst = min(against, key=lambda row: against[row][1], default=None)
         return {
