@@ -253,4 +253,5 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         flops=s.flops({"student": model}, size),
         evaluate=evaluate,
         finish=finish,
+        backbone=config.backbone,
     )

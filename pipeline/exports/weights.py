@@ -28,6 +28,8 @@ from pipeline.exports.headers import (
     read_safetensors_header,
 )
 from pipeline.exports.transfer import Transfer, misshapen
+from pipeline.exports.vit_layouts import timm_names
+from pipeline.models.timm_model import INSIDE, TimmModel
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +150,11 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
     Raises:
         HandoverError: If any other key is missing or left over, or a shape differs.
     """
-    weights, wanted = model.convert(read_weights(path)), model.state_dict()  # type: ignore[operator]
+    weights, wanted, left = read_weights(path), model.state_dict(), list[str]()
+    if isinstance(model, TimmModel):
+        layout, weights, left = timm_names(weights, [name.removeprefix(INSIDE) for name in wanted])
+        logger.info("%s has the layout of %s", path, layout)
+    weights = model.convert(weights)  # type: ignore[operator]
     fresh: tuple[str, ...] = model.fresh()  # type: ignore[operator]
     dropped = [k for k, v in weights.items() if k.startswith(fresh) and (k not in wanted or wanted[k].shape != v.shape)]
     weights = {k: v for k, v in weights.items() if k not in dropped}
@@ -166,12 +172,14 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
         ]
     if problems:
         raise HandoverError(
-            f"{path} does not fit this model: {problems[0]} ({len(problems)} such problems); set model.* to the model that the"
-            " file was made for"
+            f"{path} does not fit this model: {'; '.join(problems[:3])} ({len(problems)} such problems); set model.* to the"
+            " model that the file was made for"
         )
     model.load_state_dict(weights, strict=False)
     report = Transfer(
-        loaded=[k for k in wanted if k in weights], fresh=[k for k in wanted if k not in weights], dropped=dropped
+        loaded=[k for k in wanted if k in weights],
+        fresh=[k for k in wanted if k not in weights],
+        dropped=[*dropped, *left],
     )
     logger.info("weights %s: %s", path, report)
     return report

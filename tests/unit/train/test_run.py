@@ -55,6 +55,7 @@ PLACES = (
     "teacher.export",
     "teacher.weights",
     "teacher.cache",
+    "backbone.cache",
 )
 
 
