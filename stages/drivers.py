@@ -111,6 +111,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         lr_at=warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps - optim.cooldown_steps),
         accumulation=s.batches()[1],
         seed=s.config.run.seed,
+        datasets=s.datasets(),
         inputs=inputs_of(s.config, s.manifest),
         recorder=recorder,
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),
