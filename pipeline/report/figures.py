@@ -214,9 +214,9 @@ def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[
             )
         few = len(names) <= 20
         ticks = np.arange(len(names)) if few else np.linspace(0, len(names) - 1, 6).astype(int)
-        room = max(3, 60 // len(ticks))  # letters that fit side by side; longer names stand upright
-        upright = few and max(len(names[order[t]]) for t in ticks) > room
-        words = [shortened(names[order[t]], 16 if upright else room) for t in ticks]
+        letters_that_fit = max(3, 60 // len(ticks))  # longer names stand upright
+        upright = few and max(len(names[order[t]]) for t in ticks) > letters_that_fit
+        words = [shortened(names[order[t]], 16 if upright else letters_that_fit) for t in ticks]
         labels = [
             f"{word}{', ' if upright else chr(10)}{int(counts[order[t]])}" for word, t in zip(words, ticks, strict=True)
         ]
@@ -323,7 +323,7 @@ def picture_grid(
 
     def paint(canvas: Any) -> None:
         across = len(pictures[0])
-        room = max(6, int(15 * canvas.get_figwidth() / across))  # letters of a title that fit above a picture
+        letters_that_fit = max(6, int(15 * canvas.get_figwidth() / across))
         axes = canvas.subplots(len(pictures), across, squeeze=False)
         for r, row in enumerate(pictures):
             for place in axes[r, len(row) :]:  # the last block may have fewer
@@ -336,7 +336,7 @@ def picture_grid(
                 place.set_yticks([])
                 place.grid(visible=False)
                 place.spines[:].set_visible(False)
-                place.set_title(shortened(columns[r][c], room), fontsize=8, pad=2)
+                place.set_title(shortened(columns[r][c], letters_that_fit), fontsize=8, pad=2)
             axes[r, 0].set_ylabel(rows[r], fontsize=8)
 
     return paint

@@ -155,7 +155,7 @@ def test_a_round_of_labelling_gives_a_dataset_and_a_split_with_the_new_labels(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    answers = ["label-next", str(smoke), "--answers", str(table), "--to", str(tmp_path / "mine-2")]
+    answers = ["label-next", str(smoke), "--labels", str(table), "--to", str(tmp_path / "mine-2")]
     assert data(answers) == 0
     assert "5 labels added" in capsys.readouterr().out
     after = read_manifest(tmp_path / "mine-2")

@@ -57,7 +57,7 @@ def logged(folder: Path, stage: str, rows: list[dict[str, float]]) -> None:
     (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def judged(*folders: Path, **baselines: Predictions) -> Worth:
+def compared(*folders: Path, **baselines: Predictions) -> Worth:
     """Compare experiments with one another and with baselines on pixels, given by the first word of their titles."""
     fitted = {
         f"{TITLES[name]} on pixels": Baseline(name, each, True, "C 1", "10 images", 0.1)
@@ -72,7 +72,7 @@ def third(found: Worth) -> Gain:
 
 def test_a_gain_that_is_one_is_established(tmp_path: Path) -> None:
     folder = experiment(tmp_path / "e", distill=predictions(30), student=predictions(38), teacher=predictions(40))
-    found = judged(folder, logistic=predictions(20))
+    found = compared(folder, logistic=predictions(20))
     gain = third(found)
     assert (gain.value, gain.verdict) == (20.0, "established")
     assert gain.low > 10
@@ -91,7 +91,7 @@ def test_a_gain_that_chance_explains_is_not_established(tmp_path: Path) -> None:
     folder = experiment(
         tmp_path / "e", distill=before, student=before, teacher=Predictions(**{**vars(before), "predicted": after})
     )
-    found = judged(folder)
+    found = compared(folder)
     gain = third(found)
     assert gain.value == pytest.approx(1.0)
     assert gain.low < 0 < gain.high
@@ -103,7 +103,7 @@ def test_a_gain_that_chance_explains_is_not_established(tmp_path: Path) -> None:
 
 def test_a_loss_is_called_one_and_the_advice_is_to_drop_the_stage(tmp_path: Path) -> None:
     folder = experiment(tmp_path / "e", distill=predictions(40), student=predictions(30), teacher=predictions(30))
-    found = judged(folder)
+    found = compared(folder)
     assert third(found).sentence().startswith("stage 3 cost 20.0 points (-2")
     assert third(found).verdict == "a loss"
     first = advise(read_result(folder), found, "runs/e")[0]
@@ -113,7 +113,7 @@ def test_a_loss_is_called_one_and_the_advice_is_to_drop_the_stage(tmp_path: Path
 
 def test_a_model_below_a_baseline_is_a_warning(tmp_path: Path) -> None:
     folder = experiment(tmp_path / "e", distill=predictions(30), student=predictions(40), teacher=predictions(40))
-    found = judged(folder, neighbour=predictions(20), logistic=predictions(45))
+    found = compared(folder, neighbour=predictions(20), logistic=predictions(45))
     assert [b.title for b in found.baselines] == ["logistic regression on pixels", "1-nearest neighbour on pixels"]
     last = found.gains[-1]
     assert last.sentence().startswith(
@@ -129,7 +129,7 @@ def test_seeds_are_pooled_and_baselines_that_saw_fewer_images_are_paired_on_thos
     half = np.arange(len(LABELS)) % 2 == 0
     some = Predictions(**{name: value[half] for name, value in vars(whole).items()})
     folders = [experiment(tmp_path / name, distill=predictions(n)) for name, n in (("a", 30), ("b", 40))]
-    found = judged(*folders, logistic=some)
+    found = compared(*folders, logistic=some)
     assert [gain.name for gain in found.gains] == ["exported model over logistic regression on pixels"]
     assert found.gains[0].value == pytest.approx((20 + 40) / 2)
 

@@ -1,24 +1,24 @@
-"""Add labels that a person has given to a dataset: the same shards with another manifest, and a split that knows them."""
+"""Add labels that a person has given to a dataset: the same images with more labels, and a split that knows them."""
 
 import csv
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import choose
 from pipeline.datasets.joint import JointManifest
-from pipeline.datasets.manifest import Manifest, ShardIndex, read_manifest, write_manifest
+from pipeline.datasets.manifest import Manifest, read_image, read_manifest, write_manifest
 from pipeline.datasets.splits import CODES, Split, write_split
+from pipeline.datasets.tars import scan_shard
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import read_regular, replacing
 
 NEEDED = ("sample_index", "key", "label")
 
 
-def read_answers(path: Path, manifest: Manifest) -> dict[int, int]:
+def read_labels(path: Path, manifest: Manifest) -> dict[int, int]:
     """Read the labels that a person has filled into a table of `label-next`.
 
     Args:
@@ -63,63 +63,63 @@ def read_answers(path: Path, manifest: Manifest) -> dict[int, int]:
     return found
 
 
-def with_answers(
-    manifest: Manifest, split: Split | None, answers: Mapping[int, int], out: Path
+def with_labels(
+    manifest: Manifest, split: Split | None, added: Mapping[int, int], out: Path
 ) -> tuple[Manifest, Split | None]:
     """Write a dataset with more labels, and its split in OUT/split.json.
 
-    The shards are hard links where the file system allows it, else copies. Images of the answers become labelled; everything
-    else of the split stays as it was, validation included.
+    The shards are written anew, with the images byte for byte and in the same order. Images with a new label become
+    labelled; everything else of the split stays as it was, validation included.
 
     Args:
         manifest: The dataset.
         split: Its split; None = all images with a label are labelled.
-        answers: Sample index -> class.
+        added: Sample index -> class.
         out: Folder to write, whole or not at all.
 
     Raises:
         ConfigError: The dataset is several, or `out` exists.
+        DataError: The shards are remote.
     """
     if isinstance(manifest, JointManifest):
         raise ConfigError(
-            f"{manifest} are several datasets, and answers are added to one at a time; name a run that read one"
+            f"{manifest} are several datasets, and labels are added to one at a time; name a run that read one"
         )
     if out.exists():
         raise ConfigError(f"{out} exists; give another folder for the dataset with the new labels")
     labels = manifest.labels.copy()
-    labels[list(answers)] = list(answers.values())
-    indices, first = [], 0
-    for shard in manifest.shards:
-        rows = np.arange(first, first + shard.count)
-        table = manifest.rows(rows)
-        members = [manifest.member(int(index)) for index in rows]
-        offsets, lengths = table["offset"].tolist(), table["length"].tolist()
-        indices.append(
-            ShardIndex(shard=shard, members=members, offsets=offsets, lengths=lengths, labels=labels[rows].tolist())
-        )
-        first += shard.count
+    labels[list(added)] = list(added.values())
     with replacing(out) as temporary:
         temporary.mkdir(parents=True, exist_ok=True)
+        indices, first = [], 0
         for number, shard in enumerate(manifest.shards):
-            if not manifest.url_of(number):
-                _link(manifest.path_of(number), temporary / shard.name)
-        write_manifest(temporary, manifest.classes, indices, manifest.location)
+            path = temporary / f"{number:06d}.tar"
+            _write_shard(path, manifest, range(first, first + shard.count), labels)
+            indices.append(scan_shard(path, len(manifest.classes)))
+            first += shard.count
+        write_manifest(temporary, manifest.classes, indices)
     written = read_manifest(out)
     if split is None:
         return written, None
     codes = split.codes.copy()
-    codes[list(answers)] = CODES["labelled"]
+    codes[list(added)] = CODES["labelled"]
     header = split.header | {
         "manifest": written.hash,
-        "protocol": f"{split.protocol}; {len(answers)} images labelled later, chosen by label-next",
+        "protocol": f"{split.protocol}; {len(added)} images labelled later, chosen by label-next",
     }
     more = Split(header, codes, written.labels)
     write_split(more, out / "split.json")
     return written, more
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
+def _write_shard(path: Path, manifest: Manifest, sample_indices: Iterable[int], labels: NDArray[np.int64]) -> None:
+    """Write a tar in the form of `convert`, since `verify` compares the labels of the tars with the manifest's."""
+    from webdataset import TarWriter
+
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+        for k in sample_indices:
+            ending = manifest.member(k).rpartition(".")[2]
+            sample: dict[str, str | bytes] = {"__key__": manifest.key(k), ending: read_image(manifest, k)}
+            if labels[k] >= 0:
+                sample["cls"] = str(labels[k]).encode()
+            writer.write(sample)

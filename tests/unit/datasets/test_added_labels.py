@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import main as data
-from pipeline.datasets.answers import read_answers, with_answers
+from pipeline.datasets.added_labels import read_labels, with_labels
 from pipeline.datasets.config import SplitConfig
 from pipeline.datasets.manifest import Manifest, read_image, read_manifest
 from pipeline.datasets.splits import make_split
@@ -39,13 +39,13 @@ def test_new_labels_reach_the_dataset_and_its_split_and_nothing_else_changes(par
     pool = split.subset("unlabelled")
     assert len(pool) == 6
     given = {int(pool[0]): "b", int(pool[3]): "a", int(pool[4]): ""}
-    answers = read_answers(table(tmp_path / "t.csv", partly, given), partly)
-    assert answers == {int(pool[0]): 1, int(pool[3]): 0}
-    written, more = with_answers(partly, split, answers, tmp_path / "more")
+    added = read_labels(table(tmp_path / "t.csv", partly, given), partly)
+    assert added == {int(pool[0]): 1, int(pool[3]): 0}
+    written, more = with_labels(partly, split, added, tmp_path / "more")
     assert more is not None
     changed = np.flatnonzero(written.labels != partly.labels)
-    assert changed.tolist() == sorted(answers)
-    assert set(more.subset("labelled")) == set(split.subset("labelled")) | set(answers)
+    assert changed.tolist() == sorted(added)
+    assert set(more.subset("labelled")) == set(split.subset("labelled")) | set(added)
     assert (more.subset("validation") == split.subset("validation")).all()
     assert "2 images labelled later, chosen by label-next" in more.protocol
     assert all(read_image(written, k) == read_image(partly, k) for k in range(partly.num_samples))
@@ -71,9 +71,9 @@ def test_a_table_that_is_wrong_is_refused_with_its_line(
     path = tmp_path / "t.csv"
     path.write_text(text.format(key=partly.key(0)))
     with pytest.raises(error, match=said):
-        read_answers(path, partly)
+        read_labels(path, partly)
 
 
 def test_an_existing_folder_is_never_written_over(partly: Manifest, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists; give another folder"):
-        with_answers(partly, None, {0: 0}, tmp_path)
+        with_labels(partly, None, {0: 0}, tmp_path)
