@@ -147,7 +147,7 @@ def test_a_round_of_labelling_gives_a_dataset_and_a_split_with_the_new_labels(
     assert set(chosen) <= set(split.subset("unlabelled").tolist())
     unsure = [float(row["uncertainty"]) for row in rows]
     assert unsure[0] == max(unsure)
-    assert Image.open(out / "label-next.png").size == (6 * 128, 2 * 158)
+    assert Image.open(out / "label-next.png").size == (4 * 128, 3 * 168)
     truth = [before.classes[before.labels[k]] for k in chosen[:5]]
     for row, name in zip(rows, truth, strict=False):
         row["label"] = name
