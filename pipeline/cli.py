@@ -46,6 +46,7 @@ COMMANDS = {
     "report": Command("launchers.__main__", ("report",), "write one page about finished runs"),
     "predict": Command("pipeline.predict", (), "name what an exported classifier sees in image files"),
     "evaluate": Command("pipeline.evaluate.__main__", (), "evaluate an export on a dataset"),
+    "rebalance": Command("pipeline.rebalance", (), "balance the head of an exported classifier for a long tail"),
     "efficiency": Command("launchers.__main__", ("efficiency",), "time real steps of stage 3 side by side"),
     "inference": Command("launchers.__main__", ("inference",), "measure throughput against resolution"),
     "pareto": Command("launchers.__main__", ("pareto",), "plot speed measured here against reported accuracy"),

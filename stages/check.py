@@ -14,7 +14,7 @@ from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, DataError, HandoverError, PipelineError
 from pipeline.exports.card import CARD, Card
-from pipeline.models.config import FamilyConfig
+from pipeline.models.family import FamilyConfig
 from stages import SPECS, spec_of
 from stages.configs.base import StageConfig
 from stages.identity import refuse_other_run

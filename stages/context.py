@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.models.config import FamilyConfig
+from pipeline.models.family import FamilyConfig
 from pipeline.models.flops import forward_flops
+from pipeline.models.losses import class_weights
 from pipeline.streaming.loader import Loader
 from pipeline.streaming.transforms import View, eval_views
 from pipeline.train import distributed
@@ -21,6 +22,7 @@ from pipeline.train.engine import Engine
 from pipeline.train.run import Run
 from stages import spec_of
 from stages.check import derive_batches, open_data
+from stages.configs.base import ClassWeightsConfig
 from stages.evaluator import Evaluator
 from stages.lineage import Ancestry
 from stages.spec import C, Held, in_words
@@ -121,6 +123,13 @@ class StageContext(Generic[C]):
         """
         workload = self.spec.workload(self.config, len(self.manifest.classes), self._parent_model)
         return workload.flops(lambda network: forward_flops(built[network.name], image_size))
+
+    def class_weights(self, config: ClassWeightsConfig | None) -> Tensor | None:
+        """Return the weight of each class by its labels, (C,) on the device; None without a config."""
+        if config is None:
+            return None
+        counts = torch.from_numpy(self.evaluator.class_counts())
+        return class_weights(counts, config.kind, config.beta).to(self.world.device)
 
     def _parent_model(self, role: str) -> FamilyConfig:
         return self.ancestry.card(role).model

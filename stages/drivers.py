@@ -21,7 +21,7 @@ from pipeline.train.loop import Evaluate, fit
 from pipeline.train.recorder import Recorder
 from pipeline.train.replay import Replay
 from pipeline.train.replay import replay as take_again
-from pipeline.train.schedules import warmup_cosine
+from pipeline.train.schedules import learning_rate
 from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
 from pipeline.train.training import Training
@@ -94,7 +94,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     """Let the stage prepare, open engine and streams, and put the training together."""
     prepared: Prepared[Any] = importlib.import_module(spec_of(s.config).module).prepare(s)
     streams = s.loaders(prepared.views)
-    loop, optim = s.config.loop, s.config.optim
+    loop = s.config.loop
     recorder = Recorder(loop.log_every)
     if s.world.size > 1 and s.config.engine.sync_batch_norm:
         synchronise_batch_norms(prepared.model)
@@ -108,7 +108,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         engine=engine,
         streams=streams,
         loop=loop,
-        lr_at=warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps - optim.cooldown_steps),
+        lr_at=learning_rate(s.config.optim, loop.steps),
         accumulation=s.batches()[1],
         seed=s.config.run.seed,
         datasets=s.datasets(),

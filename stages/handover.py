@@ -9,7 +9,8 @@ from torch import Tensor
 from pipeline.config import flatten
 from pipeline.exports.card import Card
 from pipeline.exports.export import write_export
-from pipeline.models.config import DecoderConfig, FamilyConfig
+from pipeline.models.config import DecoderConfig
+from pipeline.models.family import FamilyConfig
 from pipeline.report.tensorboard import Board
 from stages.context import StageContext
 

@@ -32,7 +32,7 @@ class Memory:
         parameters: Weights that compute.
         gradients: Gradients of all or of the rank's own parameters.
         masters: The rank's shard of the fp32 masters.
-        moments: The rank's shard of both moments of AdamW.
+        moments: The rank's shard of the optimizer's moments.
         averages: The rank's shard of the averages of the weights (the teacher of stage 3, the average of stage 2).
         inference_copies: The whole copies of these averages that compute.
         frozen: Whole frozen networks (a distillation teacher).
@@ -85,6 +85,7 @@ def memory(
     *,
     zero_stage: int,
     world_size: int,
+    moments: int,
     averages: int,
     frozen_parameters: int,
     bucket_bytes: int,
@@ -97,6 +98,7 @@ def memory(
         parameters: The trained parameters.
         zero_stage: 0 to 3.
         world_size: The number of ranks.
+        moments: Numbers that the optimizer keeps of a weight: 2 for AdamW, 1 for SGD.
         averages: Number of averages of the trained weights.
         frozen_parameters: Parameters of all frozen networks.
         bucket_bytes: Bytes that are reduced at once.
@@ -111,7 +113,7 @@ def memory(
         parameters=FP32 * compute,
         gradients=FP32 * (total if zero_stage < 2 else own),
         masters=FP32 * own if zero_stage else 0,  # without ZeRO the parameters are their own masters
-        moments=2 * FP32 * own,
+        moments=moments * FP32 * own,
         averages=averages * FP32 * own,
         inference_copies=averages * FP32 * total,
         frozen=FP32 * frozen_parameters,
@@ -121,9 +123,9 @@ def memory(
     )
 
 
-def checkpoint_bytes(parameters: Sequence[Parameter], averages: Sequence[str]) -> int:
-    """Count the bytes of all files of one checkpoint: masters, two moments, the named averages, and the headers."""
-    kinds = ("master", "exp_avg", "exp_avg_sq", *averages)
+def checkpoint_bytes(parameters: Sequence[Parameter], kinds: Sequence[str]) -> int:
+    """Count the bytes of all files of one checkpoint: the masters, the named moments and averages, and the headers."""
+    kinds = ("master", *kinds)
     numbers = len(kinds) * FP32 * sum(p.numel for p in parameters)
     entry = {"dtype": "F32", "shape": [10_000], "data_offsets": [1_000_000, 1_000_000]}
     header = sum(len(json.dumps({f"{kind}/{p.name}@0": entry})) for kind in kinds for p in parameters)

@@ -131,6 +131,7 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
             body.parameters,
             zero_stage=zero,
             world_size=world,
+            moments=len(config.optim.moments),
             averages=len(averages),
             frozen_parameters=body.frozen_parameters,
             bucket_bytes=config.engine.bucket_bytes,
@@ -142,7 +143,7 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
     seconds = step_seconds(body.flops * loop.global_batch, sent, world, machine)
     written = -(-loop.steps // loop.save_every) + (loop.on_divergence == "rewind")
     kept = min(written, loop.keep_checkpoints) + (loop.steps // loop.keep_every if loop.keep_every else 0)
-    size = checkpoint_bytes(body.parameters, averages)
+    size = checkpoint_bytes(body.parameters, [*config.optim.moments, *averages])
     starts = starts_needed(loop.steps * seconds, seconds_of(cluster.time), START_SECONDS + cluster.signal_seconds)
     return {
         "stage": step.stage,

@@ -6,13 +6,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.evaluate.config import LinearProbeConfig
-from pipeline.models.config import (
-    DecoderConfig,
-    FamilyConfig,
-    VisionMambaConfig,
-    check_clusters,
-    check_taps,
-)
+from pipeline.models.config import DecoderConfig, VisionMambaConfig, check_clusters, check_taps
+from pipeline.models.family import FamilyConfig
 from pipeline.models.variants import PRETRAINING_FORM
 from pipeline.streaming.config import AugmentConfig
 from stages.configs.base import StageConfig
