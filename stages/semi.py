@@ -174,8 +174,7 @@ class SemiTask(Task):
         """Return what in a logged row says that the run collapses, with advice."""
         limits, steps = self.config.alarms, self.teacher.updates
         nothing = row.get("ssl/mask_rate", 1.0) == 0 and steps >= self.config.loop.steps // 2
-        if steps < limits.after_steps and not nothing:
-            return []
+        early = steps < limits.after_steps
         watched = {
             "ssl/mask_rate": (
                 limits.mask_rate,
@@ -195,7 +194,7 @@ class SemiTask(Task):
         return [
             f"{name} is {row[name]:.3g}, below {least:g}; {advice}"
             for name, (least, advice) in watched.items()
-            if row.get(name, 1.0) < least
+            if row.get(name, 1.0) < least and (not early or (nothing and name == "ssl/mask_rate"))
         ]
 
     def captions(self, model: nn.Module, batch: Batch) -> list[str] | None:
