@@ -76,11 +76,14 @@ class Board:
         return fmean(mine[s] - other[s] for s in both) if both else None
 
     def best_baseline(self, row: tuple[str, str]) -> tuple[str, float] | None:
-        """The baseline with the best mean in a cell, and the chain's gain over it."""
-        means = {column: fmean(found.values()) for column in TITLES
-                 if column not in OURS and (found := self.values(row, column))}  # fmt: skip
-        if not means:
+        """Return the baseline with the best mean in a cell, and the chain's gain over it.
+
+        None while a baseline is missing: a cell without its strongest rivals would flatter the chain.
+        """
+        found = {column: self.values(row, column) for column in TITLES if column not in OURS}
+        if not all(found.values()):
             return None
+        means = {column: fmean(values.values()) for column, values in found.items()}
         best = max(means, key=lambda column: means[column])
         gained = self.gain(row, "chain", best)
         return None if gained is None else (best, gained)
