@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import ConfigError
 from pipeline.evaluate.features import evaluate_features, features_of
 from pipeline.evaluate.metrics import mean_loss
 from pipeline.models.arm import ARM, pixel_loss
@@ -35,12 +36,17 @@ class ArmTask(Task):
 
     Args:
         arm: Makes the targets, which use no weights.
+        by_probe: Whether the result is chosen by the linear probe instead of the loss.
     """
 
     names_classes = False
 
-    def __init__(self, arm: ARM) -> None:
-        self.arm = arm
+    def __init__(self, arm: ARM, *, by_probe: bool = False) -> None:
+        self.arm, self.by_probe = arm, by_probe
+
+    def criteria(self) -> dict[str, int]:
+        """A pretrainer is selected by its loss, or by the linear probe on its features."""
+        return ({"val/linear": 1} if self.by_probe else {}) | {"val/loss": -1}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
         """Return the mean error over images and predicted clusters, and the error of each cluster."""
@@ -57,6 +63,11 @@ def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
 def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
     """Build the backbone with its decoder, and say how they are evaluated and exported."""
     config = s.config
+    by_probe = config.select_by == "linear" and config.loop.compares
+    if by_probe and not len(s.subsets.labelled):
+        raise ConfigError(
+            "select_by=linear needs labelled images for its linear probe, but there are none; set select_by=loss"
+        )
     size = config.model.image_size
     arm = build_within_memory(lambda: ARM(config.model, config.decoder), f"model {config.model.name}", trained=True)
     held_out, streamed = s.data.held_out, Held(s.manifest, s.streams["unlabelled"].sample_indices)
@@ -75,11 +86,13 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
         return {"val/loss": loss} | quality_of_features(s, arm, step)
 
     def finish(task: ArmTask) -> None:
+        if by_probe:
+            s.ancestry.saw_own_labels()
         export(s, s.engine.full_weights(), model=config.model, decoder=config.decoder, measured=s.measured)
 
     return Prepared(
         model=arm,
-        make_task=lambda engine: ArmTask(arm),
+        make_task=lambda engine: ArmTask(arm, by_probe=by_probe),
         views={
             "unlabelled": train_views(
                 size, config.augment, mean=config.data.mean, std=config.data.std, decoding=config.data.decoding

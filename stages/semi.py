@@ -64,6 +64,7 @@ class SemiTask(Task):
         weights: Tensor | None,
     ) -> None:
         self.config, self.labeller, self.weights = config, labeller, weights
+        self.exported = config.export
         self.balanced = BalancedHeadLoss(prior, config.balanced_head) if config.balanced_head else None
         self.teacher = Teacher(engine, teacher, config.ema)
         # A class without labels is as rare as one with half a label.
@@ -278,6 +279,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
 
     def finish(task: SemiTask) -> None:
+        s.evaluator.calibrate(exported_outputs(), size)
         measured = s.measured | s.evaluator.test(exported_outputs(), size)
         exported = exported_model(shape)
         kept = build_from_config(exported).state_dict()
@@ -286,7 +288,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         trained = {name: {k: v for k, v in w.items() if k in kept} for name, w in trained.items()}
         trained = {name: keep_balanced_head(w, wide, num_classes) for name, w in trained.items()}
         chosen = trained.pop(config.export)
-        export(s, chosen, model=exported, measured=measured, companions=trained)
+        export(s, chosen, model=exported, measured=measured, name=config.export, companions=trained)
 
     return Prepared(
         model=model,

@@ -252,7 +252,7 @@ def _calibration(result: Result, row: str) -> Advice | None:
     return Advice(
         "calibration",
         f"The confidences of {row} are off by {error:.0f} points on average (expected calibration error): do not read them as"
-        " probabilities. python -m pipeline.evaluate with --train and --split fits a temperature on validation images.",
+        " probabilities. The temperature of an export is fitted on the validation images; more of them make it better.",
     )
 
 

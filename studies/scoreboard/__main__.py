@@ -57,9 +57,9 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="jobs at a time, with one thread each (default 1)")
     parser.add_argument(
         "--configs",
-        default="demo",
+        default="recipe",
         metavar="NAME",
-        help="chain to measure: configs/STAGE/NAME.yaml (default demo), or recipe",
+        help="chain to measure: configs/STAGE/NAME.yaml, or what the recipe writes for each case (default recipe)",
     )
     parser.add_argument(
         "--chain-budget", default="6m", help="with --configs recipe: time that a chain may take (default 6m)"
