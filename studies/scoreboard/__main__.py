@@ -86,7 +86,9 @@ def _run(arguments: list[str]) -> int:
     print(f"\n{board.table().markdown()}\n{board.costs().markdown()}")
     if given.document:
         words = f"{os.cpu_count()} cores, {platform.machine()}, {time.strftime('%d %B %Y')}"
-        write_document(board, given.document, f"python -m studies.scoreboard {' '.join(arguments)}", words)
+        write_document(
+            board, given.document, f"python -m studies.scoreboard {' '.join(arguments)}", words, given.configs
+        )
     print(json.dumps(board.summary()))
     return 1 if failed else 0
 

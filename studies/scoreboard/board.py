@@ -174,7 +174,7 @@ class Board:
         )
 
 
-def write_document(board: Board, path: Path, command: str, machine: str) -> None:
+def write_document(board: Board, path: Path, command: str, machine: str, configs: str) -> None:
     """Write the board as a Markdown page, with its figure beside it in images/.
 
     Args:
@@ -182,8 +182,10 @@ def write_document(board: Board, path: Path, command: str, machine: str) -> None
         path: The page.
         command: The command that made it.
         machine: The machine, in words.
+        configs: The chain's configs, or `recipe`.
     """
     table, costs, found = board.table(), board.costs(), board.summary()
+    chain = "what the recipe writes for each case" if configs == "recipe" else f"that of configs/*/{configs}.yaml"
     draw(path.parent / "images", "scoreboard", "", gains_figure(board), size=(6.4, 0.28 * len(board.rows()) + 1.2))
     (path.parent / "images" / "scoreboard.pdf").unlink()
     parts = [
@@ -191,7 +193,7 @@ def write_document(board: Board, path: Path, command: str, machine: str) -> None
         "What `make chain` reaches on several data sets and label regimes, beside what simpler means reach with the same"
         " labels. It is made by",
         f"```\n{command}\n```",
-        f"on {machine}. A run that stops continues where it was. Splits, tuning and columns are described in"
+        f"on {machine}. The chain is {chain}. A run that stops continues where it was. Splits, tuning and columns are described in"
         " `studies/scoreboard/`; nothing is chosen on test images.",
         f"## {table.title}",
         table.markdown(),

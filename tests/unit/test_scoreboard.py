@@ -73,7 +73,7 @@ def test_a_partial_board_says_what_is_missing_and_an_empty_one_has_no_numbers(tm
     assert "2 are asked for; 1 of 2 cells are not complete: digits/10" in table.note
     assert table.rows[0][-1] == "+6.0 (RBF-SVM, pixels)"
     assert "80.5 ± 0.7" in table.rows[0]
-    write_document(board, tmp_path / "docs" / "scoreboard.md", "python -m studies.scoreboard", "2 cores")
+    write_document(board, tmp_path / "docs" / "scoreboard.md", "python -m studies.scoreboard", "2 cores", "demo")
     text = (tmp_path / "docs" / "scoreboard.md").read_text()
     assert "not complete: digits/10" in text
     assert json.loads(text.partition("```json\n")[2].partition("```")[0]) == board.summary()
