@@ -193,8 +193,8 @@ def write_document(board: Board, path: Path, command: str, machine: str, configs
         "What `make chain` reaches on several data sets and label regimes, beside what simpler means reach with the same"
         " labels. It is made by",
         f"```\n{command}\n```",
-        f"on {machine}. The chain is {chain}. A run that stops continues where it was. Splits, tuning and columns are described in"
-        " `studies/scoreboard/`; nothing is chosen on test images.",
+        f"on {machine}. The chain is {chain}. A run that stops continues where it was. Splits, tuning and columns are"
+        " described in `studies/scoreboard/`; nothing is chosen on test images.",
         f"## {table.title}",
         table.markdown(),
         "![Gain of make chain over the best baseline of each cell](images/scoreboard.svg)",
