@@ -149,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
     mamba = {arch: count_mamba(given.mamba, arch) for arch in GPUS} if given.mamba else dict.fromkeys(GPUS, MAMBA)
     for arch, ways in mamba.items():
         text = ", ".join(f"{way} {i:.1f} = {1000 * i / 128:.0f} clocks per 1000" for way, i in ways.items())
-        print(f"mamba-ssm on {arch}, instructions per state-step{'' if given.mamba else ' (counted by hand)'}: {text}")
+        print(f"mamba-ssm on {arch}, instructions per state-step{'' if given.mamba else ' (counted before)'}: {text}")
 
     ratios = []
     print(

@@ -152,7 +152,7 @@ def steps(look: Look, batches: dict[Stage, int], seconds: dict[Stage, float], bu
     Args:
         look: The images.
         batches: Global batch of each stage.
-        seconds: Seconds of a step of each stage, as the probe found them.
+        seconds: Seconds of a step of each stage, as they were timed.
         budget: Seconds for the whole chain.
 
     A stage gets its share of the time, at most its epochs, and what it leaves goes to the others. Each has at least
@@ -178,7 +178,7 @@ def steps(look: Look, batches: dict[Stage, int], seconds: dict[Stage, float], bu
 
 
 def _round(number: int) -> int:
-    """Round down to two digits, so that a rerun of the probe gives the same number more often."""
+    """Round down to two digits, so that timing again gives the same number more often."""
     scale = 10 ** max(0, len(str(number)) - 2)
     return number // scale * scale
 
@@ -196,7 +196,7 @@ def _of_steps(
     minutes = _round(chosen[stage]) * seconds[stage] / 60
     why = "its most epochs" if chosen[stage] >= limits[stage] else "its share of the budget"
     why = "the least" if chosen[stage] == LEAST_STEPS else why
-    return f"about {minutes:.1f} min at {seconds[stage]:.3f} s a step as probed here, {drawn / max(1, seen):.0f} epochs: {why}"
+    return f"about {minutes:.1f} min at {seconds[stage]:.3f} s a step as timed here, {drawn / max(1, seen):.0f} epochs: {why}"
 
 
 def views(look: Look, flips: bool) -> dict[str, Choice]:
@@ -254,7 +254,7 @@ def selection(look: Look, number: int) -> Choice:
 def pretraining_selection(look: Look, number: int) -> Choice:
     """Choose when stage 1 ends: with enough validation images when the linear probe on its features stops rising.
 
-    Ten probes a run; it ends after four without a better one. With fewer images the probe is too noisy to stop by.
+    Ten validations a run; it ends after four without a better one. With fewer images a linear probe is too noisy to stop by.
     """
     every = max(1, number // 10)
     if look.validation < ENOUGH_FOR_PROBE:

@@ -1,4 +1,4 @@
-"""Write the configs of a chain for a dataset: look, test, probe, apply the rules, and never overwrite what was edited."""
+"""Write the configs of a chain for a dataset: look, test, time a step, apply the rules, and never overwrite what was edited."""
 
 import re
 from collections.abc import Sequence
@@ -125,7 +125,7 @@ def write(order: Order) -> list[Path]:
 
 
 def draft(order: Order, budget: float) -> dict[Stage, Draft]:
-    """Look at the data, probe the machine and apply the rules.
+    """Look at the data, time a step of each stage and apply the rules.
 
     Args:
         order: What is asked for.
@@ -143,9 +143,9 @@ def draft(order: Order, budget: float) -> dict[Stage, Draft]:
         order.flips, flip_test.neighbours_of_flips(opened.manifest, np.sort(known)), look.is_drawn
     )
     print(f"flips: {found.why}")
-    from launchers.recipe import probe  # imports torch
+    from launchers.recipe import timing  # imports torch
 
-    gpu = probe.has_gpu()
+    gpu = timing.has_gpu()
     pictures = sampled(opened.manifest, np.arange(opened.manifest.num_samples), 32)
     family = rules.family(look, gpu, order.model)
     stages = rules.stages(family.value)
@@ -158,7 +158,9 @@ def draft(order: Order, budget: float) -> dict[Stage, Draft]:
     micro: dict[Stage, Choice] = {}
     for stage in stages:
         config = _validated(stage, first[stage].values, order)
-        measured = probe.probe(config, len(opened.manifest.classes), pending, pictures, _drawn(first[stage].values))
+        measured = timing.time_stage(
+            config, len(opened.manifest.classes), pending, pictures, _drawn(first[stage].values)
+        )
         pending[config.folder / "export"] = config
         batches[stage], seconds[stage] = config.loop.global_batch, measured.seconds
         micro[stage] = rules.micro_batch(batches[stage], measured.bytes_per_sample, measured.free)
@@ -232,7 +234,7 @@ def _file(order: Order, stage: Stage, draft: Draft) -> str:
 
 
 def _clear(path: Path) -> None:
-    """Make room for a new file; what a person has edited is kept beside it, and said."""
+    """Take an old file away; what a person has edited is kept beside it, and said."""
     if text.edited(path.read_text(encoding="utf-8")):
         print(f"{path} was edited: it is kept as {text.set_aside(path)}")
     else:

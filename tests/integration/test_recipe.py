@@ -42,7 +42,7 @@ def test_a_chain_without_configs_looks_writes_trains_and_reports(place: Path) ->
         config = load_config(spec.config, place / "configs" / stage / "mine.yaml")
         assert config.loop.steps >= 100
         text = (place / "configs" / stage / "mine.yaml").read_text()
-        assert "as probed here" in text
+        assert "as timed here" in text
         assert f"make stage-{spec.number} CONFIG=configs/{stage}/mine.yaml" in text
     semi = yaml.safe_load((place / "configs/semi/mine.yaml").read_text())
     assert semi["weak"]["horizontal_flip"] == 0.0

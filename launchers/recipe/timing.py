@@ -25,7 +25,7 @@ SECONDS = 1.5  # that each measurement may take after its first call
 OVERHEAD = 1.3  # seconds of a real step over those of its networks and views, on two cores
 
 
-class Probe(NamedTuple):
+class Timing(NamedTuple):
     """What a stage needs on this machine.
 
     Attributes:
@@ -44,13 +44,13 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def probe(
+def time_stage(
     config: StageConfig,
     num_classes: int,
     pending: Pending,
     pictures: Sequence[Pixels],
     drawn: Sequence[tuple[AugmentConfig, int]],
-) -> Probe:
+) -> Timing:
     """Measure a stage.
 
     Args:
@@ -72,7 +72,7 @@ def probe(
     free = torch.cuda.mem_get_info()[0] if has_gpu() else psutil.virtual_memory().available
     weights = 16 * sum(p.numel for p in body.parameters) * (1 + len(workload.averages))
     each = body.image_activations * workload.images
-    return Probe(OVERHEAD * per_step, each, max(0, free - weights - body.fixed_activations))
+    return Timing(OVERHEAD * per_step, each, max(0, free - weights - body.fixed_activations))
 
 
 def _device() -> torch.device:
