@@ -4,7 +4,7 @@
     for prediction in classifier.predict("photos/"):
         print(prediction)
 
-Images are prepared as in an evaluation: the card of the export says how.
+Images are prepared as in an evaluation, and probabilities are calibrated by a temperature: the card of the export says how.
 """
 
 import itertools
@@ -156,7 +156,8 @@ class Classifier:
 
         batch = torch.stack(views).to(next(self.model.parameters()).device)
         with torch.no_grad():
-            best = self.model(batch).float().softmax(-1).topk(min(top, len(self.classes)))
+            logits = self.model(batch).float() / self.card.temperature
+            best = logits.softmax(-1).topk(min(top, len(self.classes)))
         pictures = self._pictures(batch) if explain else [None] * len(sources)
         return [
             Prediction(

@@ -39,6 +39,7 @@ COMMANDS = {
     "doctor": Command("launchers.__main__", ("doctor",), "check whether this machine or cluster can run it"),
     "stage": Command("stages.__main__", (), "run one stage in this process: vmp stage arm CONFIG [key=value ...]"),
     "local": Command("launchers.__main__", ("local",), "run one stage in several processes on this machine"),
+    "recipe": Command("launchers.__main__", ("recipe",), "look at images and write the configs of a chain for them"),
     "chain": Command("launchers.__main__", ("local", "chain"), "run all stages on this machine: vmp chain NAME"),
     "submit": Command("launchers.__main__", ("slurm",), "submit a stage or a chain to SLURM"),
     "status": Command("launchers.__main__", ("status",), "show how far every run is"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.errors import Interrupted, PipelineError
+from pipeline.exports.card import Selected
 from pipeline.models.family import FamilyConfig
 from pipeline.models.flops import forward_flops
 from pipeline.models.losses import class_weights
@@ -19,6 +20,7 @@ from pipeline.streaming.loader import Loader
 from pipeline.streaming.transforms import View, eval_views
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
+from pipeline.train.loop import Ending
 from pipeline.train.run import Run
 from stages import spec_of
 from stages.check import derive_batches, open_data
@@ -51,6 +53,7 @@ class StageContext(Generic[C]):
         streams: The streams of the spec, first stream first.
         ancestry: The parents and the labels seen.
         evaluator: Evaluates the stage's models.
+        selected: Which state of the run its result is, once `finish` may export it.
     """
 
     def __init__(self, config: C, folder: Path) -> None:
@@ -62,6 +65,9 @@ class StageContext(Generic[C]):
         self.streams = self.spec.streams(config, self.subsets)
         self.ancestry = Ancestry(config, self.manifest, self.split, self.subsets)
         self.evaluator = Evaluator(config.data, self.data, self.world, self.run)
+        self.selected = Selected(
+            select="last", step=config.loop.steps, trained=config.loop.steps, steps=config.loop.steps
+        )
         self._engine: Engine | None = None
         torch.manual_seed(config.run.seed)  # equal weights on all ranks
         logger.info("%s", in_words(self.data.labels()))
@@ -84,8 +90,26 @@ class StageContext(Generic[C]):
 
     @property
     def measured(self) -> dict[str, float]:
-        """The newest validation row of the run's log, on rank 0."""
-        return self.run.last_row("val/")
+        """The validation row of the selected step in the run's log, on rank 0."""
+        return self.run.last_row("val/", until=self.selected.step)
+
+    def ended(self, ending: Ending) -> bool:
+        """Note where the training ended, and return whether the best state takes the place of the last one."""
+        found, loop = ending.selection, self.config.loop
+        best = loop.select == "best" and bool(found.best)
+        self.selected = Selected(
+            select="best" if best else "last",
+            step=found.step if best else ending.step,
+            trained=ending.step,
+            steps=ending.steps,
+            validations=found.seen,
+            best=found.best,
+            last=found.last,
+        )
+        self.evaluator.selected = str(self.selected)
+        if loop.compares:
+            logger.info("the result is %s", self.selected)
+        return best
 
     @property
     def engine(self) -> Engine:

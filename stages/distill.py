@@ -69,7 +69,7 @@ class DistillTask(Task):
         if average is not None and config.average is not None:
             decay = config.average.decay
             rule = LyapEMAConfig(mode="ema", base_decay=decay, max_decay=decay, warmup_steps=0, buffers="average")
-            self.teacher = Teacher(engine, average, rule)
+            self.teacher, self.exported = Teacher(engine, average, rule), "average"
         mesa_steps = config.loop.steps - config.optim.cooldown_steps
         self.mesa_from = int(config.mesa.start * mesa_steps) if config.mesa else None
 
@@ -141,9 +141,10 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
         return {"student": s.engine.module} | ({"average": average} if average is not None else {})
 
     def finish(task: DistillTask) -> None:
+        s.evaluator.calibrate(models(), size)
         measured = s.measured | s.evaluator.test(models(), size)
         trained = task.teacher.full_weights() if task.teacher else s.engine.full_weights()
-        export(s, merged(trained, s.engine.module), model=shape, measured=measured)
+        export(s, merged(trained, s.engine.module), model=shape, measured=measured, name=task.exported)
 
     return Prepared(
         model=model,

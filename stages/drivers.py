@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.transforms import View
+from pipeline.train.best import Best
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
 from pipeline.train.recorder import Recorder
@@ -74,9 +75,11 @@ def train(config: StageConfig) -> None:
             _show(s, training, step, board, prepared.image_size)
             return row
 
-        fit(training, s.run, evaluate)
+        ending = fit(training, s.run, evaluate)
+        if s.ended(ending) and task.best:
+            task.best.adopt()
         prepared.finish(task)
-        s.run.status("complete", step=config.loop.steps, steps=config.loop.steps)
+        s.run.status("complete", step=ending.step, steps=ending.steps)
 
 
 def replay(config: StageConfig, asked: Replay) -> str:
@@ -103,6 +106,8 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         use_cached_features(s, prepared.model, streams, prepared.backbone)
     engine = s.open_engine(prepared.model)
     task = prepared.make_task(engine)
+    if loop.select == "best":
+        task.best = Best(engine, task)
     training = Training(
         task=task,
         engine=engine,

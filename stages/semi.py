@@ -64,6 +64,7 @@ class SemiTask(Task):
         weights: Tensor | None,
     ) -> None:
         self.config, self.labeller, self.weights = config, labeller, weights
+        self.exported = config.export
         self.balanced = BalancedHeadLoss(prior, config.balanced_head) if config.balanced_head else None
         self.teacher = Teacher(engine, teacher, config.ema)
         # A class without labels is as rare as one with half a label.
@@ -172,11 +173,16 @@ class SemiTask(Task):
 
     def alarms(self, row: dict[str, float]) -> list[str]:
         """Return what in a logged row says that the run collapses, with advice."""
-        limits = self.config.alarms
-        if self.teacher.updates < limits.after_steps:
-            return []
+        limits, steps = self.config.alarms, self.teacher.updates
+        nothing = row.get("ssl/mask_rate", 1.0) == 0 and steps >= self.config.loop.steps // 2
+        early = steps < limits.after_steps
         watched = {
-            "ssl/mask_rate": (limits.mask_rate, "hardly any pseudo-label is accepted: lower pseudo.threshold"),
+            "ssl/mask_rate": (
+                limits.mask_rate,
+                f"{'no' if nothing else 'hardly any'} pseudo-label is accepted, so the unlabelled images teach nothing: the mean"
+                f" confidence is {row.get('ssl/confidence', math.nan):.2f}, pseudo.threshold {self.config.pseudo.threshold:g};"
+                " lower pseudo.threshold, train stage 2 longer, or leave stage 3 out",
+            ),
             "ssl/class_entropy": (
                 limits.class_entropy,
                 "the pseudo-labels collapse to few classes: try pseudo.alignment",
@@ -189,7 +195,7 @@ class SemiTask(Task):
         return [
             f"{name} is {row[name]:.3g}, below {least:g}; {advice}"
             for name, (least, advice) in watched.items()
-            if row.get(name, 1.0) < least
+            if row.get(name, 1.0) < least and (not early or (nothing and name == "ssl/mask_rate"))
         ]
 
     def captions(self, model: nn.Module, batch: Batch) -> list[str] | None:
@@ -273,6 +279,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
 
     def finish(task: SemiTask) -> None:
+        s.evaluator.calibrate(exported_outputs(), size)
         measured = s.measured | s.evaluator.test(exported_outputs(), size)
         exported = exported_model(shape)
         kept = build_from_config(exported).state_dict()
@@ -281,7 +288,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         trained = {name: {k: v for k, v in w.items() if k in kept} for name, w in trained.items()}
         trained = {name: keep_balanced_head(w, wide, num_classes) for name, w in trained.items()}
         chosen = trained.pop(config.export)
-        export(s, chosen, model=exported, measured=measured, companions=trained)
+        export(s, chosen, model=exported, measured=measured, name=config.export, companions=trained)
 
     return Prepared(
         model=model,

@@ -34,6 +34,7 @@ class Memory:
         masters: The rank's shard of the fp32 masters.
         moments: The rank's shard of the optimizer's moments.
         averages: The rank's shard of the averages of the weights (the teacher of stage 3, the average of stage 2).
+        best: The rank's shard of the best state, with `loop.select=best`: a copy of the masters and of each average.
         inference_copies: The whole copies of these averages that compute.
         frozen: Whole frozen networks (a distillation teacher).
         buckets: Buckets of the reduction.
@@ -46,6 +47,7 @@ class Memory:
     masters: int
     moments: int
     averages: int
+    best: int
     inference_copies: int
     frozen: int
     buckets: int
@@ -55,7 +57,7 @@ class Memory:
     @property
     def sharded(self) -> int:
         """Bytes of what ZeRO shards and may offload."""
-        return self.masters + self.moments + self.averages
+        return self.masters + self.moments + self.averages + self.best
 
     @property
     def device(self) -> int:
@@ -91,6 +93,7 @@ def memory(
     bucket_bytes: int,
     activations: int,
     offloaded: bool,
+    keeps_best: bool = False,
 ) -> Memory:
     """Compute the memory of one rank.
 
@@ -104,6 +107,7 @@ def memory(
         bucket_bytes: Bytes that are reduced at once.
         activations: Bytes of one micro-batch.
         offloaded: Whether the optimizer lies in the host's memory.
+        keeps_best: Whether the best state is kept beside the last.
     """
     total = sum(p.numel for p in parameters)
     own = partition(parameters, zero_stage, world_size)
@@ -115,6 +119,7 @@ def memory(
         masters=FP32 * own if zero_stage else 0,  # without ZeRO the parameters are their own masters
         moments=moments * FP32 * own,
         averages=averages * FP32 * own,
+        best=(1 + averages) * FP32 * own if keeps_best else 0,
         inference_copies=averages * FP32 * total,
         frozen=FP32 * frozen_parameters,
         buckets=bucket_bytes if zero_stage else 0,

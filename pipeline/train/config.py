@@ -175,6 +175,16 @@ class LoopConfig(Strict):
     eval_every: PositiveInt | None = Field(
         None, description="steps between two validations; none = only after the last step", json_schema_extra=FREE
     )
+    select: Literal["last", "best"] = Field(
+        "last",
+        description="which state of the run is exported: the last, or that of the best validation (by the exported network's"
+        " top-1, equal ones by their loss; stage 1: by val/loss). `best` needs validation images and eval_every, and keeps a"
+        " copy of the weights",
+    )
+    patience: PositiveInt | None = Field(
+        None,
+        description="validations in a row without a better one after which the run ends before `steps`; none = never",
+    )
     save_every: PositiveInt = Field(500, description="steps between two checkpoints", json_schema_extra=FREE)
     keep_checkpoints: PositiveInt = Field(
         2, description="how many of the newest checkpoints are kept", json_schema_extra=FREE
@@ -225,3 +235,17 @@ class LoopConfig(Strict):
         description="steps between two votes of the processes on stopping (one tiny all-reduce)",
         json_schema_extra=FREE,
     )
+
+    @property
+    def compares(self) -> bool:
+        """Whether validations are compared with one another."""
+        return self.select == "best" or self.patience is not None
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> Self:
+        if self.compares and self.eval_every is None:
+            key = "select=best" if self.select == "best" else f"patience={self.patience}"
+            raise ValueError(
+                f"{key} compares validations, but eval_every is null; give the steps between two validations"
+            )
+        return self

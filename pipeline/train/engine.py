@@ -227,7 +227,7 @@ class Engine:
                     shard.of(state[shard.flat][moment]).copy_(read(moment, *where))
             for kind, tensors in kinds.items():
                 shard.of(tensors[shard.flat]).copy_(read(kind, *where))
-        self._refresh_compute_copies(read)
+        self.refresh_weights(read)
 
     def optimizer_step(self) -> float:
         """Return AdamW's own count of updates, without skipped ones; for SGD, which counts none, 1 once it has a momentum."""
@@ -271,9 +271,15 @@ class Engine:
             for end, start in zip(ends, starts, strict=True):
                 flat.detach().view(-1)[end:start].zero_()
 
-    def _refresh_compute_copies(self, read: Callable[[str, str, int, int], Tensor]) -> None:
-        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters."""
-        if self.config.zero_stage in (1, 2):
+    def refresh_weights(self, read: Callable[[str, str, int, int], Tensor] | None = None) -> None:
+        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters (collective).
+
+        Args:
+            read: As in `restore`, where a file has the masters of all ranks; None = they are gathered.
+        """
+        if self.config.zero_stage in (1, 2) and read is None:
+            self.gather(None, {name: p.data for name, p in self.named_parameters})
+        elif self.config.zero_stage in (1, 2) and read is not None:
             for name, p in self.named_parameters:
                 p.data.copy_(read("master", name, 0, p.numel()).view(p.shape))
         elif self.config.zero_stage == 3:
