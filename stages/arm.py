@@ -78,7 +78,7 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
         if s.world.is_main:
             path = s.run.folder / "report" / "reconstructions.png"
             grid = write_grid(path, pictures, mean=config.data.mean, std=config.data.std)
-            board.image("input, target, prediction", grid, step)
+            board.image("input, means alone, prediction", grid, step)
         if not len(held_out.sample_indices):
             return {}
         batches = s.evaluator.evaluation(*held_out, size)
@@ -129,7 +129,7 @@ def quality_of_features(s: StageContext[ArmConfig], arm: ARM, step: int) -> dict
 
 @torch.no_grad()
 def reconstructions(model: nn.Module, arm: ARM, images: Tensor) -> Tensor:
-    """Put images beside their targets and predictions, which are standardised patch by patch.
+    """Put images beside what the patches' own means show and what the predictions add to them.
 
     Args:
         model: The network that computes.
@@ -137,9 +137,9 @@ def reconstructions(model: nn.Module, arm: ARM, images: Tensor) -> Tensor:
         images: (n, C, H, W).
 
     Returns:
-        (3, n, C, H, W): images, targets, predictions.
+        (3, n, C, H, W): images; patches without contrast, which is what predicting nothing gives; predictions.
     """
     model.eval()
     predicted = model(images)
     model.train()
-    return torch.stack([images, arm.draw(arm.targets(images)), arm.draw(predicted)])
+    return torch.stack([images, arm.draw(torch.zeros_like(predicted), images), arm.draw(predicted, images)])

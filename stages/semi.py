@@ -173,11 +173,16 @@ class SemiTask(Task):
 
     def alarms(self, row: dict[str, float]) -> list[str]:
         """Return what in a logged row says that the run collapses, with advice."""
-        limits = self.config.alarms
-        if self.teacher.updates < limits.after_steps:
-            return []
+        limits, steps = self.config.alarms, self.teacher.updates
+        nothing = row.get("ssl/mask_rate", 1.0) == 0 and steps >= self.config.loop.steps // 2
+        early = steps < limits.after_steps
         watched = {
-            "ssl/mask_rate": (limits.mask_rate, "hardly any pseudo-label is accepted: lower pseudo.threshold"),
+            "ssl/mask_rate": (
+                limits.mask_rate,
+                f"{'no' if nothing else 'hardly any'} pseudo-label is accepted, so the unlabelled images teach nothing: the mean"
+                f" confidence is {row.get('ssl/confidence', math.nan):.2f}, pseudo.threshold {self.config.pseudo.threshold:g};"
+                " lower pseudo.threshold, train stage 2 longer, or leave stage 3 out",
+            ),
             "ssl/class_entropy": (
                 limits.class_entropy,
                 "the pseudo-labels collapse to few classes: try pseudo.alignment",
@@ -190,7 +195,7 @@ class SemiTask(Task):
         return [
             f"{name} is {row[name]:.3g}, below {least:g}; {advice}"
             for name, (least, advice) in watched.items()
-            if row.get(name, 1.0) < least
+            if row.get(name, 1.0) < least and (not early or (nothing and name == "ssl/mask_rate"))
         ]
 
     def captions(self, model: nn.Module, batch: Batch) -> list[str] | None:

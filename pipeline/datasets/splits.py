@@ -26,7 +26,7 @@ from pipeline.files import read_regular, replace_bytes
 
 VERSION = 2
 CODES = {"labelled": b"L", "unlabelled": b"U", "validation": b"V", "unused": b"-"}
-_FIELDS = {"version", "manifest", "num_classes", "protocol", "config", "seed", "class_ranks", "ood_classes"}
+_FIELDS = {"version", "manifest", "num_classes", "protocol", "config", "seed", "class_ranks", "ood_classes", "folds"}
 _SHUFFLE, _ROUND = 11, 12  # streams of random numbers
 
 
@@ -341,4 +341,7 @@ def _misfit(header: dict[str, Any]) -> str:
         return "its class_ranks or ood_classes are no lists, or of another length"
     if not all(type(c) is int and 0 <= c < num_classes for c in [*ranks, *outside]):
         return "its class_ranks or ood_classes name classes that do not exist"
+    folds = header.get("folds", [1, 1, 0])  # which fold of how many, and their seed
+    if not isinstance(folds, list) or [type(n) for n in folds] != [int] * 3 or not 1 <= folds[0] <= folds[1]:
+        return "its folds are no number of a fold, number of folds and seed"
     return ""

@@ -164,12 +164,10 @@ def _evaluate_model(
     name: str, folder: Path, request: _Request, given: argparse.Namespace, world: "World"
 ) -> tuple[dict[str, Any], str]:
     """Return the metrics of one model, raw and calibrated, and the hash of its weights (collective)."""
-    from torch import nn
-
     from pipeline.evaluate import metrics
     from pipeline.evaluate.calibration import Calibration, fit_temperature
     from pipeline.evaluate.config import LinearProbeConfig
-    from pipeline.evaluate.features import evaluate_features, features_of
+    from pipeline.evaluate.features import evaluate_features, features_of, linear_head
     from pipeline.evaluate.predictions import collect_logits, predict, predict_at
     from pipeline.exports.export import load_export
     from pipeline.streaming.loader import evaluation_batches
@@ -215,8 +213,8 @@ def _evaluate_model(
             **metrics.report(calibrated, groups, classes),
         }
     if len(request.bank):
-        reader = getattr(model, "head", None)
-        if not isinstance(reader, nn.Linear):
+        reader = linear_head(model)
+        if reader is None:
             raise ConfigError(
                 f"--linear-probe needs a model with one linear head, but {card.model.name} in {folder} has none;"
                 " leave --linear-probe out"

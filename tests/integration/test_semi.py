@@ -142,11 +142,13 @@ def test_an_export_is_rebalanced_to_an_export(chain: Stages, tmp_path: Path, met
     assert "is no export" in again.stderr
 
 
-def test_a_collapse_is_an_incident(chain: Stages) -> None:
-    more = ["alarms.after_steps=2", "pseudo.threshold=1.0", "loop.steps=4", "run.experiment=collapse"]
+def test_a_run_without_an_accepted_pseudo_label_warns_with_advice_from_half_of_its_steps_on(chain: Stages) -> None:
+    """It is shorter than alarms.after_steps, and only this alarm does not wait for those."""
+    more = ["pseudo.threshold=1.0", "loop.steps=4", "run.experiment=collapse"]
     done = chain.run("semi", *parents(chain, "semi"), *more)
     assert done.returncode == 0
-    assert "hardly any pseudo-label is accepted" in done.stderr
+    assert "no pseudo-label is accepted, so the unlabelled images teach nothing" in done.stderr
+    assert "pseudo.threshold 1; lower pseudo.threshold, train stage 2 longer, or leave stage 3 out" in done.stderr
     incidents = (chain.runs / "collapse" / "semi" / "incidents.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in incidents] == [2, 3, 4]
 

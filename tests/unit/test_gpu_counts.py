@@ -7,6 +7,7 @@ import pytest
 from benchmarks import sass
 from benchmarks.gpu_counts import GPUS, clocks
 from benchmarks.gpu_static import interpreter_error, scan_bytes
+from pipeline.ops.cuda.counted import CLOCKS, scan_clocks
 from pipeline.ops.cuda.program import Program
 
 # A loop over tiles with two alternatives (1 or 3 FFMA), and inside it a loop with one MUFU.
@@ -64,6 +65,13 @@ def test_bytes_of_a_layer_are_near_the_least_and_grow_where_the_cache_is_too_sma
         scan_bytes(program, 2000, 768, GPUS["sm_80"], blocks)[0]
         > 1.15 * scan_bytes(program, 2000, 768, GPUS["sm_80"], blocks)[1]
     )
+
+
+def test_a_scan_is_charged_for_whole_tiles_and_sixteen_states():
+    sizes = {"images": 2, "directions": 2, "channels": 8}
+    whole = scan_clocks("forward", "sm_80", steps=208, states=16, **sizes)
+    assert whole == pytest.approx(2 * 2 * 8 * 208 * 16 * CLOCKS["sm_80"]["forward"] / 1000)
+    assert scan_clocks("forward", "sm_80", steps=197, states=5, **sizes) == whole
 
 
 def test_the_emulated_kernels_equal_the_reference():
