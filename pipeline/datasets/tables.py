@@ -6,6 +6,7 @@ read.
 """
 
 import hashlib
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,10 @@ def check_content(path: Path, sha256: str) -> None:
         raise _changed(path)
 
 
+# What numpy raises for a damaged header: it parses the header as Python, and tries again as Python 2 wrote it.
+_DAMAGED_HEADER = (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
+
+
 def open_table(path: Path, dtype: np.dtype[np.void], sha256: str) -> NDArray[np.void]:
     """Map a table into memory; only its size and form are checked.
 
@@ -48,7 +53,7 @@ def open_table(path: Path, dtype: np.dtype[np.void], sha256: str) -> NDArray[np.
     try:
         table: NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
         whole = table.ndim == 1 and table.dtype == dtype and _start(path, table) >= 0
-    except ValueError:
+    except _DAMAGED_HEADER:
         whole = False
     if whole:
         return table
