@@ -19,6 +19,8 @@ from pipeline.exit_codes import ExitCode
 
 # What any write can meet at any moment: the disk is full, over quota, read-only or broken, or its server is gone.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+# A file or folder of somebody else, and a path that leads nowhere.
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class Command(NamedTuple):
@@ -37,6 +39,7 @@ COMMANDS = {
     "doctor": Command("launchers.__main__", ("doctor",), "check whether this machine or cluster can run it"),
     "stage": Command("stages.__main__", (), "run one stage in this process: vmp stage arm CONFIG [key=value ...]"),
     "local": Command("launchers.__main__", ("local",), "run one stage in several processes on this machine"),
+    "recipe": Command("launchers.__main__", ("recipe",), "look at images and write the configs of a chain for them"),
     "chain": Command("launchers.__main__", ("local", "chain"), "run all stages on this machine: vmp chain NAME"),
     "submit": Command("launchers.__main__", ("slurm",), "submit a stage or a chain to SLURM"),
     "status": Command("launchers.__main__", ("status",), "show how far every run is"),
@@ -44,6 +47,7 @@ COMMANDS = {
     "report": Command("launchers.__main__", ("report",), "write one page about finished runs"),
     "predict": Command("pipeline.predict", (), "name what an exported classifier sees in image files"),
     "evaluate": Command("pipeline.evaluate.__main__", (), "evaluate an export on a dataset"),
+    "rebalance": Command("pipeline.rebalance", (), "balance the head of an exported classifier for a long tail"),
     "efficiency": Command("launchers.__main__", ("efficiency",), "time real steps of stage 3 side by side"),
     "inference": Command("launchers.__main__", ("inference",), "measure throughput against resolution"),
     "pareto": Command("launchers.__main__", ("pareto",), "plot speed measured here against reported accuracy"),
@@ -68,7 +72,7 @@ def guarded(
 
     Returns:
         The command's own code; 0 if the reader of the output has closed it; the `exit_code` of a `PipelineError`; 5 for a
-        disk that fails; 130 for Ctrl-C; 1, with a stack trace, for a bug.
+        disk that fails or a file without access; 130 for Ctrl-C; 1, with a stack trace, for a bug.
     """
     previous, threading.excepthook = threading.excepthook, _thread_problem
     try:
@@ -109,6 +113,10 @@ def _is_disk_error(error: BaseException | None) -> bool:
 
 
 def _disk_problem(error: Exception) -> PipelineError | None:
+    if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
+        return EnvironmentProblem(
+            f"{str(error.filename)[:200]}: {os.strerror(error.errno)}; give another file or folder, or ask its owner for access"
+        )
     if not (isinstance(error, OSError) and _is_disk_error(error)):
         return None
     return EnvironmentProblem(

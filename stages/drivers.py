@@ -13,20 +13,23 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.transforms import View
+from pipeline.train.best import Best
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
 from pipeline.train.recorder import Recorder
 from pipeline.train.replay import Replay
 from pipeline.train.replay import replay as take_again
-from pipeline.train.schedules import warmup_cosine
+from pipeline.train.schedules import learning_rate
 from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
 from pipeline.train.training import Training
 from stages import spec_of
 from stages.configs.base import StageConfig
 from stages.context import StageContext
+from stages.features import use_cached_features
 from stages.identity import inputs_of
 from stages.visualize import show_attribution, show_views
 
@@ -45,6 +48,7 @@ class Prepared(Generic[T]):
         flops: FLOPs of a step per sample of the first stream, backward included.
         evaluate: Called by all ranks with the step and the board; returns numbers for the log.
         finish: Called by all ranks after the last step; evaluates and exports.
+        backbone: Which part of the model trains, and whether the features of the rest are cached.
     """
 
     model: nn.Module
@@ -54,6 +58,7 @@ class Prepared(Generic[T]):
     flops: int
     evaluate: Evaluate
     finish: Callable[[T], None]
+    backbone: BackboneConfig = WHOLE
 
 
 def train(config: StageConfig) -> None:
@@ -70,9 +75,11 @@ def train(config: StageConfig) -> None:
             _show(s, training, step, board, prepared.image_size)
             return row
 
-        fit(training, s.run, evaluate)
+        ending = fit(training, s.run, evaluate)
+        if s.ended(ending) and task.best:
+            task.best.adopt()
         prepared.finish(task)
-        s.run.status("complete", step=config.loop.steps, steps=config.loop.steps)
+        s.run.status("complete", step=ending.step, steps=ending.steps)
 
 
 def replay(config: StageConfig, asked: Replay) -> str:
@@ -90,21 +97,26 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     """Let the stage prepare, open engine and streams, and put the training together."""
     prepared: Prepared[Any] = importlib.import_module(spec_of(s.config).module).prepare(s)
     streams = s.loaders(prepared.views)
-    loop, optim = s.config.loop, s.config.optim
+    loop = s.config.loop
     recorder = Recorder(loop.log_every)
     if s.world.size > 1 and s.config.engine.sync_batch_norm:
         synchronise_batch_norms(prepared.model)
     recorder.watch(prepared.model.to(s.world.device))
+    if prepared.backbone.cached_views:  # before the engine may shard the weights
+        use_cached_features(s, prepared.model, streams, prepared.backbone)
     engine = s.open_engine(prepared.model)
     task = prepared.make_task(engine)
+    if loop.select == "best":
+        task.best = Best(engine, task)
     training = Training(
         task=task,
         engine=engine,
         streams=streams,
         loop=loop,
-        lr_at=warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps - optim.cooldown_steps),
+        lr_at=learning_rate(s.config.optim, loop.steps),
         accumulation=s.batches()[1],
         seed=s.config.run.seed,
+        datasets=s.datasets(),
         inputs=inputs_of(s.config, s.manifest),
         recorder=recorder,
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),

@@ -16,7 +16,8 @@ from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.splits import Split
 from pipeline.errors import HandoverError
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
-from pipeline.models.config import DecoderConfig, FamilyConfig
+from pipeline.models.config import DecoderConfig
+from pipeline.models.family import FamilyConfig
 
 if TYPE_CHECKING:
     from stages.configs.base import StageConfig
@@ -157,6 +158,8 @@ class Workload:
         Args:
             forward: Counts the FLOPs of one image's forward pass through a network.
         """
+        if self.student.backbone.cached_views:
+            return 1  # the classifier's work is not counted, but plans divide by the work of a step
         total, own = 0, forward(self.student)
         for network in self.networks:
             passes = network.backbone.passes * network.trained_images + network.inferred_images

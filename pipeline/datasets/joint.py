@@ -117,6 +117,10 @@ class JointManifest(Manifest):
         part, own = self._owner(shard)
         return part.url_of(own)
 
+    def local_shards(self) -> list[tuple[Path, str]]:
+        """Return the shards of all datasets that lie here, each with the SHA-256 of its content."""
+        return [shard for part in self.parts for shard in part.local_shards()]
+
     def member(self, sample_index: int) -> str:
         """Return the name of a sample's image in its tar."""
         part, row = self._local(sample_index)

@@ -1,8 +1,9 @@
 """Which samples are labelled, unlabelled or held out for validation.
 
 A split is a JSON file of one object with one key a line: the protocol in words, its options and seed, the hash of the
-manifest, and last `codes`, a string with one code per sample in the order of the manifest: L (labelled), U (unlabelled),
-V (validation) or - (unused). So any tool can count and compare splits, and the file takes one byte per sample.
+manifest, `codes`, a string with one code per sample in the order of the manifest: L (labelled), U (unlabelled), V (validation)
+or - (unused), and last the split's hash, which finds damage. So any tool can count and compare splits, and the file takes
+one byte per sample. A split that another tool has written or changed may leave the hash out.
 """
 
 import functools
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline import seeds
 from pipeline.config import choose
 from pipeline.datasets.config import SplitConfig
-from pipeline.datasets.imbalance import class_ranks, round_count, target_counts
+from pipeline.datasets.imbalance import class_ranks, head_counts, round_count, target_counts
 from pipeline.datasets.lists import read_list
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
@@ -25,6 +26,7 @@ from pipeline.files import read_regular, replace_bytes
 
 VERSION = 2
 CODES = {"labelled": b"L", "unlabelled": b"U", "validation": b"V", "unused": b"-"}
+_FIELDS = {"version", "manifest", "num_classes", "protocol", "config", "seed", "class_ranks", "ood_classes", "folds"}
 _SHUFFLE, _ROUND = 11, 12  # streams of random numbers
 
 
@@ -48,14 +50,17 @@ class Split:
     @functools.cached_property
     def content(self) -> bytes:
         """The file, byte for byte."""
-        fields = self.header | {"codes": self.codes.tobytes().decode()}
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
-        return f"{{\n{lines}\n}}\n".encode()
+        return self._lines({"sha256": self.hash})
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of the content; every result carries it."""
-        return hashlib.sha256(self.content).hexdigest()
+        """SHA-256 of the content without the hash itself; every result carries it."""
+        return hashlib.sha256(self._lines({})).hexdigest()
+
+    def _lines(self, seal: dict[str, str]) -> bytes:
+        fields = self.header | {"codes": self.codes.tobytes().decode()} | seal
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+        return f"{{\n{lines}\n}}\n".encode()
 
     def subset(self, name: str) -> NDArray[np.int64]:
         """Return the sorted sample indices of "labelled", "unlabelled", "validation" or "unused"."""
@@ -94,6 +99,9 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         )
     sizes = np.bincount(labels[pool & has_label], minlength=num_classes)
     ranks = class_ranks(sizes, config.class_order, seed)
+    if config.n_1:
+        codes = _usb_codes(manifest, config, seed)
+        return Split(_header(manifest, config, seed, codes, ranks, ranks < 0), codes, labels)
     outside = ranks >= num_classes - config.ood_classes
     codes = np.full(manifest.num_samples, CODES["unused"])
     members = [_shuffled_members(c, labels, pool, listed, seed) for c in range(num_classes)]
@@ -117,17 +125,66 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         barred = has_label & outside[labels] & (config.ood_scope == "all")
         codes[(codes == CODES["unused"]) & ~barred] = CODES["unlabelled"]
     codes[~has_label & pool] = CODES["unlabelled"]
-    header = {
+    header = _header(manifest, config, seed, codes, ranks, outside)
+    header["config"] |= {"pool_list": pool_hash, "labelled_list": listed_hash}
+    return Split(header, codes, labels)
+
+
+def _header(
+    manifest: Manifest,
+    config: SplitConfig,
+    seed: int,
+    codes: NDArray[np.bytes_],
+    ranks: NDArray[np.int64],
+    outside: NDArray[np.bool_],
+) -> dict[str, Any]:
+    num_classes, values = len(manifest.classes), config.model_dump(mode="json")
+    if not config.n_1:  # splits from before there was a choice keep their hash
+        values = {name: value for name, value in values.items() if name not in ("n_1", "m_1", "gamma_l", "gamma_u")}
+    return {
         "version": VERSION,
         "manifest": manifest.hash,
         "num_classes": num_classes,
-        "protocol": describe(config, num_classes, seed) + _real_and_hidden(labels, codes),
-        "config": config.model_dump(mode="json") | {"pool_list": pool_hash, "labelled_list": listed_hash},
+        "protocol": describe(config, num_classes, seed) + _real_and_hidden(manifest.labels, codes),
+        "config": values,
         "seed": seed,
         "class_ranks": ranks.tolist(),
         "ood_classes": np.flatnonzero(outside).tolist(),
     }
-    return Split(header, codes, labels)
+
+
+def _usb_codes(manifest: Manifest, config: SplitConfig, seed: int) -> NDArray[np.bytes_]:
+    """Choose samples as USB does: class after class, with one NumPy generator of `seed` for all.
+
+    A class's samples are shuffled in the order of their keys, which the converters of the benchmarks number as the files do. So
+    CIFAR's and STL-10's indices are USB's own for the same seed. Samples without a label are unlabelled. Validation is ours and
+    takes what is left, so it changes no index.
+
+    Raises:
+        ConfigError: A class has too few samples.
+    """
+    labels, num_classes = manifest.labels, len(manifest.classes)
+    order = np.array(sorted(range(manifest.num_samples), key=manifest.key), np.int64)
+    known = head_counts(config.n_1, num_classes, config.gamma_l)
+    more = head_counts(config.m_1, num_classes, config.gamma_u)
+    codes = np.full(manifest.num_samples, CODES["unused"])
+    generator = np.random.RandomState(seed % 2**32)
+    for c in range(num_classes):
+        members = order[labels[order] == c]
+        generator.shuffle(members)
+        if not config.m_1:
+            more[c] = len(members) - known[c] - config.validation_per_class
+        first, second = known[c], known[c] + more[c]
+        if more[c] < 0 or len(members) < second + config.validation_per_class:
+            raise ConfigError(
+                f"class {manifest.classes[c]!r} has {len(members)} samples, but n_1, m_1 and validation_per_class ask for"
+                f" {known[c]} + {max(0, more[c])} + {config.validation_per_class}; lower them"
+            )
+        codes[members[:first]] = CODES["labelled"]
+        codes[members[first:second]] = CODES["unlabelled"]
+        codes[members[second : second + config.validation_per_class]] = CODES["validation"]
+    codes[labels < 0] = CODES["unlabelled"]
+    return codes
 
 
 def _real_and_hidden(labels: NDArray[np.int64], codes: NDArray[np.bytes_]) -> str:
@@ -177,6 +234,14 @@ def _hold_out(
 def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
     """Return the protocol in words."""
     phrases = []
+    if config.n_1:
+        rest = f"M_1 {config.m_1}, gamma_u {config.gamma_u:g}" if config.m_1 else "all others unlabelled"
+        phrases.append(
+            f"USB's long tail over {num_classes} classes: N_1 {config.n_1}, gamma_l {config.gamma_l:g}, {rest}"
+        )
+        if config.validation_per_class:
+            phrases.append(f"{config.validation_per_class} per class held out for validation")
+        return "; ".join([*phrases, f"seed {seed}"])
     if config.pool_list:
         phrases.append(f"only the samples of {_name(config.pool_list)}")
     if config.imbalance > 1:
@@ -228,7 +293,7 @@ def read_split(path: Path, manifest: Manifest) -> Split:
     again = f"delete it and make it again with `python -m pipeline.data split {_arguments(manifest)} --out {path}`"
     try:
         header = json.loads(raw)
-        codes = header.pop("codes").encode("ascii")
+        codes, seal = header.pop("codes").encode("ascii"), header.pop("sha256", None)
         made_for, version, num_classes = header["manifest"], header["version"], header["num_classes"]
         misfit = _misfit(header)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -248,6 +313,10 @@ def read_split(path: Path, manifest: Manifest) -> Split:
     if len(codes) != manifest.num_samples or unknown or num_classes != len(manifest.classes):
         raise DataError(f"split {path} is damaged: {len(codes)} codes for {manifest.num_samples} samples; {again}")
     split = Split(header, np.frombuffer(codes, "S1"), manifest.labels)
+    if seal not in (None, split.hash):
+        raise DataError(
+            f"split {path} was changed or damaged after it was made: its content does not have the hash that it states; {again}"
+        )
     for name in ("labelled", "validation"):
         if wrong := int((manifest.labels[split.subset(name)] < 0).sum()):
             raise DataError(f"split {path} is damaged: {wrong} {name} samples have no label in {manifest}; {again}")
@@ -260,6 +329,8 @@ def _arguments(manifest: Manifest) -> str:
 
 def _misfit(header: dict[str, Any]) -> str:
     """Return which field of a split has another form than `make_split` gives it; empty if none has."""
+    if unknown := set(header) - _FIELDS:
+        return f"it has an unknown field {min(unknown)[:40]!r}"
     protocol, num_classes = header["protocol"], header["num_classes"]
     if not isinstance(protocol, str) or protocol.encode(errors="replace").decode() != protocol:  # a lone surrogate
         return "its protocol is not Unicode text"
@@ -270,4 +341,7 @@ def _misfit(header: dict[str, Any]) -> str:
         return "its class_ranks or ood_classes are no lists, or of another length"
     if not all(type(c) is int and 0 <= c < num_classes for c in [*ranks, *outside]):
         return "its class_ranks or ood_classes name classes that do not exist"
+    folds = header.get("folds", [1, 1, 0])  # which fold of how many, and their seed
+    if not isinstance(folds, list) or [type(n) for n in folds] != [int] * 3 or not 1 <= folds[0] <= folds[1]:
+        return "its folds are no number of a fold, number of folds and seed"
     return ""

@@ -5,9 +5,10 @@
 DATA is a folder of shards with a manifest; --subset evaluates on one subset of a split of it. The command reports top-1 and
 top-5; balanced, head, medium and tail accuracy; calibration and the accuracy of every class; and it keeps all predictions.
 
-If the export's stage trained a student beside a teacher, both are evaluated. With --train and --split a temperature is
-fitted on the split's validation subset, and the calibrated metrics are added. With --linear-probe too, a linear probe and
-nearest neighbours learn from the split's labelled subset, on the input of the model's head.
+If the export's stage trained a student beside a teacher, both are evaluated. Probabilities are calibrated by the temperature
+of the export's card; ece and ece_raw are the calibration error with and without it. With --train and --split a temperature
+is fitted anew on the split's validation subset, and the metrics with it are added as "calibrated". With --linear-probe too,
+a linear probe and nearest neighbours learn from the split's labelled subset, on the input of the model's head.
 
 On several processes: make evaluate EXPORT=... DATA=... NPROC=N. The numbers do not depend on N.
 Exit codes: those of `python -m stages`.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipeline import decoding
 from pipeline.cli import guarded
 from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest, read_manifest
@@ -47,7 +49,7 @@ def _run(arguments: list[str]) -> int:
     given = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        _evaluate(_check(given), given.batch)
+        _evaluate(_check(given), given)
     except PipelineError as error:
         if os.environ.get("RANK", "0") == "0":
             raise
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch", type=int, help="images per process and step (default: the evaluation batch of the export's run)"
     )
+    decoding.add_options(parser, "that of the export")
     parser.add_argument("--out", type=Path, help="folder to write (default: evaluation-DATA beside the export)")
     return parser
 
@@ -136,14 +139,14 @@ def _check(given: argparse.Namespace) -> _Request:
     return _Request(exports, data, sample_indices, train, held_out, bank, split.hash if split else None, out)
 
 
-def _evaluate(request: _Request, batch: int | None) -> None:
+def _evaluate(request: _Request, given: argparse.Namespace) -> None:
     from pipeline.train import distributed
 
     world = distributed.start(timeout_seconds=600)
     results: dict[str, Any] = {}
     weights = {}
     for name, folder in request.exports.items():
-        found, weights[name] = _evaluate_model(name, folder, request, batch, world)
+        found, weights[name] = _evaluate_model(name, folder, request, given, world)
         results |= found
     if world.is_main:
         origin = {
@@ -158,16 +161,14 @@ def _evaluate(request: _Request, batch: int | None) -> None:
 
 
 def _evaluate_model(
-    name: str, folder: Path, request: _Request, batch: int | None, world: "World"
+    name: str, folder: Path, request: _Request, given: argparse.Namespace, world: "World"
 ) -> tuple[dict[str, Any], str]:
     """Return the metrics of one model, raw and calibrated, and the hash of its weights (collective)."""
-    from torch import nn
-
     from pipeline.evaluate import metrics
-    from pipeline.evaluate.calibration import fit_temperature
+    from pipeline.evaluate.calibration import Calibration, fit_temperature
     from pipeline.evaluate.config import LinearProbeConfig
-    from pipeline.evaluate.features import evaluate_features, features_of
-    from pipeline.evaluate.predictions import collect_logits, predict
+    from pipeline.evaluate.features import evaluate_features, features_of, linear_head
+    from pipeline.evaluate.predictions import collect_logits, predict, predict_at
     from pipeline.exports.export import load_export
     from pipeline.streaming.loader import evaluation_batches
     from pipeline.streaming.transforms import eval_views
@@ -178,7 +179,7 @@ def _evaluate_model(
         card.model.image_size,
         mean=card.preprocessing.mean,
         std=card.preprocessing.std,
-        decoding=card.preprocessing.decoding,
+        decoding=decoding.given(given, card.preprocessing.decoding),
     )
     classes = request.data.classes
     groups = _groups(folder, card)
@@ -187,14 +188,17 @@ def _evaluate_model(
         return evaluation_batches(
             manifest,
             sample_indices,
-            batch_size=batch or card.eval_batch,
+            batch_size=given.batch or card.eval_batch,
             rank=world.rank,
             world_size=world.size,
             views=views,
         )
 
-    predictions = predict(model, batches(request.data, request.sample_indices), world.device)
-    results = {name: metrics.report(predictions, groups, classes)}
+    calibration = Calibration(card.temperature, card.calibration)
+    raw, predictions = predict_at(
+        model, batches(request.data, request.sample_indices), world.device, [1.0, card.temperature]
+    )
+    results = {name: metrics.report_calibrated(raw, predictions, groups, classes, calibration)}
     if world.is_main:
         predictions.save(request.out / f"predictions-{name}.npz")
         metrics.write_per_class(request.out / f"per_class-{name}.csv", predictions, classes, card.class_counts)
@@ -209,8 +213,8 @@ def _evaluate_model(
             **metrics.report(calibrated, groups, classes),
         }
     if len(request.bank):
-        reader = getattr(model, "head", None)
-        if not isinstance(reader, nn.Linear):
+        reader = linear_head(model)
+        if reader is None:
             raise ConfigError(
                 f"--linear-probe needs a model with one linear head, but {card.model.name} in {folder} has none;"
                 " leave --linear-probe out"
@@ -256,7 +260,7 @@ def companions(export: Path) -> dict[str, Path]:
 
 
 def _print(results: dict[str, Any], out: Path) -> None:
-    shown = ("top1", "top5", "balanced", "head", "medium", "tail", "ece", "nll")
+    shown = ("top1", "top5", "balanced", "head", "medium", "tail", "ece_raw", "ece", "nll")
     print(f"{'':22s}" + "".join(f"{name:>10s}" for name in shown))
     for name, found in results.items():
         cells = (

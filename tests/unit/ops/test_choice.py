@@ -55,9 +55,18 @@ def test_report_names_every_implementation_with_its_error_or_reason():
     assert list(rows) == list(choice.SCANS)
     assert rows["reference"] == (0.0, "works")
     assert rows["torch"][0] < 1e-5
-    assert rows["cuda"] == (None, "not available: mamba-ssm runs on CUDA, not on cpu")
+    assert rows["mamba_ssm"] == (None, "not available: mamba-ssm runs on CUDA, not on cpu")
 
 
 def test_fp64_is_never_computed_in_fp32():
     choose_scan("auto")
     assert choice.operators_for(torch.ones(1, dtype=torch.float64)).name == "torch"
+
+
+def test_our_cuda_kernels_are_missing_where_torch_has_no_cuda():
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is built with CUDA")
+    with pytest.raises(choice.Missing, match="this torch is built without CUDA"):
+        choice.SCANS["cuda"](torch.device("cuda"))
+    with pytest.raises(choice.Missing, match="the CUDA kernels run on a GPU, not on cpu"):
+        choice.SCANS["cuda"](torch.device("cpu"))
