@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -13,6 +12,7 @@ from PIL import Image
 
 from pipeline.evaluation_view import EvaluationView
 from pipeline.images import UnreadableImage, decode_with_pillow, decode_with_simplejpeg
+from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.streaming.config import STRONG, WEAK, AffineConfig, AugmentConfig
 from pipeline.streaming.geometry import MAX_SCALED, crop_resize, random_box
 from pipeline.streaming.transforms import WIDEST, eval_views, pair_views, train_views
@@ -77,6 +77,9 @@ def test_a_squashed_eval_view_is_the_centre_of_a_square(photo, crop: float, side
     view = eval_views((224, 224), MEAN, STD, view=EvaluationView(resize="squash", crop=crop))
     ours = view.pixels(photo, 0)["images"].permute(1, 2, 0).numpy()
     assert np.abs(ours - want).mean() < 1
+    allow_torchvision()
+    import timm
+
     timms = timm.data.create_transform(
         (3, 224, 224), interpolation="bicubic", crop_pct=crop, crop_mode="squash", normalize=False
     )
