@@ -94,7 +94,8 @@ def interpreter_error() -> float:
             gradients = torch.autograd.grad((out * weights[0] + ungated * weights[1]).sum(), leaves)
             results.append([out, ungated, *gradients])
         for got, want in zip(*results, strict=True):
-            worst = max(worst, float(((got.double() - want).abs().max() / want.abs().max()).detach()))
+            error = (got.double() - want).abs().max() / want.abs().max()
+            worst = max(worst, float(error.detach().nan_to_num(nan=float("inf"))))
     return worst
 
 

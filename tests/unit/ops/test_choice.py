@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.ops import choice
+from pipeline.ops import choice, reference
 from pipeline.ops.choice import choose_scan
 from pipeline.ops.reference import causal_conv1d_silu
 
@@ -48,6 +48,15 @@ def test_a_missing_implementation_is_information_and_a_failing_one_is_an_error(c
         choose_scan("absent")
     with pytest.raises(choice.Failing):
         choose_scan("wrong")
+
+
+def test_a_nan_in_any_result_fails_the_self_test():
+    def scan(*inputs, **options):
+        out, ungated = reference.selective_scan(*inputs, **options)
+        return out, ungated * float("nan")
+
+    with pytest.raises(choice.Failing, match="relative error to the reference is inf"):
+        choice.self_test(choice.Operators(name="wrong", scan=scan), torch.device("cpu"))
 
 
 def test_report_names_every_implementation_with_its_error_or_reason():
