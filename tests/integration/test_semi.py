@@ -66,14 +66,6 @@ def test_ssmixup_is_refused_where_there_are_no_two_directions(chain: Stages, eff
     assert "set ssmixup=null" in done.stderr
 
 
-def test_the_released_semi_vim_survives_a_kill_on_any_backbone(chain: Stages, efficientvim: Path) -> None:
-    released = ["ema={preset: released, pull: 0.01}", "ssmixup={axis: logits, nu: 1.0}", "pseudo.normalise=accepted"]
-    more = [f"init_from={efficientvim}", *released, "optim.lr=1e-2"]
-    straight = chain.complete("semi", *more, "run.experiment=released-straight")
-    start_and_signal(chain, "semi", *more, "run.experiment=released-killed", number=signal.SIGKILL, after_steps=5)
-    assert bytes_of(chain.complete("semi", *more, "run.experiment=released-killed")) == bytes_of(straight)
-
-
 def test_ssmixup_and_running_means_survive_a_kill_and_leave_no_trace_in_the_export(chain: Stages) -> None:
     remedies = ["ssmixup={}", "pseudo.thresholds=class_balanced", "pseudo.alignment=labelled", "optim.lr=1e-2"]
     more = [*parents(chain, "semi"), *remedies]
