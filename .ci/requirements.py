@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = """\
 # What a run needs, for `pip install -r requirements.txt`. Generated from pyproject.toml by `make requirements`: edit that.
-# Extras are in pyproject.toml: pip install -e '.[dev]' (also docs, gpu, onnx, coreml, parquet, s3).
+# Extras are in pyproject.toml: pip install -e '.[dev]' (also docs, gpu, onnx, coreml, parquet, aws, wandb, mlflow, trackio).
 """
 
 
