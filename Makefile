@@ -6,6 +6,10 @@ STAMP := .venv/.installed
 NPROC ?= 1
 SEEDS ?= 0 1 2
 RUNS ?= runs
+# The build of torch: cu126 or cu128 for an older driver, or the address of a mirror of one. Empty = pip's usual index.
+TORCH_INDEX ?=
+TORCH_URL = $(if $(findstring ://,$(TORCH_INDEX)),$(TORCH_INDEX),https://download.pytorch.org/whl/$(TORCH_INDEX))
+TORCH_PINS = $(shell grep -E '^torch(vision)?==' requirements.txt)
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
@@ -16,11 +20,12 @@ export PYTHONUNBUFFERED := 1
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(STAMP)  ## make .venv with the pinned packages and the command .venv/bin/vmp (the other targets do it when needed)
+install: $(STAMP)  ## make .venv with the pinned packages and the command .venv/bin/vmp (the other targets do it when needed): TORCH_INDEX=cu126
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V); Python 3.11, 3.12 or 3.13 is needed: give make PYTHON=python3.12" >&2; exit 5; }
 	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(PY) -m pip install --disable-pip-version-check --index-url $(TORCH_URL) $(TORCH_PINS))
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
 
@@ -131,7 +136,7 @@ check: $(STAMP)  ## format, lint, types, layers, words, and whether generated fi
 	$(PY) -m docs.reference.generate --check
 	$(PY) -m pytest tests/unit/test_layers.py tests/unit/test_words.py
 
-requirements: $(STAMP)  ## write requirements.txt from the pins in pyproject.toml
+requirements: $(STAMP)  ## write requirements*.txt from the pins in pyproject.toml
 	$(PY) .ci/requirements.py
 
 docs-reference: $(STAMP)  ## write docs/reference/config.md from the config schemas

@@ -84,7 +84,9 @@ def tool(name: str) -> str:
     packages = [str(path) for folder in sys.path for path in Path(folder).glob(f"nvidia/*/bin/{name}")]
     found = which(name) or next(iter(packages), None)
     if found is None:
-        raise EnvironmentProblem(f"{name} is missing: pip install nvidia-cuda-{name}, or put it on the PATH")
+        raise EnvironmentProblem(
+            f"{name} is missing: put it on the PATH, or type .venv/bin/python -m pip install -e '.[kernels]'"
+        )
     return found
 
 

@@ -14,14 +14,14 @@ from tests.unit.report.test_tracker import NAMES, READ, use_trackio_of
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_killed_run_and_its_two_processes_are_one_curve(
-    chain: Stages, name: str, monkeypatch: pytest.MonkeyPatch
+    stages: Stages, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(name, reason=f"pip install 'visionmamba-pipeline[{name}]'")
     more = [f"run.experiment=followed-{name}", f"run.tracker={name}"]
-    code = start_and_signal(chain, "arm", *more, number=signal.SIGKILL, after_steps=5)
+    code = start_and_signal(stages, "arm", *more, number=signal.SIGKILL, after_steps=5)
     assert code == -signal.SIGKILL
-    run = chain.complete("arm", *more, nproc=2)
-    use_trackio_of(chain.runs, monkeypatch)
+    run = stages.complete("arm", *more, nproc=2)
+    use_trackio_of(stages.runs, monkeypatch)
     points, config = READ[name](run)
     assert str(config["optim.lr"]) == "0.003"
     rows = read_rows(run / "metrics.jsonl", "step")
@@ -33,12 +33,12 @@ def test_a_killed_run_and_its_two_processes_are_one_curve(
         assert expected[-1] in found
 
 
-def test_a_tracker_that_is_not_installed_ends_in_5_before_training(chain: Stages) -> None:
+def test_a_tracker_that_is_not_installed_ends_in_5_before_training(stages: Stages) -> None:
     missing = [name for name in NAMES if importlib.util.find_spec(name) is None]
     if not missing:
         pytest.skip("all trackers are installed")
-    done = chain.run("arm", "run.experiment=untracked", f"run.tracker={missing[0]}")
+    done = stages.run("arm", "run.experiment=untracked", f"run.tracker={missing[0]}")
     assert done.returncode == 5
     assert f"pip install 'visionmamba-pipeline[{missing[0]}]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not (chain.runs / "untracked" / "arm" / "metrics.jsonl").exists()
+    assert not (stages.runs / "untracked" / "arm" / "metrics.jsonl").exists()
