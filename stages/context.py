@@ -195,7 +195,11 @@ class StageContext(Generic[C]):
     def pictures(self, samples: Held, number: int, image_size: tuple[int, int]) -> Tensor:
         """Return the same images on every rank, spread over `samples`: (number, 3, H, W), on the device."""
         view = eval_views(
-            image_size, mean=self.config.data.mean, std=self.config.data.std, decoding=self.config.data.decoding
+            image_size,
+            mean=self.config.data.mean,
+            std=self.config.data.std,
+            view=self.config.data.view,
+            decoding=self.config.data.decoding,
         )
         remote = self.config.data.loader.remote
         return spread(samples.manifest, samples.sample_indices, number, view, remote).images.to(self.world.device)
