@@ -68,6 +68,7 @@ def train(config: StageConfig) -> None:
         PipelineError: What the stage ends in, if it does not complete.
     """
     with StageContext(config, config.folder) as s:
+        s.run.follow(config.run.tracker)
         prepared, training, task = _open(s)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
