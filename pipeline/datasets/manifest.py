@@ -147,6 +147,13 @@ class Manifest:
         """Return the URL of a shard; empty if it is local."""
         return f"{self.location.rstrip('/')}/{self.shards[shard].name}" if self.location else ""
 
+    def place_of(self, sample_index: int) -> tuple[Path, int]:
+        """Return the local file that holds a sample's image, and its first byte there."""
+        return self.path_of(int(self.shard_of(sample_index))), int(self.samples["offset"][sample_index])
+
+    def check_bytes(self, sample_index: int, data: bytes) -> None:
+        """Refuse bytes that are not the sample's; a shard is known by its size, and `verify` compares its hash."""
+
     def shard_of(self, sample_indices: ArrayLike) -> NDArray[np.int64]:
         """Return the index of the shard that holds each sample."""
         return np.searchsorted(self._ends, sample_indices, side="right")
@@ -175,8 +182,8 @@ def sample_key(member: str) -> str:
     return folder + slash + name.split(".", 1)[0]
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Open the dataset in `folder`.
+def read_manifest(folder: Path, kind: type[Manifest] = Manifest) -> Manifest:
+    """Open the dataset of shards in `folder`; `opening.open_dataset` opens folders of images too.
 
     Raises:
         DataError: The manifest is missing or damaged, or a local tar is missing or has another size.
@@ -205,7 +212,7 @@ def read_manifest(folder: Path) -> Manifest:
         samples = (
             np.lib.format.open_memmap(folder / SAMPLES, mode="r") if header["num_samples"] else np.zeros(0, SAMPLE)
         )
-        manifest = Manifest(folder, header, _identity(header), samples, names)
+        manifest = kind(folder, header, _identity(header), samples, names)
         problem = _problem(manifest, header)
     except (KeyError, TypeError, ValueError, OSError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -282,21 +289,18 @@ def _npy(samples: NDArray[np.void]) -> bytes:
 
 
 def read_image(manifest: Manifest, sample_index: int) -> bytes:
-    """Return the stored bytes of one image of a local dataset; training uses `streaming.reader.Reader`.
-
-    Raises:
-        DataError: The shards are remote, or the shard cannot be read.
-    """
-    shard, row = int(manifest.shard_of(sample_index)), manifest.rows(sample_index)
-    if url := manifest.url_of(shard):
+    """Return the stored bytes of one image of a local dataset, or raise DataError; training uses `streaming.reader`."""
+    if url := manifest.url_of(int(manifest.shard_of(sample_index))):
         raise DataError(f"a shard of {manifest} is at {url}; copy the shards here to read images")
-    path = manifest.path_of(shard)
+    path, start = manifest.place_of(sample_index)
     try:
         with path.open("rb") as file:
-            file.seek(int(row["offset"]))
-            return file.read(int(row["length"]))
+            file.seek(start)
+            data = file.read(int(manifest.rows(sample_index)["length"]))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); restore it") from None
+    manifest.check_bytes(sample_index, data)
+    return data
 
 
 def _identity(header: dict[str, Any]) -> str:
@@ -330,7 +334,7 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
             return f"lists a shard named {shard.name[:40]!r}, which does not lie in the dataset's folder"
     if len({shard.name for shard in shards}) != len(shards):
         return "lists a shard twice"
-    if manifest.location and manifest.location.split("://")[0] not in KINDS:
+    if manifest.location and manifest.location.split("://")[0] not in (*KINDS, "file"):
         return f"has its shards at {manifest.location!r}, which is neither here nor at {', '.join(KINDS)}"
     sizes = np.repeat([shard.size for shard in shards], [shard.count for shard in shards]).astype(np.uint64)
     ends = samples["offset"] + samples["length"]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.datasets.joint import read_manifests, with_classes
-from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.exports.card import CARD
@@ -118,7 +119,7 @@ def _panels(result: Result) -> list[Panel]:
     if not exports or (own is None and given is None):
         return []
     if own is not None:
-        manifest = read_manifest(Path(own))
+        manifest = open_dataset(Path(own))
         held_out = np.flatnonzero(manifest.labels >= 0)
     elif given is not None:
         train = given["train"] if isinstance(given["train"], list) else [given["train"]]
