@@ -47,13 +47,14 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
 
     Args:
         stage: The stage's name, or `chain`.
-        config: The config file; for the chain a NAME (configs/STAGE/NAME.yaml of every stage), or one for each, with commas.
+        config: The config file; for the chain a NAME (configs/STAGE/NAME.yaml of every stage), or one for each, with commas. A
+            chain of one NAME begins with the first stage that has such a file.
         overrides: Words such as `optim.lr=1e-3`; `arm:optim.lr=1e-3` holds in that stage only.
 
     Raises:
         ConfigError: A file, a key or a value is wrong, or the stages do not share an experiment.
     """
-    names = list(SPECS) if stage == CHAIN else [stage]
+    names = _chain_stages(config) if stage == CHAIN else [stage]
     for override in overrides:
         head = re.match(r"([a-z]+):", override)
         if head and (head[1] not in SPECS):
@@ -85,6 +86,13 @@ def read_steps(stage: str, config: str, overrides: Sequence[str]) -> list[Step]:
             f"the stages of a chain must share run.root and run.experiment ({places}); give run.experiment=NAME"
         )
     return steps
+
+
+def _chain_stages(config: str) -> list[str]:
+    """Return all stages, without those before the first one that has a config file of the chain's NAME."""
+    names = list(SPECS)
+    first = next((k for k, name in enumerate(names) if find_config(Path(f"configs/{name}/{config}.yaml")).is_file()), 0)
+    return names[first:]
 
 
 def read_points(stage: str, config: str, overrides: Sequence[str], sweep: Sequence[str]) -> list[list[Step]]:

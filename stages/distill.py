@@ -23,6 +23,7 @@ from pipeline.models import build_from_config
 from pipeline.models.backbone.adapt import adapt, copy_of
 from pipeline.models.backbone.lora import merged
 from pipeline.models.config import FamilyConfig
+from pipeline.models.layers import init_classifier
 from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
 from pipeline.ssl.config import LyapEMAConfig
 from pipeline.ssl.teacher import Teacher
@@ -110,6 +111,8 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     config, shape = s.config, s.model_config()
     size, num_classes = shape.image_size, len(s.manifest.classes)
     model = build_from_config(shape)
+    if config.head_std is not None:
+        init_classifier(model.get_classifier(), config.head_std)  # type: ignore[operator]
     new: list[str] = []
     if config.init_from:
         new = transfer(s.ancestry.load("init_from"), model, s.ancestry.folder("init_from")).fresh

@@ -92,7 +92,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     streams = s.loaders(prepared.views)
     loop, optim = s.config.loop, s.config.optim
     recorder = Recorder(loop.log_every)
-    if s.world.size > 1:
+    if s.world.size > 1 and s.config.engine.sync_batch_norm:
         synchronise_batch_norms(prepared.model)
     recorder.watch(prepared.model.to(s.world.device))
     engine = s.open_engine(prepared.model)

@@ -86,6 +86,10 @@ class TimmModel(nn.Module):
         """(B, C, H, W) -> logits (B, K)."""
         return self.model(images)
 
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.model.get_classifier()
+
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one; 0 classes for none."""
         self.num_classes = num_classes

@@ -43,6 +43,11 @@ class OptimConfig(Strict):
     weight_decay: float = Field(
         0.05, ge=0, le=1e6, description="AdamW's weight decay; vectors, A, tokens and position embeddings do not decay"
     )
+    decay_also: tuple[str, ...] = Field(
+        (),
+        description="shell patterns of parameter names that decay though the rule exempts them, as some released recipes do: for"
+        ' example ["*.A_log"]; a pattern that fits no parameter is refused',
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
     eps: float = Field(1e-8, gt=0, le=1, description="AdamW's term in the denominator")
     layer_decay: float = Field(
@@ -107,6 +112,11 @@ class EngineConfig(Strict):
         100_000,
         description="ZeRO 3: parameters of fewer elements stay whole on every process instead of being gathered",
         json_schema_extra=FREE,
+    )
+    sync_batch_norm: bool = Field(
+        True,
+        description="batch norms see the micro-batches of all processes, so that the result does not depend on their number;"
+        " false: each process normalises by its own images, as the recipes of EfficientViM and VSSD do (256 images each)",
     )
     timeout_seconds: Seconds = Field(
         600.0,

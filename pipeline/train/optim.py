@@ -1,11 +1,13 @@
 """Parameter groups: which weights decay, and how fast each layer learns."""
 
+import fnmatch
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import nn
 
+from pipeline.errors import ConfigError
 from pipeline.train.config import OptimConfig
 
 
@@ -26,14 +28,26 @@ def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, An
     """Return groups in a fixed order, each with `weight_decay`, `lr_scale` = layer_decay^(layers above), and `joins`.
 
     `joins` is the optimizer step from which the group trains: unfreeze_every x (layers above).
-    Vectors (biases, norms, D) never decay, nor does what the model's `no_weight_decay()` names.
+    Vectors (biases, norms, D) do not decay, nor does what the model's `no_weight_decay()` names, unless a pattern of
+    `decay_also` fits the name.
+
+    Raises:
+        ConfigError: A pattern of `decay_also` fits no parameter that trains.
     """
     exempt = model.no_weight_decay()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for pattern in config.decay_also:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):
+            some = ", ".join(sorted(exempt)[:3] or [name for name, _ in named[:3]])
+            raise ConfigError(
+                f"optim.decay_also: {pattern!r} fits no parameter that trains; their names are such as {some}; mend the pattern"
+            )
     top = max(model.layer_of(name) for name, _ in named)
     groups: dict[tuple[float, float, int], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        decay = 0.0 if parameter.ndim <= 1 or name in exempt else config.weight_decay
+        named_to_decay = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.decay_also)
+        spared = (parameter.ndim <= 1 or name in exempt) and not named_to_decay
+        decay = 0.0 if spared else config.weight_decay
         above = top - model.layer_of(name)
         groups[decay, config.layer_decay**above, (config.unfreeze_every or 0) * above].append(parameter)
     return [

@@ -127,6 +127,13 @@ class DistillConfig(StageConfig):
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of training images")
     mix: MixConfig = Field(MixConfig(), description="mixing of labelled images")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of a label that is spread over all classes")
+    head_std: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="standard deviation of a fresh classifier's weights, a truncated normal; null = as the model has it (0.02)."
+        " ARM, MAE and Semi-ViT fine-tune from 2e-5",
+    )
     average: AverageConfig | None = Field(
         None, description="average of the weights; null = the student itself is evaluated and exported"
     )

@@ -84,6 +84,10 @@ class EfficientViM(nn.Module):
             if isinstance(module, Block):
                 module.mixer.reset_parameters()
 
+    def get_classifier(self) -> nn.Module:
+        """Return the heads, those of the distilled form included."""
+        return nn.ModuleList([self.get_submodule(f"heads{s}") for s in (("", "_dist") if self.distilled else ("",))])
+
     def reset_classifier(self, num_classes: int) -> None:
         """Replace all heads and their fusion weights by fresh ones; 0 classes for none."""
         self.num_classes = num_classes

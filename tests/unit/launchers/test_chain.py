@@ -16,6 +16,7 @@ from pipeline.yaml_text import parse_yaml
 from stages import SPECS
 
 CPU = Path("configs/cluster/cpu.yaml")
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/cluster").glob("*.yaml")), ids=lambda p: p.stem)
@@ -81,6 +82,20 @@ def test_the_same_key_of_two_stages_makes_two_sweeps() -> None:
 def test_a_sweep_with_a_value_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="two points would have the same name"):
         read_points("arm", "configs/arm/smoke.yaml", [], ["run.seed=0,0"])
+
+
+def test_a_chain_begins_with_the_first_stage_that_has_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in ("distill", "semi"):
+        (tmp_path / "configs" / stage).mkdir(parents=True)
+        text = (ROOT / "configs" / stage / "smoke.yaml").read_text()
+        (tmp_path / "configs" / stage / "late.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert [step.stage for step in read_steps("chain", "late", [])] == ["distill", "semi"]
+    with pytest.raises(ConfigError, match="only distill, semi is started"):
+        read_steps("chain", "late", ["arm:loop.steps=3"])
+    (tmp_path / "configs" / "semi" / "late.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"configs/semi/late\.yaml"):
+        read_steps("chain", "late", [])
 
 
 def test_stages_of_two_experiments_are_no_chain() -> None:

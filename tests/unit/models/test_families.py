@@ -15,6 +15,7 @@ from pipeline.exports.transfer import transfer
 from pipeline.exports.weights import load_weights, read_weights
 from pipeline.models import MODELS, build_from_config, build_model
 from pipeline.models.config import EfficientViMConfig, TimmConfig, VisionMambaConfig, VSSDConfig, family_of
+from pipeline.models.layers import init_classifier
 from pipeline.train.config import OptimConfig
 from pipeline.train.optim import parameter_groups
 from stages.configs.distill import DistillConfig
@@ -33,6 +34,19 @@ SIZE = (32, 48)
 def small(family: str, **more) -> torch.nn.Module:
     name, fields = SMALL[family]
     return build_model(name, **{"image_size": SIZE, "num_classes": 3, **fields, **more})
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_classifier_is_drawn_with_the_asked_standard_deviation(family: str) -> None:
+    model = small(family, num_classes=200)
+    rest = {k: v.clone() for k, v in model.state_dict().items()}
+    init_classifier(model.get_classifier(), std=2e-5)
+    weights = [m.weight for m in model.get_classifier().modules() if isinstance(m, torch.nn.Linear)]
+    assert weights
+    for weight in weights:
+        assert weight.std().item() == pytest.approx(2e-5, rel=0.05)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, rest[k])}
+    assert sum(k.endswith("weight") for k in changed) == len(weights)  # nothing but the classifier
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,10 +1,17 @@
 """What decays, and how fast each layer learns."""
 
-import pytest
+from pathlib import Path
 
-from pipeline.models import build_model
+import pytest
+import torch
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+from pipeline.models import build_from_config, build_model
+from pipeline.models.arm import ARM
 from pipeline.train.config import OptimConfig
 from pipeline.train.optim import parameter_groups
+from stages import SPECS
 
 
 def test_every_parameter_is_in_one_group_with_its_decay_and_its_layers_rate() -> None:
@@ -26,3 +33,36 @@ def test_every_parameter_is_in_one_group_with_its_decay_and_its_layers_rate() ->
     for name, (decay, scale) in expected.items():
         group = of[id(named[name])]
         assert (group["weight_decay"], group["lr_scale"]) == (decay, pytest.approx(scale)), name
+
+
+def test_patterns_add_to_what_decays_as_released_recipes_do() -> None:
+    """ARM decays A_log in both stages and the query token in pretraining (arm_vim.md 6.1)."""
+    model = build_model("vim_nano", num_classes=10)
+    named = dict(model.named_parameters())
+
+    def decaying(*patterns: str) -> set[str]:
+        groups = parameter_groups(model, OptimConfig(lr=1.0, weight_decay=0.3, decay_also=patterns))
+        ids = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        return {name for name, p in named.items() if id(p) in ids}
+
+    assert decaying("*.A_log") - decaying() == {f"layers.{k}.mixer.A_log" for k in range(4)}
+    with pytest.raises(ConfigError, match="'ar_token' fits no parameter that trains"):
+        decaying("ar_token")
+
+
+RECIPES = [p for p in sorted(Path("configs").glob("*/*.yaml")) if "decay_also" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_the_patterns_of_a_recipe_fit_its_model(path: Path) -> None:
+    """The released EfficientViM decays the weights of its layer norms, ARM its A_log and query (specs, 2.5 and 6.1)."""
+    config = load_config(SPECS[path.parent.name].config, path, [])
+    with torch.device("meta"):
+        arm = path.parent.name == "arm"
+        model = ARM(config.model, config.decoder) if arm else build_from_config(config.model)
+    decaying = sum(len(g["params"]) for g in parameter_groups(model, config.optim) if g["weight_decay"])
+    plain = config.optim.model_copy(update={"decay_also": ()})
+    usual = sum(len(g["params"]) for g in parameter_groups(model, plain) if g["weight_decay"])
+    norms = sum(type(m).__name__ == "ChannelNorm" for m in model.modules())
+    logs = sum("_log" in name for name, _ in model.named_parameters())
+    assert decaying - usual == (logs + 1 if arm else norms or logs)
