@@ -123,10 +123,12 @@ def _open_images(root: Path, source: "Files", kind: str) -> ImageFolder:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process reads the images, the others wait for what it finds
         state = _state(source)
-        if not _is_current(index, state):
-            _read_images(root, source, index, state, kind, lock)
-            if _state(source) != state:
-                raise DataError(f"{root} changed while it was read; start the same command again")
+        if _is_current(index, state):
+            with contextlib.suppress(DataError):  # the cache folder was damaged: what it holds can be found again
+                return read_manifest(index, ImageFolder)  # type: ignore[return-value]
+        _read_images(root, source, index, state, kind, lock)
+        if _state(source) != state:
+            raise DataError(f"{root} changed while it was read; start the same command again")
         return read_manifest(index, ImageFolder)  # type: ignore[return-value]
     finally:
         os.close(lock)

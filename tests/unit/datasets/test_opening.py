@@ -104,6 +104,8 @@ def test_the_images_are_read_once_and_a_changed_file_is_seen(photos, tmp_path, h
     assert open_dataset(photos).hash == before.hash
     assert pickle.loads(pickle.dumps(before)).hash == before.hash
     assert caplog.text == ""  # nothing was read again
+    (before.folder / "manifest.names.bin").write_bytes(b"damaged")
+    assert open_dataset(photos).hash == before.hash
     path, _ = before.place_of(7)
     content = path.read_bytes()
     write(path, 999)
