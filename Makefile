@@ -80,9 +80,12 @@ study: $(STAMP)  ## what helps in stage 3, on two bundled datasets: STUDY_SEEDS=
 tensorboard: $(STAMP)  ## show all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
-.PHONY: chain report evaluate efficiency inference pareto fields
+.PHONY: chain folds report evaluate efficiency inference pareto fields
 chain: $(STAMP)  ## plan, the three stages of configs/STAGE/NAME.yaml, report: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
 	@$(PY) -m launchers local chain $(NAME) $(ARGS) --nproc $(NPROC)
+
+folds: $(STAMP)  ## cross-validate stages 2 and 3 where labels are too few to hold any out: NAME=mine FOLDS=5 ARGS=
+	@$(PY) -m studies.folds $(NAME) $(ARGS) --folds $(or $(FOLDS),5)
 
 report: $(STAMP)  ## one page with the results of experiments: EXPERIMENT="runs/a runs/b" ARGS="--with runs/efficiency"
 	@$(PY) -m launchers report $(EXPERIMENT) $(ARGS)

@@ -13,27 +13,30 @@ import json
 import logging
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 
+from benchmarks.losses import silent_losses
+from benchmarks.manifests import open_several, seek
+from pipeline.cli import guarded
 from pipeline.datasets.convert.source import Source
 from pipeline.datasets.convert.writer import convert
-from pipeline.datasets.manifest import HEADER, Manifest, Shard, ShardIndex, read_manifest, write_manifest
+from pipeline.datasets.manifest import HEADER, Manifest, read_manifest
 from pipeline.images import decode_with_pillow, decode_with_simplejpeg
 from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.streaming.geometry import crop_resize
 from pipeline.streaming.loader import Loader
-from pipeline.streaming.order import Order, cut_blocks, readers_of_rank, shuffle_quality
+from pipeline.streaming.order import Order, cut_blocks, readers_of_rank
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.transforms import train_views
 from tests.unit.storage.flaky import serve
@@ -184,48 +187,6 @@ def decoders(jpegs: list[bytes]) -> dict[str, float]:
     }
 
 
-def seek(folder: Path) -> dict[str, float]:
-    """Open a manifest of ImageNet's size, build the loader, find the step at 90 % of an epoch; no images exist."""
-    shards, per_shard, image = 641, 2000, 110_000
-    rng = np.random.default_rng(0)
-    indices = []
-    for s in range(shards):
-        lengths = rng.integers(image // 2, image * 3 // 2, per_shard)
-        offsets = np.cumsum(np.concatenate([[1536], lengths[:-1] + 2048]))
-        shard = Shard(
-            name=f"{s:06d}.tar", size=int(offsets[-1] + lengths[-1] + 10240), sha256="0" * 64, count=per_shard
-        )
-        members = [f"n{k % 1000:08d}/n{k % 1000:08d}_{s * per_shard + k}.jpeg" for k in range(per_shard)]
-        labels = rng.integers(0, 1000, per_shard).tolist()
-        indices.append(
-            ShardIndex(shard=shard, members=members, offsets=offsets.tolist(), lengths=lengths.tolist(), labels=labels)
-        )
-    folder.mkdir()
-    write_manifest(folder, [f"n{c:08d}" for c in range(1000)], indices, location="https://nowhere.invalid")
-    views = train_views((224, 224), AugmentConfig(), MEAN, STD)
-    config = LoaderConfig(virtual_readers=64, remote=RemoteConfig(cache=str(folder / "cache")))
-    options = {"global_batch": 1024, "rank": 0, "world_size": 1, "seed": 0, "views": views, "config": config}
-    resident = psutil.Process().memory_info().rss
-    start = time.perf_counter()
-    manifest = read_manifest(folder)
-    opened = time.perf_counter()
-    everything = np.arange(manifest.num_samples)
-    more = psutil.Process().memory_info().rss - resident
-    built = time.perf_counter()
-    loader = Loader(manifest, everything, **options)
-    step = int(0.9 * loader.steps_per_epoch)
-    loader.order.step(step, range(64))
-    stop = time.perf_counter()
-    files = sum(path.stat().st_size for path in folder.glob("manifest.*"))
-    return {
-        "seek_seconds_at_90_percent": stop - built + opened - start,
-        "manifest_open_seconds": opened - start,
-        "manifest_megabytes": files / 1e6,
-        "manifest_resident_megabytes": more / 1e6,
-        "shuffle_quality": shuffle_quality(loader.order, manifest),
-    }
-
-
 def bytes_fetched(folder: Path) -> dict[str, float]:
     """Read one epoch of 8 ranks over http: with a cache each, as on 8 nodes, and with a shared one. No decoding."""
     rng = np.random.default_rng(0)
@@ -301,11 +262,21 @@ def first_epoch(manifest: Manifest) -> dict[str, int]:
     }
 
 
-def main() -> None:
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(words: list[str]) -> int:
     """Measure everything and print it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
-    rounds = parser.parse_args().rounds
+    rounds = parser.parse_args(words).rounds
     logging.disable(logging.WARNING)  # timm warns at every start that it found no info file
     allow_torchvision()
     with tempfile.TemporaryDirectory() as name:
@@ -317,9 +288,14 @@ def main() -> None:
         found |= throughput(manifest, rounds)
         found |= first_epoch(manifest)
         found |= seek(folder / "large")
+        found |= open_several(folder / "several")
+        losses = silent_losses(_made(folder / "corpus"))
+        print(*losses, sep="\n", end="\n" if losses else "")
+        found["silent_losses"] = len(losses)
         found |= bytes_fetched(folder / "remote")
     print(json.dumps({name: round(value, 4) for name, value in found.items()}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -15,9 +15,10 @@ import argparse
 import importlib.util
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import inference, pareto
+from pipeline.cli import guarded
 from pipeline.exports.onnx import write_onnx
 from pipeline.models import build_model
 from pipeline.models.efficientvim.fused import fuse
@@ -190,7 +192,12 @@ def show(folder: Path) -> None:
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(words: list[str]) -> int:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
@@ -201,7 +208,7 @@ def main() -> None:
     parser.add_argument("--pareto", action="store_true", help="the Pareto front of speed and reported accuracy")
     parser.add_argument("--out", type=Path, default=Path("runs/efficientvim"), help="folder of these tables and plots")
     parser.add_argument("--profile", action="store_true", help="print where the packed M4 spends its time")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         result = headline(arguments.rounds, arguments.batch, Path(folder))
@@ -213,7 +220,8 @@ def main() -> None:
     if arguments.pareto:
         show(pareto.run([], arguments.batch, few, arguments.out / "pareto"))
     print(json.dumps({k: None if v is None else float(f"{v:.4g}") for k, v in result.items()}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

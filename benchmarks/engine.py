@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.cli import guarded
 from pipeline.config import Strict
 from pipeline.models import build_model
 from pipeline.report.tensorboard import Board
@@ -39,6 +40,7 @@ from pipeline.train.loop import fit
 from pipeline.train.optim import Trainable, parameter_groups
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
+from pipeline.train.saved_state import LoopRecord
 from pipeline.train.task import StepOutput, Task, mean_of
 from pipeline.train.training import Training
 
@@ -123,6 +125,7 @@ def training_of(engine: Engine, stream: Timed, recorder: Recorder, loop: LoopCon
         lr_at=lambda step: OPTIM.lr,
         accumulation=1,
         seed=0,
+        datasets=(),
         inputs={},
         recorder=recorder,
         fingerprint_images=stream.batch.images[:2],
@@ -217,13 +220,14 @@ def resuming(world: World, folder: Path) -> dict[str, float]:
     training = training_of(engine, Timed(batch), Recorder(log_every=50), loop)
     engine.backward(training.task.loss(engine.model, {"labelled": batch}).loss)
     engine.step(OPTIM.lr)
-    Saver(folder, training).save(1, {})
+    Saver(folder, training).save(1, LoopRecord(left_out=[], rewinds=0, fingerprint=0.0))
     barrier(world)
     begin = time.perf_counter()
-    step, _ = checkpoint.restore(folder, training)
+    found = checkpoint.restore(folder, training)
     training.fingerprint()
     barrier(world)
-    assert step == 1
+    assert found is not None
+    assert found.step == 1
     gigabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
     return {"resume_seconds": time.perf_counter() - begin, "resume_gigabytes": gigabytes}
 
@@ -242,26 +246,32 @@ def worker(folder: Path, pairs: int, saves: int) -> None:
     distributed.stop()
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(words: list[str]) -> int:
     """Start two ranks and print what they measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40, help="interleaved pairs of steps (default 40)")
     parser.add_argument("--saves", type=int, default=4, help="checkpoints written beside the training (default 4)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     if given.worker:
         worker(given.worker, given.pairs, given.saves)
-        return
+        return 0
     from launchers.local import spawn
 
     with tempfile.TemporaryDirectory() as name:
         amounts = ["--pairs", str(given.pairs), "--saves", str(given.saves)]
         code = spawn([sys.executable, "-m", "benchmarks.engine", "--worker", name, *amounts], 2)
         if code:
-            sys.exit(code)
+            return code
         found = json.loads((Path(name) / "found.json").read_text())
     print(json.dumps({key: round(value, 4) for key, value in found.items()}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -12,13 +12,16 @@ import os
 import random
 import socket
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
+from pipeline.cli import guarded
 from pipeline.models import build_model
 from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
@@ -240,11 +243,16 @@ def memory_rows() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(words: list[str]) -> int:
     """Print all numbers."""
     parser = argparse.ArgumentParser("python -m benchmarks.lyapema", description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
-    rounds = parser.parse_args().rounds
+    rounds = parser.parse_args(words).rounds
     torch.set_num_threads(2)
     rows: dict[str, Any] = certificate_rows()
     rows |= memory_rows()
@@ -252,7 +260,8 @@ def main() -> None:
     rows["step_seconds"] = step_seconds()
     rows["update_share_of_step"] = rows["update_ms"] / 1e3 / rows["step_seconds"]
     print(json.dumps(rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

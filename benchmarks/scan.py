@@ -8,8 +8,9 @@ import argparse
 import ctypes
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from pipeline.cli import guarded
 from pipeline.ops.choice import choose_scan
 from pipeline.ops.native.build import load_library
 from pipeline.ops.scan import selective_scan
@@ -166,20 +168,26 @@ def model_rows(rounds: int) -> dict[str, float]:
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(words: list[str]) -> int:
     """Measure everything and print the rows as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scan", default="auto", help="name of the implementation (see pipeline.ops.choice.SCANS)")
     parser.add_argument(
         "--rounds", type=int, default=40, help="rounds of the operator; the models run a quarter as many"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     torch.set_num_threads(2)
     rows: dict[str, float | str] = {"scan": choose_scan(arguments.scan).name}
     rows |= scan_rows(arguments.rounds)
     rows |= model_rows(max(2, arguments.rounds // 4))
     print(json.dumps({key: value if isinstance(value, str) else float(f"{value:.4g}") for key, value in rows.items()}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

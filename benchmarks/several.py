@@ -4,14 +4,18 @@ The manifests are synthetic, and two of the three have no labels. The last line 
 space.
 """
 
+import argparse
 import json
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.cli import guarded
 from pipeline.datasets.joint import read_manifests
 from pipeline.datasets.manifest import HEADER, NAMES, SAMPLE, SAMPLES, Shard
 from pipeline.files import replace_bytes, replace_text
@@ -48,8 +52,14 @@ def write_synthetic(folder: Path, size: int, labelled: bool) -> None:
     replace_text(folder / HEADER, json.dumps(header))
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark and return its exit code."""
+    return guarded(_run, arguments)
+
+
+def _run(words: list[str]) -> int:
     """Measure the opening and the cut into blocks, and print them as JSON."""
+    argparse.ArgumentParser("python -m benchmarks.several", description=__doc__).parse_args(words)
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / key for key in SIZES]
@@ -69,7 +79,8 @@ def main() -> None:
         cut_blocks(joint, np.arange(joint.num_samples), 1024)
         found["cut_blocks_seconds"] = time.perf_counter() - start
     print(json.dumps({name: round(value, 4) for name, value in found.items()}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

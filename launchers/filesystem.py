@@ -5,6 +5,8 @@ import os
 import threading
 from pathlib import Path
 
+from pipeline.files import real_path
+
 RENAMES = 300
 
 
@@ -13,7 +15,7 @@ def file_system(path: Path) -> str:
     mounts = Path("/proc/mounts")
     lines = mounts.read_text().splitlines() if mounts.exists() else []
     kinds = {Path(line.split()[1]): line.split()[2] for line in lines}  # a later mount covers an earlier one
-    real = path.resolve()
+    real = real_path(path)
     return next((kinds[folder] for folder in (real, *real.parents) if folder in kinds), "")
 
 

@@ -27,6 +27,7 @@ from pipeline.errors import EnvironmentProblem
 from pipeline.exit_codes import ExitCode, blame
 from pipeline.files import replace_text
 from pipeline.jsonl import read_rows
+from pipeline.train.saved_state import complete, step_of
 from pipeline.train.signals import STOPPING, interrupt_on_signals
 from stages import SPECS
 
@@ -131,7 +132,7 @@ def worth_a_requeue(code: int, checkpoint: int, before: Sequence[Mapping[str, An
 
 def newest_checkpoint(run: Path) -> int:
     """Return the step of a run's newest checkpoint, or -1."""
-    return max((int(p.parent.name.removeprefix("step_")) for p in run.glob("checkpoints/step_*/COMPLETE")), default=-1)
+    return max(map(step_of, complete(run / "checkpoints")), default=-1)
 
 
 def conclude(logs: Path, srun_code: int, max_requeues: int) -> int:

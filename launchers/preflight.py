@@ -11,6 +11,7 @@ from launchers.config import ClusterConfig, seconds_of
 from launchers.filesystem import file_system
 from pipeline.config import flatten, load_config
 from pipeline.errors import ConfigError, EnvironmentProblem
+from pipeline.files import real_path
 from stages import spec_of
 
 # Variables that torchrun or another launcher sets in its shells. A job would inherit and believe them.
@@ -140,9 +141,9 @@ def check_shared(step: Step, cluster: ClusterConfig) -> None:
             )
     if not cluster.shared:
         return
-    shared = [folder.resolve() for folder in cluster.shared]
+    shared = [real_path(folder) for folder in cluster.shared]
     for name, path in places.items():
-        if "://" not in str(path) and not any(path.resolve().is_relative_to(s) for s in shared):
+        if "://" not in str(path) and not any(real_path(path).is_relative_to(s) for s in shared):
             raise ConfigError(
                 f"stage {step.stage}: {name} = {path} is not on a file system that the nodes share"
                 f" ({', '.join(map(str, cluster.shared))}); move it there, or add its folder to `shared` in the cluster's preset"

@@ -4,7 +4,6 @@ It is read from the run folders (status.json, heartbeats, metrics, exports) and 
 """
 
 import fcntl
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any, NamedTuple
 from launchers import queue
 from launchers.queue import JobState
 from launchers.slurm import record
+from pipeline.books import read_status
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.exports.card import CARD, Card
-from pipeline.jsonl import newest, read_rows
+from pipeline.jsonl import newest, read_object, read_rows
 from stages import SPECS
 
 AGAIN = "submit the chain again to run it"
@@ -65,7 +65,7 @@ def show(root: Path, experiments: Sequence[str]) -> int:
 
 def read_stage(run: Path) -> Row:
     """Find out the state of the stage with the run folder `run`."""
-    status = _json(run / "status.json")
+    status = read_status(run)
     told = record(run)
     if status.get("state") == "complete" and (run / "export" / CARD).is_file():
         return Row("complete", f"step {status['step']} of {status['steps']}; {_lineage(run)}")
@@ -143,7 +143,7 @@ def _lineage(run: Path) -> str:
     words = [f"weights {card.weights_sha256[:12]}"]
     for parent in card.lineage.parents:
         words.append(f"{parent.role} {Path(parent.path).parent.name} {parent.weights_sha256[:12]}")
-        now = _json(Path(parent.path) / CARD).get("weights_sha256", parent.weights_sha256)
+        now = read_object(Path(parent.path) / CARD).get("weights_sha256", parent.weights_sha256)
         if now != parent.weights_sha256:
             words[-1] += f" (STALE: the parent holds {now[:12]} now)"
     return ", ".join(words)
@@ -178,7 +178,8 @@ def _held(run: Path) -> bool:
 
 
 def _last(run: Path, name: str) -> float:
-    return float(newest(read_rows(run / "metrics.jsonl"), name) or 0.0)
+    found = newest(read_rows(run / "metrics.jsonl", "step"), name)
+    return float(found) if isinstance(found, int | float) else 0.0
 
 
 def _verdict(told: dict[str, Any]) -> str:
@@ -193,7 +194,3 @@ def _verdict(told: dict[str, Any]) -> str:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -9,7 +9,7 @@ Images are prepared as in an evaluation: the card of the export says how.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.datasets.convert.scan import images_below
 from pipeline.datasets.formats import IMAGE_EXTENSIONS
+from pipeline.decoding import Decoding
 from pipeline.errors import ConfigError, DataError
 from pipeline.exports.card import Card
 
@@ -75,9 +76,10 @@ class Classifier:
     Args:
         model: The network, in eval mode. Predictions are computed on its device, so `model.to("cuda")` moves them.
         card: The card of the export.
+        decoding: How images are decoded; None = as the card says.
     """
 
-    def __init__(self, model: "nn.Module", card: Card) -> None:
+    def __init__(self, model: "nn.Module", card: Card, decoding: Decoding | None = None) -> None:
         from pipeline.streaming.transforms import eval_views
 
         self.model, self.card = model, card
@@ -85,7 +87,7 @@ class Classifier:
             card.model.image_size,
             mean=card.preprocessing.mean,
             std=card.preprocessing.std,
-            decoding=card.preprocessing.decoding,
+            decoding=decoding or card.preprocessing.decoding,
         )
 
     @property
@@ -175,11 +177,15 @@ class Classifier:
         return [Image.fromarray(image).resize(side, Image.Resampling.NEAREST) for image in pixels]
 
 
-def load(export: str | Path) -> Classifier:
+def load(
+    export: str | Path, *, ground: tuple[int, int, int] | None = None, max_pixels: int | None = None
+) -> Classifier:
     """Load the classifier of an export, after its files and its outputs are verified.
 
     Args:
         export: Folder with model.json, as `runs/EXPERIMENT/STAGE/export`.
+        ground: Red, green and blue behind transparent pixels; None = as the model was trained.
+        max_pixels: The most pixels of an image; None = 64 million.
 
     Raises:
         ConfigError: If the export holds a pretrainer.
@@ -189,7 +195,10 @@ def load(export: str | Path) -> Classifier:
     Card.read(folder).check_classifier(folder)  # before torch is imported, which takes seconds
     from pipeline.exports.export import load_export
 
-    return Classifier(*load_export(folder))
+    model, card = load_export(folder)
+    own = card.preprocessing.decoding
+    decoding = replace(own, ground=ground or own.ground, max_pixels=max_pixels or own.max_pixels)
+    return Classifier(model, card, decoding)
 
 
 def _sources(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, ImageLike]]:

@@ -19,6 +19,8 @@ from pipeline.exit_codes import ExitCode
 
 # What any write can meet at any moment: the disk is full, over quota, read-only or broken, or its server is gone.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+# A file or folder of somebody else, and a path that leads nowhere.
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class Command(NamedTuple):
@@ -68,7 +70,7 @@ def guarded(
 
     Returns:
         The command's own code; 0 if the reader of the output has closed it; the `exit_code` of a `PipelineError`; 5 for a
-        disk that fails; 130 for Ctrl-C; 1, with a stack trace, for a bug.
+        disk that fails or a file without access; 130 for Ctrl-C; 1, with a stack trace, for a bug.
     """
     previous, threading.excepthook = threading.excepthook, _thread_problem
     try:
@@ -109,6 +111,10 @@ def _is_disk_error(error: BaseException | None) -> bool:
 
 
 def _disk_problem(error: Exception) -> PipelineError | None:
+    if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
+        return EnvironmentProblem(
+            f"{str(error.filename)[:200]}: {os.strerror(error.errno)}; give another file or folder, or ask its owner for access"
+        )
     if not (isinstance(error, OSError) and _is_disk_error(error)):
         return None
     return EnvironmentProblem(

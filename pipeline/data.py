@@ -113,25 +113,39 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
     for name, field in SplitConfig.model_fields.items():
         text = f"{field.description} (default {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{name.replace('_', '-')}", default=field.default, help=text)
+    parser.add_argument(
+        "--folds",
+        type=count,
+        default=0,
+        metavar="K",
+        help="write K more splits beside the one of all labels, each of which holds another K-th of the labels out;"
+        " `python -m studies.folds` trains on them (cross-validation)",
+    )
     parser.set_defaults(run=_split)
 
 
 def _split(args: argparse.Namespace) -> None:
+    from pipeline.datasets.folds import advice, fold_path, make_folds
     from pipeline.datasets.joint import read_manifests
     from pipeline.datasets.splits import CODES, make_split, read_split, write_split
 
     given = {name: getattr(args, name) for name in SplitConfig.model_fields}
     config = validate(SplitConfig, given, "split")
     manifest = read_manifests(args.dataset)
-    split, state = make_split(manifest, config, args.seed), "written"
-    if not args.out.exists():
-        write_split(split, args.out)
-    elif read_split(args.out, manifest).hash == split.hash:
+    split = make_split(manifest, config, args.seed)
+    folds = make_folds(split, manifest, args.folds, args.seed) if args.folds else []
+    paths = [args.out, *(fold_path(args.out, k + 1, len(folds)) for k in range(len(folds)))]
+    for path, made in zip(paths, [split, *folds], strict=True):
         state = "already there"
-    else:
-        raise DataError(f"{args.out} already holds a split by another protocol or seed; give another file as --out")
-    counts = ", ".join(f"{len(split.subset(name))} {name}" for name in CODES)
-    print(f"{args.out}: {counts}; {split.protocol}; sha256 {split.hash[:12]}, {state}")
+        if not path.exists():
+            write_split(made, path)
+            state = "written"
+        elif read_split(path, manifest).hash != made.hash:
+            raise DataError(f"{path} already holds a split by another protocol or seed; give another file as --out")
+        counts = ", ".join(f"{len(made.subset(name))} {name}" for name in CODES)
+        print(f"{path}: {counts}; {made.protocol}; sha256 {made.hash[:12]}, {state}")
+    if not folds and (sentence := advice(split)):
+        print(sentence)
 
 
 if __name__ == "__main__":

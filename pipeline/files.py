@@ -56,6 +56,11 @@ def _temporary_cache() -> Path:
     return folder
 
 
+def real_path(path: Path | str) -> Path:
+    """Return a path without links, as `Path.resolve` does, but for a loop of links too: as far as it leads."""
+    return Path(os.path.realpath(path))
+
+
 def read_regular(path: Path) -> bytes:
     """Return the content of a regular file, without waiting for a FIFO or a device.
 

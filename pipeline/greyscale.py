@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+_PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339  # tags of a TIFF
+
 
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Scale a loaded image of mode I;16, I or F to mode L, or to LA if the file calls one value transparent."""
@@ -17,6 +19,8 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         scaled = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     else:
         scaled = _scale(values, image)
+    if _tag(image, _PHOTOMETRIC, 1) == 0:  # white is zero; Pillow turns only images of 8 bits and fewer round
+        scaled = 255 - scaled
     grey = Image.fromarray(scaled)
     transparent = image.info.get("transparency")
     if not isinstance(transparent, int):
@@ -26,8 +30,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 def _scale(values: NDArray[np.generic], image: Image.Image) -> NDArray[np.uint8]:
     """Scale 32-bit integers or floats to 0 to 255 by the rule above."""
-    tags = getattr(image, "tag_v2", None)
-    if image.mode == "I" and tags is not None and tags.get(339, (1,))[0] == 1:  # TIFF's SampleFormat: unsigned
+    if image.mode == "I" and _tag(image, _SAMPLE_FORMAT, 0) == 1:  # unsigned
         values = values.view(np.uint32)
     flat, finite = values.reshape(-1), np.isfinite(values.reshape(-1))
     if not finite.any():
@@ -51,3 +54,12 @@ def _scale(values: NDArray[np.generic], image: Image.Image) -> NDArray[np.uint8]
         levels = np.rint(flat[piece].astype(np.float64) / unit - low / unit)
         scaled[piece] = np.nan_to_num(levels, nan=0.0).clip(0, 255)
     return scaled.reshape(values.shape)
+
+
+def _tag(image: Image.Image, tag: int, default: int) -> int:
+    """Return the number in a tag of a TIFF; `default` if the image is no TIFF."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return default
+    value = tags.get(tag, 1)
+    return int(value[0] if isinstance(value, tuple) else value)

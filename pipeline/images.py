@@ -57,7 +57,8 @@ _KNOWN = {  # where, what: formats that people give by mistake, for the sentence
     "JPEG 2000": (0, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
     "JPEG XL": (0, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
     "Photoshop": (0, (b"8BPS",)),
-    "an icon": (0, (b"\0\0\1\0", b"\0\0\2\0")),
+    "an icon or TGA": (0, (b"\0\0\1\0", b"\0\0\2\0")),
+    "a pointer of Git LFS, whose image `git lfs pull` fetches": (0, (b"version https://git-lfs",)),
 }
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
@@ -161,7 +162,7 @@ def to_pixels(image: Image.Image, decoding: Decoding = DEFAULT, notes: Notes | N
     """
     notes = Counter() if notes is None else notes
     with _only_refusals():
-        image.load()
+        _load_pixels(image)
         orientation = _orientation(image)
     if image.mode[0] in "IF":
         notes["range"] += 1
@@ -196,6 +197,8 @@ def _open(data: bytes) -> Image.Image:
         _JPEG
     ):  # without Pillow's own limit on pixels, since it may be reduced; also the first image of MPO
         return JpegImageFile(io.BytesIO(data))
+    if not data:
+        raise UnreadableImage("not a readable image (it is empty)")
     kind = next((k for k, (at, starts) in _KNOWN.items() if data[at:].startswith(starts)), None)
     if kind is not None:
         raise UnreadableImage(f"not a readable image: its content is {kind}; accepted are {', '.join(FORMATS)}")
@@ -246,14 +249,22 @@ def _load(data: bytes, decoding: Decoding, notes: Notes | None) -> Image.Image:
             image.draft(None, (width // scale, height // scale))
             if notes is not None:
                 notes["reduced"] += 1
-        image.load()
+        _load_pixels(image)
         return image
+
+
+def _load_pixels(image: Image.Image) -> None:
+    """Load the pixels; of 16 bits a channel Pillow keeps 8, and the colour that a PNG calls transparent must follow."""
+    colour = image.info.get("transparency")
+    if isinstance(colour, tuple) and any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ())):
+        image.info["transparency"] = tuple(level >> 8 for level in colour)
+    image.load()
 
 
 def _too_large(what: str, limit: int) -> TooLarge:
     return TooLarge(
         f"{what}; at most {limit:,} are decoded: make the image smaller or save it as a baseline JPEG, which is read at a reduced"
-        " scale; in a stage data.max_pixels raises the limit"
+        " scale; data.max_pixels raises the limit in a stage, --max-pixels in other commands"
     )
 
 

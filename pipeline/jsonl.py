@@ -1,4 +1,4 @@
-"""Files with one JSON object a line, such as metrics.jsonl: the one place that reads them."""
+"""Files of a run with one JSON object, or with one a line such as metrics.jsonl: the one place that reads them."""
 
 import json
 import logging
@@ -9,17 +9,32 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; empty if there is no file, and with a warning if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict):
+        return values
+    logger.warning("%s is damaged and is left out", path)
+    return {}
+
+
+def read_rows(path: Path, *needed: str) -> list[dict[str, Any]]:
     """Read the rows of a file that a process may still be writing.
 
     Args:
         path: A file that need not exist yet.
+        needed: Names that every row must give a number to.
 
     Returns:
         All rows whose line is complete. A last line without its newline, cut by a kill or still being written, is left
         out, and so is a damaged line, with a warning. Empty if there is no file.
     """
-    rows, damaged = sort_rows(path)
+    rows, damaged = sort_rows(path, *needed)
     if damaged:
         logger.warning("%s: %d damaged lines are left out", path, len(damaged))
     return rows

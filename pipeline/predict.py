@@ -1,6 +1,6 @@
 """Name what an exported classifier sees in image files, best class first.
 
-    python -m pipeline.predict EXPORT IMAGE... [--top 5] [--cam FOLDER]
+    python -m pipeline.predict EXPORT IMAGE... [--top 5] [--cam FOLDER] [--ground R,G,B] [--max-pixels N]
 
 With --cam it also draws where the evidence for the best class lies (Grad-CAM).
 An image that cannot be read gets a sentence, the others are still classified, and the exit code is 3. A command that
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.classifier import load
+from pipeline import decoding
+from pipeline.classifier import Classifier, load
 from pipeline.cli import guarded
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem
 
@@ -30,17 +31,19 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--top", type=int, default=5, help="how many names for each image (default 5)")
     parser.add_argument("--cam", type=Path, metavar="FOLDER", help="write a Grad-CAM picture of each image there")
+    decoding.add_options(parser, "that of the export")
     given = parser.parse_args(arguments)
     if given.top < 1:
         raise ConfigError(f"--top {given.top}: ask for at least one name")
-    return predict(given.export, given.images, given.top, given.cam)
+    model = load(given.export, ground=given.ground, max_pixels=given.max_pixels)
+    return predict(model, given.images, given.top, given.cam)
 
 
-def predict(export: Path, images: Sequence[Path], top: int, cam: Path | None) -> int:
+def predict(model: Classifier, images: Sequence[Path], top: int, cam: Path | None) -> int:
     """Print one line for each image, in order, as soon as its batch is classified.
 
     Args:
-        export: Folder of the export.
+        model: The classifier.
         images: Image files.
         top: The number of names for each image.
         cam: Folder for the Grad-CAM pictures, or None for no pictures.
@@ -48,7 +51,6 @@ def predict(export: Path, images: Sequence[Path], top: int, cam: Path | None) ->
     Returns:
         0, or DataError's exit code if an image could not be read.
     """
-    model = load(export)
     if cam is not None:
         try:
             cam.mkdir(parents=True, exist_ok=True)

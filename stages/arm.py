@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.evaluate.features import evaluate_features, features_of
 from pipeline.evaluate.metrics import mean_loss
 from pipeline.models.arm import ARM, pixel_loss
+from pipeline.models.memory import build_within_memory
 from pipeline.report.pictures import write_grid
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.loader import Batch
@@ -56,7 +57,8 @@ def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
 def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
     """Build the backbone with its decoder, and say how they are evaluated and exported."""
     config = s.config
-    arm, size = ARM(config.model, config.decoder), config.model.image_size
+    size = config.model.image_size
+    arm = build_within_memory(lambda: ARM(config.model, config.decoder), f"model {config.model.name}", trained=True)
     held_out, streamed = s.data.held_out, Held(s.manifest, s.streams["unlabelled"].sample_indices)
     pictured = s.pictures(held_out if len(held_out.sample_indices) else streamed, NUM_PICTURES, size)
 

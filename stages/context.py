@@ -10,6 +10,8 @@ from typing import Generic, Self
 import torch
 from torch import Tensor, nn
 
+from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.models.config import FamilyConfig
 from pipeline.models.flops import forward_flops
@@ -150,6 +152,11 @@ class StageContext(Generic[C]):
             )
             for name, stream in self.streams.items()
         }
+
+    def datasets(self) -> list[Manifest]:
+        """Return the datasets that the run reads: for training, for validation, for the test."""
+        test = [] if self.config.data.test is None else [open_dataset(self.config.data.test)]
+        return [self.manifest, self.data.held_out.manifest, *test]
 
     def pictures(self, samples: Held, number: int, image_size: tuple[int, int]) -> Tensor:
         """Return the same images on every rank, spread over `samples`: (number, 3, H, W), on the device."""

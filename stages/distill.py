@@ -110,7 +110,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     """Build the student, its average and its teacher, and say how they are evaluated and exported."""
     config, shape = s.config, s.model_config()
     size, num_classes = shape.image_size, len(s.manifest.classes)
-    model = build_from_config(shape)
+    model = build_from_config(shape, trained=config.backbone.train == "whole")
     if config.head_std is not None:
         init_classifier(model.get_classifier(), config.head_std)  # type: ignore[operator]
     new: list[str] = []
@@ -149,6 +149,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
         flops=flops,
         evaluate=lambda step, board: s.evaluator.validate(models(), size),
         finish=finish,
+        backbone=config.backbone,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.transforms import View
 from pipeline.train.engine import Engine
@@ -27,6 +28,7 @@ from pipeline.train.training import Training
 from stages import spec_of
 from stages.configs.base import StageConfig
 from stages.context import StageContext
+from stages.features import use_cached_features
 from stages.identity import inputs_of
 from stages.visualize import show_attribution, show_views
 
@@ -45,6 +47,7 @@ class Prepared(Generic[T]):
         flops: FLOPs of a step per sample of the first stream, backward included.
         evaluate: Called by all ranks with the step and the board; returns numbers for the log.
         finish: Called by all ranks after the last step; evaluates and exports.
+        backbone: Which part of the model trains, and whether the features of the rest are cached.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class Prepared(Generic[T]):
     flops: int
     evaluate: Evaluate
     finish: Callable[[T], None]
+    backbone: BackboneConfig = WHOLE
 
 
 def train(config: StageConfig) -> None:
@@ -95,6 +99,8 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     if s.world.size > 1 and s.config.engine.sync_batch_norm:
         synchronise_batch_norms(prepared.model)
     recorder.watch(prepared.model.to(s.world.device))
+    if prepared.backbone.cached_views:  # before the engine may shard the weights
+        use_cached_features(s, prepared.model, streams, prepared.backbone)
     engine = s.open_engine(prepared.model)
     task = prepared.make_task(engine)
     training = Training(
@@ -105,6 +111,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         lr_at=warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps - optim.cooldown_steps),
         accumulation=s.batches()[1],
         seed=s.config.run.seed,
+        datasets=s.datasets(),
         inputs=inputs_of(s.config, s.manifest),
         recorder=recorder,
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),

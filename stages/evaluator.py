@@ -1,9 +1,10 @@
 """The evaluation of a stage's models: on the validation subset during training, on the test set once at the end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.datasets.imbalance import class_groups
 from pipeline.datasets.manifest import Manifest
@@ -29,6 +30,8 @@ class Evaluator:
         run: Receives evaluation.json and the predictions.
 
     Attributes:
+        features: Maps images to a frozen backbone's features, which the models then get in place of images. They are
+            computed once for each dataset.
         confidence: The confidences of the last validation, by the name of the model.
     """
 
@@ -37,6 +40,8 @@ class Evaluator:
         self.manifest, self.split, self.subsets = data.manifest, data.split, data.subsets
         self.world, self.run = world, run
         self.confidence: dict[str, np.ndarray] = {}  # of each model in the last validation
+        self.features: Callable[[Tensor], Tensor] | None = None
+        self._kept: dict[tuple[str, bytes], list[Batch]] = {}
 
     def evaluation(
         self, manifest: Manifest, sample_indices: np.ndarray, image_size: tuple[int, int]
@@ -48,6 +53,17 @@ class Evaluator:
             sample_indices: The samples.
             image_size: (height, width) in pixels.
         """
+        if self.features is not None:
+            key = manifest.hash, np.asarray(sample_indices).tobytes()
+            if key not in self._kept:
+                batches = self._images(manifest, sample_indices, image_size)
+                self._kept[key] = [
+                    replace(batch, images=self.features(batch.images.to(self.world.device)).cpu()) for batch in batches
+                ]
+            return iter(self._kept[key])
+        return self._images(manifest, sample_indices, image_size)
+
+    def _images(self, manifest: Manifest, sample_indices: np.ndarray, image_size: tuple[int, int]) -> Iterator[Batch]:
         views = eval_views(image_size, mean=self.config.mean, std=self.config.std, decoding=self.config.decoding)
         return evaluation_batches(
             manifest,

@@ -200,7 +200,7 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     parent = s.ancestry.load("init_from")
     shape = s.model_config()
     size = shape.image_size
-    model = build_from_config(shape)
+    model = build_from_config(shape, trained=config.backbone.train == "whole")
     adapt(model, config.backbone, size, transfer(parent, model, s.ancestry.folder("init_from")).fresh)
     teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights
     weak, strong, views = (
@@ -247,4 +247,5 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         flops=s.flops({"student": model}, size),
         evaluate=evaluate,
         finish=finish,
+        backbone=config.backbone,
     )

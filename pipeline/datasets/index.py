@@ -3,9 +3,10 @@
 import functools
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from pipeline.datasets.convert.classes import class_labels
 from pipeline.datasets.convert.lock import locked
 from pipeline.datasets.convert.table import table
+from pipeline.datasets.formats import is_hidden
 from pipeline.datasets.manifest import (
     HEADER,
     NAMES,
@@ -21,11 +23,11 @@ from pipeline.datasets.manifest import (
     Shard,
     ShardIndex,
     read_manifest,
-    sample_key,
     write_manifest,
 )
 from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.tars import MemberRules, Scan, scan_members
+from pipeline.datasets.text import sample_key
 from pipeline.errors import DataError
 from pipeline.files import replace_bytes
 from pipeline.images import UnreadableImage, decode
@@ -33,6 +35,7 @@ from pipeline.storage.config import RemoteConfig
 from pipeline.storage.remote import fetch, list_remote, remote_size
 
 _USUAL = MemberRules()
+_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _MOST_LETTERS = 100  # longest class name; a longer text is a caption
 
 
@@ -67,9 +70,9 @@ def index_folder(folder: Path, classes: Sequence[str] | None, processes: int, ru
     Raises:
         DataError: There are no tars, one of them is damaged, two hold the same sample, or images cannot be decoded.
     """
+    tars, left_out = _tars_of(folder)
     if (folder / HEADER).exists():
-        return Indexed(read_manifest(folder), True, [])
-    tars = sorted(folder.glob("*.tar"))
+        return Indexed(_made_before(folder, tars, classes, rules), True, [])
     if not tars:
         raise DataError(f"{folder} has no .tar files; give a folder of WebDataset tars")
     with locked(folder) as lock:
@@ -83,7 +86,46 @@ def index_folder(folder: Path, classes: Sequence[str] | None, processes: int, ru
             named = scan(replace(rules, label_key="txt"))
             if _are_classes([text for shard in named for text in shard.scan.texts]):
                 found, rules = named, replace(rules, label_key="txt")
-        return _write_index(folder, classes, found, rules)
+        return _write_index(folder, classes, found, rules, left_out=left_out)
+
+
+def _tars_of(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """Return the tars of a folder, and what is left out: hidden files.
+
+    Raises:
+        DataError: There are other archives, or tars in folders below, which would be lost.
+    """
+    found = sorted(folder.glob("*.tar"))
+    tars = [path for path in found if not is_hidden(path.name)]
+    hidden = [path.name for path in found if is_hidden(path.name)]
+    archives = {path for path in folder.rglob("*") if path.name.lower().endswith(_ARCHIVES)}
+    below = sorted(archives.difference(found))
+    if lost := [path.relative_to(folder).as_posix() for path in below if not is_hidden(path.name)]:
+        names = ", ".join(lost[:10]) + (" and more" if len(lost) > 10 else "")
+        raise DataError(
+            f"{folder} has {len(lost)} archives that are not read: {names}; unpack compressed ones to .tar (gunzip), and put all"
+            " tars into the folder itself, or move these elsewhere"
+        )
+    return tars, {"hidden or of the system": hidden} if hidden else {}
+
+
+def _made_before(folder: Path, tars: Sequence[Path], classes: Sequence[str] | None, rules: MemberRules) -> Manifest:
+    """Open the manifest that a folder has already, if it is what would be made now.
+
+    Raises:
+        DataError: It lacks tars, or was made with other options.
+    """
+    manifest = read_manifest(folder)
+    again = f"delete {folder / HEADER} to make it again"
+    known = {shard.name for shard in manifest.shards}
+    if new := [path.name for path in tars if path.name not in known]:
+        raise DataError(f"{folder} has tars that its manifest lacks: {', '.join(new[:10])}; {again}")
+    stated = json.loads((folder / HEADER).read_bytes()).get("member_rules")
+    made = MemberRules(**stated) if stated else _USUAL
+    guessed = replace(made, label_key="") if made.label_key == "txt" else made
+    if rules not in (made, guessed) or (classes is not None and tuple(classes) != manifest.classes):
+        raise DataError(f"the manifest in {folder} was made with other options or classes; {again}")
+    return manifest
 
 
 def index_remote(
@@ -188,7 +230,12 @@ def _are_classes(texts: Sequence[str]) -> bool:
 
 
 def _write_index(
-    folder: Path, classes: Sequence[str] | None, found: list[_Found], rules: MemberRules, location: str = ""
+    folder: Path,
+    classes: Sequence[str] | None,
+    found: list[_Found],
+    rules: MemberRules,
+    location: str = "",
+    left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Indexed:
     seen: dict[str, str] = {}
     for shard in found:
@@ -212,19 +259,28 @@ def _write_index(
                 ]
             )
         )
+    if rules.label_key not in ("", "none") and not any(text for shard in found for text in shard.scan.texts):
+        raise DataError(
+            f"no sample of {folder} has a label in {rules.label_key!r}; give another --label-key: the ending of a member, or a"
+            " field of the json members (--label-key none = without labels)"
+        )
     names, indices = _labelled(classes, found, folder)
     kept = [_without(index, shard.problems) for index, shard in zip(indices, found, strict=True)]
-    left_out: dict[str, list[str]] = {}
+    if not any(index.shard.count for index in kept):
+        raise DataError(f"the tars of {folder} hold no image that can be read; nothing was written")
+    lost: dict[str, list[str]] = {reason: list(names) for reason, names in left_out.items()}
     for shard in found:
         for reason, members in shard.scan.left_out.items():
-            left_out.setdefault(reason, []).extend(members)
+            lost.setdefault(reason, []).extend(members)
     # A member that holds a caption or a number is found with its sample; it is no loss.
-    told = {reason: members for reason, members in left_out.items() if not reason.startswith("member ")}
+    told = {reason: members for reason, members in lost.items() if not reason.startswith("member ")}
     usual = rules == _USUAL
     manifest = write_manifest(folder, names, kept, location, None if usual else asdict(rules))
     lines = table(len(seen), told, {"unreadable": unreadable} if unreadable else {})
-    others = {reason: members for reason, members in left_out.items() if reason.startswith("member ")}
+    others = {reason: members for reason, members in lost.items() if reason.startswith("member ")}
     lines += [f"{'':<12}{len(members):>10,}  {reason} not used" for reason, members in sorted(others.items())]
+    if others and not names and rules.label_key != "none":
+        lines.append("no sample has a label; --label-key ENDING reads labels from other members")
     return Indexed(manifest, False, lines)
 
 

@@ -42,7 +42,7 @@ class JointManifest(Manifest):
         # One dataset with its classes in another order is still that dataset.
         self.hash = hashes[0] if len(hashes) == 1 else _sha256({"datasets": hashes})
         self.folder = self.parts[0].folder
-        self.location = ", ".join(dict.fromkeys(part.location for part in self.parts if part.location))
+        self.location = ", ".join(dict.fromkeys(part.location for part in self.parts if part.remote))
         self.classes = unite([part.classes for part in self.parts]) if classes is None else classes
         self.shards = tuple(shard for part in self.parts for shard in part.shards)
         self._ends = np.cumsum([shard.count for shard in self.shards])
@@ -128,6 +128,10 @@ class JointManifest(Manifest):
         """Refuse bytes that are not the sample's."""
         part, row = self._local(sample_index)
         part.check_bytes(row, data)
+
+    def local_shards(self) -> list[tuple[Path, str]]:
+        """Return the shards of all datasets that lie here, each with the SHA-256 of its content."""
+        return [shard for part in self.parts for shard in part.local_shards()]
 
     def member(self, sample_index: int) -> str:
         """Return the name of a sample's image in its tar."""

@@ -44,7 +44,7 @@ def read_list(path: Path, manifest: Manifest) -> tuple[NDArray[np.int64], str]:
         raise DataError(f"list {path} does not exist; give a file with one image a line")
     content = path.read_bytes()
     lines = [line.strip() for line in decode_text(content, path, "list").splitlines() if line.strip()]
-    titled = len(lines) > 1 and not lines[0].isdigit() and all(line.isdigit() for line in lines[1:])
+    titled = len(lines) > 1 and _looks_like_titles(lines[0]) and all(line.isdigit() for line in lines[1:])
     if lines and all(line.isascii() and line.isdigit() for line in lines[titled:]):
         found = _by_place(lines[titled:], manifest, path)
     else:
@@ -156,5 +156,5 @@ def _bases(file: str) -> list[str]:
     whole = file.replace(".", "_")
     stem = file.rpartition(".")[0].replace(".", "_")
     if extension_of(file) in (*IMAGE_EXTENSIONS, *FOREIGN_EXTENSIONS):
-        return [stem]
+        return [stem, whole]  # `whole` where images of several endings share the stem
     return [whole, stem] if stem else [whole]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.datasets.manifest import HEADER, Manifest, ShardIndex, read_manifest, write_manifest
 from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.text import shown
+from pipeline.decoding import DEFAULT
 from pipeline.errors import DataError, EnvironmentProblem
 from pipeline.files import replace_text, replacing, user_cache
 from pipeline.images import UnreadableImage, decode
@@ -43,6 +44,8 @@ class ImageFolder(Manifest):
         samples: (num_samples,) the table of samples, with their places in the shards that a conversion would write.
         names: Member names, end to end.
     """
+
+    locations = ("file",)
 
     def __init__(self, folder: Path, header: dict[str, Any], digest: str, samples: Any, names: Any) -> None:
         super().__init__(folder, header, digest, samples, names)
@@ -73,6 +76,10 @@ class ImageFolder(Manifest):
     def url_of(self, shard: int) -> str:
         """Return an empty text: the images are here."""
         return ""
+
+    def local_shards(self) -> list[tuple[Path, str]]:
+        """Return nothing: there are no shards, and each image is checked when it is read."""
+        return []
 
     def place_of(self, sample_index: int) -> tuple[Path, int]:
         """Return the file of a sample, and 0."""
@@ -125,7 +132,9 @@ def _open_images(root: Path, source: "Files", kind: str) -> ImageFolder:
         state = _state(source)
         if _is_current(index, state):
             with contextlib.suppress(DataError):  # the cache folder was damaged: what it holds can be found again
-                return read_manifest(index, ImageFolder)  # type: ignore[return-value]
+                manifest = read_manifest(index, ImageFolder)
+                manifest.member(0)  # reads and checks the names
+                return manifest  # type: ignore[return-value]
         _read_images(root, source, index, state, kind, lock)
         if _state(source) != state:
             raise DataError(f"{root} changed while it was read; start the same command again")
@@ -161,7 +170,7 @@ def _read_images(root: Path, source: "Files", index: Path, state: str, kind: str
     from pipeline.datasets.convert.writer import cut_shards, keep_source_names
 
     processes = os.cpu_count() or 1
-    if problems := dict(source.problems) | check_images(source, processes, lock):
+    if problems := dict(source.problems) | check_images(source, DEFAULT, processes, lock):
         raise refusal(
             source, problems, f"or make shards without them: convert {kind} {root} --out OUT --skip-unreadable"
         )
@@ -176,9 +185,8 @@ def _read_images(root: Path, source: "Files", index: Path, state: str, kind: str
         names = [os.path.relpath(source.paths[item], root) for item in order]
         files = {"root": str(root.resolve()), "state": state, "files": list(zip(names, digests, strict=True))}
         replace_text(folder / FILES, json.dumps(files) + "\n")
-        manifest = write_manifest(
-            folder, source.classes, [shard for shard, _ in found], f"file://{shown(str(root.resolve()))}"
-        )
+        address = f"file://{shown(str(root.resolve()))}"
+        manifest = write_manifest(folder, source.classes, [shard for shard, _ in found], address, kind=ImageFolder)
         keep_source_names(source, manifest, order)
     lines = "\n  ".join(table(len(source.keys), source.left_out, {}))
     classes = f"{len(source.classes)} classes" if source.classes else "no classes"
@@ -199,7 +207,7 @@ def _index_shard(source: "Files", job: tuple[list[int], Path]) -> tuple[ShardInd
     from pipeline.datasets.convert.writer import write_shard
 
     path = job[1]
-    shard = write_shard(source, 0, job)
+    shard = write_shard(source, 0, DEFAULT, job)
     with path.open("rb") as file:
         digests = []
         for offset, length in zip(shard.offsets, shard.lengths, strict=True):

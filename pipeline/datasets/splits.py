@@ -1,8 +1,9 @@
 """Which samples are labelled, unlabelled or held out for validation.
 
 A split is a JSON file of one object with one key a line: the protocol in words, its options and seed, the hash of the
-manifest, and last `codes`, a string with one code per sample in the order of the manifest: L (labelled), U (unlabelled),
-V (validation) or - (unused). So any tool can count and compare splits, and the file takes one byte per sample.
+manifest, `codes`, a string with one code per sample in the order of the manifest: L (labelled), U (unlabelled), V (validation)
+or - (unused), and last the split's hash, which finds damage. So any tool can count and compare splits, and the file takes
+one byte per sample. A split that another tool has written or changed may leave the hash out.
 """
 
 import functools
@@ -25,6 +26,7 @@ from pipeline.files import read_regular, replace_bytes
 
 VERSION = 2
 CODES = {"labelled": b"L", "unlabelled": b"U", "validation": b"V", "unused": b"-"}
+_FIELDS = {"version", "manifest", "num_classes", "protocol", "config", "seed", "class_ranks", "ood_classes"}
 _SHUFFLE, _ROUND = 11, 12  # streams of random numbers
 
 
@@ -48,14 +50,17 @@ class Split:
     @functools.cached_property
     def content(self) -> bytes:
         """The file, byte for byte."""
-        fields = self.header | {"codes": self.codes.tobytes().decode()}
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
-        return f"{{\n{lines}\n}}\n".encode()
+        return self._lines({"sha256": self.hash})
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of the content; every result carries it."""
-        return hashlib.sha256(self.content).hexdigest()
+        """SHA-256 of the content without the hash itself; every result carries it."""
+        return hashlib.sha256(self._lines({})).hexdigest()
+
+    def _lines(self, seal: dict[str, str]) -> bytes:
+        fields = self.header | {"codes": self.codes.tobytes().decode()} | seal
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+        return f"{{\n{lines}\n}}\n".encode()
 
     def subset(self, name: str) -> NDArray[np.int64]:
         """Return the sorted sample indices of "labelled", "unlabelled", "validation" or "unused"."""
@@ -228,7 +233,7 @@ def read_split(path: Path, manifest: Manifest) -> Split:
     again = f"delete it and make it again with `python -m pipeline.data split {_arguments(manifest)} --out {path}`"
     try:
         header = json.loads(raw)
-        codes = header.pop("codes").encode("ascii")
+        codes, seal = header.pop("codes").encode("ascii"), header.pop("sha256", None)
         made_for, version, num_classes = header["manifest"], header["version"], header["num_classes"]
         misfit = _misfit(header)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -248,6 +253,10 @@ def read_split(path: Path, manifest: Manifest) -> Split:
     if len(codes) != manifest.num_samples or unknown or num_classes != len(manifest.classes):
         raise DataError(f"split {path} is damaged: {len(codes)} codes for {manifest.num_samples} samples; {again}")
     split = Split(header, np.frombuffer(codes, "S1"), manifest.labels)
+    if seal not in (None, split.hash):
+        raise DataError(
+            f"split {path} was changed or damaged after it was made: its content does not have the hash that it states; {again}"
+        )
     for name in ("labelled", "validation"):
         if wrong := int((manifest.labels[split.subset(name)] < 0).sum()):
             raise DataError(f"split {path} is damaged: {wrong} {name} samples have no label in {manifest}; {again}")
@@ -260,6 +269,8 @@ def _arguments(manifest: Manifest) -> str:
 
 def _misfit(header: dict[str, Any]) -> str:
     """Return which field of a split has another form than `make_split` gives it; empty if none has."""
+    if unknown := set(header) - _FIELDS:
+        return f"it has an unknown field {min(unknown)[:40]!r}"
     protocol, num_classes = header["protocol"], header["num_classes"]
     if not isinstance(protocol, str) or protocol.encode(errors="replace").decode() != protocol:  # a lone surrogate
         return "its protocol is not Unicode text"

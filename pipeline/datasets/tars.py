@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.datasets.formats import FOREIGN_EXTENSIONS, HEAD, IMAGE_EXTENSIONS, format_of, is_hidden
-from pipeline.datasets.manifest import Shard, ShardIndex, sample_key
+from pipeline.datasets.manifest import Shard, ShardIndex
+from pipeline.datasets.text import sample_key
 from pipeline.errors import DataError
 
 BLOCK = 512
@@ -21,6 +22,7 @@ MAX_TEXT_BYTES = 64 * 2**10  # labels, long names and pax records
 _MAX_LABEL_DIGITS = 9  # longest class number, which the manifest keeps in four bytes
 _MAX_PAX_DIGITS = 20  # longest number in a pax header; Python refuses to read thousands
 _TEXT_EXTENSIONS = ("cls", "txt", "json", "id", "key", "url", "caption", "npy", "pyd", "pth")
+_ABSENT = object()
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
 
 
@@ -46,7 +48,8 @@ class MemberRules:
     Attributes:
         image_key: Extension of the images, after the first dot of the name, for example "input.jpg"; empty = the
             ending or the content of an image.
-        label_key: Extension of the members that hold the labels, or a field of the `json` members; empty = `cls`.
+        label_key: Extension of the members that hold the labels, or a field of the `json` members (`a.b` for one inside
+            another); empty = `cls`.
         skip_unreadable: Leave out samples that cannot be used, instead of refusing the shard.
     """
 
@@ -84,7 +87,13 @@ def scan_shard(path: Path, num_classes: int | None = None, rules: MemberRules | 
     Raises:
         DataError: The tar holds anything but complete, plain, uniquely named samples.
     """
-    return scan_members(path, num_classes, rules or MemberRules()).index
+    index = scan_members(path, num_classes, rules or MemberRules()).index
+    if 0 in index.lengths:
+        name = index.members[index.lengths.index(0)]
+        raise DataError(
+            f"{path}: image {name!r} has 0 bytes; allowed are 1 to {MAX_IMAGE_BYTES}; remove or rewrite this shard"
+        )
+    return index
 
 
 def scan_members(path: Path, num_classes: int | None, rules: MemberRules) -> Scan:
@@ -183,7 +192,7 @@ def _index(file: BinaryIO, name: str, size: int, digest: str, num_classes: int |
         lengths=[member.size for member in found],
         labels=[_number(texts.get(key, ""), labelled.get(key, ""), num_classes, rules) for key in images],
     )
-    return Scan(index, [texts.get(key, "") for key in images], left_out)
+    return Scan(index, ["" if texts.get(key) == "-1" else texts.get(key, "") for key in images], left_out)
 
 
 def _holds_image(file: BinaryIO, member: Member, extension: str, rules: MemberRules) -> bool:
@@ -206,7 +215,7 @@ def _check_image(member: Member, extension: str, rules: MemberRules, known: bool
         )
     if known:
         raise DataError(f"sample {key!r} has two images")
-    if not 0 < member.size <= MAX_IMAGE_BYTES:
+    if member.size > MAX_IMAGE_BYTES:
         raise DataError(f"image {member.name!r} has {member.size} bytes; allowed are 1 to {MAX_IMAGE_BYTES}")
 
 
@@ -230,9 +239,9 @@ def _label_text(file: BinaryIO, member: Member, extension: str, rules: MemberRul
         value: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"member {member.name!r} is no JSON ({type(error).__name__})") from None
-    if not isinstance(value, dict) or rules.label_key not in value:
+    label = _field(value, rules.label_key)
+    if label is _ABSENT:
         return None
-    label = value[rules.label_key]
     if label is None:
         return ""
     if isinstance(label, bool) or not isinstance(label, (int, str)):
@@ -242,9 +251,17 @@ def _label_text(file: BinaryIO, member: Member, extension: str, rules: MemberRul
     return str(label).strip()
 
 
+def _field(value: Any, key: str) -> Any:
+    """Return a field of a JSON object, `a.b` also that of an object in a field; `_ABSENT` if it has none."""
+    if isinstance(value, dict) and key in value:
+        return value[key]
+    first, dot, rest = key.partition(".")
+    return _field(value[first], rest) if dot and isinstance(value, dict) and first in value else _ABSENT
+
+
 def _number(text: str, member: str, num_classes: int | None, rules: MemberRules) -> int:
     """Return a label that is a number; -1 for none, and for a name where names are allowed."""
-    if not text and (rules.label_key or not member):
+    if text == "-1" or (not text and (rules.label_key or not member)):
         return -1
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_LABEL_DIGITS):
         if rules.label_key:

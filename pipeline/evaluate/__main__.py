@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipeline import decoding
 from pipeline.cli import guarded
 from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest
@@ -48,7 +49,7 @@ def _run(arguments: list[str]) -> int:
     given = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        _evaluate(_check(given), given.batch)
+        _evaluate(_check(given), given)
     except PipelineError as error:
         if os.environ.get("RANK", "0") == "0":
             raise
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch", type=int, help="images per process and step (default: the evaluation batch of the export's run)"
     )
+    decoding.add_options(parser, "that of the export")
     parser.add_argument("--out", type=Path, help="folder to write (default: evaluation-DATA beside the export)")
     return parser
 
@@ -137,14 +139,14 @@ def _check(given: argparse.Namespace) -> _Request:
     return _Request(exports, data, sample_indices, train, held_out, bank, split.hash if split else None, out)
 
 
-def _evaluate(request: _Request, batch: int | None) -> None:
+def _evaluate(request: _Request, given: argparse.Namespace) -> None:
     from pipeline.train import distributed
 
     world = distributed.start(timeout_seconds=600)
     results: dict[str, Any] = {}
     weights = {}
     for name, folder in request.exports.items():
-        found, weights[name] = _evaluate_model(name, folder, request, batch, world)
+        found, weights[name] = _evaluate_model(name, folder, request, given, world)
         results |= found
     if world.is_main:
         origin = {
@@ -159,7 +161,7 @@ def _evaluate(request: _Request, batch: int | None) -> None:
 
 
 def _evaluate_model(
-    name: str, folder: Path, request: _Request, batch: int | None, world: "World"
+    name: str, folder: Path, request: _Request, given: argparse.Namespace, world: "World"
 ) -> tuple[dict[str, Any], str]:
     """Return the metrics of one model, raw and calibrated, and the hash of its weights (collective)."""
     from torch import nn
@@ -179,7 +181,7 @@ def _evaluate_model(
         card.model.image_size,
         mean=card.preprocessing.mean,
         std=card.preprocessing.std,
-        decoding=card.preprocessing.decoding,
+        decoding=decoding.given(given, card.preprocessing.decoding),
     )
     classes = request.data.classes
     groups = _groups(folder, card)
@@ -188,7 +190,7 @@ def _evaluate_model(
         return evaluation_batches(
             manifest,
             sample_indices,
-            batch_size=batch or card.eval_batch,
+            batch_size=given.batch or card.eval_batch,
             rank=world.rank,
             world_size=world.size,
             views=views,

@@ -157,15 +157,16 @@ class Card(Strict):
         """
         path = folder / CARD
         hint = f"; make it with: {remedy}" if remedy else ""
-        if not folder.is_dir():
-            raise HandoverError(f"no export at {folder}{hint}")
-        for name in (CARD, WEIGHTS, FINGERPRINT):
-            if not (folder / name).is_file():
-                raise HandoverError(f"the export {folder} is incomplete: {name} is missing{hint}")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise HandoverError(f"{path} is not a model card: it has {size} bytes, at most {MAX_BYTES} are read{hint}")
         try:
+            if not folder.is_dir():
+                raise HandoverError(f"no export at {folder}{hint}")
+            for name in (CARD, WEIGHTS, FINGERPRINT):
+                if not (folder / name).is_file():
+                    raise HandoverError(f"the export {folder} is incomplete: {name} is missing{hint}")
+            if (size := path.stat().st_size) > MAX_BYTES:
+                raise HandoverError(
+                    f"{path} is not a model card: it has {size} bytes, at most {MAX_BYTES} are read{hint}"
+                )
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except ValidationError as error:
             raise HandoverError(f"{path} is not a model card: {_problem(error)}{hint}") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import HandoverError, PipelineError
@@ -15,6 +15,7 @@ from pipeline.exports.card import CARD, FINGERPRINT, WEIGHTS, Card
 from pipeline.exports.fingerprint import TOLERANCE, Fingerprint
 from pipeline.exports.headers import Claim, read_safetensors_header
 from pipeline.exports.hub import README, TIMM_CONFIG, model_card, timm_config
+from pipeline.exports.weights import load_safetensors
 from pipeline.files import replacing, sha256_of
 from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
@@ -117,7 +118,7 @@ def load_export(folder: Path) -> tuple[nn.Module, Card]:
     _check_claims(folder, card)
     model = build_from_card(card).eval()
     inside = INSIDE if isinstance(model, TimmModel) else ""
-    weights = {f"{inside}{k}": v for k, v in load_file(folder / WEIGHTS).items()}
+    weights = {f"{inside}{k}": v for k, v in load_safetensors(folder / WEIGHTS).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise HandoverError(

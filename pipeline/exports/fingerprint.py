@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from pipeline.exports.weights import load_safetensors
 
 TOLERANCE = 1e-3  # largest allowed error, relative to the largest output
 
@@ -32,7 +34,7 @@ class Fingerprint:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read the file that `write` left."""
-        tensors = load_file(path)
+        tensors = load_safetensors(path)
         return cls(tensors["images"], tensors["outputs"])
 
     def write(self, path: Path) -> None:

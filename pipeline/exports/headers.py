@@ -33,8 +33,12 @@ class Claim(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_safetensors_header(path: Path) -> dict[str, Claim]:
+def read_safetensors_header(path: Path, *, whole: bool = True) -> dict[str, Claim]:
     """Return what a safetensors file claims to hold, by name.
+
+    Args:
+        path: The file.
+        whole: Whether all of it will be in memory at once.
 
     Raises:
         HandoverError: The header is damaged or too large, contradicts the file's size, or claims more than fits in memory.
@@ -53,7 +57,8 @@ def read_safetensors_header(path: Path) -> dict[str, Claim]:
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise HandoverError(f"{path} is no safetensors file, or damaged: {said}") from None
-    check_memory(path, size)
+    if whole:
+        check_memory(path, size)
     return claims
 
 
@@ -65,6 +70,7 @@ def _parse(text: bytes, held: int) -> dict[str, Claim]:
     if len(header) > MAX_TENSORS:
         raise ValueError(f"it has {len(header)} tensors, at most {MAX_TENSORS} are read")
     claims: dict[str, Claim] = {}
+    spans: list[tuple[int, int]] = []
     for name, value in header.items():
         shape, (begin, end) = value["shape"], value["data_offsets"]
         if value["dtype"] not in _ITEM_BYTES:
@@ -74,6 +80,14 @@ def _parse(text: bytes, held: int) -> dict[str, Claim]:
         if end > held or end - begin != math.prod(shape) * _ITEM_BYTES[value["dtype"]]:
             raise ValueError(f"{name[:100]} claims more values than the file holds")
         claims[name] = Claim(value["dtype"], tuple(shape))
+        spans.append((begin, end))
+    covered = 0
+    for begin, end in sorted(spans):
+        if begin != covered:
+            raise ValueError(f"its tensors overlap or leave a gap at byte {covered}")
+        covered = end
+    if covered != held:
+        raise ValueError(f"its tensors take {covered} bytes, but it holds {held}")
     return claims
 
 

@@ -46,6 +46,7 @@ def timm_config(card: Card, model: nn.Module) -> dict[str, Any] | None:
         "num_classes": len(card.classes),
         "label_names": list(card.classes),
         "model_args": arguments,
+        "ground": card.preprocessing.ground,
         "pretrained_cfg": {
             "input_size": [card.model.in_chans, height, width],
             "mean": card.preprocessing.mean,
@@ -88,8 +89,10 @@ def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
     ]
     lines += ["", "| | |", "|---|---|"]
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (card.preprocessing.mean, card.preprocessing.std))
+    ground = ", ".join(map(str, card.preprocessing.ground))
     rows = {
-        "preprocessing": f"resize the shorter side to {height} / {CROP_SHARE} (bicubic), centre crop,"
+        "preprocessing": f"transparent pixels on the ground {ground} (red, green, blue of 255), resize the"
+        f" shorter side to {height} / {CROP_SHARE} (bicubic), centre crop,"
         f" then (pixels in [0, 1] - mean) / std with mean {mean} and std {std}",
         "weights": f"`model.safetensors`, fp32, sha256 `{card.weights_sha256}`",
         "data": f"manifest `{card.lineage.dataset}`"

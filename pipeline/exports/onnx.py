@@ -25,7 +25,7 @@ OPSET = 17
 def export_to_onnx(folder: Path, out: Path) -> float:
     """Write the classifier of an export as an ONNX file, whole or absent.
 
-    Classes, mean and std are in the file's metadata, as JSON.
+    Classes, mean, std and ground are in the file's metadata, as JSON.
 
     Args:
         folder: The export.
@@ -56,7 +56,8 @@ def export_to_onnx(folder: Path, out: Path) -> float:
                 f"{card.model.name} cannot be written as ONNX ({reason}); efficientvim_*, vssd_* and most of timm can"
             ) from None
         graph = onnx.load(temporary)
-        about = {"classes": card.classes, "mean": card.preprocessing.mean, "std": card.preprocessing.std}
+        how = card.preprocessing
+        about = {"classes": card.classes, "mean": how.mean, "std": how.std, "ground": how.ground}
         onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in about.items()})
         onnx.save(graph, temporary)
         fingerprint = Fingerprint.read(folder / FINGERPRINT)

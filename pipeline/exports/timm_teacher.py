@@ -65,7 +65,7 @@ def timm_teacher(name: str, weights: Path, num_classes: int, image_size: tuple[i
     except ConfigError as error:
         raise HandoverError(f"teacher.timm={name}: {error}") from None
     report = load_weights(model, weights)
-    if report.fresh or report.dropped:
+    if report.fresh or any(name.startswith(model.fresh()) for name in report.dropped):
         raise HandoverError(
             f"teacher.weights={weights} is no classifier of {num_classes} classes ({report}); a teacher must know the"
             " dataset's classes"

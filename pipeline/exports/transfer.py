@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 FRESH = ("head.", "norm_f.", "cls_token")
 DROPPED = ("norms.", "to_decoder.", "query", "blocks.", "norm.", "to_pixels.")
 
+NAMED = 4  # as many tensors that are left behind are named; of more, the first words of their names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
@@ -30,7 +32,8 @@ class Transfer:
 
     def __str__(self) -> str:
         fresh = ", ".join(sorted(self.fresh)) or "none"
-        dropped = ", ".join(sorted({name.split(".")[0] for name in self.dropped})) or "none"
+        few = len(self.dropped) <= NAMED
+        dropped = ", ".join(sorted({name if few else name.split(".")[0] for name in self.dropped})) or "none"
         total = len(self.loaded) + len(self.fresh)
         return f"loaded {len(self.loaded)}/{total} tensors; new: {fresh}; left behind: {dropped}"
 

@@ -12,6 +12,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from pipeline.exports.headers import (
     read_safetensors_header,
 )
 from pipeline.exports.transfer import Transfer, misshapen
+from pipeline.exports.vit_layouts import timm_names
+from pipeline.models.timm_model import INSIDE, TimmModel
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +101,7 @@ def _read(path: Path) -> Any:
             f"{path} is only a pointer of Git LFS; type `git lfs pull` where it came from, and copy it again"
         )
     if start[8:9] == b"{" or path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return load_safetensors(path)
     if start.startswith(b"PK"):
         check_archive(path)
     else:
@@ -110,7 +113,12 @@ def _some(names: dict[str, Any]) -> str:
     return ", ".join(name[:60] for name in list(names)[:8])[:300] + (", ..." if len(names) > 8 else "")
 
 
-def _read_safetensors(path: Path) -> Any:
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file after its header has been checked.
+
+    Raises:
+        HandoverError: It is damaged, or claims more than it holds or than fits in memory.
+    """
     read_safetensors_header(path)
     try:
         return load_file(path)
@@ -148,7 +156,11 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
     Raises:
         HandoverError: If any other key is missing or left over, or a shape differs.
     """
-    weights, wanted = model.convert(read_weights(path)), model.state_dict()  # type: ignore[operator]
+    weights, wanted, left = read_weights(path), model.state_dict(), list[str]()
+    if isinstance(model, TimmModel):
+        layout, weights, left = timm_names(weights, [name.removeprefix(INSIDE) for name in wanted])
+        logger.info("%s has the layout of %s", path, layout)
+    weights = _converted(model, weights, wanted)
     fresh: tuple[str, ...] = model.fresh()  # type: ignore[operator]
     dropped = [k for k, v in weights.items() if k.startswith(fresh) and (k not in wanted or wanted[k].shape != v.shape)]
     weights = {k: v for k, v in weights.items() if k not in dropped}
@@ -166,15 +178,37 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
         ]
     if problems:
         raise HandoverError(
-            f"{path} does not fit this model: {problems[0]} ({len(problems)} such problems); set model.* to the model that the"
-            " file was made for"
+            f"{path} does not fit this model: {'; '.join(problems[:3])} ({len(problems)} such problems); set model.* to the"
+            " model that the file was made for"
         )
     model.load_state_dict(weights, strict=False)
     report = Transfer(
-        loaded=[k for k in wanted if k in weights], fresh=[k for k in wanted if k not in weights], dropped=dropped
+        loaded=[k for k in wanted if k in weights],
+        fresh=[k for k in wanted if k not in weights],
+        dropped=[*dropped, *left],
     )
     logger.info("weights %s: %s", path, report)
     return report
+
+
+def _converted(model: nn.Module, stored: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a file's tensors for a model.
+
+    Lightning and others keep the network in an attribute, so that all its names begin with `model.`, `net.` or the like.
+    If no name fits as it is, such an attribute is left out.
+    """
+    renamed: dict[str, Tensor] = model.convert(stored)  # type: ignore[operator]
+    if renamed.keys() & wanted.keys():
+        return renamed
+    for attribute in sorted({name.partition(".")[0] for name in stored}):
+        head = f"{attribute}."
+        inner = {_WRAPPED.sub("", name.removeprefix(head)): v for name, v in stored.items() if name.startswith(head)}
+        found: dict[str, Tensor] = model.convert(inner)  # type: ignore[operator]
+        if found.keys() & wanted.keys():
+            others = len(stored) - len(inner)
+            logger.info("names of tensors begin with %r, which is left out; %d others are not used", head, others)
+            return found
+    return renamed
 
 
 def _may_lack(key: str, fresh: tuple[str, ...]) -> bool:

@@ -35,8 +35,18 @@ def build_model(name: str, **overrides: Any) -> "nn.Module":
     return build_from_config(validate(family, {"name": name, **overrides}, f"model {name}"))
 
 
-def build_from_config(config: FamilyConfig) -> "nn.Module":
-    """Build the model that a validated config describes."""
+def build_from_config(config: FamilyConfig, *, trained: bool = False) -> "nn.Module":
+    """Build the model that a validated config describes.
+
+    Args:
+        config: The model's config.
+        trained: Whether it will be trained, which takes more memory than inference.
+
+    Raises:
+        ConfigError: It does not fit in this machine's memory.
+    """
+    from pipeline.models.memory import build_within_memory
     from pipeline.models.registry import MODEL_CLASSES
 
-    return MODEL_CLASSES[type(config)](**config.arguments())
+    family = MODEL_CLASSES[type(config)]
+    return build_within_memory(lambda: family(**config.arguments()), f"model {config.name}", trained=trained)

@@ -83,8 +83,8 @@ class TimmModel(nn.Module):
         return self.model.forward_head(x, pre_logits=pre_logits)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, K)."""
-        return self.model(images)
+        """(B, C, H, W) -> logits (B, K). What the classifier reads, (B, F), is accepted in place of images."""
+        return self.model.get_classifier()(images) if images.dim() == 2 else self.model(images)
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""
@@ -120,16 +120,10 @@ class TimmModel(nn.Module):
         return {f"{INSIDE}{name}": int(layer) for name, layer in found.items()}
 
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Give a released state dict this model's names; timm's filter resizes the position embedding to its grid."""
-        if any(name.startswith("decoder_") for name in weights):  # a whole masked autoencoder
-            weights = {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token"))}
+        """Fit a state dict in timm's names to this model: timm's filter resizes the position embedding to its grid."""
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
         weights = dict(convert(weights, self.model)) if convert else weights
-        if not any(name.startswith("fc_norm.") for name in self.model.state_dict()):
-            return {f"{INSIDE}{k}": v for k, v in weights.items()}
-        # With mean pooling timm's ViT has its norm after the pool instead of before. The norm of a masked autoencoder's file
-        # is therefore left out, and fine-tuning trains a new one.
-        return {f"{INSIDE}{k}": v for k, v in weights.items() if not k.startswith("norm.")}
+        return {f"{INSIDE}{k}": v for k, v in weights.items()}
 
     def weights_of(self, source: "TimmModel") -> dict[str, Tensor]:
         """Fit the state dict of the same model at another image size: its absolute position embedding is resized.
@@ -141,11 +135,13 @@ class TimmModel(nn.Module):
         if f"{INSIDE}pos_embed" in weights and hasattr(self.model, "patch_embed"):
             from timm.layers import resample_abs_pos_embed
 
+            # With registers timm's DINOv2 gives the class token no row of its own.
+            bare = getattr(self.model, "no_embed_class", False)
             weights[f"{INSIDE}pos_embed"] = resample_abs_pos_embed(
                 weights[f"{INSIDE}pos_embed"],
                 new_size=self.model.patch_embed.grid_size,
                 old_size=source.model.patch_embed.grid_size,
-                num_prefix_tokens=getattr(self.model, "num_prefix_tokens", 0),
+                num_prefix_tokens=0 if bare else getattr(self.model, "num_prefix_tokens", 0),
             )
         return weights
 

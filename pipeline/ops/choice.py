@@ -50,6 +50,19 @@ class Operators:
 
 def _cuda(device: torch.device) -> Operators:
     if device.type != "cuda":
+        raise Missing(f"the CUDA kernels run on a GPU, not on {device.type}")
+    from pipeline.ops.cuda.driver import CudaError, Driver
+    from pipeline.ops.cuda.library import CudaLibrary
+
+    try:
+        fused = Fused(CudaLibrary(Driver()))
+    except CudaError as error:
+        raise Missing(str(error)) from error
+    return Operators(name="cuda", scan=fused.scan, conv=fused.conv, mixer=fused.mixer)
+
+
+def _mamba_ssm(device: torch.device) -> Operators:
+    if device.type != "cuda":
         raise Missing(f"mamba-ssm runs on CUDA, not on {device.type}")
     for package, remedy in (
         ("mamba_ssm", "mamba-ssm is not installed"),
@@ -60,18 +73,7 @@ def _cuda(device: torch.device) -> Operators:
     ):
         if importlib.util.find_spec(package) is None:
             raise Missing(remedy)
-    return Operators(name="cuda", scan=mamba_cuda.selective_scan)
-
-
-def _triton(device: torch.device) -> Operators:
-    if device.type != "cuda":
-        raise Missing(f"Triton compiles for a GPU, not for {device.type}")
-    if importlib.util.find_spec("triton") is None:
-        raise Missing("triton is not installed")
-    from pipeline.ops.triton_library import TritonLibrary
-
-    fused = Fused(TritonLibrary())
-    return Operators(name="triton", scan=fused.scan, conv=fused.conv, mixer=fused.mixer)
+    return Operators(name="mamba_ssm", scan=mamba_cuda.selective_scan)
 
 
 def _native(device: torch.device) -> Operators:
@@ -96,11 +98,11 @@ def _reference(device: torch.device) -> Operators:
 
 
 # In the order of preference. Each loader imports its packages when it is called, so importing this file needs only
-# torch; it raises Missing if it cannot. `cuda` is mamba-ssm's kernel, `triton` our own, `native` the C++ library, `torch`
+# torch; it raises Missing if it cannot. `cuda` are our kernels, `mamba_ssm` is mamba-ssm's, `native` the C++ library, `torch`
 # the closed form in plain torch.
 SCANS: dict[str, Callable[[torch.device], Operators]] = {
     "cuda": _cuda,
-    "triton": _triton,
+    "mamba_ssm": _mamba_ssm,
     "native": _native,
     "torch": _closed_form,
     "reference": _reference,

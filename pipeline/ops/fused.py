@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.ops.kernels import Kernels, ScanInputs, ScanProblem
+from pipeline.ops.kernels import Filter, Kernels, ScanInputs, ScanProblem
 from pipeline.ops.reference import Direction
 
 
@@ -63,12 +63,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_o: Tensor, *g_ps: Tensor) -> Any:
-        gate, *saved, carries = ctx.saved_tensors
-        problem = ScanProblem(
-            inputs=[ScanInputs(*saved)], reverses=[ctx.reverse], z=gate, blend=None, softplus=ctx.softplus
-        )
+        gate, *saved = ctx.saved_tensors
+        count = len(ScanInputs._fields)
+        given, carries = ScanInputs(*saved[:count]), saved[count:]
+        problem = ScanProblem(inputs=[given], reverses=[ctx.reverse], z=gate, blend=None, softplus=ctx.softplus)
         g_z = None if gate is None else torch.empty_like(gate)
-        (grads,) = ctx.kernels.scan_backward(problem, [carries], _loadable(g_o), [_loadable(g) for g in g_ps], g_z)
+        (grads,) = ctx.kernels.scan_backward(problem, carries, _loadable(g_o), [_loadable(g) for g in g_ps], g_z)
         return None, None, None, None, None, *_like((g_z, *grads), ctx.dtypes)
 
 
@@ -113,11 +113,19 @@ class _Mixer(torch.autograd.Function):
                 low, B, C = projected.split([rank, states, states], dim=2)
                 delta = low @ dt_proj.t()  # (Bt, L, E)
                 inputs.append(
-                    _inputs(u, delta.transpose(1, 2), d.A, B.transpose(1, 2), C.transpose(1, 2), d.D, d.dt_bias)
+                    _inputs(
+                        x if kernels.fuses_convolution else u,
+                        delta.transpose(1, 2),
+                        d.A,
+                        B.transpose(1, 2),
+                        C.transpose(1, 2),
+                        d.D,
+                        d.dt_bias,
+                    )
                 )
                 matrices += [x_proj, dt_proj, projected]
             weights = None if blend is None else blend.detach().float().t().contiguous()
-            problem = ScanProblem(inputs=inputs, reverses=reverses, z=z, blend=weights, softplus=True)
+            problem = _mixer_problem(kernels, inputs, reverses, z, weights, filters)
             o, ps, carries = kernels.scan_forward(problem, ungated=ungated, keep=keep and any(ctx.needs_input_grad))
         flat = [t for pair in filters for t in pair] + [t for direction in inputs for t in direction]
         ctx.save_for_backward(xz, weights, *flat, *matrices, *carries)
@@ -134,11 +142,14 @@ class _Mixer(torch.autograd.Function):
         matrices = [(next(saved), next(saved), next(saved)) for _ in range(count)]
         g_xz = torch.empty_like(xz, memory_format=torch.contiguous_format)
         (x, z), (g_x, g_z) = xz.transpose(1, 2).chunk(2, dim=1), g_xz.transpose(1, 2).chunk(2, dim=1)
-        problem = ScanProblem(inputs=inputs, reverses=reverses, z=z, blend=weights, softplus=True)
+        problem = _mixer_problem(kernels, inputs, reverses, z, weights, filters)
         g_ps = tuple(_loadable(g).transpose(1, 2) for g in g_ps)
         scans = kernels.scan_backward(problem, list(saved), _loadable(g_o).transpose(1, 2), g_ps, g_z)
+        convolved = (
+            kernels.conv_forward(x, filters, reverses) if kernels.fuses_convolution else [given.u for given in inputs]
+        )
         g_projections, g_convolved = [], []
-        for given, grads, (x_proj, dt_proj, projected) in zip(inputs, scans, matrices, strict=True):
+        for u, grads, (x_proj, dt_proj, projected) in zip(convolved, scans, matrices, strict=True):
             g_delta, g_u = (t.transpose(1, 2).flatten(0, 1) for t in (grads.delta, grads.u))  # (Bt L, E)
             g_B, g_C = (t.transpose(1, 2).flatten(0, 1).to(xz.dtype) for t in (grads.B, grads.C))
             projected = projected.flatten(0, 1)
@@ -147,7 +158,7 @@ class _Mixer(torch.autograd.Function):
             g_convolved.append(g_u.view(*xz.shape[:2], x.shape[1]).transpose(1, 2))
             g_projections.append(
                 (
-                    g_projected.t() @ given.u.transpose(1, 2).flatten(0, 1),
+                    g_projected.t() @ u.transpose(1, 2).flatten(0, 1),
                     g_delta.t() @ projected[:, : dt_proj.shape[1]],
                 )
             )
@@ -156,6 +167,18 @@ class _Mixer(torch.autograd.Function):
         for (g_weight, g_bias), (g_x_proj, g_dt_proj), scan in zip(convs, g_projections, scans, strict=True):
             flat += Direction(g_weight, g_bias, g_x_proj, g_dt_proj, scan.bias, scan.A, scan.D)
         return None, None, None, None, *_like(flat, ctx.dtypes)
+
+
+def _mixer_problem(
+    kernels: Kernels,
+    inputs: Sequence[ScanInputs],
+    reverses: Sequence[bool],
+    z: Tensor,
+    weights: Tensor | None,
+    filters: Sequence[Filter],
+) -> ScanProblem:
+    fused = filters if kernels.fuses_convolution else ()
+    return ScanProblem(inputs=inputs, reverses=reverses, z=z, blend=weights, softplus=True, filters=fused)
 
 
 class Fused:

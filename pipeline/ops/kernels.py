@@ -35,6 +35,8 @@ class ScanProblem:
         z: The gate, (Bt, E, L).
         blend: (directions, Bt), contiguous fp32; it gets no gradient.
         softplus: Whether dt is softplus(delta + bias), or delta + bias itself.
+        filters: If given, every `inputs[k].u` is x, and the scan's u is SiLU(conv(x)), computed where x is loaded. The
+            gradient of u remains that of the scan's u. Only for kernels with `fuses_convolution`.
     """
 
     inputs: Sequence[ScanInputs]
@@ -42,10 +44,17 @@ class ScanProblem:
     z: Tensor | None
     blend: Tensor | None
     softplus: bool
+    filters: Sequence[Filter] = ()
 
 
 class Kernels(Protocol):
-    """Compiled kernels. Outputs have the memory layout of u (or x): channels last if u has that layout, else steps last."""
+    """Compiled kernels. Outputs have the memory layout of u (or x): channels last if u has that layout, else steps last.
+
+    Attributes:
+        fuses_convolution: Whether the scan takes `ScanProblem.filters`. Then the backward of a mixer needs no u in memory.
+    """
+
+    fuses_convolution: bool
 
     def scan_forward(
         self, problem: ScanProblem, *, ungated: bool, keep: bool

@@ -7,15 +7,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
-
+from pipeline.books import read_config, read_status
 from pipeline.errors import DataError
-from pipeline.jsonl import read_rows
+from pipeline.jsonl import read_object, read_rows
 
 METRICS = ("top1", "head", "medium", "tail")
 STAGES = {"arm": "Stage 1: ARM pretraining", "distill": "Stage 2: supervised", "semi": "Stage 3: semi-supervised"}
 DATA_CHECK = "data-check.json"  # what a chain's check of its data found, in the experiment's folder
 # Row of the table -> (stage, model in its evaluation.json).
+FOLDS = "folds.json"  # result of `python -m studies.folds`, in the experiment's folder
 ROWS = {
     "stage 2": ("distill", "student"),
     "stage 3, student": ("semi", "student"),
@@ -82,11 +82,12 @@ class Result:
         return int(self.stages[stage].config.get("run", {}).get("seed", 0))
 
     def label_notes(self) -> list[str]:
-        """Return sentences on the labels that were learnt, held out or missing, and on what is absent because of it."""
+        """Return sentences on the labels (learnt, held out or missing), on what is absent without them, and on folds."""
+        notes = _fold_notes(self.experiment / FOLDS)
         found = [s.evaluation for s in self.stages.values() if "labels" in s.evaluation]
         if not found:
-            return []
-        labels, notes = found[-1]["labels"], [found[-1]["labels_in_words"]]
+            return notes
+        labels, notes = found[-1]["labels"], [found[-1]["labels_in_words"], *notes]
         if "semi" in self.stages and labels["without_label"] and not labels["hidden"]:
             notes.append(
                 "precision and coverage of the pseudo-labels are absent: no unlabelled image has a label to compare with"
@@ -97,6 +98,15 @@ class Result:
         """Return the labelled images of each class in the last stage that was evaluated."""
         found = [s.evaluation.get("labelled_per_class", {}) for s in self.stages.values()]
         return next((counts for counts in reversed(found) if counts), {})
+
+
+def _fold_notes(path: Path) -> list[str]:
+    try:
+        return [str(json.loads(path.read_text())["sentence"])]
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError):
+        return [f"{path.name} is damaged; `python -m studies.folds` writes it again"]
 
 
 def read_result(experiment: Path) -> Result:
@@ -124,7 +134,7 @@ def read_result(experiment: Path) -> Result:
         protocol=protocol,
         split=split,
         models=models,
-        data_findings=_json(experiment / DATA_CHECK).get("findings", []),
+        data_findings=read_object(experiment / DATA_CHECK).get("findings", []),
     )
 
 
@@ -162,26 +172,22 @@ def _cell(value: tuple[float, float] | None, alone: bool) -> str:
 
 
 def _read_stage(folder: Path) -> StageRun:
-    config, environment = folder / "config.yaml", _json(folder / "environment.json")
+    environment = read_object(folder / "environment.json")
     return StageRun(
         folder=folder,
-        rows=read_rows(folder / "metrics.jsonl"),
-        config=yaml.safe_load(config.read_text()) if config.is_file() else {},
+        rows=read_rows(folder / "metrics.jsonl", "step"),
+        config=read_config(folder),
         environment=environment,
-        status=_json(folder / "status.json"),
+        status=read_status(folder),
         plan=_plan(folder, environment.get("config_sha256")),
         incidents=read_rows(folder / "incidents.jsonl"),
-        evaluation=_json(folder / "evaluation.json"),
-        card=_json(folder / "export" / "model.json"),
+        evaluation=read_object(folder / "evaluation.json"),
+        card=read_object(folder / "export" / "model.json"),
     )
 
 
 def _plan(folder: Path, config_sha256: str | None) -> dict[str, Any]:
     """Return this stage's plan, unless it was made for another config than the stage ran with."""
-    stages = _json(folder.parent / "plan.json").get("stages", [])
+    stages = read_object(folder.parent / "plan.json").get("stages", [])
     mine = (s for s in stages if s["stage"] == folder.name and s.get("config_sha256") == config_sha256)
     return next(mine, {})
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

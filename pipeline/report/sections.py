@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from pipeline.config import flatten
+from pipeline.jsonl import newest
 from pipeline.report.figures import Figure, draw, lines
 from pipeline.report.results import STAGES, Result, StageRun
 from pipeline.report.tables import Table
@@ -168,7 +169,7 @@ def _actual(run: StageRun) -> dict[str, float]:
     """Return measured values under the names that a plan gives them."""
     found: dict[str, float] = {}
     if run.rows:
-        found |= {"steps": run.rows[-1]["step"], "samples": run.rows[-1]["samples"]}
+        found |= {"steps": run.rows[-1]["step"], "samples": float(newest(run.rows, "samples") or 0)}
         found["memory_gib"] = max(row.get("perf/memory_gib", 0.0) for row in run.rows)
     seconds = run.seconds()
     if seconds:

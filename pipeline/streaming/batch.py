@@ -15,7 +15,7 @@ class Batch:
     Shapes: B samples, a multiple of `virtual_readers`; H, W height and width of the view in pixels.
 
     Attributes:
-        images: (B, 3, H, W) float32, normalised; the weak view if there is a strong one.
+        images: (B, 3, H, W) float32, normalised; the weak view if there is a strong one. Cached features are (B, F).
         strong: (B, 3, H, W) float32, normalised strong view, or None.
         labels: (B,) int64 class; -1 is hidden or padding.
         indices: (B,) int64 sample index; -1 is padding.

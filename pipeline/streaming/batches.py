@@ -142,8 +142,10 @@ class EvaluationBatches(Batches):
         batch_size: int,
         rank: int,
         world_size: int,
+        seed: int | None = None,
     ) -> None:
         super().__init__(manifest, views, reader)
+        self.seed = seed
         self.sample_indices, self.batch_size, self.rank, self.world_size = sample_indices, batch_size, rank, world_size
 
     def __len__(self) -> int:
@@ -165,7 +167,8 @@ class EvaluationBatches(Batches):
                     f"evaluation sample {self.manifest.key(sample_index)!r} in {self.manifest.folder_of(sample_index)}: {error}; "
                     "a score must count every sample, so repair it or make a split without it"
                 ) from None
-            for name, view in self.views.pixels(pixels, 0).items():
+            seed = 0 if self.seed is None else seeds.fold(self.seed, sample_index, _VIEW)
+            for name, view in self.views.pixels(pixels, seed).items():
                 batch.views[name][slot] = view
             batch.indices[slot] = sample_index
         return batch

@@ -3,12 +3,13 @@
 import itertools
 import logging
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import ConfigError
@@ -103,6 +104,7 @@ class Loader:
         self._notes = NoteLog(str(manifest.folder))
         self._buffers = Buffers()
         self._running: list[Generator[RawBatch, None, None]] = []
+        self._features: Mapping[str, Tensor] | None = None
         logger.info(
             "%s: an epoch is %d samples = %.1f steps of %d; %d shards, %d blocks, %d virtual readers",
             manifest,
@@ -121,12 +123,41 @@ class Loader:
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's share of global batch `start_step` and of every later one; never ends."""
+        if self._features is not None:
+            yield from self._feature_batches(self._features, start_step)
         raw_batches = read_batches(self._source, itertools.count(start_step), self.config.workers, self.config.prefetch)
         self._running.append(raw_batches)
         for raw in raw_batches:
             self._quarantine.add(raw.unreadable)
             self._notes.add(raw.notes)
             yield _batch(raw, self.views, self._labels, len(self._readers), self._buffers)
+
+    def use_features(self, features: Mapping[str, Tensor]) -> None:
+        """Give features in place of images from now on; nothing is read or decoded.
+
+        Args:
+            features: (views, samples, F) by the name of the view; samples in the order of their indices. Epoch e takes
+                view e modulo the number of views.
+        """
+        self._features = features
+
+    def _feature_batches(self, features: Mapping[str, Tensor], start_step: int) -> Iterator[Batch]:
+        size, known = self.order.reader_batch, self.order.sample_indices
+        for step in itertools.count(start_step):
+            taken = [self.order.take(reader, step * size, size) for reader in self._readers]
+            indices, epochs = (torch.from_numpy(np.concatenate(each)) for each in zip(*taken, strict=True))
+            rows = torch.from_numpy(np.searchsorted(known, indices.numpy()))
+            chosen = {name: each[epochs % len(each), rows] for name, each in features.items()}
+            labels = torch.full_like(indices, -1)
+            if self._labels is not None:
+                labels = torch.from_numpy(self._labels[indices.numpy()])
+            yield Batch(
+                images=chosen["images"],
+                strong=chosen.get("strong"),
+                labels=labels,
+                indices=indices,
+                virtual_readers=len(self._readers),
+            )
 
     def close(self) -> None:
         """End the worker processes, and with them every iterator that `batches` has given out."""
@@ -145,6 +176,7 @@ def evaluation_batches(
     views: View,
     workers: int = 0,
     remote: RemoteConfig = RemoteConfig(),  # noqa: B008 - frozen
+    seed: int | None = None,
 ) -> Iterator[Batch]:
     """Yield every sample exactly once over all ranks, in the same number of batches on each rank.
 
@@ -157,6 +189,7 @@ def evaluation_batches(
         views: Makes the view of one image.
         workers: Processes that read and decode; 0 = this process.
         remote: How remote shards are fetched. Without a cache folder a temporary one is used.
+        seed: Seed of random views, one for each sample; None for views without randomness.
 
     Raises:
         DataError: A sample cannot be decoded. A score must count every sample, so none is skipped.
@@ -168,7 +201,7 @@ def evaluation_batches(
         temporary = tempfile.TemporaryDirectory(prefix="shards-")
         remote = remote.model_copy(update={"cache": temporary.name, "cache_gb": min(remote.cache_gb, TEMPORARY_GB)})
     reader = Reader(manifest, sample_indices, cut_runs(manifest, sample_indices), remote)
-    source = EvaluationBatches(manifest, views, reader, sample_indices, batch_size, rank, world_size)
+    source = EvaluationBatches(manifest, views, reader, sample_indices, batch_size, rank, world_size, seed)
     raw_batches = read_batches(source, range(len(source)), workers, prefetch=2)
     try:
         for raw in raw_batches:

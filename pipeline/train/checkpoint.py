@@ -9,6 +9,7 @@ A save is collective. Every rank copies its shards, which is the only stall. A t
 temporary folder. At a later step boundary, when all have finished, rank 0 marks the folder complete and renames it.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -25,10 +26,21 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import Diverged, EnvironmentProblem, HandoverError
+from pipeline.exports.headers import Claim, read_safetensors_header
 from pipeline.files import publish, replace_text, sha256_of
 from pipeline.train.distributed import World, any_rank, barrier
 from pipeline.train.engine import Engine
 from pipeline.train.run import refuse_other_inputs
+from pipeline.train.saved_state import (
+    COMPLETE,
+    STATE,
+    LoopRecord,
+    SavedState,
+    complete,
+    read_files,
+    read_state,
+    step_of,
+)
 from pipeline.train.shardfile import write_shards
 from pipeline.train.task import Task
 from pipeline.train.training import Training
@@ -49,12 +61,12 @@ class Saver:
         self.engine, self.task, self.loop = training.engine, training.task, training.loop
         self._writing: _Writing | None = None
 
-    def save(self, step: int, loop_state: dict[str, Any]) -> None:
+    def save(self, step: int, loop: LoopRecord) -> None:
         """Begin a save, after the previous one has ended (collective).
 
         Args:
             step: Optimizer steps that the weights have seen.
-            loop_state: The loop's own numbers, equal on all ranks.
+            loop: The loop's own numbers, equal on all ranks.
 
         Raises:
             Diverged: If a value is not finite.
@@ -72,13 +84,13 @@ class Saver:
             )
         if any_rank(bool(problem), world):
             raise EnvironmentProblem(f"no checkpoint can be written: {problem or 'rank 0 cannot make its folder'}")
-        state = {
-            "step": step,
-            "optimizer_step": self.engine.optimizer_step(),
-            "task": self.task.state_dict(),
-            "loop": loop_state,
-            "inputs": dict(self.training.inputs),
-        }
+        state = SavedState(
+            step=step,
+            optimizer_step=self.engine.optimizer_step(),
+            task=self.task.state_dict(),
+            loop=loop,
+            inputs=dict(self.training.inputs),
+        )
         self._writing = _Writing(temporary, self.folder / f"step_{step:08d}", world.rank, tensors, state)
         self._writing.start()
         if not self.loop.background_save:
@@ -123,9 +135,7 @@ class Saver:
 class _Writing(Thread):
     """The thread that writes the shards of one rank for one save."""
 
-    def __init__(
-        self, temporary: Path, final: Path, rank: int, tensors: dict[str, Tensor], state: dict[str, Any]
-    ) -> None:
+    def __init__(self, temporary: Path, final: Path, rank: int, tensors: dict[str, Tensor], state: SavedState) -> None:
         super().__init__(daemon=True)
         self.temporary, self.final, self.rank, self.tensors, self.state = temporary, final, rank, tensors, state
         self.digests: dict[str, str] = {}
@@ -138,8 +148,8 @@ class _Writing(Thread):
                 path = self.temporary / f"shards_{self.rank:05d}.safetensors"
                 self.digests[path.name] = write_shards(path, self.tensors)
             if self.rank == 0:
-                path = self.temporary / "state.json"
-                self.digests[path.name] = replace_text(path, json.dumps(self.state, indent=1))
+                path = self.temporary / STATE
+                self.digests[path.name] = replace_text(path, json.dumps(self.state.model_dump(), indent=1))
         except OSError as error:
             self.problem = f"{error.strerror} ({path})"
         except Exception as error:  # a thread cannot raise to the training; `finish` does
@@ -152,9 +162,9 @@ def restore(
     folder: Path,
     training: Training,
     *,
-    accept: Callable[[dict[str, Any]], bool] = lambda state: True,
+    accept: Callable[[SavedState], bool] = lambda state: True,
     set_aside: bool = True,
-) -> tuple[int, dict[str, Any]]:
+) -> SavedState | None:
     """Continue from the newest sound checkpoint whose state is accepted, and skip damaged ones (collective).
 
     The ranks share the work of hashing and all use the list of rank 0, so they cannot disagree.
@@ -166,11 +176,11 @@ def restore(
         set_aside: Whether damaged ones are renamed, so that they do not count among those that are kept.
 
     Returns:
-        The checkpoint's step and the loop's numbers; (0, {}) if there is none.
+        What the checkpoint says; None if there is none.
 
     Raises:
         DataError: If the run trains on another dataset or split.
-        HandoverError: If the run has other parents, or elements of a parameter are missing.
+        HandoverError: If the run has other parents, or the checkpoint is sound but does not fit this model or stage.
     """
     engine, task, world = training.engine, training.task, training.engine.world
     found: list[list[Path]] = [complete(folder)]
@@ -183,20 +193,32 @@ def restore(
                 "%s is damaged (%s); the previous checkpoint is tried", path, damage or "found by another rank"
             )
             if world.is_main and set_aside:
-                os.rename(path, path.with_name(f"damaged_{path.name}"))
+                _set_aside(path)
             continue
-        state = json.loads((path / "state.json").read_text())
-        refuse_other_inputs(folder.parent, state["inputs"], training.inputs)
+        state = read_state(path)
+        refuse_other_inputs(folder.parent, state.inputs, training.inputs)
         if not accept(state):
             continue
         kinds, read = task.sharded_state(), _reader(path)
-        engine.restore(read, state["optimizer_step"], kinds)
+        engine.restore(read, state.optimizer_step, kinds)
         for name, buffer in _buffers(engine, task).items():
             buffer.copy_(read("buffer", name, 0, buffer.numel()).view_as(buffer))
-        task.load_state_dict(state["task"])
+        try:
+            task.load_state_dict(state.task)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise HandoverError(
+                f"{path / STATE} does not hold the numbers of this stage ({type(error).__name__}: {str(error)[:100]});"
+                " remove that checkpoint, and the one before it is used"
+            ) from None
         logger.info("resumed from %s", path)
-        return int(state["step"]), state["loop"]
-    return 0, {}
+        return state
+    return None
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, beside those of the same step that were set aside before."""
+    names = (f"damaged_{path.name}{f'_{k}' if k else ''}" for k in itertools.count())
+    os.rename(path, next(other for name in names if not (other := path.with_name(name)).exists()))
 
 
 def remove_after(folder: Path, step: int, world: World) -> None:
@@ -204,19 +226,9 @@ def remove_after(folder: Path, step: int, world: World) -> None:
     if world.is_main:
         for path in complete(folder):
             if step_of(path) > step:
-                (path / "COMPLETE").unlink()  # first, so that half a removal leaves nothing to resume from
+                (path / COMPLETE).unlink()  # first, so that half a removal leaves nothing to resume from
                 shutil.rmtree(path, ignore_errors=True)
     barrier(world)
-
-
-def complete(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, newest first."""
-    return sorted((p.parent for p in folder.glob("step_*/COMPLETE")), reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """Return the optimizer step of a checkpoint by its folder's name."""
-    return int(path.name.removeprefix("step_"))
 
 
 def _buffers(engine: Engine, task: Task) -> dict[str, Tensor]:
@@ -242,7 +254,7 @@ def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
 
 
 def _complete(writing: _Writing, files: dict[str, str]) -> None:
-    replace_text(writing.temporary / "COMPLETE", json.dumps(files, indent=1))
+    replace_text(writing.temporary / COMPLETE, json.dumps(files, indent=1))
     publish(writing.temporary, writing.final)
 
 
@@ -258,39 +270,70 @@ def _make_empty(folder: Path) -> str:
 
 def _reader(path: Path) -> Callable[[str, str, int, int], Tensor]:
     """A function that reads elements of a saved parameter, whichever ranks' files hold them."""
-    files = [safe_open(file, framework="pt") for file in sorted(path.glob("shards_*.safetensors"))]
+    files = [safe_open(path / name, framework="pt") for name in sorted(read_files(path)) if name != STATE]
     pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
     for file in files:
         for key in file.keys():  # noqa: SIM118 - a safe_open file is no mapping
-            kind, _, rest = key.partition("/")
-            name, _, start = rest.rpartition("@")
-            pieces[kind, name].append((int(start), file.get_slice(key).get_shape()[0], file, key))
+            kind, name, start = _place(key)
+            pieces[kind, name].append((start, file.get_slice(key).get_shape()[0], file, key))
 
     def read(kind: str, name: str, start: int, numel: int) -> Tensor:
-        out = torch.empty(numel)
-        found = 0
-        for begin, length, file, key in pieces[kind, name]:
-            low, high = max(begin, start), min(begin + length, start + numel)
-            if low < high:
+        out, stop = torch.empty(numel), start + numel
+        found = start
+        for begin, length, file, key in sorted(pieces[kind, name], key=lambda piece: piece[:2]):
+            low, high = max(begin, found), min(begin + length, stop)
+            if low < high and low == found:
                 out[low - start : high - start] = file.get_slice(key)[low - begin : high - begin]
-                found += high - low
-        if found != numel:
-            raise HandoverError(f"{path} lacks {numel - found} of {numel} elements of {kind} of {name}")
+                found = high
+        if found != stop:
+            raise HandoverError(f"{path} lacks {stop - found} of {numel} elements of {kind} of {name}")
         return out
 
     return read
 
 
+def _place(key: str) -> tuple[str, str, int]:
+    """Return kind, parameter and first element of a tensor of a checkpoint.
+
+    Raises:
+        ValueError: The key is of another form.
+    """
+    kind, _, rest = key.partition("/")
+    name, _, start = rest.rpartition("@")
+    if not (kind and name and start.isdecimal() and start.isascii() and len(start) < 16):
+        raise ValueError(f"it has a tensor named {key[:60]!r}")
+    return kind, name, int(start)
+
+
 def _damage(path: Path, rank: int, world_size: int) -> str:
     """What is wrong with this rank's share of the files of a checkpoint, or an empty string."""
     try:
-        files = json.loads((path / "COMPLETE").read_text())
-        share = sorted(files.items())[rank::world_size]
-    except (OSError, ValueError, AttributeError):
-        return "COMPLETE cannot be read"
-    for name, digest in share:
+        files = read_files(path)
+    except (OSError, ValueError) as error:
+        return f"{COMPLETE} cannot be read: {_first_line(error)}"
+    for name, digest in sorted(files.items())[rank::world_size]:
         if not (path / name).is_file():
             return f"{name} is missing"
-        if sha256_of(path / name) != digest:
-            return f"{name} has other bytes than were written"
-    return "" if "state.json" in files else "COMPLETE does not name state.json"
+        try:
+            if sha256_of(path / name) != digest:
+                return f"{name} has other bytes than were written"
+            _check_content(path / name)
+        except (OSError, ValueError, HandoverError) as error:
+            return f"{name} cannot be read: {_first_line(error)}"
+    return ""
+
+
+def _check_content(file: Path) -> None:
+    """Raise ValueError or HandoverError if a file whose hash holds contradicts itself."""
+    if file.name == STATE:
+        if read_state(file.parent).step != step_of(file.parent):
+            raise ValueError("it is of another step")
+        return
+    for key, claim in read_safetensors_header(file, whole=False).items():
+        _place(key)
+        if len(claim.shape) != 1 or claim != Claim("F32", claim.shape):
+            raise ValueError(f"{key[:60]!r} is no flat tensor of fp32")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -120,6 +120,7 @@ class EngineConfig(Strict):
     )
     timeout_seconds: Seconds = Field(
         600.0,
+        ge=1,
         description="seconds that a collective may take before a silent process counts as dead (exit 7)",
         json_schema_extra=FREE,
     )

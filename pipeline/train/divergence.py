@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from pipeline.train.config import LoopConfig
 from pipeline.train.distributed import World
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
+from pipeline.train.saved_state import SavedState
 
 FEWEST = 20  # losses, below which there is no telling what is usual
 _NONE = 2**62
@@ -109,6 +109,6 @@ def data_step_of(step: int, left_out: Sequence[int]) -> int:
     return data_step
 
 
-def next_data_step(state: Mapping[str, Any]) -> int:
+def next_data_step(state: SavedState) -> int:
     """Return the first data step that a checkpoint of this state has not seen."""
-    return data_step_of(state["step"], state["loop"]["left_out"])
+    return data_step_of(state.step, state.loop.left_out)

@@ -8,9 +8,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from pipeline.errors import Diverged, HandoverError, Interrupted
+from pipeline.errors import DataError, Diverged, HandoverError, Interrupted
 from pipeline.report.tensorboard import Board
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Saver
@@ -20,6 +20,8 @@ from pipeline.train.meter import Meter
 from pipeline.train.peak import peak_flops
 from pipeline.train.progress import Progress
 from pipeline.train.run import Run
+from pipeline.train.saved_state import LoopRecord
+from pipeline.train.shard_check import ShardCheck
 from pipeline.train.signals import stop_flag
 from pipeline.train.tracer import Tracer
 from pipeline.train.training import Draws, Training, train_step
@@ -43,20 +45,22 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
     Raises:
         Interrupted: After a signal or the time limit; everything is saved.
         Diverged: For numbers that are not finite or leap, once the allowed rewinds are used up.
+        DataError: A shard has another content than its manifest states. Checkpoints that may have learnt from it are removed.
     """
     engine, loop, recorder = training.engine, training.loop, training.recorder
     world, deadline = engine.world, time.monotonic() + 60 * (loop.time_limit_minutes or math.inf)
     saver = Saver(run.checkpoints, training)
-    state = _restore(training, run)
+    shards = ShardCheck(training.datasets, world)
+    state, saves = _restore(training, run, shards), 0
     display = _Display(training, run, state.step)
     meter = Meter(world, training.flops, peak_flops(world.device, engine.config.precision))
     tracer = Tracer(run.folder, world)
     draws = Draws(training)
     if state.step == 0 and loop.on_divergence == "rewind":
-        _save(saver, training, state)
+        _save(saver, training, state, shards)
 
     run.status("running", step=state.step, steps=loop.steps)
-    with stop_flag() as stop:
+    with stop_flag() as stop, shards:
         while state.step < loop.steps:
             data_step = data_step_of(state.step, state.left_out)
             with meter.waiting():
@@ -78,7 +82,7 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
                 if anomaly:
                     report(anomaly, run, recorder, step, state.rewinds + 1)
                     saver.finish()
-                    state = _rewind(training, run, state, anomaly)
+                    state = _rewind(training, run, shards, state, anomaly)
                     display.rewind(state.step)
                     continue
                 recorder.mark_checked()
@@ -92,11 +96,17 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
                 display.show(step, row)
             if saving:
                 with meter.pausing():
-                    _save(saver, training, state)
+                    if not stopping:
+                        _check_shards(
+                            shards, saver, run, state.proven, wait=saves > 0 or last, enough=lambda: bool(stop)
+                        )
+                    _save(saver, training, state, shards)
+                saves += 1
             tracer.advance(step, look=step % loop.vote_every == 0)
             if voting:
                 run.beat()
                 saver.finish(wait=stopping)
+                _check_shards(shards, saver, run, state.proven)
             if stopping:
                 run.status("interrupted", step=step, steps=loop.steps)
                 reason = stop.name or ("its time limit" if time.monotonic() > deadline else "another rank")
@@ -104,6 +114,9 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
                     f"{run.folder} stopped by {reason} at step {step} of {loop.steps};"
                     " all is saved, start it again to continue"
                 )
+        _check_shards(shards, saver, run, state.proven, wait=True, enough=lambda: bool(stop))
+        if not shards.settled:
+            raise Interrupted(f"{run.folder} stopped by {stop.name or 'another rank'}; start it again to finish")
     saver.finish()
     tracer.close()
     recorder.dump(run.folder / "report" / f"flight_rank_{world.rank:05d}.jsonl")
@@ -118,6 +131,7 @@ class _LoopState:
     step: int
     left_out: list[int] = field(default_factory=list)  # data steps that a rewind has closed
     rewinds: int = 0
+    proven: int = 0  # the newest step that was saved when all shards had been checked
 
 
 class _Display:
@@ -162,26 +176,46 @@ def _tell_incidents(training: Training, run: Run, saver: Saver, row: dict[str, f
             raise Diverged(f"{run.folder} stopped at step {step}: {alarm} (set loop.on_alarm=note to continue anyway)")
 
 
-def _rewind(training: Training, run: Run, state: _LoopState, anomaly: Anomaly) -> _LoopState:
+def _rewind(training: Training, run: Run, shards: ShardCheck, state: _LoopState, anomaly: Anomaly) -> _LoopState:
     """Continue from before the anomaly and leave its data step out for good; Diverged if that is not allowed (any more)."""
     if training.loop.on_divergence == "stop" or state.rewinds >= training.loop.max_rewinds:
         raise Diverged(advice(anomaly, run, state.step, state.rewinds))
-    restored = _restore(training, run, before=anomaly.data_step)
+    restored = _restore(training, run, shards, before=anomaly.data_step)
     training.recorder.forget_from(restored.step)
     left_out = [*state.left_out, anomaly.data_step]
-    return _LoopState(step=restored.step, left_out=left_out, rewinds=state.rewinds + 1)
+    return replace(restored, left_out=left_out, rewinds=state.rewinds + 1)
 
 
-def _save(saver: Saver, training: Training, state: _LoopState) -> None:
-    loop_state = {"left_out": state.left_out, "rewinds": state.rewinds, "fingerprint": training.fingerprint()}
-    saver.save(state.step, loop_state)
+def _check_shards(
+    shards: ShardCheck, saver: Saver, run: Run, proven: int, *, wait: bool = False, enough: Callable[[], bool] = bool
+) -> None:
+    """Raise DataError if a shard has changed, and remove the checkpoints that may have learnt from it (collective)."""
+    if problem := shards.problem(wait=wait, enough=enough):
+        saver.finish()
+        checkpoint.remove_after(run.checkpoints, proven, run.world)
+        raise DataError(f"{problem} (checkpoints after step {proven} are removed, since they may have learnt from it)")
 
 
-def _restore(training: Training, run: Run, before: float = math.inf) -> _LoopState:
+def _save(saver: Saver, training: Training, state: _LoopState, shards: ShardCheck) -> None:
+    if shards.settled:
+        state.proven = state.step
+    record = LoopRecord(
+        left_out=state.left_out,
+        rewinds=state.rewinds,
+        fingerprint=training.fingerprint(),
+        hashed=shards.stamps(),
+        proven=state.proven,
+    )
+    saver.save(state.step, record)
+
+
+def _restore(training: Training, run: Run, shards: ShardCheck, before: float = math.inf) -> _LoopState:
     """Continue from the newest checkpoint that has not seen the data step `before`; remove the later ones (collective)."""
-    step, saved = checkpoint.restore(run.checkpoints, training, accept=lambda found: next_data_step(found) <= before)
+    saved = checkpoint.restore(run.checkpoints, training, accept=lambda found: next_data_step(found) <= before)
+    shards.begin(saved.loop.hashed if saved else {})
     if saved:
-        _check_fingerprint(training.fingerprint(), saved["fingerprint"], run, step)
+        _check_fingerprint(training.fingerprint(), saved.loop.fingerprint, run, saved.step, shards)
+    step = saved.step if saved else 0
     if before < math.inf:
         if not saved:
             raise Diverged(
@@ -189,12 +223,17 @@ def _restore(training: Training, run: Run, before: float = math.inf) -> _LoopSta
             )
         checkpoint.remove_after(run.checkpoints, step, run.world)
     run.truncate_metrics(step)
-    return _LoopState(step=step, left_out=saved.get("left_out", []), rewinds=saved.get("rewinds", 0))
+    if not saved:
+        return _LoopState(step=0)
+    loop = saved.loop
+    return _LoopState(step=step, left_out=loop.left_out, rewinds=loop.rewinds, proven=loop.proven)
 
 
-def _check_fingerprint(now: float, saved: float, run: Run, step: int) -> None:
+def _check_fingerprint(now: float, saved: float, run: Run, step: int, shards: ShardCheck) -> None:
     """A restored model must compute what it computed when it was saved: no resume may train as from scratch."""
     if not abs(now - saved) <= FINGERPRINT_TOLERANCE * max(abs(saved), 1e-6):
+        if problem := shards.problem(wait=True):  # the images of the fingerprint batch are read from the shards
+            raise DataError(problem)
         raise HandoverError(
             f"step {step} of {run.checkpoints} was restored, but its fingerprint is {now:.6g} and was {saved:.6g} when it was"
             " saved; its code or kernels have changed: start a new experiment"

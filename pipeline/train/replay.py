@@ -49,7 +49,8 @@ def replay(training: Training, asked: Replay) -> str:
         accept=lambda saved: next_data_step(saved) <= asked.data_step,
         set_aside=False,
     )
-    step, left_out = state[0], [hole for hole in state[1].get("left_out", []) if hole != asked.data_step]
+    step = state.step if state else 0
+    left_out = [hole for hole in state.loop.left_out if hole != asked.data_step] if state else []
     steps = training.loop.steps
     newest = data_step_of(steps - 1, left_out)
     if asked.data_step > newest:

@@ -28,6 +28,7 @@ from pipeline.config import dump_yaml, flatten, identity
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem, HandoverError
 from pipeline.files import replace_text
 from pipeline.jsonl import read_rows, sort_rows
+from pipeline.train.saved_state import complete, read_state
 
 if TYPE_CHECKING:
     from pipeline.train.distributed import World
@@ -88,7 +89,8 @@ class Run:
         replace_text(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
         logging.getLogger().addHandler(_file_handler(self.folder / "log.txt"))
         for beat in (self.folder / "heartbeat").glob("rank_*"):  # a rank of a larger world would look as if it hung
-            if int(beat.name.removeprefix("rank_")) >= self.world.size:
+            rank = beat.name.removeprefix("rank_")
+            if not rank.isdecimal() or int(rank) >= self.world.size:
                 beat.unlink()
 
     def _take_lock(self) -> None:
@@ -202,7 +204,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 def has_begun(folder: Path) -> bool:
     """Return whether a run has taken the folder: a start without a checkpoint and an export has not."""
-    return any(folder.glob("checkpoints/step_*/COMPLETE")) or (folder / "export").is_dir()
+    return bool(complete(folder / "checkpoints")) or (folder / "export").is_dir()
 
 
 def refuse_other_config(folder: Path, config: BaseModel) -> None:
@@ -235,9 +237,9 @@ def refuse_other_config(folder: Path, config: BaseModel) -> None:
 
 def saved_inputs(folder: Path) -> dict[str, str | None]:
     """Return the hashes of the inputs that the newest readable checkpoint of a run names; nothing without one."""
-    for complete in sorted(folder.glob("checkpoints/step_*/COMPLETE"), reverse=True):
-        with suppress(OSError, ValueError, KeyError):
-            return dict(json.loads((complete.parent / "state.json").read_text())["inputs"])
+    for checkpoint in complete(folder / "checkpoints"):
+        with suppress(OSError, ValueError):
+            return read_state(checkpoint).inputs
     return {}
 
 

@@ -1,13 +1,14 @@
 """What a stage hands to the drivers: `fit` trains with it, `replay` takes one step of it again."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeline.datasets.manifest import Manifest
 from pipeline.streaming.loader import Batch, Loader
 from pipeline.train.config import LoopConfig
 from pipeline.train.engine import Engine
@@ -28,6 +29,7 @@ class Training:
         lr_at: The learning rate of an optimizer step.
         accumulation: Equal micro-batches that a step is cut into.
         seed: What the randomness of every step is derived from.
+        datasets: The datasets that the run reads; their shards are hashed while it trains.
         inputs: Hashes of the data and the parents, by config key; a checkpoint of other inputs is refused.
         recorder: Watches the gradients of the model and keeps the last steps.
         fingerprint_images: (n, 3, H, W), on the device; a restored checkpoint must reproduce its number on them.
@@ -41,6 +43,7 @@ class Training:
     lr_at: Schedule
     accumulation: int
     seed: int
+    datasets: Sequence[Manifest]
     inputs: Mapping[str, str | None]
     recorder: Recorder
     fingerprint_images: Tensor

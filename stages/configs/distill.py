@@ -1,7 +1,7 @@
 """Stage 2, distill: the config and the spec of supervised training with or without a teacher (torch-free)."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -100,7 +100,10 @@ class MixConfig(Strict):
 
 
 class WeightsConfig(Strict):
-    """A file of released weights to start from. Nothing is downloaded."""
+    """A file of released weights to start from. Nothing is downloaded. `model: {weights: FILE}` is short for `path`.
+
+    For a model of timm, `data.mean`, `data.std` and `model.image_size` are those of its `pretrained_cfg` unless they are given.
+    """
 
     path: Path = Field(
         description="safetensors or a plain state dict, also inside the wrapper of a release", json_schema_extra=FREE
@@ -144,10 +147,36 @@ class DistillConfig(StageConfig):
         False, description="accept parents that saw labels outside data.split; the result is marked"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_pretrained(cls, values: Any) -> Any:
+        """Read `model.weights: FILE` as `weights.path`, and fill in how timm says the images of the weights were prepared."""
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict):
+            return values
+        values = {**values, "model": {key: value for key, value in model.items() if key != "weights"}}
+        if model.get("weights") is not None:
+            if values.get("weights") is not None:
+                raise ValueError(
+                    "model.weights and weights are both given, but a model starts from one place; remove one"
+                )
+            given = model["weights"]
+            values["weights"] = given if isinstance(given, dict) else {"path": given}
+        return with_timm_input(values) if values.get("weights") else values
+
     @model_validator(mode="after")
     def _mesa(self) -> Self:
         if self.mesa and self.average is None:
             raise ValueError("mesa learns from the average of the weights; give average={decay: 0.9995} too")
+        return self
+
+    @model_validator(mode="after")
+    def _cached(self) -> Self:
+        if self.backbone.cached_views and (self.mix.mixup or self.mix.cutmix or self.teacher):
+            raise ValueError(
+                f"backbone.cached_views={self.backbone.cached_views} trains on features, but mix and teacher need images; set"
+                " mix={} and teacher=null, or cached_views=0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -221,8 +250,12 @@ class DistillSpec(StageSpec[DistillConfig]):
         return files
 
     def other_paths(self, config: DistillConfig) -> dict[str, Path]:
-        """The cache of the teacher's predictions."""
-        return {"teacher.cache": config.teacher.cache} if config.teacher and config.teacher.cache else {}
+        """The caches of the teacher's predictions and of the backbone's features."""
+        paths = {
+            "teacher.cache": config.teacher.cache if config.teacher else None,
+            "backbone.cache": config.backbone.cache,
+        }
+        return {key: path for key, path in paths.items() if path}
 
     def check_data(self, config: DistillConfig, num_classes: int) -> None:
         """Refuse another number of classes, missing files of weights, and labels that the result may not have seen."""
@@ -269,6 +302,26 @@ def teacher_size(teacher: TeacherConfig, student: FamilyConfig) -> tuple[int, in
 
     known = None if teacher.image_size or not teacher.timm else timm_input(teacher.timm)
     return teacher.image_size or (known.image_size if known else student.image_size)
+
+
+def with_timm_input(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in `model.image_size`, `data.mean` and `data.std` by timm's `pretrained_cfg`, as far as they are not given.
+
+    timm, and with it torch, is imported here: only for a timm model with weights of which one of the three is missing.
+    """
+    model, data = values["model"], values.get("data")
+    name = str(model.get("name", ""))
+    missing = [key for key, given in (("mean", data), ("std", data), ("image_size", model)) if key not in (given or ())]
+    if not missing or not name.startswith(TIMM_PREFIX) or not isinstance(data, dict):
+        return values
+    from pipeline.exports.timm_teacher import timm_input
+
+    known = timm_input(name.removeprefix(TIMM_PREFIX))
+    if known is None:
+        return values
+    prepared = {"mean": known.preprocessing.mean, "std": known.preprocessing.std}
+    own = {} if "image_size" not in missing else {"image_size": known.image_size}
+    return {**values, "model": {**own, **model}, "data": {**prepared, **data}}
 
 
 def _must_agree(role: str, kind: str, there: FamilyConfig, here: FamilyConfig) -> tuple[str, ...]:

@@ -134,6 +134,15 @@ class SemiConfig(StageConfig):
         return self.unlabelled_ratio if self.pseudo.weight else 0
 
     @model_validator(mode="after")
+    def _cached(self) -> Self:
+        if self.backbone.cached_views and self.mixing():
+            raise ValueError(
+                f"backbone.cached_views={self.backbone.cached_views} trains on features, but mixup and ssmixup need images; set"
+                " mixup={} and ssmixup=null, or cached_views=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_remedy(self) -> Self:
         if self.logit_adjustment and self.data.loader.sampling == "class_balanced":
             raise ValueError(
@@ -202,6 +211,10 @@ class SemiSpec(StageSpec[SemiConfig]):
     def references(self, config: SemiConfig) -> dict[str, str]:
         """The classifier to start from."""
         return {"init_from": config.init_from}
+
+    def other_paths(self, config: SemiConfig) -> dict[str, Path]:
+        """The cache of the backbone's features."""
+        return {"backbone.cache": config.backbone.cache} if config.backbone.cache else {}
 
     def check_parent(self, config: SemiConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
         """Refuse a pretrainer, and SSMixup for a model without opposite directions."""

@@ -1,4 +1,8 @@
-"""Small commands that the fuzzers need beside the product's: `load EXPORT`, and `meet`, which joins a process group."""
+"""Small commands that the fuzzers need beside the product's.
+
+`load EXPORT` loads an export, `meet` joins a process group, and `split DATA FILE SOUND` reads a damaged split: if it is
+accepted, it must mean what the sound one means.
+"""
 
 import os
 from datetime import timedelta
@@ -18,6 +22,14 @@ def _run(arguments: list[str]) -> int:
         from pipeline.exports.export import load_classifier
 
         load_classifier(Path(arguments[1]))
+    elif arguments[0] == "split":
+        from pipeline.datasets.manifest import read_manifest
+        from pipeline.datasets.splits import read_split
+
+        manifest = read_manifest(Path(arguments[1]))
+        found, sound = (read_split(Path(name), manifest) for name in arguments[2:])
+        sealed = b'"sha256"' in Path(arguments[2]).read_bytes()  # a split of another tool has no seal
+        assert found.hash == sound.hash or not sealed, "a damaged split was accepted"
     else:
         from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 

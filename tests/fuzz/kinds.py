@@ -284,6 +284,8 @@ def split(rng: random.Random, folder: Path, have: Material) -> Case:
     path = folder / "split.json"
     path.write_bytes(_damaged(rng, have.digits / "split.json"))
     data = [f"data.train={have.digits}/train", "data.split=split.json", "data.test=null", "run.root=runs"]
+    if rng.random() < 0.5:
+        return Case("tests.fuzz.commands", ["split", f"{have.digits}/train", "split.json", f"{have.digits}/split.json"])
     return Case("stages.__main__", ["arm", str(ROOT / "configs/arm/smoke.yaml"), *data])
 
 

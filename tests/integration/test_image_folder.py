@@ -20,6 +20,8 @@ def test_a_folder_gives_the_weights_that_its_shards_give(chain: Stages, tmp_path
     weights = []
     for kind, workers in (("shards", 0), ("photos", 2)):
         data = [f"data.{name}={tmp_path / kind / name}" for name in ("train", "test")]
-        run = chain.complete("arm", *data, "data.split=null", f"data.loader.workers={workers}", f"run.experiment={kind}")
+        run = chain.complete(
+            "arm", *data, "data.split=null", f"data.loader.workers={workers}", f"run.experiment={kind}"
+        )
         weights.append((run / "export" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]

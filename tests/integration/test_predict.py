@@ -211,3 +211,21 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         assert f"as {name}\n" in stub or f"{name}: str" in stub
     with pytest.raises(AttributeError, match="has no attribute 'predictor'"):
         _ = pipeline.predictor
+
+
+def test_ground_and_limit_can_be_chosen(export: Path, tmp_path: Path) -> None:
+    drawing = np.zeros((40, 50, 4), np.uint8)
+    drawing[..., :3] = pixels(3)
+    drawing[:20, :, 3] = 255
+    Image.fromarray(drawing).save(tmp_path / "cut.png")
+    for ground in ((255, 255, 255), (0, 0, 255)):
+        whole = np.where(drawing[..., 3:] == 255, drawing[..., :3], np.array(ground, np.uint8))
+        given = pipeline.load(export, ground=ground)
+        assert given.predict(tmp_path / "cut.png")[0].probabilities == given.predict(whole)[0].probabilities
+    shown = [predict(export, tmp_path / "cut.png", *more).stdout for more in ((), ("--ground", "0,0,255"))]
+    assert shown[0] != shown[1]
+    refused = predict(export, tmp_path / "cut.png", "--max-pixels", "1999")
+    assert refused.returncode == 3
+    assert "40 pixels; at most 1,999 are decoded" in refused.stderr
+    for option in (("--ground", "0,0,256"), ("--ground", "white"), ("--max-pixels", "0")):
+        assert predict(export, tmp_path / "cut.png", *option).returncode == 2

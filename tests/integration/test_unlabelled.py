@@ -1,13 +1,18 @@
 """Images that truly have no label: in one dataset with labelled ones, or in a dataset of their own."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.data import main
+from pipeline.datasets.joint import read_manifests
 from pipeline.datasets.manifest import read_manifest
 from pipeline.datasets.splits import read_split
+from pipeline.report.results import ROWS
+from tests import warm
 from tests.conftest import Stages
 from tests.integration.test_evaluate import evaluate
 from tests.relabel import relabelled
@@ -27,6 +32,7 @@ def test_images_without_a_label_give_the_weights_that_hidden_labels_give(chain: 
     labels[hidden] = -1
     bare = relabelled(train, tmp_path / "train", labels)
     content = json.loads((digits / "split.json").read_text()) | {"manifest": bare.hash}
+    del content["sha256"]
     (tmp_path / "split.json").write_text(json.dumps(content))
     parent = f"init_from={chain.runs / 'smoke' / 'distill' / 'export'}"
     # To the lineage this is another dataset, so the parent's labels count as foreign ones.
@@ -46,6 +52,32 @@ def test_images_without_a_label_give_the_weights_that_hidden_labels_give(chain: 
     assert cards[0]["class_groups"] == cards[1]["class_groups"]  # they count no hidden label
     for a, b in zip(there["models"].values(), here["models"].values(), strict=True):
         assert a["confusion"] == b["confusion"]
+
+
+def test_several_datasets_without_labels_give_the_weights_that_hidden_labels_give(
+    chain: Stages, tmp_path: Path
+) -> None:
+    """The labelled digits of two datasets, and the other digits with their labels hidden in a split, or without any."""
+    train = read_manifest(chain.digits / "train")
+    split = read_split(chain.digits / "split.json", train)
+    codes = split.codes.tobytes().decode()
+    known = np.isin(split.codes, [b"L", b"V"])
+    parent = f"init_from={chain.runs / 'smoke' / 'distill' / 'export'}"
+    weights = []
+    for name, labels in (("hidden", train.labels), ("bare", np.where(known, train.labels, -1))):
+        halves = [
+            relabelled(train, tmp_path / name / str(k), labels, shards=shards)
+            for k, shards in enumerate((slice(0, 2), slice(2, None)))
+        ]
+        joint = read_manifests([half.folder for half in halves])
+        content = json.loads(split.content) | {"manifest": joint.hash, "codes": codes}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        folders = ",".join(str(half.folder) for half in halves)
+        data = [f"data.train=[{folders}]", f"data.split={tmp_path / f'{name}.json'}", "allow_more_labels=true"]
+        run = chain.complete("semi", parent, *data, f"run.experiment=two-{name}")
+        assert max(row.get("ssl/mask_rate", 0) for row in rows_of(run)) > 0
+        weights.append((run / "export" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +185,26 @@ def test_a_test_set_may_lack_a_class_and_have_another_order(chain: Stages, few: 
     overrides = ["init_from=null", f"data.test={fewer.folder}", "run.experiment=fewer"]
     run = chain.complete("distill", *overrides)
     assert json.loads((run / "evaluation.json").read_text())["models"]["student"]["samples"] == part["samples"]
+
+
+def test_folds_estimate_what_all_labels_train_and_the_report_says_so(
+    stages: Stages, digits: Path, tmp_path: Path
+) -> None:
+    """Stage 1 runs once; stages 2 and 3 run once for all labels and once in each fold."""
+    split = tmp_path / "split.json"
+    made = ["split", str(digits / "train"), "--out", str(split), "--labelled", "0.02", "--folds", "2"]
+    assert main(made) == 0
+    data = [f"data.train={digits / 'train'}", f"data.split={split}", "data.test=null", "run.experiment=cross"]
+    values = [f"run.root={stages.runs}", *data, "loop.steps=4", "loop.save_every=4"]
+    python = [sys.executable, "-m"]
+    done = warm.run([*python, "studies.folds", "smoke", "--folds", "2", *values])
+    assert done.returncode == 0, done.stderr
+    found = json.loads((stages.runs / "cross" / "folds.json").read_text())
+    labelled = len(read_split(split, read_manifest(digits / "train")).subset("labelled"))
+    assert {row: values["images"] for row, values in found["rows"].items()} == dict.fromkeys(ROWS, labelled)
+    assert {row: len(values["folds"]) for row, values in found["rows"].items()} == dict.fromkeys(ROWS, 2)
+    assert not (stages.runs / "cross-fold1of2" / "arm").exists()
+    done = warm.run([*python, "launchers", "local", "chain", "smoke", *values])
+    assert done.returncode == 0, done.stderr
+    page = (stages.runs / "cross" / "report.html").read_text()
+    assert f"each of {labelled} labelled images is evaluated once" in page

@@ -67,6 +67,12 @@ def raising(error: BaseException):
         (ConfigError("lr is wrong"), 2, "error: lr is wrong\n"),
         (Interrupted("stopped"), 75, "stopped\n"),
         (OSError(errno.ENOSPC, "", "/there"), 5, "error: /there: No space left on device; free some space"),
+        (
+            PermissionError(errno.EACCES, "", "/there"),
+            5,
+            "error: /there: Permission denied; give another file or folder",
+        ),
+        (OSError(errno.ENAMETOOLONG, "", "y" * 5000), 5, f"error: {'y' * 200}: File name too long"),
         (KeyboardInterrupt(), 130, "stopped at once"),
     ],
 )

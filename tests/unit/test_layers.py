@@ -31,7 +31,7 @@ LAYERS = {
     "pipeline.storage": 1,
     "pipeline": 0,
 }
-LATE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "timm", "sklearn", "matplotlib", "triton", "onnx")
+LATE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "timm", "sklearn", "matplotlib", "onnx")
 ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "obstore")
 FILES = sorted(p for top in ("pipeline", "stages", "launchers") for p in (ROOT / top).rglob("*.py"))
 

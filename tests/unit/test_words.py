@@ -16,7 +16,15 @@ from tests.conftest import ROOT
 
 TEXT = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.html", "*.ipynb", "*.cpp", "*.h", "Makefile", ".ci/run")
 EXEMPT = ("CHANGELOG.md", "tests/unit/test_words.py")  # they name the old words on purpose
-SIMD = ("pipeline/ops/*", "tests/unit/ops/*", "benchmarks/scan.py", "docs/scan.md", "docs/efficientvim.md")
+SIMD = (
+    "pipeline/ops/*",
+    "tests/unit/ops/*",
+    "benchmarks/scan.py",
+    "benchmarks/gpu_*.py",
+    "docs/scan.md",
+    "docs/kernels.md",
+    "docs/efficientvim.md",
+)
 NOTHING = r"(?!)"
 
 

@@ -91,6 +91,8 @@ class _Everything:
         self.starts = np.cumsum([0, *(len(d.measures) for d in datasets)])
         self.dataset = np.repeat(np.arange(len(datasets)), np.diff(self.starts))
         self.names = np.concatenate([_class_names(d.manifest) for d in datasets])  # of classes; empty: no label
+        known = {name: number for number, name in enumerate(dict.fromkeys(self.names.tolist()))} | {"": -1}
+        self.classes = np.array([known[name] for name in self.names.tolist()])  # number of each name; -1: no label
 
     def example(self, place: int) -> Example:
         dataset = int(self.dataset[place])
@@ -107,7 +109,8 @@ class _Everything:
 
     def conflicts(self, group: NDArray[np.int64]) -> bool:
         """Whether the labelled images of a group have different classes."""
-        return len(set(self.names[group].tolist()) - {""}) > 1
+        classes = self.classes[group]
+        return len(np.unique(classes[classes >= 0])) > 1
 
 
 def _class_names(manifest: Manifest) -> NDArray[np.object_]:
@@ -129,7 +132,8 @@ def _duplicates(everything: _Everything, split: Split | None) -> Iterator[Findin
                 level="grave",
                 title="Test images in the training set",
                 text=f"{images(count)} of {dataset.title} {are(count)} in {everything.datasets[0].title} too, pixel for"
-                " pixel. Every score on this test set is too good. Remove them from the training set, or from the test set.",
+                " pixel. Every score on this test set is too good. Remove"
+                f" {'them' if count > 1 else 'it'} from the training set, or from the test set.",
                 count=count,
                 groups=everything.groups(shared, place),
             )
@@ -218,12 +222,14 @@ def _alike(everything: _Everything) -> Iterator[Finding]:
                 count=count,
                 groups=everything.groups(groups),
             )
-    if len(conflicting := pairs[[everything.conflicts(pair) for pair in pairs]] if len(pairs) else pairs):
+    left, right = everything.classes[pairs].T
+    if len(conflicting := pairs[(left != right) & (left >= 0) & (right >= 0)]):
         yield Finding(
             name="alike-label-conflicts",
             level="warning",
             title="Images that look alike, different labels",
-            text=f"{least}{len(conflicting)} pair{'s' if len(conflicting) > 1 else ''} of images look alike, but their labels"
+            text=f"{least}{len(conflicting)} pair{'s of images look' if len(conflicting) > 1 else ' of images looks'} alike, but"
+            " their labels"
             " differ. Look at them: one label may be wrong.",
             count=len(conflicting),
             groups=everything.groups(conflicting),
@@ -241,7 +247,7 @@ def _odd_images(place: int, dataset: Dataset) -> Iterator[Finding]:
             title=f"Images that do not decode in {dataset.title}",
             text=f"{images(number)} cannot be decoded; `python -m pipeline.data verify {dataset.title}` says why.",
             count=number,
-            groups=_single(place, np.flatnonzero(~readable)),
+            groups=_single(place, dataset, np.flatnonzero(~readable)),
         )
     if number := int(constant.sum()):
         yield Finding(
@@ -251,7 +257,7 @@ def _odd_images(place: int, dataset: Dataset) -> Iterator[Finding]:
             text=f"{images(number)} {'show' if number > 1 else 'shows'} one colour only; {int(black.sum())} of them"
             f" {are(int(black.sum()))} black.",
             count=number,
-            groups=_single(place, np.flatnonzero(constant)),
+            groups=_single(place, dataset, np.flatnonzero(constant)),
         )
     if not readable.any():
         return
@@ -282,5 +288,6 @@ def _odd_images(place: int, dataset: Dataset) -> Iterator[Finding]:
     )
 
 
-def _single(place: int, sample_indices: NDArray[np.int64]) -> list[Group]:
-    return [Group([Example(place, sample_index)]) for sample_index in sample_indices[:_MAX_GROUPS].tolist()]
+def _single(place: int, dataset: Dataset, sample_indices: NDArray[np.int64]) -> list[Group]:
+    names = _class_names(dataset.manifest)
+    return [Group([Example(place, k, str(names[k]))]) for k in sample_indices[:_MAX_GROUPS].tolist()]

@@ -4,8 +4,10 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.datasets.text import read_text, same_form
+from pipeline.datasets.text import is_text, read_text, same_form
 from pipeline.errors import DataError
+
+_SUBSETS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "unlabelled", "unlabeled"}
 
 
 def read_classes(path: Path) -> list[str]:
@@ -42,9 +44,14 @@ def class_labels(found: Iterable[str], wanted: Sequence[str] | None, where: str)
         The classes, and the label of each name in `found`.
 
     Raises:
-        DataError: A name is not in `wanted`.
+        DataError: A name is not in `wanted`, or is no text of one line.
     """
     forms = {name: same_form(name) for name in found}
+    if strange := [name for name in forms if not is_text(name) or set(name) & set("\0\n\r")]:
+        raise DataError(
+            f"{where} has the class name {strange[0][:80]!r}, which is no text of one line; repair it (in a table, a quote may"
+            " be left open)"
+        )
     if wanted is None:
         names = set(forms.values())
         numbers = all(name.isascii() and name.isdigit() for name in names)
@@ -61,3 +68,19 @@ def class_labels(found: Iterable[str], wanted: Sequence[str] | None, where: str)
             f"the list has {len(classes)} classes, {hint}; rename them, or give another list"
         )
     return classes, {name: label_of[form] for name, form in forms.items()}
+
+
+def doubts(classes: Sequence[str]) -> list[str]:
+    """Return sentences about classes that are perhaps not meant as such."""
+    found = []
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(" ".join(name.casefold().replace("_", " ").replace("-", " ").split()), []).append(name)
+    if twins := [group for group in alike.values() if len(group) > 1]:
+        shown = "; ".join(" and ".join(map(repr, group)) for group in twins[:5])
+        found.append(f"these classes differ only in case, spaces or hyphens and are kept apart: {shown}")
+    if classes and {name.casefold() for name in classes} <= _SUBSETS:
+        found.append(
+            f"{', '.join(map(repr, classes))} are taken as classes; if they are parts of a dataset, convert each part"
+        )
+    return found

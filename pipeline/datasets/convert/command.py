@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.datasets.text import shown
+from pipeline.decoding import add_options, given
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import real_path
 from pipeline.storage.config import RemoteConfig
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def _path(text: str) -> Path:
+    """Read a path of the command line; an empty one is a shell variable that was not set, not this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; give a folder or file")
+    return Path(text)
+
+
 def add_convert(parser: argparse.ArgumentParser) -> None:
     """Add the kinds of sources and their options to the command's parser."""
     kinds = parser.add_subparsers(required=True, metavar="KIND")
@@ -33,8 +42,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     ) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=text, description=text)
         if source:
-            sub.add_argument("source", help=source)
-        sub.add_argument("--out", type=Path, required=name != "tars", help="folder to write the dataset to")
+            sub.add_argument("source", type=lambda text: str(_path(text)) if "://" not in text else text, help=source)
+        sub.add_argument("--out", type=_path, required=name != "tars", help="folder to write the dataset to")
         sub.add_argument("--processes", type=count, default=os.cpu_count() or 1, help="default: one per CPU")
         if name != "tars":
             sub.add_argument("--seed", type=int, default=0, help="seed of the order of the samples (default 0)")
@@ -45,6 +54,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
             sub.add_argument(
                 "--resize", type=count, default=0, metavar="PIXELS", help="reduce larger images to this shorter side"
             )
+            add_options(sub, "white; only --resize needs one, since it writes JPEG")
         if source:
             sub.add_argument(
                 "--skip-unreadable",
@@ -68,9 +78,6 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         classes=True,
     )
     folder.add_argument(
-        "--unlabelled", type=Path, nargs="+", default=[], metavar="DIR", help="folders of images that have no label"
-    )
-    folder.add_argument(
         "--nested", action="store_true", help="each folder with images is a class, named by its path (animals/cat)"
     )
     table = kind(
@@ -80,6 +87,15 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         "the table, with a row of titles",
         classes=True,
     )
+    for labelled in (folder, table):
+        labelled.add_argument(
+            "--unlabelled",
+            type=_path,
+            nargs="+",
+            default=[],
+            metavar="DIR",
+            help="folders of images that have no label",
+        )
     table.add_argument("--image", required=True, metavar="COLUMN", help="column of the file names")
     table.add_argument("--label", metavar="COLUMN", help="column of the classes; without it no image has a label")
     table.add_argument("--root", type=Path, metavar="DIR", help="folder of the file names (default: that of the table)")
@@ -128,6 +144,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _say(manifest: "Manifest", existed: bool, table: Sequence[str] = ()) -> None:
+    from pipeline.datasets.convert.classes import doubts
+
     state = "already there" if existed else "written"
     names = ", ".join(manifest.classes[:4]) + (", ..." if len(manifest.classes) > 4 else "")
     classes = f" of {len(manifest.classes)} classes ({names})" if manifest.classes else " without classes"
@@ -136,7 +154,7 @@ def _say(manifest: "Manifest", existed: bool, table: Sequence[str] = ()) -> None
     print(
         f"{manifest.folder}: {manifest.num_samples} samples{classes}{without} in {len(manifest.shards)} shards, {state}"
     )
-    for line in table:
+    for line in [*table, *(f"note: {doubt}" for doubt in doubts(manifest.classes))]:
         print("  " + line)
 
 
@@ -149,6 +167,7 @@ def _convert(source: "Source", out: Path, args: argparse.Namespace) -> None:
         "shorter_side": args.resize,
         "processes": args.processes,
         "skip_unreadable": args.skip_unreadable,
+        "decoding": given(args),
     }
     _say(*convert(source, out, **options))
 
@@ -162,7 +181,7 @@ def _classes(args: argparse.Namespace) -> list[str] | None:
 def _check_out(out: Path, sources: Sequence[Path]) -> None:
     """Refuse to write shards among the images: the next conversion would find them there."""
     for source in sources:
-        if out.resolve().is_relative_to(source.resolve()):
+        if real_path(out).is_relative_to(real_path(source)):
             raise ConfigError(f"--out {out} is inside the source {source}; give a folder outside it")
 
 
@@ -200,13 +219,22 @@ def _convert_image_folder(args: argparse.Namespace) -> None:
             f"note: {doubtful[0]!r} is taken as a class; if its images have no label, add "
             f"--unlabelled {shown(str(root / doubtful[0]))}"
         )
+    labelled = [name for name, label in zip(source.names, source.labels, strict=True) if label >= 0]
+    if not args.nested and all(name.count("/") > 1 for name in labelled):
+        print(
+            f"note: no image lies directly in a class folder, the first is {shown(labelled[0])}; if the folders below are the"
+            " classes, add --nested"
+        )
     _convert(source, args.out, args)
 
 
 def _convert_csv(args: argparse.Namespace) -> None:
     from pipeline.datasets.convert.rows import table_file
 
-    _convert(table_file(Path(args.source), args.image, args.label, args.root, _classes(args)), args.out, args)
+    if args.unlabelled:
+        _check_out(args.out, args.unlabelled)
+    source = table_file(Path(args.source), args.image, args.label, args.root, _classes(args), args.unlabelled)
+    _convert(source, args.out, args)
 
 
 def _convert_imagenet(args: argparse.Namespace) -> None:
@@ -236,6 +264,13 @@ def _convert_parquet(args: argparse.Namespace) -> None:
     _check_out(args.out, [Path(args.source)])
     labelled = args.label_column != "none"
     source = parquet_folder(Path(args.source), args.image_column, args.label_column, _classes(args), labelled)
+    parts = sorted(
+        {part for file in source.files for part in ("train", "valid", "test") if Path(file).name.startswith(part)}
+    )
+    if len(parts) > 1:
+        print(
+            f"note: these files are parts of one dataset ({', '.join(parts)}) and become one set; convert each part by itself"
+        )
     _convert(source, args.out, args)
 
 

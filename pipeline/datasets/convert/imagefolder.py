@@ -8,8 +8,9 @@ from pipeline.datasets.convert.classes import class_labels
 from pipeline.datasets.convert.scan import find_images
 from pipeline.datasets.convert.source import Files, LeftOut, make_keys
 from pipeline.datasets.formats import is_hidden
-from pipeline.datasets.text import storable
+from pipeline.datasets.text import shown, storable
 from pipeline.errors import DataError
+from pipeline.files import real_path
 
 
 def plain_folder(root: Path) -> Files:
@@ -43,10 +44,9 @@ def image_folder(
         DataError: There is no such folder, or a class without images, or one that `classes` does not name.
     """
     _check_folder(root, "give the folder that holds a folder per class")
-    for folder in unlabelled:
-        _check_folder(folder, "give a folder of images after --unlabelled")
+    _check_unlabelled(unlabelled)
     left_out: LeftOut = {}
-    inside = [folder.resolve() for folder in unlabelled]
+    inside = [real_path(folder) for folder in unlabelled]
     found = find_images(root, left_out, inside)
     names = sorted((name for name in found if "/" in name), key=lambda name: _split(name, nested))
     if outside := [name for name in found if "/" not in name]:
@@ -66,15 +66,41 @@ def image_folder(
     known, label_of = class_labels({*labelled, *map(storable, empty)}, classes, str(root))
     labels = [label_of[name] for name in labelled]
     paths = [str(root / name) for name in names]
-    for folder, prefix in zip(unlabelled, _prefixes(len(unlabelled), set(labelled)), strict=True):
-        more = find_images(folder, left_out)
-        if not more:
+    add_unlabelled(unlabelled, names, labels, paths, left_out)
+    keys, problems = make_keys(names)
+    return Files(str(root), known, keys, labels, paths, names, problems, left_out)
+
+
+def add_unlabelled(
+    folders: Sequence[Path], names: list[str], labels: list[int], paths: list[str], left_out: LeftOut
+) -> None:
+    """Append the images of folders as images without a label, unless they are among `paths` already.
+
+    Args:
+        folders: The folders.
+        names: Name of each image of the source.
+        labels: Class of each image.
+        paths: Full path of each image.
+        left_out: Takes the names of other files, by the reason.
+
+    Raises:
+        DataError: There is no such folder, or it has no images.
+    """
+    _check_unlabelled(folders)
+    known = set(map(os.path.realpath, paths))
+    for folder, prefix in zip(
+        folders, _prefixes(len(folders), {name.rpartition("/")[0] for name in names}), strict=True
+    ):
+        found = find_images(folder, left_out)
+        if not found:
             raise DataError(f"--unlabelled {folder} has no images{_passed_over(left_out)}; give a folder of images")
+        more = [name for name in found if os.path.realpath(folder / name) not in known]
+        known |= {os.path.realpath(folder / name) for name in more}
+        if twice := sorted(set(found) - set(more)):
+            left_out.setdefault("taken already", []).extend(map(shown, twice))
         names += [prefix + name for name in more]
         labels += [-1] * len(more)
         paths += [str(folder / name) for name in more]
-    keys, problems = make_keys(names)
-    return Files(str(root), known, keys, labels, paths, names, problems, left_out)
 
 
 def _split(name: str, nested: bool) -> tuple[str, str]:
@@ -86,15 +112,20 @@ def _split(name: str, nested: bool) -> tuple[str, str]:
 def _empty_classes(root: Path, full: set[str], exclude: Sequence[Path]) -> list[str]:
     with os.scandir(root) as entries:
         folders = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
-    return [name for name in folders if name not in full and (root / name).resolve() not in exclude]
+    return [name for name in folders if name not in full and real_path(root / name) not in exclude]
 
 
-def _prefixes(count: int, classes: set[str]) -> list[str]:
-    """Return the folders, within the dataset, of unlabelled images; no class folder has such a name."""
+def _prefixes(count: int, others: set[str]) -> list[str]:
+    """Return the folders, within the dataset, of unlabelled images; no folder of other images has such a name."""
     top = "unlabelled"
-    while any(name == top or name.startswith(top + "/") for name in classes):
+    while any(name == top or name.startswith(top + "/") for name in others):
         top = "_" + top
     return [f"{top}/"] if count == 1 else [f"{top}/{k}/" for k in range(count)]
+
+
+def _check_unlabelled(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        _check_folder(folder, "give a folder of images after --unlabelled")
 
 
 def _check_folder(folder: Path, instead: str) -> None:

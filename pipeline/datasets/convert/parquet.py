@@ -12,8 +12,9 @@ import numpy as np
 
 from pipeline.datasets.convert.classes import class_labels
 from pipeline.datasets.convert.source import Problem, Source, UnreadableSource, stored_extension
-from pipeline.datasets.formats import HEAD, format_of
+from pipeline.datasets.formats import HEAD, format_of, is_hidden
 from pipeline.errors import DataError, EnvironmentProblem
+from pipeline.files import real_path
 
 
 @dataclass
@@ -72,7 +73,7 @@ def parquet_folder(
         EnvironmentProblem: pyarrow is not installed.
     """
     _pyarrow()
-    paths = [root] if root.is_file() else sorted(root.rglob("*.parquet")) or sorted(root.rglob("*.arrow"))
+    paths = [root] if root.is_file() else _files_below(root, ".parquet") or _files_below(root, ".arrow")
     if not paths:
         raise DataError(f"{root} has no .parquet and no .arrow files; give the folder that holds them")
     groups: list[tuple[str, int, int]] = []
@@ -101,6 +102,7 @@ def parquet_folder(
 
 def _labels(raw: list[Any], names: list[str], classes: Sequence[str] | None, where: str) -> tuple[list[str], list[int]]:
     """Return the classes and the label of each row; numbers index `names` where the file has them."""
+    raw = [_plain(value) for value in raw]
     kinds = {type(value) for value in raw if value is not None}
     if kinds <= {str}:
         known, label_of = class_labels({value for value in raw if value}, classes, where)
@@ -126,6 +128,20 @@ def _labels(raw: list[Any], names: list[str], classes: Sequence[str] | None, whe
     return listed or [str(label) for label in seen], numbers
 
 
+def _files_below(root: Path, ending: str) -> list[Path]:
+    found = (path for path in root.rglob("*") if path.suffix.lower() == ending and path.is_file())
+    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(root).parts)))
+
+
+def _plain(value: Any) -> Any:
+    """Return a whole number for 1.0 and nothing for NaN, as pandas writes them where some are missing; a text for a bool."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and (value != value or value.is_integer()):
+        return None if value != value else int(value)
+    return value
+
+
 def _label_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[str]:
     """Return the class names that the datasets library stores in the schema, if any."""
     try:
@@ -137,8 +153,8 @@ def _label_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[st
 
 def _read_beside(file: Path, path: str, where: str) -> bytes:
     """Return the bytes of an image that a row names; only files below the folder of the parquet file are read."""
-    folder = file.parent.resolve()
-    target = (folder / path).resolve()
+    folder = real_path(file.parent)
+    target = real_path(folder / path)
     if not target.is_relative_to(folder) or not target.is_file():
         raise UnreadableSource(f"{where} has no bytes, and its path {path!r} is no file below {folder}")
     try:

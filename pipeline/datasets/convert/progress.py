@@ -131,10 +131,13 @@ def _hash(parts: Any) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _state(path: str) -> tuple[int, int]:
-    """Return the size and the time of change of a file; -1 where there is none."""
+def _state(path: str) -> tuple[int, int, int]:
+    """Return the size of a file, the time of its last modification and that of its last change; -1 where there is none.
+
+    Programs set the time of modification at will, as `cp -p` and `rsync` do, but not that of the change.
+    """
     try:
         found = os.stat(path)
     except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+        return -1, -1, -1
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns

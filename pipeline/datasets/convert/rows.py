@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.datasets.convert.classes import class_labels
+from pipeline.datasets.convert.imagefolder import add_unlabelled
 from pipeline.datasets.convert.source import Files, LeftOut, Problem, make_keys
 from pipeline.datasets.formats import FOREIGN_EXTENSIONS, IMAGE_EXTENSIONS
 from pipeline.datasets.text import read_text, same_form, shown, storable
@@ -19,7 +21,12 @@ NO_LABEL = ("", "nan", "none", "null", "na", "n/a", "<na>")  # in small letters,
 
 
 def table_file(
-    path: Path, image_column: str, label_column: str | None, root: Path | None, classes: Sequence[str] | None = None
+    path: Path,
+    image_column: str,
+    label_column: str | None,
+    root: Path | None,
+    classes: Sequence[str] | None = None,
+    unlabelled: Sequence[Path] = (),
 ) -> Files:
     """Take the images that a table names.
 
@@ -31,6 +38,7 @@ def table_file(
             None = no image has a label.
         root: Folder of the file names; None = the folder of the table.
         classes: The classes to have; None = those of the column.
+        unlabelled: Folders of images without a label; those that the table names are not taken twice.
 
     Raises:
         DataError: The file is missing, no table, or a class is not in `classes`.
@@ -63,9 +71,10 @@ def table_file(
             problems[item] = Problem("two labels", detail)
         elif not found:
             problems[item] = Problem("missing", f"row {number}: {shown(value)!r} is no file below {shown(str(folder))}")
-        names.append(_name(place, folder) if found else f"row {number}")
+        names.append(_name(place, folder) if found else f"row {number} ({storable(value)[:80]})")
         paths.append(place)
         labels.append(label)
+    add_unlabelled(unlabelled, names, labels, paths, left_out)
     keys, unusable = make_keys(names)
     problems = unusable | problems
     return Files(str(path), known, keys, labels, paths, names, problems, left_out)
@@ -118,6 +127,10 @@ def _name(path: str, root: Path) -> str:
 
 
 def _label_text(value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        raise DataError(
+            f"the label {str(value)[:80]} is no text and no number; give a column of class names with --label"
+        )
     if isinstance(value, float) and value != value:
         return ""
     text = "" if value is None else str(value).strip()
@@ -125,16 +138,21 @@ def _label_text(value: Any) -> str:
 
 
 def _whole_numbers(texts: list[str]) -> list[str]:
-    """Return `3` for `3.0` if all labels are such numbers: pandas writes them so where some are missing."""
-    given = [text for text in texts if text]
-    if given and all(text.removesuffix(".0").isdigit() and text.isascii() for text in given):
-        return [text.removesuffix(".0") for text in texts]
+    """Return `3` for `3.0`, as pandas writes it where some are missing, and nothing for -1, if all labels are numbers."""
+    numbers = [text.removesuffix(".0") for text in texts]
+    given = [text for text in numbers if text not in ("", "-1")]
+    if given and all(text.isdigit() and text.isascii() for text in given):
+        return ["" if text == "-1" else text for text in numbers]
     return texts
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> list[Mapping[str, Any]]:
     text = read_text(path, "table")
+    first, _, rest = text.partition("\n")
+    if re.fullmatch(r"sep=[,;\t|]\s*", first):  # Excel's own first line
+        text = rest
     titles: list[str] = []
+    problem = ""
     if text.lstrip()[:1] in ("{", "["):
         rows = _json_rows(text, path)
         titles = list(dict.fromkeys(title for row in rows for title in row))
@@ -143,17 +161,51 @@ def _read_rows(path: Path, columns: Sequence[str]) -> list[Mapping[str, Any]]:
     for delimiter in DELIMITERS if not titles else "":
         try:
             # The csv module wants whole lines with their ends, or fields with line breaks would be torn.
-            lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True))
-        except csv.Error as error:
-            raise DataError(f"{path} is no table ({error}); save it as CSV in UTF-8") from None
-        lines = [line for line in lines if any(field.strip() for field in line)]
-        found = [title.strip() for title in lines[0]] if lines else []
+            lines = list(_csv_lines(text, delimiter))
+        except csv.Error as error:  # it may be due to another delimiter
+            problem = problem or str(error)
+            continue
+        found = [title.strip() for title in lines[0][1]] if lines else []
         if all(column in found for column in columns):
-            return [dict(zip(found, line, strict=False)) for line in lines[1:]]
+            _check_fields(lines, found, columns, path)
+            return [dict(zip(found, line, strict=False)) for _, line in lines[1:]]
         titles = found if len(found) > len(titles) else titles
+    if problem:
+        raise DataError(f"{path}, {problem}; save it as CSV in UTF-8")
     missing = next(column for column in columns if column not in titles)
     known = ", ".join(map(repr, titles)) or "no titles"
     raise ConfigError(f"{path} has no column {missing!r}; its first line has {known}; choose with --image and --label")
+
+
+def _csv_lines(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of the last line and the fields of each row that is not empty."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    # The csv module wants whole lines with their ends, or fields with line breaks would be torn.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        for fields in reader:
+            if any(field.strip() for field in fields):
+                yield reader.line_num, fields
+    except csv.Error as error:
+        open_quote = "a quote is left open" if "unexpected end" in str(error) else str(error)
+        raise csv.Error(f"line {reader.line_num}: {open_quote}") from None
+
+
+def _check_fields(
+    lines: Sequence[tuple[int, list[str]]], titles: Sequence[str], columns: Sequence[str], path: Path
+) -> None:
+    """Refuse what would be read as another image or another label than was meant."""
+    if twice := [column for column in columns if titles.count(column) > 1]:
+        raise DataError(f"{path} has {titles.count(twice[0])} columns {twice[0]!r}; rename all but one")
+    places = [titles.index(column) for column in columns]
+    for number, fields in lines[1:]:
+        if any(field.strip() for field in fields[len(titles) :]):
+            raise DataError(
+                f"{path}, line {number}: {len(fields)} fields, but {len(titles)} titles; put a field that holds the"
+                " separator in quotes"
+            )
+        if any("\n" in fields[place] or "\r" in fields[place] for place in places if place < len(fields)):
+            raise DataError(f"{path}, line {number}: the image or the label has a line break; a quote may be left open")
 
 
 def _json_rows(text: str, path: Path) -> list[Mapping[str, Any]]:

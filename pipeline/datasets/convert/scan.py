@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.datasets.convert.source import LeftOut
 from pipeline.datasets.formats import FOREIGN_EXTENSIONS, HEAD, IMAGE_EXTENSIONS, extension_of, format_of, is_hidden
 from pipeline.datasets.text import shown
+from pipeline.files import real_path
 
 
 def find_images(root: Path, left_out: LeftOut, exclude: Collection[Path] = ()) -> list[str]:
@@ -48,19 +49,27 @@ def _files_below(root: Path, left_out: LeftOut, exclude: Collection[Path]) -> It
             listed = list(entries)
         for entry in listed:
             name = prefix + entry.name
-            if entry.is_dir() and is_hidden(entry.name):
+            folder_inside = _is_folder(entry)
+            if folder_inside and is_hidden(entry.name):
                 for parent, _, files in os.walk(entry.path):
                     below = os.path.relpath(parent, root)
                     for file in files:
                         _leave_out(left_out, "hidden or of the system", f"{below}/{file}")
             elif is_hidden(entry.name):
                 _leave_out(left_out, "hidden or of the system", name)
-            elif not entry.is_dir():
+            elif not folder_inside:
                 yield name, entry
             elif _identity(entry.path) in ancestors:
                 _leave_out(left_out, "link to a folder above it", name)
-            elif not exclude or Path(entry.path).resolve() not in exclude:
+            elif not exclude or real_path(entry.path) not in exclude:
                 open_folders.append((entry.path, name + "/", (*ancestors, _identity(entry.path))))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _identity(path: str) -> tuple[int, int]:

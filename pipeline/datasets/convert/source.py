@@ -1,5 +1,6 @@
 """What is converted: a source of images with their keys, classes and labels, and what of it is left out."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -111,6 +112,8 @@ def stored_extension(name: str, data: bytes) -> str:
 def make_keys(names: Sequence[str]) -> tuple[list[str], dict[int, Problem]]:
     """Make sample keys of file names: without the ending of an image, and with _ for every other dot.
 
+    Images that would share a key keep their ending in it: `a.jpg` and `a.png` become `a_jpg` and `a_png`.
+
     Args:
         names: Paths with `/`, as the file system names them.
 
@@ -118,6 +121,8 @@ def make_keys(names: Sequence[str]) -> tuple[list[str], dict[int, Problem]]:
         The keys; and the problems: names that no shard can hold, and names whose key another name has already.
     """
     keys = [_key(storable(name)) for name in names]
+    shared = {key for key, count in Counter(keys).items() if count > 1}
+    keys = [_whole_key(storable(name)) if key in shared else key for key, name in zip(keys, names, strict=True)]
     problems: dict[int, Problem] = {}
     first: dict[str, int] = {}
     for item, (key, name) in enumerate(zip(keys, names, strict=True)):
@@ -133,3 +138,8 @@ def _key(name: str) -> str:
     folder, slash, file = name.rpartition("/")
     stem = file.rpartition(".")[0] if extension_of(file) in (*IMAGE_EXTENSIONS, *FOREIGN_EXTENSIONS) else file
     return folder + slash + stem.replace(".", "_")
+
+
+def _whole_key(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.replace(".", "_")

@@ -27,12 +27,22 @@ from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.places import keep_names
 from pipeline.datasets.tars import scan_shard
 from pipeline.datasets.text import storable
+from pipeline.decoding import DEFAULT, Decoding
 from pipeline.errors import DataError
 from pipeline.files import replacing
 from pipeline.images import UnreadableImage, decode, read_header
 
 SAMPLES_PER_SHARD = 2_000
 _SHUFFLE = 21  # stream of random numbers
+
+
+class _Options(NamedTuple):
+    """What the bytes of a conversion depend on beside its source; the names are those of `convert`."""
+
+    seed: int
+    samples_per_shard: int
+    shorter_side: int
+    decoding: Decoding
 
 
 class Converted(NamedTuple):
@@ -52,6 +62,7 @@ def convert(
     shorter_side: int = 0,
     processes: int = 1,
     skip_unreadable: bool = False,
+    decoding: Decoding = DEFAULT,
 ) -> Converted:
     """Write the dataset of `source` to `out`, unless it is there already.
 
@@ -62,6 +73,7 @@ def convert(
         samples_per_shard: Images in each shard; the last one may hold fewer.
         shorter_side: Reduce larger images to this shorter side in pixels, as JPEG of quality 95. 0 = keep all bytes.
         processes: How many processes write shards.
+        decoding: The limit on pixels, and the ground behind transparent ones where images are reduced.
         skip_unreadable: Leave out what cannot be converted, instead of refusing the whole source.
 
     Raises:
@@ -75,7 +87,8 @@ def convert(
     out.mkdir(parents=True, exist_ok=True)
     try:
         with locked(out) as lock:
-            return _convert(source, out, (seed, samples_per_shard, shorter_side), processes, skip_unreadable, lock)
+            options = _Options(seed, samples_per_shard, shorter_side, decoding)
+            return _convert(source, out, options, processes, skip_unreadable, lock)
     except BaseException as error:
         if not existed:
             with contextlib.suppress(OSError):  # it stays if it holds anything
@@ -86,27 +99,27 @@ def convert(
 
 
 def _convert(
-    source: Source, out: Path, options: tuple[int, int, int], processes: int, skip_unreadable: bool, lock: int
+    source: Source, out: Path, options: _Options, processes: int, skip_unreadable: bool, lock: int
 ) -> Converted:
-    seed, samples_per_shard, shorter_side = options
-    plan, content = plan_digest(source, *options), content_digest(source)
-    before = Progress.read(out, source.name)
+    seed, samples_per_shard, shorter_side, decoding = options
+    choices = () if decoding == DEFAULT else (*decoding.ground, decoding.max_pixels)
+    plan, content = plan_digest(source, seed, samples_per_shard, shorter_side, *choices), content_digest(source)
+    before = Progress.read(out, source.names or source.keys)
     if before and (out / HEADER).exists():
         before.check_finished(out, plan, content)
         return Converted(read_manifest(out), True, table(len(source.keys), source.left_out, before.problems))
     problems = dict(source.problems)
-    problems |= check_images(source, processes, lock)
+    problems |= check_images(source, decoding, processes, lock)
     if problems and not skip_unreadable:
         raise refusal(source, problems)
     order, chunks = cut_shards(source, problems, seed, samples_per_shard)
     paths = [out / f"{k:06d}.tar" for k in range(len(chunks))]
     digests = shard_digests(source, chunks)
-    progress = Progress(
-        plan, content, digests, {item: problem.kind for item, problem in problems.items()}, source.names
-    )
+    names = source.names or source.keys
+    progress = Progress(plan, content, digests, {item: problem.kind for item, problem in problems.items()}, names)
     progress.begin(out, before, paths)
     jobs = list(zip(chunks, paths, strict=True))
-    write = functools.partial(write_shard, source, shorter_side)
+    write = functools.partial(write_shard, source, shorter_side, decoding)
     counts = [len(chunk) for chunk in chunks]
     indices = list(run_parallel(write, jobs, processes, "images", counts, [lock]))
     if shard_digests(source, chunks) != digests:
@@ -139,12 +152,13 @@ def keep_source_names(source: Source, manifest: Manifest, order: Sequence[int]) 
         keep_names(manifest, [storable(source.names[item]) for item in order])
 
 
-def write_shard(source: Source, shorter_side: int, job: tuple[list[int], Path]) -> ShardIndex:
+def write_shard(source: Source, shorter_side: int, decoding: Decoding, job: tuple[list[int], Path]) -> ShardIndex:
     """Write one shard, unless it is there, and scan it.
 
     Args:
         source: The images.
         shorter_side: Reduce larger images to this shorter side; 0 = keep all bytes.
+        decoding: The limit on pixels, and the ground behind transparent ones where images are reduced.
         job: The items of the shard, and its path.
     """
     items, path = job
@@ -161,7 +175,7 @@ def write_shard(source: Source, shorter_side: int, job: tuple[list[int], Path]) 
                 extension, data = source.read(item)
                 if shorter_side:
                     try:
-                        extension, data = _reduce(extension, data, shorter_side)
+                        extension, data = _reduce(extension, data, shorter_side, decoding)
                     except UnreadableImage as error:
                         raise DataError(
                             f"{source.name}/{source.keys[item]}.{extension}: {error}; repair or remove it, then convert again"
@@ -173,12 +187,12 @@ def write_shard(source: Source, shorter_side: int, job: tuple[list[int], Path]) 
     return scan_shard(path, len(source.classes))
 
 
-def _reduce(extension: str, data: bytes, shorter_side: int) -> tuple[str, bytes]:
+def _reduce(extension: str, data: bytes, shorter_side: int, decoding: Decoding = DEFAULT) -> tuple[str, bytes]:
     """Return the file ending and the bytes of the reduced image: upright, with its profile if that describes RGB."""
     header = read_header(data)
     if min(header.width, header.height) <= shorter_side:
         return extension, data
-    picture = Image.fromarray(decode(data))
+    picture = Image.fromarray(decode(data, decoding))
     factor = shorter_side / min(picture.size)
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
     buffer = io.BytesIO()

@@ -74,7 +74,7 @@ class BackboneConfig(Strict):
     @property
     def passes(self) -> int:
         """Forward passes' worth of work that a training step has per image."""
-        return 0 if self.cached_views else PASSES[self.train]
+        return PASSES[self.train]
 
 
 WHOLE = BackboneConfig()

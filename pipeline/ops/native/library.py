@@ -92,6 +92,8 @@ class Library:
         BuildError: If there is no compiler, or it fails.
     """
 
+    fuses_convolution = False  # the caches are large enough for u
+
     def __init__(self, simd: str | None = None, cache: Path | None = None) -> None:
         self._lib = load_library(simd, cache)
         for name in ("scan_struct_bytes", "conv_struct_bytes", "scan_carry_floats", "scan_blocks", "scan_width"):

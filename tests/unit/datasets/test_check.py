@@ -201,6 +201,19 @@ def test_similar_pairs_are_those_of_a_comparison_of_all_pairs():
     assert [tuple(pair) for pair in pairs.tolist()] == expected
 
 
+def test_the_frames_of_a_film_are_one_group_found_in_linear_time():
+    random = np.random.default_rng(0)
+    count = 3000
+    film = np.repeat(random.integers(0, 256, (1, 32), np.uint8), count, axis=0)
+    bits = random.integers(128, 256, (count, 3))  # outside the low frequencies: all bands are equal
+    for column in bits.T:
+        film[np.arange(count), column // 8] ^= (1 << (column % 8)).astype(np.uint8)
+    pairs, complete = similar_pairs(film, np.full((count, 3), 99, np.uint8))
+    assert not complete
+    assert len(pairs) <= 5 * 16 * count
+    assert [len(group) for group in connected_groups(pairs, count)] == [count]
+
+
 def test_groups_are_those_of_equal_keys_and_of_connected_pairs():
     keys = np.array([b"b", b"a", b"b", b"c", b"a", b"b"], "S16")
     assert [group.tolist() for group in equal_groups(keys)] == [[0, 2, 5], [1, 4]]

@@ -63,11 +63,13 @@ def test_names_that_no_shard_can_hold(source, tmp_path, capsys):
     assert convert("imagefolder", source, "--out", tmp_path / "out", "--skip-unreadable") == 0
     assert "dog/caf%E9" in labels(tmp_path / "out")
     assert main(["verify", str(tmp_path / "out"), "--processes", "1"]) == 0
-    (source / "dog/7.png").write_bytes(image(1, "PNG"))
+    (source / "dog/7_jpg").write_bytes(image(1, "PNG"))
+    (source / "dog/7.png").write_bytes(image(2, "PNG"))
     assert convert("imagefolder", source, "--out", tmp_path / "two") == 3
-    assert "dog/7.jpg and dog/7.png would both be sample 'dog/7'" in capsys.readouterr().err
+    assert "dog/7.jpg and dog/7_jpg would both be sample 'dog/7_jpg'" in capsys.readouterr().err
     os.rename(os.fsencode(source / "dog") + b"/caf\xe9.jpg", os.fsencode(source / "dog") + b"/\xe9.txt")
     os.truncate(os.fsencode(source / "dog") + b"/\xe9.txt", 0)
+    (source / "dog/7_jpg").unlink()
     (source / "dog/7.png").unlink()
     assert convert("imagefolder", source, "--out", tmp_path / "two", "--skip-unreadable") == 0
     assert "no image by ending and content: dog/\\xe9.txt" in capsys.readouterr().out
@@ -146,12 +148,16 @@ def test_workers_die_with_the_conversion_and_the_next_start_goes_on(large, tmp_p
     assert ours == straight
 
 
-def test_a_conversion_continued_over_a_changed_source_notices(large, tmp_path, caplog):
+@pytest.mark.parametrize("restored", [False, True], ids=["new time", "restored time"])
+def test_a_conversion_continued_over_a_changed_source_notices(large, tmp_path, caplog, restored):
     process = begun(large, tmp_path / "out", 1)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     first = read_first_member(tmp_path / "out" / "000000.tar")
+    before = (large / first).stat()
     (large / first).write_bytes(image(77))
+    if restored:
+        os.utime(large / first, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert convert("imagefolder", large, "--out", tmp_path / "out", "--samples-per-shard", "2") == 0
     assert "1 shards are written again" in caplog.text
     assert contents(tmp_path / "out")[first.removesuffix(".jpg")] == image(77)
@@ -208,3 +214,14 @@ def test_a_full_disk_is_one_sentence_and_the_next_start_works(source, tmp_path, 
     assert full.stderr.startswith("error: ")
     assert convert("imagefolder", source, "--out", tmp_path / "out", "--samples-per-shard", "10") == 0
     assert main(["verify", str(tmp_path / "out"), "--processes", "1"]) == 0
+
+
+def test_a_link_to_itself_is_no_folder_and_is_named(source, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert convert("folder", tmp_path / "loop", "--out", tmp_path / "out") == 3
+    assert "is not a folder" in capsys.readouterr().err
+    assert convert("folder", source, "--out", tmp_path / "loop/out") == 5
+    (source / "cat/loop").symlink_to("loop")
+    unlabelled = put(tmp_path / "more", "x.jpg")
+    assert convert("imagefolder", source, "--unlabelled", unlabelled, "--out", tmp_path / "out") in (0, 3)
+    assert "Traceback" not in capsys.readouterr().err

@@ -62,11 +62,11 @@ def test_an_image_folder_keeps_its_bytes_and_classes(tree: Path, tmp_path: Path,
 
 
 def test_images_that_would_share_a_key_and_empty_classes_are_refused(tree: Path, tmp_path: Path, capsys):
-    (tree / "ant" / "img_1.png").write_bytes(jpeg(1))
+    (tree / "ant" / "img_1.JPEG").write_bytes(jpeg(1))
     command = ["convert", "imagefolder", str(tree), "--out", str(tmp_path / "out")]
     assert main(command) == 3
-    assert "would both be sample 'ant/img_1'" in capsys.readouterr().err
-    (tree / "ant" / "img_1.png").unlink()
+    assert "would both be sample 'ant/img_1_JPEG'" in capsys.readouterr().err
+    (tree / "ant" / "img_1.JPEG").unlink()
     (tree / "dog").mkdir()
     assert main(command) == 3
     assert "dog has no images" in capsys.readouterr().err
@@ -108,6 +108,20 @@ def test_a_resize_applies_the_orientation_and_keeps_a_profile_of_rgb(tmp_path: P
     assert read_header(small).rgb_profile == profile
     assert "icc_profile" not in Image.open(io.BytesIO(found["a/print"][1])).info
     assert (decode(found["a/logo"][1]) == 255).all()
+
+
+def test_the_ground_of_a_resize_and_the_limit_of_a_conversion_can_be_chosen(tmp_path: Path, capsys):
+    (tmp_path / "in").mkdir()
+    Image.new("RGBA", (60, 40)).save(tmp_path / "in" / "nothing.png")
+    command = ["convert", "folder", str(tmp_path / "in"), "--resize", "20", "--processes", "1"]
+    for name, options, level in (("white", [], 255), ("black", ["--ground", "0,0,0"], 0)):
+        assert main([*command, "--out", str(tmp_path / name), *options]) == 0
+        assert (decode(read_image(read_manifest(tmp_path / name), 0)) == level).all()
+    assert main([*command, "--out", str(tmp_path / "white"), "--ground", "0,0,0"]) == 3
+    assert main([*command, "--out", str(tmp_path / "small"), "--max-pixels", "2399"]) == 3
+    error = capsys.readouterr().err
+    assert "60 x 40 pixels; at most 2,399 are decoded" in error
+    assert "--max-pixels in other commands" in error
 
 
 def test_a_resize_of_what_is_no_image_names_it(tmp_path: Path, capsys):

@@ -65,6 +65,8 @@ WRONG = {
     "gone, in the first line": "dog/gone.jpg\ndog/IMG_1.jpg\n",
     "gone, without folder or digits": "gone.jpg\ndog/IMG_1.jpg\n",
     "a class is no image": "cat,nothing.jpg\n",
+    "a number below 0": "-1\n3\n",
+    "a name before numbers": "dog/gone.jpg\n0\n1\n",
 }
 
 

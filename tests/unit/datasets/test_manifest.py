@@ -7,8 +7,10 @@ import pytest
 import webdataset as wds
 
 from pipeline.data import main
-from pipeline.datasets.manifest import HEADER, SAMPLES, Manifest, read_image, read_manifest
+from pipeline.datasets import tables
+from pipeline.datasets.manifest import HEADER, NAMES, SAMPLE, SAMPLES, Manifest, read_image, read_manifest
 from pipeline.errors import DataError
+from pipeline.files import sha256_of
 from pipeline.images import decode
 
 
@@ -79,3 +81,40 @@ def test_a_damaged_manifest_is_a_sentence(copy: Path):
     (copy / HEADER).write_text("{")
     with pytest.raises(DataError, match="is damaged"):
         read_manifest(copy)
+
+
+def test_names_that_were_changed_are_refused_when_they_are_read_and_stop_no_training(copy: Path):
+    content = bytearray((copy / NAMES).read_bytes())
+    content[0] ^= 1
+    (copy / NAMES).write_bytes(content)
+    manifest = read_manifest(copy)
+    assert manifest.labels.min() >= 0
+    with pytest.raises(DataError, match=r"names\.bin is not the file that manifest\.json was written with"):
+        manifest.key(5)
+
+
+@pytest.mark.parametrize("place", [0, 1, 777, -1])
+@pytest.mark.parametrize("field", ["offset", "name", "label"])
+def test_a_row_that_contradicts_the_others_is_found_in_every_piece(tmp_path: Path, monkeypatch, field: str, place: int):
+    monkeypatch.setattr(tables, "_ROWS", 100)
+    count, per_shard = 1234, 70
+    rows = np.zeros(count, SAMPLE)
+    rows["offset"], rows["length"], rows["name"] = 1000 * (np.arange(count) % per_shard), 1000, 3 * np.arange(count)
+    ends = np.minimum(np.arange(per_shard, count + per_shard, per_shard), count)
+    sizes = np.full(len(ends), 1000 * per_shard, np.uint64)
+    arguments = (sizes, ends, (3 * count, 1))
+    path = tmp_path / "table.npy"
+    np.save(path, rows)
+    table = tables.open_table(path, SAMPLE, sha256_of(path))
+    assert tables.check_table(path, table, sha256_of(path), *arguments) == ""
+    with pytest.raises(DataError, match="is not the file"):
+        tables.check_table(path, table, "0" * 64, *arguments)
+    rows[field][place] = {"offset": 70_000, "name": 3 * count, "label": 1}[field]
+    np.save(path, rows)
+    table = tables.open_table(path, SAMPLE, sha256_of(path))
+    sentences = {
+        "offset": f"places sample {place % count} outside",
+        "name": "names out of order",
+        "label": "labels from 0 to 1",
+    }
+    assert sentences[field] in tables.check_table(path, table, sha256_of(path), *arguments)

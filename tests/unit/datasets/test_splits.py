@@ -56,6 +56,23 @@ def test_a_split_of_another_dataset_and_a_damaged_one_are_refused(train: Manifes
         read_split(tmp_path / "none", train)
 
 
+def test_a_split_with_any_change_of_meaning_is_refused_unless_its_hash_is_left_out(train: Manifest, tmp_path: Path):
+    path = tmp_path / "split"
+    split = make_split(train, LONG_TAIL, seed=0)
+    write_split(split, path)
+    content = json.loads(path.read_text())
+    swapped = content["codes"].translate(str.maketrans("LU", "UL"))
+    for change in ({"codes": swapped}, {"seed": 1}, {"protocol": "x"}, {"ood_classes": [3]}, {"config": {}}):
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(DataError, match="was changed or damaged after it was made"):
+            read_split(path, train)
+        path.write_text(json.dumps({name: value for name, value in (content | change).items() if name != "sha256"}))
+        assert read_split(path, train).hash != split.hash
+    path.write_text(json.dumps(content | {"sha265": "x"}))
+    with pytest.raises(DataError, match="unknown field 'sha265'"):
+        read_split(path, train)
+
+
 def test_a_split_is_json_with_one_code_a_sample_however_the_file_is_named_and_laid_out(train: Manifest, tmp_path: Path):
     split = make_split(train, LONG_TAIL, seed=0)
     path = tmp_path / "any.name"

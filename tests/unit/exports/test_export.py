@@ -154,7 +154,7 @@ def test_an_export_as_onnx_gives_its_outputs(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-3, atol=1e-4)
     about = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
-    assert about == {"classes": ["a", "b", "c"], "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert about == {"classes": ["a", "b", "c"], "mean": [0.5] * 3, "std": [0.5] * 3, "ground": [255] * 3}
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
 
 

@@ -210,6 +210,8 @@ def _linear() -> torch.nn.Module:
         lambda state: {"_orig_mod.module." + name: value for name, value in state.items()},
         lambda state: {"module._orig_mod." + name: value for name, value in state.items()},
         lambda state: {"state_dict": {n: v + 1 for n, v in state.items()}, "state_dict_ema": state},
+        lambda state: {"state_dict": {"model." + n: v for n, v in state.items()}},
+        lambda state: {"net._orig_mod." + n: v for n, v in state.items()} | {"criterion.centres": torch.ones(3)},
     ],
 )
 def test_wrapped_and_averaged_weights_are_found(tmp_path: Path, wrap: Callable[[dict[str, Tensor]], Any]) -> None:

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.errors import HandoverError
+from pipeline.config import validate
+from pipeline.errors import ConfigError, HandoverError
 from pipeline.exports.card import Preprocessing
 from pipeline.exports.teacher_input import TeacherInput
 from pipeline.exports.timm_teacher import timm_input, timm_teacher
 from pipeline.models.__main__ import main
 from pipeline.ops.torchvision_cpu import allow_torchvision
+from stages.configs.distill import DistillConfig
 
 NAME = "test_resnet.r160_in1k"  # timm's smallest model with weights: half a million
 
@@ -101,3 +103,25 @@ def test_timm_says_what_its_models_were_trained_on() -> None:
     assert known.image_size == (160, 160)
     assert timm_input("test_resnet.none") is None
     assert timm_input("no_such_model") is None
+
+
+def test_a_students_images_are_prepared_as_timm_says_unless_the_config_does() -> None:
+    """CLIP's mean and the size of DINOv2; `model.weights` is short for `weights.path`."""
+    rest = {"run": {"experiment": "x"}, "optim": {"lr": 1}, "loop": {"steps": 9, "global_batch": 8}}
+
+    def read(model: dict, **more) -> DistillConfig:
+        return validate(DistillConfig, {**rest, "data": {"train": "d"}, **more, "model": model}, "here")
+
+    clip = read({"name": "timm/vit_base_patch16_clip_quickgelu_224.openai", "weights": "clip.pt"})
+    assert clip.weights is not None
+    assert str(clip.weights.path) == "clip.pt"
+    assert clip.data.mean == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)
+    assert clip.model.image_size == (224, 224)
+    given = {"name": "timm/vit_small_patch14_dinov2", "image_size": 98, "weights": {"path": "a", "saw_labels": False}}
+    mine = read(given, data={"train": "d", "mean": [0.5, 0.5, 0.5]})
+    assert (mine.data.mean, mine.data.std, mine.model.image_size) == ((0.5,) * 3, (0.229, 0.224, 0.225), (98, 98))
+    assert mine.weights is not None
+    assert not mine.weights.saw_labels
+    assert read({"name": "timm/vit_small_patch14_dinov2"}).model.image_size == (224, 224)  # from scratch: as ever
+    with pytest.raises(ConfigError, match=r"model\.weights and weights are both given"):
+        read({**given}, weights={"path": "b"})

@@ -1,6 +1,7 @@
 """Frozen backbones and LoRA: what trains, what stays bit for bit, and what the merged model computes."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError
+from pipeline.exports.transfer import transfer
 from pipeline.models import build_model
 from pipeline.models.backbone.adapt import adapt, copy_of
 from pipeline.models.backbone.config import BackboneConfig
@@ -195,3 +197,11 @@ def test_recomputing_in_the_backward_changes_no_gradient_of_an_update(family: st
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_backbone_with_registers_starts_one_for_larger_images() -> None:
+    """timm gives its class token no row of the position embedding."""
+    source, target = built("dinov2_registers"), built("dinov2_registers", image_size=(24, 24))
+    source.model.pos_embed.data.fill_(0.25)
+    transfer(source, target, Path("here"))
+    torch.testing.assert_close(target.model.pos_embed, torch.full((1, 36, 24), 0.25))

@@ -55,7 +55,7 @@ def test_report_names_every_implementation_with_its_error_or_reason():
     assert list(rows) == list(choice.SCANS)
     assert rows["reference"] == (0.0, "works")
     assert rows["torch"][0] < 1e-5
-    assert rows["cuda"] == (None, "not available: mamba-ssm runs on CUDA, not on cpu")
+    assert rows["mamba_ssm"] == (None, "not available: mamba-ssm runs on CUDA, not on cpu")
 
 
 def test_fp64_is_never_computed_in_fp32():

@@ -67,7 +67,23 @@ def test_an_unwritable_cache_is_a_build_error(tmp_path):
         build.load_library(cache=tmp_path / "file" / "cache")
 
 
-def test_two_processes_that_start_together_build_once(tmp_path):
+BUILD_TOGETHER = """
+import os, pathlib, sys
+from pipeline.ops.native import build
+
+cache, source, count = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+children = []
+for _ in range(count):
+    child = os.fork()
+    if child == 0:
+        os._exit(build.load_library(cache=cache, sources=[source]).number())
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(64, marks=pytest.mark.soak)])
+def test_processes_that_start_together_build_once(tmp_path, count):
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     # This compiler writes one line for each build.
@@ -77,20 +93,13 @@ def test_two_processes_that_start_together_build_once(tmp_path):
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IEXEC)
     source = tmp_path / "small.cpp"
     source.write_text('extern "C" int number() { return 42; }')
-    code = (
-        "import sys, pathlib; from pipeline.ops.native import build; cache, source = map(pathlib.Path, sys.argv[1:])\n"
-        "sys.exit(build.load_library(cache=cache, sources=[source]).number() != 42)"
-    )
     environment = {"PATH": f"{wrapper.parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", BUILD_TOGETHER, str(tmp_path / "cache"), str(source), str(count)]
     folder = Path(__file__).parents[3]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "cache"), str(source)], env=environment, cwd=folder
-        )
-        for _ in range(2)
-    ]
-    assert [process.wait() for process in started] == [0, 0]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{[42] * count}\n"
     assert log.read_text() == "build\n"
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # the library, its record and its lock
 
 
 def _numbers(tmp_path: Path) -> tuple[Path, Path]:

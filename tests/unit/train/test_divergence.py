@@ -12,6 +12,7 @@ from pipeline.train.config import LoopConfig
 from pipeline.train.distributed import World
 from pipeline.train.divergence import data_step_of, find_anomaly, is_spike, next_data_step
 from pipeline.train.recorder import STEPS_KEPT, Recorder
+from pipeline.train.saved_state import LoopRecord, SavedState
 
 ALONE = World(0, 1, torch.device("cpu"))
 LOOP = LoopConfig(steps=1000, global_batch=4, spike_mads=6.0)
@@ -33,7 +34,9 @@ def row(loss: float, skipped: float = 0.0) -> dict[str, float]:
 def test_data_steps_are_those_that_are_not_left_out(left_out: set[int], step: int) -> None:
     data_steps = [data_step for data_step in range(200) if data_step not in left_out]
     assert data_step_of(step, list(left_out)) == data_steps[step]
-    assert next_data_step({"step": step, "loop": {"left_out": list(left_out)}}) == data_steps[step]
+    loop = LoopRecord(left_out=list(left_out), rewinds=0, fingerprint=1.0)
+    state = SavedState(step=step, optimizer_step=0.0, task={}, loop=loop, inputs={})
+    assert next_data_step(state) == data_steps[step]
 
 
 def test_only_steps_since_the_last_log_line_are_blamed() -> None:
