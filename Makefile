@@ -6,6 +6,10 @@ STAMP := .venv/.installed
 NPROC ?= 1
 SEEDS ?= 0 1 2
 RUNS ?= runs
+# The build of torch: cu126 or cu128 for an older driver, or the address of a mirror of one. Empty = pip's usual index.
+TORCH_INDEX ?=
+TORCH_URL = $(if $(findstring ://,$(TORCH_INDEX)),$(TORCH_INDEX),https://download.pytorch.org/whl/$(TORCH_INDEX))
+TORCH_PINS = $(shell grep -E '^torch(vision)?==' requirements.txt)
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
@@ -16,11 +20,12 @@ export PYTHONUNBUFFERED := 1
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(STAMP)  ## make .venv with the pinned packages and the command .venv/bin/vmp (the other targets do it when needed)
+install: $(STAMP)  ## make .venv with the pinned packages and the command .venv/bin/vmp (the other targets do it when needed): TORCH_INDEX=cu126
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V); Python 3.11, 3.12 or 3.13 is needed: give make PYTHON=python3.12" >&2; exit 5; }
 	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(PY) -m pip install --disable-pip-version-check --index-url $(TORCH_URL) $(TORCH_PINS))
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
 
@@ -80,9 +85,12 @@ study: $(STAMP)  ## what helps in stage 3, on two bundled datasets: STUDY_SEEDS=
 tensorboard: $(STAMP)  ## show all runs at http://localhost:6006
 	$(PY) -m tensorboard.main --logdir $(RUNS) --port 6006
 
-.PHONY: chain folds report evaluate efficiency inference pareto fields
-chain: $(STAMP)  ## plan, the three stages of configs/STAGE/NAME.yaml, report: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
-	@$(PY) -m launchers local chain $(NAME) $(ARGS) --nproc $(NPROC)
+.PHONY: chain recipe folds report evaluate efficiency inference pareto fields
+chain: $(STAMP)  ## plan, the stages of configs/STAGE/NAME.yaml (written if there are none: BUDGET=30m), report: NAME=mine ARGS="a.b=1 arm:c.d=2" NPROC=
+	@$(PY) -m launchers local chain $(NAME) $(ARGS) --nproc $(NPROC) $(if $(BUDGET),--budget $(BUDGET))
+
+recipe: $(STAMP)  ## look at the images of data/NAME and write configs/STAGE/NAME.yaml: NAME=mine BUDGET=30m ARGS="--again"
+	@$(PY) -m launchers recipe $(NAME) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
 folds: $(STAMP)  ## cross-validate stages 2 and 3 where labels are too few to hold any out: NAME=mine FOLDS=5 ARGS=
 	@$(PY) -m studies.folds $(NAME) $(ARGS) --folds $(or $(FOLDS),5)
@@ -128,7 +136,7 @@ check: $(STAMP)  ## format, lint, types, layers, words, and whether generated fi
 	$(PY) -m docs.reference.generate --check
 	$(PY) -m pytest tests/unit/test_layers.py tests/unit/test_words.py
 
-requirements: $(STAMP)  ## write requirements.txt from the pins in pyproject.toml
+requirements: $(STAMP)  ## write requirements*.txt from the pins in pyproject.toml
 	$(PY) .ci/requirements.py
 
 docs-reference: $(STAMP)  ## write docs/reference/config.md from the config schemas

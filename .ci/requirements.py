@@ -1,6 +1,6 @@
-"""Write requirements.txt from the pins of pyproject.toml, or check that it holds them.
+"""Write requirements.txt and its variants for older drivers from the pins of pyproject.toml, or check that they hold them.
 
-Commands: `python .ci/requirements.py` writes the file; `python .ci/requirements.py --check` fails if it is stale.
+Commands: `python .ci/requirements.py` writes the files; `python .ci/requirements.py --check` fails if one is stale.
 """
 
 import sys
@@ -9,24 +9,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = """\
-# What a run needs, for `pip install -r requirements.txt`. Generated from pyproject.toml by `make requirements`: edit that.
+# What a run needs, for `pip install -r {name}`. Generated from pyproject.toml by `make requirements`: edit that.
 # Extras are in pyproject.toml: pip install -e '.[dev]' (also docs, gpu, onnx, coreml, parquet, s3).
 """
+INDEX = "https://download.pytorch.org/whl"
+BUILDS = ("cu126", "cu128")  # of torch and torchvision, for drivers that are too old for the default build
+OF_THE_BUILD = ("torch==", "torchvision==")
+
+
+def contents() -> dict[str, str]:
+    """Return name -> text of every file."""
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    files = {"requirements.txt": "".join(f"{pin}\n" for pin in pins)}
+    for build in BUILDS:
+        exact = [f"{pin}+{build}" if pin.startswith(OF_THE_BUILD) else pin for pin in pins]
+        files[f"requirements-{build}.txt"] = f"--extra-index-url {INDEX}/{build}\n" + "".join(
+            f"{pin}\n" for pin in exact
+        )
+    return {name: HEADER.format(name=name) + text for name, text in files.items()}
 
 
 def main(arguments: list[str]) -> int:
-    """Write or check the file; 1 if it is stale."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = HEADER + "".join(f"{pin}\n" for pin in project["dependencies"])
-    path = ROOT / "requirements.txt"
-    if "--check" not in arguments:
-        path.write_text(wanted)
-        return 0
-    if path.read_text() != wanted:
-        print(
-            "error: requirements.txt differs from the pins in pyproject.toml; type: make requirements", file=sys.stderr
-        )
-        return 1
+    """Write or check the files; 1 if one is stale."""
+    for name, wanted in contents().items():
+        path = ROOT / name
+        if "--check" not in arguments:
+            path.write_text(wanted)
+        elif not path.exists() or path.read_text() != wanted:
+            print(f"error: {name} differs from the pins in pyproject.toml; type: make requirements", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -178,7 +178,7 @@ def step_seconds() -> float:
     teacher = copy.deepcopy(model)
     engine = engine_of(model, 0)
     prior = torch.full((1000,), 1e-3, dtype=torch.float64)
-    task = SemiTask(engine, teacher, PseudoLabeller(prior, PseudoLabelRule(threshold=0.0)), config, prior)
+    task = SemiTask(engine, teacher, PseudoLabeller(prior, PseudoLabelRule(threshold=0.0)), config, prior, None)
     images = torch.randn(2, 16, 3, 224, 224)
     indices, labels = torch.arange(16), torch.randint(1000, (16,))
     batch = {

@@ -22,12 +22,13 @@ class Block:
     next: list[int] = field(default_factory=list)
 
 
-def kernels(text: str) -> dict[str, list[Block]]:
-    """Return the blocks of each kernel, in the order of the code; the first one is the entry."""
+def kernels(text: str, wanted: str = "") -> dict[str, list[Block]]:
+    """Return the blocks of each kernel whose name contains `wanted`, in the order of the code; the first is the entry."""
     found = {}
     for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]:
         name = re.split(r'[\s,"]', section, maxsplit=1)[0]
-        found[name] = _blocks(section)
+        if wanted in name:
+            found[name] = _blocks(section)
     return found
 
 
@@ -82,9 +83,14 @@ class Loop:
 
 def loops(blocks: list[Block]) -> list[Loop]:
     """Return the outermost loops, with the others nested in them."""
+    reached, waiting = {0}, [0]  # what only a branch for diverged warps leads to is left out
+    while waiting:
+        new = set(blocks[waiting.pop()].next) - reached
+        reached |= new
+        waiting += new
     before: list[list[int]] = [[] for _ in blocks]
-    for number, block in enumerate(blocks):
-        for successor in block.next:
+    for number in sorted(reached):
+        for successor in blocks[number].next:
             before[successor].append(number)
     everything = set(range(len(blocks)))
     dominators = [everything.copy() for _ in blocks]
@@ -92,14 +98,14 @@ def loops(blocks: list[Block]) -> list[Loop]:
     changed = True
     while changed:
         changed = False
-        for number in range(1, len(blocks)):
+        for number in sorted(reached - {0}):
             ways = [dominators[p] for p in before[number]]
-            new = {number} | (set.intersection(*ways) if ways else set())
-            if new != dominators[number]:
-                dominators[number], changed = new, True
+            own = {number} | set.intersection(*ways)
+            if own != dominators[number]:
+                dominators[number], changed = own, True
     bodies: dict[int, set[int]] = {}
-    for number, block in enumerate(blocks):
-        for header in block.next:
+    for number in sorted(reached):
+        for header in blocks[number].next:
             if header in dominators[number]:
                 body, stack = bodies.setdefault(header, {header}), [number]
                 while stack:

@@ -2,6 +2,7 @@
 
 python -m launchers local STAGE CONFIG [key=value ...] [--nproc N]   one stage in N processes on this machine
 python -m launchers local chain NAME [key=value ...] [--nproc N]      a plan, configs/STAGE/NAME.yaml of every stage, a report
+python -m launchers recipe NAME --train DIR... [--split FILE] [--budget 30m]   look at images, write configs/STAGE/NAME.yaml
 python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
 python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml of every stage
 python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   what it will need, and the scripts
@@ -21,14 +22,17 @@ of `python -m stages`; `local` ends with the code of the rank that failed.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launchers import reports
 from pipeline.cli import guarded
 from pipeline.config import find_config
+from pipeline.errors import ConfigError
 from pipeline.train.signals import interrupt_on_signals
 from stages import SPECS
 
@@ -75,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("overrides", nargs="*", metavar="key=value")
         return added
 
-    steps("local", _local, "a stage, or the chain, on this machine").add_argument("--nproc", type=int, default=1)
+    local = steps("local", _local, "a stage, or the chain, on this machine")
+    local.add_argument("--nproc", type=int, default=1)
+    local.add_argument("--budget", help="time for a chain whose configs are still to be written, such as 30m or 2h")
     for name, run, text in (
         ("slurm", _slurm, "a stage, or the chain, as jobs of SLURM"),
         ("plan", _plan, "what it will need, before it costs anything"),
@@ -87,6 +93,20 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(
                 "--sweep", action="append", default=[], metavar="key=a,b", help="a grid; may be repeated"
             )
+    recipe = command("recipe", _recipe, "look at images and write the configs of a chain for them")
+    recipe.add_argument("name", metavar="NAME", help="of the configs and of the experiment")
+    recipe.add_argument("--train", type=Path, nargs="+", metavar="DIR", help="datasets; default: data/NAME/train")
+    for option, text in (("split", "split file of --train"), ("validation", "dataset"), ("test", "dataset")):
+        recipe.add_argument(f"--{option}", type=Path, metavar="PATH", help=text)
+    recipe.add_argument("--budget", help="time for the whole chain, such as 30m (the default) or 2h")
+    recipe.add_argument(
+        "--flips", choices=("test", "yes", "no"), default="test", help="horizontal flips; default: test"
+    )
+    models = ("auto", "resnet", "efficientvim", "vision_mamba")
+    recipe.add_argument("--model", choices=models, default="auto", help="kind of model; vision_mamba has stage 1")
+    recipe.add_argument(
+        "--again", action="store_true", help="write configs that exist anew; edited ones are kept aside"
+    )
     demo = command("demo", _demo, "all stages on the bundled digits")
     demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     demo.add_argument("--nproc", type=int, default=2)
@@ -97,9 +117,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _write_missing(given: argparse.Namespace) -> None:
+    """Write the configs of a chain that has none, if its data are where README puts them; say that a budget came too late."""
+    from launchers import chain
+    from launchers.recipe import write
+
+    budget = getattr(given, "budget", None)
+    name = given.config if given.stage == chain.CHAIN else ""
+    order = write.order_for(name, budget) if name and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) else None
+    if order:
+        write.write(order)
+    elif budget:
+        print(
+            f"note: --budget {budget} changes nothing, since the configs of {given.config} exist; `python -m launchers recipe"
+            f" {given.config} --budget {budget} --again` writes them anew",
+            file=sys.stderr,
+        )
+
+
+def _recipe(given: argparse.Namespace) -> int:
+    from launchers.recipe import write
+
+    known = write.order_for(given.name, None, existing=True)
+    if known is None and not given.train:
+        raise ConfigError(
+            f"there is no dataset at data/{given.name}/train; give its folders with --train, or make one with"
+            " `python -m pipeline.data convert`"
+        )
+    order = known if known and not given.train else write.Order(name=given.name, train=tuple(given.train))
+    options = ("split", "validation", "test", "budget")
+    typed = {name: getattr(given, name) for name in options if getattr(given, name) is not None}
+    write.write(replace(order, flips=given.flips, model=given.model, again=given.again, **typed))
+    return 0
+
+
 def _steps(given: argparse.Namespace) -> tuple[Any, Any]:
     """The steps and the cluster of a command that has --cluster."""
     from launchers import chain
+
+    _write_missing(given)
 
     cluster, overrides = chain.read_cluster(find_config(given.cluster), given.overrides)
     return chain.read_steps(given.stage, given.config, overrides), cluster
@@ -108,6 +164,7 @@ def _steps(given: argparse.Namespace) -> tuple[Any, Any]:
 def _local(given: argparse.Namespace) -> int:
     from launchers import chain, local
 
+    _write_missing(given)
     steps = chain.read_steps(given.stage, given.config, given.overrides)
     if given.stage != chain.CHAIN:
         return local.run(steps, given.nproc)
@@ -130,6 +187,7 @@ def _demo(given: argparse.Namespace) -> int:
 def _slurm(given: argparse.Namespace) -> int:
     from launchers import chain, slurm
 
+    _write_missing(given)
     cluster, overrides = chain.read_cluster(given.cluster, given.overrides)
     points = chain.read_points(given.stage, given.config, overrides, given.sweep)
     name = chain.read_steps(given.stage, given.config, overrides)[0].folder.parent

@@ -4,6 +4,7 @@ The checks try things instead of looking them up: kernels are compared with the 
 read, two processes sum a tensor.
 """
 
+import os
 import re
 import shutil
 import socket
@@ -22,6 +23,7 @@ from launchers.filesystem import RENAMES, locks, renames_seen_halfway
 from launchers.local import spawn
 from pipeline.errors import PipelineError
 from pipeline.exit_codes import ExitCode
+from pipeline.train.gpus import Torch, broken_promise, driver, why_none
 from stages import spec_of
 
 REQUIREMENTS, DISTRIBUTION = Path("requirements.txt"), "visionmamba-pipeline"
@@ -121,7 +123,10 @@ def devices() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding("GPUs", f"none seen by torch {torch.__version__}; everything runs on the CPU", needed=False)
+        build = Torch(torch.__version__, torch.version.cuda)
+        wrong = broken_promise(build, os.environ)
+        without = f"torch sees none, so everything runs on the CPU ({why_none(build, driver())})"
+        yield Finding("GPUs", wrong or without, needed=bool(wrong))
         return
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)

@@ -19,6 +19,7 @@ from types import FrameType
 from launchers import data_check
 from launchers.chain import Step, open_steps
 from pipeline.exit_codes import ExitCode, blame
+from pipeline.train.gpus import QUIET_BUT_FOR_CUDA
 from pipeline.train.signals import STOPPING
 
 GRACE_SECONDS = 10.0
@@ -62,7 +63,7 @@ def spawn(command: Sequence[str], nproc: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", QUIET_BUT_FOR_CUDA),
     }
     ranks: list[subprocess.Popen[bytes]] = []
     relayed: list[int] = []

@@ -22,6 +22,7 @@ from launchers.job import Job
 from launchers.preflight import refuse, refuse_other_values
 from pipeline.errors import EnvironmentProblem, PipelineError
 from pipeline.files import replace_text
+from pipeline.train.gpus import QUIET_BUT_FOR_CUDA
 from pipeline.train.run import has_begun
 
 FOLDER = "slurm"  # in an experiment's folder: the logs of all ranks, what was submitted, and how each start ended
@@ -138,7 +139,7 @@ def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, poin
         "setup": [
             *cluster.setup,
             f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cluster.cpus_per_task}}}",
-            "export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}",
+            f'export PYTHONWARNINGS="${{PYTHONWARNINGS:-{QUIET_BUT_FOR_CUDA}}}"',
             f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -rf {own}  # left by an older cluster with the same job id',
             "trap : TERM USR1 USR2  # the verdict comes after srun, however that ends",
         ],

@@ -68,7 +68,8 @@ def read_stage(run: Path) -> Row:
     status = read_status(run)
     told = record(run)
     if status.get("state") == "complete" and (run / "export" / CARD).is_file():
-        return Row("complete", f"step {status['step']} of {status['steps']}; {_lineage(run)}")
+        early = ", ended early" if status["step"] < status["steps"] else ""
+        return Row("complete", f"step {status['step']} of {status['steps']}{early}; {_lineage(run)}")
     job = _ask(told.get("job"))
     where = f"job {told['job']}{_place(job)}" if told else ""
     if job.active and job.state != "RUNNING":

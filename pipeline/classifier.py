@@ -4,10 +4,12 @@
     for prediction in classifier.predict("photos/"):
         print(prediction)
 
-Images are prepared as in an evaluation: the card of the export says how.
+Images are prepared as in an evaluation, and probabilities are calibrated by a temperature: the card of the export says how.
 """
 
+import glob
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets.convert.scan import images_below
+from pipeline.datasets.convert.scan import find_images
+from pipeline.datasets.convert.source import LeftOut
 from pipeline.datasets.formats import IMAGE_EXTENSIONS
+from pipeline.datasets.text import shown
 from pipeline.decoding import Decoding
 from pipeline.errors import ConfigError, DataError
 from pipeline.exports.card import Card
@@ -102,25 +106,27 @@ class Classifier:
         top: int = 5,
         explain: bool = False,
         on_error: OnError | None = None,
+        batch: int = BATCH,
     ) -> list[Prediction]:
         """Name what images show.
 
         Args:
-            images: One image or several: the path of a file, or of a folder with images at any depth; the bytes of a
-                file; a PIL image; an array (H, W, 3) or (H, W) of uint8.
+            images: One image or several: the path of a file, or of a folder with images at any depth; a pattern such as
+                "photos/**/*.jpg"; the bytes of a file; a PIL image; an array (H, W, 3) or (H, W) of uint8.
             top: The number of classes to return for each image.
             explain: Whether to draw a Grad-CAM picture of each image.
             on_error: Called with the source and the error of an image that cannot be read, which is then left out;
                 None = the error is raised.
+            batch: The number of images that the model sees at once. It changes the memory and the speed only.
 
         Returns:
-            One prediction for each image, in order. Images of a folder are sorted by path.
+            One prediction for each image, in order. Images of a folder or a pattern are sorted by path.
 
         Raises:
-            ConfigError: If `top` is below 1.
-            DataError: If an image cannot be read, or a folder holds none.
+            ConfigError: If `top` or `batch` is below 1.
+            DataError: If an image cannot be read, a folder holds none, or a pattern matches none.
         """
-        return list(self.stream(images, top=top, explain=explain, on_error=on_error))
+        return list(self.stream(images, top=top, explain=explain, on_error=on_error, batch=batch))
 
     def stream(
         self,
@@ -129,13 +135,16 @@ class Classifier:
         top: int = 5,
         explain: bool = False,
         on_error: OnError | None = None,
+        batch: int = BATCH,
     ) -> Iterator[Prediction]:
         """Yield what `predict` returns, batch by batch, so that the images need not fit into memory."""
         if top < 1:
             raise ConfigError(f"top = {top}: ask for at least one class")
+        if batch < 1:
+            raise ConfigError(f"batch = {batch}: give at least one image")
         readable = self._readable(images, on_error)
-        while batch := list(itertools.islice(readable, BATCH)):
-            yield from self._predict([source for source, _ in batch], [view for _, view in batch], top, explain)
+        while together := list(itertools.islice(readable, batch)):
+            yield from self._predict([source for source, _ in together], [view for _, view in together], top, explain)
 
     def _readable(
         self, images: ImageLike | Iterable[ImageLike], on_error: OnError | None
@@ -156,7 +165,8 @@ class Classifier:
 
         batch = torch.stack(views).to(next(self.model.parameters()).device)
         with torch.no_grad():
-            best = self.model(batch).float().softmax(-1).topk(min(top, len(self.classes)))
+            logits = self.model(batch).float() / self.card.temperature
+            best = logits.softmax(-1).topk(min(top, len(self.classes)))
         pictures = self._pictures(batch) if explain else [None] * len(sources)
         return [
             Prediction(
@@ -201,20 +211,53 @@ def load(
     return Classifier(model, card, decoding)
 
 
+def files_of(given: str | Path, left_out: LeftOut | None = None) -> list[Path]:
+    """Return the image files that a path stands for.
+
+    Args:
+        given: A file, which is returned as it is, even if it is missing; a folder, which stands for the images at any
+            depth below it; or a pattern of Python's `glob`, in which `**` stands for any folders. A file or folder whose
+            name looks like a pattern is taken as itself.
+        left_out: Takes the names of the files of folders that are no images, by the reason.
+
+    Returns:
+        The files, sorted by path, each once.
+
+    Raises:
+        DataError: If a folder holds no images or cannot be listed, or a pattern matches nothing.
+    """
+    path, left_out = Path(given), {} if left_out is None else left_out
+    if os.path.isdir(path):
+        found = _images_below(path, left_out)
+        if not found:
+            raise DataError(f"{path} holds no images; give a folder of {', '.join(IMAGE_EXTENSIONS)} files")
+        return found
+    if not glob.has_magic(str(given)) or os.path.exists(path):
+        return [path]
+    matched: set[Path] = set()
+    for match in map(Path, glob.glob(str(given), recursive=True)):
+        matched.update(_images_below(match, left_out) if os.path.isdir(match) else [match])
+    if not matched:
+        raise DataError(f"{given} matches no image; ** stands for any folders, for example photos/**/*.jpg")
+    return sorted(matched, key=str)
+
+
+def _images_below(folder: Path, left_out: LeftOut) -> list[Path]:
+    try:
+        return [folder / name for name in find_images(folder, left_out)]
+    except OSError as error:
+        raise DataError(f"{shown(error.filename or str(folder))} cannot be listed ({error.strerror})") from None
+
+
 def _sources(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, ImageLike]]:
-    """Yield (source, image) of each image; a folder stands for the images below it."""
+    """Yield (source, image) of each image; a folder or a pattern stands for its images."""
     if isinstance(images, str | Path | bytes | Image.Image | np.ndarray):
         images = [images]
     for number, image in enumerate(images):
         if not isinstance(image, str | Path):
             yield f"image {number}", image
-        elif Path(image).is_dir():
-            names = images_below(Path(image))
-            if not names:
-                raise DataError(f"{image} holds no images; give a folder of {', '.join(IMAGE_EXTENSIONS)} files")
-            yield from ((str(Path(image) / name), Path(image) / name) for name in names)
         else:
-            yield str(image), Path(image)
+            yield from ((str(path), path) for path in files_of(image))
 
 
 def _picture(image: ImageLike) -> bytes | Image.Image | NDArray[np.uint8]:

@@ -36,6 +36,7 @@ def _run(arguments: list[str]) -> int:
     )
     _add_show(commands.add_parser("show", help="print counts, classes and imbalance; draw a contact sheet"))
     _add_split(commands.add_parser("split", help="choose labelled, unlabelled and validation samples"))
+    _add_label_next(commands.add_parser("label-next", help="find the images worth labelling next; add their labels"))
     args = parser.parse_args(arguments)
     args.run(args)
     return 0
@@ -73,6 +74,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     from pipeline.datasets.check import command
 
     command.add_arguments(parser, count)
+
+
+def _add_label_next(parser: argparse.ArgumentParser) -> None:
+    from pipeline import labelling
+
+    labelling.add_arguments(parser, count)
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import ConfigError
 from pipeline.evaluate.features import evaluate_features, features_of
 from pipeline.evaluate.metrics import mean_loss
 from pipeline.models.arm import ARM, pixel_loss
@@ -35,12 +36,17 @@ class ArmTask(Task):
 
     Args:
         arm: Makes the targets, which use no weights.
+        by_probe: Whether the result is chosen by the linear probe instead of the loss.
     """
 
     names_classes = False
 
-    def __init__(self, arm: ARM) -> None:
-        self.arm = arm
+    def __init__(self, arm: ARM, *, by_probe: bool = False) -> None:
+        self.arm, self.by_probe = arm, by_probe
+
+    def criteria(self) -> dict[str, int]:
+        """A pretrainer is selected by its loss, or by the linear probe on its features."""
+        return ({"val/linear": 1} if self.by_probe else {}) | {"val/loss": -1}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
         """Return the mean error over images and predicted clusters, and the error of each cluster."""
@@ -57,6 +63,11 @@ def arm_loss(arm: ARM, predictions: Tensor, images: Tensor) -> Tensor:
 def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
     """Build the backbone with its decoder, and say how they are evaluated and exported."""
     config = s.config
+    by_probe = config.select_by == "linear" and config.loop.compares
+    if by_probe and not len(s.subsets.labelled):
+        raise ConfigError(
+            "select_by=linear needs labelled images for its linear probe, but there are none; set select_by=loss"
+        )
     size = config.model.image_size
     arm = build_within_memory(lambda: ARM(config.model, config.decoder), f"model {config.model.name}", trained=True)
     held_out, streamed = s.data.held_out, Held(s.manifest, s.streams["unlabelled"].sample_indices)
@@ -67,7 +78,7 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
         if s.world.is_main:
             path = s.run.folder / "report" / "reconstructions.png"
             grid = write_grid(path, pictures, mean=config.data.mean, std=config.data.std)
-            board.image("input, target, prediction", grid, step)
+            board.image("input, means alone, prediction", grid, step)
         if not len(held_out.sample_indices):
             return {}
         batches = s.evaluator.evaluation(*held_out, size)
@@ -75,11 +86,13 @@ def prepare(s: StageContext[ArmConfig]) -> Prepared[ArmTask]:
         return {"val/loss": loss} | quality_of_features(s, arm, step)
 
     def finish(task: ArmTask) -> None:
+        if by_probe:
+            s.ancestry.saw_own_labels()
         export(s, s.engine.full_weights(), model=config.model, decoder=config.decoder, measured=s.measured)
 
     return Prepared(
         model=arm,
-        make_task=lambda engine: ArmTask(arm),
+        make_task=lambda engine: ArmTask(arm, by_probe=by_probe),
         views={
             "unlabelled": train_views(
                 size, config.augment, mean=config.data.mean, std=config.data.std, decoding=config.data.decoding
@@ -116,7 +129,7 @@ def quality_of_features(s: StageContext[ArmConfig], arm: ARM, step: int) -> dict
 
 @torch.no_grad()
 def reconstructions(model: nn.Module, arm: ARM, images: Tensor) -> Tensor:
-    """Put images beside their targets and predictions, which are standardised patch by patch.
+    """Put images beside what the patches' own means show and what the predictions add to them.
 
     Args:
         model: The network that computes.
@@ -124,9 +137,9 @@ def reconstructions(model: nn.Module, arm: ARM, images: Tensor) -> Tensor:
         images: (n, C, H, W).
 
     Returns:
-        (3, n, C, H, W): images, targets, predictions.
+        (3, n, C, H, W): images; patches without contrast, which is what predicting nothing gives; predictions.
     """
     model.eval()
     predicted = model(images)
     model.train()
-    return torch.stack([images, arm.draw(arm.targets(images)), arm.draw(predicted)])
+    return torch.stack([images, arm.draw(torch.zeros_like(predicted), images), arm.draw(predicted, images)])

@@ -15,7 +15,7 @@ from pipeline.datasets.opening import open_dataset
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, DataError, HandoverError, PipelineError
 from pipeline.exports.card import CARD, Card
-from pipeline.models.config import FamilyConfig
+from pipeline.models.family import FamilyConfig
 from stages import SPECS, spec_of
 from stages.configs.base import StageConfig
 from stages.identity import refuse_other_run
@@ -51,6 +51,13 @@ def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
     check_readers(config, spec.streams(config, subsets), world_size)
     if config.data.test is not None:
         open_labelled("data.test", config.data.test, manifest)
+    if config.loop.compares and not len(data.held_out.sample_indices):
+        key = "select=best" if config.loop.select == "best" else "patience"
+        raise ConfigError(
+            f"loop.{key} compares validations, but there are no validation images; set loop.select=last and"
+            " loop.patience=null, or hold some out with `python -m pipeline.data split --validation-per-class`, or give"
+            " data.validation"
+        )
     num_classes = len(manifest.classes)
     spec.check_data(config, num_classes)
     for role, folder in spec.parents(config).items():

@@ -13,15 +13,19 @@ from torch import Tensor, nn
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.opening import open_dataset
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.models.config import FamilyConfig
+from pipeline.exports.card import Selected
+from pipeline.models.family import FamilyConfig
 from pipeline.models.flops import forward_flops
+from pipeline.models.losses import class_weights
 from pipeline.streaming.loader import Loader
 from pipeline.streaming.transforms import View, eval_views
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
+from pipeline.train.loop import Ending
 from pipeline.train.run import Run
 from stages import spec_of
 from stages.check import derive_batches, open_data
+from stages.configs.base import ClassWeightsConfig
 from stages.evaluator import Evaluator
 from stages.lineage import Ancestry
 from stages.spec import C, Held, in_words
@@ -50,6 +54,7 @@ class StageContext(Generic[C]):
         streams: The streams of the spec, first stream first.
         ancestry: The parents and the labels seen.
         evaluator: Evaluates the stage's models.
+        selected: Which state of the run its result is, once `finish` may export it.
     """
 
     def __init__(self, config: C, folder: Path) -> None:
@@ -61,6 +66,9 @@ class StageContext(Generic[C]):
         self.streams = self.spec.streams(config, self.subsets)
         self.ancestry = Ancestry(config, self.manifest, self.split, self.subsets)
         self.evaluator = Evaluator(config.data, self.data, self.world, self.run)
+        self.selected = Selected(
+            select="last", step=config.loop.steps, trained=config.loop.steps, steps=config.loop.steps
+        )
         self._engine: Engine | None = None
         torch.manual_seed(config.run.seed)  # equal weights on all ranks
         logger.info("%s", in_words(self.data.labels()))
@@ -83,8 +91,26 @@ class StageContext(Generic[C]):
 
     @property
     def measured(self) -> dict[str, float]:
-        """The newest validation row of the run's log, on rank 0."""
-        return self.run.last_row("val/")
+        """The validation row of the selected step in the run's log, on rank 0."""
+        return self.run.last_row("val/", until=self.selected.step)
+
+    def ended(self, ending: Ending) -> bool:
+        """Note where the training ended, and return whether the best state takes the place of the last one."""
+        found, loop = ending.selection, self.config.loop
+        best = loop.select == "best" and bool(found.best)
+        self.selected = Selected(
+            select="best" if best else "last",
+            step=found.step if best else ending.step,
+            trained=ending.step,
+            steps=ending.steps,
+            validations=found.seen,
+            best=found.best,
+            last=found.last,
+        )
+        self.evaluator.selected = str(self.selected)
+        if loop.compares:
+            logger.info("the result is %s", self.selected)
+        return best
 
     @property
     def engine(self) -> Engine:
@@ -122,6 +148,13 @@ class StageContext(Generic[C]):
         """
         workload = self.spec.workload(self.config, len(self.manifest.classes), self._parent_model)
         return workload.flops(lambda network: forward_flops(built[network.name], image_size))
+
+    def class_weights(self, config: ClassWeightsConfig | None) -> Tensor | None:
+        """Return the weight of each class by its labels, (C,) on the device; None without a config."""
+        if config is None:
+            return None
+        counts = torch.from_numpy(self.evaluator.class_counts())
+        return class_weights(counts, config.kind, config.beta).to(self.world.device)
 
     def _parent_model(self, role: str) -> FamilyConfig:
         return self.ancestry.card(role).model

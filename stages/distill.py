@@ -22,9 +22,9 @@ from pipeline.files import sha256_of
 from pipeline.models import build_from_config
 from pipeline.models.backbone.adapt import adapt, copy_of
 from pipeline.models.backbone.lora import merged
-from pipeline.models.config import FamilyConfig
+from pipeline.models.family import FamilyConfig
 from pipeline.models.layers import init_classifier
-from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
+from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy, weigh
 from pipeline.ssl.config import LyapEMAConfig
 from pipeline.ssl.teacher import Teacher
 from pipeline.streaming.loader import Batch
@@ -51,6 +51,7 @@ class DistillTask(Task):
         num_classes: Classes of the dataset.
         frozen_teacher: Images (B, 3, H, W) -> logits (B, C), or none.
         average: A copy of the student that becomes the average of the weights, or none.
+        weights: (C,) of the classes in the loss on labels, or none.
     """
 
     def __init__(
@@ -60,13 +61,15 @@ class DistillTask(Task):
         num_classes: int,
         frozen_teacher: FrozenTeacher | None,
         average: nn.Module | None,
+        weights: Tensor | None,
     ) -> None:
         self.config, self.num_classes, self.frozen_teacher = config, num_classes, frozen_teacher
+        self.weights = weights
         self.teacher: Teacher | None = None
         if average is not None and config.average is not None:
             decay = config.average.decay
             rule = LyapEMAConfig(mode="ema", base_decay=decay, max_decay=decay, warmup_steps=0, buffers="average")
-            self.teacher = Teacher(engine, average, rule)
+            self.teacher, self.exported = Teacher(engine, average, rule), "average"
         mesa_steps = config.loop.steps - config.optim.cooldown_steps
         self.mesa_from = int(config.mesa.start * mesa_steps) if config.mesa else None
 
@@ -82,7 +85,7 @@ class DistillTask(Task):
         output = model(images)
         logits, distilled = output if isinstance(output, tuple) else (output, output)
         logits = logits[: len(targets)]  # unlabelled images learn from the frozen teacher only
-        loss = soft_cross_entropy(logits, targets, c.label_smoothing).mean()
+        loss = weigh(soft_cross_entropy(logits, targets, c.label_smoothing), targets, self.weights).mean()
         metrics = {"train/top1": mean_of(100.0 * (logits.argmax(-1) == labelled.labels))}
         if self.frozen_teacher is not None and c.teacher is not None:
             with torch.no_grad():
@@ -128,6 +131,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     if config.teacher:
         built["teacher"] = network = frozen_teacher(s, config.teacher, shape)
         teacher = with_cache(s, config.teacher, network) if config.teacher.cache else network
+    weights = s.class_weights(config.class_weights)
     flops = s.flops(built, size)
     if config.teacher and hasattr(model, "set_distilled_training"):
         model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
@@ -137,13 +141,14 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
         return {"student": s.engine.module} | ({"average": average} if average is not None else {})
 
     def finish(task: DistillTask) -> None:
+        s.evaluator.calibrate(models(), size)
         measured = s.measured | s.evaluator.test(models(), size)
-        weights = task.teacher.full_weights() if task.teacher else s.engine.full_weights()
-        export(s, merged(weights, s.engine.module), model=shape, measured=measured)
+        trained = task.teacher.full_weights() if task.teacher else s.engine.full_weights()
+        export(s, merged(trained, s.engine.module), model=shape, measured=measured, name=task.exported)
 
     return Prepared(
         model=model,
-        make_task=lambda engine: DistillTask(engine, config, num_classes, teacher, average),
+        make_task=lambda engine: DistillTask(engine, config, num_classes, teacher, average, weights),
         views=dict.fromkeys(s.streams, views),
         image_size=size,
         flops=flops,

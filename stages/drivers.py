@@ -16,12 +16,13 @@ from torch import nn
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.transforms import View
+from pipeline.train.best import Best
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
 from pipeline.train.recorder import Recorder
 from pipeline.train.replay import Replay
 from pipeline.train.replay import replay as take_again
-from pipeline.train.schedules import warmup_cosine
+from pipeline.train.schedules import learning_rate
 from pipeline.train.sync_norm import synchronise_batch_norms
 from pipeline.train.task import Task
 from pipeline.train.training import Training
@@ -74,9 +75,11 @@ def train(config: StageConfig) -> None:
             _show(s, training, step, board, prepared.image_size)
             return row
 
-        fit(training, s.run, evaluate)
+        ending = fit(training, s.run, evaluate)
+        if s.ended(ending) and task.best:
+            task.best.adopt()
         prepared.finish(task)
-        s.run.status("complete", step=config.loop.steps, steps=config.loop.steps)
+        s.run.status("complete", step=ending.step, steps=ending.steps)
 
 
 def replay(config: StageConfig, asked: Replay) -> str:
@@ -94,7 +97,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     """Let the stage prepare, open engine and streams, and put the training together."""
     prepared: Prepared[Any] = importlib.import_module(spec_of(s.config).module).prepare(s)
     streams = s.loaders(prepared.views)
-    loop, optim = s.config.loop, s.config.optim
+    loop = s.config.loop
     recorder = Recorder(loop.log_every)
     if s.world.size > 1 and s.config.engine.sync_batch_norm:
         synchronise_batch_norms(prepared.model)
@@ -103,12 +106,14 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         use_cached_features(s, prepared.model, streams, prepared.backbone)
     engine = s.open_engine(prepared.model)
     task = prepared.make_task(engine)
+    if loop.select == "best":
+        task.best = Best(engine, task)
     training = Training(
         task=task,
         engine=engine,
         streams=streams,
         loop=loop,
-        lr_at=warmup_cosine(optim.lr, optim.min_lr, optim.warmup_steps, loop.steps - optim.cooldown_steps),
+        lr_at=learning_rate(s.config.optim, loop.steps),
         accumulation=s.batches()[1],
         seed=s.config.run.seed,
         datasets=s.datasets(),

@@ -1,5 +1,6 @@
 """The evaluation of a stage's models: on the validation subset during training, on the test set once at the end."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from pipeline.datasets.imbalance import class_groups
 from pipeline.datasets.manifest import Manifest
 from pipeline.evaluate import metrics
+from pipeline.evaluate.calibration import Calibration, calibrate
 from pipeline.evaluate.open_set import with_outside
-from pipeline.evaluate.predictions import Predictions, predict
+from pipeline.evaluate.predictions import Predictions, collect_logits, predict, predict_at
 from pipeline.streaming.loader import Batch, evaluation_batches
 from pipeline.streaming.transforms import eval_views
 from pipeline.train.distributed import World
@@ -18,6 +20,10 @@ from pipeline.train.run import Run
 from stages.check import open_labelled
 from stages.configs.base import DataConfig
 from stages.spec import StageData, in_words
+
+logger = logging.getLogger(__name__)
+
+MOST_FOR_CALIBRATION = 20_000  # validation images that the one number of a temperature is fitted on
 
 
 class Evaluator:
@@ -33,6 +39,8 @@ class Evaluator:
         features: Maps images to a frozen backbone's features, which the models then get in place of images. They are
             computed once for each dataset.
         confidence: The confidences of the last validation, by the name of the model.
+        calibrations: The temperature of each model that `calibrate` has seen, by name.
+        selected: In words, which state of the run is evaluated; the driver sets it after the last step.
     """
 
     def __init__(self, config: DataConfig, data: StageData, world: World, run: Run) -> None:
@@ -40,6 +48,8 @@ class Evaluator:
         self.manifest, self.split, self.subsets = data.manifest, data.split, data.subsets
         self.world, self.run = world, run
         self.confidence: dict[str, np.ndarray] = {}  # of each model in the last validation
+        self.calibrations: dict[str, Calibration] = {}
+        self.selected = ""
         self.features: Callable[[Tensor], Tensor] | None = None
         self._kept: dict[tuple[str, bytes], list[Batch]] = {}
 
@@ -135,10 +145,27 @@ class Evaluator:
                 row.update({f"val/{prefix}{k}": v for k, v in summary.items()})
         return row
 
+    def calibrate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> None:
+        """Fit the temperature of each model on the validation set (collective). `test` and the export apply it."""
+        manifest, sample_indices = self.data.held_out
+        chosen = sample_indices[:: max(1, -(-len(sample_indices) // MOST_FOR_CALIBRATION))]
+        for name, model in models.items():
+            if not len(chosen):
+                self.calibrations[name] = Calibration(words="not calibrated: there are no validation images")
+                continue
+            labels, logits = collect_logits(model, self.evaluation(manifest, chosen, image_size), self.world.device)
+            self.calibrations[name] = calibrate(logits, labels)
+            logger.info("%s: %s", name, self.calibrations[name].words)
+
+    def calibration(self, name: str) -> Calibration:
+        """Return the calibration of a model; temperature 1 if it has none."""
+        return self.calibrations.get(name, Calibration())
+
     def test(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> dict[str, float]:
         """Evaluate models on the test set, or on the validation subset if there is none (collective).
 
-        Writes evaluation.json and all predictions into the run's folder.
+        Writes evaluation.json and all predictions into the run's folder. Probabilities are those of the calibrated models;
+        `ece_raw` and `nll_raw` are those of temperature 1.
 
         Args:
             models: The models by name.
@@ -152,13 +179,15 @@ class Evaluator:
             evaluated_on = "test images"
         else:
             test, sample_indices = self.data.held_out
-            evaluated_on = "validation images (there is no test set)"
+            evaluated_on = "validation images (there is no test set; the temperature was fitted on them too)"
         if not len(sample_indices):
             return {}
         results = {}
         for name, model in models.items():
-            found = self.predictions(model, test, sample_indices, image_size)
-            results[name] = metrics.report(found, self.groups(), test.classes)
+            batches = self.evaluation(test, sample_indices, image_size)
+            calibration = self.calibration(name)
+            raw, found = predict_at(model, batches, self.world.device, [1.0, calibration.temperature])
+            results[name] = metrics.report_calibrated(raw, found, self.groups(), test.classes, calibration)
             if self.world.is_main:
                 found.save(self.run.folder / f"predictions-{name}.npz")
         labels = self.data.labels()
@@ -169,6 +198,7 @@ class Evaluator:
             "protocol": self.split.protocol if self.split else self._without_split(),
             "labels": labels,
             "labels_in_words": in_words(labels),
+            "selected": self.selected,
         }
         counts = dict(zip(self.manifest.classes, self.class_counts().tolist(), strict=True))
         self.run.write_json("evaluation.json", {**protocol, "labelled_per_class": counts, "models": results})

@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.config import flatten
+from pipeline.evaluate.calibration import Calibration
 from pipeline.exports.card import Card
 from pipeline.exports.export import write_export
-from pipeline.models.config import DecoderConfig, FamilyConfig
+from pipeline.models.config import DecoderConfig
+from pipeline.models.family import FamilyConfig
 from pipeline.report.tensorboard import Board
 from stages.context import StageContext
 
@@ -25,6 +27,7 @@ def export(
     model: FamilyConfig,
     decoder: DecoderConfig | None = None,
     measured: dict[str, float],
+    name: str = "student",
     companions: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write the export of a stage. Rank 0 writes; the other ranks do nothing.
@@ -35,7 +38,8 @@ def export(
         model: The config of the model.
         decoder: The decoder of a pretrainer; None for a classifier, which has learnt from this run's labels.
         measured: Numbers for the card.
-        companions: Weights of models that were trained beside it; `name` is exported into export-NAME.
+        name: The model's name in an evaluation, by which its temperature is known.
+        companions: Weights of models that were trained beside it, by name; each is exported into export-NAME.
     """
     classifier = decoder is None
     if classifier:
@@ -54,6 +58,7 @@ def export(
         class_groups={name: tuple(classes.tolist()) for name, classes in groups.items()},
         eval_batch=s.config.data.eval_batch,
         preprocessing=s.config.data.preprocessing,
+        selected=s.selected,
         weights_sha256="",
         fingerprint_sha256="",
         lineage=s.ancestry.lineage(s.run),
@@ -62,12 +67,18 @@ def export(
         metrics=told,
     )
     images, labels = s.fingerprint_images(model.image_size), s.ancestry.labelled_indices()
-    for name, others in (companions or {}).items():
-        folder = s.run.folder / f"export-{name}"
-        write_export(folder, card=card, weights=others, fingerprint_images=images, labels=labels)
+    for other, others in (companions or {}).items():
+        folder = s.run.folder / f"export-{other}"
+        own = _calibrated(card, s.evaluator.calibration(other))
+        write_export(folder, card=own, weights=others, fingerprint_images=images, labels=labels)
+    card = _calibrated(card, s.evaluator.calibration(name))
     write_export(s.run.export, card=card, weights=weights, fingerprint_images=images, labels=labels)
     logger.info("exported %s", s.run.export)
     loop = s.config.loop
     board = Board(s.run.folder / "tb", loop.steps, loop.global_batch)
     board.hparams(flatten(s.config.model_dump(mode="json")), measured, loop.steps)
     board.close()
+
+
+def _calibrated(card: Card, calibration: Calibration) -> Card:
+    return card.model_copy(update={"temperature": calibration.temperature, "calibration": calibration.words})

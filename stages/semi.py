@@ -5,7 +5,7 @@ those with a confident label, beside the labelled images. Loss and views are tho
 `pipeline/ssl/lyapema.py`, SSMixup in `pipeline/models/vision_mamba/ssmixup.py`.
 Supervised training, FixMatch and Semi-ViT are configs of the same Task.
 Command: python -m stages semi configs/semi/demo.yaml
-Input: labelled and unlabelled shards, and a classifier's export. Output: the export of the teacher (or the student).
+Input: labelled and unlabelled shards, and a classifier's export or nothing. Output: the export of the teacher (or the student).
 """
 
 import math
@@ -22,9 +22,11 @@ from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config
 from pipeline.models.backbone.adapt import adapt, copy_of
 from pipeline.models.backbone.lora import merged
-from pipeline.models.losses import one_hot, soft_cross_entropy
+from pipeline.models.classifier_layers import FirstOutputs, add_balanced_head, keep_balanced_head
+from pipeline.models.losses import one_hot, soft_cross_entropy, weigh
 from pipeline.report.tensorboard import Board
 from pipeline.ssl.acceptance import fairness
+from pipeline.ssl.balanced_head import BalancedHeadLoss
 from pipeline.ssl.pseudo_labels import PseudoLabeller, PseudoLabels
 from pipeline.ssl.teacher import Teacher
 from pipeline.streaming.loader import Batch
@@ -47,14 +49,23 @@ class SemiTask(Task):
         labeller: Turns the teacher's logits into pseudo-labels.
         config: The stage's config.
         prior: (C,) the classes' shares of the labelled samples.
+        weights: (C,) of the classes in the loss on labels, or none.
     """
 
     teacher: Teacher
 
     def __init__(
-        self, engine: Engine, teacher: nn.Module, labeller: PseudoLabeller, config: SemiConfig, prior: Tensor
+        self,
+        engine: Engine,
+        teacher: nn.Module,
+        labeller: PseudoLabeller,
+        config: SemiConfig,
+        prior: Tensor,
+        weights: Tensor | None,
     ) -> None:
-        self.config, self.labeller = config, labeller
+        self.config, self.labeller, self.weights = config, labeller, weights
+        self.exported = config.export
+        self.balanced = BalancedHeadLoss(prior, config.balanced_head) if config.balanced_head else None
         self.teacher = Teacher(engine, teacher, config.ema)
         # A class without labels is as rare as one with half a label.
         rarest = prior[prior > 0].min() / 2
@@ -68,20 +79,23 @@ class SemiTask(Task):
             labelled.images, truth, labelled.partner(), mixup=c.mixup.labelled_mixup, cutmix=c.mixup.labelled_cutmix
         )
         if unlabelled is None:
-            logits = model(images).float()
-            supervised = soft_cross_entropy(logits + self.adjustment, targets, c.label_smoothing).mean()
-            return StepOutput(loss=supervised, metrics=_supervised_metrics(supervised, logits, labelled))
-        pseudo = self.labeller.label(eval_logits(self._labelling_network(model), unlabelled.images))
+            logits, balanced = self.heads(model(images).float())
+            supervised = self._on_labels(logits, targets)
+            output = StepOutput(loss=supervised, metrics=_supervised_metrics(supervised, logits, labelled))
+            return output if self.balanced is None else self._with_balanced(output, balanced, targets, None)
+        labelling, weak = self.heads(eval_logits(self._labelling_network(model), unlabelled.images))
+        pseudo = self.labeller.label(labelling)
         strong, guesses, accepted, blend = self._mixed(unlabelled, pseudo)
         # One forward pass for both streams; labelled images have a share in SSMixup only where every image has.
         everything = torch.cat([images, strong])
         if blend is None:
-            logits = model(everything).float()
+            output = model(everything).float()
         else:
             alone = blend.new_full((len(images), 2), 0.5 if c.ssmixup and c.ssmixup.everywhere else 0.0)
-            logits = model(everything, torch.cat([alone, blend])).float()
+            output = model(everything, torch.cat([alone, blend])).float()
+        logits, balanced = self.heads(output)
         known, guessed = logits.split([len(images), len(strong)])
-        supervised = soft_cross_entropy(known + self.adjustment, targets, c.label_smoothing).mean()
+        supervised = self._on_labels(known, targets)
         each = soft_cross_entropy(guessed + self.adjustment, guesses, c.pseudo.smoothing)
         count = accepted.sum().clamp(min=1.0) if c.pseudo.normalise == "accepted" else len(each)
         weight = self.weight()
@@ -99,7 +113,27 @@ class SemiTask(Task):
             fair = fairness(guessed, accepted, self.labeller.means)
             loss = loss + c.pseudo.fairness * fair
             metrics["train/fairness"] = mean_of(fair[None])
-        return StepOutput(loss=loss, metrics=metrics)
+        done = StepOutput(loss=loss, metrics=metrics)
+        return done if self.balanced is None else self._with_balanced(done, balanced, targets, weak)
+
+    def heads(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut the model's output into the logits (B, C) of its own head and of the balanced one, which may be absent."""
+        classes = len(self.adjustment)
+        return logits[:, -classes:], logits[:, :-classes]
+
+    def _on_labels(self, logits: Tensor, targets: Tensor) -> Tensor:
+        each = soft_cross_entropy(logits + self.adjustment, targets, self.config.label_smoothing)
+        return weigh(each, targets, self.weights).mean()
+
+    def _with_balanced(self, done: StepOutput, logits: Tensor, targets: Tensor, weak: Tensor | None) -> StepOutput:
+        """Add the balanced head's losses; `logits` are those of all images, `weak` those of the weak views."""
+        assert self.balanced is not None
+        loss = self.balanced.labelled(logits[: len(targets)], targets)
+        if weak is not None:
+            progress = self.teacher.updates / self.config.loop.steps
+            loss = loss + self.balanced.consistency(weak, logits[len(targets) :], progress)
+        total = done.loss + self.balanced.config.weight * loss
+        return StepOutput(loss=total, metrics=done.metrics | {"train/balanced": mean_of(loss[None])})
 
     def _labelling_network(self, model: nn.Module) -> nn.Module:
         return self.teacher.module if self.config.pseudo.labeller == "teacher" else model
@@ -139,11 +173,16 @@ class SemiTask(Task):
 
     def alarms(self, row: dict[str, float]) -> list[str]:
         """Return what in a logged row says that the run collapses, with advice."""
-        limits = self.config.alarms
-        if self.teacher.updates < limits.after_steps:
-            return []
+        limits, steps = self.config.alarms, self.teacher.updates
+        nothing = row.get("ssl/mask_rate", 1.0) == 0 and steps >= self.config.loop.steps // 2
+        early = steps < limits.after_steps
         watched = {
-            "ssl/mask_rate": (limits.mask_rate, "hardly any pseudo-label is accepted: lower pseudo.threshold"),
+            "ssl/mask_rate": (
+                limits.mask_rate,
+                f"{'no' if nothing else 'hardly any'} pseudo-label is accepted, so the unlabelled images teach nothing: the mean"
+                f" confidence is {row.get('ssl/confidence', math.nan):.2f}, pseudo.threshold {self.config.pseudo.threshold:g};"
+                " lower pseudo.threshold, train stage 2 longer, or leave stage 3 out",
+            ),
             "ssl/class_entropy": (
                 limits.class_entropy,
                 "the pseudo-labels collapse to few classes: try pseudo.alignment",
@@ -156,7 +195,7 @@ class SemiTask(Task):
         return [
             f"{name} is {row[name]:.3g}, below {least:g}; {advice}"
             for name, (least, advice) in watched.items()
-            if row.get(name, 1.0) < least
+            if row.get(name, 1.0) < least and (not early or (nothing and name == "ssl/mask_rate"))
         ]
 
     def captions(self, model: nn.Module, batch: Batch) -> list[str] | None:
@@ -165,7 +204,7 @@ class SemiTask(Task):
             return None
         network = self._labelling_network(model)
         images = batch.images.to(next(network.parameters()).device)
-        pseudo = self.labeller.label(eval_logits(network, images), watch=False)
+        pseudo = self.labeller.label(self.heads(eval_logits(network, images))[0], watch=False)
         rows = zip(pseudo.labels.tolist(), pseudo.confidence.tolist(), pseudo.accepted.tolist(), strict=True)
         return [f"{c} {100 * share:.0f}% {'✓' if counts else '–'}" for c, share, counts in rows]
 
@@ -197,25 +236,32 @@ def _supervised_metrics(loss: Tensor, logits: Tensor, labelled: Batch) -> dict[s
 def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     """Build student, teacher and labeller, and say how they are evaluated and exported."""
     config, data = s.config, s.config.data
-    parent = s.ancestry.load("init_from")
+    parent = s.ancestry.load("init_from") if config.init_from else None
     shape = s.model_config()
     size = shape.image_size
     model = build_from_config(shape, trained=config.backbone.train == "whole")
-    adapt(model, config.backbone, size, transfer(parent, model, s.ancestry.folder("init_from")).fresh)
+    num_classes = len(s.manifest.classes)
+    fresh = transfer(parent, model, s.ancestry.folder("init_from")).fresh if parent is not None else ()
+    wide = add_balanced_head(model, num_classes) if config.balanced_head else []
+    adapt(model, config.backbone, size, fresh)
     teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights
     weak, strong, views = (
         train_views(size, a, mean=data.mean, std=data.std, decoding=data.decoding)
         for a in (config.weak, config.strong, config.labelled or config.strong)
     )
-    counts = np.bincount(s.manifest.labels[s.subsets.labelled], minlength=len(s.manifest.classes))
+    counts = np.bincount(s.manifest.labels[s.subsets.labelled], minlength=num_classes)
     prior = torch.from_numpy(counts / counts.sum()).to(s.world.device)
-    labeller = PseudoLabeller(prior, config.pseudo)
+    labeller, weights = PseudoLabeller(prior, config.pseudo), s.class_weights(config.class_weights)
 
     def models() -> dict[str, nn.Module]:
         return {"student": s.engine.module, "teacher": teacher}
 
+    def exported_outputs() -> dict[str, nn.Module]:
+        """The models as they are exported: with a balanced head, its logits are the first."""
+        return {name: FirstOutputs(model, num_classes) if wide else model for name, model in models().items()}
+
     def evaluate(step: int, board: Board) -> dict[str, float]:
-        row = s.evaluator.validate(models(), size)
+        row = s.evaluator.validate(exported_outputs(), size)
         known = s.subsets.unlabelled[s.manifest.labels[s.subsets.unlabelled] >= 0]
         if "unlabelled" not in s.streams or not config.watched_samples or not len(known):
             return row
@@ -224,24 +270,29 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         batches = s.evaluator.evaluation(s.manifest, watched, size)
         label = partial(labeller.label, watch=False)
         counted = count_pseudo_labels(
-            lambda images: label(eval_logits(labelling, images)), batches, len(counts), s.world.device
+            lambda images: label(eval_logits(labelling, images)[:, -num_classes:]),
+            batches,
+            num_classes,
+            s.world.device,
         )
         board.class_counts("pseudo/classes", counted.accepted.sum(0), step)
         return row | {f"pseudo/{name}": v for name, v in pseudo_summary(counted, s.evaluator.groups()).items()}
 
     def finish(task: SemiTask) -> None:
-        measured = s.measured | s.evaluator.test(models(), size)
+        s.evaluator.calibrate(exported_outputs(), size)
+        measured = s.measured | s.evaluator.test(exported_outputs(), size)
         exported = exported_model(shape)
         kept = build_from_config(exported).state_dict()
-        weights = {"student": s.engine.full_weights(), "teacher": task.teacher.full_weights()}
-        plain = {name: merged(w, s.engine.module) for name, w in weights.items()}
-        weights = {name: {k: v for k, v in w.items() if k in kept} for name, w in plain.items()}
-        chosen = weights.pop(config.export)
-        export(s, chosen, model=exported, measured=measured, companions=weights)
+        trained = {"student": s.engine.full_weights(), "teacher": task.teacher.full_weights()}
+        trained = {name: merged(w, s.engine.module) for name, w in trained.items()}
+        trained = {name: {k: v for k, v in w.items() if k in kept} for name, w in trained.items()}
+        trained = {name: keep_balanced_head(w, wide, num_classes) for name, w in trained.items()}
+        chosen = trained.pop(config.export)
+        export(s, chosen, model=exported, measured=measured, name=config.export, companions=trained)
 
     return Prepared(
         model=model,
-        make_task=lambda engine: SemiTask(engine, teacher, labeller, config, prior),
+        make_task=lambda engine: SemiTask(engine, teacher, labeller, config, prior, weights),
         views={"labelled": views, "unlabelled": pair_views(weak, strong)},
         image_size=size,
         flops=s.flops({"student": model}, size),

@@ -16,7 +16,8 @@ from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.splits import Split
 from pipeline.errors import HandoverError
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
-from pipeline.models.config import DecoderConfig, FamilyConfig
+from pipeline.models.config import DecoderConfig
+from pipeline.models.family import FamilyConfig
 
 if TYPE_CHECKING:
     from stages.configs.base import StageConfig

@@ -80,7 +80,8 @@ def show_attribution(
         remote,
     )
     try:
-        maps, predicted = gradcam(model, batch.images.to(next(model.parameters()).device))
+        images = batch.images.to(next(model.parameters()).device)
+        maps, predicted = gradcam(model, images, among=len(manifest.classes))
     except (PipelineError, RuntimeError, IndexError) as error:  # an unknown layout is no reason to stop
         logger.warning("no attribution maps: %s", error)
         return

@@ -17,6 +17,7 @@ give the same images; the command writes which files it used to sources.txt.
 
 import argparse
 import hashlib
+import io
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline import seeds
 from pipeline.cli import guarded
 from pipeline.errors import DataError
+from pipeline.images import decode, read_header
 
 SIDE = 28  # pixels
 DRAWN = 4 * SIDE  # glyphs are drawn large and then reduced
@@ -135,7 +137,7 @@ def write_glyphs(out: Path, known: Sequence[Face], *, classes: int, variants: in
         )
     chosen: list[str] = []
     plain: list[np.ndarray] = []
-    pictures: dict[str, list[tuple[str, Image.Image]]] = {}
+    pictures: dict[str, list[tuple[str, bytes]]] = {}
     for code in (code for low, high in RANGES for code in range(low, high + 1)):
         if len(chosen) == classes:
             break
@@ -156,7 +158,7 @@ def write_glyphs(out: Path, known: Sequence[Face], *, classes: int, variants: in
                 for k in range(variants)
                 if (picture := draw_glyph(by_name[name], chr(code), _random(seed, code, name, k)))
             ]
-        pictures[f"U+{code:04X}"] = drawn
+        pictures[f"U+{code:04X}"] = [(title, _png(picture)) for title, picture in drawn]
     _write(out, pictures, seed)
     (out / "sources.txt").write_text("".join(f"{face.name}\t{face.file}\n" for face in known))
     return len(chosen)
@@ -199,11 +201,11 @@ def write_icons(out: Path, themes: Sequence[Path], *, least: int, seed: int) -> 
     """
     pictures, used = {}, []
     for name, files in icons(themes).items():
-        seen: dict[str, tuple[str, Image.Image]] = {}
+        seen: dict[str, tuple[str, bytes]] = {}
         for file in files:
-            picture = Image.open(file).convert("RGBA")
-            digest = hashlib.sha256(picture.tobytes()).hexdigest()  # themes copy icons from one another
-            seen.setdefault(digest, (file.stem, picture))
+            data = file.read_bytes()
+            digest = hashlib.sha256(decode(data).tobytes()).hexdigest()  # themes copy icons from one another
+            seen.setdefault(digest, (file.stem, data))
         if len(seen) >= least:
             pictures[name] = list(seen.values())
             used += files
@@ -217,23 +219,30 @@ def write_icons(out: Path, themes: Sequence[Path], *, least: int, seed: int) -> 
     return len(pictures)
 
 
-def _write(out: Path, pictures: dict[str, list[tuple[str, Image.Image]]], seed: int) -> None:
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write(out: Path, pictures: dict[str, list[tuple[str, bytes]]], seed: int) -> None:
     for label, (name, drawn) in enumerate(pictures.items()):
         order = np.asarray(seeds.permutation(len(drawn), seed, label, _TEST))
         tested = set(order[: max(1, round(TEST_SHARE * len(drawn)))].tolist())
         for subset in ("train", "test"):
             (out / subset / name).mkdir(parents=True, exist_ok=True)
-        for k, (title, picture) in enumerate(drawn):
+        for k, (title, data) in enumerate(drawn):
             stem = "".join(c if c.isalnum() else "-" for c in title)
-            picture.save(out / ("test" if k in tested else "train") / name / f"{k:04d}-{stem[:60]}.png")
+            (out / ("test" if k in tested else "train") / name / f"{k:04d}-{stem[:60]}.png").write_bytes(data)
 
 
 def _side(file: Path) -> int:
+    """Shorter side of an image in pixels; 0 if it is none."""
     try:
-        with Image.open(file) as picture:
-            return min(picture.size)
-    except OSError:
+        header = read_header(file.read_bytes())
+    except (OSError, DataError):
         return 0
+    return min(header.width, header.height)
 
 
 def _random(seed: int, code: int, name: str, variant: int) -> random.Random:

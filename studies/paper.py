@@ -214,10 +214,11 @@ def recipe(row: Row) -> Recipe:
         return Recipe(configs=configs, model="{name: timm/resnet50}", first=[], epochs=(200, None))
     weights = f"weights={{path: weights/{_PRETRAINED[size]}, saw_labels: false}}"
     if size != "huge":
-        shape = f"{{name: timm/vit_{size}_patch16_224, drop_path: {0 if few else 0.1}, options: {{global_pool: avg}}}}"
+        tag = "dino" if size == "small" else "mae"
+        shape = f"{{name: timm/vit_{size}_patch16_224.{tag}, drop_path: {0 if few else 0.1}, options: {{global_pool: avg}}}}"
         configs = "imagenet_semivit", "imagenet_semivit_base"
         return Recipe(configs=configs, model=shape, first=[*base_1, weights], second=base_2)
-    shape = f"{{name: timm/vit_huge_patch14_224, drop_path: {0 if few else 0.2}}}"  # reads the cls token
+    shape = f"{{name: timm/vit_huge_patch14_224.mae, drop_path: {0 if few else 0.2}}}"  # reads the cls token
     first = [*plain, weights, "optim.layer_decay=0.75", f"optim.lr={5e-3 if few else 5e-4}"]
     if not few:
         first.append("average={decay: 0.9998}")

@@ -32,8 +32,9 @@ class Memory:
         parameters: Weights that compute.
         gradients: Gradients of all or of the rank's own parameters.
         masters: The rank's shard of the fp32 masters.
-        moments: The rank's shard of both moments of AdamW.
+        moments: The rank's shard of the optimizer's moments.
         averages: The rank's shard of the averages of the weights (the teacher of stage 3, the average of stage 2).
+        best: The rank's shard of the best state, with `loop.select=best`: a copy of the masters and of each average.
         inference_copies: The whole copies of these averages that compute.
         frozen: Whole frozen networks (a distillation teacher).
         buckets: Buckets of the reduction.
@@ -46,6 +47,7 @@ class Memory:
     masters: int
     moments: int
     averages: int
+    best: int
     inference_copies: int
     frozen: int
     buckets: int
@@ -55,7 +57,7 @@ class Memory:
     @property
     def sharded(self) -> int:
         """Bytes of what ZeRO shards and may offload."""
-        return self.masters + self.moments + self.averages
+        return self.masters + self.moments + self.averages + self.best
 
     @property
     def device(self) -> int:
@@ -85,11 +87,13 @@ def memory(
     *,
     zero_stage: int,
     world_size: int,
+    moments: int,
     averages: int,
     frozen_parameters: int,
     bucket_bytes: int,
     activations: int,
     offloaded: bool,
+    keeps_best: bool = False,
 ) -> Memory:
     """Compute the memory of one rank.
 
@@ -97,11 +101,13 @@ def memory(
         parameters: The trained parameters.
         zero_stage: 0 to 3.
         world_size: The number of ranks.
+        moments: Numbers that the optimizer keeps of a weight: 2 for AdamW, 1 for SGD.
         averages: Number of averages of the trained weights.
         frozen_parameters: Parameters of all frozen networks.
         bucket_bytes: Bytes that are reduced at once.
         activations: Bytes of one micro-batch.
         offloaded: Whether the optimizer lies in the host's memory.
+        keeps_best: Whether the best state is kept beside the last.
     """
     total = sum(p.numel for p in parameters)
     own = partition(parameters, zero_stage, world_size)
@@ -111,8 +117,9 @@ def memory(
         parameters=FP32 * compute,
         gradients=FP32 * (total if zero_stage < 2 else own),
         masters=FP32 * own if zero_stage else 0,  # without ZeRO the parameters are their own masters
-        moments=2 * FP32 * own,
+        moments=moments * FP32 * own,
         averages=averages * FP32 * own,
+        best=(1 + averages) * FP32 * own if keeps_best else 0,
         inference_copies=averages * FP32 * total,
         frozen=FP32 * frozen_parameters,
         buckets=bucket_bytes if zero_stage else 0,
@@ -121,9 +128,9 @@ def memory(
     )
 
 
-def checkpoint_bytes(parameters: Sequence[Parameter], averages: Sequence[str]) -> int:
-    """Count the bytes of all files of one checkpoint: masters, two moments, the named averages, and the headers."""
-    kinds = ("master", "exp_avg", "exp_avg_sq", *averages)
+def checkpoint_bytes(parameters: Sequence[Parameter], kinds: Sequence[str]) -> int:
+    """Count the bytes of all files of one checkpoint: the masters, the named moments and averages, and the headers."""
+    kinds = ("master", *kinds)
     numbers = len(kinds) * FP32 * sum(p.numel for p in parameters)
     entry = {"dtype": "F32", "shape": [10_000], "data_offsets": [1_000_000, 1_000_000]}
     header = sum(len(json.dumps({f"{kind}/{p.name}@0": entry})) for kind in kinds for p in parameters)

@@ -131,18 +131,22 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
             body.parameters,
             zero_stage=zero,
             world_size=world,
+            moments=len(config.optim.moments),
             averages=len(averages),
             frozen_parameters=body.frozen_parameters,
             bucket_bytes=config.engine.bucket_bytes,
             activations=body.fixed_activations + micro_batch * body.workload.images * body.image_activations,
             offloaded=config.engine.offload_optimizer and zero > 0,
+            keeps_best=loop.select == "best",
         )
         by_stage[str(zero)] = asdict(needs) | {"device": needs.device, "host": needs.host}
     sent = _traffic(body, config, world, accumulation)
     seconds = step_seconds(body.flops * loop.global_batch, sent, world, machine)
     written = -(-loop.steps // loop.save_every) + (loop.on_divergence == "rewind")
     kept = min(written, loop.keep_checkpoints) + (loop.steps // loop.keep_every if loop.keep_every else 0)
-    size = checkpoint_bytes(body.parameters, averages)
+    kinds = [*config.optim.moments, *averages]
+    kinds += [f"best_{kind}" for kind in ("master", *averages)] if loop.select == "best" else []
+    size = checkpoint_bytes(body.parameters, kinds)
     starts = starts_needed(loop.steps * seconds, seconds_of(cluster.time), START_SECONDS + cluster.signal_seconds)
     return {
         "stage": step.stage,

@@ -64,15 +64,16 @@ def profile(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDI
     if config.engine.activation_checkpointing:
         trained.set_grad_checkpointing(True)  # type: ignore[operator]
     bf16 = config.engine.precision == "bf16"
-    one, two = (activation_bytes(trained, batch, image_size, bf16) for batch in (1, 2))
+    # A batch norm over a map of one pixel needs two images.
+    two, three = (activation_bytes(trained, batch, image_size, bf16) for batch in (2, 3))
     return Profile(
         workload=workload,
         parameters=_parameters(built[student.name], config),
         frozen_parameters=sum(p.numel() for network in workload.frozen for p in built[network.name].parameters())
         + sum(p.numel() for p in built[student.name].parameters() if not p.requires_grad),
         flops=workload.flops(lambda network: forward_flops(built[network.name], network.model.image_size)),
-        fixed_activations=max(0, 2 * one - two),
-        image_activations=two - one,
+        fixed_activations=max(0, 3 * two - 2 * three),
+        image_activations=three - two,
     )
 
 

@@ -34,6 +34,7 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
             "masters",
             "moments",
             "averages",
+            "best",
             "inference_copies",
             "frozen",
             "buckets",

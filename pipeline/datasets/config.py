@@ -63,6 +63,44 @@ class SplitConfig(Strict):
         description="file that names all samples that may be used, one a line, such as ImageNet-LT's; others are unused",
     )
 
+    n_1: int = Field(
+        0,
+        ge=0,
+        le=10**9,
+        description="USB's long-tail protocol: labelled samples of the first class; 0 = the other options decide",
+    )
+    m_1: int = Field(
+        0,
+        ge=0,
+        le=10**9,
+        description="USB's protocol: unlabelled samples of the first class (of the last, if gamma_u is negative); 0 = all that"
+        " are left, in every class",
+    )
+    gamma_l: float = Field(1.0, ge=1, le=1e9, description="USB's protocol: imbalance of the labelled samples")
+    gamma_u: float = Field(
+        1.0,
+        ge=-1e9,
+        le=1e9,
+        description="USB's protocol: imbalance of the unlabelled samples; negative = in the reversed order of the classes",
+    )
+
+    @model_validator(mode="after")
+    def _usb_stands_alone(self) -> "SplitConfig":
+        if not self.n_1:
+            if self.m_1 or self.gamma_l != 1 or self.gamma_u != 1:
+                raise ValueError("m_1, gamma_l and gamma_u belong to USB's protocol; give n_1 too")
+            return self
+        defaults = SplitConfig()
+        for name in SplitConfig.model_fields:
+            usb = name in ("n_1", "m_1", "gamma_l", "gamma_u", "validation_per_class")
+            if not usb and getattr(self, name) != getattr(defaults, name):
+                raise ValueError(f"n_1 stands for USB's protocol, which has no {name}; leave out one of the two")
+        if abs(self.gamma_u) < 1:
+            raise ValueError(f"gamma_u {self.gamma_u:g} must be 1 or more, or -1 or less")
+        if self.gamma_u != 1 and not self.m_1:
+            raise ValueError("gamma_u needs m_1, the unlabelled samples of the first class")
+        return self
+
     @model_validator(mode="after")
     def _lists_stand_alone(self) -> "SplitConfig":
         if self.labelled_list and (self.imbalance > 1 or self.labelled < 1 or self.ood_classes):

@@ -66,6 +66,16 @@ def _worded(ranks: Counts, factor: float) -> NDArray[np.float64]:
     return np.where(ranks < num_top, top, np.where(ranks >= len(ranks) - num_last, last, middle))
 
 
+def head_counts(head: int, num_classes: int, gamma: float) -> Counts:
+    """Return (C,) class sizes of USB's long-tail protocol: head x |gamma|^(-c/(C-1)), cut to whole numbers.
+
+    The last class has head / |gamma|. With a negative gamma the order is reversed: the last class is the largest.
+    """
+    step = np.power(1 / abs(gamma), 1 / max(1, num_classes - 1))
+    counts = [int(head * np.power(step, c)) for c in range(num_classes - 1)] + [int(head / abs(gamma))]
+    return np.array(counts[::-1] if gamma < 0 else counts)
+
+
 def round_count(value: float, rule: str, draw: float) -> int:
     """Round a count.
 

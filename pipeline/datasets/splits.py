@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline import seeds
 from pipeline.config import choose
 from pipeline.datasets.config import SplitConfig
-from pipeline.datasets.imbalance import class_ranks, round_count, target_counts
+from pipeline.datasets.imbalance import class_ranks, head_counts, round_count, target_counts
 from pipeline.datasets.lists import read_list
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import ConfigError, DataError
@@ -26,7 +26,7 @@ from pipeline.files import read_regular, replace_bytes
 
 VERSION = 2
 CODES = {"labelled": b"L", "unlabelled": b"U", "validation": b"V", "unused": b"-"}
-_FIELDS = {"version", "manifest", "num_classes", "protocol", "config", "seed", "class_ranks", "ood_classes"}
+_FIELDS = {"version", "manifest", "num_classes", "protocol", "config", "seed", "class_ranks", "ood_classes", "folds"}
 _SHUFFLE, _ROUND = 11, 12  # streams of random numbers
 
 
@@ -99,6 +99,9 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         )
     sizes = np.bincount(labels[pool & has_label], minlength=num_classes)
     ranks = class_ranks(sizes, config.class_order, seed)
+    if config.n_1:
+        codes = _usb_codes(manifest, config, seed)
+        return Split(_header(manifest, config, seed, codes, ranks, ranks < 0), codes, labels)
     outside = ranks >= num_classes - config.ood_classes
     codes = np.full(manifest.num_samples, CODES["unused"])
     members = [_shuffled_members(c, labels, pool, listed, seed) for c in range(num_classes)]
@@ -122,17 +125,66 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         barred = has_label & outside[labels] & (config.ood_scope == "all")
         codes[(codes == CODES["unused"]) & ~barred] = CODES["unlabelled"]
     codes[~has_label & pool] = CODES["unlabelled"]
-    header = {
+    header = _header(manifest, config, seed, codes, ranks, outside)
+    header["config"] |= {"pool_list": pool_hash, "labelled_list": listed_hash}
+    return Split(header, codes, labels)
+
+
+def _header(
+    manifest: Manifest,
+    config: SplitConfig,
+    seed: int,
+    codes: NDArray[np.bytes_],
+    ranks: NDArray[np.int64],
+    outside: NDArray[np.bool_],
+) -> dict[str, Any]:
+    num_classes, values = len(manifest.classes), config.model_dump(mode="json")
+    if not config.n_1:  # splits from before there was a choice keep their hash
+        values = {name: value for name, value in values.items() if name not in ("n_1", "m_1", "gamma_l", "gamma_u")}
+    return {
         "version": VERSION,
         "manifest": manifest.hash,
         "num_classes": num_classes,
-        "protocol": describe(config, num_classes, seed) + _real_and_hidden(labels, codes),
-        "config": config.model_dump(mode="json") | {"pool_list": pool_hash, "labelled_list": listed_hash},
+        "protocol": describe(config, num_classes, seed) + _real_and_hidden(manifest.labels, codes),
+        "config": values,
         "seed": seed,
         "class_ranks": ranks.tolist(),
         "ood_classes": np.flatnonzero(outside).tolist(),
     }
-    return Split(header, codes, labels)
+
+
+def _usb_codes(manifest: Manifest, config: SplitConfig, seed: int) -> NDArray[np.bytes_]:
+    """Choose samples as USB does: class after class, with one NumPy generator of `seed` for all.
+
+    A class's samples are shuffled in the order of their keys, which the converters of the benchmarks number as the files do. So
+    CIFAR's and STL-10's indices are USB's own for the same seed. Samples without a label are unlabelled. Validation is ours and
+    takes what is left, so it changes no index.
+
+    Raises:
+        ConfigError: A class has too few samples.
+    """
+    labels, num_classes = manifest.labels, len(manifest.classes)
+    order = np.array(sorted(range(manifest.num_samples), key=manifest.key), np.int64)
+    known = head_counts(config.n_1, num_classes, config.gamma_l)
+    more = head_counts(config.m_1, num_classes, config.gamma_u)
+    codes = np.full(manifest.num_samples, CODES["unused"])
+    generator = np.random.RandomState(seed % 2**32)
+    for c in range(num_classes):
+        members = order[labels[order] == c]
+        generator.shuffle(members)
+        if not config.m_1:
+            more[c] = len(members) - known[c] - config.validation_per_class
+        first, second = known[c], known[c] + more[c]
+        if more[c] < 0 or len(members) < second + config.validation_per_class:
+            raise ConfigError(
+                f"class {manifest.classes[c]!r} has {len(members)} samples, but n_1, m_1 and validation_per_class ask for"
+                f" {known[c]} + {max(0, more[c])} + {config.validation_per_class}; lower them"
+            )
+        codes[members[:first]] = CODES["labelled"]
+        codes[members[first:second]] = CODES["unlabelled"]
+        codes[members[second : second + config.validation_per_class]] = CODES["validation"]
+    codes[labels < 0] = CODES["unlabelled"]
+    return codes
 
 
 def _real_and_hidden(labels: NDArray[np.int64], codes: NDArray[np.bytes_]) -> str:
@@ -182,6 +234,14 @@ def _hold_out(
 def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
     """Return the protocol in words."""
     phrases = []
+    if config.n_1:
+        rest = f"M_1 {config.m_1}, gamma_u {config.gamma_u:g}" if config.m_1 else "all others unlabelled"
+        phrases.append(
+            f"USB's long tail over {num_classes} classes: N_1 {config.n_1}, gamma_l {config.gamma_l:g}, {rest}"
+        )
+        if config.validation_per_class:
+            phrases.append(f"{config.validation_per_class} per class held out for validation")
+        return "; ".join([*phrases, f"seed {seed}"])
     if config.pool_list:
         phrases.append(f"only the samples of {_name(config.pool_list)}")
     if config.imbalance > 1:
@@ -281,4 +341,7 @@ def _misfit(header: dict[str, Any]) -> str:
         return "its class_ranks or ood_classes are no lists, or of another length"
     if not all(type(c) is int and 0 <= c < num_classes for c in [*ranks, *outside]):
         return "its class_ranks or ood_classes name classes that do not exist"
+    folds = header.get("folds", [1, 1, 0])  # which fold of how many, and their seed
+    if not isinstance(folds, list) or [type(n) for n in folds] != [int] * 3 or not 1 <= folds[0] <= folds[1]:
+        return "its folds are no number of a fold, number of folds and seed"
     return ""

@@ -7,6 +7,7 @@ read.
 
 import hashlib
 import io
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,10 @@ def check_content(path: Path, sha256: str) -> None:
         raise _changed(path)
 
 
+# What numpy raises for a damaged header: it parses the header as Python, and tries again as Python 2 wrote it.
+_DAMAGED_HEADER = (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
+
+
 def open_table(path: Path, dtype: np.dtype[np.void], sha256: str) -> NDArray[np.void]:
     """Map a table into memory; only its size and form are checked.
 
@@ -49,7 +54,7 @@ def open_table(path: Path, dtype: np.dtype[np.void], sha256: str) -> NDArray[np.
     try:
         table: NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
         whole = table.ndim == 1 and table.dtype == dtype and _start(path, table) >= 0
-    except ValueError:
+    except _DAMAGED_HEADER:
         whole = False
     if whole:
         return table

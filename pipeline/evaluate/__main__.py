@@ -5,9 +5,10 @@
 DATA is a folder of shards with a manifest; --subset evaluates on one subset of a split of it. The command reports top-1 and
 top-5; balanced, head, medium and tail accuracy; calibration and the accuracy of every class; and it keeps all predictions.
 
-If the export's stage trained a student beside a teacher, both are evaluated. With --train and --split a temperature is
-fitted on the split's validation subset, and the calibrated metrics are added. With --linear-probe too, a linear probe and
-nearest neighbours learn from the split's labelled subset, on the input of the model's head.
+If the export's stage trained a student beside a teacher, both are evaluated. Probabilities are calibrated by the temperature
+of the export's card; ece and ece_raw are the calibration error with and without it. With --train and --split a temperature
+is fitted anew on the split's validation subset, and the metrics with it are added as "calibrated". With --linear-probe too,
+a linear probe and nearest neighbours learn from the split's labelled subset, on the input of the model's head.
 
 On several processes: make evaluate EXPORT=... DATA=... NPROC=N. The numbers do not depend on N.
 Exit codes: those of `python -m stages`.
@@ -164,13 +165,11 @@ def _evaluate_model(
     name: str, folder: Path, request: _Request, given: argparse.Namespace, world: "World"
 ) -> tuple[dict[str, Any], str]:
     """Return the metrics of one model, raw and calibrated, and the hash of its weights (collective)."""
-    from torch import nn
-
     from pipeline.evaluate import metrics
-    from pipeline.evaluate.calibration import fit_temperature
+    from pipeline.evaluate.calibration import Calibration, fit_temperature
     from pipeline.evaluate.config import LinearProbeConfig
-    from pipeline.evaluate.features import evaluate_features, features_of
-    from pipeline.evaluate.predictions import collect_logits, predict
+    from pipeline.evaluate.features import evaluate_features, features_of, linear_head
+    from pipeline.evaluate.predictions import collect_logits, predict, predict_at
     from pipeline.exports.export import load_export
     from pipeline.streaming.loader import evaluation_batches
     from pipeline.streaming.transforms import eval_views
@@ -196,8 +195,11 @@ def _evaluate_model(
             views=views,
         )
 
-    predictions = predict(model, batches(request.data, request.sample_indices), world.device)
-    results = {name: metrics.report(predictions, groups, classes)}
+    calibration = Calibration(card.temperature, card.calibration)
+    raw, predictions = predict_at(
+        model, batches(request.data, request.sample_indices), world.device, [1.0, card.temperature]
+    )
+    results = {name: metrics.report_calibrated(raw, predictions, groups, classes, calibration)}
     if world.is_main:
         predictions.save(request.out / f"predictions-{name}.npz")
         metrics.write_per_class(request.out / f"per_class-{name}.csv", predictions, classes, card.class_counts)
@@ -212,8 +214,8 @@ def _evaluate_model(
             **metrics.report(calibrated, groups, classes),
         }
     if len(request.bank):
-        reader = getattr(model, "head", None)
-        if not isinstance(reader, nn.Linear):
+        reader = linear_head(model)
+        if reader is None:
             raise ConfigError(
                 f"--linear-probe needs a model with one linear head, but {card.model.name} in {folder} has none;"
                 " leave --linear-probe out"
@@ -259,7 +261,7 @@ def companions(export: Path) -> dict[str, Path]:
 
 
 def _print(results: dict[str, Any], out: Path) -> None:
-    shown = ("top1", "top5", "balanced", "head", "medium", "tail", "ece", "nll")
+    shown = ("top1", "top5", "balanced", "head", "medium", "tail", "ece_raw", "ece", "nll")
     print(f"{'':22s}" + "".join(f"{name:>10s}" for name in shown))
     for name, found in results.items():
         cells = (

@@ -11,23 +11,23 @@ Shapes: n samples, F features, C classes.
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from pipeline import seeds
 from pipeline.datasets.joint import with_classes
-from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.manifest import Manifest, read_image
 from pipeline.decoding import DEFAULT, Decoding
 from pipeline.errors import ConfigError
-from pipeline.evaluate.features import features_of
+from pipeline.evaluate.features import features_of, linear_head
+from pipeline.evaluate.learners import LEARNERS, Labels, Learner, Values
 from pipeline.evaluate.predictions import Predictions
 from pipeline.exports.export import load_export
+from pipeline.images import decode
 from pipeline.models.arm import ARM
 from pipeline.streaming.loader import evaluation_batches
 from pipeline.streaming.transforms import eval_views
@@ -35,9 +35,6 @@ from pipeline.streaming.transforms import eval_views
 MAX_SIDE = 32  # pixels on a side of the images that learners of pixels see
 MAX_FOLDS = 5
 BATCH = 256
-
-Values = NDArray[np.float32]
-Labels = NDArray[np.int64]
 
 
 class Samples(NamedTuple):
@@ -72,23 +69,6 @@ class Baseline(NamedTuple):
     setting: str
     tuned_on: str
     seconds: float
-
-
-class Learner(NamedTuple):
-    """A kind of baseline.
-
-    Attributes:
-        title: What tables call it.
-        grid: Settings to choose from; of each, the first is the default.
-        fit: Takes a setting, the labelled samples and the unlabelled values; returns a function from values (n, F) to scores
-            (n, C of the labelled samples' classes, in rising order).
-        probabilities: Whether the scores are probabilities.
-    """
-
-    title: str
-    grid: Mapping[str, Sequence[Any]]
-    fit: Callable[[Mapping[str, Any], Values, Labels, Values], Callable[[Values], NDArray[np.float64]]]
-    probabilities: bool
 
 
 def pixels_of(
@@ -127,7 +107,7 @@ def export_features(folder: Path, manifest: Manifest, sample_indices: NDArray[np
         ConfigError: The model has no single linear head.
     """
     model, card = load_export(folder)
-    reader = model.to_decoder if isinstance(model, ARM) else _head(model)
+    reader = model.to_decoder if isinstance(model, ARM) else linear_head(model)
     if reader is None:
         raise ConfigError(f"{folder} holds {card.model.name}, which has no single linear head to read features from")
     look = card.preprocessing
@@ -140,18 +120,8 @@ def export_features(folder: Path, manifest: Manifest, sample_indices: NDArray[np
     return Samples(ordered, found.values.numpy(), manifest.labels[ordered])
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    """Return the one linear layer that computes the logits."""
-    heads = [model.get_submodule(name) for name in ("head", "model.fc", "model.head", "model.classifier")
-             if name in dict(model.named_modules())]  # fmt: skip
-    return next((head for head in heads if isinstance(head, nn.Linear)), None)
-
-
 def side_for(manifest: Manifest, sample_indices: NDArray[np.int64], decoding: Decoding = DEFAULT) -> int:
     """Return the side that suits the images: their own shorter side, at most `MAX_SIDE` and at least 8."""
-    from pipeline.datasets.manifest import read_image
-    from pipeline.images import decode
-
     chosen = sample_indices[np.linspace(0, len(sample_indices) - 1, min(9, len(sample_indices))).astype(int)]
     sides = [min(decode(read_image(manifest, int(k)), decoding).shape[:2]) for k in chosen]
     return int(np.clip(np.median(sides), 8, MAX_SIDE))
@@ -188,6 +158,7 @@ def fit_baseline(
     *,
     held_out: Samples | None = None,
     unlabelled: Samples | None = None,
+    tune: bool = True,
 ) -> Baseline:
     """Tune a baseline, fit it to the labelled samples and let it predict.
 
@@ -198,6 +169,7 @@ def fit_baseline(
         num_classes: Number of classes C.
         held_out: Validation samples to tune on; None or empty = cross-validation over `labelled`.
         unlabelled: Samples without labels, which label spreading uses too.
+        tune: Whether to tune; False = the first setting of the grid.
 
     Raises:
         ConfigError: Fewer than two classes are labelled.
@@ -214,7 +186,9 @@ def fit_baseline(
     more = unlabelled.values if unlabelled is not None else labelled.values[:0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about iterations that end early; the grid compares what they reach
-        chosen, tuned_on = _tune(learner, grid, labelled, held_out, more)
+        chosen, tuned_on = grid[0], "nothing, to save time"
+        if tune:
+            chosen, tuned_on = _tune(learner, grid, labelled, held_out, more)
         scores = learner.fit(chosen, labelled.values, labelled.labels, more)(queries.values)
     words = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
                       for key, value in chosen.items() if value is not None)  # fmt: skip
@@ -272,96 +246,3 @@ def _predictions(
         confidence=shares.max(1),
         loss=-np.log(np.maximum(shares[np.arange(len(whole)), queries.labels], 1e-12)),
     )
-
-
-def _scaler(kind: str, values: Values) -> Callable[[Values], Values]:
-    """Return a shift and scale by what `values` have: of each feature, or of all features together."""
-    centre = values.mean(0)
-    spread = values.std(0) if kind == "feature" else np.full(values.shape[1], (values - centre).std())
-    scale = 1 / np.maximum(spread, 1e-3 * max(float(spread.max()), 1e-12))
-    return lambda x: ((x - centre) * scale).astype(np.float32)
-
-
-def _fit_majority(
-    setting: Mapping[str, Any], x: Values, y: Labels, more: Values
-) -> Callable[[Values], NDArray[np.float64]]:
-    shares = np.bincount(y)[np.unique(y)] / len(y)
-    return lambda queries: np.repeat(shares[None], len(queries), 0)
-
-
-def _fit_logistic(
-    setting: Mapping[str, Any], x: Values, y: Labels, more: Values
-) -> Callable[[Values], NDArray[np.float64]]:
-    from sklearn.linear_model import LogisticRegression
-
-    scale = _scaler(setting["scaled_by"], x)
-    model = LogisticRegression(C=setting["C"], class_weight=setting["class_weight"], max_iter=300)
-    model.fit(scale(x), y)
-    return lambda queries: model.predict_proba(scale(queries))
-
-
-def _fit_svm(setting: Mapping[str, Any], x: Values, y: Labels, more: Values) -> Callable[[Values], NDArray[np.float64]]:
-    from sklearn.svm import SVC
-
-    scale = _scaler(setting["scaled_by"], x)
-    scaled = scale(x)
-    gamma = setting["gamma"] / (x.shape[1] * float(scaled.var()))  # in units of scikit-learn's "scale"
-    model = SVC(C=setting["C"], gamma=gamma, class_weight=setting["class_weight"], decision_function_shape="ovr")
-    model.fit(scaled, y)
-
-    def scores(queries: Values) -> NDArray[np.float64]:
-        found = model.decision_function(scale(queries))
-        return np.stack([-found, found], 1) if found.ndim == 1 else found
-
-    return scores
-
-
-def _fit_neighbour(
-    setting: Mapping[str, Any], x: Values, y: Labels, more: Values
-) -> Callable[[Values], NDArray[np.float64]]:
-    from sklearn.neighbors import KNeighborsClassifier
-
-    scale = _scaler(setting["scaled_by"], x)
-    model = KNeighborsClassifier(1, metric=setting["metric"], algorithm="brute").fit(scale(x), y)
-    return lambda queries: model.predict_proba(scale(queries))
-
-
-def _fit_spreading(
-    setting: Mapping[str, Any], x: Values, y: Labels, more: Values
-) -> Callable[[Values], NDArray[np.float64]]:
-    from sklearn.semi_supervised import LabelSpreading
-
-    everything = np.concatenate([x, more])
-    scale = _scaler(setting["scaled_by"], everything)
-    neighbours = min(setting["neighbours"], len(everything) - 1)
-    # With scikit-learn's own tolerance the iterations end before a label has travelled far.
-    model = LabelSpreading(kernel="knn", n_neighbors=neighbours, alpha=setting["alpha"], max_iter=100, tol=1e-12)
-    model.fit(scale(everything), np.concatenate([y, np.full(len(more), -1)]))
-    return lambda queries: np.nan_to_num(model.predict_proba(scale(queries)))
-
-
-_SCALED = ("all", "feature")
-LEARNERS = {
-    "majority": Learner("majority class", {}, _fit_majority, True),
-    "logistic": Learner(
-        "logistic regression",
-        {"C": (1.0, 0.1, 10.0, 0.01, 100.0, 0.001), "scaled_by": _SCALED, "class_weight": (None, "balanced")},
-        _fit_logistic,
-        True,
-    ),
-    "neighbour": Learner(
-        "1-nearest neighbour", {"metric": ("euclidean", "cosine"), "scaled_by": _SCALED}, _fit_neighbour, False
-    ),
-    "svm": Learner(
-        "RBF-SVM",
-        {"C": (1.0, 10.0, 100.0), "gamma": (1.0, 0.3, 3.0), "scaled_by": _SCALED, "class_weight": (None, "balanced")},
-        _fit_svm,
-        False,
-    ),
-    "spreading": Learner(
-        "label spreading",
-        {"neighbours": (7, 4, 15), "alpha": (0.2, 0.5, 0.9), "scaled_by": ("all",)},
-        _fit_spreading,
-        True,
-    ),
-}

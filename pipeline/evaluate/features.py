@@ -68,6 +68,13 @@ def features_of(
     return Features(gather(torch.cat(rows))[real], gather(torch.cat(labels))[real])
 
 
+def linear_head(model: nn.Module) -> nn.Linear | None:
+    """Return the one linear layer that computes a classifier's logits, of ours or of timm; None if there is none."""
+    modules = dict(model.named_modules())
+    heads = (modules.get(name) for name in ("head", "model.head", "model.head.fc", "model.fc", "model.classifier"))
+    return next((head for head in heads if isinstance(head, nn.Linear)), None)
+
+
 def evaluate_features(bank: Features, queries: Features, config: LinearProbeConfig) -> dict[str, float]:
     """Return the percentage of `queries` that a linear probe and the nearest neighbours in `bank` classify correctly.
 

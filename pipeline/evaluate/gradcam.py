@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from pipeline.evaluate.target_layers import target_layers, watched
 
 
-def gradcam(model: nn.Module, images: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def gradcam(
+    model: nn.Module, images: Tensor, classes: Tensor | None = None, *, among: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Map the evidence for a class in each image.
 
     Args:
         model: A classifier; it is left in the mode it had.
         images: Normalised images (B, 3, H, W).
         classes: Classes to explain (B,); None explains the predicted ones.
+        among: Outputs that are classes, the first of all; None for all (a model under training may have a second head).
 
     Returns:
         Maps (B, H, W) in [0, 1], each with a largest value of 1 (or zero everywhere, without positive evidence), and the
@@ -29,7 +32,7 @@ def gradcam(model: nn.Module, images: Tensor, classes: Tensor | None = None) -> 
     model.eval()
     with torch.enable_grad(), watched(layers.gradcam) as seen:
         # The image is a leaf, so that the map has a gradient even where all weights are frozen.
-        logits = model(images.detach().requires_grad_()).float()
+        logits = model(images.detach().requires_grad_()).float()[:, :among]
         classes = logits.argmax(-1) if classes is None else classes.to(logits.device)
         (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), seen[-1])
     model.train(was_training)

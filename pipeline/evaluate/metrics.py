@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.evaluate.bootstrap import intervals
-from pipeline.evaluate.calibration import expected_calibration_error, reliability
+from pipeline.evaluate.calibration import Calibration, expected_calibration_error, reliability
 from pipeline.evaluate.open_set import open_set
 from pipeline.evaluate.predictions import LabelledBatch, Predictions
 
@@ -67,6 +67,23 @@ def report(predictions: Predictions, groups: Groups, classes: tuple[str, ...]) -
         },
         "reliability": [b._asdict() for b in reliability(predictions.confidence, right)],
         "confusion": table.tolist(),
+    }
+
+
+def report_calibrated(
+    raw: Predictions, calibrated: Predictions, groups: Groups, classes: tuple[str, ...], calibration: Calibration
+) -> dict[str, Any]:
+    """Compute what `report` does of the calibrated predictions, and beside it their temperature.
+
+    `ece_raw` and `nll_raw` are those of the raw predictions, at temperature 1.
+    """
+    before = summary(raw, len(classes), groups)
+    return {
+        **report(calibrated, groups, classes),
+        "temperature": calibration.temperature,
+        "calibration": calibration.words,
+        "ece_raw": before["ece"],
+        "nll_raw": before["nll"],
     }
 
 

@@ -4,7 +4,7 @@ Evaluation batches do not depend on the world size (`streaming.loader.evaluation
 and each metric, is the same on one process and on many.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -78,7 +78,6 @@ class Predictions:
             return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device, *, temperature: float = 1.0
 ) -> Predictions:
@@ -93,36 +92,44 @@ def predict(
     Returns:
         The predictions for all samples, equal on every rank.
     """
+    return predict_at(model, batches, device, [temperature])[0]
+
+
+@torch.no_grad()
+def predict_at(
+    model: nn.Module, batches: Iterable[LabelledBatch], device: torch.device, temperatures: Sequence[float]
+) -> list[Predictions]:
+    """Predict as `predict` does, at several temperatures in one pass; they differ in confidence and loss (collective)."""
     was_training = model.training
     model.eval()
     rows = []
     for batch in batches:
-        logits = model(batch.images.to(device)).float() / temperature
+        logits = model(batch.images.to(device)).float()
         labels = batch.labels.to(device).clamp(min=0)
         own = logits.gather(1, labels[:, None])
-        confidence, predicted = F.softmax(logits, dim=-1).max(-1)
-        columns = (
-            batch.indices.to(device),
-            batch.labels.to(device),
-            predicted,
-            (logits > own).sum(1),
-            confidence,
-            F.cross_entropy(logits, labels, reduction="none"),
-        )
+        columns = [batch.indices.to(device), batch.labels.to(device), logits.argmax(-1), (logits > own).sum(1)]
+        for temperature in temperatures:
+            scaled = logits / temperature
+            columns.append(F.softmax(scaled, dim=-1).amax(-1))
+            columns.append(F.cross_entropy(scaled, labels, reduction="none"))
         rows.append(torch.stack([c.double() for c in columns], dim=1))  # fp64 holds sample indices up to 2^53
     model.train(was_training)
-    table = gather(torch.cat(rows) if rows else torch.zeros(0, 6, dtype=torch.float64, device=device)).cpu().numpy()
+    width = 4 + 2 * len(temperatures)
+    table = gather(torch.cat(rows) if rows else torch.zeros(0, width, dtype=torch.float64, device=device)).cpu().numpy()
     table = table[table[:, 0] >= 0]
     table = table[np.argsort(table[:, 0], kind="stable")]
     sample_indices, labels, predicted, label_rank = table[:, :4].astype(np.int64).T
-    return Predictions(
-        sample_indices=sample_indices,
-        labels=labels,
-        predicted=predicted,
-        label_rank=label_rank,
-        confidence=table[:, 4],
-        loss=table[:, 5],
-    )
+    return [
+        Predictions(
+            sample_indices=sample_indices,
+            labels=labels,
+            predicted=predicted,
+            label_rank=label_rank,
+            confidence=table[:, 4 + 2 * k],
+            loss=table[:, 5 + 2 * k],
+        )
+        for k in range(len(temperatures))
+    ]
 
 
 @torch.no_grad()

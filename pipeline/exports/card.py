@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,8 +32,6 @@ MAX_BYTES = 8 * 2**20  # largest card; one of 100,000 classes has about 3 MiB
 _MAX_LABELS = 10**9  # labelled images of one split
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # a file in this folder and in no other
-# Excluded from the card's hash: itself, and where a parent lay.
-_UNSEALED: Any = {"card_sha256": True, "lineage": {"parents": {"__all__": {"path"}}}}
 
 Mean = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(ge=1e-3, le=1)]
@@ -96,6 +95,29 @@ class Lineage(Strict):
     parents: tuple[Parent, ...]
 
 
+class Selected(Strict):
+    """Which state of its run the weights are."""
+
+    select: Literal["last", "best"]
+    step: int = Field(ge=0, description="optimizer steps that the weights have seen")
+    trained: int = Field(ge=0, description="optimizer steps of the run")
+    steps: int = Field(ge=0, description="optimizer steps that the config asked for; more if the run ended early")
+    validations: int = Field(0, ge=0, description="validations that were compared")
+    best: dict[str, float] = Field(default_factory=dict, description="criteria of the best validation")
+    last: dict[str, float] = Field(default_factory=dict, description="criteria of the last validation")
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        early = f", ended early: {self.steps} were planned" if self.trained < self.steps else ""
+        if self.select == "last" or not self.best:
+            return f"the last step, {self.trained}{early}"
+        name, value = next(iter(self.best.items()))
+        return (
+            f"step {self.step} of {self.trained}{early}; best of {self.validations} validations by {name}: {value:.4g}, at the"
+            f" last {self.last[name]:.4g}"
+        )
+
+
 class Card(Strict):
     """What an export says of itself."""
 
@@ -113,6 +135,11 @@ class Card(Strict):
         256, ge=1, le=2**20, description="images per process and step of an evaluation; other sizes round differently"
     )
     preprocessing: Preprocessing
+    temperature: float = Field(
+        1.0, ge=0.01, le=100, description="what the logits are divided by before the softmax that gives probabilities"
+    )
+    calibration: Words = Field("", description="how the temperature was found, or why it is 1; for people")
+    selected: Selected | None = Field(None, description="which state of the run the weights are")
     weights_sha256: str
     fingerprint_sha256: str
     lineage: Lineage
@@ -121,7 +148,7 @@ class Card(Strict):
         False, description="whether the model, a parent or a teacher has seen labels outside the split"
     )
     metrics: dict[str, float] = Field(default_factory=dict, description="last validation and test results")
-    card_sha256: str = Field("", description="SHA-256 of all fields above except the parents' paths; shows edits")
+    card_sha256: str = Field("", description="SHA-256 of all other values except the parents' paths; shows edits")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -167,7 +194,7 @@ class Card(Strict):
                 raise HandoverError(
                     f"{path} is not a model card: it has {size} bytes, at most {MAX_BYTES} are read{hint}"
                 )
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            return cls.model_validate(_read_values(path))
         except ValidationError as error:
             raise HandoverError(f"{path} is not a model card: {_problem(error)}{hint}") from None
         except (
@@ -182,13 +209,7 @@ class Card(Strict):
 
     def sealed(self) -> Self:
         """Return the card with its own hash."""
-        return self.model_copy(update={"card_sha256": self._digest()})
-
-    def _digest(self) -> str:
-        values = self.model_dump(mode="json", exclude=_UNSEALED)
-        if self.preprocessing.ground == WHITE:  # cards from before there was a choice keep their hash
-            del values["preprocessing"]["ground"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return self.model_copy(update={"card_sha256": card_digest(self.model_dump(mode="json"))})
 
     def verify(self, folder: Path) -> None:
         """Prove that the card and the bytes of every file are those that were exported.
@@ -196,7 +217,7 @@ class Card(Strict):
         Raises:
             HandoverError: If a file is missing or its hash differs.
         """
-        if self.card_sha256 != self._digest():
+        if self.card_sha256 != card_digest(_read_values(folder / CARD)):
             raise HandoverError(
                 f"{folder / CARD} is damaged or was edited: its values do not match its own hash; export it again"
             )
@@ -269,6 +290,26 @@ class Card(Strict):
             if not inside:
                 return True
         return self.more_labels_than_claimed
+
+
+def card_digest(values: Mapping[str, Any]) -> str:
+    """Return the hash of a card's values as its file has them, without the hash itself and where parents lay.
+
+    It is a hash of what was written and not of the schema. So a field that a later version adds, at any depth, changes no
+    hash of an older card.
+    """
+    kept = {key: value for key, value in values.items() if key != "card_sha256"}
+    with suppress(LookupError, TypeError, AttributeError):  # no card: its hash will not match
+        parents = [{k: v for k, v in parent.items() if k != "path"} for parent in kept["lineage"]["parents"]]
+        kept["lineage"] = {**kept["lineage"], "parents": parents}
+        look = kept["preprocessing"]
+        if look.get("ground") == list(WHITE):  # this one was added while the hash was one of the schema
+            kept["preprocessing"] = {key: value for key, value in look.items() if key != "ground"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _read_values(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def sample_indices_seen(folder: Path, seen: LabelsSeen) -> np.ndarray:

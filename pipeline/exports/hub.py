@@ -22,7 +22,8 @@ for prediction in pipeline.load("{folder}").predict("image.jpg"):
 _WITH_TIMM = """import timm
 
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
-view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
+view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+# then (model(view(image)[None]) / {temperature:.4g}).softmax(-1)"""
 
 
 def timm_config(card: Card, model: nn.Module) -> dict[str, Any] | None:
@@ -90,10 +91,12 @@ def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
     lines += ["", "| | |", "|---|---|"]
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (card.preprocessing.mean, card.preprocessing.std))
     ground = ", ".join(map(str, card.preprocessing.ground))
-    rows = {
+    rows: dict[str, str] = {
         "preprocessing": f"transparent pixels on the ground {ground} (red, green, blue of 255), resize the"
         f" shorter side to {height} / {CROP_SHARE} (bicubic), centre crop,"
         f" then (pixels in [0, 1] - mean) / std with mean {mean} and std {std}",
+        "probabilities": f"softmax(logits / {card.temperature:.4g}); {card.calibration or 'not calibrated'}",
+        "training": str(card.selected) if card.selected else "unknown",
         "weights": f"`model.safetensors`, fp32, sha256 `{card.weights_sha256}`",
         "data": f"manifest `{card.lineage.dataset}`"
         + (f", split `{card.lineage.split}`" if card.lineage.split else ""),
@@ -102,6 +105,8 @@ def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
         "labels seen": "; ".join(f"{s.count} ({s.protocol})" for s in card.labels_seen) or "none",
         "commit": f"`{card.lineage.commit}`",
     }
+    if not classifier:
+        del rows["probabilities"]
     lines += [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]
     if card.more_labels_than_claimed:
         lines += ["", "**This model has seen more labels than its split claims.**"]
@@ -111,6 +116,6 @@ def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
         lines += ["", "```python", _EXAMPLE.format(folder=folder), "```"]
         if for_timm:
             lines += ["", "Without this project, from the folder above:"]
-            lines += ["", "```python", _WITH_TIMM.format(folder=folder), "```"]
+            lines += ["", "```python", _WITH_TIMM.format(folder=folder, temperature=card.temperature), "```"]
         lines += ["", "Classes, in the order of the logits: " + ", ".join(card.classes)]
     return "\n".join(lines) + "\n"

@@ -7,9 +7,10 @@ operator for its scan, which would unroll into thousands of nodes a block.
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.exports.card import FINGERPRINT
@@ -25,7 +26,8 @@ OPSET = 17
 def export_to_onnx(folder: Path, out: Path) -> float:
     """Write the classifier of an export as an ONNX file, whole or absent.
 
-    Classes, mean, std and ground are in the file's metadata, as JSON.
+    Its outputs are `logits` and the calibrated `probabilities`. Classes, mean, std, ground and temperature are in the file's
+    metadata, as JSON.
 
     Args:
         folder: The export.
@@ -49,7 +51,9 @@ def export_to_onnx(folder: Path, out: Path) -> float:
     model, card = load_classifier(folder)
     with replacing(out) as temporary:
         try:
-            write_onnx(fuse(model) if isinstance(model, EfficientViM) else model, temporary, card.model.image_size)
+            network = fuse(model) if isinstance(model, EfficientViM) else model
+            outputs = ("logits", "probabilities")
+            write_onnx(_WithProbabilities(network, card.temperature), temporary, card.model.image_size, outputs)
         except (RuntimeError, TypeError, ValueError) as refusal:  # tracing and the exporter raise these
             reason = str(refusal).strip().splitlines()[-1][:200]
             raise ConfigError(
@@ -57,7 +61,8 @@ def export_to_onnx(folder: Path, out: Path) -> float:
             ) from None
         graph = onnx.load(temporary)
         how = card.preprocessing
-        about = {"classes": card.classes, "mean": how.mean, "std": how.std, "ground": how.ground}
+        about: dict[str, Any] = {"classes": card.classes, "temperature": card.temperature}
+        about |= {"mean": how.mean, "std": how.std, "ground": how.ground}
         onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in about.items()})
         onnx.save(graph, temporary)
         fingerprint = Fingerprint.read(folder / FINGERPRINT)
@@ -80,8 +85,22 @@ def _need(package: str) -> None:
         ) from None
 
 
-def write_onnx(model: nn.Module, path: Path, image_size: tuple[int, int]) -> Path:
-    """Write a model as an ONNX file with the input `images` and the output `logits`, fp32.
+class _WithProbabilities(nn.Module):
+    """Returns a classifier's logits, and the probabilities after temperature scaling."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(images)
+        return logits, (logits / self.temperature).softmax(-1)
+
+
+def write_onnx(
+    model: nn.Module, path: Path, image_size: tuple[int, int], outputs: tuple[str, ...] = ("logits",)
+) -> Path:
+    """Write a model as an ONNX file with the input `images`, fp32.
 
     Only the batch size is free: runtimes are fastest with static shapes.
 
@@ -89,6 +108,7 @@ def write_onnx(model: nn.Module, path: Path, image_size: tuple[int, int]) -> Pat
         model: The classifier; EfficientViM best fused, not packed.
         path: The file.
         image_size: Height and width of the images, in pixels.
+        outputs: Names of what the model returns.
 
     Returns:
         `path`.
@@ -108,7 +128,7 @@ def write_onnx(model: nn.Module, path: Path, image_size: tuple[int, int]) -> Pat
             dynamo=False,
             opset_version=OPSET,
             input_names=["images"],
-            output_names=["logits"],
-            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+            output_names=list(outputs),
+            dynamic_axes={name: {0: "batch"} for name in ("images", *outputs)},
         )
     return path

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import HandoverError
 from pipeline.models.arm import ARM
-from pipeline.models.config import DecoderConfig, EfficientViMConfig, FamilyConfig, VisionMambaConfig
+from pipeline.models.config import DecoderConfig, EfficientViMConfig, VisionMambaConfig
+from pipeline.models.family import FamilyConfig
 from pipeline.models.variants import EFFICIENTVIM_VARIANTS, PRETRAINING_FORM, VISION_MAMBA_VARIANTS
 from pipeline.models.vision_mamba.mixer import DIRECTIONS
 from pipeline.models.vision_mamba.position_embedding import sincos_position_embedding

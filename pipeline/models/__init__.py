@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError
-from pipeline.models.config import FAMILIES, FamilyConfig, family_of
+from pipeline.models.config import FAMILIES, family_of
+from pipeline.models.family import FamilyConfig
 
 if TYPE_CHECKING:
     from torch import nn

@@ -130,12 +130,16 @@ class ARM(nn.Module):
         x = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, rows, across, p, p)
         return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)[:, self.pixel_order]
 
-    def draw(self, values: Tensor) -> Tensor:
-        """Arrange targets or predictions (B, S, P) as images (B, C, H, W), still standardised.
+    def draw(self, values: Tensor, images: Tensor) -> Tensor:
+        """Arrange targets or predictions (B, S, P) as images (B, C, H, W) with the mean and contrast of the true patches.
 
-        Cluster 0, which is never predicted, is 0.
+        A target has neither, so a person could not recognise it. Cluster 0, which is never predicted, is that of `images`.
         """
-        patches = F.pad(values.float(), (0, 0, self.tokens_per_cluster, 0))
+        patches = self.patches(images).float()
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        first = self.tokens_per_cluster
+        drawn = values.float() * (variance[:, first:] + 1e-6).sqrt() + mean[:, first:]
+        patches = torch.cat([patches[:, :first], drawn], dim=1)
         p = self.patch_size
         x = patches[:, self.pixel_order.argsort()].unflatten(1, self.backbone.grid_size).unflatten(3, (p, p, -1))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

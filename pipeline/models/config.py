@@ -5,68 +5,23 @@
 """
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.config import Strict, nearest
-from pipeline.models.variants import EFFICIENTVIM_VARIANTS, VISION_MAMBA_VARIANTS, VSSD_VARIANTS
+from pipeline.models.family import Depth, FamilyConfig, Ratio, Width
+from pipeline.models.variants import (
+    EFFICIENTVIM_VARIANTS,
+    VISION_MAMBA_VARIANTS,
+    VSSD_VARIANTS,
+    WIDE_RESNET_VARIANTS,
+)
 
 TIMM_PREFIX = "timm/"
-Depth = Annotated[int, Field(gt=0, le=512)]  # blocks; published models have a tenth
-Width = Annotated[int, Field(gt=0, le=2**15)]  # channels, states, pixels on a side
 Option = Annotated[int, Field(ge=-(2**15), le=2**15)] | Annotated[float, Field(ge=-1e6, le=1e6)]
 Options = Annotated[tuple[Option, ...], Field(max_length=16)]
 _READING_OPTIONS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
-Ratio = Annotated[float, Field(gt=0, le=64)]
-
-
-class FamilyConfig(Strict):
-    """Fields that every family has. A field left out takes the value of the variant `name`, then its default.
-
-    Attributes:
-        variants: Values of the family's named models.
-        free: Fields that may differ between a classifier's export and a model that starts from it, which is fitted.
-    """
-
-    variants: ClassVar[dict[str, dict[str, Any]]] = {}
-    free: ClassVar[tuple[str, ...]] = ("name", "image_size", "drop_path", "num_classes")
-
-    name: str = Field(description="name of a variant, or timm/NAME for a model of timm; it also chooses the family")
-    image_size: tuple[Width, Width] = Field(
-        (224, 224), description="(height, width) of the images in pixels; a single number means square"
-    )
-    in_chans: Literal[3] = Field(3, description="channels of the images: red, green, blue; greyscale is converted")
-    drop_path: float = Field(
-        0.0, ge=0, lt=1, description="probability of dropping a residual branch in training; reached in the last block"
-    )
-    num_classes: int = Field(1000, ge=0, le=10**6, description="classes of the head; 0 means no head")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_variant(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        name = values.get("name")
-        if name is not None and not cls.knows(str(name)):
-            elsewhere = any(family.knows(str(name)) for family in FAMILIES)
-            raise ValueError(
-                f"model name {name!r} {'belongs to a family that this stage does not take' if elsewhere else 'is unknown'};"
-                f" known: {', '.join(nearest(str(name), list(cls.variants)))}"
-            )
-        values = {**cls.variants.get(str(name), {}), **values}
-        if isinstance(values.get("image_size"), int):
-            values["image_size"] = (values["image_size"], values["image_size"])
-        return values
-
-    @classmethod
-    def knows(cls, name: str) -> bool:
-        """Whether `name` is a model of this family."""
-        return name in cls.variants
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the class that builds this family's models."""
-        return {field: value for field, value in self if field != "name"}
 
 
 class SSMixupConfig(Strict):
@@ -278,6 +233,21 @@ class VSSDConfig(FamilyConfig):
     )
 
 
+class WideResNetConfig(FamilyConfig):
+    """A wide residual network for small images: WRN-28-2 of the FixMatch family."""
+
+    variants = WIDE_RESNET_VARIANTS
+
+    depth: Depth = Field(description="layers with weights, 6 n + 4 for n blocks in each of the three stages")
+    widen: Depth = Field(description="channels of the three stages, over 16, 32 and 64")
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> Self:
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise ValueError(f"depth {self.depth} must be 6 n + 4, for example 10, 16, 22 or 28")
+        return self
+
+
 class TimmConfig(FamilyConfig):
     """Any model of timm, from scratch or from a file of weights: `name: timm/vit_small_patch16_224`."""
 
@@ -306,7 +276,13 @@ class TimmConfig(FamilyConfig):
         return dict(self)
 
 
-FAMILIES: tuple[type[FamilyConfig], ...] = (VisionMambaConfig, EfficientViMConfig, VSSDConfig, TimmConfig)
+FAMILIES: tuple[type[FamilyConfig], ...] = (
+    VisionMambaConfig,
+    EfficientViMConfig,
+    VSSDConfig,
+    WideResNetConfig,
+    TimmConfig,
+)
 
 
 def family_of(name: str) -> type[FamilyConfig]:
@@ -342,6 +318,7 @@ ModelConfig = Annotated[
     Annotated[VisionMambaConfig, Tag("tagged-VisionMambaConfig")]
     | Annotated[EfficientViMConfig, Tag("tagged-EfficientViMConfig")]
     | Annotated[VSSDConfig, Tag("tagged-VSSDConfig")]
+    | Annotated[WideResNetConfig, Tag("tagged-WideResNetConfig")]
     | Annotated[TimmConfig, Tag("tagged-TimmConfig")],
     Discriminator(_tag),
     BeforeValidator(_has_a_name),

@@ -58,3 +58,9 @@ VSSD_VARIANTS: dict[str, dict[str, Any]] = {
     # Table D of EfficientViM: its mixer in place of NC-SSD in the first three stages.
     "vssd_tiny_hsm": {"width": 64, "depths": (2, 4, 8, 4), "heads": (2, 4, 8, 16), "mixer": "hsm"},
 }
+
+# WRN-DEPTH-WIDEN of the FixMatch family, for images of 32 pixels.
+WIDE_RESNET_VARIANTS: dict[str, dict[str, Any]] = {
+    "wrn_28_2": {"depth": 28, "widen": 2, "image_size": (32, 32)},
+    "wrn_28_8": {"depth": 28, "widen": 8, "image_size": (32, 32)},
+}

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ def choose_scan(kind: str = "auto", device: torch.device | str = "cpu") -> Opera
 
 
 def self_test(operators: Operators, device: torch.device) -> float:
-    """Compare an implementation with the reference on a small case.
+    """Compare an implementation with the reference on a small case, without autocast and under a bf16 autocast.
 
     Returns:
         The largest relative error over all outputs and gradients.
@@ -164,18 +165,24 @@ def self_test(operators: Operators, device: torch.device) -> float:
     shapes = [(2, 20, 19), (2, 20, 19), (20, 5), (2, 5, 19), (2, 5, 19), (20,), (2, 20, 19), (20,)]
     values = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
     values[2] = -values[2].exp()
-    results = []
-    for scan in (operators.scan, reference.selective_scan):
+
+    def results(scan: Callable[..., Any], autocast: bool) -> list[Tensor]:
         inputs = [value.clone().requires_grad_() for value in values]
-        try:
-            with torch.enable_grad():
-                out, ungated = scan(*inputs, reverse=True, return_ungated=True)
-                results.append([out, ungated, *torch.autograd.grad((out * ungated.cos()).sum(), inputs)])
-        except Exception as error:  # a foreign kernel may raise anything at import or launch
-            raise Failing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    worst = max(
-        float(((got - want).abs().max() / want.abs().max()).detach()) for got, want in zip(*results, strict=True)
-    )
+        with torch.enable_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            out, ungated = scan(*inputs, reverse=True, return_ungated=True)
+            return [out, ungated, *torch.autograd.grad((out * ungated.cos()).sum(), inputs)]
+
+    wanted = results(reference.selective_scan, False)
+    try:
+        found = [results(operators.scan, autocast) for autocast in (False, True)]
+    except Exception as error:  # a foreign kernel may raise anything at import or launch
+        raise Failing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    errors = [
+        ((got - want).abs().max() / want.abs().max()).detach()
+        for some in found
+        for got, want in zip(some, wanted, strict=True)
+    ]
+    worst = max(float(error.nan_to_num(nan=float("inf"))) for error in errors)  # `max` may pass over a NaN
     if not worst < 1e-3:
         raise Failing(f"its relative error to the reference is {worst:.1e}; at most 1e-3 is allowed")
     return worst

@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.ops.precision import without_autocast
+
 CHUNK = 16  # T: two (T, Bt, E, N) tensors of a usual layer fit the last-level cache
 
 
+@without_autocast
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -85,6 +88,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> Any:
         dtu, dt, A, B, C, *carries = ctx.saved_tensors
         g_dtu, g_dt, g_B, g_C = (torch.empty_like(x) for x in (dtu, dt, B, C))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.ops.kernels import Filter, Kernels, ScanInputs, ScanProblem
+from pipeline.ops.precision import without_autocast
 from pipeline.ops.reference import Direction
 
 
@@ -62,6 +63,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, g_o: Tensor, *g_ps: Tensor) -> Any:
         gate, *saved = ctx.saved_tensors
         count = len(ScanInputs._fields)
@@ -82,6 +84,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, g_out: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         g_x = torch.empty_like(x)
@@ -133,6 +136,7 @@ class _Mixer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, g_o: Tensor, *g_ps: Tensor) -> Any:
         kernels, reverses, count = ctx.kernels, ctx.reverses, len(ctx.reverses)
         saved = iter(ctx.saved_tensors)
@@ -194,6 +198,7 @@ class Fused:
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
 
+    @without_autocast
     def scan(
         self,
         u: Tensor,
@@ -227,6 +232,7 @@ class Fused:
         )
         return results if return_ungated else results[0]
 
+    @without_autocast
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
         """Compute `pipeline.ops.scan.causal_conv1d_silu`."""
         return _Conv.apply(self.kernels, reverse, x, weight, bias)

@@ -9,7 +9,10 @@ results at 1e-3, and expect other bits in every run.
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.ops.precision import without_autocast
 
+
+@without_autocast
 def selective_scan(
     u: Tensor,
     delta: Tensor,

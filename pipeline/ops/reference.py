@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.ops.precision import without_autocast
+
 
 class Direction(NamedTuple):
     """The weights of a mixer for one direction, in the layout of nn.Linear and nn.Conv1d. R is the rank of the step size."""
@@ -24,6 +26,7 @@ class Direction(NamedTuple):
     D: Tensor | None  # (E,)
 
 
+@without_autocast
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -74,6 +77,7 @@ def selective_scan(
     return (out, ungated.to(u.dtype)) if return_ungated else out
 
 
+@without_autocast
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """Return SiLU of the depthwise convolution; output t sees inputs t-K+1..t, or t..t+K-1 with `reverse`."""
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops.choice import Operators, operators_for
+from pipeline.ops.precision import without_autocast
 from pipeline.ops.reference import Direction
 from pipeline.ops.shapes import check_conv, check_mixer, check_scan
 from pipeline.ops.ssd import ssd_scan
@@ -74,7 +75,7 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute o = (C·h + D u) SiLU(z) with h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, dt = softplus(delta + delta_bias).
 
-    The scan is computed in fp32 (in fp64 for fp64 inputs) and is differentiable in every tensor.
+    The scan is computed in fp32 (in fp64 for fp64 inputs), under autocast too, and is differentiable in every tensor.
 
     Args:
         u: (Bt, E, L), any strides, fp32 or bf16; other dtypes are correct but slow.
@@ -153,6 +154,8 @@ def mixer_scan(
     For each direction: v = causal_conv1d_silu(x), (low, B, C) = x_proj v, y = scan(v, dt_proj low, A, B, C, D). A mixer
     with four directions makes two calls, the second one on reordered steps.
 
+    The projections are computed in the dtype of `xz`, whatever autocast would choose.
+
     This call exists beside its operators because both directions share x, z and o. A kernel that computes them together
     reads and writes those once, and the gradients of x, z and each v need no sums.
 
@@ -183,6 +186,7 @@ def mixer_scan(
 def _composed(operators: Operators) -> Callable[..., tuple[Tensor, ...]]:
     """Return the chain of a mixer, composed of the two operators."""
 
+    @without_autocast
     def mixer(
         xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None, return_ungated: bool
     ) -> tuple[Tensor, ...]:
@@ -192,8 +196,8 @@ def _composed(operators: Operators) -> Callable[..., tuple[Tensor, ...]]:
             v = operators.conv(x, d.conv_weight, d.conv_bias, reverse=k == 1)
             rank = d.dt_proj.shape[1]
             states = (d.x_proj.shape[0] - rank) // 2
-            low, B, C = F.linear(v.transpose(1, 2), d.x_proj).split([rank, states, states], dim=2)
-            delta = F.linear(low, d.dt_proj).transpose(1, 2)
+            low, B, C = F.linear(v.transpose(1, 2), d.x_proj.to(v.dtype)).split([rank, states, states], dim=2)
+            delta = F.linear(low, d.dt_proj.to(v.dtype)).transpose(1, 2)
             inputs = v, delta, d.A, B.transpose(1, 2), C.transpose(1, 2), d.D, z, d.dt_bias
             if return_ungated or blend is not None:
                 out, p = operators.scan(*inputs, reverse=k == 1, return_ungated=True)

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.ops.precision import without_autocast
+
 # Up to this number of steps, one masked product is faster than the recurrence over chunks. Beyond it, chunks of 64
 # steps are fastest. Both were measured on a CPU.
 SINGLE_CHUNK = 256
 CHUNK = 64
 
 
+@without_autocast
 def ssd_scan(
     u: Tensor,
     delta: Tensor,

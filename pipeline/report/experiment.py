@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.datasets.joint import read_manifests, with_classes
+from pipeline.datasets.joint import with_classes
 from pipeline.datasets.manifest import Manifest
-from pipeline.datasets.opening import open_dataset
-from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.exports.card import CARD
-from pipeline.report.ablation import Comparison, NotPaired
+from pipeline.report.ablation import Comparison, NotPaired, designs_of
 from pipeline.report.extras import read_section
-from pipeline.report.page import Panel, write_report
+from pipeline.report.images_of import images_of
+from pipeline.report.page import LabelNext, Panel, write_report
 from pipeline.report.results import ROWS, Result, read_result
 
 logger = logging.getLogger(__name__)
 
-NUM_PICTURES = 8
+NUM_PICTURES, ACROSS = 8, 4  # pictures of Grad-CAM, and how many of them are side by side
 NUM_FIELD_IMAGES = 32
+NUM_PICKS, MAX_POOL = 24, 2_000  # images to label next, and the unlabelled images that they are chosen from
 
 
 def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = ()) -> Path:
@@ -46,6 +46,8 @@ def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = 
     """
     if out is not None and out.suffix != ".html":
         raise ConfigError(f"--out {out}: the report is an HTML page; give a name that ends in .html")
+    from pipeline.report.worth import measure
+
     results = [read_result(e) for e in experiments]
     measured = [read_section(folder) for folder in extras]
     try:
@@ -53,9 +55,36 @@ def run(experiments: Sequence[Path], out: Path | None, extras: Sequence[Path] = 
     except (PipelineError, RuntimeError, IndexError) as error:  # the numbers are worth a page without pictures
         logger.warning("the report has no pictures of where the models look: %s", error)
         panels = []
+    worth = measure(designs_of(results)[0].results)
     return write_report(
-        experiments, out or experiments[0] / "report.html", panels=panels, compare=compare, extras=measured
+        experiments,
+        out or experiments[0] / "report.html",
+        panels=panels,
+        compare=compare,
+        extras=measured,
+        worth=worth,
+        label_next=_label_next(results[0]),
     )
+
+
+def _label_next(result: Result) -> LabelNext | None:
+    """Choose unlabelled images worth labelling; None if there are none, or no classifier, or they cannot be read."""
+    from pipeline.evaluate.baselines import evenly
+    from pipeline.evaluate.label_next import contact_sheet, rank_images, table_text
+
+    exports = [result.experiment / stage / "export" for stage in ("semi", "distill")]
+    export = next((folder for folder in exports if (folder / CARD).is_file()), None)
+    if export is None:
+        return None
+    try:
+        images = images_of(result)
+        pool = evenly(images.unlabelled, np.zeros(len(images.unlabelled), np.int64), MAX_POOL)
+        picks = rank_images(export, images.train, pool, NUM_PICKS)
+        sheet = contact_sheet(picks, images.train)
+    except (PipelineError, RuntimeError, OSError) as error:
+        logger.warning("the report names no images to label next: %s", error)
+        return None
+    return LabelNext(sheet, table_text(picks), len(picks), len(images.unlabelled)) if picks else None
 
 
 def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> Comparison:
@@ -113,18 +142,9 @@ def _panels(result: Result) -> list[Panel]:
         for name, stage in (("stage 2", "distill"), ("stage 3", "semi"))
         if (result.experiment / stage / "export" / CARD).is_file()
     }
-    configs = [run.config["data"] for run in result.stages.values() if run.config.get("data")]
-    own = next((data[key] for key in ("test", "validation") for data in configs if data.get(key)), None)
-    given = next((data for data in configs if data.get("split")), None)
-    if not exports or (own is None and given is None):
+    if not exports:
         return []
-    if own is not None:
-        manifest = open_dataset(Path(own))
-        held_out = np.flatnonzero(manifest.labels >= 0)
-    elif given is not None:
-        train = given["train"] if isinstance(given["train"], list) else [given["train"]]
-        manifest = read_manifests([Path(folder) for folder in train])
-        held_out = read_split(Path(given["split"]), manifest).subset("validation")
+    manifest, held_out = images_of(result).test
     return _draw_panels(exports, manifest, held_out) if len(held_out) else []
 
 
@@ -166,14 +186,16 @@ def _draw_panels(exports: Mapping[str, Path], manifest: Manifest, sample_indices
         field = receptive_field(model, [batch.images])
         fields.append(for_display(field))
         sides.append(", ".join(f"{100 * s:.0f} % in {side_of_share(field, s)} px" for s in (0.5, 0.95)))
-    width = len(shown)
+    blocks = [slice(k, k + ACROSS) for k in range(0, len(shown), ACROSS)]  # so few side by side fit a narrow screen
+    lines = list(zip(["image", *exports], pictures, titles, strict=True))
+    rows = [(name, row[block], words[block]) for block in blocks for name, row, words in lines]
     gradcam_panel = Panel(
         "gradcam",
         "Grad-CAM",
-        "First row: held-out images with their true classes. Other rows: the class that each model predicts, and where the "
-        "evidence for it is (yellow = strong).",
-        picture_grid(pictures, ["image", *exports], titles),
-        (0.95 * width + 0.3, 1.1 * len(pictures)),
+        "Held-out images with their true classes; below each, the class that each model predicts, and where the evidence for"
+        " it is (yellow = strong).",
+        picture_grid([row for _, row, _ in rows], [name for name, _, _ in rows], [words for _, _, words in rows]),
+        (1.25 * min(ACROSS, len(shown)) + 0.3, 1.4 * len(rows)),
     )
     field_panel = Panel(
         "receptive_field",
@@ -181,8 +203,8 @@ def _draw_panels(exports: Mapping[str, Path], manifest: Manifest, sample_indices
         f"Gradient of the central output with respect to the pixels, averaged over {len(chosen)} held-out images and drawn "
         "as (gradient / largest gradient) to the power 0.2. The text gives the sides of the centred squares that hold 50 % "
         "and 95 % of it.",
-        picture_grid([fields], [""], [[f"{name}: {side}" for name, side in zip(exports, sides, strict=True)]]),
-        (9.6, 6.2 / max(2, len(fields))),
+        picture_grid([fields], [""], [[f"{name}\n{side}" for name, side in zip(exports, sides, strict=True)]]),
+        (5.2, 5.8 / max(2, len(fields))),
     )
     return [gradcam_panel, field_panel]
 

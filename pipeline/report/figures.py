@@ -165,6 +165,14 @@ def pareto_front(points: dict[str, tuple[float, float]], joined: Sequence[str], 
     return paint
 
 
+def shortened(name: str, letters: int) -> str:
+    """Cut a name that is too long for its place, so that its beginning and its end remain."""
+    if len(name) <= letters:
+        return name
+    end = max(1, (letters - 1) // 3)
+    return f"{name[: letters - 1 - end]}…{name[-end:]}"
+
+
 def _legend(axes: Any) -> Any:
     """Put the legend above the axes, where it covers no line."""
     longest = max(map(len, axes.get_legend_handles_labels()[1]))
@@ -206,7 +214,13 @@ def accuracy_against_frequency(labelled: dict[str, int], models: dict[str, dict[
             )
         few = len(names) <= 20
         ticks = np.arange(len(names)) if few else np.linspace(0, len(names) - 1, 6).astype(int)
-        axes.set_xticks(ticks, [f"{names[order[t]][:9]}\n{int(counts[order[t]])}" for t in ticks])
+        letters_that_fit = max(3, 60 // len(ticks))  # longer names stand upright
+        upright = few and max(len(names[order[t]]) for t in ticks) > letters_that_fit
+        words = [shortened(names[order[t]], 16 if upright else letters_that_fit) for t in ticks]
+        labels = [
+            f"{word}{', ' if upright else chr(10)}{int(counts[order[t]])}" for word, t in zip(words, ticks, strict=True)
+        ]
+        axes.set_xticks(ticks, labels, rotation=90 if upright else 0, fontsize=7 if upright else None)
         axes.set(xlabel="class, with its number of labelled images", ylabel="accuracy, percent", ylim=(-4, 104))
         _legend(axes)
 
@@ -278,8 +292,12 @@ def confusion_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]
         axes = canvas.subplots()
         share = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
         image = axes.imshow(share, cmap=MAP, vmin=0, vmax=100, aspect="auto")
-        axes.set_xticks(range(len(columns)), columns, rotation=90 if max(map(len, columns)) > 3 else 0)
-        axes.set_yticks(range(len(rows)), rows)
+        size = 8 if len(columns) <= 20 else 5
+        upright = max(map(len, columns)) > 3
+        axes.set_xticks(
+            range(len(columns)), [shortened(c, 14) for c in columns], rotation=90 if upright else 0, fontsize=size
+        )
+        axes.set_yticks(range(len(rows)), [shortened(r, 14) for r in rows], fontsize=8 if len(rows) <= 14 else 5)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.grid(visible=False)
         if table.size <= 150:
@@ -304,8 +322,12 @@ def picture_grid(
     """
 
     def paint(canvas: Any) -> None:
-        axes = canvas.subplots(len(pictures), len(pictures[0]), squeeze=False)
+        across = len(pictures[0])
+        letters_that_fit = max(6, int(15 * canvas.get_figwidth() / across))
+        axes = canvas.subplots(len(pictures), across, squeeze=False)
         for r, row in enumerate(pictures):
+            for place in axes[r, len(row) :]:  # the last block may have fewer
+                place.set_axis_off()
             for c, picture in enumerate(row):
                 place = axes[r, c]
                 colours = {"cmap": MAP, "vmin": 0, "vmax": 1} if picture.ndim == 2 else {}
@@ -314,7 +336,7 @@ def picture_grid(
                 place.set_yticks([])
                 place.grid(visible=False)
                 place.spines[:].set_visible(False)
-                place.set_title(columns[r][c], fontsize=7, pad=2)
+                place.set_title(shortened(columns[r][c], letters_that_fit), fontsize=8, pad=2)
             axes[r, 0].set_ylabel(rows[r], fontsize=8)
 
     return paint

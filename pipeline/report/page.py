@@ -10,13 +10,30 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 from markupsafe import Markup
 
-from pipeline.files import replace_text
+from pipeline.files import replace_bytes, replace_text
 from pipeline.report import accuracy, sections
 from pipeline.report.ablation import Compare, ablation_table, designs_of
 from pipeline.report.extras import Section
 from pipeline.report.figures import data_uri, draw
 from pipeline.report.results import STAGES, Result, evaluated_rows, read_result
 from pipeline.report.tables import Table
+from pipeline.report.verdict import Worth, advise
+
+
+class LabelNext(NamedTuple):
+    """Unlabelled images that are worth labelling next.
+
+    Attributes:
+        sheet: Contact sheet, a PNG.
+        table: CSV with an empty column for the labels.
+        number: How many images.
+        pool: How many unlabelled images there are.
+    """
+
+    sheet: bytes
+    table: str
+    number: int
+    pool: int
 
 
 class Panel(NamedTuple):
@@ -44,6 +61,8 @@ def write_report(
     panels: Sequence[Panel] = (),
     compare: Compare | None = None,
     extras: Sequence[Section] = (),
+    worth: Worth | None = None,
+    label_next: LabelNext | None = None,
 ) -> Path:
     """Write the page, and the folder of the same name beside it.
 
@@ -56,6 +75,8 @@ def write_report(
         panels: Figures of where the models look.
         compare: Computes the gains between two designs.
         extras: Sections that other commands have measured.
+        worth: Whether the stages were worth it, for the experiments of the first design.
+        label_next: Images worth labelling next, for the first experiment.
 
     Returns:
         `path`.
@@ -73,8 +94,12 @@ def write_report(
     if len(designs) > 1 and compare and evaluated_rows(results):
         tables.insert(0, ablation_table(designs, compare))
     running = [sections.speed(shown), *sections.plans(shown), *sections.incidents(results)]
-    for table in [*tables, *running]:
+    worth_tables = worth.tables() if worth else []
+    for table in [*tables, *running, *worth_tables]:
         table.write(beside / "tables")
+    if label_next:
+        replace_text(beside / "label-next.csv", label_next.table)
+        replace_bytes(beside / "label-next.png", label_next.sheet)
     page = {
         "title": path.parent.name,
         "results": results,
@@ -84,6 +109,12 @@ def write_report(
         "headline": accuracy.headline(shown, rows) if rows else [],
         "protocols": list(dict.fromkeys(r.protocol.rsplit("; seed", 1)[0] for r in results if r.protocol)),
         "labels": list(dict.fromkeys(note for r in results for note in r.label_notes())),
+        "worth": worth,
+        "worth_tables": worth_tables,
+        "advice": advise(shown[0], worth, experiments[0].as_posix()) if worth and rows else [],
+        "label_next": label_next,
+        "sheet": data_uri(beside / "label-next.png") if label_next else "",
+        "experiment": experiments[0].as_posix(),
         "tables": {table.name: table for table in tables},
         "running": running,
         "accuracy": accuracy.figures(shown, rows, figures) if rows else [],

@@ -139,3 +139,15 @@ class PseudoLabelRule(Strict):
         "targets",
         description="what the alignment changes: the pseudo-labels and their confidence, or the confidence alone (SoftMatch)",
     )
+
+
+class BalancedHeadConfig(Strict):
+    """ABC's auxiliary balanced classifier: a second head, which is evaluated and exported in place of the first."""
+
+    weight: float = Field(1.0, gt=0, le=1e6, description="weight of the balanced head's two losses")
+    threshold: float = Field(
+        0.95, ge=0, le=1, description="confidence of the balanced head from which a strong view learns its prediction"
+    )
+    targets: Literal["soft", "hard"] = Field(
+        "soft", description="what the strong view learns: the probabilities (ABC), or the most probable class (USB)"
+    )

@@ -50,6 +50,10 @@ class Teacher:
         """Return the mean magnitude of the output on images (n, 3, H, W) (collective)."""
         return mean_magnitude(self.module, images)
 
+    def refresh(self) -> None:
+        """Bring the inference copy up to date with the shards (collective)."""
+        self.copy.refresh()
+
     def full_weights(self) -> dict[str, Tensor]:
         """Return the whole state dict on the CPU (collective; all ranks get it)."""
         return self.copy.full_weights()

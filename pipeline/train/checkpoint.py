@@ -2,7 +2,7 @@
 
 checkpoints/step_00000500/
   shards_00000.safetensors   "KIND/NAME@START": elements of the flattened parameter NAME (master, exp_avg, ..., teacher, buffer)
-  state.json                 step, AdamW's count, the task's numbers, the loop's (with the fingerprint), hashes of the inputs
+  state.json                 step, the optimizer's count, numbers of the task and the loop (with the fingerprint), hashes
   COMPLETE                   SHA-256 of every file; a folder without it is not a checkpoint
 
 A save is collective. Every rank copies its shards, which is the only stall. A thread of each rank writes them into a
@@ -243,7 +243,8 @@ def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
     tensors = {}
     for shard in engine.shards:
         kinds = {"master": shard.flat}
-        kinds.update({k: moments[shard.flat][k] for k in ("exp_avg", "exp_avg_sq") if k in moments.get(shard.flat, {})})
+        known = moments.get(shard.flat, {})
+        kinds.update({k: known[k] for k in engine.moments if known.get(k) is not None})
         kinds.update({kind: by_flat[shard.flat] for kind, by_flat in extra.items()})
         for kind, tensor in kinds.items():
             tensors[f"{kind}/{shard.name}@{shard.start}"] = shard.of(tensor).to("cpu", copy=True)

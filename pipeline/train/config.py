@@ -1,11 +1,14 @@
 """What training is, as values (torch-free). Steps are optimizer steps; batches are counted over all processes."""
 
+import math
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.config import FREE, NonNegativeInt, PositiveInt, Seconds, Strict
+
+COSINE_7_16_END = math.cos(math.pi * 7 / 16)  # the last learning rate of FixMatch's schedule, over the first
 
 
 class RunConfig(Strict):
@@ -30,18 +33,26 @@ class RunConfig(Strict):
 
 
 class OptimConfig(Strict):
-    """AdamW with a linear rise over `warmup_steps`, then half a cosine down to `min_lr`, held for `cooldown_steps`."""
+    """An optimizer with a linear rise over `warmup_steps`, then a fall to `min_lr`, held for `cooldown_steps`."""
 
+    kind: Literal["adamw", "sgd"] = Field(
+        "adamw", description="AdamW, or SGD with momentum, whose weight decay is added to the gradient"
+    )
     lr: float = Field(
         gt=0,
         le=1e38,
         description="learning rate at the peak, for the global batch as configured (it is not scaled by it)",
     )
-    min_lr: float = Field(0.0, ge=0, le=1e38, description="learning rate at the end of the cosine")
+    min_lr: float = Field(0.0, ge=0, le=1e38, description="learning rate at the end of the fall")
+    schedule: Literal["cosine", "cosine_7_16"] = Field(
+        "cosine",
+        description="the fall: half a cosine to min_lr, or cos(7/16 pi x the share of the steps), which ends at a fifth of lr"
+        " (FixMatch, USB)",
+    )
     warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of the linear rise")
     cooldown_steps: NonNegativeInt = Field(0, description="last optimizer steps, all at min_lr")
     weight_decay: float = Field(
-        0.05, ge=0, le=1e6, description="AdamW's weight decay; vectors, A, tokens and position embeddings do not decay"
+        0.05, ge=0, le=1e6, description="weight decay; vectors, A, tokens and position embeddings do not decay"
     )
     decay_also: tuple[str, ...] = Field(
         (),
@@ -50,6 +61,8 @@ class OptimConfig(Strict):
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
     eps: float = Field(1e-8, gt=0, le=1, description="AdamW's term in the denominator")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's share of the last step's direction")
+    nesterov: bool = Field(True, description="SGD looks ahead along its momentum")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="learning rate of a layer, divided by that of the layer above it; 1 = all alike"
     )
@@ -60,10 +73,21 @@ class OptimConfig(Strict):
     )
     clip_norm: float = Field(0.0, ge=0, le=1e9, description="largest global norm of the gradient; 0 = no clipping")
 
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What the optimizer keeps of a weight beside the weight, by torch's names."""
+        return ("exp_avg", "exp_avg_sq") if self.kind == "adamw" else ("momentum_buffer",)
+
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.schedule == "cosine_7_16" and self.min_lr:
+            raise ValueError(
+                f"min_lr {self.min_lr} belongs to schedule=cosine; cosine_7_16 ends at {COSINE_7_16_END:.3f} of lr; leave it out"
+            )
+        if self.kind == "sgd" and self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum; set momentum=0.9, or nesterov=false")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         return self
@@ -151,6 +175,16 @@ class LoopConfig(Strict):
     eval_every: PositiveInt | None = Field(
         None, description="steps between two validations; none = only after the last step", json_schema_extra=FREE
     )
+    select: Literal["last", "best"] = Field(
+        "last",
+        description="which state of the run is exported: the last, or that of the best validation (by the exported network's"
+        " top-1, equal ones by their loss; stage 1: by val/loss). `best` needs validation images and eval_every, and keeps a"
+        " copy of the weights",
+    )
+    patience: PositiveInt | None = Field(
+        None,
+        description="validations in a row without a better one after which the run ends before `steps`; none = never",
+    )
     save_every: PositiveInt = Field(500, description="steps between two checkpoints", json_schema_extra=FREE)
     keep_checkpoints: PositiveInt = Field(
         2, description="how many of the newest checkpoints are kept", json_schema_extra=FREE
@@ -201,3 +235,17 @@ class LoopConfig(Strict):
         description="steps between two votes of the processes on stopping (one tiny all-reduce)",
         json_schema_extra=FREE,
     )
+
+    @property
+    def compares(self) -> bool:
+        """Whether validations are compared with one another."""
+        return self.select == "best" or self.patience is not None
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> Self:
+        if self.compares and self.eval_every is None:
+            key = "select=best" if self.select == "best" else f"patience={self.patience}"
+            raise ValueError(
+                f"{key} compares validations, but eval_every is null; give the steps between two validations"
+            )
+        return self

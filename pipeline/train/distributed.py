@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import EnvironmentProblem
+from pipeline.train.gpus import Torch, broken_promise
 from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def start(timeout_seconds: float, public_address: bool = False) -> World:
         public_address: Whether the ranks may meet at an address of the internet.
 
     Raises:
-        EnvironmentProblem: The environment contradicts itself, or the ranks cannot or may not meet at its address.
+        EnvironmentProblem: The environment contradicts itself, the ranks cannot or may not meet at its address, or GPUs were
+            promised and torch sees none.
     """
     found = rendezvous(os.environ)
     keep_to_the_ranks(found, public_address)
@@ -64,7 +66,9 @@ def start(timeout_seconds: float, public_address: bool = False) -> World:
     if gpus:
         device = torch.device("cuda", gpu_of(int(found["LOCAL_RANK"]), torch.cuda.device_count(), os.environ))
         torch.cuda.set_device(device)
-    if not gpus:
+    else:
+        if wrong := broken_promise(Torch(torch.__version__, torch.version.cuda), os.environ):
+            raise EnvironmentProblem(wrong)
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     deepspeed = _import_deepspeed()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.distributed import World, limit_collectives
-from pipeline.train.optim import Trainable, parameter_groups
+from pipeline.train.optim import Trainable, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Engine:
     Args:
         model: The network, whole and on any device.
         world: The processes.
-        optim: AdamW's settings.
+        optim: The optimizer's settings.
         config: How the work is distributed.
         micro_batch: Samples of the first stream that a process computes at once.
         accumulation: Micro-batches per optimizer step.
@@ -71,9 +71,7 @@ class Engine:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if config.compile:
             model.compile()  # in place: the names of the weights stay
-        optimizer = torch.optim.AdamW(
-            parameter_groups(cast(Trainable, model), optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
-        )
+        optimizer = make_optimizer(cast(Trainable, model), optim)
         self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
@@ -82,6 +80,7 @@ class Engine:
         limit_collectives(config.timeout_seconds)
         self.model: nn.Module = self._deepspeed
         self.base_optimizer: torch.optim.Optimizer = optimizer
+        self.moments = optim.moments
         self.named_parameters = [(n, p) for n, p in self._deepspeed.module.named_parameters() if p.requires_grad]
         self.shards = self._find_shards()
         self._clear_padding()
@@ -210,32 +209,32 @@ class Engine:
 
         Args:
             read: (kind, name, start, numel) -> elements (numel,) of a saved whole parameter.
-            optimizer_step: AdamW's count of updates.
+            optimizer_step: What `optimizer_step` returned.
             kinds: Name of an extra kind -> {master: the tensor to fill}.
         """
         state = self.base_optimizer.state
         for flat in self.masters:
             state.pop(flat, None)
             if optimizer_step:
-                state[flat] = {
-                    "step": torch.tensor(optimizer_step),
-                    "exp_avg": torch.zeros_like(flat.detach()),
-                    "exp_avg_sq": torch.zeros_like(flat.detach()),
-                }
+                state[flat] = {moment: torch.zeros_like(flat.detach()) for moment in self.moments}
+                if isinstance(self.base_optimizer, torch.optim.AdamW):
+                    state[flat]["step"] = torch.tensor(optimizer_step)
         for shard in self.shards:
             where = (shard.name, shard.start, shard.numel)
             shard.of(shard.flat).copy_(read("master", *where))
             if optimizer_step:
-                for moment in ("exp_avg", "exp_avg_sq"):
+                for moment in self.moments:
                     shard.of(state[shard.flat][moment]).copy_(read(moment, *where))
             for kind, tensors in kinds.items():
                 shard.of(tensors[shard.flat]).copy_(read(kind, *where))
-        self._refresh_compute_copies(read)
+        self.refresh_weights(read)
 
     def optimizer_step(self) -> float:
-        """Return AdamW's own count of updates, without skipped ones."""
+        """Return AdamW's own count of updates, without skipped ones; for SGD, which counts none, 1 once it has a momentum."""
         first = self.base_optimizer.state.get(self.masters[0], {})
-        return float(first["step"]) if "step" in first else 0.0
+        if isinstance(self.base_optimizer, torch.optim.AdamW):
+            return float(first["step"]) if "step" in first else 0.0
+        return float(first.get("momentum_buffer") is not None)
 
     def close(self) -> None:
         """Release DeepSpeed; this must happen before the process group ends, or ZeRO-3 may abort at exit."""
@@ -272,9 +271,15 @@ class Engine:
             for end, start in zip(ends, starts, strict=True):
                 flat.detach().view(-1)[end:start].zero_()
 
-    def _refresh_compute_copies(self, read: Callable[[str, str, int, int], Tensor]) -> None:
-        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters."""
-        if self.config.zero_stage in (1, 2):
+    def refresh_weights(self, read: Callable[[str, str, int, int], Tensor] | None = None) -> None:
+        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters (collective).
+
+        Args:
+            read: As in `restore`, where a file has the masters of all ranks; None = they are gathered.
+        """
+        if self.config.zero_stage in (1, 2) and read is None:
+            self.gather(None, {name: p.data for name, p in self.named_parameters})
+        elif self.config.zero_stage in (1, 2) and read is not None:
             for name, p in self.named_parameters:
                 p.data.copy_(read("master", name, 0, p.numel()).view(p.shape))
         elif self.config.zero_stage == 3:

@@ -21,6 +21,7 @@ from pipeline.train.peak import peak_flops
 from pipeline.train.progress import Progress
 from pipeline.train.run import Run
 from pipeline.train.saved_state import LoopRecord
+from pipeline.train.selection import Selection
 from pipeline.train.shard_check import ShardCheck
 from pipeline.train.signals import stop_flag
 from pipeline.train.tracer import Tracer
@@ -34,13 +35,16 @@ Evaluate = Callable[[int, Board], dict[str, float]]
 FINGERPRINT_TOLERANCE = 1e-3  # relative; another world size or ZeRO stage sums in another order
 
 
-def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
+def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
     """Train for `loop.steps` optimizer steps, continuing from the run's newest sound checkpoint.
 
     Args:
         training: What is trained, on what, by which rules.
         run: The folder that receives numbers and checkpoints.
         evaluate: Called every `loop.eval_every` steps and after the last.
+
+    Returns:
+        Where the run ended. The weights are those of the last step; with `loop.select=best` the task holds the best ones.
 
     Raises:
         Interrupted: After a signal or the time limit; everything is saved.
@@ -61,7 +65,7 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
 
     run.status("running", step=state.step, steps=loop.steps)
     with stop_flag() as stop, shards:
-        while state.step < loop.steps:
+        while state.step < loop.steps and not state.ended_early:
             data_step = data_step_of(state.step, state.left_out)
             with meter.waiting():
                 drawn = draws.take(data_step)
@@ -75,8 +79,10 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
             voting = step % loop.vote_every == 0 and not last
             stopping = voting and any_rank(bool(stop) or time.monotonic() > deadline, world)
             saving = last or stopping or step % loop.save_every == 0
+            evaluating = last or bool(loop.eval_every and step % loop.eval_every == 0)
 
-            if saving or step % loop.log_every == 0:  # nothing is saved that has not been checked
+            # Nothing is saved that has not been checked, and with patience a validation may be the end.
+            if saving or step % loop.log_every == 0 or (evaluating and loop.patience):
                 row = _log_row(training, meter, step, moved=done.moved)
                 anomaly = find_anomaly(row, recorder, loop, world)
                 if anomaly:
@@ -90,15 +96,22 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
                 display.show(step, row)
                 run.status("running", step=step, steps=loop.steps)
             # Before saving: a run that continues from this checkpoint does not evaluate this step again.
-            if last or (loop.eval_every and step % loop.eval_every == 0):
+            if evaluating:
                 with meter.pausing():
                     row = evaluate(step, display.board)
                 display.show(step, row)
+                state.ended_early = _compare(training, state, row) and not last
+                saving |= state.ended_early
             if saving:
                 with meter.pausing():
                     if not stopping:
                         _check_shards(
-                            shards, saver, run, state.proven, wait=saves > 0 or last, enough=lambda: bool(stop)
+                            shards,
+                            saver,
+                            run,
+                            state.proven,
+                            wait=saves > 0 or last or state.ended_early,
+                            enough=lambda: bool(stop),
                         )
                     _save(saver, training, state, shards)
                 saves += 1
@@ -122,6 +135,22 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> None:
     recorder.dump(run.folder / "report" / f"flight_rank_{world.rank:05d}.jsonl")
     display.close()
     draws.close()
+    return Ending(step=state.step, steps=loop.steps, selection=state.selection)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """Where a run ended.
+
+    Args:
+        step: The last optimizer step.
+        steps: Those that the config asked for; more than `step` if `loop.patience` ended the run.
+        selection: What its validations found.
+    """
+
+    step: int
+    steps: int
+    selection: Selection
 
 
 @dataclass(kw_only=True)
@@ -131,6 +160,8 @@ class _LoopState:
     step: int
     left_out: list[int] = field(default_factory=list)  # data steps that a rewind has closed
     rewinds: int = 0
+    selection: Selection = field(default_factory=Selection)
+    ended_early: bool = False
     proven: int = 0  # the newest step that was saved when all shards had been checked
 
 
@@ -162,6 +193,16 @@ def _log_row(training: Training, meter: Meter, step: int, *, moved: bool) -> dic
     engine = training.engine
     row = meter.flush() | {"train/lr": training.lr_at(step - 1), "train/weight_norm": engine.weight_norm()}
     return row | {"train/grad_norm": engine.grad_norm()} if moved else row
+
+
+def _compare(training: Training, state: _LoopState, row: dict[str, float]) -> bool:
+    """Compare a validation with the earlier ones, keep the state if it is the best, and return whether patience is over."""
+    loop, selection = training.loop, state.selection
+    if not loop.compares:
+        return False
+    if selection.see(state.step, row, training.task.criteria()) and training.task.best:
+        training.task.best.keep()
+    return loop.patience is not None and selection.waited >= loop.patience
 
 
 def _tell_incidents(training: Training, run: Run, saver: Saver, row: dict[str, float], step: int) -> None:
@@ -205,6 +246,8 @@ def _save(saver: Saver, training: Training, state: _LoopState, shards: ShardChec
         fingerprint=training.fingerprint(),
         hashed=shards.stamps(),
         proven=state.proven,
+        selection=state.selection.model_copy(),  # a thread writes it while training continues
+        ended_early=state.ended_early,
     )
     saver.save(state.step, record)
 
@@ -226,7 +269,14 @@ def _restore(training: Training, run: Run, shards: ShardCheck, before: float = m
     if not saved:
         return _LoopState(step=0)
     loop = saved.loop
-    return _LoopState(step=step, left_out=loop.left_out, rewinds=loop.rewinds, proven=loop.proven)
+    return _LoopState(
+        step=step,
+        left_out=loop.left_out,
+        rewinds=loop.rewinds,
+        proven=loop.proven,
+        selection=loop.selection,
+        ended_early=loop.ended_early,
+    )
 
 
 def _check_fingerprint(now: float, saved: float, run: Run, step: int, shards: ShardCheck) -> None:

@@ -1,10 +1,11 @@
-"""Parameter groups: which weights decay, and how fast each layer learns."""
+"""The optimizer, and its parameter groups: which weights decay, and how fast each layer learns."""
 
 import fnmatch
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
@@ -54,3 +55,11 @@ def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, An
         {"params": params, "weight_decay": decay, "lr_scale": scale, "joins": joins}
         for (decay, scale, joins), params in sorted(groups.items(), key=lambda g: g[0])
     ]
+
+
+def make_optimizer(model: Trainable, config: OptimConfig) -> torch.optim.Optimizer:
+    """Make torch's optimizer of a model's trained parameters; its learning rate is set at every step."""
+    groups = parameter_groups(model, config)
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)

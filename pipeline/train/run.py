@@ -146,12 +146,12 @@ class Run:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def last_row(self, prefix: str) -> dict[str, float]:
-        """Return the newest values whose names start with `prefix`, on rank 0; nothing on other ranks."""
+    def last_row(self, prefix: str, until: int) -> dict[str, float]:
+        """Return the newest values of steps up to `until` whose names start with `prefix`; nothing on ranks above 0."""
         path = self.folder / "metrics.jsonl"
         if not self.world.is_main or not path.exists():
             return {}
-        rows = reversed(read_rows(path))
+        rows = (row for row in reversed(read_rows(path)) if row.get("step", until) <= until)
         return next((found for row in rows if (found := {k: v for k, v in row.items() if k.startswith(prefix)})), {})
 
     def write_json(self, name: str, value: Any) -> None:

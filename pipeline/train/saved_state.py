@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.files import read_regular
+from pipeline.train.selection import Selection
 
 STATE, COMPLETE = "state.json", "COMPLETE"
 SHARDS = re.compile(r"shards_\d{5}\.safetensors")
@@ -33,6 +34,8 @@ class LoopRecord(_Record):
         fingerprint: Mean magnitude of the outputs on the fingerprint batch.
         hashed: Stamps of the shards whose content has been checked (`shard_check.Stamp`), by SHA-256.
         proven: The newest step that was saved when all shards had been checked.
+        selection: What the validations have found, if they are compared.
+        ended_early: Whether `loop.patience` has ended the run at this step.
     """
 
     left_out: list[Count]
@@ -40,6 +43,8 @@ class LoopRecord(_Record):
     fingerprint: float
     hashed: dict[str, list[int]] = {}
     proven: Count = 0
+    selection: Selection = Selection()
+    ended_early: bool = False
 
 
 class SavedState(_Record):

@@ -62,6 +62,9 @@ class Companion(Protocol):
     def fingerprint(self, images: "Tensor") -> float:
         """Return one number that the teacher's weights decide (collective)."""
 
+    def refresh(self) -> None:
+        """Bring what computes up to date with the sharded state (collective)."""
+
     def sharded_state(self) -> "dict[Tensor, Tensor]":
         """Return {optimizer's flat parameter: the teacher's tensor of its shape}."""
 
@@ -75,14 +78,39 @@ class Companion(Protocol):
         """Restore the small numbers, after the sharded state."""
 
 
+class KeptState(Protocol):
+    """What a Task asks of the best state that it holds; `pipeline.train.best.Best` is the one there is."""
+
+    def keep(self) -> None:
+        """Copy the present state."""
+
+    def adopt(self) -> None:
+        """Make the kept state the present one (collective)."""
+
+    def sharded_state(self) -> "dict[str, dict[Tensor, Tensor]]":
+        """Return kind -> {optimizer's flat parameter: the kept tensor of its shape}."""
+
+    def buffers(self) -> "dict[str, Tensor]":
+        """Return the kept running statistics."""
+
+
 class Task:
     """What differs between stages. Only `loss` must be given.
 
-    A teacher that the Task holds is moved, saved, restored and fingerprinted here, so no stage repeats it.
+    A teacher that the Task holds is moved, saved, restored and fingerprinted here, so no stage repeats it. The best state is
+    saved and restored here too.
+
+    Attributes:
+        names_classes: Whether the model's outputs are logits of classes.
+        teacher: The average of the weights, if the stage has one.
+        best: The state of the best validation, if `loop.select` asks for it.
+        exported: The network that the stage exports, by its name in a validation.
     """
 
-    names_classes = True  # the model's outputs are logits of classes
+    names_classes = True
     teacher: Companion | None = None
+    best: KeptState | None = None
+    exported: str = "student"
 
     def loss(self, model: "nn.Module", batch: "Mapping[str, Batch]") -> StepOutput:
         """Return loss and metrics of one micro-batch of every stream.
@@ -106,6 +134,11 @@ class Task:
         """Return what is alarming about a logged row of means, one sentence each; equal on all ranks."""
         return []
 
+    def criteria(self) -> dict[str, int]:
+        """Return by which numbers of a validation the stage's result is chosen: name -> 1 (larger is better) or -1."""
+        prefix = "val/" if self.exported == "student" else f"val/{self.exported}_"
+        return {f"{prefix}top1": 1, f"{prefix}nll": -1}
+
     def fingerprint(self, model: "nn.Module", images: "Tensor") -> float:
         """Return one number that the weights, the teacher's too, decide: a restored run must reproduce it (collective)."""
         return mean_magnitude(model, images) + (self.teacher.fingerprint(images) if self.teacher else 0.0)
@@ -116,11 +149,12 @@ class Task:
 
     def sharded_state(self) -> "dict[str, dict[Tensor, Tensor]]":
         """Return name -> {optimizer's flat parameter: a tensor of its shape}; saved with the optimizer's shards."""
-        return {"teacher": self.teacher.sharded_state()} if self.teacher else {}
+        teacher = {"teacher": self.teacher.sharded_state()} if self.teacher else {}
+        return teacher | (self.best.sharded_state() if self.best else {})
 
     def buffers(self) -> "dict[str, Tensor]":
-        """Return the teacher's running statistics; rank 0 saves them with the model's."""
-        return self.teacher.buffers() if self.teacher else {}
+        """Return running statistics beside the model's: the teacher's and the best state's; rank 0 saves them."""
+        return (self.teacher.buffers() if self.teacher else {}) | (self.best.buffers() if self.best else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return small numbers, equal on all ranks."""

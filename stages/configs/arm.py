@@ -1,18 +1,13 @@
 """Stage 1, arm: the config and the spec of autoregressive pretraining (torch-free)."""
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.evaluate.config import LinearProbeConfig
-from pipeline.models.config import (
-    DecoderConfig,
-    FamilyConfig,
-    VisionMambaConfig,
-    check_clusters,
-    check_taps,
-)
+from pipeline.models.config import DecoderConfig, VisionMambaConfig, check_clusters, check_taps
+from pipeline.models.family import FamilyConfig
 from pipeline.models.variants import PRETRAINING_FORM
 from pipeline.streaming.config import AugmentConfig
 from stages.configs.base import StageConfig
@@ -31,6 +26,12 @@ class ArmConfig(StageConfig):
         LinearProbeConfig(),
         description="linear probe and k-NN on the features; needs data.split with labelled and validation subsets;"
         " null = none",
+    )
+
+    select_by: Literal["loss", "linear"] = Field(
+        "loss",
+        description="what loop.select=best and loop.patience compare: val/loss, or the accuracy of the linear probe (val/linear),"
+        " which tells when more pretraining stops paying; it reads labels, so they count as seen",
     )
 
     @model_validator(mode="before")
@@ -59,6 +60,10 @@ class ArmConfig(StageConfig):
             raise ValueError(
                 f"linear_probe.every {every} must be a multiple of loop.eval_every {self.loop.eval_every}:"
                 " it is part of an evaluation"
+            )
+        if self.select_by == "linear" and (self.linear_probe is None or every not in (None, self.loop.eval_every)):
+            raise ValueError(
+                "select_by=linear compares the linear probe of every validation; give linear_probe without every"
             )
         return self
 

@@ -1,8 +1,8 @@
 """The part of a config that all stages share (torch-free, so that a typing error is refused at once)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -90,6 +90,35 @@ class DataConfig(Strict):
     def decoding(self) -> Decoding:
         """How images are decoded."""
         return Decoding(ground=self.ground, max_pixels=self.max_pixels)
+
+
+class ClassWeightsConfig(Strict):
+    """Weights of the classes in the loss on labels. They sum to the number of classes that have labels."""
+
+    kind: Literal["inverse", "effective"] = Field(
+        "effective", description="one over the number of labels, or over their effective number (Cui et al. 2019)"
+    )
+    beta: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="kind=effective: the effective number of n labels is (1 - beta^n) / (1 - beta); the paper tries 0.9 to"
+        " 0.9999",
+    )
+
+
+def refuse_two_corrections(given: Mapping[str, Any]) -> None:
+    """Refuse more than one correction of the imbalance among the labels.
+
+    Args:
+        given: Key of the config -> its value, false if it is off.
+
+    Raises:
+        ValueError: Two are on.
+    """
+    on = [key for key, value in given.items() if value]
+    if len(on) > 1:
+        raise ValueError(f"{on[0]} and {on[1]} correct the same imbalance twice; choose one")
 
 
 class StageConfig(Strict):

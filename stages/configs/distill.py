@@ -10,9 +10,10 @@ from pipeline.errors import ConfigError, HandoverError
 from pipeline.exports.card import Channels, Spreads
 from pipeline.exports.prefetch import missing_weights
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
-from pipeline.models.config import TIMM_PREFIX, FamilyConfig, ModelConfig, TimmConfig
+from pipeline.models.config import TIMM_PREFIX, ModelConfig, TimmConfig
+from pipeline.models.family import FamilyConfig
 from pipeline.streaming.config import AugmentConfig
-from stages.configs.base import StageConfig
+from stages.configs.base import ClassWeightsConfig, StageConfig, refuse_two_corrections
 from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Workload
 
 
@@ -130,6 +131,9 @@ class DistillConfig(StageConfig):
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of training images")
     mix: MixConfig = Field(MixConfig(), description="mixing of labelled images")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of a label that is spread over all classes")
+    class_weights: ClassWeightsConfig | None = Field(
+        None, description="weights of the classes in the loss on labels; null = all alike"
+    )
     head_std: float | None = Field(
         None,
         gt=0,
@@ -168,6 +172,12 @@ class DistillConfig(StageConfig):
     def _mesa(self) -> Self:
         if self.mesa and self.average is None:
             raise ValueError("mesa learns from the average of the weights; give average={decay: 0.9995} too")
+        return self
+
+    @model_validator(mode="after")
+    def _one_correction(self) -> Self:
+        balanced = self.data.loader.sampling == "class_balanced"
+        refuse_two_corrections({"class_weights": self.class_weights, "data.loader.sampling=class_balanced": balanced})
         return self
 
     @model_validator(mode="after")

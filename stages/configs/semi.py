@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 from pipeline.config import FREE, NonNegativeInt, PathText, Strict
 from pipeline.errors import ConfigError
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
-from pipeline.models.config import FamilyConfig, SSMixupConfig, VisionMambaConfig
-from pipeline.ssl.config import LyapEMAConfig, PseudoLabelRule
+from pipeline.models.config import ModelConfig, SSMixupConfig, VisionMambaConfig
+from pipeline.models.family import FamilyConfig
+from pipeline.ssl.config import BalancedHeadConfig, LyapEMAConfig, PseudoLabelRule
 from pipeline.streaming.config import AugmentConfig
-from stages.configs.base import StageConfig
+from stages.configs.base import ClassWeightsConfig, StageConfig, refuse_two_corrections
 from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Workload
 
 
@@ -87,9 +88,14 @@ class SemiConfig(StageConfig):
 
     stage: ClassVar[str] = "semi"
 
-    init_from: PathText = Field(
-        description="a classifier's export to start from: its folder, or the name of a stage of the same experiment",
+    init_from: PathText | None = Field(
+        None,
+        description="a classifier's export to start from: its folder, or the name of a stage of the same experiment; null ="
+        " none, and model says what is trained",
         json_schema_extra=FREE,
+    )
+    model: ModelConfig | None = Field(
+        None, description="a model to train from random weights, in place of init_from, as FixMatch and USB do"
     )
     backbone: BackboneConfig = Field(WHOLE, description="which part of the model trains, and the teacher averages")
     ema: LyapEMAConfig = Field(LyapEMAConfig(), description="how the teacher follows the student")
@@ -115,6 +121,12 @@ class SemiConfig(StageConfig):
         ge=0,
         le=1000,
         description="tau of Menon et al.: both losses see logits + tau log(share of the class among labels); 0 = off",
+    )
+    class_weights: ClassWeightsConfig | None = Field(
+        None, description="weights of the classes in the loss on labels; null = all alike"
+    )
+    balanced_head: BalancedHeadConfig | None = Field(
+        None, description="ABC's second head, which is evaluated and exported in place of the first; null = none"
     )
     watched_samples: NonNegativeInt = Field(
         1024,
@@ -143,10 +155,28 @@ class SemiConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
-    def _one_remedy(self) -> Self:
-        if self.logit_adjustment and self.data.loader.sampling == "class_balanced":
+    def _one_start(self) -> Self:
+        if (self.init_from is None) == (self.model is None):
             raise ValueError(
-                "logit_adjustment and data.loader.sampling=class_balanced correct the same imbalance twice; choose one"
+                "give init_from, a classifier's export to start from, or model, to train from random weights; one of the two"
+            )
+        if self.model and self.backbone.train != "whole":
+            raise ValueError("model starts from random weights, so all of them must train; set backbone.train=whole")
+        return self
+
+    @model_validator(mode="after")
+    def _one_remedy(self) -> Self:
+        refuse_two_corrections(
+            {
+                "logit_adjustment": self.logit_adjustment,
+                "class_weights": self.class_weights,
+                "balanced_head": self.balanced_head,
+                "data.loader.sampling=class_balanced": self.data.loader.sampling == "class_balanced",
+            }
+        )
+        if self.balanced_head and (self.mixup.pseudo or (self.ssmixup and self.ssmixup.axis != "direction")):
+            raise ValueError(
+                "balanced_head learns from each strong view alone; set mixup.pseudo=false and ssmixup.axis=direction"
             )
         if self.ssmixup and self.ssmixup.axis != "direction" and self.mixup.pseudo:
             raise ValueError(f"ssmixup.axis={self.ssmixup.axis} and mixup.pseudo both mix the images; choose one")
@@ -185,8 +215,8 @@ class SemiSpec(StageSpec[SemiConfig]):
         return streams
 
     def model_config(self, config: SemiConfig, num_classes: int, parent: ParentModel) -> FamilyConfig:
-        """The parent's model, with this stage's drop path and SSMixup."""
-        model = parent("init_from")
+        """The parent's model or the config's own, with this stage's drop path and SSMixup."""
+        model: FamilyConfig = self.own_model(config, num_classes) or parent("init_from")
         values = model.model_dump()
         if config.drop_path is not None:
             values["drop_path"] = config.drop_path
@@ -208,9 +238,19 @@ class SemiSpec(StageSpec[SemiConfig]):
         )
         return Workload((student, Network("teacher", "averaged", model, inferred_images=labels.get("teacher", 0))))
 
+    @staticmethod
+    def own_model(config: SemiConfig, num_classes: int) -> FamilyConfig | None:
+        """The model that starts from random weights, with the data's number of classes; None if a parent gives it."""
+        return config.model and config.model.model_copy(update={"num_classes": num_classes})
+
     def references(self, config: SemiConfig) -> dict[str, str]:
-        """The classifier to start from."""
-        return {"init_from": config.init_from}
+        """The classifier to start from, if there is one."""
+        return {"init_from": config.init_from} if config.init_from else {}
+
+    def check_data(self, config: SemiConfig, num_classes: int) -> None:
+        """Refuse SSMixup for a model of its own without opposite directions."""
+        if config.model:
+            self._check_ssmixup(config, config.model, "model")
 
     def other_paths(self, config: SemiConfig) -> dict[str, Path]:
         """The cache of the backbone's features."""
@@ -219,9 +259,13 @@ class SemiSpec(StageSpec[SemiConfig]):
     def check_parent(self, config: SemiConfig, role: str, folder: Path, kind: str, model: FamilyConfig) -> None:
         """Refuse a pretrainer, and SSMixup for a model without opposite directions."""
         self.need_classifier(role, folder, kind)
+        self._check_ssmixup(config, model, str(folder))
+
+    @staticmethod
+    def _check_ssmixup(config: SemiConfig, model: FamilyConfig, where: str) -> None:
         if config.ssmixup and (not isinstance(model, VisionMambaConfig) or model.directions == 1):
             raise ConfigError(
-                f"ssmixup blends the opposite directions of a Vision Mamba, but {model.name} of {folder} has none; set"
+                f"ssmixup blends the opposite directions of a Vision Mamba, but {model.name} of {where} has none; set"
                 " ssmixup=null (LyapEMA works with every model), or mix images instead with ssmixup=null"
                 " mixup.pseudo=true"
             )

@@ -5,9 +5,9 @@
     python -m studies.scoreboard --only digits-4 resnet            only jobs whose name has one of these in it
     python -m studies.scoreboard --dry                             list the jobs and what each would take
 
-Each column of each cell is one file of JSON in runs/scoreboard/cells, so a board that was stopped continues. Seeds come first:
-a budget that ends early leaves all cells with fewer seeds. Partial boards say what is missing. The last line is one JSON
-object: points of top-1 by which the chain exceeds the best baseline, in the worst cell and on average, and the like.
+Each column of each cell is one file of JSON in runs/scoreboard-CONFIGS/cells, so a board that was stopped continues. Seeds
+come first: a budget that ends early leaves all cells with fewer seeds. Partial boards say what is missing. The last line is one
+JSON object: points of top-1 by which the chain exceeds the best baseline, in the worst cell and on average, and the like.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import threading
 import time
@@ -28,9 +29,9 @@ from pipeline.cli import guarded
 from pipeline.errors import ConfigError, PipelineError
 from studies.scoreboard import pictures
 from studies.scoreboard.board import Board, Place, write_document
-from studies.scoreboard.columns import JOBS, RUNS
+from studies.scoreboard.columns import JOBS
+from studies.scoreboard.recipe import Chain
 
-CELLS = RUNS / "cells"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -54,6 +55,15 @@ def _run(arguments: list[str]) -> int:
     )
     parser.add_argument("--budget", help="start no job that would end later than this, for example 3h or 90m")
     parser.add_argument("--jobs", type=int, default=1, help="jobs at a time, with one thread each (default 1)")
+    parser.add_argument(
+        "--configs",
+        default="recipe",
+        metavar="NAME",
+        help="chain to measure: configs/STAGE/NAME.yaml, or what the recipe writes for each case (default recipe)",
+    )
+    parser.add_argument(
+        "--chain-budget", default="6m", help="with --configs recipe: time that a chain may take (default 6m)"
+    )
     parser.add_argument("--dry", action="store_true", help="list the jobs without starting them")
     parser.add_argument(
         "--document", type=Path, metavar="FILE", help="write the board as Markdown, for example docs/scoreboard.md"
@@ -62,7 +72,8 @@ def _run(arguments: list[str]) -> int:
     folders = {re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.resolve().name): folder for folder in given.data}
     places = [Place(name, regime, seed)
               for seed in given.seeds for name in (folders or given.sets) for regime in given.regimes]  # fmt: skip
-    board = Board(CELLS, places)
+    chain = Chain(Path("runs") / f"scoreboard-{given.configs}", given.configs, given.chain_budget)
+    board = Board(chain.runs / "cells", places)
     todo = [(place, job) for place in places for job in JOBS
             if any(column not in board.cells[place] for column in JOBS[job].columns)
             and (not given.only or any(word in f"{place.name}-{job}" for word in given.only))]  # fmt: skip
@@ -71,17 +82,19 @@ def _run(arguments: list[str]) -> int:
             seconds = _expected(board, job)
             print(f"{place.name}-{job}: " + (f"about {seconds:.0f} s" if seconds else "no time known yet"))
         return 0
-    failed = _work(board, todo, folders, _seconds(given.budget), given.jobs)
+    failed = _work(board, chain, todo, folders, _seconds(given.budget), given.jobs)
     print(f"\n{board.table().markdown()}\n{board.costs().markdown()}")
     if given.document:
         words = f"{os.cpu_count()} cores, {platform.machine()}, {time.strftime('%d %B %Y')}"
-        write_document(board, given.document, f"python -m studies.scoreboard {' '.join(arguments)}", words)
+        write_document(
+            board, given.document, f"python -m studies.scoreboard {' '.join(arguments)}", words, given.configs
+        )
     print(json.dumps(board.summary()))
     return 1 if failed else 0
 
 
 def _work(
-    board: Board, todo: list[tuple[Place, str]], folders: dict[str, Path], budget: float | None, jobs: int
+    board: Board, chain: Chain, todo: list[tuple[Place, str]], folders: dict[str, Path], budget: float | None, jobs: int
 ) -> list[str]:
     """Run jobs until the budget ends; returns the names of those that failed."""
     end = None if budget is None else time.monotonic() + budget
@@ -102,7 +115,7 @@ def _work(
             with making:
                 found = pictures.prepared(place.pictures, folders.get(place.pictures))
                 case = pictures.split_of(found, place.regime, place.seed)
-            cells = JOBS[job].measure(case, place.name, place.seed)
+            cells = JOBS[job].measure(case, place.name, place.seed, chain)
         except (PipelineError, SystemExit) as error:
             failed.append(f"{place.name}-{job}")
             print(f"{place.name}-{job}: failed: {error}", file=sys.stderr, flush=True)
@@ -111,6 +124,11 @@ def _work(
             failed.append(f"{place.name}-{job}")
             traceback.print_exc()
             return
+        for folder in [
+            *chain.runs.glob(f"{place.name}/*/checkpoints"),
+            *chain.runs.glob(f"{place.name}-*/*/checkpoints"),
+        ]:
+            shutil.rmtree(folder)  # a finished run is read from its export, and a board has hundreds of runs
         wall = round(time.monotonic() - began, 1)
         for column, cell in cells.items():
             board.write(place, column, {**cell, "labels": len(case.split.subset("labelled")), "job_seconds": wall})

@@ -76,11 +76,14 @@ class Board:
         return fmean(mine[s] - other[s] for s in both) if both else None
 
     def best_baseline(self, row: tuple[str, str]) -> tuple[str, float] | None:
-        """The baseline with the best mean in a cell, and the chain's gain over it."""
-        means = {column: fmean(found.values()) for column in TITLES
-                 if column not in OURS and (found := self.values(row, column))}  # fmt: skip
-        if not means:
+        """Return the baseline with the best mean in a cell, and the chain's gain over it.
+
+        None while a baseline is missing: a cell without its strongest rivals would flatter the chain.
+        """
+        found = {column: self.values(row, column) for column in TITLES if column not in OURS}
+        if not all(found.values()):
             return None
+        means = {column: fmean(values.values()) for column, values in found.items()}
         best = max(means, key=lambda column: means[column])
         gained = self.gain(row, "chain", best)
         return None if gained is None else (best, gained)
@@ -91,26 +94,18 @@ class Board:
         against = {row: found for row in rows if (found := self.best_baseline(row))}
         gains = [gain for _, gain in against.values()]
         third = [g for row in rows if (g := self.gain(row, "stage-3-teacher", "stage-2")) is not None]
-        errors = [
-            (
-                cell["chain"]["ece"],
-                cell["labels"]["count"] >= MANY_LABELS,
-                cell["chain"]["ece"] - cell["stage-2"]["ece"],
-            )
-            for place in self.places
-            if "chain" in (cell := self.cells[place])
-            and "stage-2" in cell
-            and (cell := {**cell, "labels": {"count": cell["chain"]["labels"]}})
-        ]
+        measured = [cells for cells in self.cells.values() if "chain" in cells and "stage-2" in cells]
+        errors = [(c["chain"]["ece"], c["chain"]["labels"] >= MANY_LABELS) for c in measured]
+        raised = [c["chain"]["ece"] - c["stage-2"]["ece"] for c in measured]
         complete = sum(1 for p in self.places if len(self.cells[p]) == len(TITLES))
         rounded = {
             "worst_cell_vs_best_baseline": min(gains, default=None),
             "mean_vs_best_baseline": fmean(gains) if gains else None,
             "stage3_vs_stage2": fmean(third) if third else None,
             "stage3_vs_stage2_worst": min(third, default=None),
-            "ece_worst": max((ece for ece, many, _ in errors if many), default=None),
-            "ece_worst_any": max((ece for ece, _, _ in errors), default=None),
-            "ece_over_stage2_worst": max((more for _, _, more in errors), default=None),
+            "ece_worst": max((ece for ece, many in errors if many), default=None),
+            "ece_worst_any": max((ece for ece, _ in errors), default=None),
+            "ece_over_stage2_worst": max(raised, default=None),
         }
         worst = min(against, key=lambda row: against[row][1], default=None)
         return {
@@ -179,7 +174,7 @@ class Board:
         )
 
 
-def write_document(board: Board, path: Path, command: str, machine: str) -> None:
+def write_document(board: Board, path: Path, command: str, machine: str, configs: str) -> None:
     """Write the board as a Markdown page, with its figure beside it in images/.
 
     Args:
@@ -187,8 +182,10 @@ def write_document(board: Board, path: Path, command: str, machine: str) -> None
         path: The page.
         command: The command that made it.
         machine: The machine, in words.
+        configs: The chain's configs, or `recipe`.
     """
     table, costs, found = board.table(), board.costs(), board.summary()
+    chain = "what the recipe writes for each case" if configs == "recipe" else f"that of configs/*/{configs}.yaml"
     draw(path.parent / "images", "scoreboard", "", gains_figure(board), size=(6.4, 0.28 * len(board.rows()) + 1.2))
     (path.parent / "images" / "scoreboard.pdf").unlink()
     parts = [
@@ -196,8 +193,8 @@ def write_document(board: Board, path: Path, command: str, machine: str) -> None
         "What `make chain` reaches on several data sets and label regimes, beside what simpler means reach with the same"
         " labels. It is made by",
         f"```\n{command}\n```",
-        f"on {machine}. A run that stops continues where it was. Splits, tuning and columns are described in"
-        " `studies/scoreboard/`; nothing is chosen on test images.",
+        f"on {machine}. The chain is {chain}. A run that stops continues where it was. Splits, tuning and columns are"
+        " described in `studies/scoreboard/`; nothing is chosen on test images.",
         f"## {table.title}",
         table.markdown(),
         "![Gain of make chain over the best baseline of each cell](images/scoreboard.svg)",

@@ -1,6 +1,8 @@
 """Images classified from the shell and from Python, beside files that are no images."""
 
+import csv
 import io
+import os
 import subprocess
 import sys
 import zlib
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 import pipeline
+from pipeline import predict as command
 from pipeline.errors import ConfigError, DataError, HandoverError
 from pipeline.streaming.transforms import eval_views
 from tests import warm
@@ -90,14 +93,18 @@ def test_each_file_that_is_no_image_gets_a_sentence_and_the_others_are_classifie
     empty = tmp_path / "empty.jpg"
     empty.touch()
     huge = huge_png(tmp_path / "huge.png")
-    bad = [damaged, tmp_path, pdf, empty, huge, tmp_path / "none.png", Path("/dev/null")]
-    done = predict(export, *bad, digit, digit)
+    (tmp_path / "hollow").mkdir()
+    first = [tmp_path / "hollow", tmp_path / "*.gif"]  # they are looked up before an image is opened
+    bad = [*first, damaged, pdf, empty, huge, tmp_path / "none.png", Path("/dev/null")]
+    done = predict(export, damaged, *first, *bad[3:], digit, digit)
     assert done.returncode == 3
     assert len(done.stdout.splitlines()) == 2
-    sentences = done.stderr.splitlines()
+    *sentences, summary = done.stderr.splitlines()
     assert [s.split(": ")[1] for s in sentences] == [str(path) for path in bad]
-    assert "100,000,000" in sentences[4] or "10000 x 10000 pixels" in sentences[4]
-    assert "a folder" in sentences[1]
+    assert "100,000,000" in sentences[5] or "10000 x 10000 pixels" in sentences[5]
+    assert "holds no images" in sentences[0]
+    assert "matches no image" in sentences[1]
+    assert summary.startswith(f"classified 2 images; 8 could not be read: {bad[0]}, {bad[1]}, {damaged}, ")
     assert "Traceback" not in done.stderr
 
 
@@ -105,6 +112,9 @@ def test_each_file_that_is_no_image_gets_a_sentence_and_the_others_are_classifie
     ("arguments", "code", "said"),
     [
         (["classifier", "--top", "0"], 2, "at least one name"),
+        (["classifier", "--batch", "0"], 2, "at least one image"),
+        (["classifier", "--csv", "photo.png"], 2, "ends in .csv"),
+        (["classifier", "--csv", "/dev/null/table.csv"], 5, "choose another --csv"),
         (["pretrainer"], 2, "holds a pretrainer"),
         (["missing"], 4, "no export at"),
     ],
@@ -156,6 +166,97 @@ def test_a_folder_is_predicted_in_the_order_of_its_paths_and_across_batches(expo
         (alone,) = classifier.predict(pixels(seed))
         assert found[seed].names == alone.names
         assert found[seed].probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+def photos(folder: Path) -> list[Path]:
+    """Make images in a folder of folders, beside files that are none, and return their sorted paths."""
+    names = ["a b.png", "cats/0.png", "cats/deep/2.png", "cats[1].png", "dogs/1.PNG"]
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(pixels(seed)))
+    (folder / "notes.txt").write_text("no image")
+    return [folder / name for name in names]
+
+
+def test_folders_and_patterns_stand_for_their_images_in_the_order_of_their_paths(export: Path, tmp_path: Path) -> None:
+    paths = photos(tmp_path)
+    classifier = pipeline.load(export)
+    cases: list[tuple[str, list[Path]]] = [
+        ("", paths),
+        ("*", [*paths, tmp_path / "notes.txt"]),
+        ("*.png", [paths[0], paths[3]]),
+        ("**/*.png", paths[:4]),
+        ("**/[0-9].*", [paths[1], paths[2], paths[4]]),
+        ("cats*", paths[1:4]),
+        ("cats/**", paths[1:3]),
+        ("cats[1].png", [paths[3]]),
+    ]
+    for pattern, expected in cases:
+        refused: list[str] = []
+        found = classifier.predict(tmp_path / pattern, on_error=lambda source, _, to=refused: to.append(source))
+        assert sorted([*(p.source for p in found), *refused]) == sorted(map(str, expected)), pattern
+        assert [p.source for p in found] == [str(path) for path in expected if path.suffix != ".txt"], pattern
+        assert refused == [str(path) for path in expected if path.suffix == ".txt"]
+    with pytest.raises(DataError, match=r"\*\.gif matches no image"):
+        classifier.predict(tmp_path / "*.gif")
+
+
+def test_the_table_has_a_row_for_each_image_and_is_the_same_for_every_batch(export: Path, tmp_path: Path) -> None:
+    paths = photos(tmp_path / "photos")
+    broken = tmp_path / "photos" / "cats" / "1, broken.png"
+    broken.write_bytes(paths[0].read_bytes()[:60])
+    tables = []
+    for batch in (1, 2, 32):
+        table = tmp_path / "tables" / f"{batch}.csv"
+        done = predict(export, paths[4], tmp_path / "photos", "--csv", table, "--top", "3", "--batch", batch)
+        assert (done.returncode, done.stdout) == (3, ""), done.stderr
+        sentence, summary = done.stderr.splitlines()
+        assert sentence.startswith(f"error: {broken}: ")
+        assert summary.startswith(f"classified 6 images, see {table}; 1 could not be read: {broken}; 1 other files")
+        with table.open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    classifier = pipeline.load(export)
+    for row, path in zip(tables[0], [paths[4], *paths], strict=True):
+        (alone,) = classifier.predict(path, top=3)
+        columns = ["file", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
+        assert list(row) == columns
+        assert row["file"] == str(path)
+        assert tuple(row[name] for name in columns[1::2]) == alone.names
+        assert [float(row[name]) for name in columns[2::2]] == pytest.approx(alone.probabilities, abs=2e-6)
+    for other in tables[1:]:
+        for row, same in zip(other, tables[0], strict=True):
+            assert (row["file"], row["class"]) == (same["file"], same["class"])
+            assert float(row["probability"]) == pytest.approx(float(same["probability"]), abs=2e-6)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_with_counts_unless_lines_are_printed_there(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = photos(tmp_path)
+    classifier = pipeline.load(export)
+    monkeypatch.setattr(command, "BAR_AFTER_SECONDS", 0)
+    for out, table, barred in (
+        (io.StringIO, None, True),
+        (Terminal, tmp_path / "t.csv", True),
+        (Terminal, None, False),
+    ):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        monkeypatch.setattr("sys.stdout", out())
+        assert command.predict(classifier, [str(tmp_path)], batch=1, table=table) == 0
+        assert (f"{len(paths)}/{len(paths)}" in terminal.getvalue()) == barred, terminal.getvalue()
+
+
+def test_names_that_are_no_unicode_are_shown_with_their_bytes(export: Path, tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(encoded(pixels(0)))
+    done = predict(export, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path}/caf\\xe9.png  ")
 
 
 def test_an_unreadable_image_is_an_error_or_is_left_out(export: Path, tmp_path: Path) -> None:

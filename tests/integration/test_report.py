@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.data import main as data
 from pipeline.datasets.manifest import read_manifest
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, DataError
@@ -39,6 +41,9 @@ browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get 
 
 
 SECTIONS = (
+    "Was it worth it?",
+    "Baselines on the same labels",
+    "Images worth labelling first",
     "Accuracy",
     "Where the models look",
     "Grad-CAM",
@@ -104,6 +109,69 @@ def test_the_page_shows_the_numbers_of_the_run(chain: Stages, page: Path) -> Non
     low, high = models["teacher"]["intervals"]["top1"]
     assert last["top1"] == f"{models['teacher']['top1']:.2f} [{low:.1f}, {high:.1f}]"
     assert last["ece"] == f"{models['teacher']['ece']:.2f}"
+
+
+def test_the_page_compares_the_stages_with_baselines_that_are_fitted_on_the_spot(chain: Stages, page: Path) -> None:
+    """The row of logistic regression is what scikit-learn reaches on the split's labels; gains are of the same images."""
+    tables = page.with_suffix("") / "tables"
+    rows = {r[""]: r for r in csv.DictReader((tables / "baselines.csv").read_text().splitlines())}
+    assert set(rows) == {
+        f"{learner} on {source}"
+        for learner in ("logistic regression", "1-nearest neighbour")
+        for source in ("pixels", "stage 1's features")
+    }
+    assert float(rows["logistic regression on pixels"]["top1"]) > 60
+    assert "validation images" in rows["logistic regression on pixels"]["setting"]
+    gains = {r[""]: r for r in csv.DictReader((tables / "gains.csv").read_text().splitlines())}
+    models = {stage: json.loads((chain.runs / "smoke" / stage / "evaluation.json").read_text())["models"]
+              for stage in ("distill", "semi")}  # fmt: skip
+    gained = models["semi"]["teacher"]["top1"] - models["distill"]["student"]["top1"]
+    assert float(gains["stage 3, teacher, over stage 2"]["points of top-1"]) == pytest.approx(gained, abs=0.051)
+    best = max(float(r["top1"]) for r in rows.values())
+    name = next(n for n in gains if n.startswith("exported model over"))
+    assert float(gains[name]["points of top-1"]) == pytest.approx(models["semi"]["teacher"]["top1"] - best, abs=0.06)
+
+
+def test_a_round_of_labelling_gives_a_dataset_and_a_split_with_the_new_labels(
+    chain: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smoke, out = chain.runs / "smoke", tmp_path / "next"
+    assert data(["label-next", str(smoke), "--number", "12", "--out", str(out)]) == 0
+    table = out / "label-next.csv"
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    config = yaml.safe_load((smoke / "semi" / "config.yaml").read_text())["data"]
+    before = read_manifest(Path(config["train"]))
+    split = read_split(Path(config["split"]), before)
+    chosen = [int(row["sample_index"]) for row in rows]
+    assert len(set(chosen)) == 12
+    assert set(chosen) <= set(split.subset("unlabelled").tolist())
+    unsure = [float(row["uncertainty"]) for row in rows]
+    assert unsure[0] == max(unsure)
+    assert Image.open(out / "label-next.png").size == (4 * 128, 3 * 168)
+    truth = [before.classes[before.labels[k]] for k in chosen[:5]]
+    for row, name in zip(rows, truth, strict=False):
+        row["label"] = name
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    answers = ["label-next", str(smoke), "--labels", str(table), "--to", str(tmp_path / "mine-2")]
+    assert data(answers) == 0
+    assert "5 labels added" in capsys.readouterr().out
+    after = read_manifest(tmp_path / "mine-2")
+    new = read_split(tmp_path / "mine-2" / "split.json", after)
+    assert set(new.subset("labelled")) == set(split.subset("labelled")) | set(chosen[:5])
+    assert (new.subset("validation") == split.subset("validation")).all()
+    assert data(["verify", str(tmp_path / "mine-2")]) == 0
+    assert data(answers) == ConfigError.exit_code
+    rows[0]["label"] = "no such class"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert data([*answers[:-1], str(tmp_path / "mine-3")]) == ConfigError.exit_code
+    assert "line 2 'no such class'; known: " in capsys.readouterr().err
+    assert not (tmp_path / "mine-3").exists()
 
 
 def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests import warm
 from tests.conftest import Stages
 from tests.integration.test_resume import parents, start_and_signal
 
@@ -35,6 +37,26 @@ def test_averaged_statistics_of_another_backbone_survive_a_kill(chain: Stages, e
     teacher, student = (load_file(straight / name / "model.safetensors") for name in ("export", "export-student"))
     name = next(n for n in teacher if n.endswith("running_var"))
     assert not teacher[name].equal(student[name])
+
+
+def test_a_wide_resnet_learns_by_sgd_and_survives_a_kill(chain: Stages) -> None:
+    """Stages 2 and 3 of the digits; the loss falls, and a resume under another ZeRO stage has the momentum."""
+    model = [
+        "init_from=null",
+        "model={name: wrn_28_2, depth: 10, widen: 1}",
+        "optim={kind: sgd, lr: 0.03, weight_decay: 5e-4}",
+    ]
+    parent = chain.complete("distill", *model, "run.experiment=wrn", "loop.steps=16") / "export"
+    losses = [row["train/loss"] for row in rows(parent.parent) if "train/loss" in row]
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    more = [
+        f"init_from={parent}",
+        "optim={kind: sgd, lr: 0.03, schedule: cosine_7_16}",
+        "ema={mode: ema, base_decay: 0.9}",
+    ]
+    straight = chain.complete("semi", *more, "run.experiment=wrn-straight")
+    start_and_signal(chain, "semi", *more, "run.experiment=wrn-killed", number=signal.SIGKILL, after_steps=5)
+    assert bytes_of(chain.complete("semi", *more, "run.experiment=wrn-killed")) == bytes_of(straight)
 
 
 def test_ssmixup_is_refused_where_there_are_no_two_directions(chain: Stages, efficientvim: Path) -> None:
@@ -75,6 +97,7 @@ def test_ssmixup_and_running_means_survive_a_kill_and_leave_no_trace_in_the_expo
             "pseudo.thresholds=softmatch pseudo.alignment=uniform pseudo.aligned=confidence pseudo.momentum=0.9".split(),
         ),
         ("freematch", "pseudo.thresholds=freematch pseudo.fairness=0.05 pseudo.momentum=0.9".split()),
+        ("weights", ["class_weights={kind: effective, beta: 0.9}", "data.loader.sampling=uniform"]),
         ("both", ["ssmixup={axis: both, psi: self, nu: 0.5}", "pseudo.kind=soft", "pseudo.normalise=accepted"]),
     ],
 )
@@ -87,11 +110,45 @@ def test_baselines_and_remedies_are_configs(chain: Stages, name: str, values: li
     assert ("pseudo/coverage" in last) == (name != "supervised")
 
 
-def test_a_collapse_is_an_incident(chain: Stages) -> None:
-    more = ["alarms.after_steps=2", "pseudo.threshold=1.0", "loop.steps=4", "run.experiment=collapse"]
+def test_a_balanced_head_survives_a_kill_and_is_the_exports_only_one(chain: Stages) -> None:
+    more = [*parents(chain, "semi"), "balanced_head={threshold: 0.1}", "data.loader.sampling=uniform"]
+    more += ["pseudo.thresholds=freematch", "pseudo.fairness=0.05"]
+    straight = chain.complete("semi", *more, "run.experiment=abc-straight")
+    start_and_signal(chain, "semi", *more, "run.experiment=abc-killed", number=signal.SIGKILL, after_steps=5)
+    assert bytes_of(chain.complete("semi", *more, "run.experiment=abc-killed")) == bytes_of(straight)
+    assert rows(straight)[-2]["train/balanced"] > 0
+    assert load_file(straight / "export" / "model.safetensors")["head.weight"].shape[0] == 10
+    found = json.loads((straight / "evaluation.json").read_text())["models"]["teacher"]["top1"]
+    assert 0 <= found <= 100
+
+
+@pytest.mark.parametrize("method", [["crt"], ["tau-norm"], ["tau-norm", "--tau", "1"]], ids=" ".join)
+def test_an_export_is_rebalanced_to_an_export(chain: Stages, tmp_path: Path, method: list[str]) -> None:
+    export = chain.runs / "smoke" / "semi" / "export"
+    data = ["--train", chain.digits / "train", "--split", chain.digits / "split.json", "--out", tmp_path / "out"]
+    done = warm.run([sys.executable, "-m", "pipeline.rebalance", *map(str, [export, *data, "--method", *method])])
+    assert done.returncode == 0, done.stderr
+    assert "after" in done.stdout
+    old, new = (load_file(folder / "model.safetensors") for folder in (export, tmp_path / "out"))
+    changed = [name for name in old if not old[name].equal(new[name])]
+    assert changed == ["head.bias", "head.weight"] or (
+        "tau" in method[0] and changed == ["head.bias"]
+    )  # the best tau may be 0
+    card = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert card["lineage"]["parents"][0]["role"] == "init_from"
+    assert card["labels_seen"] == json.loads((export / "model.json").read_text())["labels_seen"]
+    again = warm.run([sys.executable, "-m", "pipeline.rebalance", *map(str, [export, *data[:-1], tmp_path])])
+    assert again.returncode == 2
+    assert "is no export" in again.stderr
+
+
+def test_a_run_without_an_accepted_pseudo_label_warns_with_advice_from_half_of_its_steps_on(chain: Stages) -> None:
+    """It is shorter than alarms.after_steps, and only this alarm does not wait for those."""
+    more = ["pseudo.threshold=1.0", "loop.steps=4", "run.experiment=collapse"]
     done = chain.run("semi", *parents(chain, "semi"), *more)
     assert done.returncode == 0
-    assert "hardly any pseudo-label is accepted" in done.stderr
+    assert "no pseudo-label is accepted, so the unlabelled images teach nothing" in done.stderr
+    assert "pseudo.threshold 1; lower pseudo.threshold, train stage 2 longer, or leave stage 3 out" in done.stderr
     incidents = (chain.runs / "collapse" / "semi" / "incidents.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in incidents] == [2, 3, 4]
 

@@ -73,7 +73,7 @@ def test_version_and_command_are_the_wheels_own(installed: Installed) -> None:
 
 def test_configs_come_with_the_wheel(installed: Installed) -> None:
     said = installed.run("vmp", "configs")
-    for name in ("arm/smoke", "distill/demo", "semi/mine", "cluster/cpu"):
+    for name in ("arm/smoke", "distill/demo", "semi/study", "cluster/cpu"):
         assert name in said
 
 

@@ -40,6 +40,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
+GresTypes=gpu
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
@@ -68,8 +69,10 @@ PartitionName=closed Nodes=ALL MaxTime=0 State=UP
 """
 _NODE = (
     "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=2 Boards=1 SocketsPerBoard=1"
-    " CoresPerSocket=2 ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN"
+    " CoresPerSocket=2 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:8 State=UNKNOWN"
 )
+# GPUs in SLURM's books alone: a node promises eight, and no process sees one.
+_GRES = "NodeName={names} Name=gpu Count=8\n"
 # In a namespace: its name, its own view of /etc/hosts and /proc, then slurmd; children that slurmd leaves are reaped.
 _BOOT = """hostname "$1"; mount --bind "$2/hosts" /etc/hosts
 slurmd -D -c -N "$1" -f "$2/slurm.conf" & wait; while wait -n; do :; done"""
@@ -109,6 +112,7 @@ class Cluster:
             nodes="\n".join(nodes),
         )
         (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "gres.conf").write_text(_GRES.format(names=",".join(self.names)))
         hosts = "".join(f"127.0.0.1 {name}\n" for name in self.names)
         (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + hosts)
         os.environ["SLURM_CONF"] = str(self.folder / "slurm.conf")

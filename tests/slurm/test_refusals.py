@@ -25,7 +25,7 @@ from tests.slurm.conftest import Person
         (["cluster:tasks_per_node=4"], 2, "virtual_readers 4 must be a multiple of the 8 processes"),
         (["cluster:shared=[/nowhere]"], 2, "is not on a file system that the nodes share (/nowhere)"),
         (["run.root=/dev/shm/runs"], 2, "run.root = /dev/shm/runs is in the memory of this machine (tmpfs)"),
-        (["cluster:extra={qos: none-such, gres: 'gpu:1'}"], 5, "SLURM refuses the job"),
+        (["cluster:extra={qos: none-such, gres: 'fpga:1'}"], 5, "SLURM refuses the job"),
         (["cluster:nods=2"], 2, "unknown key; did you mean 'nodes'?"),
     ],
 )

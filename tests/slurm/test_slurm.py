@@ -54,6 +54,16 @@ def test_the_chain_with_a_signal_in_mid_step_ends_as_if_there_had_been_none(pers
     assert "nothing to submit" in again.stdout
 
 
+def test_gpus_that_the_preset_asks_for_and_torch_does_not_see_end_the_job_with_5(person: Person) -> None:
+    """The nodes have eight GPUs in SLURM's books, and none that a process could see."""
+    more = ["run.experiment=promised", "cluster:nodes=1", "cluster:gpus_per_node=8", "cluster:tasks_per_node=1"]
+    job = person.submit("arm", "configs/arm/smoke.yaml", *more)["arm"]
+    state = person.cluster.ended(job)
+    assert (state.state, state.exit_code, state.restarts) == ("FAILED", 5, 0), person.logs(job)
+    assert "GPUs were promised (SLURM_" in person.logs(job)
+    assert "but torch sees none: no driver" in person.logs(job)
+
+
 def test_a_failed_first_stage_leaves_the_others_not_run_and_status_says_why(person: Person) -> None:
     jobs = person.submit("chain", "smoke", "run.experiment=failing", "arm:optim.lr=1e30", "cluster:nodes=1")
     failed = person.cluster.ended(jobs["arm"])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.datasets.convert.source import Source
     from pipeline.datasets.manifest import Manifest
 
+_CLASS_MAP = "coarser classes, for example ImageNet-127's: a line CLASS COARSER-CLASS for each class"
 _CLASSES = "class names, one a line, in the order of the labels; or the folder of a dataset, to have its classes"
 
 
@@ -64,6 +65,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
             )
         if classes:
             sub.add_argument("--classes", type=Path, metavar="FILE", help=_CLASSES)
+        if classes and name != "tars":
+            sub.add_argument("--class-map", type=Path, metavar="FILE", help=_CLASS_MAP)
         sub.set_defaults(run=run)
         return sub
 
@@ -123,6 +126,25 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parquet.add_argument("--image-column", default="image", help="default image")
     parquet.add_argument("--label-column", default="label", help="default label; none = no image has a label")
+    kind(
+        "cifar",
+        _convert_cifar,
+        "CIFAR-10 or CIFAR-100, its python or its binary version, into OUT/train and OUT/test",
+        "folder that its archive unpacks to, or the folder around it",
+    )
+    kind(
+        "stl10",
+        _convert_stl10,
+        "STL-10 with its 100,000 unlabelled images, into OUT/train and OUT/test",
+        "folder of train_X.bin, or the folder around it",
+    )
+    digits = kind(
+        "svhn",
+        _convert_svhn,
+        "SVHN's cropped digits, into OUT/train and OUT/test",
+        "folder of train_32x32.mat and test_32x32.mat",
+    )
+    digits.add_argument("--extra", action="store_true", help="train also has the images of extra_32x32.mat")
     tars = kind(
         "tars",
         _convert_tars,
@@ -159,8 +181,11 @@ def _say(manifest: "Manifest", existed: bool, table: Sequence[str] = ()) -> None
 
 
 def _convert(source: "Source", out: Path, args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.class_map import with_class_map
     from pipeline.datasets.convert.writer import convert
 
+    if getattr(args, "class_map", None):
+        source = with_class_map(source, args.class_map)
     options: dict[str, Any] = {
         "seed": args.seed,
         "samples_per_shard": args.samples_per_shard,
@@ -272,6 +297,29 @@ def _convert_parquet(args: argparse.Namespace) -> None:
             f"note: these files are parts of one dataset ({', '.join(parts)}) and become one set; convert each part by itself"
         )
     _convert(source, args.out, args)
+
+
+def _convert_cifar(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.benchmarks.cifar import cifar
+
+    _convert_pair(cifar(Path(args.source)), args)
+
+
+def _convert_stl10(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.benchmarks.stl10 import stl10
+
+    _convert_pair(stl10(Path(args.source)), args)
+
+
+def _convert_svhn(args: argparse.Namespace) -> None:
+    from pipeline.datasets.convert.benchmarks.svhn import svhn
+
+    _convert_pair(svhn(Path(args.source), args.extra), args)
+
+
+def _convert_pair(sources: "Sequence[Source]", args: argparse.Namespace) -> None:
+    for part, source in zip(("train", "test"), sources, strict=True):
+        _convert(source, args.out / part, args)
 
 
 def _convert_tars(args: argparse.Namespace) -> None:

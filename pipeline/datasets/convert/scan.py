@@ -35,11 +35,6 @@ def find_images(root: Path, left_out: LeftOut, exclude: Collection[Path] = ()) -
     return sorted(found)
 
 
-def images_below(folder: Path) -> list[str]:
-    """Return what `find_images` finds, where nobody asks what was left out."""
-    return find_images(folder, {})
-
-
 def _files_below(root: Path, left_out: LeftOut, exclude: Collection[Path]) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield the relative name and the entry of everything below `root` that is no folder."""
     open_folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(str(root), "", (_identity(str(root)),))]

@@ -21,6 +21,7 @@ from pipeline.ops.cuda.program import FOLDER, THREADS, Program
 from pipeline.ops.native.build import cache_folder
 
 SHARED_BYTES_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SHARED_SHARE_ATTRIBUTE = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
 RESERVED_SHARED_BYTES = 1024  # of every block, for the system
 OLDEST = (8, 0)  # bf16 conversions
 
@@ -138,7 +139,9 @@ class Driver:
             stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
             arguments = (c_void_p * 1)(addressof(call))
             if shared_bytes > 48 << 10:
-                self._check(self._cuda.cuFuncSetAttribute(function, SHARED_BYTES_ATTRIBUTE, shared_bytes))
+                # the largest share of the first-level memory, so that two blocks fit
+                for attribute, value in ((SHARED_BYTES_ATTRIBUTE, shared_bytes), (SHARED_SHARE_ATTRIBUTE, 100)):
+                    self._check(self._cuda.cuFuncSetAttribute(function, attribute, value))
             sizes = blocks, 1, 1, THREADS, 1, 1, shared_bytes
             self._check(self._cuda.cuLaunchKernel(function, *map(c_int, sizes), stream, arguments, None))
 

@@ -1,8 +1,8 @@
 // CUDA's threads on a CPU, so that the tests run the kernels' own source without a GPU.
 //
 // Each thread of a block is a fiber. __syncthreads, __syncwarp and the shuffles switch to the next fiber until all that take
-// part have arrived. Blocks run one after another. It finds wrong arithmetic, indices and barriers; it knows nothing about
-// speed, and fast functions are exact here.
+// part have arrived. Blocks run one after another. It finds wrong arithmetic, wrong indices and most missing barriers; it knows
+// nothing about speed, and fast functions are exact here.
 
 #pragma once
 #include <ucontext.h>
@@ -86,11 +86,14 @@ inline void run_block(int threads) {
     f.parity = f.warp_ticket = f.block_ticket = 0;
     f.done = false;
   }
+  bool backward = false;  // the order changes in every round, so that a missing barrier shows
   for (long alive = threads; alive > 0;) {
     alive = 0;
     const long before = arrivals();
     long finished = 0;
-    for (current = 0; current < threads; current++) {
+    backward = !backward;
+    for (int i = 0; i < threads; i++) {
+      current = backward ? threads - 1 - i : i;
       if (fibers[current].done) continue;
       swapcontext(&scheduler, &fibers[current].context);
       (fibers[current].done ? finished : alive)++;

@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from pipeline.data import main as data
 from pipeline.datasets.manifest import read_manifest
 from pipeline.errors import ConfigError
-from pipeline.evaluate.baselines import LEARNERS, Samples, evenly, fit_baseline, pixels_of, side_for
+from pipeline.evaluate.baselines import Samples, evenly, fit_baseline, pixels_of, side_for
+from pipeline.evaluate.learners import LEARNERS
 
 
 def blobs(per_class: int, classes: int = 3, features: int = 5, seed: int = 0, spread: float = 1.0) -> Samples:

@@ -46,6 +46,7 @@ def test_predicted_bytes_of_every_zero_stage_are_the_allocated_ones(nano, world_
             nano,
             zero_stage=zero,
             world_size=world_size,
+            moments=2,
             averages=1,
             frozen_parameters=0,
             bucket_bytes=0,
@@ -92,7 +93,7 @@ def test_starts_leave_room_for_starting_and_saving(hours: float, limit: float, s
 
 
 def test_the_predicted_checkpoint_has_names_too() -> None:
-    assert checkpoint_bytes(TEN, ["teacher"]) > 16 * sum(p.numel for p in TEN)
+    assert checkpoint_bytes(TEN, ["exp_avg", "exp_avg_sq", "teacher"]) > 16 * sum(p.numel for p in TEN)
 
 
 def test_activations_grow_in_proportion_to_the_batch() -> None:

@@ -64,9 +64,12 @@ def outputs_and_gradients(function, inputs: list[Tensor | None], **options) -> l
 
 
 def relative_errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
-    """Return for each tensor the largest difference divided by the largest value, or by 1 if all values are 0."""
+    """Return for each tensor the largest difference divided by the largest value, or by 1 if all values are 0.
+
+    A NaN counts as infinite: Python's `max` over the errors may pass over a NaN.
+    """
     return [
-        float((g.double() - w.double()).abs().max() / (w.double().abs().max() or 1.0))
+        float(((g.double() - w.double()).abs().max() / (w.double().abs().max() or 1.0)).nan_to_num(nan=float("inf")))
         for g, w in zip(got, want, strict=True)
         if w.numel()
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.ops import choice
+from pipeline.ops import choice, reference
 from pipeline.ops.choice import choose_scan
 from pipeline.ops.reference import causal_conv1d_silu
 
@@ -50,6 +50,15 @@ def test_a_missing_implementation_is_information_and_a_failing_one_is_an_error(c
         choose_scan("wrong")
 
 
+def test_a_nan_in_any_result_fails_the_self_test():
+    def scan(*inputs, **options):
+        out, ungated = reference.selective_scan(*inputs, **options)
+        return out, ungated * float("nan")
+
+    with pytest.raises(choice.Failing, match="relative error to the reference is inf"):
+        choice.self_test(choice.Operators(name="wrong", scan=scan), torch.device("cpu"))
+
+
 def test_report_names_every_implementation_with_its_error_or_reason():
     rows = {name: (error, reason) for name, error, reason in choice.report("cpu")}
     assert list(rows) == list(choice.SCANS)
@@ -61,3 +70,12 @@ def test_report_names_every_implementation_with_its_error_or_reason():
 def test_fp64_is_never_computed_in_fp32():
     choose_scan("auto")
     assert choice.operators_for(torch.ones(1, dtype=torch.float64)).name == "torch"
+
+
+def test_our_cuda_kernels_are_missing_where_torch_has_no_cuda():
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is built with CUDA")
+    with pytest.raises(choice.Missing, match="this torch is built without CUDA"):
+        choice.SCANS["cuda"](torch.device("cuda"))
+    with pytest.raises(choice.Missing, match="the CUDA kernels run on a GPU, not on cpu"):
+        choice.SCANS["cuda"](torch.device("cpu"))

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import load_config
+from pipeline.config import load_config, validate
 from pipeline.errors import ConfigError
 from pipeline.models import build_from_config, build_model
 from pipeline.models.arm import ARM
 from pipeline.train.config import OptimConfig
-from pipeline.train.optim import parameter_groups
+from pipeline.train.optim import make_optimizer, parameter_groups
 from stages import SPECS
 
 
@@ -33,6 +33,37 @@ def test_every_parameter_is_in_one_group_with_its_decay_and_its_layers_rate() ->
     for name, (decay, scale) in expected.items():
         group = of[id(named[name])]
         assert (group["weight_decay"], group["lr_scale"]) == (decay, pytest.approx(scale)), name
+
+
+def test_sgd_is_nesterovs_with_decay_in_the_gradient() -> None:
+    """Against Sutskever's form, literally in float64: v = m v + g + wd w, w -= lr (g + wd w + m v); vectors do not decay."""
+    torch.manual_seed(0)
+    model = build_model("wrn_28_2", num_classes=3, depth=10).double()
+    optim = OptimConfig(kind="sgd", lr=0.1, momentum=0.9, weight_decay=0.01)
+    solver = make_optimizer(model, optim)
+    weight, bias = model.head.weight, model.head.bias
+    want = {p: p.detach().clone() for p in (weight, bias)}
+    speed = {p: torch.zeros_like(p) for p in (weight, bias)}
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        solver.step()
+        for p in (weight, bias):
+            gradient = p.grad + (0.01 if p is weight else 0.0) * want[p]
+            speed[p] = 0.9 * speed[p] + gradient
+            want[p] -= 0.1 * (gradient + 0.9 * speed[p])
+    for p, value in want.items():
+        torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-14)
+    assert all(name in solver.state[weight] for name in optim.moments)
+
+
+def test_options_of_the_optimizer_that_contradict_each_other_are_refused() -> None:
+    for values, sentence in (
+        ({"kind": "sgd", "momentum": 0}, "nesterov needs a momentum"),
+        ({"schedule": "cosine_7_16", "min_lr": 0.001}, "belongs to schedule=cosine"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            validate(OptimConfig, {"lr": 0.03, **values}, "optim")
 
 
 def test_patterns_add_to_what_decays_as_released_recipes_do() -> None:

@@ -1,0 +1,9 @@
+"""Recipes: look at a person's images and write the configs of the three stages, with the reasons as comments.
+
+- `look`: what the images are (torch-free)
+- `flips`: whether a mirrored image still belongs to its class (torch-free)
+- `rules`: every number of a recipe as a documented function (torch-free)
+- `timing`: how long a step takes on this machine, and what fits into its memory
+- `text`: the files, and whether a person has edited them (torch-free)
+- `write`: all of it
+"""

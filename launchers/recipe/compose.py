@@ -1,0 +1,122 @@
+"""The values of the three configs, and the reason for each of them (torch-free)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from launchers.recipe import rules
+from launchers.recipe.flips import FlipTest
+from launchers.recipe.look import Look
+from launchers.recipe.rules import Choice, Family, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """The values of one stage's config.
+
+    Attributes:
+        values: Plain values, as in the file.
+        reasons: Key of `values` -> sentences.
+    """
+
+    values: dict[str, Any]
+    reasons: dict[str, tuple[str, ...]]
+
+
+def compose(
+    name: str,
+    data: Mapping[str, Any],
+    look: Look,
+    flips: FlipTest,
+    *,
+    gpu: bool,
+    family: Choice,
+    steps: Mapping[Stage, Choice],
+    micro: Mapping[Stage, Choice],
+) -> dict[Stage, Draft]:
+    """Write the values of all stages.
+
+    Args:
+        name: The experiment.
+        data: `train`, and what there is of `split`, `validation` and `test`.
+        look: The images.
+        flips: Whether flips are harmless.
+        gpu: Whether the machine has a GPU.
+        family: The kind of model, which decides the stages.
+        steps: Steps of each stage.
+        micro: Micro-batch of each stage; value None = the whole share.
+    """
+    side, chosen_family = rules.image_size(look, gpu), cast(Family, family.value)
+    network, augment = rules.model(chosen_family, side.value), rules.views(look, bool(flips.harmless))
+    mamba, width = chosen_family == "vision_mamba", network.value.get("embed_dim", rules.BASE_WIDTH)
+    balance = rules.sampling(look)
+    flip = f"Horizontal flips {'are' if flips.harmless else 'are not'} used: {flips.why}."
+    pixels = {"mean": list(look.mean), "std": list(look.std)}
+    of_pixels = f"mean and std are those of the images, {'grey' if look.is_grey else 'in colour'}."
+    drafts: dict[Stage, Draft] = {}
+    for stage in rules.stages(chosen_family):
+        supervised = stage != "arm"
+        own = dict(data) if supervised else {k: v for k, v in data.items() if k != "test"}
+        number, size = steps[stage].value, rules.batch(stage, look, gpu)
+        rate = rules.learning_rate(chosen_family, stage, size.value, width)
+        chosen = rules.selection(look, number) if supervised else rules.pretraining_selection(look, number)
+        values: dict[str, Any] = {"run": {"experiment": name}}
+        reasons: dict[str, tuple[str, ...]] = {}
+        if stage == "semi" or (stage == "distill" and mamba):
+            values["init_from"] = "arm" if stage == "distill" else "distill"
+        values["data"] = own | pixels | ({"loader": {"sampling": balance.value}} if supervised else {})
+        reasons["data"] = (of_pixels, *([f"Sampling is {balance.value}: {balance.why}."] if supervised else []))
+        if stage == "arm":
+            values["model"] = network.value
+            values["decoder"] = {"width": network.value["embed_dim"], "depth": 2, "num_heads": 4}
+            values["augment"] = _without_colours(augment["plain"].value)
+            if "patience" in chosen.value:
+                values["select_by"] = "linear"
+        if stage == "distill":
+            values["model"] = network.value | ({"cls_token": "none", "pool": "mean"} if mamba else {})
+            values["augment"] = augment["plain"].value
+        if stage == "semi":
+            values |= {"weak": augment["weak"].value, "strong": augment["strong"].value}
+            values["labelled"] = augment["plain"].value
+            reasons["weak"] = (f"Views: {augment['weak'].why}.", flip)
+            reasons["strong"] = (f"Views: {augment['strong'].why}.",)
+            values |= _pseudo(look, reasons)
+            average = rules.teacher(number)
+            values["ema"], reasons["ema"] = average.value, (f"{average.why}.",)
+        if "model" in values:
+            reasons["model"] = (f"{family.why}.", f"{side.why}.", f"{network.why}.")
+        if "augment" in values:
+            reasons["augment"] = (f"Views: {augment['plain'].why}.", flip)
+        optim: dict[str, Any] = {"lr": rate.value, "warmup_steps": max(1, number // 20)}
+        if mamba:
+            optim |= {"betas": [0.9, 0.95]} if stage == "arm" else {"layer_decay": 0.8}
+        values["optim"], reasons["optim"] = optim | {"clip_norm": 3.0}, (f"{rate.why}.",)
+        if micro[stage].value is not None:
+            values["engine"], reasons["engine"] = {"micro_batch": micro[stage].value}, (f"{micro[stage].why}.",)
+        values["loop"] = {
+            "steps": number,
+            "global_batch": size.value,
+            "log_every": max(1, number // 100),
+            "save_every": max(1, number // 4),
+            **chosen.value,
+        }
+        reasons["loop"] = (f"Steps: {steps[stage].why}.", *(f"{c.why}." for c in (size, chosen) if c.why))
+        drafts[stage] = Draft(values=values, reasons=reasons)
+    return drafts
+
+
+def _without_colours(augment: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage 1 predicts pixels, so their colours stay as they are."""
+    return {key: value for key, value in augment.items() if key != "color_jitter"}
+
+
+def _pseudo(look: Look, reasons: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    if not look.unlabelled:
+        reasons["pseudo"] = (
+            "There are no unlabelled images, so this stage only trains on with labels and an average.",
+        )
+        return {"pseudo": {"weight": 0.0}}
+    reasons["pseudo"] = (
+        f"{look.unlabelled} unlabelled images; {rules.UNLABELLED_RATIO} in a step for each labelled one.",
+    )
+    return {"pseudo": dict(rules.PSEUDO), "unlabelled_ratio": rules.UNLABELLED_RATIO, "label_smoothing": 0.0}

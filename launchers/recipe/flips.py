@@ -1,0 +1,102 @@
+"""Whether horizontal flips are harmless: a mirrored photograph of a cat shows a cat, a mirrored b is a d.
+
+The test asks each labelled image for its nearest neighbour among the others, once as it is and once mirrored. Where a
+mirrored image finds its class as often as the image itself, a flip is a new image of the class. Where it does so less often, a
+flip shows something else. Images are compared as small pictures, without training, in seconds. Labels of the validation
+images count too: choosing views on them is what they are for.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.datasets.manifest import Manifest, read_image
+from pipeline.images import Pixels, UnreadableImage, decode
+
+SIDE = 16  # pixels on a side of the compared pictures
+MOST = 2000  # images that are compared
+FEWEST = 40  # images below which the test decides nothing
+ABOVE_CHANCE = 1.5  # the neighbours must find the class this many times as often as the largest class's share
+TOLERATED = 0.02  # loss of accuracy that is no loss, beside two standard errors
+
+
+class FlipTest(NamedTuple):
+    """What the test found.
+
+    Attributes:
+        harmless: Whether flips may be used; None if it cannot tell.
+        why: The reason, for people.
+    """
+
+    harmless: bool | None
+    why: str
+
+
+def choose_flips(asked: Literal["yes", "no", "test"], found: FlipTest, drawn: bool) -> FlipTest:
+    """Decide on flips: what the person says, else the test, else no for drawn images and yes for photographs."""
+    if asked != "test":
+        return FlipTest(asked == "yes", f"--flips {asked}")
+    if found.harmless is not None:
+        return found
+    kind = (
+        "drawn or scanned on a ground, and signs may not be mirrored" if drawn else "photographs, which may be mirrored"
+    )
+    return FlipTest(not drawn, f"{found.why}; the images look {kind}. --flips yes or no decides otherwise")
+
+
+def neighbours_of_flips(manifest: Manifest, sample_indices: NDArray[np.int64]) -> FlipTest:
+    """Compare mirrored images with the others of a dataset.
+
+    Args:
+        manifest: The dataset.
+        sample_indices: Images with a label, from which at most MOST are taken evenly.
+    """
+    known = sample_indices[manifest.labels[sample_indices] >= 0]
+    chosen = known[np.linspace(0, len(known) - 1, min(MOST, len(known))).astype(int)] if len(known) else known
+    pictures, labels = [], []
+    for k in chosen:
+        try:
+            pictures.append(decode(read_image(manifest, int(k))))
+        except UnreadableImage:
+            continue
+        labels.append(int(manifest.labels[k]))
+    return compare_flips(pictures, np.array(labels, int))
+
+
+def compare_flips(pictures: list[Pixels], labels: NDArray[np.int64]) -> FlipTest:
+    """Decide whether mirrored pictures find their class among the others as often as the pictures themselves.
+
+    Args:
+        pictures: The images (n).
+        labels: Their classes (n,).
+    """
+    number = len(pictures)
+    if number < FEWEST:
+        return FlipTest(None, f"{number} labelled images are too few to test flips on, {FEWEST} are needed")
+    small = [np.asarray(Image.fromarray(p).resize((SIDE, SIDE), Image.Resampling.BOX), np.float64) for p in pictures]
+    straight = np.stack(small)
+    right = _finds_class(straight.reshape(number, -1), straight.reshape(number, -1), labels)
+    mirrored = _finds_class(straight[:, :, ::-1].reshape(number, -1), straight.reshape(number, -1), labels)
+    before, after = right.mean(), mirrored.mean()
+    chance = np.bincount(labels).max() / number
+    if before < ABOVE_CHANCE * chance:
+        return FlipTest(
+            None, f"neighbours find the class of only {100 * before:.0f} % of {number} images, too few to tell"
+        )
+    error = np.std(right.astype(float) - mirrored, ddof=1) / np.sqrt(number)
+    harmless = bool(before - after <= TOLERATED + 2 * error)
+    found = f"of {number} images {100 * before:.0f} % find their class among the others, mirrored {100 * after:.0f} %"
+    return FlipTest(harmless, f"{found}: flips are {'harmless' if harmless else 'harmful'}")
+
+
+def _finds_class(
+    queries: NDArray[np.float64], bank: NDArray[np.float64], labels: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return for each query (n, F) whether its nearest neighbour in the bank, itself left out, has its class (n,)."""
+    squares = np.square(bank).sum(1)
+    distances = squares[None] - 2 * queries @ bank.T  # without the query's own square, which changes no order
+    np.fill_diagonal(distances, np.inf)
+    found: NDArray[np.bool_] = labels[distances.argmin(1)] == labels
+    return found

@@ -1,0 +1,293 @@
+"""The rules of a recipe: from what the images are and what the machine can do to the values of the configs.
+
+Each rule is one function, with its reason in words for the config file. The constants are measured where a study is named,
+and otherwise ours; the person edits the file that is written. A rule sees no test image.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
+
+from launchers.recipe.look import Look
+
+Stage = Literal["arm", "distill", "semi"]
+Family = Literal["resnet", "efficientvim", "vision_mamba"]
+
+SIDES_CPU, SIDES_GPU = (32, 64), (32, 64, 128, 192)
+PATCHES = {32: 4, 64: 8, 128: 8, 192: 16}  # side -> patch
+CLUSTERS = {32: 8, 64: 16, 128: 32, 192: 64}  # side -> ARM's cluster; 16 clusters, or 9 at 192 as in ARM
+SIZES = {32: (64, 4), 64: (128, 6), 128: (192, 12), 192: (192, 24)}  # side -> width, depth
+
+# Learning rates at a batch, from the demo, the study and the scoreboard; those of the Vision Mamba at BASE_WIDTH.
+BASE_WIDTH = 64
+BASE_RATES: dict[Family, dict[Stage, tuple[float, int]]] = {
+    "vision_mamba": {"arm": (3e-3, 64), "distill": (2e-3, 32), "semi": (2e-3, 16)},
+    "resnet": {"distill": (1e-3, 32), "semi": (7.5e-4, 16)},
+    "efficientvim": {"distill": (4e-3, 32), "semi": (3e-3, 16)},
+}
+BATCHES: dict[Stage, tuple[int, int]] = {"arm": (64, 256), "distill": (32, 128), "semi": (16, 64)}  # CPU, GPU
+EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}  # at most, of the stage's larger stream
+LEAST_STEPS, MOST_STEPS = 100, 100_000
+UNLABELLED_RATIO = 4
+
+FIXED_SECONDS = 60.0  # starts of three stages, exports, report
+USABLE = 0.85  # share of the rest that goes to steps; the others are validations and saves
+ENOUGH_VALIDATION = 50  # images from which the best validation says more than the last step
+LONGEST_HORIZON = 10_000.0  # steps that the teacher averages over at most (decay 0.9999)
+MANY_IMAGES = 20_000  # images from which a GPU's time is worth ARM pretraining; ours, not measured
+PSEUDO = {"thresholds": "softmatch", "alignment": "uniform", "weight": 1.0}  # best in all cells tried (docs/recipe.md)
+ENOUGH_FOR_PROBE = 200  # images from which a linear probe can say that stage 1 has stopped paying
+MEMORY_SHARE = 0.6  # of the free memory that a step may use
+
+
+class Choice(NamedTuple):
+    """A value and the reason for it, one sentence for the config file."""
+
+    value: Any
+    why: str
+
+
+def image_size(look: Look, gpu: bool) -> Choice:
+    """Choose the side of the square that the model sees: the least that is not below the images', as the machine allows.
+
+    A larger side costs time and shows nothing; a smaller one loses detail. A CPU stays at 64 pixels.
+    """
+    sides = SIDES_GPU if gpu else SIDES_CPU
+    side = next((s for s in sides if s >= 0.85 * look.side), sides[-1])
+    limit = f", the largest for a {'GPU' if gpu else 'CPU'} here" if side < 0.85 * look.side else ""
+    return Choice(side, f"{side} px{limit}: the images are {look.width} x {look.height} px (width x height, medians)")
+
+
+def family(look: Look, gpu: bool, asked: Family | Literal["auto"] = "auto") -> Choice:
+    """Choose the kind of model: a Vision Mamba, which stage 1 pretrains, or a convolutional network without stage 1.
+
+    In our trials with equal views and an equal number of images, a ResNet-18 from random weights was above our own models
+    of equal cost wherever labels were few and images small (docs/recipe.md). Pretraining needs many images and a GPU.
+    """
+    if asked != "auto":
+        return Choice(asked, f"--model {asked}")
+    if gpu and look.images >= MANY_IMAGES:
+        return Choice("vision_mamba", f"a Vision Mamba, since {look.images} images on a GPU are worth pretraining")
+    lacking = f"{look.images} images are fewer than {MANY_IMAGES}" if gpu else "there is no GPU"
+    return Choice(
+        "resnet",
+        f"a ResNet-18 from random weights, which learned most from few labels in our trials, and no stage 1, since {lacking};"
+        " `--model vision_mamba` writes all three stages",
+    )
+
+
+def stages(chosen: Family) -> tuple[Stage, ...]:
+    """List the stages of a chain: stage 1 pretrains only a Vision Mamba."""
+    return ("arm", "distill", "semi") if chosen == "vision_mamba" else ("distill", "semi")
+
+
+def model(chosen: Family, side: int) -> Choice:
+    """Choose the model of a family: for a Vision Mamba 64 tokens on a CPU, and width and depth that grow with the side."""
+    if chosen == "resnet":
+        return Choice({"name": "timm/resnet18", "image_size": side}, "its last maps are a thirty-second of the side")
+    if chosen == "efficientvim":
+        return Choice(
+            {"name": "efficientvim_mini", "image_size": side}, "its maps are a quarter, an eighth and a sixteenth"
+        )
+    width, depth = SIZES[side]
+    patch = PATCHES[side]
+    values: dict[str, Any] = {
+        "name": "vim_nano",
+        "image_size": side,
+        "patch_size": patch,
+        "cluster_size": CLUSTERS[side],
+        "embed_dim": width,
+        "depth": depth,
+    }
+    tokens = (side // patch) ** 2
+    return Choice(values, f"patches of {patch} px give {tokens} tokens; {depth} blocks of width {width}")
+
+
+def batch(stage: Stage, look: Look, gpu: bool) -> Choice:
+    """Choose the global batch: that of the stage; in stage 1 it is halved until the images fill it.
+
+    Few labels do not make the batch smaller: each image then occurs several times, in views of its own, and batch
+    statistics need the number.
+    """
+    wanted = value = BATCHES[stage][gpu]
+    while stage == "arm" and value > max(8, look.images):
+        value //= 2
+    return Choice(value, f"batch {value}" + (f": only {look.images} images" if value < wanted else ""))
+
+
+def learning_rate(chosen: Family, stage: Stage, global_batch: int, width: int = BASE_WIDTH) -> Choice:
+    """Scale the base rate by the square root of the batch and, for a Vision Mamba, by the inverse of the width.
+
+    The square root is the rule for Adam, whose steps are normalised by the gradient's noise (Malladi et al. 2022); the inverse
+    of the width is that of hidden layers under Adam (Yang et al. 2022).
+    """
+    base, at = BASE_RATES[chosen][stage]
+    value = float(f"{base * math.sqrt(global_batch / at) * BASE_WIDTH / width:.2g}")
+    words = f"lr {base:g} at batch {at}, times the square root of {global_batch}/{at}"
+    return Choice(value, words + (f", times {BASE_WIDTH}/{width} for the width" if width != BASE_WIDTH else ""))
+
+
+def shares(look: Look, among: Collection[Stage]) -> dict[Stage, float]:
+    """Divide the time among the stages; the more of the images are unlabelled, the more goes to stages 1 and 3."""
+    unlabelled = look.unlabelled / (look.unlabelled + look.labels)
+    arm, semi = 0.25 + 0.15 * unlabelled, 0.3 + 0.15 * unlabelled
+    found: dict[Stage, float] = {"arm": arm, "distill": 1 - arm - semi, "semi": semi}
+    total = sum(found[stage] for stage in among)
+    return {stage: found[stage] / total for stage in among}
+
+
+def epoch_limit(stage: Stage, look: Look, global_batch: int) -> int:
+    """Count the steps of the most epochs of a stage; more would repeat the images too often to pay."""
+    images = {
+        "arm": look.images / global_batch,
+        "distill": look.labels / global_batch,
+        "semi": max(look.labels / global_batch, look.unlabelled / (UNLABELLED_RATIO * global_batch)),
+    }[stage]
+    return round(min(MOST_STEPS, max(3 * LEAST_STEPS, EPOCHS[stage] * images)))
+
+
+def steps(look: Look, batches: dict[Stage, int], seconds: dict[Stage, float], budget: float) -> dict[Stage, Choice]:
+    """Choose the steps of all stages, so that they take the budget together.
+
+    Args:
+        look: The images.
+        batches: Global batch of each stage.
+        seconds: Seconds of a step of each stage, as they were timed.
+        budget: Seconds for the whole chain.
+
+    A stage gets its share of the time, at most its epochs, and what it leaves goes to the others. Each has at least
+    LEAST_STEPS.
+    """
+    limits = {stage: epoch_limit(stage, look, batches[stage]) for stage in batches}
+    left, open_shares = max(0.0, USABLE * (budget - FIXED_SECONDS)), shares(look, batches)
+    chosen: dict[Stage, int] = {}
+    while open_shares:  # a stage that reaches its epochs frees time for those that are still open
+        total = sum(open_shares.values())
+        wanted = {stage: left * share / total / seconds[stage] for stage, share in open_shares.items()}
+        full = [stage for stage, number in wanted.items() if number >= limits[stage]]
+        for stage in full or list(wanted):
+            chosen[stage] = max(LEAST_STEPS, limits[stage] if full else int(wanted[stage]))
+            left -= chosen[stage] * seconds[stage]
+            del open_shares[stage]
+        if not full:
+            break
+    return {
+        stage: Choice(_round(chosen[stage]), _of_steps(stage, look, batches, seconds, chosen, limits))
+        for stage in batches
+    }
+
+
+def _round(number: int) -> int:
+    """Round down to two digits, so that timing again gives the same number more often."""
+    scale = 10 ** max(0, len(str(number)) - 2)
+    return number // scale * scale
+
+
+def _of_steps(
+    stage: Stage,
+    look: Look,
+    batches: dict[Stage, int],
+    seconds: dict[Stage, float],
+    chosen: dict[Stage, int],
+    limits: dict[Stage, int],
+) -> str:
+    drawn = _round(chosen[stage]) * batches[stage]
+    seen = {"arm": look.images, "distill": look.labels, "semi": look.labels}[stage]
+    minutes = _round(chosen[stage]) * seconds[stage] / 60
+    why = "its most epochs" if chosen[stage] >= limits[stage] else "its share of the budget"
+    why = "the least" if chosen[stage] == LEAST_STEPS else why
+    return f"about {minutes:.1f} min at {seconds[stage]:.3f} s a step as timed here, {drawn / max(1, seen):.0f} epochs: {why}"
+
+
+def views(look: Look, flips: bool) -> dict[str, Choice]:
+    """Choose the augmentation by the kind of images: `plain` (stages 1 and 2), `weak` and `strong` (stage 3).
+
+    Drawn and scanned images are turned, scaled, sheared and shifted on their ground, and keep nearly all of their area,
+    since a part of a sign is another sign. Photographs are cropped, and their strong views have RandAugment. Colours change
+    only where there are colours.
+    """
+    flip = 0.5 if flips else 0.0
+    jitter = {} if look.is_grey else {"color_jitter": 0.4}
+    if look.is_drawn:
+        why = f"{100 * look.drawn:.0f} % of the images have a border of one colour: drawn or scanned, so affine views"
+        return {
+            "plain": Choice(_drawn(15.0, (0.8, 1.25), 0.12, flip) | jitter, why),
+            "weak": Choice(_drawn(8.0, (0.9, 1.1), 0.06, flip), why + ", small ones"),
+            "strong": Choice(_drawn(22.0, (0.7, 1.35), 0.18, flip) | jitter | {"erase": 0.4}, why + ", large ones"),
+        }
+    why = "photographs: crops"
+    randaugment = {"rand_augment": "rand-m9-mstd0.5-inc1"}
+    return {
+        "plain": Choice({"crop_scale": [0.3, 1.0], "horizontal_flip": flip} | jitter, why),
+        "weak": Choice({"crop_scale": [0.5, 1.0], "horizontal_flip": flip}, why + ", large ones"),
+        "strong": Choice(
+            {"crop_scale": [0.3, 1.0], "horizontal_flip": flip} | randaugment | {"erase": 0.25},
+            why + " and RandAugment",
+        ),
+    }
+
+
+def _drawn(degrees: float, scale: tuple[float, float], translation: float, flip: float) -> dict[str, Any]:
+    affine = {"rotation": degrees, "scale": list(scale), "shear": round(degrees * 2 / 3, 1), "translation": translation}
+    return {"crop_scale": [0.85, 1.0], "affine": affine, "horizontal_flip": flip}
+
+
+def sampling(look: Look) -> Choice:
+    """Draw classes equally often where the labels are imbalanced."""
+    if look.imbalance <= 1.5:
+        return Choice("uniform", "the classes have about equally many labels")
+    return Choice("class_balanced", f"the largest class has {look.imbalance:.0f} times the labels of the smallest")
+
+
+def selection(look: Look, number: int) -> Choice:
+    """Choose which state is exported, and how often it is validated: about twenty times in a run."""
+    every = max(1, number // 20)
+    if look.validation >= ENOUGH_VALIDATION:
+        why = f"{look.validation} validation images choose the best of about {number // every} states"
+        return Choice({"select": "best", "eval_every": every}, why)
+    return Choice(
+        {"select": "last", "eval_every": every},
+        f"the last state: {look.validation} validation images are too few to choose by (from {ENOUGH_VALIDATION} on)",
+    )
+
+
+def pretraining_selection(look: Look, number: int) -> Choice:
+    """Choose when stage 1 ends: with enough validation images when the linear probe on its features stops rising.
+
+    Ten validations a run; it ends after four without a better one. With fewer images a linear probe is too noisy to stop by.
+    """
+    every = max(1, number // 10)
+    if look.validation < ENOUGH_FOR_PROBE:
+        return Choice({"eval_every": every}, "")
+    why = f"it ends when the linear probe on {look.validation} validation images has not risen four times in a row"
+    return Choice({"select": "best", "patience": 4, "eval_every": every}, why)
+
+
+def teacher(number: int) -> Choice:
+    """Choose the horizon of the teacher's average: a fourteenth of the run, at most a seventh, at least ten steps."""
+    long = min(LONGEST_HORIZON, max(20.0, number / 7))
+    short = long / 2
+    values = {
+        "mode": "guarded",
+        "base_decay": round(1 - 1 / short, 6),
+        "gamma": 0.01,
+        "max_decay": round(1 - 1 / long, 6),
+    }
+    return Choice(values, f"the teacher averages over about {short:.0f} to {long:.0f} of {number} steps")
+
+
+def micro_batch(global_batch: int, bytes_per_sample: int, free: int) -> Choice:
+    """Choose the largest divisor of the batch whose activations fit into MEMORY_SHARE of the free memory.
+
+    Args:
+        global_batch: Samples of the first stream per step, on one process.
+        bytes_per_sample: Activations that a sample of the first stream keeps, with those of the other streams.
+        free: Free bytes of the device, after weights and optimizer.
+    """
+    fits = max(1, int(MEMORY_SHARE * free) // max(1, bytes_per_sample))
+    value = max(d for d in range(1, global_batch + 1) if global_batch % d == 0 and d <= max(1, fits))
+    if value == global_batch:
+        return Choice(None, "")
+    return Choice(
+        value, f"micro-batches of {value}: {bytes_per_sample / 2**20:.0f} MiB a sample, {free / 2**30:.1f} GiB free"
+    )

@@ -1,0 +1,241 @@
+"""Write the configs of a chain for a dataset: look, test, time a step, apply the rules, and never overwrite what was edited."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from launchers.recipe import flips as flip_test
+from launchers.recipe import rules, text
+from launchers.recipe.compose import Draft, compose
+from launchers.recipe.look import Look, look_at, sampled
+from launchers.recipe.rules import Choice, Family, Stage
+from pipeline.config import find_config, validate
+from pipeline.datasets.manifest import HEADER
+from pipeline.errors import ConfigError, EnvironmentProblem
+from pipeline.files import replace_text
+from pipeline.streaming.config import AugmentConfig
+from stages import SPECS
+from stages.check import open_data
+from stages.configs.base import StageConfig
+
+BUDGET = "30m"
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a recipe is asked for.
+
+    Attributes:
+        name: Of the configs and the experiment.
+        train: Folders of the training data.
+        split: The split file, or None.
+        validation: Folder of a validation set, or None.
+        test: Folder of a test set, or None.
+        budget: Time for the whole chain, such as 30m or 2h.
+        flips: Whether to use flips; `test` asks the images.
+        model: The kind of model; `auto` = by the rule `rules.family`.
+        again: Whether to write configs that exist already; edited ones are kept beside the new ones.
+    """
+
+    name: str
+    train: tuple[Path, ...]
+    split: Path | None = None
+    validation: Path | None = None
+    test: Path | None = None
+    budget: str = BUDGET
+    flips: Literal["yes", "no", "test"] = "test"
+    model: Family | Literal["auto"] = "auto"
+    again: bool = False
+
+
+def order_for(name: str, budget: str | None, *, existing: bool = False) -> Order | None:
+    """Return the order for a chain whose configs do not exist, if its data lie where README puts them, in data/NAME.
+
+    Args:
+        name: Name of the chain.
+        budget: As typed, or None.
+        existing: Whether configs may exist already.
+    """
+    folder = Path("data") / name
+    train = folder / "train" if (folder / "train" / HEADER).is_file() else folder
+    found = any(find_config(path).is_file() for path in paths(name).values())
+    if (found and not existing) or not (train / HEADER).is_file():
+        return None
+    split, test = folder / "split.json", folder / "test"
+    return Order(
+        name=name,
+        train=(train,),
+        split=split if split.is_file() else None,
+        test=test if (test / HEADER).is_file() else None,
+        budget=budget or BUDGET,
+    )
+
+
+def paths(name: str) -> dict[Stage, Path]:
+    """Return the config file of each stage."""
+    return {stage: Path("configs") / stage / f"{name}.yaml" for stage in rules.stages("vision_mamba")}
+
+
+def seconds_of_budget(budget: str) -> float:
+    """Convert 90s, 30m or 1.5h to seconds.
+
+    Raises:
+        ConfigError: It is no such time.
+    """
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh])", budget)
+    if not found or not float(found[1]):
+        raise ConfigError(f"budget {budget[:40]!r}: give a number and s, m or h, such as 30m or 1.5h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def write(order: Order) -> list[Path]:
+    """Write the configs of all three stages and say what they hold.
+
+    Returns:
+        The files that were written; none if all exist and `again` is false.
+
+    Raises:
+        PipelineError: The data cannot be opened, or a value is wrong.
+    """
+    budget, files = seconds_of_budget(order.budget), paths(order.name)
+    there = [path for path in files.values() if path.is_file()]
+    if there and not order.again:
+        print(f"kept: {', '.join(map(str, there))}; --again writes them anew and keeps what was edited")
+        return []
+    drafts = draft(order, budget)
+    written = [files[stage] for stage in drafts]
+    try:
+        for path in there:
+            _clear(path)
+        for stage, found in drafts.items():
+            files[stage].parent.mkdir(parents=True, exist_ok=True)
+            replace_text(files[stage], _file(order, stage, found))
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{error.filename or written[0]} cannot be written ({error.strerror}); run this where you may write"
+        ) from None
+    print(f"wrote {', '.join(map(str, written))}; edit them as you like, a rerun keeps them")
+    return written
+
+
+def draft(order: Order, budget: float) -> dict[Stage, Draft]:
+    """Look at the data, time a step of each stage and apply the rules.
+
+    Args:
+        order: What is asked for.
+        budget: Seconds for the whole chain.
+    """
+    data = _data(order)
+    # The rest of this config is only there to open the data as a stage does.
+    opened = open_data(_validated("distill", {"run": {"experiment": order.name}, "data": data,
+                                              "model": {"name": "vim_nano"}, "optim": {"lr": 1e-3},
+                                              "loop": {"steps": 1, "global_batch": 1}}, order))  # fmt: skip
+    look = look_at(opened)
+    print(in_words(look))
+    known = np.concatenate([opened.subsets.labelled, opened.subsets.validation])
+    found = flip_test.choose_flips(
+        order.flips, flip_test.neighbours_of_flips(opened.manifest, np.sort(known)), look.is_drawn
+    )
+    print(f"flips: {found.why}")
+    from launchers.recipe import timing  # imports torch
+
+    gpu = timing.has_gpu()
+    pictures = sampled(opened.manifest, np.arange(opened.manifest.num_samples), 32)
+    family = rules.family(look, gpu, order.model)
+    stages = rules.stages(family.value)
+    compose_with = partial(compose, order.name, data, look, found, gpu=gpu, family=family)
+    unknown, nothing = (dict.fromkeys(stages, Choice(value, "")) for value in (rules.LEAST_STEPS, None))
+    first = compose_with(steps=unknown, micro=nothing)
+    pending: dict[Path, StageConfig] = {}
+    batches: dict[Stage, int] = {}
+    seconds: dict[Stage, float] = {}
+    micro: dict[Stage, Choice] = {}
+    for stage in stages:
+        config = _validated(stage, first[stage].values, order)
+        measured = timing.time_stage(
+            config, len(opened.manifest.classes), pending, pictures, _drawn(first[stage].values)
+        )
+        pending[config.folder / "export"] = config
+        batches[stage], seconds[stage] = config.loop.global_batch, measured.seconds
+        micro[stage] = rules.micro_batch(batches[stage], measured.bytes_per_sample, measured.free)
+    numbers = rules.steps(look, batches, seconds, budget)
+    for stage in stages:
+        print(f"{stage}: {numbers[stage].value} steps, {numbers[stage].why}")
+    total = sum(numbers[stage].value * seconds[stage] for stage in stages) / rules.USABLE + rules.FIXED_SECONDS
+    if total > 1.2 * budget:
+        print(
+            f"note: the least of every stage takes about {total / 60:.0f} min here, more than the budget {order.budget}"
+        )
+    drafts = compose_with(steps=numbers, micro=micro)
+    for stage in stages:
+        _validated(stage, drafts[stage].values, order)
+    return drafts
+
+
+def in_words(look: Look) -> str:
+    """Say in one line what the images are."""
+    kind = "drawn or scanned" if look.is_drawn else "photographs"
+    colour = "grey" if look.is_grey else "in colour"
+    present = sum(count > 0 for count in look.labelled)
+    return (
+        f"{look.images} images of about {look.width} x {look.height} px, {kind}, {colour}; {look.labels} labels of {present}"
+        f" classes to train on (imbalance {look.imbalance:.3g}), {look.validation} for validation, {look.unlabelled} unlabelled"
+    )
+
+
+def _data(order: Order) -> dict[str, Any]:
+    train = [str(folder) for folder in order.train]
+    given = {"split": order.split, "validation": order.validation, "test": order.test}
+    data: dict[str, Any] = {"train": train[0] if len(train) == 1 else train}
+    return data | {key: str(path) for key, path in given.items() if path is not None}
+
+
+def _drawn(values: dict[str, Any]) -> Sequence[tuple[AugmentConfig, int]]:
+    """Return the augmentations of a step with their views per sample of the first stream."""
+    if "augment" in values:
+        return [(AugmentConfig.model_validate(values["augment"]), 1)]
+    ratio = values.get("unlabelled_ratio", 0)
+    counts = {"labelled": 1, "weak": ratio, "strong": ratio}
+    return [(AugmentConfig.model_validate(values[key]), number) for key, number in counts.items() if number]
+
+
+def _validated(stage: Stage, values: dict[str, Any], order: Order) -> StageConfig:
+    return validate(SPECS[stage].config, values, f"the recipe of {order.name}")
+
+
+def _file(order: Order, stage: Stage, draft: Draft) -> str:
+    pretrained = " of stage 1's backbone" if "init_from" in draft.values else ""
+    title = {
+        "arm": "Stage 1: ARM pretraining of a Vision Mamba on all images; it reads no labels.",
+        "distill": f"Stage 2: supervised training{pretrained} on the labelled images.",
+        "semi": "Stage 3: semi-supervised fine-tuning of stage 2's model, with a teacher (Semi-ViM).",
+    }[stage]
+    given = {"split": order.split, "validation": order.validation, "test": order.test, "budget": order.budget}
+    options = " ".join(f"--{option} {value}" for option, value in given.items() if value is not None)
+    remake = f"python -m launchers recipe {order.name} --train {' '.join(map(str, order.train))} {options}"
+    head = [
+        title,
+        "",
+        "Written for these images and this machine by",
+        f"    {remake}",
+        "Edit it as you like: a rerun keeps it. Every key: docs/reference/config.md",
+        f"Command   make chain NAME={order.name}      (this stage alone: make stage-{SPECS[stage].number}"
+        f" CONFIG=configs/{stage}/{order.name}.yaml)",
+        "Seed      run.seed, 0 by default",
+        "",
+    ]
+    return text.render(head, draft.values, draft.reasons)
+
+
+def _clear(path: Path) -> None:
+    """Take an old file away; what a person has edited is kept beside it, and said."""
+    if text.edited(path.read_text(encoding="utf-8")):
+        print(f"{path} was edited: it is kept as {text.set_aside(path)}")
+    else:
+        path.unlink()

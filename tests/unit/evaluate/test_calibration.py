@@ -1,0 +1,89 @@
+"""Temperatures: against scipy's minimiser, and the rules for few validation images."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import log_loss
+
+from pipeline.evaluate.calibration import (
+    FEWEST,
+    calibrate,
+    expected_calibration_error,
+    fit_temperature,
+    losses,
+    reliability,
+)
+
+
+def drawn(number: int, temperature: float, seed: int = 0, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Logits whose calibrated temperature is `temperature`: labels are drawn from softmax(logits / temperature)."""
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.standard_normal((number, classes))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = np.array([rng.choice(classes, p=row) for row in p])
+    return logits * temperature, labels
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def test_losses_are_sklearns() -> None:
+    logits, labels = drawn(50, 3.0)
+    assert losses(logits, labels).mean() == pytest.approx(log_loss(labels, softmax(logits), labels=range(4)))
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0, 25.0])
+def test_the_temperature_is_scipys_minimum(prior: float) -> None:
+    logits, labels = drawn(200, 3.0)
+
+    def objective(log_t: float) -> float:
+        scaled = softmax(logits / np.exp(log_t))[np.arange(200), labels]
+        return float(-np.log(scaled).sum() + prior * log_t**2 / 2)
+
+    expected = np.exp(minimize_scalar(objective, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9}).x)
+    assert fit_temperature(logits, labels, prior=prior) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 3.0])
+def test_calibration_finds_the_temperature_and_lowers_the_error_on_other_images(temperature: float) -> None:
+    found = calibrate(*drawn(400, temperature))
+    assert found.temperature == pytest.approx(temperature, rel=0.15)
+    logits, labels = drawn(4000, temperature, seed=1)
+    before, after = (
+        expected_calibration_error(reliability(p.max(1), p.argmax(1) == labels))
+        for p in (softmax(logits), softmax(logits / found.temperature))
+    )
+    assert after < 3 < before
+
+
+def test_below_the_fewest_images_nothing_is_fitted_and_the_words_say_so() -> None:
+    found = calibrate(*drawn(FEWEST - 1, 5.0))
+    assert found.temperature == 1.0
+    assert f"{FEWEST - 1} validation images, at least {FEWEST} are needed" in found.words
+
+
+def test_a_temperature_that_would_not_help_is_not_taken() -> None:
+    """Calibrated logits and few images: cross-validation rejects what the same images would accept."""
+    rejected = [calibrate(*drawn(30, 1.0, seed=seed)) for seed in range(20)]
+    assert sum(c.temperature == 1.0 for c in rejected) >= 8
+    assert any("would not help" in c.words for c in rejected)
+
+
+def test_a_handful_of_right_predictions_does_not_make_a_model_certain() -> None:
+    """Without the pull towards 1 the temperature of ten right answers is the least that is searched, a twentieth."""
+    logits = np.zeros((10, 3))
+    logits[:, 0] = 2.0
+    labels = np.zeros(10, int)
+    assert fit_temperature(logits, labels) == pytest.approx(np.exp(-3), rel=1e-3)
+    assert 0.3 < calibrate(logits, labels).temperature < 1
+
+
+def test_few_images_help_on_average_on_many_others() -> None:
+    """Twenty images of an overconfident model: the loss on others falls in nearly all draws."""
+    others = drawn(2000, 4.0, seed=99)
+    before = losses(*others).mean()
+    after = [losses(others[0] / calibrate(*drawn(20, 4.0, seed)).temperature, others[1]).mean() for seed in range(20)]
+    assert np.mean(after) < before
+    assert sum(a < before for a in after) >= 18

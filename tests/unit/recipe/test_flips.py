@@ -1,0 +1,70 @@
+"""Whether flips are harmless: on scanned digits, on shapes that a mirror keeps, and on a pair that it exchanges."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from launchers.recipe.flips import FEWEST, choose_flips, compare_flips
+
+RNG = np.random.default_rng(0)
+
+
+def pictures(shapes: list[np.ndarray], number: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """`number` noisy, shifted copies of each shape (16, 16)."""
+    found, labels = [], []
+    for label, shape in enumerate(shapes):
+        for _ in range(number):
+            moved = np.roll(shape, RNG.integers(-1, 2, 2), (0, 1)) * 200 + RNG.normal(20, 10, shape.shape)
+            found.append(np.repeat(moved.clip(0, 255).astype(np.uint8)[..., None], 3, 2))
+            labels.append(label)
+    return found, np.array(labels)
+
+
+def letter(rows: slice, columns: slice, stem: int) -> np.ndarray:
+    """A stem with a bowl: b, d, p or q."""
+    shape = np.zeros((16, 16))
+    shape[2:14, stem] = shape[2:14, stem + 1] = 1
+    shape[rows, columns] = 1
+    return shape
+
+
+def test_digits_must_not_be_mirrored() -> None:
+    digits = load_digits()
+    images = [np.repeat((16 * d).clip(0, 255).astype(np.uint8)[..., None], 3, 2) for d in digits.images[:400]]
+    found = compare_flips(images, digits.target[:400])
+    assert found.harmless is False
+    assert "flips are harmful" in found.why
+
+
+def test_b_and_d_must_not_be_mirrored_though_every_mirrored_image_looks_like_one_of_the_set() -> None:
+    b, d = letter(slice(8, 14), slice(5, 10), 3), letter(slice(8, 14), slice(6, 11), 11)
+    assert compare_flips(*pictures([b, d], 40)).harmless is False
+
+
+def test_symmetric_shapes_may_be_mirrored() -> None:
+    bar, ring, dot = np.zeros((3, 16, 16))
+    bar[:, 7:9] = 1
+    ring[4:12, 4:12] = 1
+    ring[6:10, 6:10] = 0
+    dot[6:10, 6:10] = 1
+    assert compare_flips(*pictures([bar, ring, dot], 30)).harmless is True
+
+
+def test_few_images_or_neighbours_that_know_nothing_decide_nothing() -> None:
+    images, labels = pictures([np.eye(16), np.eye(16)[::-1]], FEWEST // 2 - 1)
+    assert compare_flips(images, labels).harmless is None
+    noise = [RNG.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(200)]
+    found = compare_flips(noise, RNG.integers(0, 4, 200))
+    assert found.harmless is None
+    assert "too few to tell" in found.why
+
+
+@pytest.mark.parametrize(("asked", "drawn", "used"), [
+    ("yes", True, True), ("no", False, False), ("test", True, False), ("test", False, True)
+])  # fmt: skip
+def test_what_the_person_says_comes_first_then_the_test_then_the_kind(asked: str, drawn: bool, used: bool) -> None:
+    undecided = compare_flips([], np.array([], int))
+    found = choose_flips(asked, undecided, drawn)
+    assert found.harmless is used
+    if asked == "test":
+        assert "--flips yes or no decides otherwise" in found.why

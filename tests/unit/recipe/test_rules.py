@@ -1,0 +1,194 @@
+"""The rules of recipes, each as a law with numbers, over any dataset and machine."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launchers.recipe import rules
+from launchers.recipe.compose import compose
+from launchers.recipe.flips import FlipTest
+from launchers.recipe.look import Look
+from launchers.recipe.rules import Choice
+from pipeline.streaming.config import AugmentConfig
+from stages import SPECS
+
+
+def look(**changed: Any) -> Look:
+    """Digits: 1,000 images of 28 x 28, 15 of them labelled."""
+    facts: dict[str, Any] = {
+        "images": 1000, "labelled": (5, 4, 3, 2, 1), "unlabelled": 935, "validation": 50, "height": 28, "width": 28,
+        "grey": 1.0, "drawn": 1.0, "mean": (0.1, 0.1, 0.1), "std": (0.3, 0.3, 0.3),
+    }  # fmt: skip
+    return Look(**facts | changed)
+
+
+STAGES = rules.stages("vision_mamba")
+LOOKS = st.builds(
+    look,
+    images=st.integers(2, 10**7),
+    labelled=st.lists(st.integers(0, 10**5), min_size=2, max_size=50).map(tuple).filter(any),
+    unlabelled=st.integers(0, 10**7),
+    validation=st.integers(0, 10**5),
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+    grey=st.floats(0, 1),
+    drawn=st.floats(0, 1),
+)
+
+
+@given(
+    LOOKS,
+    st.booleans(),
+    st.booleans(),
+    st.integers(100, 10**5),
+    st.sampled_from(["auto", "efficientvim", "vision_mamba"]),
+)
+def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, number: int, asked: Any) -> None:
+    family = rules.family(facts, gpu, asked)
+    drafts = compose(
+        "mine",
+        {"train": "data/mine/train"},
+        facts,
+        FlipTest(flips, "because"),
+        gpu=gpu,
+        family=family,
+        steps={stage: Choice(number, "words") for stage in STAGES},
+        micro={stage: Choice(None, "") for stage in STAGES},
+    )
+    assert tuple(drafts) == rules.stages(family.value)
+    for stage in drafts:
+        config = SPECS[stage].config.model_validate(drafts[stage].values)
+        assert config.run.experiment == "mine"
+        assert set(drafts[stage].reasons) <= set(drafts[stage].values)
+    if "arm" not in drafts:
+        assert "init_from" not in drafts["distill"].values
+        return
+    arm, distill = (SPECS[s].config.model_validate(drafts[s].values).model for s in ("arm", "distill"))
+    same = ("image_size", "patch_size", "embed_dim", "depth")
+    assert [getattr(arm, name) for name in same] == [getattr(distill, name) for name in same]
+
+
+@pytest.mark.parametrize(("side", "gpu", "chosen"), [
+    (8, False, 32), (28, False, 32), (37, False, 32), (38, False, 64), (500, False, 64), (500, True, 192), (28, True, 32)
+])  # fmt: skip
+def test_the_view_is_the_least_that_holds_the_images(side: int, gpu: bool, chosen: int) -> None:
+    assert rules.image_size(look(height=side, width=2 * side), gpu).value == chosen
+
+
+@pytest.mark.parametrize("side", rules.SIDES_GPU)
+def test_clusters_and_patches_divide_the_side(side: int) -> None:
+    values = rules.model("vision_mamba", side).value
+    assert side % values["cluster_size"] == 0
+    assert values["cluster_size"] % values["patch_size"] == 0
+
+
+def test_learning_rates_follow_the_root_of_the_batch_and_the_inverse_of_the_width() -> None:
+    for family, rates in rules.BASE_RATES.items():
+        for stage, (base, batch) in rates.items():
+            assert rules.learning_rate(family, stage, batch).value == pytest.approx(base)
+            assert rules.learning_rate(family, stage, 4 * batch, 64).value == pytest.approx(2 * base)
+            assert rules.learning_rate(family, stage, batch, 256).value == pytest.approx(
+                base / 4, rel=0.03
+            )  # two digits
+
+
+def test_few_images_make_the_batch_of_stage_1_smaller_and_no_other() -> None:
+    for number in (1, 9, 15, 33, 1000):
+        facts = look(labelled=(number,), images=number)
+        assert rules.batch("arm", facts, gpu=False).value <= max(8, number)
+        assert rules.batch("distill", facts, gpu=False).value == 32
+
+
+def test_pretraining_is_for_many_images_on_a_gpu_or_by_wish() -> None:
+    many, fewer = look(images=rules.MANY_IMAGES), look(images=rules.MANY_IMAGES - 1)
+    assert rules.family(many, gpu=True).value == "vision_mamba"
+    assert rules.family(many, gpu=False).value == rules.family(fewer, gpu=True).value == "resnet"
+    assert rules.family(fewer, gpu=False, asked="vision_mamba").value == "vision_mamba"
+
+
+@given(LOOKS, st.lists(st.floats(1e-3, 10), min_size=3, max_size=3), st.floats(60, 1e5))
+def test_the_steps_take_the_budget_or_all_epochs_or_the_least(facts: Look, each: list[float], budget: float) -> None:
+    batches = {stage: rules.batch(stage, facts, False).value for stage in STAGES}
+    seconds = dict(zip(STAGES, each, strict=True))
+    found = rules.steps(facts, batches, seconds, budget)
+    limits = {stage: rules.epoch_limit(stage, facts, batches[stage]) for stage in STAGES}
+    numbers = {stage: choice.value for stage, choice in found.items()}
+    assert all(rules.LEAST_STEPS <= n <= max(limits[stage], rules.LEAST_STEPS) for stage, n in numbers.items())
+    total, least = (sum(n[s] * seconds[s] for s in STAGES) for n in (numbers, dict.fromkeys(STAGES, rules.LEAST_STEPS)))
+    usable = max(0.0, rules.USABLE * (budget - rules.FIXED_SECONDS))
+    assert total <= usable + least + 1e-6
+    if all(rules.LEAST_STEPS < n < 0.89 * limits[stage] for stage, n in numbers.items()):
+        assert total >= 0.9 * usable - sum(each)  # two digits of each number are kept
+
+
+def test_more_unlabelled_images_get_more_of_the_time_for_stages_1_and_3() -> None:
+    few, many = (rules.shares(look(unlabelled=n), STAGES) for n in (0, 10**6))
+    assert many["arm"] > few["arm"]
+    assert many["semi"] > few["semi"]
+    assert sum(few.values()) == pytest.approx(sum(many.values())) == pytest.approx(1)
+    assert sum(rules.shares(look(), rules.stages("efficientvim")).values()) == pytest.approx(1)
+
+
+def test_views_follow_the_kind_of_images() -> None:
+    drawn, photo = rules.views(look(), flips=False), rules.views(look(drawn=0.1, grey=0.0), flips=True)
+    for name in ("plain", "weak", "strong"):
+        sign, picture = (AugmentConfig.model_validate(v[name].value) for v in (drawn, photo))
+        assert sign.affine is not None
+        assert sign.horizontal_flip == 0.0
+        assert sign.color_jitter == 0.0  # grey
+        assert picture.affine is None
+        assert picture.horizontal_flip == 0.5
+    weak, strong = (AugmentConfig.model_validate(drawn[name].value).affine for name in ("weak", "strong"))
+    assert weak is not None
+    assert strong is not None
+    assert weak.rotation < strong.rotation
+
+
+def test_classes_are_balanced_where_labels_are_not() -> None:
+    assert rules.sampling(look()).value == "class_balanced"
+    assert rules.sampling(look(labelled=(4, 4, 4))).value == "uniform"
+
+
+def test_the_best_state_is_chosen_only_by_enough_validation_images() -> None:
+    assert rules.selection(look(validation=rules.ENOUGH_VALIDATION), 400).value == {"select": "best", "eval_every": 20}
+    assert rules.selection(look(validation=rules.ENOUGH_VALIDATION - 1), 400).value["select"] == "last"
+
+
+def test_stage_1_ends_by_the_linear_probe_only_with_enough_validation_images() -> None:
+    assert "patience" not in rules.pretraining_selection(look(validation=rules.ENOUGH_FOR_PROBE - 1), 400).value
+    found = rules.pretraining_selection(look(validation=rules.ENOUGH_FOR_PROBE), 400).value
+    assert found == {"select": "best", "patience": 4, "eval_every": 40}
+
+
+@given(st.integers(100, 10**6))
+def test_the_teachers_horizon_is_a_part_of_the_run(number: int) -> None:
+    found = rules.teacher(number).value
+    short, long = (1 / (1 - found[key]) for key in ("base_decay", "max_decay"))
+    assert 10 * 0.99 <= short <= long
+    assert long <= max(20, number / 7) * 1.01
+    assert math.isfinite(long)
+
+
+@given(st.integers(1, 512), st.integers(1, 2**34), st.integers(0, 2**38))
+def test_micro_batches_divide_the_batch_and_fit(global_batch: int, each: int, free: int) -> None:
+    value = rules.micro_batch(global_batch, each, free).value or global_batch
+    assert global_batch % value == 0
+    assert value == 1 or value * each <= rules.MEMORY_SHARE * free
+    larger = [d for d in range(value + 1, global_batch + 1) if global_batch % d == 0]
+    assert not larger or larger[0] * each > rules.MEMORY_SHARE * free - each
+
+
+def test_an_unlabelled_pool_that_is_missing_makes_stage_3_supervised() -> None:
+    drafts = compose(
+        "mine", {"train": "x"}, look(unlabelled=0), FlipTest(False, "x"), gpu=False, family=Choice("vision_mamba", ""),
+        steps={stage: Choice(100, "") for stage in STAGES}, micro={stage: Choice(None, "") for stage in STAGES},
+    )  # fmt: skip
+    assert drafts["semi"].values["pseudo"] == {"weight": 0.0}
+    assert "no unlabelled images" in drafts["semi"].reasons["pseudo"][0]
+    assert np.isclose(
+        drafts["distill"].values["optim"]["lr"], rules.learning_rate("vision_mamba", "distill", 32, 64).value
+    )

@@ -1,0 +1,34 @@
+"""Which validation is the best, and for how long none was better."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.train.selection import Selection
+
+CRITERIA = {"val/top1": 1, "val/nll": -1}
+NUMBERS = st.sampled_from([0.0, 10.0, 50.0, math.nan, math.inf])
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12))
+def test_the_best_is_the_first_of_the_largest_finite_ones(found: list[tuple[float, float]]) -> None:
+    selection = Selection()
+    for step, (top1, nll) in enumerate(found, start=1):
+        selection.see(step, {"val/top1": top1, "val/nll": nll, "val/ece": 3.0}, CRITERIA)
+    finite = [(top1, -nll, -step) for step, (top1, nll) in enumerate(found, start=1) if math.isfinite(top1 + nll)]
+    if not finite:
+        assert (selection.step, selection.best, selection.waited) == (0, {}, len(found))
+        return
+    top1, loss, step = max(finite)
+    assert (selection.step, selection.best) == (-step, {"val/top1": top1, "val/nll": -loss})
+    assert selection.waited == len(found) + step
+
+
+def test_it_survives_its_json() -> None:
+    selection = Selection()
+    selection.see(5, {"val/loss": 0.25}, {"val/loss": -1})
+    assert not selection.see(10, {"val/loss": 0.5}, {"val/loss": -1})
+    again = Selection.model_validate_json(selection.model_dump_json())
+    assert again.see(15, {"val/loss": 0.125}, {"val/loss": -1})
+    assert (again.step, again.seen, again.waited) == (15, 3, 0)
