@@ -107,9 +107,9 @@ def open_dataset(folder: Path) -> Manifest:
     if (folder / HEADER).exists() or not folder.is_dir() or any(folder.glob("*.tar")):
         return read_manifest(folder)
     from pipeline.datasets.convert.imagefolder import image_folder, plain_folder
-    from pipeline.datasets.convert.scan import images_below
+    from pipeline.datasets.convert.scan import find_images
 
-    names = images_below(folder)
+    names = find_images(folder, {})
     if not names:
         return read_manifest(folder)  # its error says how to make a dataset
     flat = all("/" not in name for name in names)
