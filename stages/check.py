@@ -16,6 +16,7 @@ from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, DataError, HandoverError, PipelineError
 from pipeline.exports.card import CARD, Card
 from pipeline.models.family import FamilyConfig
+from pipeline.report.tracker import check_installed
 from stages import SPECS, spec_of
 from stages.configs.base import StageConfig
 from stages.identity import refuse_other_run
@@ -45,6 +46,7 @@ def check(config: StageConfig, world_size: int, pending: Pending = NONE_PENDING)
 def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
     spec = spec_of(config)
     derive_batches(config.loop.global_batch, world_size, config.engine.micro_batch)
+    check_installed(config.run.tracker)
     refuse_other_run(config)
     data = open_data(config)
     manifest, subsets = data.manifest, data.subsets

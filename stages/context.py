@@ -79,11 +79,13 @@ class StageContext(Generic[C]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        interrupted = isinstance(error, Interrupted)
+        self.run.close_tracker("interrupted" if interrupted else "failed" if error else "complete")
         if error is None:
             if self._engine is not None:
                 self._engine.close()
             distributed.stop()
-        elif not isinstance(error, Interrupted):
+        elif not interrupted:
             # No collective here: other ranks may be in the middle of one.
             words = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
             with suppress(OSError):  # the disk may be full; the error on the screen says so
@@ -194,7 +196,11 @@ class StageContext(Generic[C]):
     def pictures(self, samples: Held, number: int, image_size: tuple[int, int]) -> Tensor:
         """Return the same images on every rank, spread over `samples`: (number, 3, H, W), on the device."""
         view = eval_views(
-            image_size, mean=self.config.data.mean, std=self.config.data.std, decoding=self.config.data.decoding
+            image_size,
+            mean=self.config.data.mean,
+            std=self.config.data.std,
+            view=self.config.data.view,
+            decoding=self.config.data.decoding,
         )
         remote = self.config.data.loader.remote
         return spread(samples.manifest, samples.sample_indices, number, view, remote).images.to(self.world.device)

@@ -78,6 +78,8 @@ def export(
     board = Board(s.run.folder / "tb", loop.steps, loop.global_batch)
     board.hparams(flatten(s.config.model_dump(mode="json")), measured, loop.steps)
     board.close()
+    last = {key: value for key, value in measured.items() if not key.startswith("val/")}  # the log has the validations
+    s.run.track(last | {"step": s.selected.trained})
 
 
 def _calibrated(card: Card, calibration: Calibration) -> Card:

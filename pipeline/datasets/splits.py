@@ -259,7 +259,10 @@ def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
     else:
         least = config.min_labelled_per_class
         how = "at random" if config.rounding == "random" else "to the nearest"
-        phrases.append(f"{config.labelled:.4g} of each class labelled, at least {least}, rounded {how}")
+        share = f"{config.labelled:.4g} of each class labelled, at least {least}, rounded {how}"
+        if config.labelled < 1e-6:  # a number of labels, not a share of them
+            share = f"{least} of each class labelled"
+        phrases.append(share if config.labelled < 1 else "all labels used")
     if config.validation_per_class:
         phrases.append(f"{config.validation_per_class} per class held out for validation")
     return "; ".join([*phrases, f"seed {seed}"])

@@ -180,6 +180,7 @@ def _evaluate_model(
         card.model.image_size,
         mean=card.preprocessing.mean,
         std=card.preprocessing.std,
+        view=card.preprocessing.view,
         decoding=decoding.given(given, card.preprocessing.decoding),
     )
     classes = request.data.classes

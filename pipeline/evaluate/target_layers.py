@@ -19,6 +19,8 @@ from pipeline.models.timm_model import TimmModel
 from pipeline.models.vision_mamba.model import VisionMamba
 from pipeline.models.vision_mamba.tokens import drop_token
 
+LEAST_SIDE = 3  # pixels a side that a map needs to show where something is
+
 ToGrid = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
@@ -47,7 +49,7 @@ def target_layers(model: nn.Module) -> TargetLayers:
         ConfigError: If the network keeps no map that is known here.
     """
     if isinstance(model, TimmModel):
-        return _timm_layers(model.model)
+        return _timm_layers(model.model, min(model.image_size))
     if isinstance(model, VisionMamba):
         entrance = f"layers.{model.depth - 1}.{'norm1' if hasattr(model.layers[-1], 'norm1') else 'norm'}"
         return TargetLayers(
@@ -61,9 +63,12 @@ def target_layers(model: nn.Module) -> TargetLayers:
     raise _unknown(model)
 
 
-def _timm_layers(model: Any) -> TargetLayers:
+def _timm_layers(model: Any, side: int) -> TargetLayers:
     info = getattr(model, "feature_info", None)
-    last = list(info)[-1] if isinstance(info, list | tuple) and info else None
+    maps = list(info) if isinstance(info, list | tuple) else []
+    # On small images the last map of a ResNet is a single pixel, which shows nothing.
+    wide = [found for found in maps if side >= LEAST_SIDE * found.get("reduction", 1)]
+    last = (wide or maps)[-1] if maps else None
     prefix = getattr(model, "num_prefix_tokens", 0)
     try:
         if prefix and hasattr(model, "blocks"):

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config import FREE, NonNegativeInt, PositiveInt, Seconds, Strict
+from pipeline.report.tracker import TrackerName
 
 COSINE_7_16_END = math.cos(math.pi * 7 / 16)  # the last learning rate of FixMatch's schedule, over the first
 
@@ -25,6 +26,14 @@ class RunConfig(Strict):
         ge=0,
         lt=2**63,
         description="seed of the first weights, of the order of the data, of the augmentation and of drop path",
+    )
+
+    tracker: TrackerName = Field(
+        "none",
+        description="where the numbers of metrics.jsonl and the config go beside TensorBoard: none, wandb (offline unless"
+        " WANDB_MODE says otherwise), mlflow (files in ROOT/mlruns unless MLFLOW_TRACKING_URI names a server) or trackio"
+        " (a database in ROOT/trackio); each is an extra of the package with its name",
+        json_schema_extra=FREE,
     )
 
     def folder(self, stage: str) -> Path:

@@ -28,6 +28,7 @@ from pipeline.config import dump_yaml, flatten, identity
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem, HandoverError
 from pipeline.files import replace_text
 from pipeline.jsonl import read_rows, sort_rows
+from pipeline.report.tracker import RunEnd, Tracker, TrackerName
 from pipeline.train.saved_state import complete, read_state
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Run:
         self.folder, self.world, self.config = folder, world, config
         self.checkpoints, self.export = folder / "checkpoints", folder / "export"
         self.config_sha256 = identity_sha256(config)
+        self._tracker: Tracker | None = None
         self.commit = _git("rev-parse", "HEAD") or "unknown"
         if world.is_main:
             try:
@@ -145,6 +147,26 @@ class Run:
         if self.world.is_main:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            self.track(row)
+
+    def follow(self, name: TrackerName) -> None:
+        """Let a tracker follow metrics.jsonl, on rank 0.
+
+        Raises:
+            EnvironmentProblem: If its library is missing or does not start.
+        """
+        if self.world.is_main and name != "none":
+            self._tracker = Tracker(name, self.folder, flatten(self.config.model_dump(mode="json")))
+
+    def track(self, row: dict[str, float]) -> None:
+        """Send the numbers of a row, which names its `step`, to the tracker if there is one."""
+        if self._tracker:
+            self._tracker.send(row)
+
+    def close_tracker(self, end: RunEnd) -> None:
+        """Let the tracker write what is left and note how the run ended."""
+        if self._tracker:
+            self._tracker.close(end)
 
     def last_row(self, prefix: str, until: int) -> dict[str, float]:
         """Return the newest values of steps up to `until` whose names start with `prefix`; nothing on ranks above 0."""

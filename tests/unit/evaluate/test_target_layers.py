@@ -126,6 +126,15 @@ class TestGradCAM:
         assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
 
 
+@pytest.mark.parametrize(("size", "side"), [(32, 4), (64, 4), (128, 4), (224, 7)])
+def test_the_map_of_a_resnet_is_never_a_single_pixel(size: int, side: int) -> None:
+    """On 32 px the last map of a ResNet-18 is one pixel; Grad-CAM then uses the last map of three pixels a side or more."""
+    model = build_model("timm/resnet18", image_size=size, num_classes=2).eval()
+    with watched(target_layers(model).gradcam) as seen:
+        model(torch.rand(1, 3, size, size))
+    assert seen[0].shape[-2:] == (side, side)
+
+
 @pytest.mark.parametrize(("name", "size"), FAMILIES)
 def test_every_family_has_a_map_with_gradients(name: str, size: int) -> None:
     torch.manual_seed(0)
@@ -145,14 +154,14 @@ def test_every_family_has_a_map_with_gradients(name: str, size: int) -> None:
 
 # Layouts of timm: convolutions under several names, tokens with and without a cls token, channels last, three axes.
 TIMM = {
-    "timm/mobilenetv3_small_050": (64, 96),
-    "timm/densenet121": (64, 96),
+    "timm/mobilenetv3_small_050": (96, 128),
+    "timm/densenet121": (96, 128),
     "timm/levit_128s": (224, 224),  # the only size it takes
-    "timm/convnext_atto": (64, 96),
-    "timm/swin_tiny_patch4_window7_224": (64, 96),
-    "timm/vit_tiny_patch16_224": (64, 96),
+    "timm/convnext_atto": (96, 128),
+    "timm/swin_tiny_patch4_window7_224": (96, 128),
+    "timm/vit_tiny_patch16_224": (96, 128),
     "timm/mixer_s32_224": (96, 64),
-    "timm/xcit_nano_12_p16_224": (64, 96),
+    "timm/xcit_nano_12_p16_224": (96, 128),
 }
 
 
