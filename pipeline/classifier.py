@@ -91,6 +91,7 @@ class Classifier:
             card.model.image_size,
             mean=card.preprocessing.mean,
             std=card.preprocessing.std,
+            view=card.preprocessing.view,
             decoding=decoding or card.preprocessing.decoding,
         )
 

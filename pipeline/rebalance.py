@@ -162,7 +162,7 @@ def _rows(
             torch.zeros(0, sum(layer.in_features for layer in layers.values())), torch.zeros(0, dtype=torch.int64)
         )
     look, columns, device = card.preprocessing, [], next(model.parameters()).device
-    views = eval_views(card.model.image_size, mean=look.mean, std=look.std, decoding=look.decoding)
+    views = eval_views(card.model.image_size, mean=look.mean, std=look.std, view=look.view, decoding=look.decoding)
     for name, layer in layers.items():
         batches = evaluation_batches(
             data, sample_indices, batch_size=card.eval_batch, rank=0, world_size=1, views=views

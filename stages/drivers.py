@@ -101,7 +101,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     loop = s.config.loop
     recorder = Recorder(loop.log_every)
     if s.world.size > 1 and s.config.engine.sync_batch_norm:
-        synchronise_batch_norms(prepared.model)
+        synchronise_batch_norms(prepared.model, s.world.device)
     recorder.watch(prepared.model.to(s.world.device))
     if prepared.backbone.cached_views:  # before the engine may shard the weights
         use_cached_features(s, prepared.model, streams, prepared.backbone)

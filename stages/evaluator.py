@@ -74,7 +74,9 @@ class Evaluator:
         return self._images(manifest, sample_indices, image_size)
 
     def _images(self, manifest: Manifest, sample_indices: np.ndarray, image_size: tuple[int, int]) -> Iterator[Batch]:
-        views = eval_views(image_size, mean=self.config.mean, std=self.config.std, decoding=self.config.decoding)
+        views = eval_views(
+            image_size, mean=self.config.mean, std=self.config.std, view=self.config.view, decoding=self.config.decoding
+        )
         return evaluation_batches(
             manifest,
             sample_indices,

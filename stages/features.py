@@ -168,7 +168,7 @@ def _weights_hash(model: nn.Module) -> str:
 def _key(s: StageContext[Any], name: str, stream: Loader, weights: str, views: int) -> str:
     """Return 32 hex digits that differ when the features would: by the weights, the data, or how the images are prepared."""
     prepared = s.config.model_dump(mode="json", include={"augment", "weak", "strong", "labelled"})
-    data = s.config.data.model_dump(mode="json", include={"mean", "std", "ground", "max_pixels"})
+    data = s.config.data.model_dump(mode="json", include={"mean", "std", "ground", "view", "max_pixels"})
     samples = hashlib.sha256(np.ascontiguousarray(stream.order.sample_indices).tobytes()).hexdigest()
     told = [weights, s.manifest.hash, samples, s.config.run.seed, views, name, stream.views.image_size, prepared, data]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]

@@ -28,6 +28,7 @@ from pipeline.report.tensorboard import Board
 from pipeline.ssl.acceptance import fairness
 from pipeline.ssl.balanced_head import BalancedHeadLoss
 from pipeline.ssl.pseudo_labels import PseudoLabeller, PseudoLabels
+from pipeline.ssl.ssmixup import MirroredPairs, mirrored_pairs
 from pipeline.ssl.teacher import Teacher
 from pipeline.streaming.loader import Batch
 from pipeline.streaming.mixup import mix, mix_at_random, mix_by_confidence, pair_ratio
@@ -86,15 +87,18 @@ class SemiTask(Task):
         labelling, weak = self.heads(eval_logits(self._labelling_network(model), unlabelled.images))
         pseudo = self.labeller.label(labelling)
         strong, guesses, accepted, blend = self._mixed(unlabelled, pseudo)
+        pairs = self._mirrored_pairs(unlabelled, pseudo)
+        mirrored = [] if pairs is None else [pairs.images, pairs.images.flip(-1)]
         # One forward pass for both streams; labelled images have a share in SSMixup only where every image has.
-        everything = torch.cat([images, strong])
+        parts = [images, strong, *mirrored]
+        everything = torch.cat(parts)
         if blend is None:
             output = model(everything).float()
         else:
             alone = blend.new_full((len(images), 2), 0.5 if c.ssmixup and c.ssmixup.everywhere else 0.0)
             output = model(everything, torch.cat([alone, blend])).float()
         logits, balanced = self.heads(output)
-        known, guessed = logits.split([len(images), len(strong)])
+        known, guessed, *seen = logits.split([len(part) for part in parts])
         supervised = self._on_labels(known, targets)
         each = soft_cross_entropy(guessed + self.adjustment, guesses, c.pseudo.smoothing)
         count = accepted.sum().clamp(min=1.0) if c.pseudo.normalise == "accepted" else len(each)
@@ -109,6 +113,10 @@ class SemiTask(Task):
             "ssl/agreement": mean_of(guessed.argmax(-1) == guesses.argmax(-1), accepted),
         }
         loss = supervised + weight * (each * accepted).sum() / count
+        if pairs is not None:
+            mixed = pairs.loss(*(seen_logits + self.adjustment for seen_logits in seen))
+            loss = loss + weight * mixed
+            metrics["train/ssmixup"] = mean_of(mixed[None])
         if c.pseudo.fairness:
             fair = fairness(guessed, accepted, self.labeller.means)
             loss = loss + c.pseudo.fairness * fair
@@ -146,18 +154,32 @@ class SemiTask(Task):
         if c.mixup.pseudo:
             images, targets = mix_by_confidence(images, targets, pseudo.confidence, partner, c.mixup.cut_share)
             accepted = torch.maximum(accepted, accepted[partner])
-        if c.ssmixup is None:
+        if c.ssmixup is None or c.ssmixup.axis == "logits":
             return images, targets, accepted, None
-        psi = {
-            "pair": pair_ratio(pseudo.confidence, partner),
-            "self": pseudo.confidence,
-            "fixed": torch.full_like(pseudo.confidence, c.ssmixup.fixed_psi),
-        }[c.ssmixup.psi]
+        psi = self._psi(pseudo, partner)
         if c.ssmixup.axis != "direction":
             nowhere = torch.zeros_like(psi, dtype=torch.bool)
             images, targets, _ = mix(images, targets, partner, psi, nowhere)
             accepted = accepted * accepted[partner]  # as released: both must be confident
         return images, targets, accepted, None if c.ssmixup.axis == "sample" else torch.stack([psi, 1 - psi], dim=1)
+
+    def _psi(self, pseudo: PseudoLabels, partner: Tensor) -> Tensor:
+        assert self.config.ssmixup is not None
+        return {
+            "pair": pair_ratio(pseudo.confidence, partner),
+            "self": pseudo.confidence,
+            "fixed": torch.full_like(pseudo.confidence, self.config.ssmixup.fixed_psi),
+        }[self.config.ssmixup.psi]
+
+    def _mirrored_pairs(self, batch: Batch, pseudo: PseudoLabels) -> MirroredPairs | None:
+        """The mixed images of the released SSMixup, if that is on."""
+        if self.config.ssmixup is None or self.config.ssmixup.axis != "logits":
+            return None
+        assert batch.strong is not None
+        partner = batch.partner()
+        psi, nu = self._psi(pseudo, partner), self.config.ssmixup.nu
+        assert nu != "learned"
+        return mirrored_pairs(batch.strong, pseudo, partner, psi, nu)
 
     def weight(self) -> float:
         """Return the weight of the unlabelled loss at this step."""

@@ -76,7 +76,7 @@ def show_attribution(
         manifest,
         sample_indices,
         NUM_PICTURES,
-        eval_views(image_size, mean=look.mean, std=look.std, decoding=look.decoding),
+        eval_views(image_size, mean=look.mean, std=look.std, view=look.view, decoding=look.decoding),
         remote,
     )
     try:

@@ -1,8 +1,9 @@
 """What the Semi-ViM paper and its README report, row by row, and the settings that each row is run with on ImageNet.
 
-Semi-ViM publishes no hyper-parameter for ImageNet, neither in the supplement nor in the README. Semi-ViT's settings (Cai et
-al. 2022, released commands) are known for Base and Huge at 1 and 10 %. Our choice: Semi-ViM's rows, and every model and
-share that Semi-ViT does not name, run with Semi-ViT's settings for ViT-Base at the nearest share.
+Semi-ViM publishes no hyper-parameter for ImageNet, except tau for ImageNet-LT in the supplement; the defaults of its code
+are for CIFAR. Semi-ViT's settings (Cai et al. 2022, released commands) are known for Base and Huge at 1 and 10 %. Our
+choice: Semi-ViM's rows, and every model and share that Semi-ViT does not name, run with Semi-ViT's settings for ViT-Base at
+the nearest share.
 
 So a pair of Table 4 differs in its backbone, in the weights that it starts from, and in SSMixup. SSMixup mixes directions,
 and works beside Semi-ViT's mixup of the images.

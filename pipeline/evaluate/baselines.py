@@ -26,6 +26,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate.features import features_of, linear_head
 from pipeline.evaluate.learners import LEARNERS, Labels, Learner, Values
 from pipeline.evaluate.predictions import Predictions
+from pipeline.evaluation_view import EvaluationView
 from pipeline.exports.export import load_export
 from pipeline.images import decode
 from pipeline.models.arm import ARM
@@ -34,6 +35,7 @@ from pipeline.streaming.transforms import eval_views
 
 MAX_SIDE = 32  # pixels on a side of the images that learners of pixels see
 MAX_FOLDS = 5
+WHOLE_IMAGE = EvaluationView(crop=1.0)
 BATCH = 256
 
 
@@ -85,7 +87,7 @@ def pixels_of(
     Returns:
         The samples, sorted by sample index, with F = 3 * side * side.
     """
-    views = eval_views((side, side), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), crop_fraction=1.0, decoding=decoding)
+    views = eval_views((side, side), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), view=WHOLE_IMAGE, decoding=decoding)
     ordered = np.sort(sample_indices)
     rows = [
         batch.images[batch.indices >= 0].flatten(1).numpy().copy()
@@ -113,7 +115,7 @@ def export_features(folder: Path, manifest: Manifest, sample_indices: NDArray[np
     look = card.preprocessing
     if card.kind == "classifier":
         manifest = with_classes(manifest, card.classes)
-    views = eval_views(card.model.image_size, mean=look.mean, std=look.std, decoding=look.decoding)
+    views = eval_views(card.model.image_size, mean=look.mean, std=look.std, view=look.view, decoding=look.decoding)
     ordered = np.sort(sample_indices)
     batches = evaluation_batches(manifest, ordered, batch_size=BATCH, rank=0, world_size=1, views=views)
     found = features_of(model, reader, batches, torch.device("cpu"))

@@ -60,7 +60,7 @@ def rank_images(export: Path, manifest: Manifest, pool: NDArray[np.int64], numbe
     """
     model, card = load_classifier(export)
     look = card.preprocessing
-    views = eval_views(card.model.image_size, mean=look.mean, std=look.std, decoding=look.decoding)
+    views = eval_views(card.model.image_size, mean=look.mean, std=look.std, view=look.view, decoding=look.decoding)
     pool = np.sort(pool)
     if not len(pool):
         return []

@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.config import Strict
 from pipeline.decoding import WHITE, Decoding
 from pipeline.errors import ConfigError, HandoverError
+from pipeline.evaluation_view import USUAL, EvaluationView
 from pipeline.files import sha256_of
 from pipeline.models.config import DecoderConfig, ModelConfig, VisionMambaConfig, check_taps
 
@@ -38,8 +39,6 @@ Spread = Annotated[float, Field(ge=1e-3, le=1)]
 Channels = tuple[Mean, Mean, Mean]
 Spreads = tuple[Spread, Spread, Spread]
 Words = Annotated[str, Field(max_length=10_000)]
-
-
 Level = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -49,6 +48,9 @@ class Preprocessing(Strict):
     mean: Channels
     std: Spreads
     ground: tuple[Level, Level, Level] = Field(WHITE, description="red, green and blue behind transparent pixels")
+    view: EvaluationView = Field(
+        USUAL, description="how an evaluation resizes and crops an image; training does not use it"
+    )
 
     @property
     def decoding(self) -> Decoding:
@@ -246,7 +248,7 @@ class Card(Strict):
 
     def check_preprocessing(self, wanted: Preprocessing, folder: Path) -> None:
         """Raise HandoverError unless the model was trained on pixels that were prepared in the wanted way."""
-        if self.preprocessing != wanted:
+        if self.preprocessing.model_copy(update={"view": wanted.view}) != wanted:  # a stage may evaluate in its own way
             there, here = (
                 f"mean {list(p.mean)} and std {list(p.std)} on the ground {list(p.ground)}"
                 for p in (self.preprocessing, wanted)

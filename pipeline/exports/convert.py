@@ -59,7 +59,7 @@ def convert(
         model=model,
         decoder=decoder,
         classes=classes or tuple(map(str, range(model.num_classes))),
-        preprocessing=IMAGENET,
+        preprocessing=IMAGENET.model_copy(update={"view": layout.view(model.image_size)}),
         weights_sha256="",
         fingerprint_sha256="",
         lineage=Lineage(

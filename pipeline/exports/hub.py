@@ -14,7 +14,6 @@ from pipeline.models.timm_model import TimmModel
 
 README = "README.md"
 TIMM_CONFIG = "config.json"
-CROP_SHARE = 0.875  # of `eval_views`; timm's evaluation transform does the same with it
 _EXAMPLE = """import pipeline
 
 for prediction in pipeline.load("{folder}").predict("image.jpg"):
@@ -42,6 +41,7 @@ def timm_config(card: Card, model: nn.Module) -> dict[str, Any] | None:
     else:
         return None
     height, width = card.model.image_size
+    view = card.preprocessing.view
     return {
         "architecture": name,
         "num_classes": len(card.classes),
@@ -52,9 +52,9 @@ def timm_config(card: Card, model: nn.Module) -> dict[str, Any] | None:
             "input_size": [card.model.in_chans, height, width],
             "mean": card.preprocessing.mean,
             "std": card.preprocessing.std,
-            "interpolation": "bicubic",
-            "crop_pct": CROP_SHARE,
-            "crop_mode": "center",
+            "interpolation": view.interpolation,
+            "crop_pct": view.crop,
+            "crop_mode": "center" if view.resize == "shorter" else "squash",
             "num_classes": len(card.classes),
         },
     }
@@ -92,8 +92,7 @@ def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (card.preprocessing.mean, card.preprocessing.std))
     ground = ", ".join(map(str, card.preprocessing.ground))
     rows: dict[str, str] = {
-        "preprocessing": f"transparent pixels on the ground {ground} (red, green, blue of 255), resize the"
-        f" shorter side to {height} / {CROP_SHARE} (bicubic), centre crop,"
+        "preprocessing": f"transparent pixels on the ground {ground} (red, green, blue of 255), {card.preprocessing.view.words},"
         f" then (pixels in [0, 1] - mean) / std with mean {mean} and std {std}",
         "probabilities": f"softmax(logits / {card.temperature:.4g}); {card.calibration or 'not calibrated'}",
         "training": str(card.selected) if card.selected else "unknown",

@@ -62,7 +62,7 @@ def export_to_onnx(folder: Path, out: Path) -> float:
         graph = onnx.load(temporary)
         how = card.preprocessing
         about: dict[str, Any] = {"classes": card.classes, "temperature": card.temperature}
-        about |= {"mean": how.mean, "std": how.std, "ground": how.ground}
+        about |= {"mean": how.mean, "std": how.std, "ground": how.ground, "view": how.view.model_dump(mode="json")}
         onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in about.items()})
         onnx.save(graph, temporary)
         fingerprint = Fingerprint.read(folder / FINGERPRINT)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import HandoverError
+from pipeline.evaluation_view import USUAL, EvaluationView
 from pipeline.models.arm import ARM
 from pipeline.models.config import DecoderConfig, EfficientViMConfig, VisionMambaConfig
 from pipeline.models.family import FamilyConfig
@@ -39,6 +40,7 @@ class Layout(NamedTuple):
         told_by: A key that only files of this layout have.
         describe: Maps the weights, and the image size if they leave it open, to the model's config.
         names: Released key -> our key; None = they are equal.
+        view: Maps the image size to the view that the project's own evaluation shows.
         computed: Maps our model to the constants that files hold besides weights. They are compared, not loaded.
     """
 
@@ -46,6 +48,7 @@ class Layout(NamedTuple):
     told_by: str
     describe: Callable[[Weights, ImageSize], tuple[FamilyConfig, DecoderConfig | None]]
     names: Mapping[str, str] | None = None
+    view: Callable[[tuple[int, int]], EvaluationView] = lambda size: USUAL
     computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
 
     def our_name(self, key: str) -> str | None:
@@ -185,6 +188,11 @@ def _describe_arm_pretraining(weights: Weights, image_size: ImageSize) -> tuple[
     return VisionMambaConfig(**fields | PRETRAINING_FORM | {"order": "cluster", "cluster_size": cluster}), decoder
 
 
+def _view_of_arm(image_size: tuple[int, int]) -> EvaluationView:
+    """ARM's evaluation makes images square; above 224 pixels it cuts nothing off."""
+    return EvaluationView(resize="squash", crop=0.875 if max(image_size) <= _USUAL_SIDE else 1.0)
+
+
 def _describe_efficientvim(weights: Weights, image_size: ImageSize) -> tuple[EfficientViMConfig, None]:
     first = [f"stages.{s}.blocks.0" for s in range(3)]
     blocks = [{key.split(".")[3] for key in weights if key.startswith(f"stages.{s}.blocks.")} for s in range(3)]
@@ -225,6 +233,7 @@ LAYOUTS = (
         | {f"{t}.{kind}": f"{o}.{kind}" for t, o in _PRETRAINING.items() for kind in ("weight", "bias")}
         | {"ar_token": "query"},
         describe=_describe_arm_pretraining,
+        view=_view_of_arm,
         computed=_computed_by_arm,
     ),
     Layout(
@@ -232,6 +241,7 @@ LAYOUTS = (
         told_by="layers.0.mlp.w1.weight",
         names=_same("cls_token", *_TRUNK, *_SWIGLU, *_with_biases("norm_f", "head")),
         describe=_describe_arm,
+        view=_view_of_arm,
     ),
     Layout(
         name="Vim",

@@ -171,6 +171,7 @@ def _draw_panels(exports: Mapping[str, Path], manifest: Manifest, sample_indices
             card.model.image_size,
             mean=card.preprocessing.mean,
             std=card.preprocessing.std,
+            view=card.preprocessing.view,
             decoding=card.preprocessing.decoding,
         )
         batches = evaluation_batches(manifest, chosen, batch_size=len(chosen), rank=0, world_size=1, views=views)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import guarded
-from pipeline.datasets.manifest import read_manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.decoding import DEFAULT
 from pipeline.errors import ConfigError
+from pipeline.evaluation_view import USUAL
 from pipeline.report.extras import Section, show_section, write_section
 from pipeline.report.figures import draw, picture_grid
 from pipeline.report.tables import Table
@@ -77,7 +78,7 @@ def write_fields(
 
     if images < 1:
         raise ConfigError(f"--images {images}: give at least 1")
-    manifest = read_manifest(data)
+    manifest = open_dataset(data)
     chosen = np.unique(np.linspace(0, manifest.num_samples - 1, images).astype(int))
     rows: list[list[str]] = []
     pictures: list[Any] = []
@@ -88,12 +89,12 @@ def write_fields(
         if name in exports:
             model, card = load_export(exports[name])
             view_size, mean, std = card.model.image_size, card.preprocessing.mean, card.preprocessing.std
-            decoding = card.preprocessing.decoding
+            decoding, cut = card.preprocessing.decoding, card.preprocessing.view
         else:
             model = build_model(name, image_size=size)
-            view_size, mean, std, decoding = (size, size), IMAGENET_MEAN, IMAGENET_STD, DEFAULT
+            view_size, mean, std, decoding, cut = (size, size), IMAGENET_MEAN, IMAGENET_STD, DEFAULT, USUAL
         model.requires_grad_(False)
-        views = eval_views(view_size, mean=mean, std=std, decoding=decoding)
+        views = eval_views(view_size, mean=mean, std=std, view=cut, decoding=decoding)
         batches = evaluation_batches(manifest, chosen, batch_size=BATCH, rank=0, world_size=1, views=views)
         field = receptive_field(model, (b.images[b.indices >= 0] for b in batches))
         sides = [side_of_share(field, share) for share in SHARES]

@@ -8,12 +8,16 @@ from pipeline.config import NonNegativeInt, Strict
 
 
 class LyapEMAConfig(Strict):
-    """The teacher's rule. The source names gamma and lambda but gives no values: every default here is ours."""
+    """The teacher's rule. The defaults are ours, the presets are those of Semi-ViM's sources.
 
-    preset: Literal["none", "supplement"] = Field(
+    The supplement names gamma and lambda but gives no values. The released code has another rule, with values.
+    """
+
+    preset: Literal["none", "supplement", "released"] = Field(
         "none",
         description="supplement: eq. 3-5 as printed (lyap, l2, offset 0, no clamp, no warm-up), for which gamma and pull must be"
-        " given",
+        " given; released: the rule of the released code, sigmoid(-gamma (V - V before)) with rollback, gamma 1 and pull 0"
+        " unless given",
     )
     mode: Literal["ema", "lyap", "guarded"] = Field(
         "guarded",
@@ -22,7 +26,18 @@ class LyapEMAConfig(Strict):
     )
     signal: Literal["discrepancy", "energy"] = Field(
         "discrepancy",
-        description="what the decay follows: |s-t| (the supplement), or the fall of V in the student's step (the README)",
+        description="what the decay follows: |s-t| (the supplement), or the fall of V in the student's step (the README and the"
+        " released code)",
+    )
+    signal_after: NonNegativeInt = Field(
+        0,
+        description="modes lyap and guarded: first updates whose decay is base_decay, before it follows the signal (released"
+        " code: 1)",
+    )
+    rollback: bool = Field(
+        False,
+        description="mode lyap: where a move of the teacher does not lower V, the teacher stays, and from then on the learning"
+        " rate is halved and gamma grows by half (released code); reads one number from the device per step",
     )
     norm: Literal["l2", "rms", "relative", "lag"] = Field(
         "lag", description="how |s-t| is measured; lag = in mean student steps, without dimension"
@@ -46,7 +61,13 @@ class LyapEMAConfig(Strict):
         0.0,
         ge=0,
         lt=1,
-        description="lambda: share of the way to the teacher that the student moves per step, not scaled by lr",
+        description="lambda: share of the way to the teacher that the student moves per step, not scaled by lr; or the weight"
+        " of |s-t|^2 in the loss (pull_as)",
+    )
+    pull_as: Literal["step", "loss"] = Field(
+        "step",
+        description="how the pull acts: beside the optimizer's step (the supplement), or by the gradient of lambda |s-t|^2, which"
+        " the optimizer scales (the released code)",
     )
     warmup_steps: NonNegativeInt = Field(
         20, description="first updates k, with a decay of (1+k)/(10+k) at most and without the guard"
@@ -61,14 +82,16 @@ class LyapEMAConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset", "none") != "supplement":
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if preset not in PRESETS:
             return values
-        if missing := [name for name in ("gamma", "pull") if name not in values]:
+        missing = [name for name in ("gamma", "pull") if name not in values]
+        if missing and preset == "supplement":
             raise ValueError(f"preset supplement needs {' and '.join(missing)}: the source prints no value for it")
-        for name, decided in SUPPLEMENT.items():
+        for name, decided in PRESETS[preset].items():
             if values.get(name, decided) != decided:
-                raise ValueError(f"{name} = {values[name]!r}: preset supplement decides it ({decided!r}); leave it out")
-        return {**values, **SUPPLEMENT}
+                raise ValueError(f"{name} = {values[name]!r}: preset {preset} decides it ({decided!r}); leave it out")
+        return {"gamma": 1.0, **values, **PRESETS[preset]}
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -85,18 +108,17 @@ class LyapEMAConfig(Strict):
             raise ValueError(
                 f"final_decay works in mode ema only; in mode {self.mode} the discrepancy decides the decay"
             )
+        if self.rollback and self.mode != "lyap":
+            raise ValueError(f"rollback works in mode lyap only, not in mode {self.mode}; leave it out")
         return self
 
 
 # With base_decay 0.5, sigmoid(gamma |s - t|) lies in [0.5, 1) without a clamp.
-SUPPLEMENT: dict[str, Any] = {
-    "mode": "lyap",
-    "signal": "discrepancy",
-    "norm": "l2",
-    "base_decay": 0.5,
-    "min_decay": 0.0,
-    "max_decay": 1.0,
-    "warmup_steps": 0,
+_UNBOUNDED = {"mode": "lyap", "norm": "l2", "base_decay": 0.5, "min_decay": 0.0, "max_decay": 1.0, "warmup_steps": 0}
+# What each preset decides.
+PRESETS: dict[str, dict[str, Any]] = {
+    "supplement": _UNBOUNDED | {"signal": "discrepancy", "signal_after": 0, "rollback": False, "pull_as": "step"},
+    "released": _UNBOUNDED | {"signal": "energy", "signal_after": 1, "rollback": True, "pull_as": "loss"},
 }
 
 

@@ -24,6 +24,13 @@ The bound: with the pull lambda and an optimizer step of length m at most, d = (
              its student would equal it for ever. In the first `warmup_steps` updates nothing is guarded, only measured; the
              certificate begins with the V that they leave.
 
+The released code has a third rule (`preset: released`). It is `lyap` with the signal `energy`: a = sigmoid(-kappa (V_d - V)),
+where V_d = |d|^2 / 2 is the energy before the teacher moves, V the one that the last update left, kappa = gamma. The first
+update has a = 1/2 exactly. Where V' >= V_d, which it tests after the move, it restores the teacher, halves the learning rate
+and multiplies kappa by 1.5, for good. Since V' = a^2 V_d that happens only where d = 0, or where a rounds to one in fp32. Its
+pull is a term lambda |s - t|^2 of the loss, so its gradient 2 lambda (s - t) goes through the optimizer. We add that gradient
+after the clipping, and lambda |r|^2 is in no logged loss but in `ema/penalty`. The bound above is for the other pull.
+
 W = L + lambda / (2 eta) |r|^2. Under gradient descent eq. (3) is a step of size eta on W in s. The gradient of W is Lipschitz
 with beta + lambda / eta if that of L is with beta. So if L is fixed and eta beta + lambda <= 1, then
 W(s', t) <= W(s, t) - eta / 2 |grad W|^2 (the descent lemma). The teacher's move lowers W further, since |r'| = a |d| <= |d|: W
@@ -55,6 +62,9 @@ from pipeline.train.task import Mean
 # copy of the masters. Its mean is taken over the last MEASUREMENTS.
 MEASURE_EVERY = 25
 MEASUREMENTS = 4
+# The released code multiplies the learning rate and kappa by these at each rollback.
+ROLLBACK_LR, ROLLBACK_GAMMA = 0.5, 1.5
+_STATE = ("radius", "radius_bound", "mean_step", "rollbacks")
 # Elements that a CPU moves at once: enough for a thread team, few enough to be still in the cache after the measurement.
 CHUNK = 2**20
 
@@ -86,6 +96,8 @@ class LyapEMA:
         zero = torch.zeros((), dtype=torch.float64, device=masters[0].device)
         self.radius, self.radius_bound, self.mean_step = zero.clone(), zero.clone(), zero.clone()
         self.one_minus_alpha = zero.clone()  # the student's weight in the last update
+        self.rollbacks = zero.clone()
+        self._rates: list[float] = []
         self.updates = 0
         self._unit_roundoff = torch.finfo(masters[0].dtype).eps / 2
         self._moved_squared = zero.clone()
@@ -109,10 +121,23 @@ class LyapEMA:
         if self.measures_step:
             self._before |= {flat: flat.detach().clone() for flat in flats}
         if self.config.pull and flats:
+            averages = [self.teacher[flat] for flat in flats]
             with torch.no_grad():
-                torch._foreach_lerp_(flats, [self.teacher[flat] for flat in flats], self.config.pull)
+                if self.config.pull_as == "step":
+                    torch._foreach_lerp_(flats, averages, self.config.pull)
+                else:
+                    gradients = [flat.grad for flat in flats if flat.grad is not None]
+                    torch._foreach_add_(gradients, torch._foreach_sub(flats, averages), alpha=2 * self.config.pull)
+        if self.config.rollback:  # the hook after the step restores the rates: groups may be seen in several calls
+            self._rates = [group["lr"] for group in optimizer.param_groups]
+            factor = float(self._lr_factor())
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.config.rollback:
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
         for flat in _stepped(optimizer):
             if flat in self._before:
                 self._moved_squared += squared_distance_and_size([flat], [self._before.pop(flat)])[0]
@@ -147,18 +172,24 @@ class LyapEMA:
         }
         if self._counts_in_steps:
             report["ema/lag"] = distance / self.mean_step.clamp(min=1e-30)
+        if self.config.rollback:
+            report |= {"ema/rollbacks": self.rollbacks.clone(), "ema/lr_factor": self._lr_factor()}
+        proximal = before.square() * (
+            self.config.pull if self.config.pull_as == "loss" else self.config.pull / (2 * self._lr())
+        )
+        if self.config.pull_as == "loss":
+            report["ema/penalty"] = proximal
         if loss is not None:
-            report["ema/W"] = loss.double() + self.config.pull / (2 * self._lr()) * before.square()
+            report["ema/W"] = loss.double() + proximal
         return {name: Mean(value, 1.0) for name, value in report.items()}
 
     def state_dict(self) -> dict[str, float]:
         """Return the numbers that the next update needs, equal on all ranks."""
-        numbers = {name: float(getattr(self, name)) for name in ("radius", "radius_bound", "mean_step")}
-        return {**numbers, "updates": self.updates}
+        return {name: float(getattr(self, name)) for name in _STATE} | {"updates": self.updates}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Restore what `state_dict` returned."""
-        for name in ("radius", "radius_bound", "mean_step"):
+        for name in _STATE:
             getattr(self, name).fill_(state[name])
         self.updates = int(state["updates"])
 
@@ -193,8 +224,15 @@ class LyapEMA:
             response = distance / scale
         else:
             response = (self.radius.square() - distance.square()) / (2 * scale.square())
+        if self.updates < c.signal_after:
+            response = torch.zeros_like(response)
         offset = math.log(c.base_decay / (1 - c.base_decay))
-        one_minus_alpha = torch.sigmoid(-(offset + c.gamma * response)).clamp(1 - c.max_decay, 1 - c.min_decay)
+        argument = offset + c.gamma * ROLLBACK_GAMMA**self.rollbacks * response
+        one_minus_alpha = torch.sigmoid(-argument).clamp(1 - c.max_decay, 1 - c.min_decay)
+        if c.rollback:
+            stays = (distance == 0) | (torch.sigmoid(argument.float()) == 1)  # V' >= V as fp32 computes it
+            self.rollbacks += stays
+            return one_minus_alpha * ~stays, free
         if c.mode == "lyap":
             return one_minus_alpha, free
         allowed = (torch.maximum(self.radius_bound, c.radius_steps * self.mean_step) - rounding).clamp(min=0)
@@ -209,6 +247,9 @@ class LyapEMA:
             done = min(1.0, k / c.ramp_steps) if c.ramp_steps else 0.0
             decay = c.base_decay + ((c.final_decay or c.base_decay) - c.base_decay) * (1 - math.cos(math.pi * done)) / 2
         return min(decay, (1 + k) / (10 + k)) if k < c.warmup_steps else decay
+
+    def _lr_factor(self) -> Tensor:
+        return ROLLBACK_LR**self.rollbacks
 
     def _lr(self) -> float:
         """The largest learning rate of the last step (under layer decay, that of the last layer), eta in W."""

@@ -5,6 +5,7 @@ alignment is that of ReMixMatch (Berthelot et al. 2020), or SoftMatch's, which a
 (Menon et al. 2021) is in stages/semi.py. Shapes: B images, C classes.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class PseudoLabeller:
     def class_entropy(self) -> Tensor:
         """Return the entropy of the mean prediction over log C: 1 if all classes have equal shares, 0 if one has all."""
         p = self.means.probability
-        return -(p * p.clamp(min=1e-12).log()).sum() / torch.log(torch.tensor(float(len(p)), device=p.device))
+        return -(p * p.clamp(min=1e-12).log()).sum() / math.log(len(p))
 
     def update(self) -> None:
         """Let the running means see this step (collective)."""

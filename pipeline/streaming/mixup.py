@@ -74,11 +74,14 @@ def mix_at_random(
     """
     if not mixup and not cutmix:
         return images, targets
-    count = len(images)
-    cut = torch.full((count,), not mixup) if not (mixup and cutmix) else torch.rand(count) < 0.5
-    alpha = torch.where(cut, torch.tensor(cutmix or 1.0), torch.tensor(mixup or 1.0))
-    ratio = torch.distributions.Beta(alpha, alpha).sample().to(images.device)
-    mixed, targets, _ = mix(images, targets, partner, ratio, cut.to(images.device))
+    count, device = len(images), images.device
+    both = bool(mixup and cutmix)
+    cut = torch.rand(count, device=device) < 0.5 if both else torch.full((count,), not mixup, device=device)
+    alpha = torch.where(cut, cutmix or 1.0, mixup or 1.0)
+    ratio = torch.distributions.Beta(
+        alpha, alpha, validate_args=False
+    ).sample()  # to validate is to wait for the device
+    mixed, targets, _ = mix(images, targets, partner, ratio, cut)
     return mixed, targets
 
 

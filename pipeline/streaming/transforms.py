@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline import seeds
 from pipeline.decoding import DEFAULT, Decoding
+from pipeline.evaluation_view import USUAL, EvaluationView
 from pipeline.images import Pixels, decode, to_pixels
 from pipeline.streaming.config import AugmentConfig
 from pipeline.streaming.geometry import affine_view, crop_resize, draw_affine, ground_colour, random_box
@@ -147,39 +148,42 @@ def eval_views(
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    crop_fraction: float = 0.875,
-    interpolation: str = "bicubic",
+    view: EvaluationView = USUAL,
     decoding: Decoding = DEFAULT,
 ) -> View:
     """Return the evaluation view: the image is resized, then its centre is cropped; nothing is random.
 
-    Limit: the resized image has at most WIDEST / crop_fraction times the view's pixels. Of an image that is longer, only
+    Limit: the resized image has at most WIDEST / view.crop times the view's pixels. Of an image that is longer, only
     the middle is resized, which holds all that the view shows and more than the interpolation reads about it.
 
     Args:
         image_size: H, W.
         mean: Mean per channel of pixels in [0, 1].
         std: Standard deviation per channel of pixels in [0, 1].
-        crop_fraction: Share that the view is of the resized image's shorter side.
-        interpolation: "bilinear" or "bicubic".
+        view: How the image is resized before the crop.
         decoding: How encoded images are decoded.
     """
 
     def pixels(image: Pixels, seed: int) -> Tensor:
-        image = _middle(image, image_size, crop_fraction)
-        height, width = image.shape[:2]
-        factor = max(image_size[0] / height, image_size[1] / width) / crop_fraction
-        size = (max(round(height * factor), image_size[0]), max(round(width * factor), image_size[1]))
-        whole = crop_resize(image, (0, 0, height, width), size, interpolation)
+        if view.resize == "squash":
+            size = (round(image_size[0] / view.crop), round(image_size[1] / view.crop))
+        else:
+            image = _middle(image, image_size, view.crop)
+            factor = max(image_size[0] / image.shape[0], image_size[1] / image.shape[1]) / view.crop
+            size = (
+                max(round(image.shape[0] * factor), image_size[0]),
+                max(round(image.shape[1] * factor), image_size[1]),
+            )
+        whole = crop_resize(image, (0, 0, *image.shape[:2]), size, view.interpolation)
         top, left = round((size[0] - image_size[0]) / 2), round((size[1] - image_size[1]) / 2)
         return whole[:, top : top + image_size[0], left : left + image_size[1]]
 
     return View(image_size, mean, std, pixels, decoding)
 
 
-def _middle(image: Pixels, image_size: tuple[int, int], crop_fraction: float) -> Pixels:
+def _middle(image: Pixels, image_size: tuple[int, int], crop: float) -> Pixels:
     """Cut equally from both ends of an image that is longer than WIDEST times what the evaluation view shows of it."""
-    factor = max(image_size[0] / image.shape[0], image_size[1] / image.shape[1]) / crop_fraction
+    factor = max(image_size[0] / image.shape[0], image_size[1] / image.shape[1]) / crop
     cuts = (
         max(0, n - math.ceil(WIDEST * side / factor)) // 2 for n, side in zip(image.shape, image_size, strict=False)
     )

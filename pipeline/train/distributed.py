@@ -66,6 +66,7 @@ def start(timeout_seconds: float, public_address: bool = False) -> World:
     if gpus:
         device = torch.device("cuda", gpu_of(int(found["LOCAL_RANK"]), torch.cuda.device_count(), os.environ))
         torch.cuda.set_device(device)
+        _choose_arithmetic()
     else:
         if wrong := broken_promise(Torch(torch.__version__, torch.version.cuda), os.environ):
             raise EnvironmentProblem(wrong)
@@ -107,6 +108,13 @@ def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int
     )
 
 
+def _choose_arithmetic() -> None:
+    """Choose how a GPU multiplies, here and nowhere else: fp32 is fp32, and cuDNN times its algorithms for each shape once."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    logger.info("arithmetic: TF32 off in products and convolutions, cudnn.benchmark on")
+
+
 def limit_collectives(timeout_seconds: float) -> None:
     """Set the time-out of every process group; DeepSpeed makes groups of its own, with torch's half hour."""
     for group in list(dist.distributed_c10d._world.pg_map):
@@ -123,7 +131,7 @@ def any_rank(flag: bool, world: World) -> bool:
     """Return whether the flag is true on at least one rank (collective)."""
     if world.size == 1:
         return flag
-    vote = torch.tensor([float(flag)], device=world.device)
+    vote = torch.full((1,), float(flag), device=world.device)  # a copy from the host would wait
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
 

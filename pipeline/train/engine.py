@@ -71,7 +71,8 @@ class Engine:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if config.compile:
             model.compile()  # in place: the names of the weights stay
-        optimizer = make_optimizer(cast(Trainable, model), optim)
+        fused = world.device.type == "cuda" and not config.offload_optimizer
+        optimizer = make_optimizer(cast(Trainable, model), optim, fused=fused)
         self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
@@ -218,7 +219,8 @@ class Engine:
             if optimizer_step:
                 state[flat] = {moment: torch.zeros_like(flat.detach()) for moment in self.moments}
                 if isinstance(self.base_optimizer, torch.optim.AdamW):
-                    state[flat]["step"] = torch.tensor(optimizer_step)
+                    where_steps = flat.device if self.base_optimizer.defaults["fused"] else "cpu"
+                    state[flat]["step"] = torch.tensor(optimizer_step, device=where_steps)
         for shard in self.shards:
             where = (shard.name, shard.start, shard.numel)
             shard.of(shard.flat).copy_(read("master", *where))
@@ -338,6 +340,7 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
         "fp16": {"enabled": False},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
     }
 
 

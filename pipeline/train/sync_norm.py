@@ -1,7 +1,7 @@
 """Batch norms with the statistics of the whole micro-batch, over all ranks, on a CPU as on a GPU.
 
-torch's own SyncBatchNorm refuses CPU tensors. Without this module each rank would train with its own statistics, and the
-export would keep those of rank 0.
+On a GPU they are torch's SyncBatchNorm, which refuses CPU tensors; elsewhere they are those of this file. Without them each
+rank would train with its own statistics, and the export would keep those of rank 0.
 """
 
 import logging
@@ -46,7 +46,7 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         over = [i for i in range(x.dim()) if i != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         number = x.numel() // x.shape[1]
-        sums = SumOverRanks.apply(torch.cat([x.sum(over), x.new_tensor([number])]))
+        sums = SumOverRanks.apply(torch.cat([x.sum(over), x.new_full((1,), number)]))
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centred = x - mean.view(shape)
@@ -54,7 +54,9 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
-                share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                share: Any = self.momentum
+                if share is None:  # stays on the device, since reading it would wait
+                    share = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
                 self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
                 unbiased = variance.detach() * count / (count - 1)
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
@@ -64,10 +66,18 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         return y.to(input.dtype)
 
 
-def synchronise_batch_norms(model: nn.Module) -> None:
-    """Let every batch norm of `model` see all ranks, in place; names, parameters and buffers do not change."""
+def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
+    """Let every batch norm of `model` see all ranks, in place; names, parameters and buffers do not change.
+
+    Args:
+        model: The network.
+        device: Where it will train.
+    """
     for name, module in model.named_modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            module.__class__ = _Synchronised
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _Synchronised):
+            module.__class__ = nn.SyncBatchNorm if device.type == "cuda" else _Synchronised
+            module.process_group = None  # all ranks
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
+            module, (_Synchronised, nn.SyncBatchNorm)
+        ):
             logger.warning("%s (%s) keeps separate statistics on each rank", name, type(module).__name__)

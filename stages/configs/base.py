@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import FREE, Strict
 from pipeline.decoding import MAX_PIXELS, PILLOW_PIXELS, WHITE, Decoding
+from pipeline.evaluation_view import USUAL, EvaluationView
 from pipeline.exports.card import Channels, Level, Preprocessing, Spreads
 from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConfig
@@ -48,6 +49,9 @@ class DataConfig(Strict):
         WHITE,
         description="red, green and blue, 0 to 255, that transparent pixels are composed on; the default is white",
     )
+    view: EvaluationView = Field(
+        USUAL, description="how evaluations, not training, resize and crop an image; the export's card carries it"
+    )
     max_pixels: int = Field(
         MAX_PIXELS,
         ge=1,
@@ -83,8 +87,8 @@ class DataConfig(Strict):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The normalisation, as an export's card states it."""
-        return Preprocessing(mean=self.mean, std=self.std, ground=self.ground)
+        """The normalisation and the evaluation's view, as an export's card states them."""
+        return Preprocessing(mean=self.mean, std=self.std, ground=self.ground, view=self.view)
 
     @property
     def decoding(self) -> Decoding:

@@ -58,16 +58,34 @@ class MixupConfig(Strict):
 
 
 class StageSSMixupConfig(SSMixupConfig):
-    """SSMixup in this stage: the model's settings, and where psi comes from. The sources leave most of it open."""
+    """SSMixup in this stage: the model's settings, and where psi comes from. Supplement and README leave most of it open."""
 
     psi: Literal["pair", "self", "fixed"] = Field(
         "pair",
         description="c / (c + c of the partner), c itself, or ssmixup.fixed_psi, where c is the pseudo-label's confidence",
     )
     fixed_psi: float = Field(0.5, ge=0, le=1, description="psi of every image, if ssmixup.psi is fixed")
-    axis: Literal["direction", "sample", "both"] = Field(
-        "direction", description="what psi mixes: the two directions in a block, the images with their targets, or both"
+    axis: Literal["direction", "sample", "both", "logits"] = Field(
+        "direction",
+        description="what psi mixes: the two directions in a block, the images with their targets, or both; logits: an additional"
+        " loss on mixed images and their mirror images, for every model (the released code)",
     )
+
+    @model_validator(mode="after")
+    def _nothing_unread(self) -> Self:
+        given = {
+            name: getattr(self, name) for name in ("layers", "readout", "everywhere") if name in self.model_fields_set
+        }
+        if self.axis == "logits" and given:
+            raise ValueError(f"ssmixup.axis=logits changes no block of the model; leave out {', '.join(given)}")
+        if self.axis == "logits" and self.nu == "learned":
+            raise ValueError("ssmixup.axis=logits needs a number for ssmixup.nu; the released code has nu=1.0")
+        return self
+
+    @property
+    def in_model(self) -> bool:
+        """Whether the term is in the model's blocks."""
+        return self.axis in ("direction", "both")
 
 
 class AlarmConfig(Strict):
@@ -178,7 +196,7 @@ class SemiConfig(StageConfig):
             raise ValueError(
                 "balanced_head learns from each strong view alone; set mixup.pseudo=false and ssmixup.axis=direction"
             )
-        if self.ssmixup and self.ssmixup.axis != "direction" and self.mixup.pseudo:
+        if self.ssmixup and self.ssmixup.axis in ("sample", "both") and self.mixup.pseudo:
             raise ValueError(f"ssmixup.axis={self.ssmixup.axis} and mixup.pseudo both mix the images; choose one")
         if self.ssmixup and not self.pseudo.weight:
             raise ValueError(
@@ -220,7 +238,7 @@ class SemiSpec(StageSpec[SemiConfig]):
         values = model.model_dump()
         if config.drop_path is not None:
             values["drop_path"] = config.drop_path
-        if config.ssmixup and config.ssmixup.axis != "sample":
+        if config.ssmixup and config.ssmixup.in_model:
             values["ssmixup"] = config.ssmixup.model_dump(include=set(SSMixupConfig.model_fields))
         return type(model).model_validate(values)
 
@@ -228,12 +246,13 @@ class SemiSpec(StageSpec[SemiConfig]):
         """The student, and the teacher that averages it. One of them labels the unlabelled images."""
         model, ratio = self.model_config(config, num_classes, parent), config.unlabelled_per_labelled
         labels = {config.pseudo.labeller: ratio}
+        mirrored = 2 * ratio if config.ssmixup and config.ssmixup.axis == "logits" else 0
         student = Network(
             "student",
             "trained",
             model,
             backbone=config.backbone,
-            trained_images=1 + ratio,
+            trained_images=1 + ratio + mirrored,
             inferred_images=labels.get("student", 0),
         )
         return Workload((student, Network("teacher", "averaged", model, inferred_images=labels.get("teacher", 0))))
@@ -263,11 +282,12 @@ class SemiSpec(StageSpec[SemiConfig]):
 
     @staticmethod
     def _check_ssmixup(config: SemiConfig, model: FamilyConfig, where: str) -> None:
-        if config.ssmixup and (not isinstance(model, VisionMambaConfig) or model.directions == 1):
+        blends = config.ssmixup and config.ssmixup.axis != "logits"
+        if blends and (not isinstance(model, VisionMambaConfig) or model.directions == 1):
             raise ConfigError(
                 f"ssmixup blends the opposite directions of a Vision Mamba, but {model.name} of {where} has none; set"
                 " ssmixup=null (LyapEMA works with every model), or mix images instead with ssmixup=null"
-                " mixup.pseudo=true"
+                " mixup.pseudo=true, or take the released code's form with ssmixup='{axis: logits, nu: 1.0}'"
             )
 
 

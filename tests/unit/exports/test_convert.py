@@ -7,13 +7,17 @@ from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pipeline.classifier import load
 from pipeline.config import validate
 from pipeline.errors import HandoverError
+from pipeline.evaluation_view import EvaluationView
 from pipeline.exports.card import Card
 from pipeline.exports.convert import convert
 from pipeline.exports.export import load_export
@@ -285,3 +289,22 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path: Path, capsys) 
     names.write_text("a\nb")
     assert main(["convert", str(path), *other, "--classes", str(names)]) == 2
     assert "2 class names for the 5 classes" in capsys.readouterr().err
+
+
+def test_a_converted_arm_is_judged_with_the_published_preprocessing(tmp_path: Path) -> None:
+    """Its evaluation squashes to 8/7 of the view's side; Vim's keeps the shape. Above 224 pixels ARM cuts nothing off."""
+    state = released.filled(SMALL["arm_fine_tuned"])
+    card = convert(saved(tmp_path, released.checkpoint(state)), tmp_path / "arm")
+    assert card.preprocessing.view == EvaluationView(resize="squash", crop=0.875)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)
+    side = card.model.image_size[0]
+    edge = (whole := round(side / 0.875)) - side
+    squashed = Image.fromarray(pixels).resize((whole, whole), Image.Resampling.BICUBIC)
+    want = np.asarray(squashed.crop((edge // 2, edge // 2, edge // 2 + side, edge // 2 + side))).astype(float)
+    seen = load(tmp_path / "arm")._view.pixels(pixels, 0)["images"]
+    assert np.abs(seen.permute(1, 2, 0).numpy() - want).mean() < 1
+    view = layout_of(state).view
+    assert view((384, 384)) == EvaluationView(resize="squash", crop=1.0)
+    other = convert(saved(tmp_path, released.filled(SMALL["vim"])), tmp_path / "vim")
+    assert other.preprocessing.view == EvaluationView()
+    assert Card.read(tmp_path / "arm").preprocessing == card.preprocessing

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import ConfigError
+from pipeline.evaluation_view import EvaluationView
 from pipeline.streaming.config import STRONG, WEAK, AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Batch, Loader, evaluation_batches
 from pipeline.streaming.transforms import eval_views, pair_views, train_views
@@ -82,7 +83,7 @@ def test_weak_and_strong_views_come_normalised_and_different(train):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_counts_each_of_ten_samples_once(train, world_size, workers):
     sample_indices = np.arange(5, 15)
-    views = eval_views(SIZE, MEAN, STD, crop_fraction=1.0)
+    views = eval_views(SIZE, MEAN, STD, view=EvaluationView(crop=1.0))
     ranks = [
         list(
             evaluation_batches(

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.evaluation_view import EvaluationView
 from pipeline.images import UnreadableImage, decode_with_pillow, decode_with_simplejpeg
+from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.streaming.config import STRONG, WEAK, AffineConfig, AugmentConfig
 from pipeline.streaming.geometry import MAX_SCALED, crop_resize, random_box
 from pipeline.streaming.transforms import WIDEST, eval_views, pair_views, train_views
@@ -64,6 +66,24 @@ def test_normalise_is_the_formula(photo):
     pixels = views.pixels(photo, 0)["images"]
     expected = (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     assert torch.allclose(views.normalise(pixels), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("crop", "side"), [(0.875, 256), (1.0, 224)])
+def test_a_squashed_eval_view_is_the_centre_of_a_square(photo, crop: float, side: int) -> None:
+    """As ARM evaluates: Resize((256, 256)), then a centre crop of 224."""
+    edge = (side - 224) // 2
+    whole = Image.fromarray(photo).resize((side, side), Image.Resampling.BICUBIC)
+    want = np.asarray(whole.crop((edge, edge, edge + 224, edge + 224))).astype(float)
+    view = eval_views((224, 224), MEAN, STD, view=EvaluationView(resize="squash", crop=crop))
+    ours = view.pixels(photo, 0)["images"].permute(1, 2, 0).numpy()
+    assert np.abs(ours - want).mean() < 1
+    allow_torchvision()
+    import timm
+
+    timms = timm.data.create_transform(
+        (3, 224, 224), interpolation="bicubic", crop_pct=crop, crop_mode="squash", normalize=False
+    )
+    assert np.abs(np.asarray(timms(Image.fromarray(photo))).transpose(1, 2, 0) - want).mean() == 0
 
 
 def test_the_eval_view_is_the_centre(photo):

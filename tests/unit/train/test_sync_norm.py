@@ -26,7 +26,7 @@ def half(rank: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = network()
-    synchronise_batch_norms(model)
+    synchronise_batch_norms(model, torch.device("cpu"))
     x = batch()[:2] if rank == 0 else batch()[2:]  # unequal shares, and far from zero
     count_images_once(model)
     loss = checkpoint(model, x, use_reentrant=False).square().sum()  # computed twice, counted once
@@ -52,6 +52,14 @@ def test_gradients_and_statistics_are_those_of_the_whole_batch(tmp_path: Path) -
 
 def test_alone_nothing_changes() -> None:
     plain, synchronised = network(), network()
-    synchronise_batch_norms(synchronised)
+    synchronise_batch_norms(synchronised, torch.device("cpu"))
     assert torch.equal(plain(batch()), synchronised(batch()))
     assert list(plain.state_dict()) == list(synchronised.state_dict())
+
+
+def test_on_a_gpu_they_are_torchs_own_under_the_same_names() -> None:
+    plain, converted = network(), network()
+    synchronise_batch_norms(converted, torch.device("cuda"))
+    assert type(converted[1]) is nn.SyncBatchNorm
+    assert list(plain.state_dict()) == list(converted.state_dict())
+    assert torch.equal(plain.eval()(batch()), converted.eval()(batch()))
