@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from launchers.chain import Step
 from pipeline.datasets.check.quick import quick_check
-from pipeline.datasets.manifest import read_manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.errors import PipelineError
 from pipeline.files import replace_text
 from pipeline.report.results import DATA_CHECK
@@ -28,7 +28,7 @@ def run(steps: Sequence[Step]) -> None:
     config = steps[-1].config
     try:
         data = open_data(config)
-        tests = [read_manifest(config.data.test)] if config.data.test is not None else []
+        tests = [open_dataset(config.data.test)] if config.data.test is not None else []
         found = quick_check(data.manifest, tests, data.split)
         kept = [{name: value for name, value in asdict(f).items() if name != "groups"} for f in found]
         replace_text(steps[-1].folder.parent / DATA_CHECK, json.dumps({"findings": kept}, indent=1) + "\n")

@@ -59,10 +59,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from pipeline.datasets.manifest import read_manifest
+    from pipeline.datasets.opening import open_dataset
     from pipeline.datasets.verify import verify
 
-    manifest = read_manifest(args.dataset)
+    manifest = open_dataset(args.dataset)
     problems = list(verify(manifest, args.processes))
     if problems:
         head = f"{args.dataset}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"

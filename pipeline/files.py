@@ -9,8 +9,10 @@ import contextlib
 import errno
 import hashlib
 import os
+import platform
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,39 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def user_cache() -> Path:
+    """Return this program's folder in the user's cache folder, or in the temporary folder without a home.
+
+    Raises:
+        OSError: Neither can be used safely.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:  # HOME is unset, and the user is in no table of users
+        return _temporary_cache()
+    folder = home / ("Library/Caches" if platform.system() == "Darwin" else ".cache") / "visionmamba-pipeline"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.geteuid():
+            return folder
+    except OSError:
+        pass
+    return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    """Return a folder that only this user can write to, among everybody's temporary files."""
+    folder = Path(tempfile.gettempdir()) / f"visionmamba-pipeline-{os.geteuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise OSError(error.errno, f"neither the home folder nor {folder} can be written: {error.strerror}") from None
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022 or folder.is_symlink():
+        raise OSError(errno.EPERM, f"{folder} belongs to somebody else, who could put files there")
+    return folder
 
 
 def real_path(path: Path | str) -> Path:

@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.config import find_config
 from pipeline.datasets.joint import read_manifests, with_classes
-from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, DataError, HandoverError, PipelineError
 from pipeline.exports.card import CARD, Card
@@ -191,7 +192,7 @@ def open_labelled(key: str, folder: Path, train: Manifest) -> Held:
         DataError: It cannot be opened, or no sample has a label.
         HandoverError: It has a class that the training data does not have.
     """
-    found = read_manifest(folder)
+    found = open_dataset(folder)
     try:
         manifest = with_classes(found, train.classes)
     except DataError as error:

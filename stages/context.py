@@ -10,7 +10,8 @@ from typing import Generic, Self
 import torch
 from torch import Tensor, nn
 
-from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.exports.card import Selected
 from pipeline.models.family import FamilyConfig
@@ -189,7 +190,7 @@ class StageContext(Generic[C]):
 
     def datasets(self) -> list[Manifest]:
         """Return the datasets that the run reads: for training, for validation, for the test."""
-        test = [] if self.config.data.test is None else [read_manifest(self.config.data.test)]
+        test = [] if self.config.data.test is None else [open_dataset(self.config.data.test)]
         return [self.manifest, self.data.held_out.manifest, *test]
 
     def pictures(self, samples: Held, number: int, image_size: tuple[int, int]) -> Tensor:

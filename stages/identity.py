@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.datasets.joint import read_manifests
-from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.datasets.splits import read_split
 from pipeline.errors import PipelineError
 from pipeline.exports.card import Card
@@ -46,8 +47,8 @@ def inputs_of(config: StageConfig, manifest: Manifest | None = None) -> dict[str
     readers: list[tuple[str, Path | None, Callable[[Path], str]]] = [
         ("data.train", data.train_folders[0], lambda _: train().hash),
         ("data.split", data.split, lambda path: read_split(path, train()).hash),
-        ("data.validation", data.validation, lambda folder: read_manifest(folder).hash),
-        ("data.test", data.test, lambda folder: read_manifest(folder).hash),
+        ("data.validation", data.validation, lambda folder: open_dataset(folder).hash),
+        ("data.test", data.test, lambda folder: open_dataset(folder).hash),
     ]
     folders = zip(spec.references(config), spec.parents(config).values(), strict=True)
     readers += [(key, folder, lambda folder: Card.read(folder).weights_sha256) for key, folder in folders]

@@ -44,7 +44,7 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("name", metavar="NAME", help="configs/STAGE/NAME.yaml of every stage, as for make chain")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, as for make chain")
     parser.add_argument("--folds", type=int, default=5, metavar="K", help="how many parts (default 5)")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     arm, *steps = read_steps(CHAIN, given.name, given.overrides)
     paths = _splits(steps[-1], given.folds)
     run(arm.stage, arm.path.stem, arm.overrides, name="stage 1")

@@ -23,11 +23,11 @@ from pipeline.datasets.manifest import (
     Shard,
     ShardIndex,
     read_manifest,
-    sample_key,
     write_manifest,
 )
 from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.tars import MemberRules, Scan, scan_members
+from pipeline.datasets.text import sample_key
 from pipeline.errors import DataError
 from pipeline.files import replace_bytes
 from pipeline.images import UnreadableImage, decode

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.datasets.manifest import SAMPLE, Manifest, read_manifest
+from pipeline.datasets.manifest import SAMPLE, Manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.errors import DataError
 
 
@@ -41,7 +42,7 @@ class JointManifest(Manifest):
         # One dataset with its classes in another order is still that dataset.
         self.hash = hashes[0] if len(hashes) == 1 else _sha256({"datasets": hashes})
         self.folder = self.parts[0].folder
-        self.location = ", ".join(dict.fromkeys(part.location for part in self.parts if part.location))
+        self.location = ", ".join(dict.fromkeys(part.location for part in self.parts if part.remote))
         self.classes = unite([part.classes for part in self.parts]) if classes is None else classes
         self.shards = tuple(shard for part in self.parts for shard in part.shards)
         self._ends = np.cumsum([shard.count for shard in self.shards])
@@ -58,7 +59,7 @@ class JointManifest(Manifest):
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders of the datasets."""
-        return tuple(part.folder for part in self.parts)
+        return tuple(folder for part in self.parts for folder in part.folders)
 
     @property
     def num_samples(self) -> int:
@@ -105,7 +106,8 @@ class JointManifest(Manifest):
 
     def folder_of(self, sample_index: int) -> Path:
         """Return the folder of the dataset that has a sample."""
-        return self._local(sample_index)[0].folder
+        part, row = self._local(sample_index)
+        return part.folder_of(row)
 
     def path_of(self, shard: int) -> Path:
         """Return where a local shard is."""
@@ -116,6 +118,16 @@ class JointManifest(Manifest):
         """Return the URL of a shard; empty if it is local."""
         part, own = self._owner(shard)
         return part.url_of(own)
+
+    def place_of(self, sample_index: int) -> tuple[Path, int]:
+        """Return the local file that holds a sample's image, and its first byte there."""
+        part, row = self._local(sample_index)
+        return part.place_of(row)
+
+    def check_bytes(self, sample_index: int, data: bytes) -> None:
+        """Refuse bytes that are not the sample's."""
+        part, row = self._local(sample_index)
+        part.check_bytes(row, data)
 
     def local_shards(self) -> list[tuple[Path, str]]:
         """Return the shards of all datasets that lie here, each with the SHA-256 of its content."""
@@ -144,9 +156,9 @@ def read_manifests(folders: Sequence[Path]) -> Manifest:
         DataError: A dataset cannot be opened, or is given twice.
     """
     if len(folders) == 1:
-        return read_manifest(folders[0])
+        return open_dataset(folders[0])
     with ThreadPoolExecutor(len(folders)) as pool:  # hashing the tables releases the interpreter's lock
-        return JointManifest(list(pool.map(read_manifest, folders)))
+        return JointManifest(list(pool.map(open_dataset, folders)))
 
 
 def with_classes(manifest: Manifest, classes: tuple[str, ...]) -> Manifest:

@@ -10,18 +10,17 @@ The sample index is the row of a sample in the table: shards in order of name, s
 import errno
 import functools
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.datasets.tables import check_content, check_regular, check_table, open_table
-from pipeline.datasets.text import is_file_name, is_text
+from pipeline.datasets.tables import check_content, check_regular, check_table, open_table, write_table
+from pipeline.datasets.text import is_file_name, is_text, sample_key
 from pipeline.errors import DataError
 from pipeline.files import read_regular, replace_bytes, replace_text
 from pipeline.storage.config import KINDS
@@ -78,6 +77,8 @@ class Manifest:
         shards: The tars, in order of name.
         samples: (num_samples,) the table of samples, of type `SAMPLE`.
     """
+
+    locations: ClassVar[tuple[str, ...]] = tuple(KINDS)  # kinds of addresses that its shards may have
 
     def __init__(
         self,
@@ -161,6 +162,13 @@ class Manifest:
         """Return the URL of a shard; empty if it is local."""
         return f"{self.location.rstrip('/')}/{self.shards[shard].name}" if self.location else ""
 
+    def place_of(self, sample_index: int) -> tuple[Path, int]:
+        """Return the local file that holds a sample's image, and its first byte there."""
+        return self.path_of(int(self.shard_of(sample_index))), int(self.samples["offset"][sample_index])
+
+    def check_bytes(self, sample_index: int, data: bytes) -> None:
+        """Refuse bytes that are not the sample's; those of `local_shards` are hashed as a whole instead."""
+
     def local_shards(self) -> list[tuple[Path, str]]:
         """Return the shards that lie here, each with the SHA-256 of its content."""
         return [(self.path_of(k), shard.sha256) for k, shard in enumerate(self.shards) if not self.url_of(k)]
@@ -191,14 +199,8 @@ class Manifest:
         return sample_key(self.member(sample_index))
 
 
-def sample_key(member: str) -> str:
-    """Return the name of a tar's member up to the first dot of its last component, as WebDataset does."""
-    folder, slash, name = member.rpartition("/")
-    return folder + slash + name.split(".", 1)[0]
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Open the dataset in `folder`.
+def read_manifest(folder: Path, kind: type[Manifest] = Manifest) -> Manifest:
+    """Open the dataset of shards in `folder`; `opening.open_dataset` opens folders of images too.
 
     Raises:
         DataError: The manifest is missing or damaged, or a local tar is missing or has another size.
@@ -223,12 +225,9 @@ def read_manifest(folder: Path) -> Manifest:
             )
         check_regular(folder / NAMES)
         names = np.memmap(folder / NAMES, np.uint8, "r") if header["num_samples"] else np.zeros(0, np.uint8)
-        samples = (
-            open_table(folder / SAMPLES, SAMPLE, header["samples_sha256"])
-            if header["num_samples"]
-            else np.zeros(0, SAMPLE)
-        )
-        manifest = Manifest(folder, header, _identity(header), samples, names)
+        empty = not header["num_samples"]
+        samples = np.zeros(0, SAMPLE) if empty else open_table(folder / SAMPLES, SAMPLE, header["samples_sha256"])
+        manifest = kind(folder, header, _identity(header), samples, names)
         problem = _problem(manifest, header)
     except (KeyError, TypeError, ValueError, OSError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -264,6 +263,7 @@ def write_manifest(
     indices: Sequence[ShardIndex],
     location: str = "",
     member_rules: Mapping[str, Any] | None = None,
+    kind: type[Manifest] = Manifest,
 ) -> Manifest:
     """Write the three files, the header last, so that a manifest that can be read is complete.
 
@@ -273,6 +273,7 @@ def write_manifest(
         indices: The scanned shards, in order of name.
         location: URL of the shards, if they are elsewhere.
         member_rules: How the members of the tars were read, if not in the usual way; `verify` needs it.
+        kind: What is returned.
     """
     samples = np.zeros(sum(index.shard.count for index in indices), SAMPLE)
     for field, values in (
@@ -287,7 +288,7 @@ def write_manifest(
         "version": VERSION,
         "location": location,
         "num_samples": len(samples),
-        "samples_sha256": replace_bytes(folder / SAMPLES, _npy(samples)),
+        "samples_sha256": write_table(folder / SAMPLES, samples),
         "names_sha256": replace_bytes(folder / NAMES, b"".join(members)),
         "classes": list(classes),
         "shards": [asdict(index.shard) for index in indices],
@@ -295,31 +296,26 @@ def write_manifest(
     if member_rules:
         header["member_rules"] = dict(member_rules)
     replace_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
-    return read_manifest(folder)
-
-
-def _npy(samples: NDArray[np.void]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, samples)
-    return buffer.getvalue()
+    return read_manifest(folder, kind)
 
 
 def read_image(manifest: Manifest, sample_index: int) -> bytes:
     """Return the stored bytes of one image of a local dataset; training uses `streaming.reader.Reader`.
 
     Raises:
-        DataError: The shards are remote, or the shard cannot be read.
+        DataError: The shards are remote, or the image cannot be read.
     """
-    shard, row = int(manifest.shard_of(sample_index)), manifest.rows(sample_index)
-    if url := manifest.url_of(shard):
+    if url := manifest.url_of(int(manifest.shard_of(sample_index))):
         raise DataError(f"a shard of {manifest} is at {url}; copy the shards here to read images")
-    path = manifest.path_of(shard)
+    path, start = manifest.place_of(sample_index)
     try:
         with path.open("rb") as file:
-            file.seek(int(row["offset"]))
-            return file.read(int(row["length"]))
+            file.seek(start)
+            data = file.read(int(manifest.rows(sample_index)["length"]))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); restore it") from None
+    manifest.check_bytes(sample_index, data)
+    return data
 
 
 def _identity(header: dict[str, Any]) -> str:
@@ -346,8 +342,8 @@ def _problem(manifest: Manifest, header: dict[str, Any]) -> str:
             return f"lists a shard named {shard.name[:40]!r}, which does not lie in the dataset's folder"
     if len({shard.name for shard in shards}) != len(shards):
         return "lists a shard twice"
-    if manifest.location and manifest.location.split("://")[0] not in KINDS:
-        return f"has its shards at {manifest.location!r}, which is neither here nor at {', '.join(KINDS)}"
+    if manifest.location and manifest.location.split("://")[0] not in manifest.locations:
+        return f"has its shards at {manifest.location!r}, which is neither here nor at {', '.join(manifest.locations)}"
     sizes = np.array([shard.size for shard in shards]).astype(np.uint64)
     bounds = (manifest.num_name_bytes, len(header["classes"]))
     return check_table(manifest.folder / SAMPLES, samples, header["samples_sha256"], sizes, manifest._ends, bounds)

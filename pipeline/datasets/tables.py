@@ -6,6 +6,7 @@ read.
 """
 
 import hashlib
+import io
 import tokenize
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.files import sha256_of
+from pipeline.files import replace_bytes, sha256_of
 
 _ROWS = 1 << 15  # in a piece; 0.8 MB
 
@@ -59,6 +60,13 @@ def open_table(path: Path, dtype: np.dtype[np.void], sha256: str) -> NDArray[np.
         return table
     check_content(path, sha256)
     raise ValueError("a sample table of another form")
+
+
+def write_table(path: Path, table: NDArray[np.void]) -> str:
+    """Write a table, whole or not at all, and return the SHA-256 of its file."""
+    buffer = io.BytesIO()
+    np.save(buffer, table)
+    return replace_bytes(path, buffer.getvalue())
 
 
 def check_table(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.datasets.formats import FOREIGN_EXTENSIONS, HEAD, IMAGE_EXTENSIONS, format_of, is_hidden
-from pipeline.datasets.manifest import Shard, ShardIndex, sample_key
+from pipeline.datasets.manifest import Shard, ShardIndex
+from pipeline.datasets.text import sample_key
 from pipeline.errors import DataError
 
 BLOCK = 512

@@ -57,6 +57,12 @@ def same_form(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def sample_key(member: str) -> str:
+    """Return the name of a tar's member up to the first dot of its last component, as WebDataset does."""
+    folder, slash, name = member.rpartition("/")
+    return folder + slash + name.split(".", 1)[0]
+
+
 def is_text(text: str) -> bool:
     """Whether a text is Unicode: a lone surrogate is not."""
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.datasets.convert.classes import class_labels
 from pipeline.datasets.manifest import HEADER, Manifest
+from pipeline.datasets.opening import ImageFolder, verify_files
 from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.tars import MemberRules, scan_members
 from pipeline.errors import DataError
@@ -23,6 +24,9 @@ def verify(manifest: Manifest, processes: int = 1) -> Iterator[str]:
     Raises:
         DataError: The shards are remote.
     """
+    if isinstance(manifest, ImageFolder):
+        yield from verify_files(manifest, processes)
+        return
     if manifest.location:
         raise DataError(
             f"the shards of {manifest.folder} are at {manifest.location}; run verify on the machine that holds them"

@@ -28,7 +28,8 @@ import numpy as np
 from pipeline import decoding
 from pipeline.cli import guarded
 from pipeline.datasets.joint import read_manifests, with_classes
-from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem, PipelineError
 from pipeline.exports.card import CARD, Card
@@ -103,7 +104,7 @@ def _check(given: argparse.Namespace) -> _Request:
         raise ConfigError(f"--batch {given.batch}: give at least 1 image per step")
     if (given.subset or given.train or given.linear_probe) and not given.split:
         raise ConfigError("--subset, --train and --linear-probe need a split; give its file with --split")
-    exports, data = companions(given.export), read_manifest(given.data)
+    exports, data = companions(given.export), open_dataset(given.data)
     train = read_manifests(given.train) if given.train else data
     for folder in exports.values():
         card = Card.read(folder)

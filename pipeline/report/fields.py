@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import guarded
-from pipeline.datasets.manifest import read_manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.decoding import DEFAULT
 from pipeline.errors import ConfigError
 from pipeline.evaluation_view import USUAL
@@ -78,7 +78,7 @@ def write_fields(
 
     if images < 1:
         raise ConfigError(f"--images {images}: give at least 1")
-    manifest = read_manifest(data)
+    manifest = open_dataset(data)
     chosen = np.unique(np.linspace(0, manifest.num_samples - 1, images).astype(int))
     rows: list[list[str]] = []
     pictures: list[Any] = []

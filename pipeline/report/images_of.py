@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.joint import read_manifests, with_classes
-from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.opening import open_dataset
 from pipeline.datasets.splits import read_split
 from pipeline.decoding import DEFAULT, Decoding
 from pipeline.errors import DataError
@@ -75,5 +76,5 @@ def images_of(result: Result) -> ImagesOf:
 
 
 def _labelled(folder: Path, train: Manifest) -> tuple[Manifest, Indices]:
-    manifest = with_classes(read_manifest(folder), train.classes)
+    manifest = with_classes(open_dataset(folder), train.classes)
     return manifest, np.flatnonzero(manifest.labels >= 0)

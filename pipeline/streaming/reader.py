@@ -1,11 +1,11 @@
-"""The bytes of a sample: from a local shard, or from a remote one in ranges that a cache keeps."""
+"""The bytes of a sample: from a local shard or image file, or from a remote shard in ranges that a cache keeps."""
 
 import os
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.storage.cache import Cache
 from pipeline.storage.config import RemoteConfig
 from pipeline.storage.remote import fetch
+
+K = TypeVar("K", Path, int)
 
 MAX_OPEN_FILES = 64  # far under the usual limit of 1024 descriptors, with many workers on a node
 FETCH_THREADS = 4  # per process; fetching a range of 2 MB is mostly waiting
@@ -37,8 +39,8 @@ class Reader:
         self, manifest: Manifest, sample_indices: NDArray[np.int64], runs: NDArray[np.int64], remote: RemoteConfig
     ) -> None:
         self.manifest, self._remote = manifest, remote
-        # ("shard" or "run", number) -> descriptor, least recently used first
-        self._open: OrderedDict[tuple[str, int], int] = OrderedDict()
+        # A local file, or the number of a run -> descriptor, least recently used first
+        self._open: OrderedDict[Path | int, int] = OrderedDict()
         self._sample_indices, self._runs = sample_indices, runs
         self._cache: Cache | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -58,20 +60,21 @@ class Reader:
             DataError: The shard no longer holds them or cannot be reached.
         """
         sample = self.manifest.rows(sample_index)
-        offset, length = int(sample["offset"]), int(sample["length"])
-        shard = int(self.manifest.shard_of(sample_index))
-        if not self.manifest.url_of(shard):
-            descriptor, start = self._descriptor(("shard", shard), self._open_shard), 0
+        length = int(sample["length"])
+        if not self.manifest.url_of(int(self.manifest.shard_of(sample_index))):
+            path, start = self.manifest.place_of(sample_index)
+            descriptor = self._descriptor(path, _open_file)
         else:
             run = self._run_of(sample_index)
-            descriptor, start = self._descriptor(("run", run), self._open_run), self._extent(run)[1]
-        data = os.pread(descriptor, length, offset - start)
+            descriptor, start = self._descriptor(run, self._open_run), int(sample["offset"]) - self._extent(run)[1]
+        data = os.pread(descriptor, length, start)
         if len(data) != length:
             folder = self.manifest.folder_of(sample_index)
             raise DataError(
                 f"{folder}: sample {self.manifest.key(sample_index)!r} is cut off; "
                 f"`python -m pipeline.data verify {folder}` finds all damage"
             )
+        self.manifest.check_bytes(sample_index, data)
         return data
 
     def prefetch(self, sample_indices: NDArray[np.int64]) -> None:
@@ -118,19 +121,19 @@ class Reader:
     def _fetch_ahead(self, run: int) -> None:
         os.close(self._open_run(run))
 
-    def _open_shard(self, shard: int) -> int:
-        path = self.manifest.path_of(shard)
-        try:
-            return os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be opened ({error.strerror}), though it was there at the start; restore it"
-            ) from None
-
-    def _descriptor(self, key: tuple[str, int], opener: Callable[[int], int]) -> int:
+    def _descriptor(self, key: K, opener: Callable[[K], int]) -> int:
         if key not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[key] = opener(key[1])
+            self._open[key] = opener(key)
         self._open.move_to_end(key)
         return self._open[key]
+
+
+def _open_file(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be opened ({error.strerror}), though it was there at the start; restore it"
+        ) from None

@@ -122,7 +122,7 @@ def test_a_teacher_may_give_targets_to_unlabelled_images(chain: Stages) -> None:
 
 def test_a_resnet_of_timm_from_scratch_goes_through_both_stages_as_fixmatch(chain: Stages) -> None:
     """The student labels its own weak views; the average, batch norms' statistics included, is what stage 3 exports."""
-    name = "run.experiment=fixmatch"
+    name = "run.experiment=fixmatch-resnet"
     small = "model={name: timm/resnet18, image_size: 32, options: {layers: [1, 1, 1, 1], channels: [8, 8, 16, 16]}}"
     chain.complete("distill", name, "init_from=null", small, "loop.steps=4", "loop.save_every=4")
     fixmatch = ["pseudo.labeller=student", "ema.buffers=average", "ema.mode=ema", "ema.base_decay=0.5", "ema.pull=0"]

@@ -147,7 +147,8 @@ def test_a_round_of_labelling_gives_a_dataset_and_a_split_with_the_new_labels(
     assert set(chosen) <= set(split.subset("unlabelled").tolist())
     unsure = [float(row["uncertainty"]) for row in rows]
     assert unsure[0] == max(unsure)
-    assert Image.open(out / "label-next.png").size == (4 * 128, 3 * 168)
+    with Image.open(out / "label-next.png") as sheet:
+        assert sheet.size == (4 * 128, 3 * 168)
     truth = [before.classes[before.labels[k]] for k in chosen[:5]]
     for row, name in zip(rows, truth, strict=False):
         row["label"] = name
@@ -240,7 +241,7 @@ def test_tensorboard_holds_the_log_row_for_row_and_pictures(chain: Stages, stage
         assert [step for step, _ in shown] == [step for step, _ in logged], name
         assert [v for _, v in shown] == pytest.approx([v for _, v in logged], rel=1e-6, abs=1e-9), name
     images = events.Tags()["images"]
-    expected = {"arm": "input, target, prediction", "distill": "attribution", "semi": "views/unlabelled"}
+    expected = {"arm": "input, means alone, prediction", "distill": "attribution", "semi": "views/unlabelled"}
     assert expected[stage] in images
     assert set(events.Tags()["histograms"]) == HISTOGRAMS[stage]
     if stage == "semi":

@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
 def _run(args: argparse.Namespace) -> None:
     from pipeline.datasets.check.page import lines, write_page
     from pipeline.datasets.check.survey import survey
-    from pipeline.datasets.manifest import read_manifest
+    from pipeline.datasets.opening import open_dataset
     from pipeline.datasets.splits import read_split
 
     if args.html is not None and args.html.suffix != ".html":
         raise ConfigError(f"--html {args.html}: the page is HTML; give a name that ends in .html")
-    manifests = [read_manifest(folder) for folder in (args.train, *args.tests)]
+    manifests = [open_dataset(folder) for folder in (args.train, *args.tests)]
     split = read_split(args.split, manifests[0]) if args.split else None
     found = survey(manifests, split, args.processes)
     print(*lines(found), sep="\n")

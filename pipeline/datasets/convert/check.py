@@ -36,14 +36,16 @@ def check_images(source: Source, decoding: Decoding, processes: int, lock: int) 
     return found
 
 
-def refusal(source: Source, problems: Mapping[int, Problem]) -> DataError:
-    """Return the error that names all images which cannot be converted."""
+def refusal(
+    source: Source, problems: Mapping[int, Problem], instead: str = "or leave them out with --skip-unreadable"
+) -> DataError:
+    """Return the error that names all images which cannot be read; `instead` is what to do but repairing them."""
     lines = [problems[item].detail for item in sorted(problems)]
     return DataError(
         "\n  ".join(
             [
                 f"{source.name}: {len(lines)} of {len(source.keys)} images cannot be converted, and nothing was written; "
-                "repair or remove them, or leave them out with --skip-unreadable:",
+                f"repair or remove them, {instead}:",
                 *lines,
             ]
         )

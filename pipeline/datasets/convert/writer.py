@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import io
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from pipeline.errors import DataError
 from pipeline.files import replacing
 from pipeline.images import UnreadableImage, decode, read_header
 
+SAMPLES_PER_SHARD = 2_000
 _SHUFFLE = 21  # stream of random numbers
 
 
@@ -56,7 +58,7 @@ def convert(
     out: Path,
     *,
     seed: int = 0,
-    samples_per_shard: int = 2_000,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
     shorter_side: int = 0,
     processes: int = 1,
     skip_unreadable: bool = False,
@@ -110,30 +112,55 @@ def _convert(
     problems |= check_images(source, decoding, processes, lock)
     if problems and not skip_unreadable:
         raise refusal(source, problems)
-    items = np.setdiff1d(np.arange(len(source.keys)), np.fromiter(problems, np.int64))
-    if not len(items):
-        raise DataError(f"{source.name} has no image that can be converted; nothing was written")
-    order = items if source.in_order else items[seeds.permutation(len(items), seed, _SHUFFLE)]
-    chunks = [order[first : first + samples_per_shard].tolist() for first in range(0, len(order), samples_per_shard)]
+    order, chunks = cut_shards(source, problems, seed, samples_per_shard)
     paths = [out / f"{k:06d}.tar" for k in range(len(chunks))]
     digests = shard_digests(source, chunks)
     names = source.names or source.keys
     progress = Progress(plan, content, digests, {item: problem.kind for item, problem in problems.items()}, names)
     progress.begin(out, before, paths)
     jobs = list(zip(chunks, paths, strict=True))
-    write = functools.partial(_write_shard, source, shorter_side, decoding)
+    write = functools.partial(write_shard, source, shorter_side, decoding)
     counts = [len(chunk) for chunk in chunks]
     indices = list(run_parallel(write, jobs, processes, "images", counts, [lock]))
     if shard_digests(source, chunks) != digests:
         raise DataError(f"{source.name} changed while it was converted; start the same command again")
     manifest = write_manifest(out, source.classes, indices)
-    if len(source.names) and source.classes:
-        keep_names(manifest, [storable(source.names[item]) for item in order.tolist()])
+    keep_source_names(source, manifest, order)
     progress.finish(out)
     return Converted(manifest, False, table(len(source.keys), source.left_out, progress.problems))
 
 
-def _write_shard(source: Source, shorter_side: int, decoding: Decoding, job: tuple[list[int], Path]) -> ShardIndex:
+def cut_shards(
+    source: Source, problems: Collection[int], seed: int = 0, samples_per_shard: int = SAMPLES_PER_SHARD
+) -> tuple[list[int], list[list[int]]]:
+    """Return the items of a source in the order of the dataset, without those in `problems`; and the items of each shard.
+
+    Raises:
+        DataError: None is left.
+    """
+    items = np.setdiff1d(np.arange(len(source.keys)), np.fromiter(problems, np.int64))
+    if not len(items):
+        raise DataError(f"{source.name} has no image that can be converted; nothing was written")
+    shuffled = items if source.in_order else items[seeds.permutation(len(items), seed, _SHUFFLE)]
+    order = shuffled.tolist()
+    return order, [order[first : first + samples_per_shard] for first in range(0, len(order), samples_per_shard)]
+
+
+def keep_source_names(source: Source, manifest: Manifest, order: Sequence[int]) -> None:
+    """Keep the names of the source's files where the lists of other people need them."""
+    if len(source.names) and source.classes:
+        keep_names(manifest, [storable(source.names[item]) for item in order])
+
+
+def write_shard(source: Source, shorter_side: int, decoding: Decoding, job: tuple[list[int], Path]) -> ShardIndex:
+    """Write one shard, unless it is there, and scan it.
+
+    Args:
+        source: The images.
+        shorter_side: Reduce larger images to this shorter side; 0 = keep all bytes.
+        decoding: The limit on pixels, and the ground behind transparent ones where images are reduced.
+        job: The items of the shard, and its path.
+    """
     items, path = job
     if not path.exists():
         from webdataset import TarWriter

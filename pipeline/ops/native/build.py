@@ -19,14 +19,13 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pipeline.files import replace_text, replacing, sha256_of
+from pipeline.files import replace_text, replacing, sha256_of, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -53,36 +52,15 @@ def best_simd() -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the built libraries: in the user's cache folder, or in the temporary folder without a home.
+    """Return the folder of the built libraries.
 
     Raises:
-        BuildError: Neither can be used safely.
+        BuildError: No folder can be used safely.
     """
     try:
-        home = Path.home()
-    except RuntimeError:  # HOME is unset, and the user is in no table of users
-        return _temporary_folder()
-    folder = home / ("Library/Caches" if platform.system() == "Darwin" else ".cache") / "visionmamba-pipeline"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.geteuid():
-            return folder
-    except OSError:
-        pass
-    return _temporary_folder()
-
-
-def _temporary_folder() -> Path:
-    """Return a folder that only this user can write to, among everybody's temporary files."""
-    folder = Path(tempfile.gettempdir()) / f"visionmamba-pipeline-{os.geteuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        return user_cache()
     except OSError as error:
-        raise BuildError(f"neither the home folder nor {folder} can be written: {error.strerror}") from None
-    if found.st_uid != os.geteuid() or found.st_mode & 0o022 or folder.is_symlink():
-        raise BuildError(f"{folder} belongs to somebody else, who could put a library there")
-    return folder
+        raise BuildError(str(error.strerror)) from None
 
 
 @functools.cache

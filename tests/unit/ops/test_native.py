@@ -158,7 +158,7 @@ def test_a_library_of_another_cpu_is_built_again(tmp_path, monkeypatch):
 
 
 def test_without_a_home_the_library_lies_in_a_folder_of_this_user_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     folder = build.cache_folder()
