@@ -72,7 +72,7 @@ _NODE = (
     " CoresPerSocket=2 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:8 State=UNKNOWN"
 )
 # GPUs in SLURM's books alone: a node promises eight, and no process sees one.
-_GRES = "NodeName={names} Name=gpu Count=8\n"
+_GRES = "NodeName={names} Name=gpu File={folder}/gpu[0-7]\n"
 # In a namespace: its name, its own view of /etc/hosts and /proc, then slurmd; children that slurmd leaves are reaped.
 _BOOT = """hostname "$1"; mount --bind "$2/hosts" /etc/hosts
 slurmd -D -c -N "$1" -f "$2/slurm.conf" & wait; while wait -n; do :; done"""
@@ -112,7 +112,9 @@ class Cluster:
             nodes="\n".join(nodes),
         )
         (self.folder / "slurm.conf").write_text(text)
-        (self.folder / "gres.conf").write_text(_GRES.format(names=",".join(self.names)))
+        (self.folder / "gres.conf").write_text(_GRES.format(names=",".join(self.names), folder=self.folder))
+        for number in range(8):
+            (self.folder / f"gpu{number}").touch()
         hosts = "".join(f"127.0.0.1 {name}\n" for name in self.names)
         (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + hosts)
         os.environ["SLURM_CONF"] = str(self.folder / "slurm.conf")
