@@ -22,21 +22,21 @@ def prepare(*arguments: str) -> None:
         raise SystemExit(code)
 
 
-def run(stage: str, config: str | Path, values: Sequence[str], *, name: str) -> None:
+def run(stage: str, recipe: str | Path, values: Sequence[str], *, name: str) -> None:
     """Run one stage in a process of its own with one thread, and say how it ended.
 
     A stage that is complete is reused. A folder that holds a run of another config is refused.
 
     Args:
         stage: `arm`, `distill` or `semi`.
-        config: Name of a file, configs/STAGE/NAME.yaml, or its path.
+        recipe: Name of a file, configs/STAGE/NAME.yaml, or its path.
         values: Overrides, `key=value`.
         name: What the line on standard error calls this run.
 
     Raises:
         SystemExit: The stage failed; with its exit code.
     """
-    path = config if isinstance(config, Path) else Path(f"configs/{stage}/{config}.yaml")
+    path = recipe if isinstance(recipe, Path) else Path(f"configs/{stage}/{recipe}.yaml")
     done = subprocess.run(
         [sys.executable, "-m", "stages", stage, str(path), *values],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
