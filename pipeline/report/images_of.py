@@ -53,7 +53,8 @@ def images_of(result: Result) -> ImagesOf:
     if not configs:
         raise DataError(f"{result.experiment} holds no config.yaml that names its data")
     config = configs[-1]
-    folders = config["train"] if isinstance(config["train"], list) else [config["train"]]
+    listed = config["train"]
+    folders = listed if isinstance(listed, list) else [listed]
     train = read_manifests([Path(folder) for folder in folders])
     if config.get("split"):
         split = read_split(Path(config["split"]), train)

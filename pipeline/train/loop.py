@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pipeline.errors import DataError, Diverged, HandoverError, Interrupted
 from pipeline.report.tensorboard import Board
@@ -58,13 +59,12 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
     state, saves = _restore(training, run, shards), 0
     display = _Display(training, run, state.step)
     meter = Meter(world, training.flops, peak_flops(world.device, engine.config.precision))
-    tracer = Tracer(run.folder, world)
-    draws = Draws(training)
+    tracer, draws = Tracer(run.folder, world), Draws(training)
     if state.step == 0 and loop.on_divergence == "rewind":
         _save(saver, training, state, shards)
-
     run.status("running", step=state.step, steps=loop.steps)
     with stop_flag() as stop, shards:
+        check_shards = partial(_check_shards, shards, saver, run, lambda: bool(stop))
         while state.step < loop.steps and not state.ended_early:
             data_step = data_step_of(state.step, state.left_out)
             with meter.waiting():
@@ -105,29 +105,18 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
             if saving:
                 with meter.pausing():
                     if not stopping:
-                        _check_shards(
-                            shards,
-                            saver,
-                            run,
-                            state.proven,
-                            wait=saves > 0 or last or state.ended_early,
-                            enough=lambda: bool(stop),
-                        )
+                        check_shards(state.proven, wait=bool(saves) or last or state.ended_early)
                     _save(saver, training, state, shards)
                 saves += 1
             tracer.advance(step, look=step % loop.vote_every == 0)
             if voting:
                 run.beat()
                 saver.finish(wait=stopping)
-                _check_shards(shards, saver, run, state.proven)
+                check_shards(state.proven)
             if stopping:
-                run.status("interrupted", step=step, steps=loop.steps)
-                reason = stop.name or ("its time limit" if time.monotonic() > deadline else "another rank")
-                raise Interrupted(
-                    f"{run.folder} stopped by {reason} at step {step} of {loop.steps};"
-                    " all is saved, start it again to continue"
-                )
-        _check_shards(shards, saver, run, state.proven, wait=True, enough=lambda: bool(stop))
+                by = stop.name or ("its time limit" if time.monotonic() > deadline else "another rank")
+                raise _interruption(run, by, step, loop.steps)
+        check_shards(state.proven, wait=True)
         if not shards.settled:
             raise Interrupted(f"{run.folder} stopped by {stop.name or 'another rank'}; start it again to finish")
     saver.finish()
@@ -136,6 +125,14 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
     display.close()
     draws.close()
     return Ending(step=state.step, steps=loop.steps, selection=state.selection)
+
+
+def _interruption(run: Run, by: str, step: int, steps: int) -> Interrupted:
+    """Note the interruption in the run's folder and return what the loop raises."""
+    run.status("interrupted", step=step, steps=steps)
+    return Interrupted(
+        f"{run.folder} stopped by {by} at step {step} of {steps}; all is saved, start it again to continue"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +225,7 @@ def _rewind(training: Training, run: Run, shards: ShardCheck, state: _LoopState,
 
 
 def _check_shards(
-    shards: ShardCheck, saver: Saver, run: Run, proven: int, *, wait: bool = False, enough: Callable[[], bool] = bool
+    shards: ShardCheck, saver: Saver, run: Run, enough: Callable[[], bool], proven: int, *, wait: bool = False
 ) -> None:
     """Raise DataError if a shard has changed, and remove the checkpoints that may have learnt from it (collective)."""
     if problem := shards.problem(wait=wait, enough=enough):
