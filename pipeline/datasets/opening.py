@@ -104,8 +104,12 @@ def open_dataset(folder: Path) -> Manifest:
         DataError: There are neither shards nor images, or some images cannot be read.
     """
     folder = Path(folder)
-    if (folder / HEADER).exists() or not folder.is_dir() or any(folder.glob("*.tar")):
-        return read_manifest(folder)
+    try:
+        images = not (folder / HEADER).exists() and folder.is_dir() and not any(folder.glob("*.tar"))
+    except OSError:  # a closed folder
+        images = False
+    if not images:
+        return read_manifest(folder)  # it says what is wrong
     from pipeline.datasets.convert.imagefolder import image_folder, plain_folder
     from pipeline.datasets.convert.scan import find_images
 

@@ -126,6 +126,10 @@ class WideResNet(nn.Module):
         """(B, C, H, W) -> logits (B, K)."""
         return self.forward_head(self.forward_features(images))
 
+    def get_classifier(self) -> nn.Module:
+        """Return the head, as timm's models do."""
+        return self.head
+
     def no_weight_decay(self) -> set[str]:
         """Names of the matrices exempt from weight decay: none; the optimizer exempts all vectors."""
         return set()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 COUNTS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE")
-LISTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES")
+LISTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
 # The oldest driver that runs programs of a major version of CUDA, and the builds of torch for an older driver.
 OLDEST_DRIVER = {12: 525, 13: 580}
 BUILDS = ("cu126", "cu128")
@@ -35,9 +35,10 @@ class Torch(NamedTuple):
 
 def promise(environment: Mapping[str, str]) -> str:
     """Return the variable that promises GPUs, as NAME=VALUE; empty if none does, or if `CUDA_VISIBLE_DEVICES` hides them."""
-    given = {name: environment.get(name, "").strip() for name in (*LISTS, *COUNTS)}
-    if "CUDA_VISIBLE_DEVICES" in environment and given["CUDA_VISIBLE_DEVICES"] in ("", "-1"):  # a person's wish
+    # CUDA_VISIBLE_DEVICES can hide GPUs, but it promises none: DeepSpeed's launcher sets it on machines without GPUs too.
+    if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return ""
+    given = {name: environment.get(name, "").strip() for name in (*LISTS, *COUNTS)}
     none = {**dict.fromkeys(LISTS, ("", "-1", "NoDevFiles", "(null)")), **dict.fromkeys(COUNTS, ("", "0"))}
     return next((f"{name}={value}" for name, value in given.items() if value not in none[name]), "")
 

@@ -100,7 +100,7 @@ def test_three_stages_read_two_datasets_without_a_split(stages: Stages, few: Pat
         "data.split=null",
         f"data.validation={few / 'held'}",
         f"data.test={digits / 'test'}",
-        "run.experiment=two",
+        "run.experiment=two-datasets",
     ]
     told = {}
     for stage in ("arm", "distill", "semi"):
@@ -113,15 +113,15 @@ def test_three_stages_read_two_datasets_without_a_split(stages: Stages, few: Pat
     assert f"an epoch is {labelled + pool} samples" in told["arm"]
     assert f"an epoch is {labelled} samples" in told["distill"]
     assert f"an epoch is {pool} samples" in told["semi"]
-    evaluation = json.loads((stages.runs / "two" / "semi" / "evaluation.json").read_text())
+    evaluation = json.loads((stages.runs / "two-datasets" / "semi" / "evaluation.json").read_text())
     assert evaluation["labels"]["without_label"] == pool
     assert evaluation["protocol"] == f"{labelled} images with a label, {pool} without one"
-    assert any("val/top1" in row for row in rows_of(stages.runs / "two" / "semi"))
-    card = json.loads((stages.runs / "two" / "semi" / "export" / "model.json").read_text())
+    assert any("val/top1" in row for row in rows_of(stages.runs / "two-datasets" / "semi"))
+    card = json.loads((stages.runs / "two-datasets" / "semi" / "export" / "model.json").read_text())
     assert [seen["count"] for seen in card["labels_seen"]] == [labelled]
     from pipeline.report.experiment import run as write_report
 
-    page = write_report([stages.runs / "two"], None).read_text()
+    page = write_report([stages.runs / "two-datasets"], None).read_text()
     assert words.capitalize() in page
     assert "recision and coverage of the pseudo-labels are absent" in page
     again = stages.run("semi", *data)

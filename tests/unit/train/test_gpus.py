@@ -21,7 +21,7 @@ CPU, CUDA_13, CUDA_12 = Torch("2.13.0+cpu", None), Torch("2.13.0+cu130", "13.0")
         ({"SLURM_GPUS_ON_NODE": "8"}, "SLURM_GPUS_ON_NODE=8"),
         ({"SLURM_GPUS_PER_NODE": "a100:8"}, "SLURM_GPUS_PER_NODE=a100:8"),
         ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS=0"),  # the GPU number 0, not none
-        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES=0,1"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, ""),
         ({"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0,1"}, ""),
         ({"CUDA_VISIBLE_DEVICES": "-1", "SLURM_GPUS_ON_NODE": "8"}, ""),
         ({"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_GPUS_ON_NODE": "8"}, "SLURM_GPUS_ON_NODE=8"),

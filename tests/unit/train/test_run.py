@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 # How a run is computed, watched and saved.
 FREE = (
     "run.root",
+    "run.tracker",
     "engine.zero_stage",
     "engine.micro_batch",
     "engine.bucket_bytes",
