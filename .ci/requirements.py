@@ -13,7 +13,7 @@ HEADER = """\
 # Extras are in pyproject.toml: pip install -e '.[dev]' (also docs, gpu, onnx, coreml, parquet, aws, wandb, mlflow, trackio).
 """
 INDEX = "https://download.pytorch.org/whl"
-BUILDS = ("cu126", "cu128")  # of torch and torchvision, for drivers that are too old for the default build
+BUILDS = ("cu126", "cu128")  # builds of torch and torchvision for drivers that are too old for the default
 OF_THE_BUILD = ("torch==", "torchvision==")
 
 

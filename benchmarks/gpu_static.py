@@ -69,7 +69,7 @@ def scan_bytes(program: Program, steps: int, channels: int, gpu: Gpu, blocks: di
         gpu.multiprocessors * blocks["forward"] * tile
     )  # what the other direction finds in L2: x alone is unhinted
     more = each if ways == 2 and between > gpu.cache else 0
-    sums = steps * ways * 2 * STATES * 4  # of g_B and g_C, of a block
+    sums = steps * ways * 2 * STATES * 4  # bytes of the partial sums of g_B and g_C that a block writes
     between = gpu.multiprocessors * blocks["backward"] * (tile * (3 + ways) + sums)
     more += (each * (3 + ways) + states) if between > gpu.cache else 0  # the second sweep
     tiles = -(-channels // program.block_channels)
@@ -86,7 +86,9 @@ def interpreter_error() -> float:
         shapes += [(batch, groups, states, steps)] * 2 + [(channels,), (batch, channels, steps), (channels,)]
         inputs = [torch.randn(shape, generator=generator) for shape in shapes]
         inputs[2] = -inputs[2].exp()
-        weights = [torch.randn(batch, channels, steps, generator=generator) for _ in range(2)]  # of a linear function
+        weights = [
+            torch.randn(batch, channels, steps, generator=generator) for _ in range(2)
+        ]  # the loss is linear in the outputs, with these weights
         results = []
         for scan, dtype in ((fused.scan, torch.float32), (reference.selective_scan, torch.float64)):
             leaves = [x.to(dtype).requires_grad_() for x in inputs]

@@ -33,7 +33,7 @@ from stages.context import StageContext
 
 logger = logging.getLogger(__name__)
 
-MEMORY_SHARE = 0.5  # of the free memory that cached features may fill
+MEMORY_SHARE = 0.5  # cached features may fill this share of the free memory
 TOLERANCE = 1e-5
 
 

@@ -37,7 +37,7 @@ LONGEST_HORIZON = 10_000.0  # steps that the teacher averages over at most (deca
 MANY_IMAGES = 20_000  # images from which a GPU's time is worth ARM pretraining; ours, not measured
 PSEUDO = {"thresholds": "softmatch", "alignment": "uniform", "weight": 1.0}  # best in all cells tried (docs/recipe.md)
 ENOUGH_FOR_PROBE = 200  # images from which a linear probe can say that stage 1 has stopped paying
-MEMORY_SHARE = 0.6  # of the free memory that a step may use
+MEMORY_SHARE = 0.6  # a step may use this share of the free memory
 
 
 class Choice(NamedTuple):

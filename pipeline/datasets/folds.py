@@ -13,7 +13,7 @@ from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.splits import CODES, Split
 from pipeline.errors import ConfigError
 
-FEW_LABELS = 5  # of a class; with so few, holding one out costs a fifth of what is learnt, and tells little
+FEW_LABELS = 5  # with so few labels a class, holding one out costs a fifth of what is learnt, and tells little
 _DEAL = 13  # stream of random numbers
 
 

@@ -24,7 +24,7 @@ from pipeline.streaming.transforms import eval_views
 
 HEADER = ("rank", "sample_index", "key", "folder", "label", "predicted", "confidence", "second", "uncertainty")
 BATCH = 256
-COLUMNS, SIDE, TEXT = 4, 128, 40  # of the contact sheet: pictures in a row, pixels on a side, pixels of two lines below
+COLUMNS, SIDE, TEXT = 4, 128, 40  # contact sheet: pictures in a row, pixels on a side, pixels of two lines below
 
 
 class Pick(NamedTuple):

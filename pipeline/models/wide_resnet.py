@@ -17,8 +17,8 @@ from pipeline.models.layers import DropPath, drop_path_rates
 from pipeline.models.recompute import count_images_once
 
 SLOPE = 0.1
-MOMENTUM = 1e-3  # of the batch norms: the share of a batch in the running statistics
-LAST_EPS = 1e-3  # of the last norm; the others have torch's 1e-5
+MOMENTUM = 1e-3  # share of a batch in the running statistics of the batch norms
+LAST_EPS = 1e-3  # epsilon of the last norm; the others have torch's 1e-5
 
 
 class Block(nn.Module):

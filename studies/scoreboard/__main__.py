@@ -74,15 +74,15 @@ def _run(arguments: list[str]) -> int:
               for seed in given.seeds for name in (folders or given.sets) for regime in given.regimes]  # fmt: skip
     chain = Chain(Path("runs") / f"scoreboard-{given.configs}", given.configs, given.chain_budget)
     board = Board(chain.runs / "cells", places)
-    todo = [(place, job) for place in places for job in JOBS
+    open_jobs = [(place, job) for place in places for job in JOBS
             if any(column not in board.cells[place] for column in JOBS[job].columns)
             and (not given.only or any(word in f"{place.name}-{job}" for word in given.only))]  # fmt: skip
     if given.dry:
-        for place, job in todo:
+        for place, job in open_jobs:
             seconds = _expected(board, job)
             print(f"{place.name}-{job}: " + (f"about {seconds:.0f} s" if seconds else "no time known yet"))
         return 0
-    failed = _work(board, chain, todo, folders, _seconds(given.budget), given.jobs)
+    failed = _work(board, chain, open_jobs, folders, _seconds(given.budget), given.jobs)
     print(f"\n{board.table().markdown()}\n{board.costs().markdown()}")
     if given.document:
         words = f"{os.cpu_count()} cores, {platform.machine()}, {time.strftime('%d %B %Y')}"
@@ -94,7 +94,12 @@ def _run(arguments: list[str]) -> int:
 
 
 def _work(
-    board: Board, chain: Chain, todo: list[tuple[Place, str]], folders: dict[str, Path], budget: float | None, jobs: int
+    board: Board,
+    chain: Chain,
+    open_jobs: list[tuple[Place, str]],
+    folders: dict[str, Path],
+    budget: float | None,
+    jobs: int,
 ) -> list[str]:
     """Run jobs until the budget ends; returns the names of those that failed."""
     end = None if budget is None else time.monotonic() + budget
@@ -136,7 +141,9 @@ def _work(
               file=sys.stderr, flush=True)  # fmt: skip
 
     # The jobs of one place depend on one another, so a thread takes a place and does its jobs in turn.
-    by_place = {place: [job for other, job in todo if other == place] for place in dict.fromkeys(p for p, _ in todo)}
+    by_place = {
+        place: [job for other, job in open_jobs if other == place] for place in dict.fromkeys(p for p, _ in open_jobs)
+    }
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         list(pool.map(lambda item: [one(item[0], job) for job in item[1]], by_place.items()))
     if left:

@@ -17,7 +17,7 @@ from studies.runs import prepare
 from tests.relabel import relabelled
 
 DATA = Path("data/scoreboard")
-TEST_SHARE = 0.25  # of a folder without a test set of its own
+TEST_SHARE = 0.25  # share that is cut off a folder without a test set of its own
 NUM_GLYPHS = 60  # classes
 BUNDLED = ("digits", "letters", "glyphs", "icons")
 _SPLIT = 43  # stream of random numbers

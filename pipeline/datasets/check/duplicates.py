@@ -14,7 +14,7 @@ _INDEX_SIDE = 8
 _CHUNK = 1 << 20  # pairs that are compared at once
 _MAX_FOUND = 2_000_000  # pairs
 _MAX_GROUP = 512  # images with an equal band of which all pairs are compared
-_NEIGHBOURS = 16  # of each image in a larger group, such as the frames of a film, sorted by hash and colour
+_NEIGHBOURS = 16  # an image of a larger group, such as frames of a film, is compared with so many, by hash and colour
 
 Pairs = NDArray[np.int64]  # (num_pairs, 2)
 

@@ -22,7 +22,7 @@ from pipeline.ops.native.build import cache_folder
 
 SHARED_BYTES_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 SHARED_SHARE_ATTRIBUTE = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
-RESERVED_SHARED_BYTES = 1024  # of every block, for the system
+RESERVED_SHARED_BYTES = 1024  # the system keeps these bytes in every block
 OLDEST = (8, 0)  # bf16 conversions
 
 

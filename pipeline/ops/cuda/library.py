@@ -18,7 +18,7 @@ from pipeline.ops.kernels import Filter, ScanInputs, ScanProblem
 
 MOST_STATES = 64  # four lanes with 16 states each
 MOST_TILES = 8  # tiles of channels of a block in the backward: its partial sums of B and C are as many times smaller
-CONV_CHANNELS, CONV_STEPS = 32, 64  # of a block
+CONV_CHANNELS, CONV_STEPS = 32, 64  # what one block computes
 
 
 class Device(Protocol):

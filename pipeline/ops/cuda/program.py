@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-THREADS = 256  # of a block, in every kernel
+THREADS = 256  # every kernel has blocks of this size
 HEADERS = ("common.cuh", "scan.cuh", "emulator.h")
 
 

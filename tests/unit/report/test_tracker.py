@@ -18,9 +18,9 @@ from tests.unit.train.test_run import config_of
 Points = dict[str, list[tuple[int, float]]]
 CONFIG = {"optim.lr": 0.5, "run.experiment": "exp", "data.test": None, "note": "x" * 7000}
 NAMES: tuple[TrackerName, ...] = ("wandb", "mlflow", "trackio")
-BLOCK = 32 * 1024  # of the log format of LevelDB, in which W&B writes
+BLOCK = 32 * 1024  # bytes of a block in LevelDB's log format, in which W&B writes
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, which warn of their own future
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn of their own future
 
 
 def wandb_points(folder: Path) -> tuple[Points, dict[str, Any]]:

@@ -51,7 +51,7 @@ def test_an_affine_view_of_the_whole_image_is_torchvisions(affine):
             interpolation=InterpolationMode.BILINEAR,
         )
 
-    share = theirs(torch.ones(1, 40, 48))  # of a view's pixel that lies in the image
+    share = theirs(torch.ones(1, 40, 48))  # how much of a view's pixel lies in the image
     colour = torch.tensor(fill)[:, None, None]
     expected = theirs(torch.from_numpy(image).permute(2, 0, 1).float()) + (1 - share) * colour
     ours = affine_view(image, (0, 0, 40, 48), (40, 48), affine, "bilinear", (7, 8, 9))
@@ -77,7 +77,9 @@ def test_every_pixel_shows_the_point_that_the_map_says(seed, shape, size, interp
     affine = draw_affine(rng, AffineConfig(rotation=90, scale=(0.7, 1.5), shear=20, translation=0.3))
     box = (rng.randint(0, 5), rng.randint(0, 5), shape[0] - 5, shape[1] - 5)
     ours = affine_view(ramps(*shape), box, size, affine, interpolation, (1, 2, 255)).double()
-    reach = 3 * max(1.0, box[2] / size[0] / affine.scale, box[3] / size[1] / affine.scale)  # of the interpolation
+    reach = 3 * max(
+        1.0, box[2] / size[0] / affine.scale, box[3] / size[1] / affine.scale
+    )  # how far the interpolation reads
     for row in range(0, size[0], 5):
         for column in range(0, size[1], 5):
             # forward: shear, scale, rotate about the centre, translate; so backwards from the pixel to the crop
