@@ -86,9 +86,8 @@ def interpreter_error() -> float:
         shapes += [(batch, groups, states, steps)] * 2 + [(channels,), (batch, channels, steps), (channels,)]
         inputs = [torch.randn(shape, generator=generator) for shape in shapes]
         inputs[2] = -inputs[2].exp()
-        weights = [
-            torch.randn(batch, channels, steps, generator=generator) for _ in range(2)
-        ]  # the loss is linear in the outputs, with these weights
+        # The loss is linear in the outputs, with these weights.
+        weights = [torch.randn(batch, channels, steps, generator=generator) for _ in range(2)]
         results = []
         for scan, dtype in ((fused.scan, torch.float32), (reference.selective_scan, torch.float64)):
             leaves = [x.to(dtype).requires_grad_() for x in inputs]

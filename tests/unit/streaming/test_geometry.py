@@ -77,9 +77,8 @@ def test_every_pixel_shows_the_point_that_the_map_says(seed, shape, size, interp
     affine = draw_affine(rng, AffineConfig(rotation=90, scale=(0.7, 1.5), shear=20, translation=0.3))
     box = (rng.randint(0, 5), rng.randint(0, 5), shape[0] - 5, shape[1] - 5)
     ours = affine_view(ramps(*shape), box, size, affine, interpolation, (1, 2, 255)).double()
-    reach = 3 * max(
-        1.0, box[2] / size[0] / affine.scale, box[3] / size[1] / affine.scale
-    )  # how far the interpolation reads
+    # How far the interpolation reads.
+    reach = 3 * max(1.0, box[2] / size[0] / affine.scale, box[3] / size[1] / affine.scale)
     for row in range(0, size[0], 5):
         for column in range(0, size[1], 5):
             # forward: shear, scale, rotate about the centre, translate; so backwards from the pixel to the crop
