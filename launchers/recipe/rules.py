@@ -35,7 +35,8 @@ USABLE = 0.85  # share of the rest that goes to steps; the others are validation
 ENOUGH_VALIDATION = 50  # images from which the best validation says more than the last step
 LONGEST_HORIZON = 10_000.0  # steps that the teacher averages over at most (decay 0.9999)
 MANY_IMAGES = 20_000  # images from which a GPU's time is worth ARM pretraining; ours, not measured
-PSEUDO = {"thresholds": "softmatch", "alignment": "uniform", "weight": 1.0}  # above FixMatch in all cells tried (docs/recipe.md)
+# Above FixMatch in all cells tried (docs/recipe.md).
+PSEUDO = {"thresholds": "softmatch", "alignment": "uniform", "weight": 1.0}
 ENOUGH_FOR_PROBE = 200  # images from which a linear probe can say that stage 1 has stopped paying
 MEMORY_SHARE = 0.6  # a step may use this share of the free memory
 
