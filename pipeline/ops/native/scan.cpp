@@ -15,6 +15,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "recurrence.h"
 #include "tiles.h"
 
 using simd::Float;
@@ -143,36 +144,6 @@ void prepare(Tile& k, bool softplus, const float* u, const float* delta, Float b
   }
 }
 
-// Computes h_t = 2^(dt rate) h_{t-1} + dt u B_t and y += C_t h_t for W states. With `keep` it stores all a_t, and all h_t
-// beginning with h_{-1}.
-template <bool keep>
-void advance(Tile& k, float* state, const float* rates, const float* B, const float* C, int64_t width, int64_t steps,
-             float* kept_h, float* kept_a) {
-  Float h[W];
-#pragma GCC unroll 16
-  for (int n = 0; n < W; n++) {
-    h[n] = load(state + n * W);
-    if (keep) store(kept_h + n * W, h[n]);
-  }
-  for (int64_t t = 0; t < steps; t++) {
-    Float dt = load(k.dt + t * W), dtu = load(k.dtu + t * W);
-    Float y[2] = {load(k.y + t * W), Float{}};
-#pragma GCC unroll 16
-    for (int n = 0; n < W; n++) {
-      Float a = simd::exp2(dt * load(rates + n * W));
-      h[n] = a * h[n] + dtu * B[t * width + n];
-      y[n % 2] += h[n] * C[t * width + n];
-      if (keep) {
-        store(kept_a + (t * W + n) * W, a);
-        store(kept_h + ((t + 1) * W + n) * W, h[n]);
-      }
-    }
-    store(k.y + t * W, y[0] + y[1]);
-  }
-#pragma GCC unroll 16
-  for (int n = 0; n < W; n++) store(state + n * W, h[n]);
-}
-
 void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add) {
   const Plan::Unit unit = plan.unit(index);
   const int64_t first = unit.g * plan.group_channels + unit.first;
@@ -203,7 +174,7 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
       prepare<false>(k, plan.s.softplus, u, y, load(rows.bias + i * W), steps);
       for (int64_t n = 0; n < plan.width; n += W) {
         const int64_t at = i * plan.tile_state + n * W;
-        advance<false>(k, state + at, rows.rates + at, B + n, C + n, plan.width, steps, nullptr, nullptr);
+        advance<false>(k.dt, k.dtu, k.y, state + at, rows.rates + at, B + n, C + n, plan.width, steps, nullptr, nullptr);
       }
       if (d.p) std::copy_n(k.y, steps * W, p);
       const Float skip = load(rows.skip + i * W);
@@ -305,7 +276,7 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
       std::copy_n(plan.carry(d, index, chunk) + i * plan.tile_state, plan.tile_state, state);
       for (int64_t n = 0; n < plan.width; n += W) {
         const int64_t at = i * plan.tile_state + n * W;
-        advance<true>(k, state + n * W, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a);
+        advance<true>(k.dt, k.dtu, k.y, state + n * W, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a);
         retreat(k, g_Ch, carried + at, g_rates + at, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a,
                 q, r, g_B + g_first + t0 * g_row + n, g_C + g_first + t0 * g_row + n, g_row);
       }
