@@ -186,7 +186,7 @@ struct Walk {
           s.taps, [&]<int K>() { convolve<K>(t, wide(to.v, to.from, t)); }, std::make_integer_sequence<int, max_taps>{});
     for (int64_t n = 0; n < columns; n += panel)
       for (int64_t t = t0; t < t1; t++)
-        with_sizes(cut.height(t), panel, [&]<int R, int V>() {
+        with_sizes(cut.height(t), columns - n, [&]<int R, int V>() {
           float* low = narrow(to.low, to.from, t) + n;
           multiply<R, V>(wide(to.v, to.from, t), d.project + n * inner, panel, inner / W,
                          [&](int r, int v, Float sum) { store(low + r * columns + v * W, sum); });
@@ -223,9 +223,15 @@ struct Walk {
       }
     }
     const float* B = narrow(from.low, from.from, t0) + s.rank;
-    for (int64_t n = 0; n < s.states; n += W)
-      advance<false>(dt, dtu, y, state + n * W, d.rates + (c / W * s.states + n) * W, B + n, B + s.states + n, columns, steps,
-                     nullptr, nullptr);
+    auto advance_by = [&]<int S>() {
+      for (int64_t n = 0; n < s.states; n += S)
+        advance<S, false>(dt, dtu, y, state + n * W, d.rates + (c / W * s.states + n) * W, B + n, B + s.states + n, columns,
+                          steps, nullptr, nullptr);
+    };
+    if (s.states % W)
+      advance_by.template operator()<W / 2>();
+    else
+      advance_by.template operator()<W>();
     float* to = s.y + unit / s.batch * s.batch * s.steps * s.inner + c;
     for (int64_t i = 0; i < steps; i++)
       store_some(to + token(cut.first(t0) + i) * s.inner, load(y + i * W), s.inner - c);

@@ -105,7 +105,7 @@ class PackedDirection(Layer):
     @property
     def padded_states(self) -> int:
         """N as the kernel counts it."""
-        return self.states + -self.states % STATES
+        return self.states + -self.states % (STATES if self.states > STATES // 2 else STATES // 2)
 
     def call(self, tokens: Tensor) -> DirectionCall:
         """Return the library's structure for reading the tokens in the order `tokens`, (L,) int64."""

@@ -138,18 +138,35 @@ inline void transpose_from(Float* rows) {
 }
 inline void transpose(Float* rows) { transpose_from<1>(rows); }
 
-// Lane n of the result is the sum over the lanes of rows[n]. It is a transpose that adds at each step, and destroys rows.
-template <int S = W / 2>
+// The sums over the lanes of each of R rows, R = W or less: lane n W / R of the result is that of rows[n]. It is a transpose that
+// adds at each step, and destroys rows.
+template <int R, int S = W / 2>
 inline Float sum_lanes(Float* rows) {
   if constexpr (S == 0) {
     return rows[0];
+  } else if constexpr (R == 1) {
+    Float other = rows[0];
+    swap_blocks<S>(rows[0], other, std::make_integer_sequence<int, W>{});
+    rows[0] += other;
+    return sum_lanes<1, S / 2>(rows);
   } else {
 #pragma GCC unroll 16
-    for (int i = 0; i < S; i++) {
-      swap_blocks<S>(rows[i], rows[i + S], std::make_integer_sequence<int, W>{});
-      rows[i] += rows[i + S];
+    for (int i = 0; i < R / 2; i++) {
+      swap_blocks<S>(rows[i], rows[i + R / 2], std::make_integer_sequence<int, W>{});
+      rows[i] += rows[i + R / 2];
     }
-    return sum_lanes<S / 2>(rows);
+    return sum_lanes<R / 2, S / 2>(rows);
+  }
+}
+
+// at[n] += the sum over the lanes of rows[n], for R rows.
+template <int R>
+inline void add_sums(float* at, Float* rows) {
+  const Float sums = sum_lanes<R>(rows);
+  if constexpr (R == W) {
+    store(at, load(at) + sums);
+  } else {
+    for (int n = 0; n < R; n++) at[n] += sums[n * (W / R)];
   }
 }
 
