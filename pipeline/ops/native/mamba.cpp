@@ -179,7 +179,7 @@ struct Walk {
     }
   }
 
-  // Computes v, low | B | C and delta of the tiles t0 ... t1 - 1. `scratch` has room for their low rows as tiles.
+  // Computes v, low | B | C and delta of the tiles t0 ... t1 - 1. `scratch` takes their low rows as tiles.
   void prepare(int64_t t0, int64_t t1, const Buffers& to, float* scratch) const {
     for (int64_t t = t0; t < t1; t++)
       with_taps(
