@@ -124,7 +124,9 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     hub.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
     hub.add_argument("--image-column", metavar="COLUMN", help="default: the only one of images, or image")
     hub.add_argument(
-        "--label-column", metavar="COLUMN", help="default: the only one of classes, or label; none = no image has a label"
+        "--label-column",
+        metavar="COLUMN",
+        help="default: the only one of classes, or label; none = no image has a label",
     )
     kind(
         "cifar",

@@ -217,7 +217,9 @@ def _explanation(library: Any, source: str, error: Exception) -> Exception:
         sentence = text.split(" Example of usage")[0].rstrip(".")
         return ConfigError(f"{source}: {sentence}; choose with --config and --split")
     cause = error.__cause__ or error
-    return DataError(f"{source} cannot be read as a dataset ({type(cause).__name__}: {' '.join(str(cause).split())[:300]})")
+    return DataError(
+        f"{source} cannot be read as a dataset ({type(cause).__name__}: {' '.join(str(cause).split())[:300]})"
+    )
 
 
 def _image_column(library: Any, features: Mapping[str, Any], wanted: str | None, source: str) -> str:
@@ -232,9 +234,7 @@ def _image_column(library: Any, features: Mapping[str, Any], wanted: str | None,
     raise ConfigError(f"{source} {lack}; it has {_listed(features)}; choose one with --image-column")
 
 
-def _label_column(
-    library: Any, features: Mapping[str, Any], image: str, wanted: str | None, source: str
-) -> str | None:
+def _label_column(library: Any, features: Mapping[str, Any], image: str, wanted: str | None, source: str) -> str | None:
     """Return the column of the classes; None if no image has a label."""
     if wanted == "none" or (wanted is None and set(features) == {image}):
         return None

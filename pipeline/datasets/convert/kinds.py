@@ -75,7 +75,15 @@ def convert_digits(args: argparse.Namespace) -> None:
     from pipeline.datasets.convert.writer import convert
 
     for name, source in zip(("train", "test"), digits(args.seed), strict=True):
-        _say(*convert(_in_classes(source, args), args.out / name, seed=args.seed, samples_per_shard=256, processes=args.processes))
+        _say(
+            *convert(
+                _in_classes(source, args),
+                args.out / name,
+                seed=args.seed,
+                samples_per_shard=256,
+                processes=args.processes,
+            )
+        )
 
 
 def convert_letters(args: argparse.Namespace) -> None:
@@ -84,7 +92,15 @@ def convert_letters(args: argparse.Namespace) -> None:
     from pipeline.datasets.convert.writer import convert
 
     for name, source in zip(("train", "test"), letters(args.seed), strict=True):
-        _say(*convert(_in_classes(source, args), args.out / name, seed=args.seed, samples_per_shard=520, processes=args.processes))
+        _say(
+            *convert(
+                _in_classes(source, args),
+                args.out / name,
+                seed=args.seed,
+                samples_per_shard=520,
+                processes=args.processes,
+            )
+        )
 
 
 def convert_folder(args: argparse.Namespace) -> None:
@@ -92,7 +108,7 @@ def convert_folder(args: argparse.Namespace) -> None:
     from pipeline.datasets.convert.imagefolder import plain_folder
 
     _check_out(args.out, [Path(args.source)])
-    _convert(_in_classes(plain_folder(Path(args.source)), args), args.out, args)
+    _convert(plain_folder(Path(args.source), _classes(args) or ()), args.out, args)
 
 
 def convert_image_folder(args: argparse.Namespace) -> None:

@@ -68,7 +68,10 @@ def test_plain_folders_are_read_as_the_library_reads_them(tmp_path, capsys):
     assert convert("imagefolder", tmp_path / "photos", "--out", tmp_path / "ours") == 0
     assert convert("huggingface", tmp_path / "photos", "--out", tmp_path / "theirs") == 0
     assert read_manifest(tmp_path / "ours").hash == read_manifest(tmp_path / "theirs").hash  # the same files in both
-    put(tmp_path / "trap", *(f"{part}/{c}/{c}{k}.jpg" for part in ("train", "test") for c in ("cat", "dog") for k in "12"))
+    put(
+        tmp_path / "trap",
+        *(f"{part}/{c}/{c}{k}.jpg" for part in ("train", "test") for c in ("cat", "dog") for k in "12"),
+    )
     put(tmp_path / "trap", "spare/cat/lost.jpg")
     (tmp_path / "trap/train/notes.txt").write_text("no image")
     capsys.readouterr()
@@ -85,7 +88,10 @@ def test_columns_are_found_or_asked_for(tmp_path, capsys):
     rows([]).save_to_disk(tmp_path / "bare")
     assert convert("huggingface", tmp_path / "bare", "--out", tmp_path / "unlabelled") == 0
     assert read_manifest(tmp_path / "unlabelled").classes == ()
-    both = {"coarse": library.ClassLabel(names=["pet", "bird"]), "fine": library.ClassLabel(names=["cat", "dog", "owl"])}
+    both = {
+        "coarse": library.ClassLabel(names=["pet", "bird"]),
+        "fine": library.ClassLabel(names=["cat", "dog", "owl"]),
+    }
     table = {"picture": [{"bytes": image(k), "path": None} for k in range(3)], "coarse": [0, 0, 1], "fine": [0, 1, 2]}
     made = library.Dataset.from_dict(table, features=library.Features({"picture": library.Image()} | both))
     made.save_to_disk(tmp_path / "two")
