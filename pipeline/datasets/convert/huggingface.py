@@ -121,9 +121,10 @@ def hugging_face(
         start += len(part)
         rows = _undecoded(library, part, image, source)
         paths = _paths(rows, image)
-        in_files = bool(paths) and all(path and os.path.isabs(path) for path in paths)
+        whole = [path for path in paths if path and os.path.isabs(path)]
+        in_files = bool(paths) and len(whole) == len(paths)
         keys, problems, file_names = _names(name, paths, root, len(part), in_files)
-        files = paths if in_files else [cached["filename"] for cached in part.cache_files]
+        files = whole if in_files else [cached["filename"] for cached in part.cache_files]
         title = f"{source}, {name}" if name else source
         sources[name] = HuggingFace(
             name=title,
