@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from pipeline.errors import EnvironmentProblem
 from pipeline.ops.arithmetic import choose_arithmetic
+from pipeline.ops.choice import choose_scan
 from pipeline.train.gpus import Torch, broken_promise
 from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 
@@ -107,6 +108,17 @@ def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int
         f"local rank {local_rank} has no GPU: {visible} are visible to this process; start as many processes as GPUs"
         " (--nproc), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
     )
+
+
+def agree_on_scan(world: World) -> None:
+    """Let all ranks use the implementation of the scan that rank 0 chooses (collective).
+
+    Where two kernels work, each rank would time them for itself, and ranks that differ would round differently.
+    """
+    chosen = [choose_scan("auto", world.device).name if world.is_main else ""]
+    dist.broadcast_object_list(chosen, device=torch.device("cpu"))
+    if not world.is_main:
+        choose_scan(chosen[0], world.device)
 
 
 def limit_collectives(timeout_seconds: float) -> None:
