@@ -130,6 +130,7 @@ class BareEngine(Engine):
         self._optimizer = self.base_optimizer
         self._deepspeed: Any = NoDeepSpeed(model, self.base_optimizer)
         self.model, self.moments, self._clip_norm = model, config.optim.moments, config.optim.clip_norm
+        self.base_optimizer.register_step_pre_hook(self._clip)
         self.named_parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.shards, self.replicated = self._find_shards(), True
         self._norm, self._layout = torch.zeros((), device=device), None

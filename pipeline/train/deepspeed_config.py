@@ -31,7 +31,7 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.clip_norm if config.zero_stage else 0.0,  # at ZeRO 0 the engine clips
+        "gradient_clipping": 0.0,  # the engine clips
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps what is offloaded too

@@ -84,6 +84,8 @@ class Engine:
         self.base_optimizer: torch.optim.Optimizer = optimizer
         self.moments = optim.moments
         self._clip_norm = optim.clip_norm
+        if self._clip_norm:  # before a teacher adds its hooks: a pull by the gradient is not clipped
+            optimizer.register_step_pre_hook(self._clip)
         self.named_parameters = [(n, p) for n, p in self._deepspeed.module.named_parameters() if p.requires_grad]
         self.shards = self._find_shards()
         self._clear_padding()
@@ -130,19 +132,22 @@ class Engine:
             group["lr"] = lr * group["lr_scale"] if step >= group["joins"] else 0.0
         before = self._deepspeed.skipped_steps
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
-        if (
-            boundary and self.config.zero_stage == 0
-        ):  # DeepSpeed keeps no norm there, and its clipping waits for the device
-            moving = [p for _, p in self.named_parameters if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm([p.grad for p in moving if p.grad is not None])
-            if self._clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(moving, self._clip_norm, self._norm)
+        if boundary and self.config.zero_stage == 0:  # DeepSpeed keeps no norm there
+            self._norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.named_parameters if p.grad is not None])
         self._deepspeed.step()
         return bool(boundary) and self._deepspeed.skipped_steps == before
 
     def grad_norm(self) -> float:
         """Return the global norm of the gradient at the last update, before clipping."""
         return float(self._norm if self.config.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Clip the gradients of one call of the optimizer; DeepSpeed calls it group by group, and would wait for each."""
+        norm: Tensor = self._norm if self.config.zero_stage == 0 else self._optimizer._global_grad_norm
+        factor = 1.0 / ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.device))
 
     def weight_norm(self) -> float:
         """Return the global norm of the fp32 weights, which is not finite if a weight is not (collective)."""
