@@ -2,8 +2,9 @@
 
 The test asks each labelled image for its nearest neighbour among the others, once as it is and once mirrored. Where a
 mirrored image finds its class as often as the image itself, a flip is a new image of the class. Where it does so less often, by
-more than two standard errors, a flip shows something else. In between the kind of images decides. Images are compared as small pictures, without training, in seconds. Labels of the validation
-images count too: choosing views on them is what they are for.
+more than two standard errors, a flip shows something else. In between the kind of the images decides. Images are compared as
+small pictures, without training, in seconds. Labels of the validation images count too: choosing views on them is what they are
+for.
 """
 
 from typing import Literal, NamedTuple

@@ -9,7 +9,9 @@ run, it is not made twice. Nothing is chosen on test images.
 
 import json
 import math
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +37,10 @@ FIXMATCH_RATE = 0.75  # of the ResNet's learning rate, as in the recipe's stage 
 STAGE_1_STEPS = 150  # of the demo's stage 1, where the chain has none
 
 RESNET = "timm/resnet18"
+
+_SHARED: defaultdict[str, threading.Lock] = defaultdict(
+    threading.Lock
+)  # what the cases of a data set share, by its name
 
 Cell = dict[str, Any]  # what one column reached: percentages, images seen, seconds
 
@@ -123,7 +129,8 @@ def features(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
         experiment = f"{case.pictures.name}-arm"
         values = [f"run.root={chain.runs}", f"run.experiment={experiment}", f"data.train={case.pictures.train}"]
         values += ["data.split=null", f"loop.steps={STAGE_1_STEPS}", "data.loader.virtual_readers=null"]
-        run("arm", "demo", values, name=f"{experiment}, stage 1 of the demo")
+        with _SHARED[case.pictures.name]:
+            run("arm", "demo", values, name=f"{experiment}, stage 1 of the demo")
     first = read_result(chain.runs / experiment).stages["arm"]
     read = partial(export_features, first.folder / "export")
     cells = _learners(case, read, {f"{learner}-features": learner for learner in ("logistic", "svm", "spreading")})
@@ -134,6 +141,11 @@ def features(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
 
 def resnet(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     """Train timm's ResNet-18 from scratch; the first case of a data set tries all of `RIVALS`, the best on validation stays."""
+    with _SHARED[case.pictures.name]:
+        return _resnet(case, name, seed, chain)
+
+
+def _resnet(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     chained = read_result(chain.runs / name).stages
     images = sum(_images(run) for stage, run in chained.items() if stage != "semi")
     loop, side = chained["distill"].config["loop"], chained["distill"].config["model"]["image_size"][0]
