@@ -13,6 +13,7 @@ sees no GPU: then it ends after the first part, and says why.
 """
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -128,13 +129,13 @@ def parts_of(folder: Path, gpus: int) -> list[Part]:
     """Return the parts that need a GPU, the quick and decisive ones first."""
     from benchmarks.gpu_scan import measure
 
-    demo, recipes = prepare(folder)
+    runners = functools.cache(lambda: prepare(folder))  # made by the first part that runs a stage
     parts = [
         Part("kernels", lambda: kernels("cuda")),
         Part("tests_gpu", lambda: tests(*GPU_TESTS)),
         Part("scan_times", lambda: dict(measure())),
-        Part("waits", lambda: gpu_runs.waits(demo)),
-        Part("zero_stages", lambda: gpu_runs.equal_losses(demo)),
+        Part("waits", lambda: gpu_runs.waits(runners()[0])),
+        Part("zero_stages", lambda: gpu_runs.equal_losses(runners()[0])),
     ]
     if gpus > 1:
         parts.append(Part("faults", lambda: tests(FAULT_TESTS, "-k", "frozen or other_processes")))
@@ -144,7 +145,7 @@ def parts_of(folder: Path, gpus: int) -> list[Part]:
         words = gpu_runs.alone(stage, path, processes=1)
 
         def cost(stage: str = stage, path: Path = path, words: list[str] = words) -> Found:
-            return gpu_runs.cost(recipes, stage, path, *words, cluster=preset)
+            return gpu_runs.cost(runners()[1], stage, path, *words, cluster=preset)
 
         parts.append(Part(f"{stage}_{path.stem}", cost))
     return parts

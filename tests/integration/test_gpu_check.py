@@ -100,6 +100,14 @@ def test_a_part_that_fails_stops_no_other_and_one_without_time_is_named(tmp_path
     assert json.loads((tmp_path / "nvidia-a100-sxm4-80gb.json").read_text())["failed"] == problems
 
 
+def test_the_parts_for_a_gpu_are_all_recipes_after_what_decides(tmp_path: Path) -> None:
+    names = [part.name for part in gpu_check.parts_of(tmp_path, gpus=2)]
+    assert names[:6] == ["kernels", "tests_gpu", "scan_times", "waits", "zero_stages", "faults"]
+    assert names[6:] == [f"{path.parent.name}_{path.stem}" for path in gpu_check.IMAGENET]
+    assert "faults" not in [part.name for part in gpu_check.parts_of(tmp_path, gpus=1)]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_command_that_fails_is_named_with_its_last_words(runners: tuple[Runner, Runner]) -> None:
     with pytest.raises(EnvironmentProblem, match=r"`python -m stages arm .*nonsense=1` ended with 2: .*nonsense"):
         runners[0].command(["stages", *runners[0].words("arm", "smoke", "wrong", "nonsense=1")])
