@@ -59,8 +59,8 @@ class PackedBlock(nn.Module):
         self.join = GatedLinear(mixer.out_proj.weight / len(mixer.suffixes))
         self.mlp = None
         if hasattr(block, "mlp"):
-            layers = [(layer.weight, layer.bias) for layer in (block.mlp.w1, block.mlp.w2, block.mlp.w3)]
-            self.mlp = NormedSwiGLU(_norm(block.norm2), *layers)
+            one, two, three = ((layer.weight, layer.bias) for layer in (block.mlp.w1, block.mlp.w2, block.mlp.w3))
+            self.mlp = NormedSwiGLU(_norm(block.norm2), one, two, three)
 
     def forward(self, x: Tensor, orders: Sequence[Tensor]) -> Tensor:
         """Tokens (B, L, D) -> (B, L, D); `orders` holds the token at each step of each direction."""
