@@ -229,7 +229,8 @@ def write_document(board: Board, path: Path, command: str, machine: str, configs
         " labels. It is made by",
         f"```\n{command}\n```",
         f"on {machine}{', its runs at commit ' + ' and '.join(commits) if commits else ''}. The chain is {chain}."
-        " A run that stops continues where it was. Splits, tuning and columns are described in `studies/scoreboard/`; nothing is chosen on test images.",
+        " A run that stops continues where it was. Splits, tuning and columns are described in `studies/scoreboard/`; nothing is"
+        " chosen on test images.",
         f"## {table.title}",
         table.markdown(),
         "![Gain of make chain over the best baseline of each cell](images/scoreboard.svg)",
