@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import inference, pareto
+from benchmarks.turns import medians
 from pipeline.cli import guarded
 from pipeline.exports.onnx import write_onnx
 from pipeline.models import build_model
@@ -74,21 +75,6 @@ def ours(name: str, image_size: int) -> EfficientViM:
     model = as_if_trained(build_model(name, image_size=image_size))
     assert isinstance(model, EfficientViM)
     return model
-
-
-def medians(rivals: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each rival over `rounds`, in which they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in rivals.values():
-        run()
-        run()  # warm-up: some things are built, chosen or allocated once
-    for _ in range(rounds):
-        for name, run in rivals.items():
-            time.sleep(REST)
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def onnx_run(model: nn.Module, images: Tensor, folder: Path, name: str) -> Run:
@@ -142,7 +128,7 @@ def headline(rounds: int, batch: int, folder: Path) -> dict[str, float | None]:
         want = model(images)
         error = max(float((output - want).abs().max()) for output in outputs)
         absolute, relative = max(absolute, error), max(relative, error / float(want.abs().max()))
-    seconds = medians(runs, rounds)
+    seconds = medians(runs, rounds, rest=REST, warm_up=2)
     for name, value in sorted(seconds.items(), key=lambda item: item[1]):
         print(f"{name:40s} {1e3 * value:8.1f} ms  {batch / value:7.1f} images/s")
 
