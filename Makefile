@@ -130,8 +130,8 @@ bench: $(STAMP)  ## take the figures of docs/performance.md that this commit lac
 	$(PY) -m benchmarks $(if $(SIMD),--simd $(SIMD))
 
 .PHONY: gpu-check
-gpu-check: $(STAMP)  ## check and time the kernels on this machine's GPU, into docs/gpu/; without one, what a CPU can check
-	$(PY) -m benchmarks.gpu_check
+gpu-check: $(STAMP)  ## check everything that needs a GPU on this machine's, into docs/gpu/: MINUTES=30; without one, what a CPU can check
+	$(PY) -m benchmarks.gpu_check --minutes $(or $(MINUTES),30)
 
 test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there
 	$(PY) -m pytest tests/package
