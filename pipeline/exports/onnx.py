@@ -63,7 +63,13 @@ def export_to_onnx(folder: Path, out: Path, *, any_size: bool = False) -> float:
         )
     network, outputs = _network(model, card, any_size=any_size)
     images = Fingerprint.read(folder / FINGERPRINT).images
-    refusals = (RuntimeError, TypeError, ValueError, AssertionError, *_refusals_of_the_runtime())
+    refusals: tuple[type[Exception], ...] = (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        *_refusals_of_the_runtime(),
+    )
     trials = [images]
     if any_size:
         height, width = card.model.image_size
