@@ -11,7 +11,7 @@ an export load.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,12 +23,9 @@ from pipeline.models.timm_names import FIRST_CONVOLUTION, NAMES, classifiers
 from pipeline.models.vision_mamba.position_embedding import resize_position_embedding
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
-if TYPE_CHECKING:
-    from timm.models import DefaultCfg
-
 POOLS = {"token": "cls", "avg": "mean", "cls": "cls", "mean": "mean"}  # timm's words and ours
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; an export's config.json has its own
-default_cfgs: "dict[str, DefaultCfg]" = {}  # timm looks for them under this name
+default_cfgs: dict[str, Any] = {}  # timm looks for them under this name
 
 
 class _Form:
@@ -66,13 +63,15 @@ class _Form:
 
 
 class _VisionMambaForm(_Form):
+    """The form of Vision Mamba, which brings most of the methods."""
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a fresh one; `global_pool` is `token` or `avg`."""
         super().reset_classifier(num_classes, POOLS[global_pool] if global_pool else None)  # type: ignore[misc]
 
 
 class _StagedForm(_Form):
-    """Of a network whose stages halve the map."""
+    """The form of a network whose stages each give a map."""
 
     forward_features: Callable[[Tensor], Any]
     get_submodule: Callable[[str], nn.Module]
