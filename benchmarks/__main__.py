@@ -23,14 +23,20 @@ from pipeline.errors import ConfigError
 
 # What `make bench` runs: about twenty minutes together on two quiet cores. Rounds are few enough for that.
 COMMANDS: dict[str, list[str]] = {
-    "vim": ["--rounds", "20"],
-    "efficientvim": ["--rounds", "12"],
-    "scan": ["--rounds", "20"],
-    "inference": [*performance.CURVES, "--sizes", *map(str, performance.SIZES), "--batch", "1", "--deployed"],
-    "lyapema": [],
-    "engine": ["--pairs", "20", "--saves", "2"],
-    "data": ["--rounds", "3"],
-    "several": [],
+    "inference": ["benchmarks.inference"],
+    "resolution": [
+        "benchmarks.inference",
+        *performance.CURVES,
+        "--sizes",
+        *map(str, performance.SIZES),
+        "--batch=1",
+        "--deployed",
+    ],
+    "scan": ["benchmarks.scan"],
+    "lyapema": ["benchmarks.lyapema"],
+    "engine": ["benchmarks.engine", "--pairs=20", "--saves=2"],
+    "data": ["benchmarks.data", "--rounds=3"],
+    "several": ["benchmarks.several"],
 }
 LIMIT = 600  # seconds for one benchmark
 
@@ -55,7 +61,7 @@ def _run(words: list[str]) -> int:
     failed = [] if given.page else [name for name in given.names or COMMANDS if not _take(name, again=given.again)]
     print(performance.write_page())
     if failed:
-        raise ConfigError(f"{', '.join(failed)}: no figures; type python -m benchmarks.{failed[0]} to see why")
+        raise ConfigError(f"{', '.join(failed)}: no figures; type python -m {' '.join(COMMANDS[failed[0]])} to see why")
     return 0
 
 
@@ -66,7 +72,7 @@ def _take(name: str, *, again: bool) -> bool:
     if not again and any(known.items() <= record.items() for record in performance.records()):
         print(f"{name}: known", flush=True)
         return True
-    command = ["-m", f"benchmarks.{name}", *COMMANDS[name]]
+    command = ["-m", *COMMANDS[name]]
     print(f"{name}: python {' '.join(command)}", flush=True)
     watch, start = machine.Watch(), time.perf_counter()
     try:

@@ -1,16 +1,21 @@
-"""Cost of inference over resolutions: EfficientViM's Table E; its Figure A on a GPU, its Figure D on a CPU.
+"""Cost of inference.
 
-The last line is a JSON object with the milliseconds for an image, by model and size.
+Without models and sizes it compares our models in their fastest form with their rivals on 2 threads of this CPU, and prints one
+JSON object last. With models or sizes it measures throughput against resolution: EfficientViM's Table E (by default its models);
+its Figure A on a GPU, its Figure D on a CPU. The JSON object then has the milliseconds for an image, by model and size.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks import efficientvim, vision_mamba
+from benchmarks.rivals import THREADS
 from pipeline.cli import guarded
 from pipeline.errors import ConfigError
 from pipeline.evaluate.speed import Cost, measure_inference
@@ -36,16 +41,38 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: those of EfficientViM's Table E")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="pixels a side")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels a side; default with models: 224")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--rounds", type=int, help="rounds that count; default 5, and 20 for the comparison with rivals"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=4.0,
+        help="end the comparison's rounds then; 20 rounds need about ten (default 4)",
+    )
     parser.add_argument("--deployed", action="store_true", help="fold batch norms and branches, as models are deployed")
     parser.add_argument("--out", type=Path, default=Path("runs/inference"))
     given = parser.parse_args(arguments)
-    costs = measure(given.models, given.sizes, given.batch, given.rounds, deployed=given.deployed)
-    print(show_section(write(costs, given.rounds, given.out, deployed=given.deployed)))
+    if not given.models and given.sizes is None:
+        torch.set_num_threads(THREADS)
+        mamba, rest = 40.0 * given.minutes, 20.0 * given.minutes
+        with tempfile.TemporaryDirectory() as work, torch.inference_mode():
+            rounds, folder = given.rounds or 20, Path(work)
+            found = vision_mamba.headline(rounds, folder, mamba)
+            found |= efficientvim.headline(rounds, given.batch, folder, rest)
+        print(json.dumps({key: None if value is None else float(f"{value:.4g}") for key, value in found.items()}))
+        return 0
+    rounds = 5 if given.rounds is None else given.rounds
+    costs = measure(given.models, given.sizes or [224], given.batch, rounds, deployed=given.deployed)
+    print(show_section(write(costs, rounds, given.out, deployed=given.deployed)))
     print(json.dumps({f"{c.model}_{c.size}_ms": round(c.milliseconds, 3) for c in costs}))
     return 0
 

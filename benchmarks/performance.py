@@ -63,7 +63,7 @@ def page(found: list[dict[str, Any]], *, picture: bool) -> str:
         lines += [f"![milliseconds for one image against pixels on a side](images/{PICTURE}.svg)", ""]
     for name in dict.fromkeys(record["name"] for record in found):
         of_name = [record for record in found if record["name"] == name]
-        lines += [f"## {name}", "", _summary(name), "", *_about(of_name), ""]
+        lines += [f"## {name}", "", _summary(of_name[0]["command"]), "", *_about(of_name), ""]
         columns = "".join(f" {i} |" for i in range(1, len(of_name) + 1))
         lines += [f"| |{columns}", "|---|" + "---:|" * len(of_name)]
         keys = dict.fromkeys(key for record in of_name for key in record["figures"])
@@ -84,9 +84,10 @@ def _about(of_name: list[dict[str, Any]]) -> list[str]:
     return said
 
 
-def _summary(name: str) -> str:
-    """Return the first sentence of a benchmark's docstring, without its command."""
-    text = ast.get_docstring(ast.parse((Path(__file__).parent / f"{name}.py").read_text())) or ""
+def _summary(command: str) -> str:
+    """Return the first sentence of the docstring of a command's benchmark, without the command in it."""
+    module = command.split()[2].removeprefix("benchmarks.")
+    text = ast.get_docstring(ast.parse((Path(__file__).parent / f"{module}.py").read_text())) or ""
     first = text.split(": python -m")[0].split(": `python")[0].splitlines()[0]
     return first.rstrip(".") + "."
 
@@ -98,7 +99,7 @@ def _shown(value: Any) -> str:
 
 
 def _curves(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [r for r in found if r["name"] == "inference" and all(f"{m}_{SIZES[0]}_ms" in r["figures"] for m in CURVES)]
+    return [r for r in found if r["name"] == "resolution" and all(f"{m}_{SIZES[0]}_ms" in r["figures"] for m in CURVES)]
 
 
 def write_page() -> Path:

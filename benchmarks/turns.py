@@ -13,7 +13,7 @@ LEAST = 3  # rounds, however long they take
 def medians(
     rivals: Mapping[str, Callable[[], Any]], rounds: int, *, rest: float = 0.0, budget: float = BUDGET, warm_up: int = 1
 ) -> dict[str, float]:
-    """Return the median seconds of each rival.
+    """Return the median seconds of each rival, and print the quartiles.
 
     Args:
         rivals: What to time, by name.
@@ -36,4 +36,7 @@ def medians(
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
+    for name, values in seconds.items():
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        print(f"{name:40s} {1e3 * middle:9.2f} ms, quartiles {1e3 * low:.2f} to {1e3 * high:.2f}, {len(values)} rounds")
     return {name: statistics.median(values) for name, values in seconds.items()}
