@@ -67,9 +67,7 @@ class Running:
         now = time.monotonic()
         if now - self.looked < _LOOK_SECONDS:
             return ""
-        if not _sleeps(self.pid):
-            self.asleep = 0.0
-        elif now - self.looked < 10 * _LOOK_SECONDS:  # else the fuzzer itself did not run meanwhile
+        if _sleeps(self.pid) and now - self.looked < 10 * _LOOK_SECONDS:  # beyond it the fuzzer itself was kept waiting
             self.asleep += now - self.looked
         self.looked = now
         if self.asleep > SECONDS:
