@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.fuzz.kinds import KINDS, SHARES, Material
+from tests.fuzz.kinds import KINDS, NEED_RUNS, SHARES, Material
 from tests.fuzz.material import material
 
 JOBS = max(1, min(4, os.cpu_count() or 1))
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         numbers = [given.only] if given.only is not None else range(given.cases)
         order = turns(kinds)
-        with material(scratch) as have:
+        with material(scratch, trained=not NEED_RUNS.isdisjoint(kinds)) as have:
             found = run([(order[number % len(order)], number) for number in numbers], given.seed, scratch, have)
         if given.only is not None:
             print((scratch / "case-0" / "stderr").read_text(errors="replace")[-4000:])

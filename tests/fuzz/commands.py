@@ -1,8 +1,8 @@
 """Small commands that the fuzzers need beside the product's.
 
-`load EXPORT` loads an export, and `meet` joins a process group. `split DATA FILE SOUND` reads a damaged split: if it is
-accepted, it must mean what the sound one means. `resume WEIGHTS ...` continues a stage: if it completes, its export must
-have these weights, unless WEIGHTS is empty.
+`load EXPORT` loads an export, `meet` joins a process group, and `index ADDRESS` reads tars there with few attempts.
+`split DATA FILE SOUND` reads a damaged split: if it is accepted, it must mean what the sound one means.
+`resume WEIGHTS ...` continues a stage: if it completes, its export must have these weights, unless WEIGHTS is empty.
 """
 
 import os
@@ -45,6 +45,13 @@ def _run(arguments: list[str]) -> int:
         found, sound = (read_split(Path(name), manifest) for name in arguments[2:])
         sealed = b'"sha256"' in Path(arguments[2]).read_bytes()  # a split of another tool has no seal
         assert found.hash == sound.hash or not sealed, "a damaged split was accepted"
+    elif arguments[0] == "index":
+        from pipeline.datasets.index import index_remote
+        from pipeline.datasets.tars import MemberRules
+        from pipeline.storage.config import RemoteConfig
+
+        impatient = RemoteConfig(attempts=2, timeout_seconds=1.0, backoff_seconds=0.01)
+        index_remote(arguments[1], Path("out"), None, impatient, 1, MemberRules())
     else:
         from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 

@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ _CHANGES = {
     "shutil.rmtree",
 }
 _RUNS = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn"}
+_HELPER = "from pipeline.storage.objects import serve"  # the process that reads addresses
 _TOOLS = ("git", "g++", "clang++", "c++", "uname")
 
 
@@ -157,9 +159,14 @@ def _run(case: Case, folder: Path) -> int:
         import stages.drivers
 
         stages.drivers.train = lambda config: None
+    if case.module == "pipeline.report.__main__":
+        from pipeline.report import figures
+
+        figures._render = _sketch
     os.environ.update(
         {name: text.replace("\x00", "") for name, text in case.environment.items()} | {"TMPDIR": f"{folder}/tmp"}
     )
+    tempfile.tempdir = None  # or the folder that this process's parent has found stays
     sys.argv = [case.module, *case.arguments]
     for kind, limit in (
         (resource.RLIMIT_AS, psutil.Process().memory_info().vms + MEMORY),
@@ -176,6 +183,15 @@ def _run(case: Case, folder: Path) -> int:
     except BaseException:
         traceback.print_exc()
         return 1
+
+
+def _sketch(paint: Any, size: tuple[float, float], colour: str, suffix: str, salt: str) -> bytes:
+    """Paint a figure, and leave out what takes seconds: to lay it out and to write its file."""
+    from matplotlib.figure import Figure
+
+    if suffix == "svg":
+        paint(Figure(figsize=size))
+    return b"<svg></svg>"
 
 
 class _Watch:
@@ -198,10 +214,13 @@ class _Watch:
                 if writes and not isinstance(path, int):
                     self._inside(event, path)
             elif event in _CHANGES:
-                for path in arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]:
-                    self._inside(event, path)
+                changed = arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]
+                if event != "os.mkdir" or not os.path.isdir(arguments[0]):
+                    for path in changed:
+                        self._inside(event, path)
             elif event in _RUNS:
-                if os.path.basename(str(arguments[0])) not in _TOOLS:
+                words = arguments[1] if len(arguments) > 1 else ()
+                if os.path.basename(str(arguments[0])) not in _TOOLS and _HELPER not in str(words):
                     self._note(f"{event} {arguments[0]!r:.100}")
             elif event == "socket.connect" and isinstance(arguments[1], tuple):
                 abroad = arguments[1][0] not in ("127.0.0.1", "::1")

@@ -23,8 +23,13 @@ _MODULES = (
 
 
 @contextlib.contextmanager
-def material(scratch: Path) -> Iterator[Material]:
-    """Import what the commands import, so that children start at once, and make sound inputs in a folder."""
+def material(scratch: Path, *, trained: bool = True) -> Iterator[Material]:
+    """Import what the commands import, so that children start at once, and make sound inputs.
+
+    Args:
+        scratch: The folder for them.
+        trained: Whether a kind needs finished runs.
+    """
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     warnings.simplefilter("ignore")
     import torch
@@ -45,7 +50,7 @@ def material(scratch: Path) -> Iterator[Material]:
         address = server.stdout.readline().strip()
         names = (scratch / name for name in ("digits", "small", "runs", "export"))
         have = Material(*names, scratch / "weights" / "vim.pth", address)
-        for stage in ("arm", "distill", "semi"):
+        for stage in ("arm", "distill", "semi") if trained else ():
             _train(scratch, stage_command(stage, have))
         yield have
     finally:

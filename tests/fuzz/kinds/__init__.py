@@ -12,7 +12,7 @@ from tests.fuzz.kinds.runs import books, checkpoint
 from tests.fuzz.kinds.sources import served, source
 from tests.fuzz.kinds.training import training
 
-__all__ = ["KINDS", "SHARES", "Case", "Make", "Material"]
+__all__ = ["KINDS", "NEED_RUNS", "SHARES", "Case", "Make", "Material"]
 
 KINDS: dict[str, Make] = {
     "config": config,
@@ -29,5 +29,6 @@ KINDS: dict[str, Make] = {
     "checkpoint": checkpoint,
     "training": training,
 }
+NEED_RUNS = {"books", "checkpoint", "training"}  # kinds that begin with finished runs
 # How many of every 48 cases are of a kind that takes seconds; the other kinds share the rest.
 SHARES = {"served": 2, "books": 2, "checkpoint": 2, "training": 2}

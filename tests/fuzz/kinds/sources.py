@@ -198,7 +198,7 @@ def served(rng: random.Random, folder: Path, have: Material) -> Case:
     if rng.random() < 0.5:
         tars = rng.choice(("{000000..000001}", "000000", "{0..99999999}", "{0..", "{a..b}", "000000.tar#/../x"))
         address += f"/{tars}.tar"
-    return Case("pipeline.data", ["convert", "tars", address, "--out", "out", "--processes", "1"])
+    return Case("tests.fuzz.commands", ["index", address])
 
 
 FAULTS = (
