@@ -201,8 +201,8 @@ def _load_from_hub(library: Any, source: str, config: str | None, split: str | N
 
 
 def _is_out_of_reach(library: Any, error: Exception) -> bool:
-    """Whether the hub did not answer, or answered with an error of its own; both have many exceptions."""
-    said = (library.exceptions.DatasetsError, library.data_files.EmptyDatasetError)  # what it answered
+    """Whether the hub was not reached or failed itself, as opposed to a refusal; the library has many exceptions for it."""
+    said = (library.exceptions.DatasetsError, library.data_files.EmptyDatasetError)  # it was reached, and refused
     network = isinstance(error, OSError) and error.errno is None  # a full disk has a number
     return not isinstance(error, said) and (network or type(error).__module__.startswith("httpx"))
 
