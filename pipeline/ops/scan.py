@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pipeline.ops.choice import operators_for
-from pipeline.ops.composed import composed_mixer
 from pipeline.ops.reference import Direction
 from pipeline.ops.shapes import check_conv, check_mixer, check_scan
 from pipeline.ops.ssd import ssd_scan
@@ -178,6 +177,5 @@ def mixer_scan(
     operators = operators_for(xz)
     if directions[0].A.dim() == 1:
         operators = replace(operators, scan=ssd_scan, mixer=None)
-    mixer = operators.mixer or composed_mixer(operators.scan, operators.conv)
-    results = mixer(xz, directions, blend=blend, return_ungated=return_ungated)
+    results = operators.whole_mixer(xz, directions, blend=blend, return_ungated=return_ungated)
     return results if return_ungated else results[0]
