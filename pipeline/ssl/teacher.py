@@ -43,15 +43,16 @@ class Teacher:
     def after_step(self, loss: Tensor) -> dict[str, Mean]:
         """Move the teacher after an optimizer step of this loss (collective); return the certificate's numbers."""
         report = self.ema.update(loss)
-        self.copy.refresh(self.ema.one_minus_alpha)
+        self.copy.refresh(self.ema.one_minus_alpha, autocast=True)
         return report
 
     def fingerprint(self, images: Tensor) -> float:
         """Return the mean magnitude of the output on images (n, 3, H, W) (collective)."""
+        self.copy.refresh()
         return mean_magnitude(self.module, images)
 
     def refresh(self) -> None:
-        """Bring the inference copy up to date with the shards (collective)."""
+        """Bring the inference copy up to date with the shards, in fp32 (collective); call it before an evaluation."""
         self.copy.refresh()
 
     def full_weights(self) -> dict[str, Tensor]:
