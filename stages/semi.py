@@ -46,7 +46,7 @@ class SemiTask(Task):
 
     Args:
         engine: The student under training.
-        teacher: A copy of the student that becomes the teacher.
+        teacher: A copy of the student that becomes the teacher; its weights are those of `teacher_from`, if that is given.
         labeller: Turns the teacher's logits into pseudo-labels.
         config: The stage's config.
         prior: (C,) the classes' shares of the labelled samples.
@@ -67,7 +67,7 @@ class SemiTask(Task):
         self.config, self.labeller, self.weights = config, labeller, weights
         self.exported = config.export
         self.balanced = BalancedHeadLoss(prior, config.balanced_head) if config.balanced_head else None
-        self.teacher = Teacher(engine, teacher, config.ema)
+        self.teacher = Teacher(engine, teacher, config.ema, own_start=config.teacher_from is not None)
         # A class without labels is as rare as one with half a label.
         rarest = prior[prior > 0].min() / 2
         self.adjustment = config.logit_adjustment * prior.clamp(min=rarest).log().float()
@@ -267,6 +267,8 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     wide = add_balanced_head(model, num_classes) if config.balanced_head else []
     adapt(model, config.backbone, size, fresh)
     teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights
+    if config.teacher_from:
+        transfer(s.ancestry.load("teacher_from"), teacher, s.ancestry.folder("teacher_from"))
     weak, strong, views = (
         train_views(size, a, mean=data.mean, std=data.std, decoding=data.decoding)
         for a in (config.weak, config.strong, config.labelled or config.strong)

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.files import replace_text
 from pipeline.streaming.config import AugmentConfig
 from stages import SPECS
-from stages.check import open_data
+from stages.check import open_data, written_by
 from stages.configs.base import StageConfig
 
 BUDGET = "30m"
@@ -161,7 +161,7 @@ def draft(order: Order, budget: float) -> dict[Stage, Draft]:
         measured = timing.time_stage(
             config, len(opened.manifest.classes), pending, pictures, _drawn(first[stage].values)
         )
-        pending[config.folder / "export"] = config
+        pending |= written_by(config)
         batches[stage], seconds[stage] = config.loop.global_batch, measured.seconds
         micro[stage] = rules.micro_batch(batches[stage], measured.bytes_per_sample, measured.free)
     numbers = rules.steps(look, batches, seconds, budget)

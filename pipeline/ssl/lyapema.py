@@ -142,6 +142,13 @@ class LyapEMA:
             if flat in self._before:
                 self._moved_squared += squared_distance_and_size([flat], [self._before.pop(flat)])[0]
 
+    def measure(self) -> None:
+        """Measure |s - t| of a teacher that does not start as its student (collective)."""
+        reach = squared_distance_and_size(list(self.teacher), list(self.teacher.values()))
+        distance, size = self.all_reduce(reach).sqrt().unbind()
+        self.radius = distance
+        self.radius_bound = (distance - self._rounding(distance, size)).clamp(min=0)
+
     def update(self, loss: Tensor | None = None) -> dict[str, Mean]:
         """Move the teacher (collective).
 
@@ -156,7 +163,7 @@ class LyapEMA:
         if self.measures_step:
             self.mean_step += (moved - self.mean_step) / min(self.updates + 1, _horizon(self.updates))
         self._moved_squared.zero_()
-        rounding = self._unit_roundoff * (size + 16 * distance)
+        rounding = self._rounding(distance, size)
         self.one_minus_alpha, guarded = self._decay(distance, size, rounding)
         self._move()
         before, self.radius = self.radius, (1 - self.one_minus_alpha) * distance
@@ -192,6 +199,9 @@ class LyapEMA:
         for name in _STATE:
             getattr(self, name).fill_(state[name])
         self.updates = int(state["updates"])
+
+    def _rounding(self, distance: Tensor, size: Tensor) -> Tensor:
+        return self._unit_roundoff * (size + 16 * distance)
 
     def _move(self) -> None:
         """Move t += (1 - a)(s - t), last tensors first: what was measured last is still in the cache."""
