@@ -97,7 +97,6 @@ class LyapEMA:
         self.radius, self.radius_bound, self.mean_step = zero.clone(), zero.clone(), zero.clone()
         self.one_minus_alpha = zero.clone()  # the student's weight in the last update
         self.rollbacks = zero.clone()
-        self._rates: list[float] = []
         self.updates = 0
         self._unit_roundoff = torch.finfo(masters[0].dtype).eps / 2
         self._moved_squared = zero.clone()
@@ -128,16 +127,8 @@ class LyapEMA:
                 else:
                     gradients = [flat.grad for flat in flats if flat.grad is not None]
                     torch._foreach_add_(gradients, torch._foreach_sub(flats, averages), alpha=2 * self.config.pull)
-        if self.config.rollback:  # the hook after the step restores the rates: groups may be seen in several calls
-            self._rates = [group["lr"] for group in optimizer.param_groups]
-            factor = float(self._lr_factor())
-            for group in optimizer.param_groups:
-                group["lr"] *= factor
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self.config.rollback:
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate
         for flat in _stepped(optimizer):
             if flat in self._before:
                 self._moved_squared += squared_distance_and_size([flat], [self._before.pop(flat)])[0]
@@ -180,7 +171,7 @@ class LyapEMA:
         if self._counts_in_steps:
             report["ema/lag"] = distance / self.mean_step.clamp(min=1e-30)
         if self.config.rollback:
-            report |= {"ema/rollbacks": self.rollbacks.clone(), "ema/lr_factor": self._lr_factor()}
+            report["ema/rollbacks"] = self.rollbacks.clone()
         proximal = before.square() * (
             self.config.pull if self.config.pull_as == "loss" else self.config.pull / (2 * self._lr())
         )
@@ -258,8 +249,9 @@ class LyapEMA:
             decay = c.base_decay + ((c.final_decay or c.base_decay) - c.base_decay) * (1 - math.cos(math.pi * done)) / 2
         return min(decay, (1 + k) / (10 + k)) if k < c.warmup_steps else decay
 
-    def _lr_factor(self) -> Tensor:
-        return ROLLBACK_LR**self.rollbacks
+    def lr_factor(self) -> float:
+        """Return what the next step's learning rate is multiplied by. With `rollback` it waits for the device."""
+        return float(ROLLBACK_LR**self.rollbacks) if self.config.rollback else 1.0
 
     def _lr(self) -> float:
         """The largest learning rate of the last step (under layer decay, that of the last layer), eta in W."""

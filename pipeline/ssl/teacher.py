@@ -47,6 +47,10 @@ class Teacher:
         """How often the teacher has moved."""
         return self.ema.updates
 
+    def lr_factor(self) -> float:
+        """Return what the rule multiplies the next step's learning rate by."""
+        return self.ema.lr_factor()
+
     def after_step(self, loss: Tensor) -> dict[str, Mean]:
         """Move the teacher after an optimizer step of this loss (collective); return the certificate's numbers."""
         report = self.ema.update(loss)

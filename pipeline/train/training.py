@@ -59,11 +59,13 @@ class StepResult(NamedTuple):
 
     Args:
         moved: Whether the engine updated the weights.
+        lr: Learning rate of the step, before layer decay.
         loss: Mean over the micro-batches, a scalar on the device.
         metrics: Named means of all micro-batches.
     """
 
     moved: bool
+    lr: float
     loss: Tensor
     metrics: list[tuple[str, Mean]]
 
@@ -93,7 +95,7 @@ def train_step(training: Training, drawn: Mapping[str, Batch], *, step: int, dat
     """Take one optimizer step: the micro-batches' losses, the update, then the teacher. Reads nothing from the device."""
     task, engine, accumulation = training.task, training.engine, training.accumulation
     torch.manual_seed(step_seed(training.seed, data_step, engine.world.rank))  # drop path draws from it
-    lr = training.lr_at(step)
+    lr = training.lr_at(step) * task.lr_factor()
     loss, moved = torch.zeros((), device=engine.world.device), False
     metrics: list[tuple[str, Mean]] = []
     for micro in _micro_batches(drawn, accumulation):
@@ -105,7 +107,7 @@ def train_step(training: Training, drawn: Mapping[str, Batch], *, step: int, dat
         metrics += output.metrics.items()
     if moved:
         metrics += task.after_step(loss).items()
-    return StepResult(moved, loss, [("train/loss", Mean(loss, 1.0)), *metrics])
+    return StepResult(moved, lr, loss, [("train/loss", Mean(loss, 1.0)), *metrics])
 
 
 def step_seed(seed: int, data_step: int, rank: int) -> int:

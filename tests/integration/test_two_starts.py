@@ -39,7 +39,11 @@ def test_stage_2_exports_the_model_and_its_average(chain: Stages, both: Path) ->
 
 def test_the_student_starts_from_the_model_and_the_teacher_from_the_average(chain: Stages, both: Path) -> None:
     """A step of rate 0 leaves the student, and a decay of 3/4 then puts the teacher a quarter of the way to it."""
-    still = ["optim={lr: 1e-30, weight_decay: 0}", "loop.steps=1", "ema={mode: ema, base_decay: 0.75, warmup_steps: 0}"]
+    still = [
+        "optim={lr: 1e-300, weight_decay: 0}",
+        "loop.steps=1",
+        "ema={mode: ema, base_decay: 0.75, warmup_steps: 0}",
+    ]
     run = chain.complete("semi", "run.experiment=both", *STARTS, *still)
     model, average = weights(both / "export-student"), weights(both / "export")
     student, teacher = weights(run / "export-student"), weights(run / "export")
@@ -95,5 +99,5 @@ def test_a_chain_knows_both_exports_before_they_exist(chain: Stages) -> None:
     names = [*chain.overrides(), "run.experiment=unborn", "distill:average={decay: 0.9}"]
     steps = read_steps("chain", "smoke", [*names, *(f"semi:{start}" for start in STARTS)])
     assert len(open_steps(steps, 1)) == 3
-    with pytest.raises(HandoverError, match="no export at .*export-student"):
+    with pytest.raises(HandoverError, match=r"no export at .*export-student"):
         open_steps(read_steps("chain", "smoke", [*names[:-1], f"semi:{STARTS[0]}"]), 1)

@@ -1,6 +1,7 @@
 """What no shape of a released file tells: asked for, read from the stored arguments, or assumed aloud.
 
-The oracle is a literal forward pass in float64, from the equations (`tests/unit/models/oracle.py`).
+The oracle is a literal forward pass in float64, from the equations (`tests/unit/models/oracle.py`). Our model computes in
+float64 too, but for exp(A_log), which it always takes in fp32.
 """
 
 import logging
@@ -66,7 +67,7 @@ def test_every_form_computes_its_equations_when_it_is_asked_for(wanted, layout, 
     path = saved(tmp_path, released.filled(VIM if layout == "vim" else ARM))
     asked = ["--cls-position", cls, "--combine", combine]
     assert main(["convert", str(path), "--out", str(tmp_path / "export"), *asked]) == 0
-    torch.testing.assert_close(logits(tmp_path / "export"), wanted[layout, cls, combine], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits(tmp_path / "export"), wanted[layout, cls, combine], rtol=1e-7, atol=1e-7)
     card = Card.read(tmp_path / "export")
     assert (card.model.cls_token, card.model.combine) == (cls, combine)
     assert sum("given by --" in said for said in card.assumptions) == 2
@@ -89,7 +90,7 @@ def test_the_stored_arguments_tell_the_form(wanted, stored, cls, combine, tmp_pa
     }[stored]
     path = saved(tmp_path, released.filled(VIM), **told)
     assert main(["convert", str(path), "--out", str(tmp_path / "export")]) == 0
-    torch.testing.assert_close(logits(tmp_path / "export"), wanted["vim", cls, combine], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits(tmp_path / "export"), wanted["vim", cls, combine], rtol=1e-7, atol=1e-7)
     assert sum("the file's args." in said for said in Card.read(tmp_path / "export").assumptions) == 2
     assert "WARNING" not in capsys.readouterr().err
 
@@ -102,7 +103,7 @@ def test_a_file_that_leaves_it_open_is_taken_as_released_with_two_warnings(wante
     assert err.count("WARNING: ") == 2
     assert "(cls_token=middle): assumed, as in the released models; the file does not say" in err
     assert "if it is otherwise, give --combine" in err
-    torch.testing.assert_close(logits(tmp_path / "export"), wanted["vim", "middle", "mean"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits(tmp_path / "export"), wanted["vim", "middle", "mean"], rtol=1e-7, atol=1e-7)
     card, readme = Card.read(tmp_path / "export"), (tmp_path / "export" / "README.md").read_text()
     assert len(card.assumptions) == 5
     assert all(said in readme and said in err for said in card.assumptions)
@@ -114,7 +115,7 @@ def test_what_a_person_gives_stands_over_the_file_and_the_card_says_so(wanted, t
     assert (
         "given by --cls-position, against what the file says (the file's args.model is vim_tiny" in card.assumptions[0]
     )
-    torch.testing.assert_close(logits(tmp_path / "export"), wanted["vim", "first", "mean"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits(tmp_path / "export"), wanted["vim", "first", "mean"], rtol=1e-7, atol=1e-7)
 
 
 def test_arms_flag_tells_what_its_head_reads(tmp_path) -> None:
@@ -123,7 +124,7 @@ def test_arms_flag_tells_what_its_head_reads(tmp_path) -> None:
     assert card.model.pool == "cls"
     images = torch.randn(1, 3, 16, 16).double()
     want = oracle.classify({k: v.double() for k, v in state.items()}, images, pool="cls")
-    torch.testing.assert_close(load_export(tmp_path / "export")[0].double()(images), want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(load_export(tmp_path / "export")[0].double()(images), want, rtol=1e-7, atol=1e-7)
 
 
 def test_a_vim_without_a_cls_token_is_read_by_its_mean(tmp_path) -> None:
