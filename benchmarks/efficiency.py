@@ -28,18 +28,18 @@ from stages import spec_of
 from stages.check import check
 from stages.configs.semi import SemiConfig
 
-# The supplement's Table 5, on one A100 with ImageNet-1k and 10 % of the labels: our model of that name, GFLOPs, seconds per epoch,
-# peak GB. Its row of Semi-ViT-Small cannot be read in any source that we have.
+# The supplement's Table 5, on one A100 with ImageNet-1k and 10 % of the labels: our model of that name, GFLOPs, seconds per
+# epoch, peak GB. Its row of Semi-ViT-Small cannot be read in any source that we have.
 TABLE_5 = {
     "Semi-ViM-Small": ("semivim_small", 30.5, 102.5, 12.4),
     "Semi-ViM-Base": ("semivim_base", 59.2, 203.2, 24.6),
     "Semi-ViT-Base": ("timm/vit_base_patch16_224", 86.1, 289.4, 34.8),
 }
 REMARK = (
-    "Ours is one forward pass over an image of 224 x 224 pixels, 2 for a multiply-add. The supplement defines no unit. The published"
-    " number of Semi-ViM-Base is that of one forward pass of ours, 59.4 against 59.2. Those of Semi-ViM-Small and ViT-Base are not: no"
-    " accounting of passes, multiply-adds or whole steps gives them together with Base's. Seconds and memory were measured on another"
-    " machine, and what an epoch is there is not stated."
+    "Ours is one forward pass over an image of 224 x 224 pixels, 2 for a multiply-add; the supplement defines no unit. For"
+    " Semi-ViM-Base that is the published number, 59.4 counted against 59.2. Those of Semi-ViM-Small and ViT-Base do not fit any"
+    " accounting that we tried (passes, multiply-adds, whole steps) which also gives Base's. Seconds and memory were measured on"
+    " another machine, and what an epoch is there is not stated."
 )
 ROUNDS = 2  # the configs take turns
 LEFT_OUT = 5  # first steps of a process

@@ -258,17 +258,17 @@ def _supervised_metrics(loss: Tensor, logits: Tensor, labelled: Batch) -> dict[s
 def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     """Build student, teacher and labeller, and say how they are evaluated and exported."""
     config, data = s.config, s.config.data
-    parent = s.ancestry.load("init_from") if config.init_from else None
+    starts = {role: s.ancestry.load(role) for role in s.spec.parents(config)}
     shape = s.model_config()
     size = shape.image_size
     model = build_from_config(shape, trained=config.backbone.train == "whole")
     num_classes = len(s.manifest.classes)
-    fresh = transfer(parent, model, s.ancestry.folder("init_from")).fresh if parent is not None else ()
+    fresh = transfer(starts.pop("init_from"), model, s.ancestry.folder("init_from")).fresh if config.init_from else ()
     wide = add_balanced_head(model, num_classes) if config.balanced_head else []
     adapt(model, config.backbone, size, fresh)
     teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights
     if config.teacher_from:
-        transfer(s.ancestry.load("teacher_from"), teacher, s.ancestry.folder("teacher_from"))
+        transfer(starts.pop("teacher_from"), teacher, s.ancestry.folder("teacher_from"))
     weak, strong, views = (
         train_views(size, a, mean=data.mean, std=data.std, decoding=data.decoding)
         for a in (config.weak, config.strong, config.labelled or config.strong)

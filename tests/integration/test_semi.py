@@ -117,6 +117,7 @@ def test_ssmixup_and_running_means_survive_a_kill_and_leave_no_trace_in_the_expo
         ),
         ("freematch", "pseudo.thresholds=freematch pseudo.fairness=0.05 pseudo.momentum=0.9".split()),
         ("weights", ["class_weights={kind: effective, beta: 0.9}", "data.loader.sampling=uniform"]),
+        ("inverse", ["class_weights={kind: inverse}", "data.loader.sampling=uniform"]),
         ("both", ["ssmixup={axis: both, psi: self, nu: 0.5}", "pseudo.kind=soft", "pseudo.normalise=accepted"]),
     ],
 )

@@ -81,6 +81,8 @@ def test_the_configs_have_semi_vits_published_settings() -> None:
         assert loop.steps == pytest.approx(epochs * ROWS[name].images()[1] / (5 * loop.global_batch), abs=1)
         assert optim.warmup_steps == pytest.approx(loop.steps * 5 / epochs, abs=1)
         assert (first.average is not None) == (name == "R-semivit_huge-10pct")
+        starts = second.init_from.rpartition("/")[2], second.teacher_from and second.teacher_from.rpartition("/")[2]
+        assert starts == (("export-student", "export") if first.average else ("export", None))
         assert bool(first.mix.mixup) == bool(first.augment.erase) == ("10pct" in name)
 
 

@@ -34,7 +34,7 @@ def test_the_supplements_table_5_fits_one_forward_pass_for_base_alone():
     ours = {row[0]: float(row[3]) for row in table.rows}
     assert ours == {"Semi-ViM-Small": 10.8, "Semi-ViM-Base": 59.4, "Semi-ViT-Base": 35.1}
     assert [row[4] for row in table.rows] == ["2.83", "1.00", "2.45"]
-    assert "59.4 against 59.2" in table.markdown()
+    assert "59.4 counted against 59.2" in table.markdown()
 
 
 def test_the_count_is_that_of_a_real_pass_plus_the_scans():
