@@ -1,6 +1,5 @@
 """The configs of published recipes have the values of their sources; a wrong one would train without a word."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ STATED: dict[str, dict[str, Any]] = {
 }
 
 
-def stated() -> Iterator[tuple[str, str, Any]]:
-    return ((name, key, value) for name, values in STATED.items() for key, value in values.items())
+def stated() -> list[tuple[str, str, Any]]:
+    return [(name, key, value) for name, values in STATED.items() for key, value in values.items()]
 
 
 @pytest.mark.parametrize(("name", "key", "value"), stated())
