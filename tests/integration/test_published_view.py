@@ -60,7 +60,7 @@ def by_hand(export: Path, photos: Path, *, squash: bool) -> np.ndarray:
 
 def test_evaluate_predict_and_python_see_the_published_view(export: Path, photos: Path, tmp_path: Path) -> None:
     want, other = (by_hand(export, photos, squash=squash) for squash in (True, False))
-    assert np.abs(want - other).max() > 0.3  # the usual view would be noticed
+    assert np.abs(want - other).max() > 0.2  # the usual view would be noticed
     files = sorted(photos.glob("*/*.png"))
 
     done = warm.run([sys.executable, "-m", "pipeline.evaluate", str(export), str(photos), "--out", str(tmp_path / "e")])

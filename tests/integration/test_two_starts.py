@@ -84,7 +84,7 @@ def test_what_cannot_be_is_refused_before_a_process_starts(chain: Stages, both: 
         return done.stderr
 
     other = chain.complete(
-        "distill", "run.experiment=two-other", "init_from=null", "model={name: efficientvim_nano}", "loop.steps=1"
+        "distill", "run.experiment=two-other", "init_from=null", "model={name: efficientvim_nano}", "loop.steps=3"
     )
     said = refused(f"init_from={both / 'export'}", f"teacher_from={other / 'export'}")
     assert "has model.name = 'efficientvim_nano'" in said
