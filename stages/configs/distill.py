@@ -141,9 +141,7 @@ class DistillConfig(StageConfig):
         description="standard deviation of a fresh classifier's weights, a truncated normal; null = as the model has it (0.02)."
         " ARM, MAE and Semi-ViT fine-tune from 2e-5",
     )
-    average: AverageConfig | None = Field(
-        None, description="average of the weights, the export beside export-student; null = the student is the export"
-    )
+    average: AverageConfig | None = Field(None, description="average of the weights, exported beside the student")
     mesa: MesaConfig | None = Field(
         None, description="self-distillation from the average; null = off, as in the released script beside a teacher"
     )
