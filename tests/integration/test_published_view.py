@@ -1,4 +1,4 @@
-"""A converted ARM is judged with ARM's own preprocessing, wherever it is judged: evaluate, predict, and Python."""
+"""A converted ARM sees images as ARM's own evaluation shows them, in evaluate, in predict and from Python."""
 
 import csv
 import sys

@@ -161,6 +161,7 @@ def test_an_export_as_onnx_gives_its_outputs(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(probabilities), calibrated, rtol=1e-3, atol=1e-4)
     about = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
     known = {"mean": [0.5] * 3, "std": [0.5] * 3, "ground": [255] * 3}
+    known |= {"view": {"resize": "shorter", "crop": 0.875, "interpolation": "bicubic"}}
     assert about == {"classes": ["a", "b", "c"], "temperature": 2.5, **known}
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
 
