@@ -211,6 +211,10 @@ class StageSpec(ABC, Generic[C]):
             parent: Gives the model of a parent by its role; called only where the result depends on it.
         """
 
+    def minimises(self, config: C) -> bool:
+        """Whether the number by which its validations are compared (`loop.select`) is a loss."""
+        return False
+
     @abstractmethod
     def workload(self, config: C, num_classes: int, parent: ParentModel) -> Workload:
         """List the networks of one optimizer step. The arguments are those of `model_config`."""

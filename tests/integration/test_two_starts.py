@@ -20,7 +20,7 @@ STARTS = ["init_from=distill/export-student", "teacher_from=distill"]
 @pytest.fixture(scope="module")
 def both(chain: Stages) -> Path:
     """Stage 2 with an average that stays behind; its run has two exports."""
-    more = ["run.experiment=both", "average={decay: 0.9}", "loop.steps=6", *parents(chain, "distill")]
+    more = ["run.experiment=two-starts", "average={decay: 0.9}", "loop.steps=6", *parents(chain, "distill")]
     return chain.complete("distill", *more)
 
 
@@ -44,7 +44,7 @@ def test_the_student_starts_from_the_model_and_the_teacher_from_the_average(chai
         "loop.steps=1",
         "ema={mode: ema, base_decay: 0.75, warmup_steps: 0}",
     ]
-    run = chain.complete("semi", "run.experiment=both", *STARTS, *still)
+    run = chain.complete("semi", "run.experiment=two-starts", *STARTS, *still)
     model, average = weights(both / "export-student"), weights(both / "export")
     student, teacher = weights(run / "export-student"), weights(run / "export")
     for name in model:
