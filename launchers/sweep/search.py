@@ -8,7 +8,7 @@ ROOT/EXPERIMENT-sweep/
 
 Trials are the experiments EXPERIMENT-sweep-NNN. A sweep that was stopped or killed continues when it is typed again: first the
 trials that were open, each from its newest checkpoint, then new ones. On this machine `--jobs` trials run at a time, each in a
-process of its own. With `--cluster` one call is one round: what has ended is judged, and as many trials as `array_parallel`
+process of its own. With `--cluster` one call is one round: what has ended is noted, and as many trials as `array_parallel`
 allows are submitted as arrays.
 """
 
@@ -116,7 +116,7 @@ def _locally(order: Order, study: Study) -> int:
                 if (code := process.poll()) is not None:
                     del running[slot]
                     free.append(slot)
-                    ended = ended or _judge(order, study, trial, code)
+                    ended = ended or _tell(order, study, trial, code)
             time.sleep(0.05)
     finally:
         _stop([process for _, process in running.values()])
@@ -181,7 +181,7 @@ def _share(order: Order, slot: int) -> Mapping[str, str]:
     return share
 
 
-def _judge(order: Order, study: Study, trial: Trial, code: int) -> ExitCode:
+def _tell(order: Order, study: Study, trial: Trial, code: int) -> ExitCode:
     """Tell what a trial reached; return the code that ends the sweep, or 0."""
     if code == ExitCode.COMPLETE:
         score = score_of(steps_of(order, trial))
@@ -206,7 +206,7 @@ def _judge(order: Order, study: Study, trial: Trial, code: int) -> ExitCode:
 
 
 def _round(order: Order, study: Study, cluster: ClusterConfig) -> int:
-    """Judge what has ended on a cluster, and submit as many trials as may run at a time."""
+    """Tell the study what has ended on a cluster, and submit as many trials as may run at a time."""
     from launchers import slurm
 
     points = []

@@ -23,7 +23,7 @@ class Trial(NamedTuple):
     Attributes:
         number: From 0, in the order of asking.
         values: Key -> value, as it is written in an override.
-        state: open: asked for and not judged yet.
+        state: open: asked for, and nothing is told of it yet.
         score: What its best validation reached, if it is complete.
     """
 
