@@ -97,6 +97,8 @@ class LyapEMA:
         self.radius, self.radius_bound, self.mean_step = zero.clone(), zero.clone(), zero.clone()
         self.one_minus_alpha = zero.clone()  # the student's weight in the last update
         self.rollbacks = zero.clone()
+        self._rates: list[float] = []
+        self._used = torch.ones_like(zero)  # what the rates of the last step were multiplied by
         self.updates = 0
         self._unit_roundoff = torch.finfo(masters[0].dtype).eps / 2
         self._moved_squared = zero.clone()
@@ -127,8 +129,18 @@ class LyapEMA:
                 else:
                     gradients = [flat.grad for flat in flats if flat.grad is not None]
                     torch._foreach_add_(gradients, torch._foreach_sub(flats, averages), alpha=2 * self.config.pull)
+        if self.config.rollback:  # the hook after the step restores the rates: groups may be seen in several calls
+            self._rates = [group["lr"] for group in optimizer.param_groups]
+            self._used = factor = self._lr_factor()
+            # A fused optimizer reads a rate that is a tensor on the GPU itself; here the host would wait for it.
+            known = float(factor) if factor.device.type == "cpu" else factor.float()
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * known
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.config.rollback:
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
         for flat in _stepped(optimizer):
             if flat in self._before:
                 self._moved_squared += squared_distance_and_size([flat], [self._before.pop(flat)])[0]
@@ -139,6 +151,10 @@ class LyapEMA:
         distance, size = self.all_reduce(reach).sqrt().unbind()
         self.radius = distance
         self.radius_bound = (distance - self._rounding(distance, size)).clamp(min=0)
+
+    def lr_factor(self) -> float:
+        """Return what the learning rate of the last step was multiplied by. It waits for the device."""
+        return float(self._used)
 
     def update(self, loss: Tensor | None = None) -> dict[str, Mean]:
         """Move the teacher (collective).
@@ -171,7 +187,7 @@ class LyapEMA:
         if self._counts_in_steps:
             report["ema/lag"] = distance / self.mean_step.clamp(min=1e-30)
         if self.config.rollback:
-            report["ema/rollbacks"] = self.rollbacks.clone()
+            report |= {"ema/rollbacks": self.rollbacks.clone(), "ema/lr_factor": self._lr_factor()}
         proximal = before.square() * (
             self.config.pull if self.config.pull_as == "loss" else self.config.pull / (2 * self._lr())
         )
@@ -249,9 +265,8 @@ class LyapEMA:
             decay = c.base_decay + ((c.final_decay or c.base_decay) - c.base_decay) * (1 - math.cos(math.pi * done)) / 2
         return min(decay, (1 + k) / (10 + k)) if k < c.warmup_steps else decay
 
-    def lr_factor(self) -> float:
-        """Return what the next step's learning rate is multiplied by. With `rollback` it waits for the device."""
-        return float(ROLLBACK_LR**self.rollbacks) if self.config.rollback else 1.0
+    def _lr_factor(self) -> Tensor:
+        return ROLLBACK_LR**self.rollbacks
 
     def _lr(self) -> float:
         """The largest learning rate of the last step (under layer decay, that of the last layer), eta in W."""

@@ -48,7 +48,7 @@ class Teacher:
         return self.ema.updates
 
     def lr_factor(self) -> float:
-        """Return what the rule multiplies the next step's learning rate by."""
+        """Return what the rule multiplied the last step's learning rate by. It waits for the device."""
         return self.ema.lr_factor()
 
     def after_step(self, loss: Tensor) -> dict[str, Mean]:

@@ -26,7 +26,7 @@ from pipeline.train.selection import Selection
 from pipeline.train.shard_check import ShardCheck
 from pipeline.train.signals import stop_flag
 from pipeline.train.tracer import Tracer
-from pipeline.train.training import Draws, StepResult, Training, train_step
+from pipeline.train.training import Draws, Training, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
 
             # Nothing is saved that has not been checked, and with patience a validation may be the end.
             if saving or step % loop.log_every == 0 or (evaluating and loop.patience):
-                row = _log_row(training, meter, done)
+                row = _log_row(training, meter, step, moved=done.moved)
                 anomaly = find_anomaly(row, recorder, loop, world)
                 if anomaly:
                     report(anomaly, run, recorder, step, state.rewinds + 1)
@@ -185,11 +185,12 @@ class _Display:
         self.board.close()
 
 
-def _log_row(training: Training, meter: Meter, done: StepResult) -> dict[str, float]:
-    """The means since the last log line, and the rate and the norms of this step (collective)."""
+def _log_row(training: Training, meter: Meter, step: int, *, moved: bool) -> dict[str, float]:
+    """The means since the last log line, and the norms of this step (collective)."""
     engine = training.engine
-    row = meter.flush() | {"train/lr": done.lr, "train/weight_norm": engine.weight_norm()}
-    return row | {"train/grad_norm": engine.grad_norm()} if done.moved else row
+    lr = training.lr_at(step - 1) * training.task.lr_factor()
+    row = meter.flush() | {"train/lr": lr, "train/weight_norm": engine.weight_norm()}
+    return row | {"train/grad_norm": engine.grad_norm()} if moved else row
 
 
 def _compare(training: Training, state: _LoopState, row: dict[str, float]) -> bool:

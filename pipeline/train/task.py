@@ -57,7 +57,7 @@ class Companion(Protocol):
     """What a Task asks of its teacher; `pipeline.ssl.teacher.Teacher` is the one there is."""
 
     def lr_factor(self) -> float:
-        """Return what the next step's learning rate is multiplied by."""
+        """Return what the last step's learning rate was multiplied by."""
 
     def after_step(self, loss: "Tensor") -> dict[str, Mean]:
         """Move after an optimizer step (collective)."""
@@ -123,7 +123,7 @@ class Task:
         raise TypeError(f"{type(self).__name__} gives no loss")
 
     def lr_factor(self) -> float:
-        """Return what the next step's learning rate is multiplied by, equal on all ranks."""
+        """Return what the last step's learning rate was multiplied by, for the log: it may wait for the device."""
         return self.teacher.lr_factor() if self.teacher else 1.0
 
     def after_step(self, loss: "Tensor") -> dict[str, Mean]:

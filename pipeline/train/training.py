@@ -59,13 +59,11 @@ class StepResult(NamedTuple):
 
     Args:
         moved: Whether the engine updated the weights.
-        lr: Learning rate of the step, before layer decay.
         loss: Mean over the micro-batches, a scalar on the device.
         metrics: Named means of all micro-batches.
     """
 
     moved: bool
-    lr: float
     loss: Tensor
     metrics: list[tuple[str, Mean]]
 
@@ -74,7 +72,7 @@ class Draws:
     """The batches of a training, step after step; a data step that does not follow the last one is a seek."""
 
     def __init__(self, training: Training) -> None:
-        self._streams, self._device = training.streams, training.engine.world.device
+        self._streams = training.streams
         self._batches: dict[str, Iterator[Batch]] = {}
         self._next = -1
 
@@ -83,7 +81,7 @@ class Draws:
         if data_step != self._next:
             self._batches = {name: stream.batches(data_step) for name, stream in self._streams.items()}
         self._next = data_step + 1
-        return {name: next(it).to(self._device, non_blocking=True) for name, it in self._batches.items()}
+        return {name: next(batches) for name, batches in self._batches.items()}
 
     def close(self) -> None:
         """Stop the readers of all streams."""
@@ -95,7 +93,7 @@ def train_step(training: Training, drawn: Mapping[str, Batch], *, step: int, dat
     """Take one optimizer step: the micro-batches' losses, the update, then the teacher. Reads nothing from the device."""
     task, engine, accumulation = training.task, training.engine, training.accumulation
     torch.manual_seed(step_seed(training.seed, data_step, engine.world.rank))  # drop path draws from it
-    lr = training.lr_at(step) * task.lr_factor()
+    lr = training.lr_at(step)
     loss, moved = torch.zeros((), device=engine.world.device), False
     metrics: list[tuple[str, Mean]] = []
     for micro in _micro_batches(drawn, accumulation):
@@ -107,7 +105,7 @@ def train_step(training: Training, drawn: Mapping[str, Batch], *, step: int, dat
         metrics += output.metrics.items()
     if moved:
         metrics += task.after_step(loss).items()
-    return StepResult(moved, lr, loss, [("train/loss", Mean(loss, 1.0)), *metrics])
+    return StepResult(moved, loss, [("train/loss", Mean(loss, 1.0)), *metrics])
 
 
 def step_seed(seed: int, data_step: int, rank: int) -> int:
