@@ -153,8 +153,8 @@ class LyapEMA:
         self.radius_bound = (distance - self._rounding(distance, size)).clamp(min=0)
 
     def lr_factor(self) -> float:
-        """Return what the learning rate of the last step was multiplied by. It waits for the device."""
-        return float(self._used)
+        """Return what the learning rate of the last step was multiplied by. With `rollback` it waits for the device."""
+        return float(self._used) if self.config.rollback else 1.0
 
     def update(self, loss: Tensor | None = None) -> dict[str, Mean]:
         """Move the teacher (collective).
