@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +30,7 @@ from launchers.local import die_with_parent
 from launchers.sweep.study import Study, Trial
 from launchers.sweep.trials import Order, check_axes, score_of, steps_of, words_of
 from pipeline.books import read_status
-from pipeline.errors import ConfigError, EnvironmentProblem
+from pipeline.errors import ConfigError, EnvironmentProblem, PipelineError
 from pipeline.exit_codes import ExitCode
 from pipeline.files import replace_text
 from pipeline.jsonl import read_object
@@ -79,12 +79,12 @@ def results(order: Order, study: Study) -> Table:
     name, rows = "validation", []
     for trial in trials:
         score = "" if trial.score is None else f"{trial.score:.4g}"
-        if trial.score is not None:
-            name = score_of(steps_of(order, trial)).name
         rows.append([f"{trial.number:03d}", trial.state, *(trial.values.get(key, "") for key in keys), score])
     best = study.best()
     note = "No trial is complete yet."
     if best is not None:
+        with suppress(PipelineError):  # its folder may have been removed since
+            name = score_of(steps_of(order, best)).name
         words = " ".join([*order.overrides, *best.overrides])
         note = (
             f"Trial {best.number:03d} has the best validation; no trial has seen a test set. Train it with the config's test set:"
@@ -228,7 +228,7 @@ def _round(order: Order, study: Study, cluster: ClusterConfig) -> int:
     for job in slurm.run(points, cluster, order.folder) if points else ():
         print(f"{job.experiment} {job.stage}: job {job.job_id} {job.state}")
     if points:
-        print(f"{len(points)} trials are on the cluster; type the same command again when they have ended")
+        print(f"trials on the cluster: {len(points)}; type the same command again when they have ended")
     return ExitCode.COMPLETE
 
 

@@ -60,6 +60,29 @@ def test_a_wide_resnet_learns_by_sgd_and_survives_a_kill(chain: Stages) -> None:
     assert bytes_of(chain.complete("semi", *more, "run.experiment=wrn-killed")) == bytes_of(straight)
 
 
+def test_the_whole_wrn_28_2_trains_on_the_digits(chain: Stages) -> None:
+    """Two steps of FixMatch from random weights, as in USB's configs."""
+    more = [
+        "init_from=null",
+        "model={name: wrn_28_2}",
+        "optim={kind: sgd, lr: 0.03, weight_decay: 5e-4, schedule: cosine_7_16}",
+        "ema={mode: ema, base_decay: 0.999, warmup_steps: 0, buffers: average}",
+        "pseudo={labeller: student, threshold: 0.95, weight: 1.0}",
+        "unlabelled_ratio=1",
+        "loop.steps=2",
+        "loop.global_batch=4",
+        "watched_samples=0",
+        "data.test=null",
+    ]
+    run = chain.complete("semi", *more, "run.experiment=wrn-28-2")
+    card = json.loads((run / "export" / "model.json").read_text())
+    assert (card["model"]["depth"], card["model"]["widen"]) == (28, 2)
+    student, average = (load_file(run / folder / "model.safetensors") for folder in ("export-student", "export"))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert sum(value.numel() for name, value in student.items() if not name.endswith(statistics)) == 1_467_626
+    assert not student["head.weight"].equal(average["head.weight"])
+
+
 def test_ssmixup_is_refused_where_there_are_no_two_directions(chain: Stages, efficientvim: Path) -> None:
     done = chain.run("semi", f"init_from={efficientvim}", "run.experiment=refused", "ssmixup={}")
     assert done.returncode == 2
