@@ -81,7 +81,7 @@ class VisionMamba(nn.Module):
         self.depth, self.num_classes, self.pool = depth, num_classes, pool
         self.grad_checkpointing = False
         self.cls_position, self.combine = cls_token, combine
-        self.cls_index = self._cls_index(self.num_patches)
+        self.cls_index = self.cls_index_of(self.num_patches)
         self.patch_embed = PatchEmbed(patch_size, stride, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(
             torch.zeros(1, self.num_patches + (cls_token != "none"), embed_dim), pos_embed == "learned"
@@ -277,7 +277,7 @@ class VisionMamba(nn.Module):
         """
         embedding = weights.get("pos_embed", self.pos_embed)
         patches = embedding.shape[1] - ("cls_token" in weights)
-        source_cls = self._cls_index(patches) if "cls_token" in weights else None
+        source_cls = self.cls_index_of(patches) if "cls_token" in weights else None
         side = math.isqrt(patches)
         if (side, side) == self.grid_size or side * side != patches:
             return weights
@@ -301,7 +301,7 @@ class VisionMamba(nn.Module):
             return int(name.split(".")[1]) + 1
         return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else self.depth + 1
 
-    def _cls_index(self, num_patches: int) -> int | None:
+    def cls_index_of(self, num_patches: int) -> int | None:
         """Index of the cls token among `num_patches` patches, or None without one."""
         return {"middle": num_patches // 2, "first": 0, "none": None}[self.cls_position]
 
