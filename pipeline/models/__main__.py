@@ -19,9 +19,12 @@ def _run(arguments: list[str]) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands.add_parser("convert", help="a released Vim, ARM or EfficientViM checkpoint to an export"))
     _add_prefetch(commands.add_parser("prefetch", help="download timm's weights for nodes without a network"))
-    onnx = commands.add_parser("onnx", help="an export's classifier to an ONNX file")
-    onnx.description = "Write an export's classifier for ONNX Runtime, and compare its outputs with the export's own."
+    onnx = commands.add_parser("onnx", help="an export to an ONNX file")
+    onnx.description = (
+        "Write a classifier, or a pretrainer's encoder, for ONNX Runtime, and compare its outputs with the model's."
+    )
     _add_export_and_out(onnx, "the file, NAME.onnx")
+    onnx.add_argument("--any-size", action="store_true", help="let the height and width of the images be free too")
     onnx.set_defaults(run=_onnx)
     coreml = commands.add_parser("coreml", help="an export's classifier to a Core ML program")
     coreml.description = "Write an export's classifier as a Core ML program; EfficientViM is fused first."
@@ -41,6 +44,16 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--entry", help="which weights of the checkpoint: model, model_ema, ...; by default the averaged ones, if any"
     )
     parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width")
+    parser.add_argument(
+        "--cls-position",
+        choices=["middle", "first"],
+        help="where the cls token stands among the patches; by default as the file says, or in the middle with a warning",
+    )
+    parser.add_argument(
+        "--combine",
+        choices=["mean", "sum"],
+        help="how the directions' outputs are put together; by default as the file says, or the mean with a warning",
+    )
     parser.add_argument("--classes", type=Path, help="file of class names, one a line; by default they are numbers")
     parser.set_defaults(run=_convert)
 
@@ -54,8 +67,14 @@ def _convert(args: argparse.Namespace) -> None:
     classes = tuple(args.classes.read_text().splitlines()) if args.classes else ()
     from pipeline.exports.convert import convert
 
+    given = {"cls_token": args.cls_position, "combine": args.combine}
     card = convert(
-        args.file, args.out, entry=args.entry, image_size=(size[0], size[-1]) if size else None, classes=classes
+        args.file,
+        args.out,
+        entry=args.entry,
+        image_size=(size[0], size[-1]) if size else None,
+        classes=classes,
+        form={field: value for field, value in given.items() if value is not None},
     )
     use = (
         f'pipeline.load("{args.out}"), or init_from={args.out}'
@@ -80,14 +99,14 @@ def _prefetch(args: argparse.Namespace) -> None:
 
 
 def _add_export_and_out(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("export", type=Path, help="folder with model.json, of a classifier")
+    parser.add_argument("export", type=Path, help="folder with model.json")
     parser.add_argument("--out", type=Path, required=True, help=out)
 
 
 def _onnx(args: argparse.Namespace) -> None:
     from pipeline.exports.onnx import export_to_onnx
 
-    error = export_to_onnx(args.export, args.out)
+    error = export_to_onnx(args.export, args.out, any_size=args.any_size)
     print(f"{args.out}: its outputs for the fingerprint batch have a relative error of {error:.1e}")
 
 

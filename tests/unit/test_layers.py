@@ -11,6 +11,7 @@ LAYERS = {
     "launchers": 10,
     "stages": 8,
     "pipeline.notebook": 9,
+    "pipeline.timm_models": 3,
     "pipeline.data": 7,
     "pipeline.evaluate.__main__": 7,
     "pipeline.models.__main__": 7,
@@ -34,8 +35,8 @@ LAYERS = {
     "pipeline.storage": 1,
     "pipeline": 0,
 }
-LATE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "timm", "sklearn", "matplotlib", "onnx")
-ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "obstore")
+LATE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "optuna", "timm", "sklearn", "matplotlib", "onnx")
+ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "optuna")
 FILES = sorted(p for top in ("pipeline", "stages", "launchers") for p in (ROOT / top).rglob("*.py"))
 
 

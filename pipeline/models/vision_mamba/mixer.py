@@ -4,6 +4,7 @@ Shapes: B images, L tokens, D width, E = expand x D inner width, N states, R ran
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,24 @@ class Mixer(nn.Module):
         d_conv: Taps of the causal convolution, in tokens.
         expand: E / D.
         directions: How many of `DIRECTIONS` are used: 1, 2 or 4.
+        combine: How their outputs are put together.
         ssmixup: Blends opposite directions where a `blend` is given (see `ssmixup.py`); None for a plain mixer.
     """
 
     def __init__(
-        self, dim: int, *, d_state: int, d_conv: int, expand: int, directions: int, ssmixup: SSMixupConfig | None = None
+        self,
+        dim: int,
+        *,
+        d_state: int,
+        d_conv: int,
+        expand: int,
+        directions: int,
+        combine: Literal["mean", "sum"] = "mean",
+        ssmixup: SSMixupConfig | None = None,
     ) -> None:
         super().__init__()
         self.ssmixup = ssmixup
+        self.divisor = directions if combine == "mean" else 1
         if ssmixup and ssmixup.nu == "learned":
             self.nu = nn.Parameter(torch.zeros(1))
         self.inner = expand * dim
@@ -82,17 +93,18 @@ class Mixer(nn.Module):
             order, inverse = columns
             y = y + self._both_ways(xz[:, order], self.suffixes[2:], blend)[:, inverse]
         # The mean over the directions is taken on the weight, which is smaller than y.
-        return F.linear(y, self.out_proj.weight / len(self.suffixes))
+        return F.linear(y, self.out_proj.weight / self.divisor)
 
     def _both_ways(self, xz: Tensor, suffixes: tuple[str, ...], blend: Tensor | None) -> Tensor:
         """Sum one direction, or two opposite ones with their SSMixup: (B, L, 2E) -> (B, L, E)."""
-        directions = [self._direction(s) for s in suffixes]
+        directions = [self.direction(s) for s in suffixes]
         if self.ssmixup is None or blend is None:
             return mixer_scan(xz, directions)
         nu = self.nu if self.ssmixup.nu == "learned" else self.ssmixup.nu
         return mixed_scan(xz, directions, blend, nu, shared_C=self.ssmixup.readout == "shared_C")
 
-    def _direction(self, suffix: str) -> Direction:
+    def direction(self, suffix: str) -> Direction:
+        """Return the weights of the direction with this suffix, a name of `DIRECTIONS`."""
         own = self.get_parameter
         return Direction(
             own(f"conv1d{suffix}.weight"),
