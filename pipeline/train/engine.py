@@ -208,6 +208,8 @@ class Engine:
     ) -> None:
         """Restore masters, moments, every extra kind, and the copies that compute (collective).
 
+        Where every rank holds everything, rank 0 reads it and sends it to the others.
+
         Args:
             read: (kind, name, start, numel) -> elements (numel,) of a saved whole parameter.
             optimizer_step: What `optimizer_step` returned.
@@ -222,14 +224,16 @@ class Engine:
                     where_steps = flat.device if self.base_optimizer.defaults["fused"] else "cpu"
                     state[flat]["step"] = torch.tensor(optimizer_step, device=where_steps)
         for shard in self.shards:
-            where = (shard.name, shard.start, shard.numel)
-            shard.of(shard.flat).copy_(read("master", *where))
+            restored = {"master": shard.flat}
             if optimizer_step:
-                for moment in self.moments:
-                    shard.of(state[shard.flat][moment]).copy_(read(moment, *where))
-            for kind, tensors in kinds.items():
-                shard.of(tensors[shard.flat]).copy_(read(kind, *where))
-        self.refresh_weights(read)
+                restored |= {moment: state[shard.flat][moment] for moment in self.moments}
+            restored |= {kind: tensors[shard.flat] for kind, tensors in kinds.items()}
+            for kind, tensor in restored.items():
+                if self.world.is_main or not self.replicated:
+                    shard.of(tensor).copy_(read(kind, shard.name, shard.start, shard.numel))
+                if self.replicated and self.world.size > 1:
+                    dist.broadcast(shard.of(tensor), src=0)
+        self.refresh_weights()
 
     def optimizer_step(self) -> float:
         """Return AdamW's own count of updates, without skipped ones; for SGD, which counts none, 1 once it has a momentum."""
@@ -273,17 +277,10 @@ class Engine:
             for end, start in zip(ends, starts, strict=True):
                 flat.detach().view(-1)[end:start].zero_()
 
-    def refresh_weights(self, read: Callable[[str, str, int, int], Tensor] | None = None) -> None:
-        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters (collective).
-
-        Args:
-            read: As in `restore`, where a file has the masters of all ranks; None = they are gathered.
-        """
-        if self.config.zero_stage in (1, 2) and read is None:
+    def refresh_weights(self) -> None:
+        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters (collective)."""
+        if self.config.zero_stage in (1, 2):
             self.gather(None, {name: p.data for name, p in self.named_parameters})
-        elif self.config.zero_stage in (1, 2) and read is not None:
-            for name, p in self.named_parameters:
-                p.data.copy_(read("master", name, 0, p.numel()).view(p.shape))
         elif self.config.zero_stage == 3:
             own = {shard.name: shard for shard in self.shards}
             for name, p in self.named_parameters:
