@@ -82,6 +82,47 @@ def partition(parameters: Sequence[Parameter], zero_stage: int, world_size: int)
     return sum(-(-sum(p.numel for p in parameters if p.group == g) // step) * step for g in groups) // world_size
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Elements of a parameter that one rank owns, and saves.
+
+    Attributes:
+        rank: The owner.
+        name: The parameter.
+        start: The first element, counted in the flattened parameter.
+        numel: The number of elements.
+    """
+
+    rank: int
+    name: str
+    start: int
+    numel: int
+
+
+def cuts(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> list[Cut]:
+    """List who owns which elements of the fp32 masters, as DeepSpeed cuts them; without ZeRO rank 0 saves all of them."""
+    if zero_stage == 0:
+        return [Cut(0, p.name, 0, p.numel) for p in parameters]
+    found = []
+    if zero_stage == 3:
+        for p in parameters:
+            share = -(-p.numel // world_size)
+            found += [Cut(k, p.name, k * share, min(share, p.numel - k * share)) for k in range(-(-p.numel // share))]
+        return found
+    step = ALIGNMENT * world_size
+    for group in sorted({p.group for p in parameters}):
+        members = [p for p in parameters if p.group == group]
+        share = -(-sum(p.numel for p in members) // step) * step // world_size
+        place = 0  # in the group's flat tensor
+        for p in members:
+            start = 0
+            while start < p.numel:
+                numel = min(share - place % share, p.numel - start)
+                found.append(Cut(place // share, p.name, start, numel))
+                start, place = start + numel, place + numel
+    return found
+
+
 def memory(
     parameters: Sequence[Parameter],
     *,

@@ -55,11 +55,8 @@ def profile(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDI
     Raises:
         HandoverError: A parent that decides the model neither exists nor is pending.
     """
-    parent = parent_models(config, num_classes, pending)
-    workload = spec_of(config).workload(config, num_classes, parent)
+    workload, built = networks(config, num_classes, pending)
     student, image_size = workload.student, workload.student.model.image_size
-    with torch.device("meta"):
-        built = {network.name: build(network) for network in (student, *workload.frozen)}
     trained = build(student).train()
     if config.engine.activation_checkpointing:
         trained.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -68,13 +65,25 @@ def profile(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDI
     two, three = (activation_bytes(trained, batch, image_size, bf16) for batch in (2, 3))
     return Profile(
         workload=workload,
-        parameters=_parameters(built[student.name], config),
+        parameters=trained_parameters(built[student.name], config),
         frozen_parameters=sum(p.numel() for network in workload.frozen for p in built[network.name].parameters())
         + sum(p.numel() for p in built[student.name].parameters() if not p.requires_grad),
         flops=workload.flops(lambda network: forward_flops(built[network.name], network.model.image_size)),
         fixed_activations=max(0, 3 * two - 2 * three),
         image_activations=three - two,
     )
+
+
+def networks(
+    config: StageConfig, num_classes: int, pending: Pending = NONE_PENDING
+) -> tuple[Workload, dict[str, nn.Module]]:
+    """Return the workload of a stage, and its trained and frozen networks by name, on the meta device.
+
+    The arguments and errors are those of `profile`.
+    """
+    workload = spec_of(config).workload(config, num_classes, parent_models(config, num_classes, pending))
+    with torch.device("meta"):
+        return workload, {network.name: build(network) for network in (workload.student, *workload.frozen)}
 
 
 def build(network: Network) -> nn.Module:
@@ -84,7 +93,8 @@ def build(network: Network) -> nn.Module:
     return adapt(build_from_config(network.model), network.backbone, network.model.image_size)
 
 
-def _parameters(model: nn.Module, config: StageConfig) -> tuple[Parameter, ...]:
+def trained_parameters(model: nn.Module, config: StageConfig) -> tuple[Parameter, ...]:
+    """Return the parameters that a stage trains, in the order of the model, with the optimizer's groups."""
     groups = parameter_groups(model, config.optim)  # type: ignore[arg-type]
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -37,6 +37,7 @@ from pipeline.train.saved_state import (
     complete,
     read_files,
     read_state,
+    shards_name,
     step_of,
 )
 from pipeline.train.shardfile import write_shards
@@ -140,7 +141,7 @@ class _Writing(Thread):
         """Write the files, and keep their hashes or the reason why they could not be written."""
         try:
             if self.tensors:
-                path = self.temporary / f"shards_{self.rank:05d}.safetensors"
+                path = self.temporary / shards_name(self.rank)
                 self.digests[path.name] = write_shards(path, self.tensors)
             if self.rank == 0:
                 path = self.temporary / STATE

@@ -85,8 +85,7 @@ def start(timeout_seconds: float, public_address: bool = False, bind_cores: bool
         os.environ["DS_ACCELERATOR"] = "cpu"
     if bind_cores:  # before torch and DeepSpeed start threads, which inherit it
         node.bind(int(found["LOCAL_RANK"]), node.ranks_here(os.environ), _pci_address(device) if gpus else None)
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    deepspeed = _import_deepspeed()
+    deepspeed = quiet_deepspeed()
     backend = "nccl" if gpus else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     # A group that exists already is kept: a second stage in one process. Without a store torchrun's own is used.
@@ -208,7 +207,13 @@ def _log_table(world: World, backend: str, found: Mapping[str, str]) -> None:
         logger.info("  rank %d: %s", rank, place)
 
 
-def _import_deepspeed() -> ModuleType:
+def quiet_deepspeed() -> ModuleType:
+    """Import DeepSpeed without its messages and without what nobody here uses.
+
+    Raises:
+        EnvironmentProblem: It cannot be imported.
+    """
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own imports raise FutureWarnings
         try:

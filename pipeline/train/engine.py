@@ -223,16 +223,19 @@ class Engine:
                 if isinstance(self.base_optimizer, torch.optim.AdamW):
                     where_steps = flat.device if self.base_optimizer.defaults["fused"] else "cpu"
                     state[flat]["step"] = torch.tensor(optimizer_step, device=where_steps)
-        for shard in self.shards:
-            restored = {"master": shard.flat}
-            if optimizer_step:
-                restored |= {moment: state[shard.flat][moment] for moment in self.moments}
-            restored |= {kind: tensors[shard.flat] for kind, tensors in kinds.items()}
-            for kind, tensor in restored.items():
-                if self.world.is_main or not self.replicated:
-                    shard.of(tensor).copy_(read(kind, shard.name, shard.start, shard.numel))
-                if self.replicated and self.world.size > 1:
-                    dist.broadcast(shard.of(tensor), src=0)
+        layouts: dict[str, Mapping[Tensor, Tensor]] = {"master": {flat: flat for flat in self.masters}}
+        if optimizer_step:
+            layouts |= {moment: {flat: state[flat][moment] for flat in self.masters} for moment in self.moments}
+        for kind, tensors in {**layouts, **kinds}.items():
+            own = [shard.of(tensors[shard.flat]) for shard in self.shards]
+            if self.world.is_main or not self.replicated:
+                for shard, values in zip(self.shards, own, strict=True):
+                    values.copy_(read(kind, shard.name, shard.start, shard.numel))
+            if self.replicated and self.world.size > 1:
+                flat = torch.cat(own)
+                dist.broadcast(flat, src=0)
+                for values, sent in zip(own, flat.split([len(values) for values in own]), strict=True):
+                    values.copy_(sent)
         self.refresh_weights()
 
     def optimizer_step(self) -> float:
