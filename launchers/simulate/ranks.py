@@ -1,4 +1,4 @@
-"""What each of many ranks would do at a start: its samples, its files, what it opens and reads (arithmetic and the real order)."""
+"""What each of many ranks would do at a start: its samples, its files, what it opens and reads."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -190,7 +190,8 @@ def restore(
             if world.is_main and set_aside:
                 _set_aside(path)
             continue
-        state: SavedState = from_main(read_state(path) if world.is_main else None, world)
+        state = from_main(read_state(path) if world.is_main else None, world)
+        assert state is not None
         refuse_other_inputs(folder.parent, state.inputs, training.inputs)
         if not accept(state):
             continue

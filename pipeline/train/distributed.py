@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -122,7 +122,7 @@ def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int
 
 
 def _pci_address(device: torch.device) -> str:
-    about = torch.cuda.get_device_properties(device)
+    about: Any = torch.cuda.get_device_properties(device)  # torch's types leave the address out
     return f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
 
 

@@ -49,7 +49,7 @@ def test_simulate_finds_no_growth_and_the_same_samples(capsys: pytest.CaptureFix
     assert told["problems"] == []
     for stage in ("arm", "distill", "semi"):
         worlds = told["stages"][stage]["worlds"]
-        assert list(worlds)[0] == "8"
+        assert next(iter(worlds)) == "8"
         assert len({world["samples"] for world in worlds.values()}) == 1
         assert len({(world["opens"], world["restore_opens"]) for world in worlds.values()}) == 1
     assert "512" in told["stages"]["arm"]["worlds"]
