@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from launchers.chain import Step
 from launchers.plan.profile import networks, trained_parameters
@@ -47,7 +47,7 @@ def run(steps: Sequence[Step], most: int) -> int:
     if most < FEWEST or most & (most - 1) or most > 2**16:
         raise ConfigError(f"--ranks {most}: give a power of two from {FEWEST} to {2**16}, for example 512")
     worlds = sorted({*(FEWEST * 4**k for k in range(8) if FEWEST * 4**k <= most), most})
-    zero_stages = {cast(fake_group.ZeroStage, step.config.engine.zero_stage) for step in steps}
+    zero_stages = {step.config.engine.zero_stage for step in steps}
     seen = {world: fake_group.count(world, zero_stages) for world in worlds}
     pending: dict[Path, StageConfig] = {}
     stages: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def _stage(
     seen: dict[int, dict[fake_group.ZeroStage, fake_group.Seen]],
     pending: dict[Path, StageConfig],
 ) -> dict[str, Any]:
-    config, zero = step.config, cast(fake_group.ZeroStage, step.config.engine.zero_stage)
+    config, zero = step.config, step.config.engine.zero_stage
     data = ranks.data_of(config)
     workload, built = networks(config, data.classes, pending)
     parameters = trained_parameters(built["student"], config)

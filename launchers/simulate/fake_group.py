@@ -33,7 +33,7 @@ from pipeline.train.task import Task
 from pipeline.train.training import Training
 
 ZeroStage = Literal[0, 1, 2, 3]
-STAND_IN, SIZE, LR = {"name": "vim_nano", "num_classes": 10}, 32, 1e-3
+STAND_IN, SIZE, LR = "vim_nano", 32, 1e-3
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _step(training: Training) -> None:
 
 def _training(world: distributed.World, zero: ZeroStage) -> Training:
     torch.manual_seed(0)
-    model, copy = build_model(**STAND_IN), build_model(**STAND_IN)
+    model, copy = build_model(STAND_IN, num_classes=10), build_model(STAND_IN, num_classes=10)
     config = EngineConfig(zero_stage=zero, bucket_bytes=2**30)
     engine = Engine(model, world, optim=OptimConfig(lr=LR), config=config, micro_batch=2, accumulation=1)
     task = Task()
