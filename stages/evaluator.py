@@ -177,7 +177,7 @@ class Evaluator:
             The top-1 of each model on the test set, for the card; nothing without one.
         """
         if self.config.test is not None:
-            test, sample_indices = open_labelled("data.test", self.config.test, self.manifest)
+            test, sample_indices = open_labelled("data.test", self.config.test, self.manifest, self.config.opening)
             evaluated_on = "test images"
         else:
             test, sample_indices = self.data.held_out

@@ -9,11 +9,13 @@ from PIL import Image
 
 from pipeline.datasets.manifest import read_manifest
 from pipeline.errors import ConfigError, DataError
+from pipeline.evaluate.baselines import Samples, fit_baseline
 from studies import glyphs
 from studies.scoreboard import pictures
 from studies.scoreboard.__main__ import main
 from studies.scoreboard.board import Board, Place, write_document
-from studies.scoreboard.columns import OURS, TITLES
+from studies.scoreboard.columns import OURS, TITLES, _first_channel, simple
+from studies.scoreboard.recipe import Chain
 
 PLACES = [Place("digits", regime, seed) for seed in (0, 1) for regime in ("4", "10")]
 
@@ -162,3 +164,22 @@ def test_icons_of_a_theme_are_classes_by_folder_and_sizes_of_an_icon_are_one_ima
     assert glyphs.write_icons(tmp_path / "out", [tmp_path / "themes"], least=4, seed=0) == 2
     with pytest.raises(DataError, match="only 0 classes have 5 icons or more"):
         glyphs.write_icons(tmp_path / "none", [tmp_path / "themes"], least=5, seed=0)
+
+
+def test_the_majority_class_of_equally_many_labels_is_a_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = pictures.prepared("mine", folder_of_images(tmp_path / "mine"))
+    case = pictures.split_of(found, "4", 0)
+    cells = simple(case, "mine-4-seed0", 0, Chain(tmp_path / "runs", "recipe", "3T"))
+    assert cells["majority"]["top1"] == 50.0
+    assert set(cells) == {"majority", "neighbour", "logistic", "svm", "spreading"}
+
+
+def test_grey_images_are_read_as_one_channel_and_neighbours_stay_the_same() -> None:
+    rng = np.random.default_rng(0)
+    grey = rng.random((20, 1, 9)).astype(np.float32).repeat(3, 1).reshape(20, 27)
+    samples = Samples(np.arange(20), grey, rng.integers(0, 3, 20))
+    one = _first_channel(lambda manifest, sample_indices: samples, None, np.arange(20))
+    assert one.values.shape == (20, 9)
+    before, after = (fit_baseline("neighbour", s, s, 3).predictions.predicted for s in (samples, one))
+    assert (before == after).all()

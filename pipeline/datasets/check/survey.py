@@ -13,6 +13,7 @@ from pipeline.datasets.check.labels import class_findings, label_findings
 from pipeline.datasets.check.measure import CONSTANT_RANGE, measure
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.splits import Split
+from pipeline.decoding import DEFAULT, Decoding
 
 _DARK = 8  # levels of 255; a constant image below is called black
 _MAX_GROUPS = 12  # of a finding that are kept, of each the first _MAX_EXAMPLES images
@@ -58,18 +59,23 @@ class Survey:
         return next((finding for finding in self.findings if finding.name == name), None)
 
 
-def survey(manifests: Sequence[Manifest], split: Split | None = None, processes: int = 1) -> Survey:
+def survey(
+    manifests: Sequence[Manifest], split: Split | None = None, processes: int = 1, decoding: Decoding = DEFAULT
+) -> Survey:
     """Look at every image and label.
 
     Args:
         manifests: The training set first, then the test sets.
         split: A split of the training set.
         processes: How many processes read images.
+        decoding: The limit on pixels.
 
     Raises:
         DataError: The shards of a dataset are remote, or cannot be read.
     """
-    datasets = [Dataset(title=printable(str(m.folder)), manifest=m, measures=measure(m, processes)) for m in manifests]
+    datasets = [
+        Dataset(title=printable(str(m)), manifest=m, measures=measure(m, processes, decoding)) for m in manifests
+    ]
     everything = _Everything(datasets)
     found = [
         *_duplicates(everything, split),

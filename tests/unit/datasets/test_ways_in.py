@@ -223,3 +223,24 @@ def test_labels_of_parquet_as_pandas_writes_them(tmp_path: Path, capsys) -> None
     capsys.readouterr()
     assert convert("parquet", tmp_path / "floats", "--out", tmp_path / "both") == 0
     assert "parts of one dataset (test, train)" in capsys.readouterr().out
+
+
+def test_every_converter_takes_a_list_of_classes(tmp_path, capsys):
+    (tmp_path / "names").write_text("\n".join(("none of it", *"9876543210")))
+    assert main(["convert", "digits", "--out", str(tmp_path / "digits")]) == 0
+    named = ["--classes", str(tmp_path / "names"), "--processes", "1"]
+    assert main(["convert", "digits", "--out", str(tmp_path / "turned"), *named]) == 0
+    plain, turned = read_manifest(tmp_path / "digits/test"), read_manifest(tmp_path / "turned/test")
+    assert turned.classes == ("none of it", *"9876543210")
+    assert turned.labels.tolist() == (10 - plain.labels).tolist()
+    (tmp_path / "names").write_text("0\n1\n")
+    assert main(["convert", "digits", "--out", str(tmp_path / "few"), *named]) == 3
+    assert "has 8 classes that --classes does not name: '2'" in capsys.readouterr().err
+    options = {kind: main_help(kind, capsys) for kind in ("folder", "letters", "cifar", "stl10", "svhn", "huggingface")}
+    assert all("--classes FILE" in text for text in options.values())
+
+
+def main_help(kind: str, capsys) -> str:
+    with pytest.raises(SystemExit):
+        main(["convert", kind, "--help"])
+    return capsys.readouterr().out
