@@ -22,8 +22,8 @@ def test_one_slow_gpu_is_named_and_ordinary_differences_are_not() -> None:
 
 
 def test_cpus_are_not_compared_and_problems_are_told_once() -> None:
-    lines = findings([seen("a", 100, problems=("no room",)), seen("a", 10, problems=("no room",))], "timed out", "gloo")
-    assert [remedy for _, remedy in lines if remedy] == ["timed out; NCCL_DEBUG=INFO says more", "no room"]
+    lines = findings([seen("a", 100, problems=("full",)), seen("a", 10, problems=("full",))], "timed out", "gloo")
+    assert [remedy for _, remedy in lines if remedy] == ["timed out; NCCL_DEBUG=INFO says more", "full"]
 
 
 def test_what_nvidia_smi_says_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
