@@ -167,7 +167,7 @@ def _rows(
     views = eval_views(card.model.image_size, mean=look.mean, std=look.std, view=look.view, decoding=look.decoding)
     for name, layer in layers.items():
         batches = evaluation_batches(
-            data, sample_indices, batch_size=card.eval_batch, rank=0, world_size=1, views=views
+            data, sample_indices, batch_size=card.eval_batch, rank=0, world_size=1, views=views, device=device
         )
         found = features_of(model, layer, batches, device)
         columns.append(shares[name] * found.values.cpu())

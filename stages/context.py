@@ -199,6 +199,7 @@ class StageContext(Generic[C]):
                 config=config.model_copy(update={"sampling": "uniform"}) if stream.hide_labels else config,
                 hide_labels=stream.hide_labels,
                 quarantine=self.run.folder / "quarantine.jsonl",
+                device=self.world.device,
             )
             for name, stream in self.streams.items()
         }

@@ -196,6 +196,7 @@ def _evaluate_model(
             rank=world.rank,
             world_size=world.size,
             views=views,
+            device=world.device,
         )
 
     calibration = Calibration(card.temperature, card.calibration)

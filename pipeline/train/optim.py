@@ -60,6 +60,7 @@ def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, An
 def make_optimizer(model: Trainable, config: OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
     """Make torch's optimizer of a model's trained parameters; its learning rate is set at every step."""
     groups = parameter_groups(model, config)
+    options: dict[str, Any] = {"lr": config.lr, "fused": fused or None}
     if config.kind == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **options)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, **options)

@@ -26,7 +26,6 @@ from pipeline.evaluate.baselines import Baseline, Samples, evenly, export_featur
 from pipeline.evaluate.learners import Values
 from pipeline.evaluate.metrics import summary
 from pipeline.files import replace_text
-from pipeline.jsonl import newest
 from pipeline.report.results import StageRun, read_result
 from studies.runs import run
 from studies.scoreboard.pictures import Case
@@ -74,9 +73,10 @@ TITLES = {
     "stage-2": "stage 2",
     "stage-3-student": "stage 3, student",
     "stage-3-teacher": "stage 3, teacher",
-    "chain": "make chain",
+    "chain": "make chain, exported",
+    "recommended": "make chain, recommended",
 }
-OURS = ("stage-2", "stage-3-student", "stage-3-teacher", "chain")
+OURS = ("stage-2", "stage-3-student", "stage-3-teacher", "chain", "recommended")
 
 
 def simple(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
@@ -115,11 +115,14 @@ def stages(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
                                  ("stage-3-teacher", "semi", "teacher")):  # fmt: skip
         runs = [result.stages[s] for s in configs if s != "semi" or stage == "semi"]
         cells[column] = _trained(result.stages[stage], model) | {
+            "validated": result.stages[stage].validated(model),
+            "validation": len(case.split.subset("validation")),
             "images": sum(_images(r) for r in runs),
             "seconds": round(sum(r.seconds() for r in runs), 1),
         }
     exported = result.stages["semi"].config.get("export", "teacher")
-    return cells | {"chain": cells[f"stage-3-{exported}"]}
+    cells["chain"] = cells[f"stage-3-{exported}"]
+    return cells
 
 
 def features(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
@@ -169,7 +172,7 @@ def _resnet(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
         run("distill", chain.of(case, name)["distill"], [*_values(case, name, seed, "distill", chain), *own],
             name=f"{name}, resnet, lr {rate:g}")  # fmt: skip
         found[rate] = read_result(chain.runs / f"{name}-resnet-{rate:g}").stages["distill"]
-    best = max(found, key=lambda rate: (_validated(found[rate], ""), -tried.index(rate)))
+    best = max(found, key=lambda rate: (found[rate].validated("student") or 0.0, -tried.index(rate)))
     if not chosen.is_file():
         replace_text(chosen, json.dumps({"lr": best, "chosen on": f"{name}'s validation images"}) + "\n")
     cell = _trained(found[best], "student") | {
@@ -195,7 +198,7 @@ def fixmatch(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     ]  # fmt: skip
     run("semi", config, [*_values(case, name, seed, "semi", chain), *own], name=f"{name}, fixmatch")
     done = read_result(chain.runs / f"{name}-fixmatch").stages["semi"]
-    best = max(("teacher", "student"), key=lambda model: _validated(done, "teacher_" if model == "teacher" else ""))
+    best = max(("teacher", "student"), key=lambda model: done.validated(model) or 0.0)
     cell = _trained(done, best) | {
         "images": _images(parent) + _images(done),
         "seconds": round(parent.seconds() + done.seconds(), 1),
@@ -245,17 +248,14 @@ def _learners(case: Case, read: Callable[..., Samples], columns: dict[str, str])
 
 def _scored(found: Baseline, num_classes: int) -> Cell:
     scores = summary(found.predictions, num_classes, {})
-    cell = {"top1": scores["top1"], "balanced": scores["balanced"], "images": 0, "setting": found.setting}
+    cell: Cell = {name: scores[name] for name in ("top1", "balanced")}
+    cell |= {"images": 0, "setting": found.setting, "validated": found.validated}
     return cell | ({"ece": scores["ece"]} if found.calibrated else {})
 
 
 def _trained(stage: StageRun, model: str) -> Cell:
     scores = stage.evaluation["models"][model]
     return {key: scores[key] for key in ("top1", "balanced", "ece")}
-
-
-def _validated(stage: StageRun, prefix: str) -> float:
-    return float(newest(stage.rows, f"val/{prefix}balanced") or 0.0)
 
 
 def _images(stage: StageRun) -> int:

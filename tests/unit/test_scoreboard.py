@@ -29,6 +29,8 @@ def cell(top1: float, ece: float = 3.0, labels: int = 40) -> dict[str, float]:
         "seconds": 2.0,
         "labels": labels,
         "job_seconds": 9.0,
+        "validated": top1,
+        "validation": 100,
     }
 
 
@@ -87,6 +89,20 @@ def test_a_partial_board_says_what_is_missing_and_an_empty_one_has_no_numbers(tm
     nothing = Board(tmp_path / "none", PLACES).summary()
     assert nothing["mean_vs_best_baseline"] is None
     assert nothing["cells_compared"] == 0
+
+
+def test_the_recommended_column_is_the_export_unless_validation_establishes_another(tmp_path: Path) -> None:
+    board = Board(tmp_path, PLACES[:1])
+    place = PLACES[0]
+    for column, validated in (("chain", 80.0), ("stage-2", 84.0), ("logistic", 60.0), ("neighbour", 60.0)):
+        board.write(place, column, cell(validated) | {"top1": 50.0})
+        assert "recommended" not in board.cells[place]
+    board.write(place, "spreading", cell(85.0) | {"top1": 70.0})  # a standard error of 5.4 points with 100 images
+    assert board.cells[place]["recommended"]["setting"] == "chain"
+    board.write(place, "spreading", cell(86.0) | {"top1": 71.0})
+    assert board.cells[place]["recommended"]["setting"] == "spreading"
+    assert board.values(("digits", "4"), "recommended") == {0: 71.0}
+    assert Board(tmp_path, PLACES[:1]).cells[place]["recommended"]["top1"] == 71.0  # it is no file of its own
 
 
 def test_a_dry_run_lists_what_is_left(

@@ -16,6 +16,7 @@ from pipeline.datasets.splits import Split
 from pipeline.decoding import DEFAULT, Decoding
 
 _DARK = 8  # levels of 255; a constant image below is called black
+_FAINT_RANGE = 32  # levels between the darkest and the brightest pixel; 12 bits in a file of 16 leave 15
 _MAX_GROUPS = 12  # of a finding that are kept, of each the first _MAX_EXAMPLES images
 _MAX_EXAMPLES = 4
 
@@ -264,6 +265,17 @@ def _odd_images(place: int, dataset: Dataset) -> Iterator[Finding]:
             f" {are(int(black.sum()))} black.",
             count=number,
             groups=_single(place, dataset, np.flatnonzero(constant)),
+        )
+    faint = readable & ~constant & (measures["range"] < _FAINT_RANGE)
+    if number := int(faint.sum()):
+        yield Finding(
+            name="faint",
+            level="warning",
+            title=f"Images of little contrast in {dataset.title}",
+            text=f"{images(number)} {'have' if number > 1 else 'has'} fewer than {_FAINT_RANGE} of 256 levels between the darkest"
+            " and the brightest pixel. If files of 16 bits hold 10 or 12, multiply their values by 64 or 16.",
+            count=number,
+            groups=_single(place, dataset, np.flatnonzero(faint)),
         )
     if not readable.any():
         return
