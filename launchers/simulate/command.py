@@ -53,8 +53,8 @@ def run(steps: Sequence[Step], most: int) -> int:
             print(f"\n== {step.stage}: left out: {error}")
     problems = [f"{stage}: {problem}" for stage, told in stages.items() for problem in told["problems"]]
     print(
-        "\nrank 0: collectives of a step, a save and a restore, and files that the restore opens, counted on a small model; opens and"
-        " bytes of a rank are those of the rank with the most"
+        "\nrank 0: collectives of a step, a save and a restore, and files that the restore opens, counted on a small model;"
+        " otherwise opens and bytes are those of the rank with the most"
     )
     for problem in problems:
         print(f"! {problem}")
@@ -81,9 +81,10 @@ def _stage(
     )
     if data.manifest is None:
         print(f"   the data is absent: {ranks.IMAGES} samples in blocks of {ranks.BLOCK} stand in for it")
-    print(
-        "   ranks | files  opens/rank  read/rank | opens from 8 ranks' files | collectives: step save restore | samples"
-    )
+    counted = {world: asdict(at[zero]) for world, at in seen.items()}
+    for world, told in counted.items():
+        print(f"   rank 0 of {world}: " + ", ".join(f"{name} {told[name]}" for name in COUNTED))
+    print("   ranks | files  opens/rank  read/rank | opens from 8 ranks' files | samples")
     found: dict[int, dict[str, Any]] = {}
     refused: dict[int, str] = {}
     for world in worlds:

@@ -2,9 +2,10 @@
 //
 // The work is divided into units of one batch item and at most `unit_channels` channels of one group. The division and
 // the order of sums over units are fixed, so the bits do not depend on the number of threads. A unit walks time in chunks
-// and, inside a chunk, its tiles of W channels. States are computed in blocks of W, so that sums over channels (the
-// gradients of B and C) are W x W transposes. The forward keeps the state at the beginning of each chunk, and the backward
-// recomputes one chunk at a time, so no (Bt, E, L, N) tensor exists.
+// and, inside a chunk, its tiles of W channels. States are computed in blocks of S = W, so that sums over channels (the
+// gradients of B and C) are W x W transposes, or of S = W / 2 where there are no more: half of a block would be padding. The
+// forward keeps the state at the beginning of each chunk, and the backward recomputes one chunk at a time, so no (Bt, E, L, N)
+// tensor exists.
 //
 // Two directions share z and o. The second adds to the output of the first while it is still in the cache.
 
@@ -15,6 +16,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "recurrence.h"
 #include "tiles.h"
 
 using simd::Float;
@@ -59,7 +61,8 @@ struct Plan {
   int64_t group_channels = s.channels / s.groups;
   int64_t blocks = up(group_channels, unit_channels);
   int64_t units = s.batch * s.groups * blocks;
-  int64_t width = up(s.states, W) * W;  // states, padded
+  int64_t block = W > 4 && s.states <= W / 2 ? W / 2 : W;  // S, the states that are computed together
+  int64_t width = up(s.states, block) * block;    // states, padded
   int64_t chunks = up(s.steps, chunk_steps);
   int64_t tile_state = width * W;
 
@@ -121,7 +124,10 @@ Tiles block(float* at) { return {at, tile_floats, W}; }
 // Loads a chunk of B or C as [step][width], with zeros beyond N.
 void load_states(float* out, const Plan& plan, const Strided& s, int64_t steps) {
   std::fill_n(out, steps * plan.width, 0.0f);
-  tiles::load({out, W, plan.width}, s, plan.s.states, steps);
+  if (plan.width < W)
+    tiles::load_narrow(out, plan.width, s, plan.s.states, steps);
+  else
+    tiles::load({out, W, plan.width}, s, plan.s.states, steps);
 }
 
 // The inputs and outputs of the recurrence for one tile and chunk, except the states.
@@ -143,36 +149,7 @@ void prepare(Tile& k, bool softplus, const float* u, const float* delta, Float b
   }
 }
 
-// Computes h_t = 2^(dt rate) h_{t-1} + dt u B_t and y += C_t h_t for W states. With `keep` it stores all a_t, and all h_t
-// beginning with h_{-1}.
-template <bool keep>
-void advance(Tile& k, float* state, const float* rates, const float* B, const float* C, int64_t width, int64_t steps,
-             float* kept_h, float* kept_a) {
-  Float h[W];
-#pragma GCC unroll 16
-  for (int n = 0; n < W; n++) {
-    h[n] = load(state + n * W);
-    if (keep) store(kept_h + n * W, h[n]);
-  }
-  for (int64_t t = 0; t < steps; t++) {
-    Float dt = load(k.dt + t * W), dtu = load(k.dtu + t * W);
-    Float y[2] = {load(k.y + t * W), Float{}};
-#pragma GCC unroll 16
-    for (int n = 0; n < W; n++) {
-      Float a = simd::exp2(dt * load(rates + n * W));
-      h[n] = a * h[n] + dtu * B[t * width + n];
-      y[n % 2] += h[n] * C[t * width + n];
-      if (keep) {
-        store(kept_a + (t * W + n) * W, a);
-        store(kept_h + ((t + 1) * W + n) * W, h[n]);
-      }
-    }
-    store(k.y + t * W, y[0] + y[1]);
-  }
-#pragma GCC unroll 16
-  for (int n = 0; n < W; n++) store(state + n * W, h[n]);
-}
-
+template <int S>
 void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add) {
   const Plan::Unit unit = plan.unit(index);
   const int64_t first = unit.g * plan.group_channels + unit.first;
@@ -201,9 +178,9 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
       for (const Strided* s : {&d.u, &d.delta, &d.z})
         if (*s) tiles::prefetch(here(*s).from_step(chunk_steps), unit.channels, ahead, i, unit.tiles);
       prepare<false>(k, plan.s.softplus, u, y, load(rows.bias + i * W), steps);
-      for (int64_t n = 0; n < plan.width; n += W) {
+      for (int64_t n = 0; n < plan.width; n += S) {
         const int64_t at = i * plan.tile_state + n * W;
-        advance<false>(k, state + at, rows.rates + at, B + n, C + n, plan.width, steps, nullptr, nullptr);
+        advance<S, false>(k.dt, k.dtu, k.y, state + at, rows.rates + at, B + n, C + n, plan.width, steps, nullptr, nullptr);
       }
       if (d.p) std::copy_n(k.y, steps * W, p);
       const Float skip = load(rows.skip + i * W);
@@ -220,48 +197,49 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
   }
 }
 
-// Computes from the last step of a chunk to its first, for W states:
+// Computes from the last step of a chunk to its first, for S states:
 //   lam_t = C_t g_t + a_{t+1} lam_{t+1},  q_t = sum lam_t B_t,  r_t = sum A lam_t a_t h_{t-1}  (spec 4.2)
 // `carried` holds a_{t+1} lam_{t+1}. The results are added to q and r. g is the gradient at C h.
+template <int S>
 void retreat(const Tile& k, const float* g, float* carried, float* g_rates, const float* rates, const float* B,
              const float* C, int64_t width, int64_t steps, const float* kept_h, const float* kept_a, float* q, float* r,
              float* g_B, float* g_C, int64_t g_row) {
   for (int64_t t = steps - 1; t >= 0; t--) {
     const Float dt = load(k.dt + t * W), dtu = load(k.dtu + t * W), g_t = load(g + t * W);
     Float q_t[2] = {load(q + t * W), Float{}}, r_t[2] = {load(r + t * W), Float{}};
-    Float to_B[W], to_C[W];
+    Float to_B[S], to_C[S];
 #pragma GCC unroll 16
-    for (int n = 0; n < W; n++) {
+    for (int n = 0; n < S; n++) {
       Float lam = g_t * C[t * width + n] + load(carried + n * W);
       q_t[n % 2] += lam * B[t * width + n];
       to_B[n] = lam * dtu;
-      to_C[n] = g_t * load(kept_h + ((t + 1) * W + n) * W);
-      Float passed = lam * load(kept_a + (t * W + n) * W);
+      to_C[n] = g_t * load(kept_h + ((t + 1) * S + n) * W);
+      Float passed = lam * load(kept_a + (t * S + n) * W);
       store(carried + n * W, passed);
-      Float decay = passed * load(kept_h + (t * W + n) * W);
+      Float decay = passed * load(kept_h + (t * S + n) * W);
       r_t[n % 2] += decay * load(rates + n * W);
       store(g_rates + n * W, load(g_rates + n * W) + decay * dt);
     }
     store(q + t * W, q_t[0] + q_t[1]);
     store(r + t * W, r_t[0] + r_t[1]);
-    Float sum_B = simd::sum_lanes(to_B), sum_C = simd::sum_lanes(to_C);
-    store(g_B + t * g_row, load(g_B + t * g_row) + sum_B);
-    store(g_C + t * g_row, load(g_C + t * g_row) + sum_C);
+    simd::add_sums<S>(g_B + t * g_row, to_B);
+    simd::add_sums<S>(g_C + t * g_row, to_C);
   }
 }
 
+template <int S>
 void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add) {
   const Plan::Unit unit = plan.unit(index);
   const int64_t first = unit.g * plan.group_channels + unit.first, row = unit.b * plan.s.channels + first;
   const int64_t unit_state = unit_tiles * plan.tile_state, chunk_states = chunk_steps * plan.width;
-  Arena arena(Rows::floats(plan) + 2 * unit_state + 2 * chunk_states + plan.tile_state + (2 * chunk_steps + 1) * W * W +
+  Arena arena(Rows::floats(plan) + 2 * unit_state + 2 * chunk_states + plan.tile_state + (2 * chunk_steps + 1) * S * W +
               2 * unit_channels + 5 * block_floats);
   const Rows rows(arena, plan, d, first, unit.channels);
   float *carried = arena.take(unit_state), *g_rates = arena.take(unit_state);
   float *g_skip = arena.take(unit_channels), *g_bias = arena.take(unit_channels);
   std::fill_n(carried, 2 * unit_state + 2 * unit_channels, 0.0f);
   float *B = arena.take(chunk_states), *C = arena.take(chunk_states), *state = arena.take(plan.tile_state);
-  float *kept_h = arena.take((chunk_steps + 1) * W * W), *kept_a = arena.take(chunk_steps * W * W);
+  float *kept_h = arena.take((chunk_steps + 1) * S * W), *kept_a = arena.take(chunk_steps * S * W);
   float *us = arena.take(block_floats), *deltas = arena.take(block_floats), *zs = arena.take(block_floats);
   float *g_os = arena.take(block_floats), *g_ps = arena.take(block_floats);
   float *g_B = d.partial_B + index * plan.s.steps * plan.width, *g_C = d.partial_C + index * plan.s.steps * plan.width;
@@ -303,10 +281,10 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
       }
 
       std::copy_n(plan.carry(d, index, chunk) + i * plan.tile_state, plan.tile_state, state);
-      for (int64_t n = 0; n < plan.width; n += W) {
+      for (int64_t n = 0; n < plan.width; n += S) {
         const int64_t at = i * plan.tile_state + n * W;
-        advance<true>(k, state + n * W, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a);
-        retreat(k, g_Ch, carried + at, g_rates + at, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a,
+        advance<S, true>(k.dt, k.dtu, k.y, state + n * W, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a);
+        retreat<S>(k, g_Ch, carried + at, g_rates + at, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a,
                 q, r, g_B + g_first + t0 * g_row + n, g_C + g_first + t0 * g_row + n, g_row);
       }
 
@@ -342,8 +320,11 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
   }
 }
 
-void for_units(const Scan& s, void (*work)(const Plan&, const Direction&, int64_t, bool)) {
+using Work = void (*)(const Plan&, const Direction&, int64_t, bool);
+
+void for_units(const Scan& s, Work wide, Work narrow) {
   const Plan plan{s};
+  const Work work = plan.block == W ? wide : narrow;
   const int64_t unit_work = std::min(unit_channels, plan.group_channels) * s.steps * plan.width + 1;
   at::parallel_for(0, plan.units, up(thread_work, unit_work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
@@ -362,8 +343,8 @@ int64_t scan_carry_floats(const Scan* s) {
 }
 int64_t scan_blocks(const Scan* s) { return Plan{*s}.blocks; }
 int64_t scan_width(const Scan* s) { return Plan{*s}.width; }
-void scan_forward(const Scan* s) { for_units(*s, forward_unit); }
-void scan_backward(const Scan* s) { for_units(*s, backward_unit); }
+void scan_forward(const Scan* s) { for_units(*s, forward_unit<W>, forward_unit<W / 2>); }
+void scan_backward(const Scan* s) { for_units(*s, backward_unit<W>, backward_unit<W / 2>); }
 
 // out[o][i] = sum over k of partials[o][k][i], in the order of k; 0 if count is 0.
 void sum_partials(float* out, const float* partials, int64_t outer, int64_t count, int64_t size) {

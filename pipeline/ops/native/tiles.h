@@ -73,6 +73,17 @@ inline void load(Tiles to, const Strided& s, int64_t channels, int64_t steps) {
   s.bf16 ? load_as<uint16_t>(to, s, channels, steps) : load_as<float>(to, s, channels, steps);
 }
 
+// Reads `steps` steps of fewer channels than W as rows of `width` floats, whose other floats stay as they are.
+template <class T>
+void load_narrow_as(float* to, int64_t width, const Strided& s, int64_t channels, int64_t steps) {
+  const T* p = static_cast<const T*>(s.data);
+  for (int64_t t = 0; t < steps; t++)
+    for (int64_t c = 0; c < channels; c++) to[t * width + c] = simd::widen(p[c * s.channel + t * s.step]);
+}
+inline void load_narrow(float* to, int64_t width, const Strided& s, int64_t channels, int64_t steps) {
+  s.bf16 ? load_narrow_as<uint16_t>(to, width, s, channels, steps) : load_narrow_as<float>(to, width, s, channels, steps);
+}
+
 // Prefetches slice `slice` of `slices` of a block of channels and steps. A scan computes for microseconds on one chunk,
 // and the memory would be idle meanwhile. always_inline is needed, because GCC considers a function that only prefetches
 // to have no effect and removes its calls.

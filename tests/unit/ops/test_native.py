@@ -37,6 +37,20 @@ def test_any_number_of_threads_gives_the_same_bits(name):
 
 
 @pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_that_do_nothing_change_no_bit_of_the_others(name, dtype):
+    """Few states are computed in half a block; beside states without input or output they fill a whole one."""
+    few = scan_inputs(2, 20, 45, 7, channels_last=True)
+    u, delta, A, B, C, *rest = (x.to(dtype) if x.dim() == 3 else x for x in few)
+    idle = torch.zeros(2, 25, 45, dtype=dtype)
+    many = [u, delta, torch.cat([A, -torch.ones(20, 25)], 1), torch.cat([B, idle], 1), torch.cat([C, idle], 1), *rest]
+    wanted = outputs_and_gradients(operators(name).scan, [u, delta, A, B, C, *rest])
+    found = outputs_and_gradients(operators(name).scan, many)
+    found[3], found[4], found[5] = found[3][:, :7], found[4][:, :7], found[5][:, :7]  # of A, B and C
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", NATIVE)
 def test_outputs_keep_the_layout_of_u(name):
     last = operators(name).scan(*scan_inputs(2, 20, 23, 5, channels_last=True))
     first = operators(name).scan(*scan_inputs(2, 20, 23, 5))
