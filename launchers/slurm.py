@@ -20,6 +20,7 @@ from launchers.chain import Step, open_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.job import Job
 from launchers.preflight import refuse, refuse_other_values
+from pipeline.books import Submission, read_book
 from pipeline.errors import EnvironmentProblem, PipelineError
 from pipeline.files import replace_text
 from pipeline.train.gpus import QUIET_BUT_FOR_CUDA
@@ -192,8 +193,7 @@ def active_job(step: Step, cluster: ClusterConfig) -> str:
 
 def record(run: Path) -> dict[str, Any]:
     """Read what was last submitted for a run's folder; empty if nothing was."""
-    path = run.parent / FOLDER / f"{run.name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_book(run.parent / FOLDER / f"{run.name}.json", Submission)
 
 
 def _frozen_config(step: Step) -> Path:

@@ -187,10 +187,8 @@ def _last(run: Path, name: str) -> float:
 def _verdict(told: dict[str, Any]) -> str:
     """How the last start of the job ended, and what followed."""
     path = Path(told["logs"]) / told["job"] / "verdicts.jsonl"
-    if not path.is_file():
-        return "has no verdict yet"
-    row = read_rows(path)[-1]
-    return f"ended with {row['code']}: {row['then']}"
+    rows = [row for row in read_rows(path) if "code" in row and "then" in row]
+    return f"ended with {rows[-1]['code']}: {rows[-1]['then']}" if rows else "has no verdict yet"
 
 
 def _clock(seconds: float) -> str:

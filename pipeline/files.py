@@ -15,6 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 # File systems that many nodes share. Programs that are built for one node's CPU, under locks, do not belong there.
@@ -22,8 +23,12 @@ NETWORK = re.compile(r"nfs\d?|lustre|gpfs|beegfs\w*|ceph|cifs|smb\d?|afs|panfs|w
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a regular file as 64 hexadecimal digits.
+
+    Raises:
+        OSError: It is absent, or cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -84,8 +89,8 @@ def real_path(path: Path | str) -> Path:
     return Path(os.path.realpath(path))
 
 
-def read_regular(path: Path) -> bytes:
-    """Return the content of a regular file, without waiting for a FIFO or a device.
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading, without waiting for a FIFO or a device.
 
     Raises:
         OSError: It is absent, or cannot be read, or is no regular file.
@@ -94,9 +99,19 @@ def read_regular(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except ValueError as error:  # a NUL or a lone surrogate in the name
         raise OSError(errno.EINVAL, str(error)) from None
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file, without waiting for a FIFO or a device.
+
+    Raises:
+        OSError: It is absent, or cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
         return file.read()
 
 
@@ -156,7 +171,8 @@ def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
             _sync(written)
     old = path.with_name(f".{path.name}.old")
     _remove(old)
-    if path.is_dir():  # a rename replaces files and empty folders only
+    # A rename replaces a file by a file, and an empty folder by a folder.
+    if path.is_dir() or (temporary.is_dir() and os.path.lexists(path)):
         os.replace(path, old)
     os.replace(temporary, path)
     if sync:
@@ -165,7 +181,7 @@ def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
