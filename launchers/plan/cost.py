@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FP32 = 4
+FP32, BF16 = 4, 2  # bytes
 # DeepSpeed 0.19: ZeRO 1 and 2 pad each group to a multiple of ALIGNMENT x N; ZeRO 3 keeps parameters whole up to this size.
 ALIGNMENT = 2
 PERSISTENT = 100_000
@@ -17,11 +17,19 @@ PERSISTENT = 100_000
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trained parameter: its name, its number of elements, and the index of its group in the optimizer."""
+    """A trained parameter.
+
+    Attributes:
+        name: Its name.
+        numel: Its number of elements.
+        group: The index of its group in the optimizer.
+        copied_bytes: Bytes of an element on its way to the inference copy of an average.
+    """
 
     name: str
     numel: int
     group: int
+    copied_bytes: int = FP32
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,9 @@ def traffic(
     averages: int,
     inferred: int = 0,
 ) -> int:
-    """Count the bytes that a rank sends in one optimizer step, over rings. All travel as fp32, since bf16 is autocast.
+    """Count the bytes that a rank sends in one optimizer step, over rings.
+
+    Gradients and weights travel as fp32, since bf16 is autocast; only to an inference copy does each travel in its own size.
 
     ZeRO 0 reduces all gradients. ZeRO 1 reduces and scatters them and gathers the weights. ZeRO 2 does so for every
     micro-batch. ZeRO 3 gathers the weights for every forward and backward pass. ZeRO 1 and 2 gather the inference copy of
@@ -201,9 +211,11 @@ def traffic(
         averages: Number of averages of the trained weights.
         inferred: Those of them that predict in a step.
     """
-    once = FP32 * sum(p.numel for p in parameters) * (world_size - 1) / world_size
+    to_others = (world_size - 1) / world_size
+    once = FP32 * sum(p.numel for p in parameters) * to_others
+    copied = sum(p.copied_bytes * p.numel for p in parameters) * to_others
     passes = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero_stage]
-    return round(once * (passes + {0: 0, 3: inferred * accumulation}.get(zero_stage, averages)))
+    return round(once * passes + copied * {0: 0, 3: inferred * accumulation}.get(zero_stage, averages))
 
 
 def collectives(

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from launchers.plan.cost import Parameter
+from launchers.plan.cost import BF16, FP32, Parameter
 from launchers.plan.step_time import Passes, Work
 from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
 from pipeline.models.backbone.adapt import adapt
 from pipeline.models.flops import ScanSize, forward_cost
+from pipeline.ssl.inference_copy import rounded_by_autocast
 from pipeline.train.optim import parameter_groups
 from stages import spec_of
 from stages.check import NONE_PENDING, Pending, parent_models
@@ -131,7 +132,8 @@ def trained_parameters(model: nn.Module, config: StageConfig) -> tuple[Parameter
     groups = parameter_groups(model, config.optim)  # type: ignore[arg-type]
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return tuple(Parameter(name, p.numel(), group_of[id(p)]) for name, p in named)
+    halves = rounded_by_autocast(model) if config.engine.precision == "bf16" else ()
+    return tuple(Parameter(name, p.numel(), group_of[id(p)], BF16 if name in halves else FP32) for name, p in named)
 
 
 def activation_bytes(model: nn.Module, batch: int, image_size: tuple[int, int], bf16: bool) -> int:

@@ -87,6 +87,16 @@ def test_averages_are_gathered_where_they_are_cut(zero: int, gathers: int) -> No
     assert sent(2, 1) - sent(0, 0) == pytest.approx(gathers * 2 * sum(p.numel for p in TEN), abs=1)
 
 
+def test_matrices_travel_to_an_inference_copy_in_bf16_and_nothing_else_does() -> None:
+    halves = tuple(replace(p, copied_bytes=2) if p.group == 0 else p for p in TEN)
+
+    def sent(parameters: tuple[Parameter, ...], averages: int) -> int:
+        return traffic(parameters, zero_stage=1, world_size=2, accumulation=1, averages=averages)
+
+    assert sent(halves, 0) == sent(TEN, 0)
+    assert sent(TEN, 1) - sent(halves, 1) == sum(p.numel for p in TEN if p.group == 0)
+
+
 def test_more_ranks_are_never_slower_and_never_more_than_proportional() -> None:
     def seconds(world: int) -> float:
         sent = traffic(TEN, zero_stage=1, world_size=world, accumulation=1, averages=0)
