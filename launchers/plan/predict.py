@@ -144,7 +144,8 @@ def assumptions(machine: Hardware) -> list[str]:
         f"decoding: {1e3 * IMAGE.least:.3g} to {1e3 * IMAGE.likely:.3g} ms of one core per image of 500 x 375;"
         " workers decode while the device computes",
         f"{machine.node_bandwidth / 1e9:.3g} GB/s from device to device of a node, {machine.network_bandwidth / 1e9:.3g} GB/s"
-        f" from node to node, {1e6 * machine.latency:.3g} us a collective and doubling of the ranks; all numbers travel as fp32",
+        f" from node to node, {1e6 * machine.latency:.3g} us a collective and doubling of the ranks",
+        "numbers travel as fp32; in a bf16 run a teacher's matrices travel as bf16",
         "reductions do not overlap with the backward pass",
         "slow ranks, evaluations and saves are not counted; no likely share has been measured on a GPU",
         "activations are those of a forward pass on the CPU; a GPU's kernels may keep less, its allocator some 10 % more",
