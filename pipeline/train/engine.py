@@ -71,8 +71,7 @@ class Engine:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if config.compile:
             model.compile()  # in place: the names of the weights stay
-        fused = world.device.type == "cuda" and not config.offload_optimizer
-        optimizer = make_optimizer(cast(Trainable, model), optim, fused=fused)
+        optimizer = make_optimizer(cast(Trainable, model), optim)
         self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
@@ -81,7 +80,7 @@ class Engine:
         limit_collectives(config.timeout_seconds)
         self.model: nn.Module = self._deepspeed
         self.base_optimizer: torch.optim.Optimizer = optimizer
-        self.moments = optim.moments
+        self.moments, self.clip_norm = optim.moments, optim.clip_norm
         self.named_parameters = [(n, p) for n, p in self._deepspeed.module.named_parameters() if p.requires_grad]
         self.shards = self._find_shards()
         self._clear_padding()
@@ -127,7 +126,7 @@ class Engine:
         before = self._deepspeed.skipped_steps
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
         if boundary and self.config.zero_stage == 0:  # DeepSpeed keeps no norm there
-            self._norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.named_parameters if p.grad is not None])
+            self._norm = _clip([p.grad for _, p in self.named_parameters if p.grad is not None], self.clip_norm)
         self._deepspeed.step()
         return bool(boundary) and self._deepspeed.skipped_steps == before
 
@@ -159,6 +158,10 @@ class Engine:
         """
         dtype = next(iter(into.values())).dtype
         shards = [shard for shard in self.shards if shard.name in into]
+        if self.config.zero_stage == 0:  # whole parameters, so nothing is cut or put together
+            whole = [(shard.flat if tensors is None else tensors[shard.flat]).detach() for shard in shards]
+            torch._foreach_copy_([into[shard.name] for shard in shards], whole)
+            return
         own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]).to(dtype) for shard in shards]
         if self.replicated:
             pieces = [torch.cat(own)]
@@ -219,8 +222,7 @@ class Engine:
             if optimizer_step:
                 state[flat] = {moment: torch.zeros_like(flat.detach()) for moment in self.moments}
                 if isinstance(self.base_optimizer, torch.optim.AdamW):
-                    where_steps = flat.device if self.base_optimizer.defaults["fused"] else "cpu"
-                    state[flat]["step"] = torch.tensor(optimizer_step, device=where_steps)
+                    state[flat]["step"] = torch.tensor(optimizer_step, device=flat.device)  # as fused AdamW keeps it
         for shard in self.shards:
             where = (shard.name, shard.start, shard.numel)
             shard.of(shard.flat).copy_(read("master", *where))
@@ -325,7 +327,7 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.clip_norm,
+        "gradient_clipping": optim.clip_norm if config.zero_stage else 0.0,  # the engine clips where nothing is cut
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps what is offloaded too
@@ -342,6 +344,15 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
     }
+
+
+@torch.no_grad()
+def _clip(gradients: list[Tensor], largest: float) -> Tensor:
+    """Return the global norm of gradients, and scale them down to `largest` if that is not 0, in one call each."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if largest:
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

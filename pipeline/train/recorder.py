@@ -55,7 +55,10 @@ class Recorder:
         self.records: deque[Record] = deque(maxlen=max(STEPS_KEPT, log_every))
         self._unchecked = 0  # the newest records, of the steps since the last log line
         self.blocks: list[str] = []
-        self._squares: Tensor | None = None
+        self._block_of: list[int] = []  # block of each hook's parameter, in the order of the calls since the last step
+        self._norms: list[Tensor] = []
+        self._order: tuple[list[int], Tensor] | None = None  # the last step's `_block_of`, and the same on the device
+        self._device: torch.device | None = None
 
     def watch(self, model: nn.Module) -> None:
         """Measure the gradients of a model by hooks, before the engine reduces and frees them.
@@ -65,12 +68,12 @@ class Recorder:
         """
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.blocks = list(dict.fromkeys(block_of(name) for name, _ in named))
-        self._squares = torch.zeros(len(self.blocks), device=named[0][1].device)
+        self._device = named[0][1].device
 
         def hook(index: int) -> Any:
-            def add(gradient: Tensor) -> None:
-                assert self._squares is not None
-                self._squares[index] += torch.linalg.vector_norm(gradient.detach().float()).square()
+            def add(gradient: Tensor) -> None:  # one call of torch: small models have hundreds of small gradients
+                self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
+                self._block_of.append(index)
 
             return add
 
@@ -80,9 +83,13 @@ class Recorder:
     def note(self, step: int, data_step: int, drawn: Mapping[str, Batch], loss: Tensor) -> None:
         """Record a step that is over."""
         squares = None
-        if self._squares is not None:
-            squares = self._squares.clone()
-            self._squares.zero_()
+        if self._device is not None:
+            squares = torch.zeros(len(self.blocks), device=self._device)
+            if self._norms:
+                if self._order is None or self._order[0] != self._block_of:
+                    self._order = self._block_of, torch.tensor(self._block_of, device=self._device)
+                squares.index_add_(0, self._order[1], torch.stack(self._norms).square_())
+            self._norms, self._block_of = [], []
         self._unchecked += 1
         self.records.append(Record(step, data_step, {k: b.indices for k, b in drawn.items()}, loss, squares))
 

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from pipeline.train.engine import _clip
 from tests.conftest import ENVIRONMENT, ROOT
 
 CODE = """
@@ -30,3 +34,17 @@ def test_bf16_reaches_the_training_forward_while_weights_and_evaluations_stay_fp
         [sys.executable, "-c", CODE], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["torch.float32", "torch.bfloat16", "torch.float32"], done.stderr
+
+
+@pytest.mark.parametrize("largest", [0.5, 100.0, 0.0])
+def test_gradients_are_clipped_as_torch_clips_them(largest: float) -> None:
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), (2, 2, 2))]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    ours = [weight.grad.clone() for weight in weights]
+    norm = _clip(ours, largest)
+    wanted = torch.nn.utils.clip_grad_norm_(weights, largest or float("inf"))
+    assert float(norm) == pytest.approx(float(wanted), rel=1e-6)
+    for own, weight in zip(ours, weights, strict=True):
+        torch.testing.assert_close(own, weight.grad, rtol=1e-6, atol=0)
