@@ -126,8 +126,8 @@ fuzz: $(STAMP)  ## feed 10,000 damaged and hostile inputs to the commands: CASES
 	$(PY) -m tests.fuzz --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
 
 .PHONY: gpu-check
-gpu-check: $(STAMP)  ## check and time the kernels on this machine's GPU, into docs/gpu/; without one, what a CPU can check
-	$(PY) -m benchmarks.gpu_check
+gpu-check: $(STAMP)  ## check everything that needs a GPU on this machine's, into docs/gpu/: MINUTES=30; without one, what a CPU can check
+	$(PY) -m benchmarks.gpu_check --minutes $(or $(MINUTES),30)
 
 test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there
 	$(PY) -m pytest tests/package

@@ -3,7 +3,9 @@
 Throughput is compared with timm's own WebDataset path: its reader, its transforms, uint8 fast collate, its prefetcher's
 normalisation. Both sides read the same shards with as many workers and take turns in one run; the clock runs between two
 batches of the steady state. The ratio is the median over the turns, so that a machine shared with other work slows both.
-Needs about 400 MB of temporary space and three minutes on two cores.
+Where other work takes most of the cores, the ratio of rates is noise, and that of the CPU times (`cpu_ms`: one process, no
+workers, processor time per image) still says which side does less work. Needs about 400 MB of temporary space, and less than five
+minutes on two quiet cores.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +44,11 @@ from pipeline.streaming.transforms import train_views
 from tests.unit.storage.flaky import serve
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BATCH, WORKERS, NUM_IMAGES = 64, 2, 2048
-FIRST, LAST = 4, 24  # between these batches the clock runs; the rest of the epoch keeps the workers busy
+BATCH, WORKERS, NUM_IMAGES = 64, 2, 1536
+FIRST, LAST = 4, 18  # between these batches the clock runs; the rest of the epoch keeps the workers busy
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 RANKS = 8
+CPU_BATCHES = 3  # that the processor time is measured over, after a first one
 
 
 @dataclass
@@ -93,8 +96,17 @@ def steady_rate(batches: Iterable[int]) -> float:
     return seen / (time.perf_counter() - start)
 
 
-def timm_rate(manifest: Manifest, rand_augment: str) -> float:
-    """Return the images per second of timm's path."""
+def cpu_ms(batches: Iterable[int]) -> float:
+    """Return the milliseconds of processor time per image of an iterator of batch sizes that has no workers."""
+    sizes = iter(batches)
+    next(sizes)
+    start = time.process_time()
+    seen = sum(itertools.islice(sizes, CPU_BATCHES))
+    return 1e3 * (time.process_time() - start) / seen
+
+
+def timm_batches(manifest: Manifest, rand_augment: str, workers: int) -> Generator[int, None, None]:
+    """Yield the sizes of the batches of timm's path."""
     from timm.data import create_dataset, create_loader
 
     shards = f"{{000000..{len(manifest.shards) - 1:06d}}}.tar|{manifest.num_samples}"
@@ -107,16 +119,17 @@ def timm_rate(manifest: Manifest, rand_augment: str) -> float:
         color_jitter=0.0,
         auto_augment=rand_augment or None,
         interpolation="bicubic",
-        num_workers=WORKERS,
+        num_workers=workers,
         use_prefetcher=True,
         device=torch.device("cpu"),
         persistent_workers=False,
     )
-    return steady_rate(len(labels) for _, labels in loader)
+    for _, labels in loader:
+        yield len(labels)
 
 
-def our_rate(manifest: Manifest, rand_augment: str) -> float:
-    """Return the images per second of our loader."""
+def our_batches(manifest: Manifest, rand_augment: str, workers: int) -> Generator[int, None, None]:
+    """Yield the sizes of the batches of our loader."""
     loader = Loader(
         manifest,
         np.arange(manifest.num_samples),
@@ -125,27 +138,48 @@ def our_rate(manifest: Manifest, rand_augment: str) -> float:
         world_size=1,
         seed=0,
         views=train_views((224, 224), AugmentConfig(rand_augment=rand_augment), MEAN, STD),
-        config=LoaderConfig(virtual_readers=8, workers=WORKERS),
+        config=LoaderConfig(virtual_readers=8, workers=workers),
     )
-    rate = steady_rate(len(batch) for batch in loader.batches())
-    loader.close()
-    return rate
+    try:
+        for batch in loader.batches():
+            yield len(batch)
+    finally:
+        loader.close()
 
 
 def throughput(manifest: Manifest, rounds: int) -> dict[str, float]:
     """Measure both sides in turn, `rounds` times, without and with RandAugment."""
     found: dict[str, float] = {}
     for name, rand_augment in (("", ""), ("_randaugment", RAND_AUGMENT)):
-        pairs = []
+        pairs, costs = [], []
         for turn in range(rounds):
-            sides: list[Callable[[Manifest, str], float]] = [timm_rate, our_rate]
-            rates = {side: side(manifest, rand_augment) for side in (sides if turn % 2 else sides[::-1])}
-            pairs.append((rates[our_rate], rates[timm_rate]))
-            print(f"images/s{name}: ours {pairs[-1][0]:.0f}, timm {pairs[-1][1]:.0f}", flush=True)
+            sides = [timm_batches, our_batches]
+            rates, cpu = {}, {}
+            for side in sides if turn % 2 else sides[::-1]:
+                rates[side] = _measured(steady_rate, side(manifest, rand_augment, WORKERS))
+                cpu[side] = _measured(cpu_ms, side(manifest, rand_augment, 0))
+            pairs.append((rates[our_batches], rates[timm_batches]))
+            costs.append((cpu[our_batches], cpu[timm_batches]))
+            print(
+                f"images/s{name}: ours {pairs[-1][0]:.0f}, timm {pairs[-1][1]:.0f};"
+                f" CPU ms per image: ours {costs[-1][0]:.1f}, timm {costs[-1][1]:.1f}",
+                flush=True,
+            )
         found[f"images_per_second_vs_timm_webdataset{name}"] = statistics.median(a / b for a, b in pairs)
         found[f"images_per_second{name}"] = statistics.median(a for a, _ in pairs)
         found[f"images_per_second_timm{name}"] = statistics.median(b for _, b in pairs)
+        found[f"cpu_ms_vs_timm_webdataset{name}"] = statistics.median(b / a for a, b in costs)
+        found[f"cpu_ms{name}"] = statistics.median(a for a, _ in costs)
+        found[f"cpu_ms_timm{name}"] = statistics.median(b for _, b in costs)
     return found
+
+
+def _measured(measure: Callable[[Iterable[int]], float], batches: Generator[int, None, None]) -> float:
+    """Return what is measured, and end the workers of the side before the other takes its turn."""
+    try:
+        return measure(batches)
+    finally:
+        batches.close()
 
 
 def decoders(jpegs: list[bytes]) -> dict[str, float]:

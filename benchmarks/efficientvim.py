@@ -6,9 +6,8 @@ them. The "fastest form" of a model is the faster of torch eager (timm's in both
 ONNX Runtime; without onnxruntime (extra `onnx`) the keys that need it are null. `fused_error` is the largest error
 of our forms over the largest logit.
 
-`--sizes 224 512 1024` adds the table of benchmarks/inference.py (Table E, Figures A and D), with at each size the largest batch
-up to --batch that memory allows. `--pareto` adds the Pareto front of benchmarks/pareto.py (Figure B). Tables and plots go to
---out. The paper's EMO, EfficientMod and MobileFormer are not in timm and are not measured.
+The table by resolution is that of benchmarks/inference.py, and the Pareto front that of benchmarks/pareto.py. The paper's EMO,
+EfficientMod and MobileFormer are not in timm and are not measured.
 """
 
 import argparse
@@ -18,27 +17,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import inference, pareto
+from benchmarks.rivals import THREADS, Run, medians, onnx_run
 from pipeline.cli import guarded
-from pipeline.exports.onnx import write_onnx
 from pipeline.models import build_model
 from pipeline.models.efficientvim.fused import fuse
 from pipeline.models.efficientvim.model import EfficientViM
 from pipeline.models.efficientvim.packed import pack
 from pipeline.ops.torchvision_cpu import allow_torchvision
-
-THREADS = 2
-# Seconds of rest before each turn. The threads of ONNX Runtime and of OpenMP spin for a while after their work and would slow
-# the next model by a third.
-REST = 0.25
-Run = Callable[[], Any]
 
 
 def as_if_trained(model: nn.Module) -> nn.Module:
@@ -74,33 +65,6 @@ def ours(name: str, image_size: int) -> EfficientViM:
     model = as_if_trained(build_model(name, image_size=image_size))
     assert isinstance(model, EfficientViM)
     return model
-
-
-def medians(rivals: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each rival over `rounds`, in which they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in rivals.values():
-        run()
-        run()  # warm-up: some things are built, chosen or allocated once
-    for _ in range(rounds):
-        for name, run in rivals.items():
-            time.sleep(REST)
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def onnx_run(model: nn.Module, images: Tensor, folder: Path, name: str) -> Run:
-    """Export a model to `folder` and return a run of it in ONNX Runtime on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    path = write_onnx(model, folder / f"{name}.onnx", tuple(images.shape[-2:]))
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {"images": images.numpy()}
-    return lambda: session.run(None, feed)
 
 
 def eager_runs(model: nn.Module, images: Tensor, name: str) -> dict[str, Run]:
@@ -185,12 +149,6 @@ def by_layer(packed: nn.Module, images: Tensor, rounds: int) -> None:
         print(f"{group or 'the whole call':40s} {1e3 * value:8.1f} ms")
 
 
-def show(folder: Path) -> None:
-    """Print the tables of a section."""
-    for table in sorted((folder / "tables").glob("*.md")):
-        print(table.read_text())
-
-
 @torch.inference_mode()
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark and return its exit code."""
@@ -202,11 +160,6 @@ def _run(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument(
-        "--sizes", type=int, nargs="*", default=[], help="pixels on a side, for the table by resolution"
-    )
-    parser.add_argument("--pareto", action="store_true", help="the Pareto front of speed and reported accuracy")
-    parser.add_argument("--out", type=Path, default=Path("runs/efficientvim"), help="folder of these tables and plots")
     parser.add_argument("--profile", action="store_true", help="print where the packed M4 spends its time")
     arguments = parser.parse_args(words)
     torch.set_num_threads(THREADS)
@@ -214,11 +167,6 @@ def _run(words: list[str]) -> int:
         result = headline(arguments.rounds, arguments.batch, Path(folder))
     if arguments.profile:
         by_layer(pack(ours("efficientvim_m4", 224)), torch.randn(arguments.batch, 3, 224, 224), arguments.rounds)
-    few = max(3, arguments.rounds // 5)
-    if arguments.sizes:
-        show(inference.run([], arguments.sizes, arguments.batch, few, arguments.out / "inference", deployed=True))
-    if arguments.pareto:
-        show(pareto.run([], arguments.batch, few, arguments.out / "pareto"))
     print(json.dumps({k: None if v is None else float(f"{v:.4g}") for k, v in result.items()}))
     return 0
 

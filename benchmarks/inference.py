@@ -1,12 +1,21 @@
-"""Cost of inference over resolutions: EfficientViM's Table E; its Figure A on a GPU, its Figure D on a CPU."""
+"""Cost of inference.
+
+Without models and sizes it compares our models in their fastest form with their rivals on 2 threads of this CPU, and prints one
+JSON object last. With models or sizes it measures throughput against resolution: EfficientViM's Table E (by default its models);
+its Figure A on a GPU, its Figure D on a CPU.
+"""
 
 import argparse
+import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks import efficientvim, vision_mamba
+from benchmarks.rivals import THREADS
 from pipeline.cli import guarded
 from pipeline.errors import ConfigError
 from pipeline.evaluate.speed import Cost, measure_inference
@@ -34,13 +43,23 @@ def main(arguments: Sequence[str]) -> int:
 def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: those of EfficientViM's Table E")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="pixels a side")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels a side; default with models: 224")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--rounds", type=int, help="rounds that count; default 5, and 20 for the comparison with rivals"
+    )
     parser.add_argument("--deployed", action="store_true", help="fold batch norms and branches, as models are deployed")
     parser.add_argument("--out", type=Path, default=Path("runs/inference"))
     given = parser.parse_args(arguments)
-    folder = run(given.models, given.sizes, given.batch, given.rounds, given.out, deployed=given.deployed)
+    if not given.models and given.sizes is None:
+        torch.set_num_threads(THREADS)
+        with tempfile.TemporaryDirectory() as work, torch.inference_mode():
+            rounds = given.rounds or 20
+            found = vision_mamba.headline(rounds, Path(work)) | efficientvim.headline(rounds, given.batch, Path(work))
+        print(json.dumps({key: None if value is None else float(f"{value:.4g}") for key, value in found.items()}))
+        return 0
+    rounds = 5 if given.rounds is None else given.rounds
+    folder = run(given.models, given.sizes or [224], given.batch, rounds, given.out, deployed=given.deployed)
     print(show_section(folder))
     return 0
 

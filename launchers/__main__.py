@@ -98,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--train", type=Path, nargs="+", metavar="DIR", help="datasets; default: data/NAME/train")
     for option, text in (("split", "split file of --train"), ("validation", "dataset"), ("test", "dataset")):
         recipe.add_argument(f"--{option}", type=Path, metavar="PATH", help=text)
-    recipe.add_argument("--budget", help="time for the whole chain, such as 30m (the default) or 2h")
+    recipe.add_argument(
+        "--budget",
+        help="for the whole chain: a time such as 30m (the default) or 2h, or counted work such as 4T, 4 * 10^12 FLOPs",
+    )
     recipe.add_argument(
         "--flips", choices=("test", "yes", "no"), default="test", help="horizontal flips; default: test"
     )

@@ -28,7 +28,7 @@ def run(steps: Sequence[Step]) -> None:
     config = steps[-1].config
     try:
         data = open_data(config)
-        tests = [open_dataset(config.data.test)] if config.data.test is not None else []
+        tests = [open_dataset(config.data.test, config.data.opening)] if config.data.test is not None else []
         found = quick_check(data.manifest, tests, data.split)
         kept = [{name: value for name, value in asdict(f).items() if name != "groups"} for f in found]
         replace_text(steps[-1].folder.parent / DATA_CHECK, json.dumps({"findings": kept}, indent=1) + "\n")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pipeline.cli import guarded
 from pipeline.config import validate
-from pipeline.datasets.config import SplitConfig
+from pipeline.datasets.config import SplitConfig, add_opening, opening_of
 from pipeline.datasets.convert.command import add_convert, count
 from pipeline.datasets.text import shown
+from pipeline.decoding import Decoding
 from pipeline.errors import DataError, EnvironmentProblem, PipelineError
 
 # A path that a person gave cannot be read or written.
@@ -55,6 +56,7 @@ def _path_problem(error: Exception) -> PipelineError | None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", type=Path, help="folder of the dataset")
     parser.add_argument("--processes", type=count, default=os.cpu_count() or 1, help="default: one per CPU")
+    add_opening(parser)
     parser.set_defaults(run=_verify)
 
 
@@ -62,8 +64,9 @@ def _verify(args: argparse.Namespace) -> None:
     from pipeline.datasets.opening import open_dataset
     from pipeline.datasets.verify import verify
 
-    manifest = open_dataset(args.dataset)
-    problems = list(verify(manifest, args.processes))
+    opening = opening_of(args)
+    manifest = open_dataset(args.dataset, opening)
+    problems = list(verify(manifest, args.processes, Decoding(max_pixels=opening.max_pixels)))
     if problems:
         head = f"{args.dataset}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise DataError("\n  ".join([head, *problems]))
@@ -88,6 +91,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
         "--split", type=Path, help="split file; describe its labelled, unlabelled and validation samples too"
     )
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="write a contact sheet: a row of images per class")
+    add_opening(parser)
     parser.set_defaults(run=_show)
 
 
@@ -98,7 +102,7 @@ def _show(args: argparse.Namespace) -> None:
     from pipeline.datasets.show import contact_sheet, describe
     from pipeline.datasets.splits import read_split
 
-    manifest = read_manifests(args.dataset)
+    manifest = read_manifests(args.dataset, opening_of(args))
     everything = np.arange(manifest.num_samples)
     print(*describe(manifest, everything, str(manifest)), sep="\n")
     if args.split:
@@ -128,6 +132,7 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
         help="write K more splits beside the one of all labels, each of which holds another K-th of the labels out;"
         " `python -m studies.folds` trains on them (cross-validation)",
     )
+    add_opening(parser)
     parser.set_defaults(run=_split)
 
 
@@ -138,7 +143,7 @@ def _split(args: argparse.Namespace) -> None:
 
     given = {name: getattr(args, name) for name in SplitConfig.model_fields}
     config = validate(SplitConfig, given, "split")
-    manifest = read_manifests(args.dataset)
+    manifest = read_manifests(args.dataset, opening_of(args))
     split = make_split(manifest, config, args.seed)
     folds = make_folds(split, manifest, args.folds, args.seed) if args.folds else []
     paths = [args.out, *(fold_path(args.out, k + 1, len(folds)) for k in range(len(folds)))]

@@ -32,6 +32,11 @@ def add_options(parser: argparse.ArgumentParser, ground: str) -> None:
         metavar="R,G,B",
         help=f"red, green and blue, 0 to 255, behind transparent pixels (default: {ground})",
     )
+    add_max_pixels(parser)
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Give a command the option --max-pixels; None = MAX_PIXELS."""
     parser.add_argument(
         "--max-pixels",
         type=_pixels,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pipeline.cli import guarded
+from pipeline.datasets.config import add_opening, opening_of
 from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.splits import Split, read_split
@@ -47,6 +48,7 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument(
         "--weight-decay", type=float, default=1e-3, help="crt: penalty on the new head's weights (default 0.001)"
     )
+    add_opening(parser)
     parser.add_argument("--out", type=Path, help="folder to write (default: EXPORT-METHOD)")
     given = parser.parse_args(arguments)
     _check(given)
@@ -81,7 +83,7 @@ def rebalance(given: argparse.Namespace) -> None:
     """
     card = Card.read(given.export)
     card.check_classifier(given.export)
-    train = read_manifests(given.train)
+    train = read_manifests(given.train, opening_of(given))
     if {*train.classes} <= {*card.classes}:
         train = with_classes(train, card.classes)
     card.check_classes(train.classes, given.export)
@@ -165,7 +167,7 @@ def _rows(
     views = eval_views(card.model.image_size, mean=look.mean, std=look.std, view=look.view, decoding=look.decoding)
     for name, layer in layers.items():
         batches = evaluation_batches(
-            data, sample_indices, batch_size=card.eval_batch, rank=0, world_size=1, views=views
+            data, sample_indices, batch_size=card.eval_batch, rank=0, world_size=1, views=views, device=device
         )
         found = features_of(model, layer, batches, device)
         columns.append(shares[name] * found.values.cpu())

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 from pipeline.config import find_config
+from pipeline.datasets.config import Opening
 from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.opening import open_dataset
@@ -52,7 +53,7 @@ def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
     manifest, subsets = data.manifest, data.subsets
     check_readers(config, spec.streams(config, subsets), world_size)
     if config.data.test is not None:
-        open_labelled("data.test", config.data.test, manifest)
+        open_labelled("data.test", config.data.test, manifest, config.data.opening)
     if config.loop.compares and not len(data.held_out.sample_indices):
         key = "select=best" if config.loop.select == "best" else "patience"
         raise ConfigError(
@@ -157,7 +158,7 @@ def open_data(config: StageConfig) -> StageData:
         DataError: A manifest or the split is missing or damaged, or they do not belong together.
     """
     data = config.data
-    manifest = read_manifests(data.train_folders)
+    manifest = read_manifests(data.train_folders, data.opening)
     if data.split is None:
         split, known = None, manifest.labels >= 0
         subsets = Subsets(np.flatnonzero(known), np.flatnonzero(~known), np.empty(0, np.int64))
@@ -171,7 +172,7 @@ def open_data(config: StageConfig) -> StageData:
             f"data.validation is {data.validation}, but data.split {data.split} holds out {len(subsets.validation)} samples"
             " too; set data.validation=null, or make a split with --validation-per-class 0"
         )
-    held_out = open_labelled("data.validation", data.validation, manifest)
+    held_out = open_labelled("data.validation", data.validation, manifest, data.opening)
     if held_out.manifest.hash in manifest.first_index:
         raise ConfigError(
             f"data.validation = {data.validation} is among the training data; give another dataset, or hold samples out with"
@@ -180,19 +181,20 @@ def open_data(config: StageConfig) -> StageData:
     return StageData(manifest, split, subsets, held_out)
 
 
-def open_labelled(key: str, folder: Path, train: Manifest) -> Held:
+def open_labelled(key: str, folder: Path, train: Manifest, opening: Opening) -> Held:
     """Open a dataset that is only evaluated: its samples with a label, counted in the classes of the training data.
 
     Args:
         key: The config key that names it.
         folder: Its folder.
         train: The training manifest.
+        opening: How it is opened if it has no shards.
 
     Raises:
         DataError: It cannot be opened, or no sample has a label.
         HandoverError: It has a class that the training data does not have.
     """
-    found = open_dataset(folder)
+    found = open_dataset(folder, opening)
     try:
         manifest = with_classes(found, train.classes)
     except DataError as error:

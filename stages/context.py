@@ -184,13 +184,15 @@ class StageContext(Generic[C]):
                 config=config.model_copy(update={"sampling": "uniform"}) if stream.hide_labels else config,
                 hide_labels=stream.hide_labels,
                 quarantine=self.run.folder / "quarantine.jsonl",
+                device=self.world.device,
             )
             for name, stream in self.streams.items()
         }
 
     def datasets(self) -> list[Manifest]:
         """Return the datasets that the run reads: for training, for validation, for the test."""
-        test = [] if self.config.data.test is None else [open_dataset(self.config.data.test)]
+        data = self.config.data
+        test = [] if data.test is None else [open_dataset(data.test, data.opening)]
         return [self.manifest, self.data.held_out.manifest, *test]
 
     def pictures(self, samples: Held, number: int, image_size: tuple[int, int]) -> Tensor:

@@ -14,9 +14,11 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
+from pipeline.models.vision_mamba.mixer import Mixer
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.transforms import View
 from pipeline.train.best import Best
+from pipeline.train.distributed import agree_on_scan
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
 from pipeline.train.recorder import Recorder
@@ -102,6 +104,12 @@ def open_stage(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     recorder = Recorder(loop.log_every)
     if s.world.size > 1 and s.config.engine.sync_batch_norm:
         synchronise_batch_norms(prepared.model, s.world.device)
+    if (
+        s.world.size > 1
+        and s.world.device.type == "cuda"
+        and any(isinstance(m, Mixer) for m in prepared.model.modules())
+    ):
+        agree_on_scan(s.world)
     recorder.watch(prepared.model.to(s.world.device))
     if prepared.backbone.cached_views:  # before the engine may shard the weights
         use_cached_features(s, prepared.model, streams, prepared.backbone)

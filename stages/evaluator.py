@@ -67,9 +67,7 @@ class Evaluator:
             key = manifest.hash, np.asarray(sample_indices).tobytes()
             if key not in self._kept:
                 batches = self._images(manifest, sample_indices, image_size)
-                self._kept[key] = [
-                    replace(batch, images=self.features(batch.images.to(self.world.device)).cpu()) for batch in batches
-                ]
+                self._kept[key] = [replace(batch, images=self.features(batch.images).cpu()) for batch in batches]
             return iter(self._kept[key])
         return self._images(manifest, sample_indices, image_size)
 
@@ -86,6 +84,7 @@ class Evaluator:
             views=views,
             workers=self.config.loader.workers,
             remote=self.config.loader.remote,
+            device=self.world.device,
         )
 
     def predictions(
@@ -177,7 +176,7 @@ class Evaluator:
             The top-1 of each model on the test set, for the card; nothing without one.
         """
         if self.config.test is not None:
-            test, sample_indices = open_labelled("data.test", self.config.test, self.manifest)
+            test, sample_indices = open_labelled("data.test", self.config.test, self.manifest, self.config.opening)
             evaluated_on = "test images"
         else:
             test, sample_indices = self.data.held_out

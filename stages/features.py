@@ -130,12 +130,13 @@ def _compute(s: StageContext[Any], backbone: Backbone, stream: Loader, views: in
             workers=data.loader.workers,
             remote=data.loader.remote,
             seed=seeds.fold(s.config.run.seed, view),
+            device=s.world.device,
         ):
             for name in found:
                 images = batch.images if name == "images" else batch.strong
                 assert images is not None
-                rows[name].append(backbone(images.to(s.world.device)))
-            order.append(batch.indices.to(s.world.device))
+                rows[name].append(backbone(images))
+            order.append(batch.indices)
             if not view and len(order) == 1:
                 _check_memory(rows, len(indices) * views)
         places = gather(torch.cat(order))

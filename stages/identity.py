@@ -43,12 +43,16 @@ def inputs_of(config: StageConfig, manifest: Manifest | None = None) -> dict[str
         manifest: The training manifest, if it is open already.
     """
     data, spec = config.data, spec_of(config)
-    train = functools.cache(lambda: read_manifests(data.train_folders)) if manifest is None else lambda: manifest
+    train = (
+        functools.cache(lambda: read_manifests(data.train_folders, data.opening))
+        if manifest is None
+        else lambda: manifest
+    )
     readers: list[tuple[str, Path | None, Callable[[Path], str]]] = [
         ("data.train", data.train_folders[0], lambda _: train().hash),
         ("data.split", data.split, lambda path: read_split(path, train()).hash),
-        ("data.validation", data.validation, lambda folder: open_dataset(folder).hash),
-        ("data.test", data.test, lambda folder: open_dataset(folder).hash),
+        ("data.validation", data.validation, lambda folder: open_dataset(folder, data.opening).hash),
+        ("data.test", data.test, lambda folder: open_dataset(folder, data.opening).hash),
     ]
     folders = zip(spec.references(config), spec.parents(config).values(), strict=True)
     readers += [(key, folder, lambda folder: Card.read(folder).weights_sha256) for key, folder in folders]

@@ -69,7 +69,7 @@ class SemiTask(Task):
         self.balanced = BalancedHeadLoss(prior, config.balanced_head) if config.balanced_head else None
         self.teacher = Teacher(engine, teacher, config.ema)
         # A class without labels is as rare as one with half a label.
-        rarest = prior[prior > 0].min() / 2
+        rarest = prior.masked_fill(prior == 0, math.inf).min() / 2
         self.adjustment = config.logit_adjustment * prior.clamp(min=rarest).log().float()
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:

@@ -103,7 +103,7 @@ def _splits(step: Step, count: int) -> list[Path]:
             f"{step.path}: cross-validation needs data.split, a split of all labels; make it with `python -m pipeline.data split"
             " DATA --out FILE`"
         )
-    manifest = read_manifests(data.train_folders)
+    manifest = read_manifests(data.train_folders, data.opening)
     split = read_split(data.split, manifest)
     paths = [fold_path(data.split, k + 1, count) for k in range(count)]
     for path, fold in zip(paths, make_folds(split, manifest, count, split.header["seed"]), strict=True):

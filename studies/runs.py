@@ -1,8 +1,6 @@
 """Prepare data, run stages and read their results, as a person would. The first failure ends the study."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 from pipeline.data import main as data
 from pipeline.jsonl import read_rows
+from tests import warm
 
 
 def prepare(*arguments: str) -> None:
@@ -23,7 +22,7 @@ def prepare(*arguments: str) -> None:
 
 
 def run(stage: str, recipe: str | Path, values: Sequence[str], *, name: str) -> None:
-    """Run one stage in a process of its own with one thread, and say how it ended.
+    """Run one stage in a process of its own with one thread, forked from one that has imported torch; say how it ended.
 
     A stage that is complete is reused. A folder that holds a run of another config is refused.
 
@@ -37,13 +36,7 @@ def run(stage: str, recipe: str | Path, values: Sequence[str], *, name: str) -> 
         SystemExit: The stage failed; with its exit code.
     """
     path = recipe if isinstance(recipe, Path) else Path(f"configs/{stage}/{recipe}.yaml")
-    done = subprocess.run(
-        [sys.executable, "-m", "stages", stage, str(path), *values],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run([sys.executable, "-m", "stages", stage, str(path), *values], cwd=Path.cwd())
     print(f"{name}: {done.stderr if done.returncode else 'done'}", file=sys.stderr, flush=True)
     if done.returncode:
         raise SystemExit(done.returncode)

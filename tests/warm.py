@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 _PR_SET_PDEATHSIG = 1
 _NUMBERS = itertools.count()
+_STARTING = threading.Lock()  # a study asks from several threads
 
 
 class Process:
@@ -112,7 +114,8 @@ def start(command: Sequence[str], env: Mapping[str, str] = ENVIRONMENT, cwd: Pat
         cwd: Its folder.
     """
     assert list(command[:2]) == [sys.executable, "-m"], command
-    server = Path(_server())
+    with _STARTING:
+        server = Path(_server())
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(str(server))
     number = next(_NUMBERS)

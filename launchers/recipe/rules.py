@@ -147,33 +147,50 @@ def epoch_limit(stage: Stage, look: Look, global_batch: int) -> int:
     return round(min(MOST_STEPS, max(3 * LEAST_STEPS, EPOCHS[stage] * images)))
 
 
-def steps(look: Look, batches: dict[Stage, int], seconds: dict[Stage, float], budget: float) -> dict[Stage, Choice]:
+class Budget(NamedTuple):
+    """What a chain may cost.
+
+    Attributes:
+        amount: Seconds for the whole chain, or 10^12 FLOPs for its steps.
+        counted: Whether it is FLOPs, which give the same steps on every machine and beside any other work.
+    """
+
+    amount: float
+    counted: bool = False
+
+    @property
+    def for_steps(self) -> float:
+        """The part of it that steps may use."""
+        return self.amount if self.counted else max(0.0, USABLE * (self.amount - FIXED_SECONDS))
+
+
+def steps(look: Look, batches: dict[Stage, int], costs: dict[Stage, float], budget: Budget) -> dict[Stage, Choice]:
     """Choose the steps of all stages, so that they take the budget together.
 
     Args:
         look: The images.
         batches: Global batch of each stage.
-        seconds: Seconds of a step of each stage, as they were timed.
-        budget: Seconds for the whole chain.
+        costs: Of a step of each stage: seconds as they were timed, or 10^12 FLOPs.
+        budget: For the whole chain, in the same unit.
 
     A stage gets its share of the time, at most its epochs, and what it leaves goes to the others. Each has at least
     LEAST_STEPS.
     """
     limits = {stage: epoch_limit(stage, look, batches[stage]) for stage in batches}
-    left, open_shares = max(0.0, USABLE * (budget - FIXED_SECONDS)), shares(look, batches)
+    left, open_shares = budget.for_steps, shares(look, batches)
     chosen: dict[Stage, int] = {}
     while open_shares:  # a stage that reaches its epochs frees time for those that are still open
         total = sum(open_shares.values())
-        wanted = {stage: left * share / total / seconds[stage] for stage, share in open_shares.items()}
+        wanted = {stage: left * share / total / costs[stage] for stage, share in open_shares.items()}
         full = [stage for stage, number in wanted.items() if number >= limits[stage]]
         for stage in full or list(wanted):
             chosen[stage] = max(LEAST_STEPS, limits[stage] if full else int(wanted[stage]))
-            left -= chosen[stage] * seconds[stage]
+            left -= chosen[stage] * costs[stage]
             del open_shares[stage]
         if not full:
             break
     return {
-        stage: Choice(_round(chosen[stage]), _of_steps(stage, look, batches, seconds, chosen, limits))
+        stage: Choice(_round(chosen[stage]), _of_steps(stage, look, batches, costs, chosen, limits, budget.counted))
         for stage in batches
     }
 
@@ -188,16 +205,22 @@ def _of_steps(
     stage: Stage,
     look: Look,
     batches: dict[Stage, int],
-    seconds: dict[Stage, float],
+    costs: dict[Stage, float],
     chosen: dict[Stage, int],
     limits: dict[Stage, int],
+    counted: bool,
 ) -> str:
     drawn = _round(chosen[stage]) * batches[stage]
     seen = {"arm": look.images, "distill": look.labels, "semi": look.labels}[stage]
-    minutes = _round(chosen[stage]) * seconds[stage] / 60
+    cost = _round(chosen[stage]) * costs[stage]
+    work = (
+        f"{cost:.2g} * 10^12 FLOPs"
+        if counted
+        else f"about {cost / 60:.1f} min at {costs[stage]:.3f} s a step as timed here"
+    )
     why = "its most epochs" if chosen[stage] >= limits[stage] else "its share of the budget"
     why = "the least" if chosen[stage] == LEAST_STEPS else why
-    return f"about {minutes:.1f} min at {seconds[stage]:.3f} s a step as timed here, {drawn / max(1, seen):.0f} epochs: {why}"
+    return f"{work}, {drawn / max(1, seen):.0f} epochs: {why}"
 
 
 def views(look: Look, flips: bool) -> dict[str, Choice]:

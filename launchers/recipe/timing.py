@@ -11,7 +11,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from launchers.plan.profile import build, profile
+from launchers.plan.profile import Profile, build, profile
 from pipeline.images import Pixels
 from pipeline.streaming.config import AugmentConfig
 from pipeline.streaming.transforms import train_views
@@ -29,12 +29,12 @@ class Timing(NamedTuple):
     """What a stage needs on this machine.
 
     Attributes:
-        seconds: Of an optimizer step of the global batch, on one process.
+        cost: Of an optimizer step of the global batch, on one process: seconds, or 10^12 FLOPs where they are counted.
         bytes_per_sample: Activations per sample of the first stream, those of the other streams included.
         free: Bytes of the device's free memory.
     """
 
-    seconds: float
+    cost: float
     bytes_per_sample: int
     free: int
 
@@ -69,10 +69,25 @@ def time_stage(
             per_step += _infer(network, network.inferred_images * global_batch)
     for augment, number in drawn:
         per_step += _view(augment, size, config, pictures) * number * global_batch / min(2, psutil.cpu_count() or 1)
+    return _timing(OVERHEAD * per_step, body)
+
+
+def count_stage(config: StageConfig, num_classes: int, pending: Pending) -> Timing:
+    """Count the work of a stage, the same on every machine; views are not part of it.
+
+    Args:
+        config: Its config; the number of steps does not matter.
+        num_classes: Classes of the dataset.
+        pending: As for `time_stage`.
+    """
+    body = profile(config, num_classes, pending)
+    return _timing(1e-12 * body.flops * config.loop.global_batch, body)
+
+
+def _timing(cost: float, body: Profile) -> Timing:
     free = torch.cuda.mem_get_info()[0] if has_gpu() else psutil.virtual_memory().available
-    weights = 16 * sum(p.numel for p in body.parameters) * (1 + len(workload.averages))
-    each = body.image_activations * workload.images
-    return Timing(OVERHEAD * per_step, each, max(0, free - weights - body.fixed_activations))
+    weights = 16 * sum(p.numel for p in body.parameters) * (1 + len(body.workload.averages))
+    return Timing(cost, body.image_activations * body.workload.images, max(0, free - weights - body.fixed_activations))
 
 
 def _device() -> torch.device:

@@ -13,7 +13,7 @@ from launchers.recipe import flips as flip_test
 from launchers.recipe import rules, text
 from launchers.recipe.compose import Draft, compose
 from launchers.recipe.look import Look, look_at, sampled
-from launchers.recipe.rules import Choice, Family, Stage
+from launchers.recipe.rules import Budget, Choice, Family, Stage
 from pipeline.config import find_config, validate
 from pipeline.datasets.manifest import HEADER
 from pipeline.errors import ConfigError, EnvironmentProblem
@@ -24,7 +24,7 @@ from stages.check import open_data
 from stages.configs.base import StageConfig
 
 BUDGET = "30m"
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "T": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Order:
         split: The split file, or None.
         validation: Folder of a validation set, or None.
         test: Folder of a test set, or None.
-        budget: Time for the whole chain, such as 30m or 2h.
+        budget: Time for the whole chain, such as 30m or 2h; or its work, such as 4T for 4 * 10^12 FLOPs.
         flips: Whether to use flips; `test` asks the images.
         model: The kind of model; `auto` = by the rule `rules.family`.
         again: Whether to write configs that exist already; edited ones are kept beside the new ones.
@@ -82,16 +82,18 @@ def paths(name: str) -> dict[Stage, Path]:
     return {stage: Path("configs") / stage / f"{name}.yaml" for stage in rules.stages("vision_mamba")}
 
 
-def seconds_of_budget(budget: str) -> float:
-    """Convert 90s, 30m or 1.5h to seconds.
+def read_budget(budget: str) -> Budget:
+    """Convert 90s, 30m or 1.5h to seconds, and 4T to FLOPs.
 
     Raises:
-        ConfigError: It is no such time.
+        ConfigError: It is no such time or work.
     """
-    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh])", budget)
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smhT])", budget)
     if not found or not float(found[1]):
-        raise ConfigError(f"budget {budget[:40]!r}: give a number and s, m or h, such as 30m or 1.5h")
-    return float(found[1]) * _UNITS[found[2]]
+        raise ConfigError(
+            f"budget {budget[:40]!r}: give a number and s, m or h, such as 30m or 1.5h; or T for 10^12 FLOPs, such as 4T"
+        )
+    return Budget(float(found[1]) * _UNITS[found[2]], counted=found[2] == "T")
 
 
 def write(order: Order) -> list[Path]:
@@ -103,7 +105,7 @@ def write(order: Order) -> list[Path]:
     Raises:
         PipelineError: The data cannot be opened, or a value is wrong.
     """
-    budget, files = seconds_of_budget(order.budget), paths(order.name)
+    budget, files = read_budget(order.budget), paths(order.name)
     there = [path for path in files.values() if path.is_file()]
     if there and not order.again:
         print(f"kept: {', '.join(map(str, there))}; --again writes them anew and keeps what was edited")
@@ -124,12 +126,12 @@ def write(order: Order) -> list[Path]:
     return written
 
 
-def draft(order: Order, budget: float) -> dict[Stage, Draft]:
+def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
     """Look at the data, time a step of each stage and apply the rules.
 
     Args:
         order: What is asked for.
-        budget: Seconds for the whole chain.
+        budget: For the whole chain.
     """
     data = _data(order)
     # The rest of this config is only there to open the data as a stage does.
@@ -154,24 +156,26 @@ def draft(order: Order, budget: float) -> dict[Stage, Draft]:
     first = compose_with(steps=unknown, micro=nothing)
     pending: dict[Path, StageConfig] = {}
     batches: dict[Stage, int] = {}
-    seconds: dict[Stage, float] = {}
+    costs: dict[Stage, float] = {}
     micro: dict[Stage, Choice] = {}
     for stage in stages:
         config = _validated(stage, first[stage].values, order)
-        measured = timing.time_stage(
-            config, len(opened.manifest.classes), pending, pictures, _drawn(first[stage].values)
+        measure = (
+            timing.count_stage
+            if budget.counted
+            else partial(timing.time_stage, pictures=pictures, drawn=_drawn(first[stage].values))
         )
+        measured = measure(config, len(opened.manifest.classes), pending)
         pending[config.folder / "export"] = config
-        batches[stage], seconds[stage] = config.loop.global_batch, measured.seconds
+        batches[stage], costs[stage] = config.loop.global_batch, measured.cost
         micro[stage] = rules.micro_batch(batches[stage], measured.bytes_per_sample, measured.free)
-    numbers = rules.steps(look, batches, seconds, budget)
+    numbers = rules.steps(look, batches, costs, budget)
     for stage in stages:
         print(f"{stage}: {numbers[stage].value} steps, {numbers[stage].why}")
-    total = sum(numbers[stage].value * seconds[stage] for stage in stages) / rules.USABLE + rules.FIXED_SECONDS
-    if total > 1.2 * budget:
-        print(
-            f"note: the least of every stage takes about {total / 60:.0f} min here, more than the budget {order.budget}"
-        )
+    total = sum(numbers[stage].value * costs[stage] for stage in stages)
+    if total > 1.2 * budget.for_steps and not budget.counted:
+        minutes = (total / rules.USABLE + rules.FIXED_SECONDS) / 60
+        print(f"note: the least of every stage takes about {minutes:.0f} min here, more than the budget {order.budget}")
     drafts = compose_with(steps=numbers, micro=micro)
     for stage in stages:
         _validated(stage, drafts[stage].values, order)

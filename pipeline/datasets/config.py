@@ -1,10 +1,48 @@
-"""How a dataset is split, as values (torch-free)."""
+"""How a folder of images is opened and how a dataset is split, as values (torch-free)."""
 
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config import Strict
+from pipeline.decoding import MAX_PIXELS, add_max_pixels
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How folders of images without shards are opened; shards are what they are.
+
+    Attributes:
+        classes: File of class names, or a dataset, whose classes such a folder has; None = its class folders.
+        max_pixels: The most pixels of an image; one that has more refuses the folder.
+    """
+
+    classes: Path | None = None
+    max_pixels: int = MAX_PIXELS
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options --classes and --max-pixels, which `opening_of` reads."""
+    add_classes(parser)
+    add_max_pixels(parser)
+
+
+def add_classes(parser: argparse.ArgumentParser) -> None:
+    """Give a command that has --max-pixels already the option --classes."""
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="classes of folders of images without shards, one a line, as data.classes; or a dataset, to have its classes",
+    )
+
+
+def opening_of(options: argparse.Namespace) -> Opening:
+    """Return the choices of `add_opening`."""
+    return Opening(options.classes, options.max_pixels or MAX_PIXELS)
 
 
 class SplitConfig(Strict):

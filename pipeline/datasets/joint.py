@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pipeline.datasets.config import Opening
 from pipeline.datasets.manifest import SAMPLE, Manifest
-from pipeline.datasets.opening import open_dataset
+from pipeline.datasets.opening import USUAL, open_dataset
 from pipeline.errors import DataError
 
 
@@ -149,16 +150,20 @@ class JointManifest(Manifest):
         return part, shard - int(self._shard_ends[number]) + len(part.shards)
 
 
-def read_manifests(folders: Sequence[Path]) -> Manifest:
+def read_manifests(folders: Sequence[Path], opening: Opening = USUAL) -> Manifest:
     """Open one dataset, or several as one.
+
+    Args:
+        folders: Their folders.
+        opening: How folders of images without shards are opened.
 
     Raises:
         DataError: A dataset cannot be opened, or is given twice.
     """
     if len(folders) == 1:
-        return open_dataset(folders[0])
+        return open_dataset(folders[0], opening)
     with ThreadPoolExecutor(len(folders)) as pool:  # hashing the tables releases the interpreter's lock
-        return JointManifest(list(pool.map(open_dataset, folders)))
+        return JointManifest(list(pool.map(open_dataset, folders, [opening] * len(folders))))
 
 
 def with_classes(manifest: Manifest, classes: tuple[str, ...]) -> Manifest:

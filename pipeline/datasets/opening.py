@@ -17,10 +17,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.datasets.config import Opening
+from pipeline.datasets.convert.classes import read_classes
 from pipeline.datasets.manifest import HEADER, Manifest, ShardIndex, read_manifest, write_manifest
 from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.text import shown
-from pipeline.decoding import DEFAULT
+from pipeline.decoding import DEFAULT, Decoding
 from pipeline.errors import DataError, EnvironmentProblem
 from pipeline.files import replace_text, replacing, user_cache
 from pipeline.images import UnreadableImage, decode
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILES = "manifest.files.json"
+USUAL = Opening()
 _CHUNK = 64  # images in a job of `verify_files`
 
 
@@ -95,10 +98,14 @@ class ImageFolder(Manifest):
             )
 
 
-def open_dataset(folder: Path) -> Manifest:
+def open_dataset(folder: Path, opening: Opening = USUAL) -> Manifest:
     """Open the dataset in `folder`: its shards, or else its images.
 
-    Images in sub-folders have these as classes, as `convert imagefolder` decides. A flat folder has no classes.
+    Images in sub-folders have these as classes, as `convert imagefolder` decides. The images of a flat folder have no label.
+
+    Args:
+        folder: The folder.
+        opening: How its images are opened, if it has no shards.
 
     Raises:
         DataError: There are neither shards nor images, or some images cannot be read.
@@ -117,11 +124,14 @@ def open_dataset(folder: Path) -> Manifest:
     if not names:
         return read_manifest(folder)  # its error says how to make a dataset
     flat = all("/" not in name for name in names)
-    return _open_images(folder, (plain_folder if flat else image_folder)(folder), "folder" if flat else "imagefolder")
+    classes = read_classes(opening.classes) if opening.classes else None
+    source = plain_folder(folder, classes or ()) if flat else image_folder(folder, classes=classes)
+    return _open_images(folder, source, "folder" if flat else "imagefolder", opening)
 
 
-def _open_images(root: Path, source: "Files", kind: str) -> ImageFolder:
-    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
+def _open_images(root: Path, source: "Files", kind: str, opening: Opening) -> ImageFolder:
+    named = json.dumps(list(source.classes)).encode() if opening.classes else b""
+    key = hashlib.sha256(os.fsencode(root.resolve()) + named).hexdigest()[:32]
     try:
         index = user_cache() / "folders" / key
         index.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +149,7 @@ def _open_images(root: Path, source: "Files", kind: str) -> ImageFolder:
                 manifest = read_manifest(index, ImageFolder)
                 manifest.member(0)  # reads and checks the names
                 return manifest  # type: ignore[return-value]
-        _read_images(root, source, index, state, kind, lock)
+        _read_images(root, source, index, state, kind, opening, lock)
         if _state(source) != state:
             raise DataError(f"{root} changed while it was read; start the same command again")
         return read_manifest(index, ImageFolder)  # type: ignore[return-value]
@@ -167,14 +177,15 @@ def _is_current(index: Path, state: str) -> bool:
         return False
 
 
-def _read_images(root: Path, source: "Files", index: Path, state: str, kind: str, lock: int) -> None:
+def _read_images(root: Path, source: "Files", index: Path, state: str, kind: str, opening: Opening, lock: int) -> None:
     """Check all images and write what `ImageFolder` reads, whole or not at all."""
     from pipeline.datasets.convert.check import check_images, refusal
     from pipeline.datasets.convert.table import table
     from pipeline.datasets.convert.writer import cut_shards, keep_source_names
 
     processes = os.cpu_count() or 1
-    if problems := dict(source.problems) | check_images(source, DEFAULT, processes, lock):
+    decoding = Decoding(max_pixels=opening.max_pixels)
+    if problems := dict(source.problems) | check_images(source, decoding, processes, lock):
         raise refusal(
             source, problems, f"or make shards without them: convert {kind} {root} --out OUT --skip-unreadable"
         )
@@ -221,21 +232,21 @@ def _index_shard(source: "Files", job: tuple[list[int], Path]) -> tuple[ShardInd
     return shard, digests
 
 
-def verify_files(manifest: ImageFolder, processes: int) -> Iterator[str]:
+def verify_files(manifest: ImageFolder, processes: int, decoding: Decoding = DEFAULT) -> Iterator[str]:
     """Yield a sentence for each image that has changed, is missing or does not decode."""
     first = range(0, manifest.num_samples, _CHUNK)
     jobs = [range(start, min(start + _CHUNK, manifest.num_samples)) for start in first]
-    for problems in run_parallel(functools.partial(_verify_images, manifest), jobs, processes, "images"):
+    for problems in run_parallel(functools.partial(_verify_images, manifest, decoding), jobs, processes, "images"):
         yield from problems
 
 
-def _verify_images(manifest: ImageFolder, sample_indices: Sequence[int]) -> list[str]:
+def _verify_images(manifest: ImageFolder, decoding: Decoding, sample_indices: Sequence[int]) -> list[str]:
     from pipeline.datasets.manifest import read_image
 
     problems = []
     for sample_index in sample_indices:
         try:
-            decode(read_image(manifest, sample_index))
+            decode(read_image(manifest, sample_index), decoding)
         except DataError as error:
             problems.append(str(error))
         except UnreadableImage as error:

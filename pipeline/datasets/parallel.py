@@ -1,11 +1,11 @@
-"""One function over many jobs in several processes, which die with this one."""
+"""Long work: one function over many jobs in several processes, which die with this one; and its progress bar."""
 
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from pipeline.errors import EnvironmentProblem
 T = TypeVar("T")
 R = TypeVar("R")
 
+BAR_AFTER_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _work: tuple[Callable[[Any], Any], Sequence[Any]]  # of the pool that runs; forked workers have it without a copy
 
@@ -40,14 +41,31 @@ def run_parallel(
     Raises:
         EnvironmentProblem: A worker was killed.
     """
-    from tqdm import tqdm
-
-    tqdm.monitor_interval = 0  # no thread of tqdm's own: the next pool forks this process
-    total = len(jobs) if counts is None else sum(counts)
-    with tqdm(total=total, unit=f" {unit}", delay=2, disable=not sys.stderr.isatty()) as bar:
+    with _bar(unit, len(jobs) if counts is None else sum(counts)) as bar:
         for number, result in enumerate(_results(work, jobs, processes, held)):
             bar.update(1 if counts is None else counts[number])
             yield result
+
+
+def counted(items: Iterable[T], unit: str, total: int | None = None) -> Iterator[T]:
+    """Yield items in this process; on a terminal, with a progress bar if it takes over two seconds.
+
+    Args:
+        items: What is worked on.
+        unit: What the bar counts.
+        total: How many there are, for the time left; None = unknown.
+    """
+    with _bar(unit, total) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def _bar(unit: str, total: int | None) -> Any:
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread of tqdm's own: the next pool forks this process
+    return tqdm(total=total, unit=f" {unit}", delay=BAR_AFTER_SECONDS, disable=not sys.stderr.isatty())
 
 
 def _results(work: Callable[[T], R], jobs: Sequence[T], processes: int, held: Sequence[int]) -> Iterator[R]:

@@ -23,6 +23,7 @@ _MAX_LABEL_DIGITS = 9  # longest class number, which the manifest keeps in four 
 _MAX_PAX_DIGITS = 20  # longest number in a pax header; Python refuses to read thousands
 _TEXT_EXTENSIONS = ("cls", "txt", "json", "id", "key", "url", "caption", "npy", "pyd", "pth")
 _ABSENT = object()
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
 
 
@@ -282,7 +283,9 @@ def _parse(header: bytes, offset: int) -> tuple[str, int, bytes]:
         stated = int(field.strip(b"\0 ") or b"x", 8)
         size = int.from_bytes(header[125:136]) if header[124] & 0x80 else int(header[124:136].strip(b"\0 ") or b"0", 8)
     except ValueError:
-        raise DataError(f"no tar header at byte {offset}") from None
+        packed = next((name for start, name in _COMPRESSED.items() if not offset and header.startswith(start)), "")
+        found = f"it is compressed with {packed}, decompress it" if packed else f"no tar header at byte {offset}"
+        raise DataError(found) from None
     if stated != sum(header) - sum(field) + 8 * 0x20:
         raise DataError(f"the header at byte {offset} does not match its checksum")
     if size < 0:

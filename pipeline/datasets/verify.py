@@ -1,5 +1,6 @@
 """Check that a dataset still is what its manifest says, down to every image."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -10,34 +11,35 @@ from pipeline.datasets.manifest import HEADER, Manifest
 from pipeline.datasets.opening import ImageFolder, verify_files
 from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.tars import MemberRules, scan_members
+from pipeline.decoding import DEFAULT, Decoding
 from pipeline.errors import DataError
 from pipeline.images import UnreadableImage, decode
 
 
-def verify(manifest: Manifest, processes: int = 1) -> Iterator[str]:
+def verify(manifest: Manifest, processes: int = 1, decoding: Decoding = DEFAULT) -> Iterator[str]:
     """Yield a sentence for each thing that is wrong: checksums, members, offsets, labels, images that do not decode.
 
     Args:
         manifest: The dataset.
         processes: How many processes check shards.
+        decoding: The limit on pixels.
 
     Raises:
         DataError: The shards are remote.
     """
     if isinstance(manifest, ImageFolder):
-        yield from verify_files(manifest, processes)
+        yield from verify_files(manifest, processes, decoding)
         return
     if manifest.location:
         raise DataError(
             f"the shards of {manifest.folder} are at {manifest.location}; run verify on the machine that holds them"
         )
-    jobs = [(manifest, shard) for shard in range(len(manifest.shards))]
-    for problems in run_parallel(_verify_shard, jobs, processes, "shards"):
+    check = functools.partial(_verify_shard, manifest, decoding)
+    for problems in run_parallel(check, range(len(manifest.shards)), processes, "shards"):
         yield from problems
 
 
-def _verify_shard(job: tuple[Manifest, int]) -> list[str]:
-    manifest, index = job
+def _verify_shard(manifest: Manifest, decoding: Decoding, index: int) -> list[str]:
     shard = manifest.shards[index]
     path = manifest.folder / shard.name
     stop = sum(s.count for s in manifest.shards[: index + 1])
@@ -60,7 +62,7 @@ def _verify_shard(job: tuple[Manifest, int]) -> list[str]:
         ):
             file.seek(offset)
             try:
-                decode(file.read(length))
+                decode(file.read(length), decoding)
             except UnreadableImage as error:
                 problems.append(f"{path}: sample {manifest.key(sample_index)!r} (sample index {sample_index}): {error}")
     return problems

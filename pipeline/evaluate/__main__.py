@@ -27,6 +27,7 @@ import numpy as np
 
 from pipeline import decoding
 from pipeline.cli import guarded
+from pipeline.datasets.config import add_classes, opening_of
 from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.opening import open_dataset
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch", type=int, help="images per process and step (default: the evaluation batch of the export's run)"
     )
     decoding.add_options(parser, "that of the export")
+    add_classes(parser)
     parser.add_argument("--out", type=Path, help="folder to write (default: evaluation-DATA beside the export)")
     return parser
 
@@ -104,8 +106,8 @@ def _check(given: argparse.Namespace) -> _Request:
         raise ConfigError(f"--batch {given.batch}: give at least 1 image per step")
     if (given.subset or given.train or given.linear_probe) and not given.split:
         raise ConfigError("--subset, --train and --linear-probe need a split; give its file with --split")
-    exports, data = companions(given.export), open_dataset(given.data)
-    train = read_manifests(given.train) if given.train else data
+    exports, data = companions(given.export), open_dataset(given.data, opening_of(given))
+    train = read_manifests(given.train, opening_of(given)) if given.train else data
     for folder in exports.values():
         card = Card.read(folder)
         if card.kind != "classifier":
@@ -194,6 +196,7 @@ def _evaluate_model(
             rank=world.rank,
             world_size=world.size,
             views=views,
+            device=world.device,
         )
 
     calibration = Calibration(card.temperature, card.calibration)

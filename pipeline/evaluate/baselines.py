@@ -63,6 +63,7 @@ class Baseline(NamedTuple):
         setting: The chosen setting, in words.
         tuned_on: What it was chosen on, in words.
         seconds: Time for tuning, fitting and predicting.
+        validated: Accuracy in percent on the held-out images that it was tuned on, a mean over their classes; None without them.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Baseline(NamedTuple):
     setting: str
     tuned_on: str
     seconds: float
+    validated: float | None = None
 
 
 def pixels_of(
@@ -188,20 +190,24 @@ def fit_baseline(
     more = unlabelled.values if unlabelled is not None else labelled.values[:0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about iterations that end early; the grid compares what they reach
-        chosen, tuned_on = grid[0], "nothing, to save time"
+        chosen, tuned_on, validated = grid[0], "nothing, to save time", None
         if tune:
-            chosen, tuned_on = _tune(learner, grid, labelled, held_out, more)
+            chosen, tuned_on, validated = _tune(learner, grid, labelled, held_out, more)
         scores = learner.fit(chosen, labelled.values, labelled.labels, more)(queries.values)
     words = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
                       for key, value in chosen.items() if value is not None)  # fmt: skip
     predictions = _predictions(scores, classes, num_classes, queries, learner.probabilities)
-    return Baseline(name, predictions, learner.probabilities, words, tuned_on, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return Baseline(name, predictions, learner.probabilities, words, tuned_on, seconds, validated)
 
 
 def _tune(
     learner: Learner, grid: list[dict[str, Any]], labelled: Samples, held_out: Samples | None, more: Values
-) -> tuple[dict[str, Any], str]:
-    """Return the setting with the best mean accuracy over the classes, the first of those that are equal."""
+) -> tuple[dict[str, Any], str, float | None]:
+    """Return the setting with the best mean accuracy over the classes, the first of those that are equal.
+
+    Beside it stand what it was tuned on, and its accuracy there in percent if those are held-out images.
+    """
     folds = int(min(MAX_FOLDS, np.bincount(labelled.labels)[np.unique(labelled.labels)].min()))
     if held_out is not None and len(held_out.labels):
         rounds = [(labelled.values, labelled.labels, held_out.values, held_out.labels)]
@@ -215,15 +221,16 @@ def _tune(
         rounds = [(labelled.values[a], labelled.labels[a], labelled.values[b], labelled.labels[b]) for a, b in parts]
         words = f"the labelled images by {folds}-fold cross-validation"
     else:
-        return grid[0], "nothing: a class has one labelled image"
+        return grid[0], "nothing: a class has one labelled image", None
     if len(grid) == 1:
-        return grid[0], "nothing: there is one setting"
+        return grid[0], "nothing: there is one setting", None
     scores = [
         np.mean([_balanced(learner.fit(setting, x, y, more)(queries), np.unique(y), truth)
                  for x, y, queries, truth in rounds])
         for setting in grid
     ]  # fmt: skip
-    return grid[int(np.argmax(scores))], words
+    held = held_out is not None and len(held_out.labels) > 0
+    return grid[int(np.argmax(scores))], words, 100 * float(max(scores)) if held else None
 
 
 def _balanced(scores: NDArray[np.float64], classes: Labels, truth: Labels) -> float:

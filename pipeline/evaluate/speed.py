@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from pipeline.errors import EnvironmentProblem
+from pipeline.models.efficientvim import packed as efficientvim
 from pipeline.models.efficientvim.fused import FusedEfficientViM, fuse
 from pipeline.models.efficientvim.model import EfficientViM
-from pipeline.models.efficientvim.packed import pack
 from pipeline.models.flops import forward_flops
 from pipeline.models.timm_model import TimmModel
+from pipeline.models.vision_mamba import packed as vision_mamba
+from pipeline.models.vision_mamba.model import VisionMamba
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def measure_inference(
         batch: Images in a batch, before any halving.
         rounds: Rounds that count, after `WARM_UP` others.
         device: Where the models run.
-        deployed: Measure `deployed_form` of each model; on a CPU, EfficientViM is packed too.
+        deployed: Measure `deployed_form` of each model; on a CPU, its `packed_form`.
 
     Returns:
         One cost for each model, in order.
@@ -82,8 +84,8 @@ def measure_inference(
     if deployed:
         timed = {name: deployed_form(model) for name, model in timed.items()}
     flops = {name: forward_flops(model, (sizes[name], sizes[name])) for name, model in timed.items()}
-    if device.type == "cpu":  # after the FLOPs were counted: torch's counter does not see compiled layers
-        timed = {name: _packed(model) for name, model in timed.items()}
+    if deployed and device.type == "cpu":  # after the FLOPs were counted: torch's counter does not see compiled layers
+        timed = {name: packed_form(model) for name, model in timed.items()}
     with _memory_that_can_run_out(device):
         fitting = {name: _fit(model, sizes[name], batch, device) for name, model in timed.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -130,15 +132,16 @@ def deployed_form(model: nn.Module) -> nn.Module:
     return model
 
 
-def _packed(model: nn.Module) -> nn.Module:
-    """The model on compiled layers, if it is a fused EfficientViM and there is a compiler; otherwise the model."""
-    if not isinstance(model, FusedEfficientViM):
-        return model
+def packed_form(model: nn.Module) -> nn.Module:
+    """Put a fused EfficientViM or a Vision Mamba on compiled layers; without a compiler, or of another kind, it is as given."""
     try:
-        return pack(model)
+        if isinstance(model, FusedEfficientViM):
+            return efficientvim.pack(model)
+        if isinstance(model, VisionMamba):
+            return vision_mamba.pack(model)
     except EnvironmentProblem as problem:
-        logger.warning("EfficientViM is timed fused, not packed: %s", problem)
-        return model
+        logger.warning("%s is timed without compiled layers: %s", type(model).__name__, problem)
+    return model
 
 
 @contextmanager

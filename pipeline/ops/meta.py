@@ -3,19 +3,35 @@
 So the cost of a model can be counted on any machine before memory is allocated, whichever kernel computes it later.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
 @torch.library.custom_op("pipeline::scan", mutates_args=(), device_types="meta")
-def _scan(u: Tensor, states: int) -> Tensor:
+def _scan(u: Tensor, states: int, others: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(u)
 
 
 @_scan.register_fake
-def _(u: Tensor, states: int) -> Tensor:
+def _(u: Tensor, states: int, others: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(u)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    u, _, others = inputs
+    ctx.save_for_backward(u, *others)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, list[Tensor]]:
+    u, *others = (torch.empty_like(x) for x in ctx.saved_tensors)
+    return u, None, others
+
+
+_scan.register_autograd(_backward, setup_context=_keep)
 
 
 def scan_flops(batch: int, channels: int, steps: int, states: int) -> int:
@@ -28,13 +44,13 @@ def scan_flops(batch: int, channels: int, steps: int, states: int) -> int:
 
 
 @register_flop_formula(torch.ops.pipeline.scan)
-def _(u_shape: tuple[int, int, int], states: int, *, out_shape: tuple[int, ...]) -> int:
+def _(u_shape: tuple[int, int, int], states: int, others: Any, *, out_shape: tuple[int, ...]) -> int:
     return scan_flops(*u_shape, states)
 
 
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, *_: Tensor | None, return_ungated: bool = False, **__: bool
+    u: Tensor, delta: Tensor, A: Tensor, *rest: Tensor | None, return_ungated: bool = False, **_: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return empty outputs in the shapes of `pipeline.ops.reference.selective_scan`, without gradients."""
-    out = torch.ops.pipeline.scan(u, A.shape[1])
+    """Return empty outputs in the shapes of `pipeline.ops.reference.selective_scan`; all inputs get gradients."""
+    out = torch.ops.pipeline.scan(u, A.shape[1], [delta, A, *(x for x in rest if x is not None)])
     return (out, torch.empty_like(u)) if return_ungated else out

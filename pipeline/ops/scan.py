@@ -7,16 +7,15 @@ graph before and after these calls, because it cannot fuse anything into a kerne
 Bt batch, E channels, L steps, N states, G groups of channels that share B and C, K taps, R rank of the step size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops.choice import Operators, operators_for
-from pipeline.ops.precision import without_autocast
+from pipeline.ops.choice import operators_for
+from pipeline.ops.composed import composed_mixer
 from pipeline.ops.reference import Direction
 from pipeline.ops.shapes import check_conv, check_mixer, check_scan
 from pipeline.ops.ssd import ssd_scan
@@ -179,33 +178,6 @@ def mixer_scan(
     operators = operators_for(xz)
     if directions[0].A.dim() == 1:
         operators = replace(operators, scan=ssd_scan, mixer=None)
-    results = (operators.mixer or _composed(operators))(xz, directions, blend=blend, return_ungated=return_ungated)
+    mixer = operators.mixer or composed_mixer(operators.scan, operators.conv)
+    results = mixer(xz, directions, blend=blend, return_ungated=return_ungated)
     return results if return_ungated else results[0]
-
-
-def _composed(operators: Operators) -> Callable[..., tuple[Tensor, ...]]:
-    """Return the chain of a mixer, composed of the two operators."""
-
-    @without_autocast
-    def mixer(
-        xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None, return_ungated: bool
-    ) -> tuple[Tensor, ...]:
-        x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (Bt, E, L)
-        outs, ungated = [], []
-        for k, d in enumerate(directions):
-            v = operators.conv(x, d.conv_weight, d.conv_bias, reverse=k == 1)
-            rank = d.dt_proj.shape[1]
-            states = (d.x_proj.shape[0] - rank) // 2
-            low, B, C = F.linear(v.transpose(1, 2), d.x_proj.to(v.dtype)).split([rank, states, states], dim=2)
-            delta = F.linear(low, d.dt_proj.to(v.dtype)).transpose(1, 2)
-            inputs = v, delta, d.A, B.transpose(1, 2), C.transpose(1, 2), d.D, z, d.dt_bias
-            if return_ungated or blend is not None:
-                out, p = operators.scan(*inputs, reverse=k == 1, return_ungated=True)
-                ungated.append(p)
-                outs.append(out if blend is None else out + blend[:, k, None, None].to(out.dtype).detach() * p)
-            else:
-                outs.append(operators.scan(*inputs, reverse=k == 1))
-        total = outs[0] if len(outs) == 1 else outs[0] + outs[1]
-        return tuple(t.transpose(1, 2) for t in ((total, *ungated) if return_ungated else (total,)))
-
-    return mixer

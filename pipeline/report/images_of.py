@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.datasets.config import Opening
 from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.opening import open_dataset
@@ -55,7 +56,10 @@ def images_of(result: Result) -> ImagesOf:
     config = configs[-1]
     listed = config["train"]
     folders = listed if isinstance(listed, list) else [listed]
-    train = read_manifests([Path(folder) for folder in folders])
+    opening = Opening(
+        Path(config["classes"]) if config.get("classes") else None, config.get("max_pixels", DEFAULT.max_pixels)
+    )
+    train = read_manifests([Path(folder) for folder in folders], opening)
     if config.get("split"):
         split = read_split(Path(config["split"]), train)
         labelled, unlabelled, own = (split.subset(name) for name in ("labelled", "unlabelled", "validation"))
@@ -64,18 +68,15 @@ def images_of(result: Result) -> ImagesOf:
         own = labelled[:0]
     validation = (train, own)
     if config.get("validation"):
-        validation = _labelled(Path(config["validation"]), train)
-    decoding = Decoding(
-        ground=tuple(config.get("ground", DEFAULT.ground)), max_pixels=config.get("max_pixels", DEFAULT.max_pixels)
-    )
+        validation = _labelled(Path(config["validation"]), train, opening)
+    decoding = Decoding(ground=tuple(config.get("ground", DEFAULT.ground)), max_pixels=opening.max_pixels)
     if config.get("test"):
-        return ImagesOf(
-            config, train, labelled, unlabelled, validation, _labelled(Path(config["test"]), train), decoding
-        )
+        test = _labelled(Path(config["test"]), train, opening)
+        return ImagesOf(config, train, labelled, unlabelled, validation, test, decoding)
     # The evaluation was on the validation images, so nothing may be chosen on them.
     return ImagesOf(config, train, labelled, unlabelled, (train, own[:0]), validation, decoding)
 
 
-def _labelled(folder: Path, train: Manifest) -> tuple[Manifest, Indices]:
-    manifest = with_classes(open_dataset(folder), train.classes)
+def _labelled(folder: Path, train: Manifest, opening: Opening) -> tuple[Manifest, Indices]:
+    manifest = with_classes(open_dataset(folder, opening), train.classes)
     return manifest, np.flatnonzero(manifest.labels >= 0)

@@ -42,6 +42,17 @@ class StageRun:
         pairs = [(row["step"], row[name]) for row in self.rows if name in row]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
+    def validated(self, model: str) -> float | None:
+        """Return the accuracy in percent, a mean over the classes, of a model on the validation images; None without them.
+
+        It is that of the exported state: the best validation or the last, by `loop.select`.
+        """
+        prefix = "" if model == "student" else f"{model}_"
+        found = self.curve(f"val/{prefix}balanced")[1]
+        if not found:
+            return None
+        return max(found) if self.config.get("loop", {}).get("select") == "best" else found[-1]
+
     def seconds(self) -> float:
         """Return the seconds spent in training steps, from their logged means, without evaluations and saves."""
         total, before = 0.0, 0.0

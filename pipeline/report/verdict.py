@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-from pipeline.report.results import Result, StageRun
+from pipeline.report.recommend import Candidate, recommend
+from pipeline.report.results import ROWS, Result, StageRun
 from pipeline.report.tables import Table
 
 WEAK_CLASS = 10.0  # points of accuracy below the mean at which a class is worth labels
@@ -63,6 +64,7 @@ class Simple(NamedTuple):
         ece: Expected calibration error in percent; None if it gives no probabilities.
         setting: What was chosen, in words, and on what.
         seconds: Time for reading, tuning and predicting.
+        validated: Percent on the validation images, a mean over classes and experiments; None if it was not tuned on them.
     """
 
     title: str
@@ -70,6 +72,7 @@ class Simple(NamedTuple):
     ece: float | None
     setting: str
     seconds: float
+    validated: float | None = None
 
 
 class Advice(NamedTuple):
@@ -132,7 +135,12 @@ def advise(result: Result, worth: Worth, experiment: str) -> list[Advice]:
     """
     semi, distill = result.stages.get("semi"), result.stages.get("distill")
     row = next((row for row in ("stage 3, teacher", "stage 3, student", "stage 2") if row in result.models), None)
-    found = [_nothing_accepted(semi), _below_baseline(worth), _stage_three(worth, experiment)]
+    found = [
+        _nothing_accepted(semi),
+        _recommended(result, worth, row),
+        _below_baseline(worth),
+        _stage_three(worth, experiment),
+    ]
     found += [_length("stage 3", "semi", semi), _length("stage 2", "distill", distill)]
     if row is not None:
         found += [_classes(result, row, experiment), _calibration(result, row)]
@@ -160,6 +168,37 @@ def _mean_confidence(confidence: Sequence[float], threshold: float | None) -> st
     if not confidence or threshold is None:
         return ""
     return f": the mean confidence was {confidence[-1]:.2f}, and pseudo.threshold is {threshold:g}"
+
+
+def _recommended(result: Result, worth: Worth, row: str | None) -> Advice | None:
+    """Advise to use something else than the export where the validation images say so."""
+    candidates = candidates_of(result, worth.baselines, row)
+    images = validation_images(result)
+    if not candidates or candidates[0].title != row:
+        return None
+    chosen = recommend(candidates, images)
+    if chosen == candidates[0]:
+        return None
+    return Advice(
+        "recommended",
+        f"On the {images} validation images {chosen.title} reaches {chosen.validated:.1f} %, the exported model"
+        f" {candidates[0].validated:.1f} %, and more than a standard error lies between. Use {chosen.title}, or train longer.",
+        warning=True,
+    )
+
+
+def candidates_of(result: Result, baselines: Sequence[Simple], row: str | None) -> list[Candidate]:
+    """List what can be used and has been validated: the exported model first, then stage 2, then the baselines."""
+    rows = [name for name in dict.fromkeys((row, "stage 2")) if name in result.models]
+    validated = {name: result.stages[ROWS[name][0]].validated(ROWS[name][1]) for name in rows}
+    validated |= {baseline.title: baseline.validated for baseline in baselines}
+    return [Candidate(name, value) for name, value in validated.items() if value is not None]
+
+
+def validation_images(result: Result) -> int:
+    """Return the number of validation images of the last stage that was evaluated."""
+    counts = [run.evaluation.get("labels", {}).get("validation", 0) for run in result.stages.values()]
+    return int(next((count for count in reversed(counts) if count), 0))
 
 
 def _below_baseline(worth: Worth) -> Advice | None:

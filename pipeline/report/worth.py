@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 MAX_LEARNT, MAX_TESTED = 5_000, 4_000  # images that a baseline learns from, and is tested on
 MAX_PRODUCTS = 10**8  # images x features x classes up to which a baseline is tuned
 MAX_EXPERIMENTS = 5  # seeds for which baselines are computed
-COMPUTED = ("logistic", "neighbour")
+MAX_UNLABELLED = 2_000  # images without a label that label spreading reads
+COMPUTED = ("logistic", "neighbour", "spreading")
 
 Read = Callable[[Manifest, np.ndarray], Samples]
 
@@ -158,6 +159,7 @@ def _simple(title: str, found: Sequence[Baseline], classes: int) -> Simple:
         fmean(score["ece"] for score in scores) if found[0].calibrated else None,
         f"{found[0].setting}; tuned on {found[0].tuned_on}",
         sum(each.seconds for each in found),
+        None if None in (values := [each.validated for each in found]) else fmean(v for v in values if v is not None),
     )
 
 
@@ -193,4 +195,9 @@ def _fit(images: ImagesOf, read: Read, notes: list[str]) -> dict[str, Baseline]:
     classes = len(images.train.classes)
     tune = labelled.values.size * classes <= MAX_PRODUCTS
     asked = read(test, queries)
-    return {name: fit_baseline(name, labelled, asked, classes, held_out=validation, tune=tune) for name in COMPUTED}
+    few = evenly(images.unlabelled, np.zeros(len(images.unlabelled), np.int64), MAX_UNLABELLED)
+    unlabelled = read(images.train, few) if len(few) else None
+    return {
+        name: fit_baseline(name, labelled, asked, classes, held_out=validation, unlabelled=unlabelled, tune=tune)
+        for name in COMPUTED
+    }

@@ -3,6 +3,8 @@
 Shapes: B images, C classes.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class BalancedHeadLoss:
     """
 
     def __init__(self, prior: Tensor, config: BalancedHeadConfig) -> None:
-        rarest = prior[prior > 0].min()
+        rarest = prior.masked_fill(prior == 0, math.inf).min()
         self.keep = (rarest / prior.clamp(min=rarest)).float()
         self.config = config
 

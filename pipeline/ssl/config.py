@@ -37,7 +37,7 @@ class LyapEMAConfig(Strict):
     rollback: bool = Field(
         False,
         description="mode lyap: where a move of the teacher does not lower V, the teacher stays, and from then on the learning"
-        " rate is halved and gamma grows by half (released code); reads one number from the device per step",
+        " rate is halved and gamma grows by half (released code)",
     )
     norm: Literal["l2", "rms", "relative", "lag"] = Field(
         "lag", description="how |s-t| is measured; lag = in mean student steps, without dimension"

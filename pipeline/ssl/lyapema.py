@@ -130,9 +130,11 @@ class LyapEMA:
                     torch._foreach_add_(gradients, torch._foreach_sub(flats, averages), alpha=2 * self.config.pull)
         if self.config.rollback:  # the hook after the step restores the rates: groups may be seen in several calls
             self._rates = [group["lr"] for group in optimizer.param_groups]
-            factor = float(self._lr_factor())
+            factor = self._lr_factor()
+            # A fused optimizer reads a rate that is a tensor on the GPU itself; here the host would wait for it.
+            known = float(factor) if factor.device.type == "cpu" else factor.float()
             for group in optimizer.param_groups:
-                group["lr"] *= factor
+                group["lr"] = group["lr"] * known
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self.config.rollback:

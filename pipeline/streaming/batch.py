@@ -1,5 +1,6 @@
 """The batch that a loader gives to a task."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,8 @@ class Batch:
     Shapes: B samples, a multiple of `virtual_readers`; H, W height and width of the view in pixels.
 
     Attributes:
-        images: (B, 3, H, W) float32, normalised; the weak view if there is a strong one. Cached features are (B, F).
+        images: (B, 3, H, W) float32, normalised; the weak view if there is a strong one. Cached features are (B, F). Until
+            `pipeline.streaming.transfer` has normalised them, images and strong are uint8 pixels.
         strong: (B, 3, H, W) float32, normalised strong view, or None.
         labels: (B,) int64 class; -1 is hidden or padding.
         indices: (B,) int64 sample index; -1 is padding.
@@ -31,14 +33,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Return this batch on `device`."""
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return this batch with `function` applied to each of its tensors."""
         return replace(
             self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            strong=None if self.strong is None else self.strong.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            indices=self.indices.to(device, non_blocking=non_blocking),
+            images=function(self.images),
+            strong=None if self.strong is None else function(self.strong),
+            labels=function(self.labels),
+            indices=function(self.indices),
         )
 
     def chunks(self, n: int) -> "list[Batch]":

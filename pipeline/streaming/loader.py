@@ -16,16 +16,18 @@ from pipeline.errors import ConfigError
 from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.batch import Batch
 from pipeline.streaming.batches import EvaluationBatches, RawBatch, TrainBatches
-from pipeline.streaming.buffers import Buffers
 from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.streaming.order import Order, SampleIndices, cut_blocks, cut_runs, readers_of_rank
 from pipeline.streaming.quarantine import NoteLog, Quarantine
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.sampling import sample_weights
+from pipeline.streaming.transfer import Transfer
 from pipeline.streaming.transforms import View
 from pipeline.streaming.workers import read_batches
 
 logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 
 TEMPORARY_GB = 2.0  # largest cache of an evaluation that was given none
 
@@ -47,6 +49,7 @@ class Loader:
         config: How the stream is ordered and read. Without `virtual_readers` they are derived for this stream alone.
         hide_labels: Give -1 as every label.
         quarantine: File to append undecodable samples to, one JSON object a line; None = only log them.
+        device: Where the batches are needed.
 
     Raises:
         ConfigError: The numbers do not fit each other, or the sampling would reveal hidden labels.
@@ -67,6 +70,7 @@ class Loader:
         config: LoaderConfig,
         hide_labels: bool = False,
         quarantine: Path | None = None,
+        device: torch.device = CPU,
     ) -> None:
         sample_indices = np.sort(np.asarray(sample_indices, np.int64))
         weights, groups = sample_weights(manifest.labels[sample_indices], config)
@@ -102,7 +106,7 @@ class Loader:
             manifest, quarantine, int(config.max_unreadable * len(sample_indices) / world_size)
         )
         self._notes = NoteLog(str(manifest.folder))
-        self._buffers = Buffers()
+        self._transfer = Transfer(device, views)
         self._running: list[Generator[RawBatch, None, None]] = []
         self._features: Mapping[str, Tensor] | None = None
         logger.info(
@@ -122,15 +126,18 @@ class Loader:
         return self.order.epoch_size / self.order.global_batch
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yield this rank's share of global batch `start_step` and of every later one; never ends."""
-        if self._features is not None:
-            yield from self._feature_batches(self._features, start_step)
+        """Yield this rank's share of global batch `start_step` and of every later one, on the device; never ends."""
+        features = self._features
+        found = self._read(start_step) if features is None else self._feature_batches(features, start_step)
+        return self._transfer.deliver(found)
+
+    def _read(self, start_step: int) -> Iterator[Batch]:
         raw_batches = read_batches(self._source, itertools.count(start_step), self.config.workers, self.config.prefetch)
         self._running.append(raw_batches)
         for raw in raw_batches:
             self._quarantine.add(raw.unreadable)
             self._notes.add(raw.notes)
-            yield _batch(raw, self.views, self._labels, len(self._readers), self._buffers)
+            yield _batch(raw, self._labels, len(self._readers))
 
     def use_features(self, features: Mapping[str, Tensor]) -> None:
         """Give features in place of images from now on; nothing is read or decoded.
@@ -177,6 +184,7 @@ def evaluation_batches(
     workers: int = 0,
     remote: RemoteConfig = RemoteConfig(),  # noqa: B008 - frozen
     seed: int | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """Yield every sample exactly once over all ranks, in the same number of batches on each rank.
 
@@ -190,11 +198,11 @@ def evaluation_batches(
         workers: Processes that read and decode; 0 = this process.
         remote: How remote shards are fetched. Without a cache folder a temporary one is used.
         seed: Seed of random views, one for each sample; None for views without randomness.
+        device: Where the batches are needed.
 
     Raises:
         DataError: A sample cannot be decoded. A score must count every sample, so none is skipped.
     """
-    buffers = Buffers()
     sample_indices = np.sort(np.asarray(sample_indices, np.int64))
     temporary = None
     if manifest.remote and not remote.cache:
@@ -204,8 +212,7 @@ def evaluation_batches(
     source = EvaluationBatches(manifest, views, reader, sample_indices, batch_size, rank, world_size, seed)
     raw_batches = read_batches(source, range(len(source)), workers, prefetch=2)
     try:
-        for raw in raw_batches:
-            yield _batch(raw, views, manifest.labels, 1, buffers)
+        yield from Transfer(device, views).deliver(_batch(raw, manifest.labels, 1) for raw in raw_batches)
     finally:
         raw_batches.close()
         source.reader.close()
@@ -225,18 +232,15 @@ def _check_cache(manifest: Manifest, sample_indices: SampleIndices, config: Load
             )
 
 
-def _batch(
-    raw: RawBatch, views: View, labels: NDArray[np.int64] | None, virtual_readers: int, buffers: Buffers
-) -> Batch:
-    """Return the normalised batch with its labels, -1 where they are hidden (`labels` is None) or padding."""
+def _batch(raw: RawBatch, labels: NDArray[np.int64] | None, virtual_readers: int) -> Batch:
+    """Return the batch of pixels with its labels, -1 where they are hidden (`labels` is None) or padding."""
     found = torch.full_like(raw.indices, -1)
     if labels is not None:
         known = torch.from_numpy(labels[raw.indices.numpy()])
         found = torch.where(raw.indices >= 0, known, found)
-    images = {name: views.normalise(view, buffers.take(view.shape)) for name, view in raw.views.items()}
     return Batch(
-        images=images["images"],
-        strong=images.get("strong"),
+        images=raw.views["images"],
+        strong=raw.views.get("strong"),
         labels=found,
         indices=raw.indices,
         virtual_readers=virtual_readers,

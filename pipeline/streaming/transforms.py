@@ -58,10 +58,13 @@ class View:
 
     def normalise(self, images: Tensor, out: Tensor | None = None) -> Tensor:
         """Convert (..., 3, H, W) uint8 to float32 normalised by the view's mean and std, into `out` if given."""
+        return normalise(images, self.constants(), torch.empty(images.shape) if out is None else out)
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """Return scale and shift, both (3, 1, 1): pixels x scale + shift are normalised."""
         scale = torch.tensor([1 / (255 * std) for std in self.std])[:, None, None]
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)])[:, None, None]
-        result = torch.empty(images.shape) if out is None else out
-        return result.copy_(images).mul_(scale).add_(shift)
+        return scale, shift
 
     def __call__(self, picture: Picture, seed: int) -> dict[str, Tensor]:
         """Return the normalised views of one picture.
@@ -72,6 +75,12 @@ class View:
         return {
             name: self.normalise(view) for name, view in self.pixels(as_pixels(picture, self.decoding), seed).items()
         }
+
+
+def normalise(images: Tensor, constants: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Normalise (..., 3, H, W) uint8 pixels into `out`, on any device, by a view's `constants` on that device."""
+    scale, shift = constants
+    return out.copy_(images).mul_(scale).add_(shift)
 
 
 class PairView(View):

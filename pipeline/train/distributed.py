@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import EnvironmentProblem
+from pipeline.ops.arithmetic import choose_arithmetic
+from pipeline.ops.choice import choose_scan
 from pipeline.train.gpus import Torch, broken_promise
 from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 
@@ -48,7 +50,7 @@ class World:
 
 
 def start(timeout_seconds: float, public_address: bool = False) -> World:
-    """Join the process group through DeepSpeed, with NCCL on GPUs and gloo elsewhere.
+    """Join the process group through DeepSpeed: tensors on GPUs go through NCCL, those in the host's memory through gloo.
 
     Args:
         timeout_seconds: How long a collective may take, and how long a rank may stay away, before it fails.
@@ -66,14 +68,14 @@ def start(timeout_seconds: float, public_address: bool = False) -> World:
     if gpus:
         device = torch.device("cuda", gpu_of(int(found["LOCAL_RANK"]), torch.cuda.device_count(), os.environ))
         torch.cuda.set_device(device)
-        _choose_arithmetic()
+        choose_arithmetic(device)
     else:
         if wrong := broken_promise(Torch(torch.__version__, torch.version.cuda), os.environ):
             raise EnvironmentProblem(wrong)
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     deepspeed = _import_deepspeed()
-    backend = "nccl" if gpus else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     # A group that exists already is kept: a second stage in one process. Without a store torchrun's own is used.
     store = None if dist.is_initialized() else open_store(found, timeout)
@@ -108,11 +110,15 @@ def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int
     )
 
 
-def _choose_arithmetic() -> None:
-    """Choose how a GPU multiplies, here and nowhere else: fp32 is fp32, and cuDNN times its algorithms for each shape once."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
-    logger.info("arithmetic: TF32 off in products and convolutions, cudnn.benchmark on")
+def agree_on_scan(world: World) -> None:
+    """Let all ranks use the implementation of the scan that rank 0 chooses (collective).
+
+    Where two kernels work, each rank would time them for itself, and ranks that differ would round differently.
+    """
+    chosen = [choose_scan("auto", world.device).name if world.is_main else ""]
+    dist.broadcast_object_list(chosen, device=torch.device("cpu"))
+    if not world.is_main:
+        choose_scan(chosen[0], world.device)
 
 
 def limit_collectives(timeout_seconds: float) -> None:
@@ -128,10 +134,14 @@ def stop() -> None:
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """Return whether the flag is true on at least one rank (collective)."""
+    """Return whether the flag is true on at least one rank (collective).
+
+    The ranks vote in the host's memory by gloo, also where they train on GPUs: a vote on a GPU could be read only after all
+    that the GPU still has to compute.
+    """
     if world.size == 1:
         return flag
-    vote = torch.full((1,), float(flag), device=world.device)  # a copy from the host would wait
+    vote = torch.full((1,), float(flag))
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
 

@@ -6,7 +6,7 @@ stage nor a world size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.train.config import EngineConfig, OptimConfig
+from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.distributed import World, limit_collectives
 from pipeline.train.optim import Trainable, make_optimizer
 
@@ -80,7 +81,10 @@ class Engine:
         limit_collectives(config.timeout_seconds)
         self.model: nn.Module = self._deepspeed
         self.base_optimizer: torch.optim.Optimizer = optimizer
-        self.moments, self.clip_norm = optim.moments, optim.clip_norm
+        self.moments = optim.moments
+        self._clip_norm = optim.clip_norm
+        if self._clip_norm:  # before a teacher adds its hooks: a pull by the gradient is not clipped
+            optimizer.register_step_pre_hook(self._clip)
         self.named_parameters = [(n, p) for n, p in self._deepspeed.module.named_parameters() if p.requires_grad]
         self.shards = self._find_shards()
         self._clear_padding()
@@ -105,7 +109,9 @@ class Engine:
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return a context with the compute precision, also for forward passes outside of `model`."""
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's loss."""
@@ -126,13 +132,22 @@ class Engine:
         before = self._deepspeed.skipped_steps
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
         if boundary and self.config.zero_stage == 0:  # DeepSpeed keeps no norm there
-            self._norm = _clip([p.grad for _, p in self.named_parameters if p.grad is not None], self.clip_norm)
+            gradients = [p.grad for _, p in self.named_parameters if p.grad is not None]
+            self._norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         self._deepspeed.step()
         return bool(boundary) and self._deepspeed.skipped_steps == before
 
     def grad_norm(self) -> float:
         """Return the global norm of the gradient at the last update, before clipping."""
         return float(self._norm if self.config.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Clip the gradients of one call of the optimizer; DeepSpeed calls it group by group, and would wait for each."""
+        norm: Tensor = self._norm if self.config.zero_stage == 0 else self._optimizer._global_grad_norm
+        factor = 1.0 / ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
     def weight_norm(self) -> float:
         """Return the global norm of the fp32 weights, which is not finite if a weight is not (collective)."""
@@ -172,8 +187,9 @@ class Engine:
             flat = torch.zeros(longest, dtype=dtype, device=self.world.device)
             if own:
                 flat[: sum(len(o) for o in own)].copy_(torch.cat(own))
-            pieces = [torch.empty_like(flat) for _ in layout]
-            dist.all_gather(pieces, flat)
+            gathered = flat.new_empty(len(layout) * longest)
+            dist.all_gather_into_tensor(gathered, flat)
+            pieces = list(gathered.chunk(len(layout)))
         with torch.no_grad():
             for piece, rank in zip(pieces, layout, strict=True):
                 offset = 0
@@ -222,7 +238,7 @@ class Engine:
             if optimizer_step:
                 state[flat] = {moment: torch.zeros_like(flat.detach()) for moment in self.moments}
                 if isinstance(self.base_optimizer, torch.optim.AdamW):
-                    state[flat]["step"] = torch.tensor(optimizer_step, device=flat.device)  # as fused AdamW keeps it
+                    state[flat]["step"] = torch.tensor(optimizer_step, device=flat.device)  # where fused AdamW keeps it
         for shard in self.shards:
             where = (shard.name, shard.start, shard.numel)
             shard.of(shard.flat).copy_(read("master", *where))
@@ -301,58 +317,6 @@ class Engine:
             self._layout = [[] for _ in range(self.world.size)]
             dist.all_gather_object(self._layout, [(s.name, s.start, s.numel) for s in self.shards])
         return self._layout
-
-
-def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """Return the whole DeepSpeed config; it states what matters, since defaults surprise (DeepSpeed clips at 1.0)."""
-    elements = config.bucket_bytes // 4
-    zero: dict[str, Any] = {
-        "stage": config.zero_stage,
-        "reduce_bucket_size": elements,
-        "allgather_bucket_size": elements,
-        "contiguous_gradients": True,
-        "overlap_comm": False,
-        "round_robin_gradients": False,
-    }
-    if config.zero_stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": config.keep_whole,
-            "stage3_prefetch_bucket_size": elements,
-            "stage3_max_live_parameters": 10**9,
-            "stage3_max_reuse_distance": 10**9,
-            "sub_group_size": 10**9,
-        }
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.clip_norm if config.zero_stage else 0.0,  # the engine clips where nothing is cut
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps what is offloaded too
-        # Unless it is told here, DeepSpeed switches off an autocast around its forward. No module is on the list of those
-        # whose gradients travel in bf16.
-        "torch_autocast": {
-            "enabled": config.precision == "bf16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        },
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": False},
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
-    }
-
-
-@torch.no_grad()
-def _clip(gradients: list[Tensor], largest: float) -> Tensor:
-    """Return the global norm of gradients, and scale them down to `largest` if that is not 0, in one call each."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    if largest:
-        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
-    return norm
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

@@ -72,7 +72,7 @@ class Draws:
     """The batches of a training, step after step; a data step that does not follow the last one is a seek."""
 
     def __init__(self, training: Training) -> None:
-        self._streams, self._device = training.streams, training.engine.world.device
+        self._streams = training.streams
         self._batches: dict[str, Iterator[Batch]] = {}
         self._next = -1
 
@@ -81,7 +81,7 @@ class Draws:
         if data_step != self._next:
             self._batches = {name: stream.batches(data_step) for name, stream in self._streams.items()}
         self._next = data_step + 1
-        return {name: next(it).to(self._device, non_blocking=True) for name, it in self._batches.items()}
+        return {name: next(batches) for name, batches in self._batches.items()}
 
     def close(self) -> None:
         """Stop the readers of all streams."""

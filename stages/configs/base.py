@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import FREE, Strict
+from pipeline.datasets.config import Opening
 from pipeline.decoding import MAX_PIXELS, PILLOW_PIXELS, WHITE, Decoding
 from pipeline.evaluation_view import USUAL, EvaluationView
 from pipeline.exports.card import Channels, Level, Preprocessing, Spreads
@@ -37,6 +38,12 @@ class DataConfig(Strict):
     test: Path | None = Field(
         None,
         description="folder with a manifest; evaluated once, after the last step; null = none",
+        json_schema_extra=FREE,
+    )
+    classes: Path | None = Field(
+        None,
+        description="file of class names, one a line in the order of the labels, or the folder of a dataset: the classes of"
+        " those folders of images above that have no shards, some of which may then have no images; null = their class folders",
         json_schema_extra=FREE,
     )
     mean: Channels = Field(
@@ -89,6 +96,11 @@ class DataConfig(Strict):
     def preprocessing(self) -> Preprocessing:
         """The normalisation and the evaluation's view, as an export's card states them."""
         return Preprocessing(mean=self.mean, std=self.std, ground=self.ground, view=self.view)
+
+    @property
+    def opening(self) -> Opening:
+        """How folders of images without shards are opened."""
+        return Opening(self.classes, self.max_pixels)
 
     @property
     def decoding(self) -> Decoding:

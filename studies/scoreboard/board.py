@@ -1,7 +1,7 @@
 """What the cells of the scoreboard add up to: one table, one figure, one document, one JSON object.
 
-A cell is one data set under one regime. Its number in a column is the mean over the seeds that the column and the chain both
-have, so that every comparison is paired. What is missing is said and never filled in.
+A cell is one data set under one regime. A gain is a mean over the seeds that both columns have, so that every comparison is
+paired. What is missing is said and never filled in.
 """
 
 import json
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from pipeline.files import replace_text
 from pipeline.report.figures import COLOURS, Paint, draw
+from pipeline.report.recommend import Candidate, recommend
 from pipeline.report.tables import Table
+from pipeline.report.worth import COMPUTED
 from studies.scoreboard.columns import OURS, TITLES, Cell
 from studies.scoreboard.pictures import REGIMES
 
@@ -43,6 +45,20 @@ class Board:
     def __init__(self, folder: Path, places: Sequence[Place]) -> None:
         self.folder, self.places = folder, list(places)
         self.cells = {place: {c: cell for c in TITLES if (cell := self.read(place, c))} for place in self.places}
+        for place in self.places:
+            self._recommend(place)
+
+    def _recommend(self, place: Place) -> None:
+        """Fill the column `recommended`: what the report of the chain advises to use, chosen on the validation images."""
+        found = self.cells[place]
+        if not all(column in found for column in ("chain", "stage-2", *COMPUTED)):
+            return
+        validated = {column: found[column].get("validated") for column in ("chain", "stage-2", *COMPUTED)}
+        candidates = [Candidate(column, value) for column, value in validated.items() if value is not None]
+        chosen = "chain"
+        if candidates and candidates[0].title == "chain":
+            chosen = recommend(candidates, found["chain"]["validation"]).title
+        found["recommended"] = found[chosen] | {"setting": chosen}
 
     def file(self, place: Place, column: str) -> Path:
         """The file of one cell and column."""
@@ -59,6 +75,7 @@ class Board:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(cell, indent=1) + "\n")
         self.cells[place][column] = cell
+        self._recommend(place)
 
     def rows(self) -> list[tuple[str, str]]:
         """Data sets and regimes, in the order asked for."""
@@ -76,7 +93,7 @@ class Board:
         return fmean(mine[s] - other[s] for s in both) if both else None
 
     def best_baseline(self, row: tuple[str, str]) -> tuple[str, float] | None:
-        """Return the baseline with the best mean in a cell, and the chain's gain over it.
+        """Return the baseline with the best mean in a cell, and the gain of what the chain recommends over it.
 
         None while a baseline is missing: a cell without its strongest rivals would flatter the chain.
         """
@@ -85,7 +102,7 @@ class Board:
             return None
         means = {column: fmean(values.values()) for column, values in found.items()}
         best = max(means, key=lambda column: means[column])
-        gained = self.gain(row, "chain", best)
+        gained = self.gain(row, "recommended", best)
         return None if gained is None else (best, gained)
 
     def summary(self) -> dict[str, Any]:
@@ -134,7 +151,7 @@ class Board:
         return Table(
             name="scoreboard",
             title="Top-1 on the test set, percent",
-            header=["", "labels", *(TITLES[column] for column in shown), "make chain over the best baseline"],
+            header=["", "labels", *(TITLES[column] for column in shown), "recommended, over the best baseline"],
             rows=rows,
             note=f"Mean ± standard deviation over the seeds that are there ({self._missing()}). "
             "The best baseline is the one with the best mean on the test set, which favours it.",
@@ -217,7 +234,7 @@ def gains_figure(board: Board) -> Paint:
             if best is None:
                 axes.text(0, k, "missing", fontsize=7, ha="left", va="center", color="#888888")
                 continue
-            mine, other = board.values(row, "chain"), board.values(row, best[0])
+            mine, other = board.values(row, "recommended"), board.values(row, best[0])
             each = [mine[s] - other[s] for s in mine.keys() & other.keys()]
             axes.plot(each, [k] * len(each), "o", color=COLOURS[0], alpha=0.4, markersize=4)
             axes.plot([best[1]], [k], "D", color=COLOURS[1], markersize=6)

@@ -1,38 +1,46 @@
 """The columns of the scoreboard, and the jobs that fill them: each job trains on one case and measures its columns.
 
 A job is what a person would run: scikit-learn's learners, the chain, timm's ResNet-18 by stage 2, FixMatch on it by stage 3.
-The ResNet sees as many images as the chain before stage 3, with the views of the chain's stage 2. Its learning rate
-and image size are chosen among `RIVALS` on the validation images that every column has; the first seed of a cell chooses for
-all. FixMatch sees as many images as the chain's stage 3. Nothing is chosen on test images.
+The rivals start from the configs of the chain: the same views, batches, steps and validation images, and so the same number of
+images. The ResNet's learning rate is chosen among `RIVALS` on the validation images of the first case of a data set that is
+measured, which holds for its other cases; the board begins with the most labels. Where the chain's stage 2 already is that very
+run, it is not made twice. Nothing is chosen on test images.
 """
 
 import json
+import math
+import shutil
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
+from numpy.typing import NDArray
 
 from pipeline.datasets.joint import with_classes
-from pipeline.datasets.manifest import read_manifest
+from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.evaluate.baselines import Baseline, Samples, evenly, export_features, fit_baseline, pixels_of, side_for
+from pipeline.evaluate.learners import Values
 from pipeline.evaluate.metrics import summary
 from pipeline.files import replace_text
-from pipeline.jsonl import newest
 from pipeline.report.results import StageRun, read_result
 from studies.runs import run
 from studies.scoreboard.pictures import Case
 from studies.scoreboard.recipe import Chain
 
 MAX_UNLABELLED = 10_000  # that label spreading reads
-RESNET = "{name: timm/resnet18, image_size: %d}"
-RIVAL_BATCH = 64
-# Learning rate, and how much larger the image is than the chain's: its stem divides the side by 4.
-RIVALS = {"a": (1e-3, 1), "b": (3e-3, 1), "c": (1e-3, 2)}
-# The views of the ResNet where the chain's own have no affine map.
-AFFINE = "{crop_scale: [0.8, 1.0], horizontal_flip: 0.0, affine: {rotation: 10, scale: [0.9, 1.1], shear: 8, translation: 0.1}}"
+RIVALS = (1e-3, 3e-3)  # learning rates at batch 32
+FIXMATCH_RATE = 0.75  # of the ResNet's learning rate, as in the recipe's stage 3
+STAGE_1_STEPS = 150  # of the demo's stage 1, where the chain has none
+
+RESNET = "timm/resnet18"
+
+_SHARED: defaultdict[str, threading.Lock] = defaultdict(
+    threading.Lock
+)  # what the cases of a data set share, by its name
 
 Cell = dict[str, Any]  # what one column reached: percentages, images seen, seconds
 
@@ -65,18 +73,35 @@ TITLES = {
     "stage-2": "stage 2",
     "stage-3-student": "stage 3, student",
     "stage-3-teacher": "stage 3, teacher",
-    "chain": "make chain",
+    "chain": "make chain, exported",
+    "recommended": "make chain, recommended",
 }
-OURS = ("stage-2", "stage-3-student", "stage-3-teacher", "chain")
+OURS = ("stage-2", "stage-3-student", "stage-3-teacher", "chain", "recommended")
 
 
 def simple(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     """Measure scikit-learn's learners on pixels."""
-    side = side_for(case.manifest, case.split.subset("labelled"))
-    read = partial(pixels_of, side=side)
-    return _learners(
-        case, read, {column: column for column in ("majority", "neighbour", "logistic", "svm", "spreading")}
-    )
+    labelled = case.split.subset("labelled")
+    read = partial(pixels_of, side=side_for(case.manifest, labelled))
+    some = _channels(read(case.manifest, labelled))
+    if (some == some[:, :1]).all():
+        read = partial(_first_channel, read)
+    cells = _learners(case, read, {name: name for name in ("majority", "neighbour", "logistic", "svm", "spreading")})
+    counts, test = case.split.counts("labelled"), with_classes(read_manifest(case.test), case.manifest.classes)
+    tied = counts == counts.max()  # a guess among them, where the labels do not tell the most frequent class
+    cells["majority"]["top1"] = 100 * float(np.isin(test.labels, np.flatnonzero(tied)).mean()) / int(tied.sum())
+    return cells
+
+
+def _channels(samples: Samples) -> Values:
+    """Pixels as (n, 3, P)."""
+    return samples.values.reshape(len(samples.values), 3, -1)
+
+
+def _first_channel(read: Callable[..., Samples], manifest: Manifest, sample_indices: NDArray[np.int64]) -> Samples:
+    """Read grey images, whose channels are equal, as one channel: distances keep their order, and cost a third."""
+    found = read(manifest, sample_indices)
+    return found._replace(values=np.ascontiguousarray(_channels(found)[:, 0]))
 
 
 def stages(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
@@ -90,20 +115,29 @@ def stages(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
                                  ("stage-3-teacher", "semi", "teacher")):  # fmt: skip
         runs = [result.stages[s] for s in configs if s != "semi" or stage == "semi"]
         cells[column] = _trained(result.stages[stage], model) | {
+            "validated": result.stages[stage].validated(model),
+            "validation": len(case.split.subset("validation")),
             "images": sum(_images(r) for r in runs),
             "seconds": round(sum(r.seconds() for r in runs), 1),
         }
     exported = result.stages["semi"].config.get("export", "teacher")
-    return cells | {"chain": cells[f"stage-3-{exported}"]}
+    cells["chain"] = cells[f"stage-3-{exported}"]
+    return cells
 
 
 def features(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
-    """Measure scikit-learn's learners on stage 1's features: the chain's, or the demo's if the chain does not pretrain."""
+    """Measure scikit-learn's learners on stage 1's features: the chain's, or the demo's if the chain does not pretrain.
+
+    Stage 1 reads no labels, so the demo's is trained once for all cases of a data set, on all its training images.
+    """
     experiment = name
     if "arm" not in chain.of(case, name):
-        experiment = f"{name}-arm"
-        values = [*_values(case, name, seed, "arm", chain), f"run.experiment={experiment}"]
-        run("arm", "demo", values, name=f"{name}, stage 1 of the demo")
+        experiment = f"{case.pictures.name}-arm"
+        values = [f"run.root={chain.runs}", f"run.experiment={experiment}", f"data.train={case.pictures.train}"]
+        values += ["data.split=null", f"loop.steps={STAGE_1_STEPS}", "data.loader.virtual_readers=null"]
+        with _SHARED[case.pictures.name]:
+            run("arm", "demo", values, name=f"{experiment}, stage 1 of the demo")
+            shutil.rmtree(chain.runs / experiment / "arm" / "checkpoints", ignore_errors=True)  # its export is read
     first = read_result(chain.runs / experiment).stages["arm"]
     read = partial(export_features, first.folder / "export")
     cells = _learners(case, read, {f"{learner}-features": learner for learner in ("logistic", "svm", "spreading")})
@@ -113,60 +147,71 @@ def features(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
 
 
 def resnet(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
-    """Train timm's ResNet-18 from scratch; the first seed of a cell tries all of `RIVALS` and keeps the best on validation."""
+    """Train timm's ResNet-18 from scratch; the first case of a data set tries all of `RIVALS`, the best on validation stays."""
+    with _SHARED[case.pictures.name]:
+        return _resnet(case, name, seed, chain)
+
+
+def _resnet(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     chained = read_result(chain.runs / name).stages
     images = sum(_images(run) for stage, run in chained.items() if stage != "semi")
-    steps = max(20, round(images / RIVAL_BATCH))
-    ours = chained["distill"].config["augment"]
-    views = _flow(ours) if ours.get("affine") else AFFINE
-    chosen = chain.runs / f"{name.rpartition('-seed')[0]}-rival.json"
-    tried = [json.loads(chosen.read_text())["rival"]] if chosen.is_file() else list(RIVALS)
+    loop, side = chained["distill"].config["loop"], chained["distill"].config["model"]["image_size"][0]
+    steps = max(20, round(images / loop["global_batch"]))
+    chosen = chain.runs / f"{case.pictures.name}-rival.json"
+    tried = [json.loads(chosen.read_text())["lr"]] if chosen.is_file() else list(RIVALS)
     found = {}
-    for rival in tried:
-        rate, enlarged = RIVALS[rival]
-        side = enlarged * chained["distill"].config["model"]["image_size"][0]
+    for rate in tried:
+        if _is_rival(chained["distill"], rate):
+            found[rate] = chained["distill"]
+            continue
+        scaled = rate * math.sqrt(loop["global_batch"] / 32)
         own = [
-            f"run.experiment={name}-resnet-{rival}", "init_from=null", f"model={RESNET % side}", f"augment={views}",
-            "data.loader.virtual_readers=null",
-            f"optim={{lr: {rate}, warmup_steps: {min(20, steps // 4)}, weight_decay: 0.05}}",
-            f"loop={{steps: {steps}, global_batch: {RIVAL_BATCH}, log_every: 20, eval_every: {steps}, save_every: {steps}}}",
+            f"run.experiment={name}-resnet-{rate:g}", "init_from=null", f"model={{name: {RESNET}, image_size: {side}}}",
+            f"optim={{lr: {scaled:g}, warmup_steps: {max(1, steps // 20)}, clip_norm: 3.0}}", f"loop.steps={steps}",
         ]  # fmt: skip
-        run("distill", "demo", [*_values(case, name, seed, "distill", chain), *own], name=f"{name}, resnet, {rival}")
-        found[rival] = read_result(chain.runs / f"{name}-resnet-{rival}").stages["distill"]
-    best = max(found, key=lambda rival: (_validated(found[rival], ""), -tried.index(rival)))
+        run("distill", chain.of(case, name)["distill"], [*_values(case, name, seed, "distill", chain), *own],
+            name=f"{name}, resnet, lr {rate:g}")  # fmt: skip
+        found[rate] = read_result(chain.runs / f"{name}-resnet-{rate:g}").stages["distill"]
+    best = max(found, key=lambda rate: (found[rate].validated("student") or 0.0, -tried.index(rate)))
     if not chosen.is_file():
-        replace_text(chosen, json.dumps({"rival": best, "chosen on": f"{name}'s validation images"}) + "\n")
+        replace_text(chosen, json.dumps({"lr": best, "chosen on": f"{name}'s validation images"}) + "\n")
     cell = _trained(found[best], "student") | {
         "images": _images(found[best]),
         "seconds": round(sum(r.seconds() for r in found.values()), 1),
-        "setting": f"lr {RIVALS[best][0]}, {found[best].config['model']['image_size'][0]} px",
+        "setting": f"lr {best:g}",
     }
     return {"resnet": cell}
 
 
 def fixmatch(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     """Continue the ResNet by FixMatch: the student labels, weight 1, threshold 0.95, and an average is kept beside it."""
-    chained = read_result(chain.runs / name).stages["semi"]
-    rival = json.loads((chain.runs / f"{name.rpartition('-seed')[0]}-rival.json").read_text())["rival"]
-    parent = read_result(chain.runs / f"{name}-resnet-{rival}").stages["distill"]
-    rate = RIVALS[rival][0] / 2
+    rate = json.loads((chain.runs / f"{case.pictures.name}-rival.json").read_text())["lr"]
+    same = _is_rival(read_result(chain.runs / name).stages["distill"], rate)
+    parent = read_result(chain.runs / (name if same else f"{name}-resnet-{rate:g}")).stages["distill"]
+    config = chain.of(case, name)["semi"]
+    batch = read_result(chain.runs / name).stages["semi"].config["loop"]["global_batch"]
+    scaled = FIXMATCH_RATE * rate * math.sqrt(batch / 16)
     own = [
         f"run.experiment={name}-fixmatch", f"init_from={parent.folder / 'export'}",
         "pseudo={labeller: student, threshold: 0.95, weight: 1.0}",
-        "ema={mode: ema, base_decay: 0.95, max_decay: 0.95}", "data.loader.virtual_readers=null",
-        f"optim={{lr: {rate:g}, warmup_steps: 20, weight_decay: 0.05}}",
+        "ema={mode: ema, base_decay: 0.95, max_decay: 0.95}", f"optim.lr={scaled:g}",
     ]  # fmt: skip
-    if not chained.config["strong"].get("affine"):
-        own += [f"weak={AFFINE}", f"strong={AFFINE.removesuffix('}') + ', erase: 0.5, rand_augment: rand-m5-n2}'}"]
-    run("semi", "demo", [*_values(case, name, seed, "semi", chain), *own], name=f"{name}, fixmatch")
+    run("semi", config, [*_values(case, name, seed, "semi", chain), *own], name=f"{name}, fixmatch")
     done = read_result(chain.runs / f"{name}-fixmatch").stages["semi"]
-    best = max(("teacher", "student"), key=lambda model: _validated(done, "teacher_" if model == "teacher" else ""))
+    best = max(("teacher", "student"), key=lambda model: done.validated(model) or 0.0)
     cell = _trained(done, best) | {
         "images": _images(parent) + _images(done),
         "seconds": round(parent.seconds() + done.seconds(), 1),
-        "setting": f"lr {rate:g}, {best}",
+        "setting": f"lr {scaled:g}, {best}",
     }
     return {"fixmatch": cell}
+
+
+def _is_rival(stage: StageRun, rate: float) -> bool:
+    """Whether a stage 2 is the ResNet from random weights at this learning rate, so that it need not be trained again."""
+    model, loop, own = (stage.config[key] for key in ("model", "loop", "optim"))
+    scaled = rate * math.sqrt(loop["global_batch"] / 32)
+    return model["name"] == RESNET and not stage.config["init_from"] and math.isclose(own["lr"], scaled, rel_tol=0.02)
 
 
 JOBS = {
@@ -203,7 +248,8 @@ def _learners(case: Case, read: Callable[..., Samples], columns: dict[str, str])
 
 def _scored(found: Baseline, num_classes: int) -> Cell:
     scores = summary(found.predictions, num_classes, {})
-    cell = {"top1": scores["top1"], "balanced": scores["balanced"], "images": 0, "setting": found.setting}
+    cell: Cell = {name: scores[name] for name in ("top1", "balanced")}
+    cell |= {"images": 0, "setting": found.setting, "validated": found.validated}
     return cell | ({"ece": scores["ece"]} if found.calibrated else {})
 
 
@@ -212,17 +258,8 @@ def _trained(stage: StageRun, model: str) -> Cell:
     return {key: scores[key] for key in ("top1", "balanced", "ece")}
 
 
-def _validated(stage: StageRun, prefix: str) -> float:
-    return float(newest(stage.rows, f"val/{prefix}balanced") or 0.0)
-
-
 def _images(stage: StageRun) -> int:
     """Return the images that a stage trained on, labelled and unlabelled, up to its last step."""
     config = stage.config
     unlabelled = config.get("unlabelled_ratio", 0) if config.get("pseudo", {}).get("weight") else 0
     return int(stage.rows[-1]["step"] * config["loop"]["global_batch"] * (1 + unlabelled))
-
-
-def _flow(value: Any) -> str:
-    """Write a value as an override's text."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()

@@ -53,6 +53,7 @@ REGIMES = {
     "imbalance-100": Regime("10 % labelled, imbalance 100", _tenth(100)),
     "pool": Regime("10 labels a class, a pool without labels", _labels(10), hidden=False),
 }
+MEASURED = ("10", "1", "imbalance-10", "4", "imbalance-100", "pool")  # in which order
 
 
 class Pictures(NamedTuple):
@@ -66,6 +67,7 @@ class Pictures(NamedTuple):
 class Case(NamedTuple):
     """One data set under one regime and seed: what a column may learn from, and what it is tested on."""
 
+    pictures: Pictures
     train: Path
     split_file: Path
     test: Path
@@ -152,4 +154,4 @@ def split_of(pictures: Pictures, regime: str, seed: int) -> Case:
         manifest = read_manifest(train)
     if not file.is_file():
         write_split(make_split(manifest, SplitConfig(**chosen.split), seed), file)
-    return Case(train, file, pictures.test, manifest, read_split(file, manifest))
+    return Case(pictures, train, file, pictures.test, manifest, read_split(file, manifest))

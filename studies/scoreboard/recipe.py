@@ -1,14 +1,12 @@
 """The configs that `make chain` would use for a case: what `python -m launchers recipe` writes after it has seen the images."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from studies.scoreboard.pictures import Case
+from tests import warm
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("arm", "distill", "semi")
 
 
@@ -18,7 +16,7 @@ class Chain(NamedTuple):
     Attributes:
         runs: Folder of the runs.
         configs: NAME of configs/STAGE/NAME.yaml; `recipe` = what `python -m launchers recipe` writes for each case.
-        budget: Time for a chain that the recipe may plan with, such as 6m.
+        budget: Time for a chain that the recipe may plan with, such as 4T.
     """
 
     runs: Path
@@ -43,14 +41,7 @@ def _write(case: Case, name: str, folder: Path, budget: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = ["--train", str(case.train.resolve()), "--split", str(case.split_file.resolve())]
     data += ["--test", str(case.test.resolve()), "--budget", budget]
-    done = subprocess.run(
-        [sys.executable, "-m", "launchers", "recipe", name, *data],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run([sys.executable, "-m", "launchers", "recipe", name, *data], cwd=folder)
     if done.returncode:
         print(f"{name}, recipe: {done.stderr}", file=sys.stderr, flush=True)
         raise SystemExit(done.returncode)

@@ -68,6 +68,17 @@ def test_a_rerun_keeps_the_configs_and_again_keeps_what_was_edited(place: Path) 
     assert yaml.safe_load(files["distill"].read_text())["augment"]["horizontal_flip"] == 0.5
 
 
+def test_counted_work_gives_the_steps_that_its_sum_allows(place: Path) -> None:
+    data = ("--train", "data/mine/train", "--split", "data/mine/split.json")
+    assert launch(place, "recipe", "counted", *data, "--budget", "6T")[0] == 0
+    texts = [(place / "configs" / stage / "counted.yaml").read_text() for stage in STAGES]
+    assert all("* 10^12 FLOPs" in text for text in texts)
+    # ResNet-18 at 32 px: 74 million FLOPs an image forward; batches of 32, and of 16 with four unlabelled images each.
+    distill, semi = (yaml.safe_load(text)["loop"]["steps"] for text in texts)
+    forward = 2 * 37.0e6
+    assert distill * 32 * 3 * forward + semi * 16 * (5 * 3 + 4) * forward == pytest.approx(6e12, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

@@ -1,46 +1,18 @@
-"""What runs at every step and is ours never waits for the device: nothing is read from it, nothing is copied to it from the host.
-
-The meta device has no numbers, so reading one raises; a dispatch mode refuses copies between devices.
-"""
-
-from typing import Any
+"""What runs at every step never waits for the device: no number is read from it, nothing is copied to it from the host."""
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
 from pipeline.ssl.config import PseudoLabelRule
 from pipeline.ssl.pseudo_labels import PseudoLabeller
 from pipeline.streaming.mixup import mix_at_random, mix_by_confidence
+from pipeline.train import distributed
 from pipeline.train.config import EngineConfig, OptimConfig
-from pipeline.train.engine import deepspeed_config
-
-META = torch.device("meta")
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
-
-
-class Waited(AssertionError):
-    pass
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises Waited where a GPU would have to be waited for."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = function._schema.name.removeprefix("aten::")
-        devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        if name == "_to_copy" and kwargs.get("device"):
-            devices.add(torch.device(kwargs["device"]).type)
-        if name in WAITS or (name in ("_to_copy", "copy_") and len(devices) > 1):
-            raise Waited(name)
-        if name == "_sample_dirichlet" and devices == {
-            "meta"
-        }:  # torch has no kernel of it for meta tensors; CUDA's waits for nothing
-            return torch.empty_like(args[0])
-        return function(*args, **kwargs)
+from pipeline.train.deepspeed_config import deepspeed_config
+from pipeline.train.distributed import World, any_rank
+from tests.steps import NAMES, steps_of
+from tests.waits import META, NoWaiting, Waited
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
@@ -67,10 +39,55 @@ def test_pseudo_labels_wait_for_nothing(thresholds: str, alignment: str) -> None
         labeller.class_entropy()
 
 
-def test_the_mode_sees_what_waits() -> None:
-    for wait in (lambda: torch.ones(1).item(), lambda: torch.ones(2).to(META), lambda: torch.ones(2).nonzero()):
-        with NoWaiting(), pytest.raises(Waited):
-            wait()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_whole_step_waits_for_nothing(name: str) -> None:
+    """Forward, backward, clipping, update, teacher, metrics and flight recorder: what `fit` does between two log lines."""
+    steps = steps_of(name, META)
+    with NoWaiting():
+        for step in range(2):
+            assert steps.take(step).moved
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: x.repeat_interleave(torch.ones(3, dtype=torch.long, device=META)),
+        lambda x: x.__setitem__(x > 0, x[:1]),
+        lambda x: torch.ones(3).to(META),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: x.cpu(),
+        lambda x: torch.tensor([1.0], device=META),
+        lambda x: torch.as_tensor(1.0, device=META),
+        lambda x: x.new_tensor([1.0]),
+    ],
+)
+def test_the_mode_sees_what_waits(wait) -> None:
+    x = torch.ones(3, device=META)
+    with NoWaiting(), pytest.raises(Waited):
+        wait(x)
+
+
+def test_the_mode_lets_pass_what_does_not_wait() -> None:
+    x = torch.ones(3, device=META)
+    with NoWaiting():
+        x[:2] += x.new_zeros(2) * torch.tensor(2.0)
+        torch.where(x > 0, x, 0.0)[torch.arange(2, device=META)].masked_fill(x[:2] > 0, 1.0)
+        torch.tensor(1.0).item()
+
+
+def test_a_vote_waits_for_nothing() -> None:
+    """The process group has one process here; the rank of two on a GPU is its only voter."""
+    distributed.start(60.0)
+    with NoWaiting():
+        assert any_rank(True, World(0, 2, META))
+        assert not any_rank(False, World(0, 2, META))
 
 
 def test_deepspeed_times_no_step() -> None:

@@ -9,11 +9,13 @@ from PIL import Image
 
 from pipeline.datasets.manifest import read_manifest
 from pipeline.errors import ConfigError, DataError
+from pipeline.evaluate.baselines import Samples, fit_baseline
 from studies import glyphs
 from studies.scoreboard import pictures
 from studies.scoreboard.__main__ import main
 from studies.scoreboard.board import Board, Place, write_document
-from studies.scoreboard.columns import OURS, TITLES
+from studies.scoreboard.columns import OURS, TITLES, _first_channel, simple
+from studies.scoreboard.recipe import Chain
 
 PLACES = [Place("digits", regime, seed) for seed in (0, 1) for regime in ("4", "10")]
 
@@ -27,6 +29,8 @@ def cell(top1: float, ece: float = 3.0, labels: int = 40) -> dict[str, float]:
         "seconds": 2.0,
         "labels": labels,
         "job_seconds": 9.0,
+        "validated": top1,
+        "validation": 100,
     }
 
 
@@ -85,6 +89,20 @@ def test_a_partial_board_says_what_is_missing_and_an_empty_one_has_no_numbers(tm
     nothing = Board(tmp_path / "none", PLACES).summary()
     assert nothing["mean_vs_best_baseline"] is None
     assert nothing["cells_compared"] == 0
+
+
+def test_the_recommended_column_is_the_export_unless_validation_establishes_another(tmp_path: Path) -> None:
+    board = Board(tmp_path, PLACES[:1])
+    place = PLACES[0]
+    for column, validated in (("chain", 80.0), ("stage-2", 84.0), ("logistic", 60.0), ("neighbour", 60.0)):
+        board.write(place, column, cell(validated) | {"top1": 50.0})
+        assert "recommended" not in board.cells[place]
+    board.write(place, "spreading", cell(85.0) | {"top1": 70.0})  # a standard error of 5.4 points with 100 images
+    assert board.cells[place]["recommended"]["setting"] == "chain"
+    board.write(place, "spreading", cell(86.0) | {"top1": 71.0})
+    assert board.cells[place]["recommended"]["setting"] == "spreading"
+    assert board.values(("digits", "4"), "recommended") == {0: 71.0}
+    assert Board(tmp_path, PLACES[:1]).cells[place]["recommended"]["top1"] == 71.0  # it is no file of its own
 
 
 def test_a_dry_run_lists_what_is_left(
@@ -162,3 +180,22 @@ def test_icons_of_a_theme_are_classes_by_folder_and_sizes_of_an_icon_are_one_ima
     assert glyphs.write_icons(tmp_path / "out", [tmp_path / "themes"], least=4, seed=0) == 2
     with pytest.raises(DataError, match="only 0 classes have 5 icons or more"):
         glyphs.write_icons(tmp_path / "none", [tmp_path / "themes"], least=5, seed=0)
+
+
+def test_the_majority_class_of_equally_many_labels_is_a_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = pictures.prepared("mine", folder_of_images(tmp_path / "mine"))
+    case = pictures.split_of(found, "4", 0)
+    cells = simple(case, "mine-4-seed0", 0, Chain(tmp_path / "runs", "recipe", "3T"))
+    assert cells["majority"]["top1"] == 50.0
+    assert set(cells) == {"majority", "neighbour", "logistic", "svm", "spreading"}
+
+
+def test_grey_images_are_read_as_one_channel_and_neighbours_stay_the_same() -> None:
+    rng = np.random.default_rng(0)
+    grey = rng.random((20, 1, 9)).astype(np.float32).repeat(3, 1).reshape(20, 27)
+    samples = Samples(np.arange(20), grey, rng.integers(0, 3, 20))
+    one = _first_channel(lambda manifest, sample_indices: samples, None, np.arange(20))
+    assert one.values.shape == (20, 9)
+    before, after = (fit_baseline("neighbour", s, s, 3).predictions.predicted for s in (samples, one))
+    assert (before == after).all()

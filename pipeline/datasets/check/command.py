@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.datasets.config import add_opening, opening_of
+from pipeline.decoding import Decoding
 from pipeline.errors import ConfigError, DataError
 
 
@@ -15,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     parser.add_argument("--split", type=Path, metavar="FILE", help="split file of TRAIN")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures of what was found")
     parser.add_argument("--processes", type=count, default=os.cpu_count() or 1, help="default: one per CPU")
+    add_opening(parser)
     parser.set_defaults(run=_run)
 
 
@@ -26,9 +29,10 @@ def _run(args: argparse.Namespace) -> None:
 
     if args.html is not None and args.html.suffix != ".html":
         raise ConfigError(f"--html {args.html}: the page is HTML; give a name that ends in .html")
-    manifests = [open_dataset(folder) for folder in (args.train, *args.tests)]
+    opening = opening_of(args)
+    manifests = [open_dataset(folder, opening) for folder in (args.train, *args.tests)]
     split = read_split(args.split, manifests[0]) if args.split else None
-    found = survey(manifests, split, args.processes)
+    found = survey(manifests, split, args.processes, Decoding(max_pixels=opening.max_pixels))
     print(*lines(found), sep="\n")
     if args.html:
         write_page(found, args.html)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.check.measure import HASH_SIDE
+from pipeline.datasets.parallel import counted
 
 MAX_BITS = 32  # bits of 256 that may differ between two images that look alike
 MAX_INDEX_BITS = 4  # bits that may differ among the 64 lowest frequencies
@@ -49,7 +50,8 @@ def similar_pairs(hashes: NDArray[np.uint8], colours: NDArray[np.uint8]) -> tupl
     found = [np.empty((0, 2), np.int64)]
     complete = True
     order = np.lexsort((*colours.T, numbers))  # places of images that are nearly equal follow one another
-    for band in np.array_split(np.arange(_INDEX_SIDE**2), MAX_INDEX_BITS + 1):
+    bands = np.array_split(np.arange(_INDEX_SIDE**2), MAX_INDEX_BITS + 1)
+    for band in counted(bands, "comparisons of all images", len(bands)):
         keys = index[order][:, band] @ (1 << np.arange(len(band)))
         partners, whole = _partners(keys)
         complete &= whole

@@ -62,9 +62,9 @@ def listed(names: Sequence[str]) -> str:
 
 
 def shortened(name: str, length: int = 40) -> str:
-    """Return a name that fits a line and can be printed."""
+    """Return a name that fits a line and can be printed; both its ends are kept, since a file is known by its last letters."""
     name = printable(name)
-    return name if len(name) <= length else f"{name[: length - 3]}..."
+    return name if len(name) <= length else f"{name[: length // 2 - 3]}...{name[-(length - length // 2) :]}"
 
 
 def printable(text: str) -> str:

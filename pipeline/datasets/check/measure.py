@@ -5,6 +5,7 @@ frequencies of the discrete cosine transform, against their median. It is writte
 PyWavelets (9 MB, compiled), which this hash does not use.
 """
 
+import functools
 import hashlib
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from pipeline.datasets.manifest import Manifest, read_image
 from pipeline.datasets.parallel import run_parallel
+from pipeline.decoding import DEFAULT, Decoding
 from pipeline.errors import DataError
 from pipeline.images import Pixels, UnreadableImage, decode
 
@@ -33,7 +35,7 @@ MEASURES = np.dtype(
 )
 
 
-def measure(manifest: Manifest, processes: int = 1) -> NDArray[np.void]:
+def measure(manifest: Manifest, processes: int = 1, decoding: Decoding = DEFAULT) -> NDArray[np.void]:
     """Measure all images of a dataset.
 
     A process holds one image at a time; the result takes 76 bytes per image.
@@ -41,6 +43,7 @@ def measure(manifest: Manifest, processes: int = 1) -> NDArray[np.void]:
     Args:
         manifest: The dataset.
         processes: How many processes share the images.
+        decoding: The limit on pixels.
 
     Returns:
         (num_samples,) of type `MEASURES`.
@@ -53,19 +56,20 @@ def measure(manifest: Manifest, processes: int = 1) -> NDArray[np.void]:
     step = max(16, -(-manifest.num_samples // _NUM_JOBS))
     jobs = [(manifest, start, start + step) for start in range(0, manifest.num_samples, step)]
     counts = [min(stop, manifest.num_samples) - start for _, start, stop in jobs]
-    return np.concatenate(list(run_parallel(_measure_range, jobs, processes, "images", counts)))
+    work = functools.partial(_measure_range, decoding)
+    return np.concatenate(list(run_parallel(work, jobs, processes, "images", counts)))
 
 
-def _measure_range(job: tuple[Manifest, int, int]) -> NDArray[np.void]:
+def _measure_range(decoding: Decoding, job: tuple[Manifest, int, int]) -> NDArray[np.void]:
     manifest, start, stop = job
     sample_indices = range(start, min(stop, manifest.num_samples))
-    return np.array([_measure(read_image(manifest, k)) for k in sample_indices], MEASURES)
+    return np.array([_measure(read_image(manifest, k), decoding) for k in sample_indices], MEASURES)
 
 
-def _measure(data: bytes) -> tuple[object, ...]:
+def _measure(data: bytes, decoding: Decoding) -> tuple[object, ...]:
     whole = digest(data)
     try:
-        pixels = decode(data)
+        pixels = decode(data, decoding)
     except UnreadableImage:
         return whole, whole, np.zeros(HASH_SIDE**2 // 8, np.uint8), 0, 0, 0, (0, 0, 0)
     height, width, _ = pixels.shape

@@ -13,8 +13,10 @@ from pipeline.datasets.check.labels import class_findings, label_findings
 from pipeline.datasets.check.measure import CONSTANT_RANGE, measure
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.splits import Split
+from pipeline.decoding import DEFAULT, Decoding
 
 _DARK = 8  # levels of 255; a constant image below is called black
+_FAINT_RANGE = 32  # levels between the darkest and the brightest pixel; 12 bits in a file of 16 leave 15
 _MAX_GROUPS = 12  # of a finding that are kept, of each the first _MAX_EXAMPLES images
 _MAX_EXAMPLES = 4
 
@@ -58,18 +60,23 @@ class Survey:
         return next((finding for finding in self.findings if finding.name == name), None)
 
 
-def survey(manifests: Sequence[Manifest], split: Split | None = None, processes: int = 1) -> Survey:
+def survey(
+    manifests: Sequence[Manifest], split: Split | None = None, processes: int = 1, decoding: Decoding = DEFAULT
+) -> Survey:
     """Look at every image and label.
 
     Args:
         manifests: The training set first, then the test sets.
         split: A split of the training set.
         processes: How many processes read images.
+        decoding: The limit on pixels.
 
     Raises:
         DataError: The shards of a dataset are remote, or cannot be read.
     """
-    datasets = [Dataset(title=printable(str(m.folder)), manifest=m, measures=measure(m, processes)) for m in manifests]
+    datasets = [
+        Dataset(title=printable(str(m)), manifest=m, measures=measure(m, processes, decoding)) for m in manifests
+    ]
     everything = _Everything(datasets)
     found = [
         *_duplicates(everything, split),
@@ -258,6 +265,17 @@ def _odd_images(place: int, dataset: Dataset) -> Iterator[Finding]:
             f" {are(int(black.sum()))} black.",
             count=number,
             groups=_single(place, dataset, np.flatnonzero(constant)),
+        )
+    faint = readable & ~constant & (measures["range"] < _FAINT_RANGE)
+    if number := int(faint.sum()):
+        yield Finding(
+            name="faint",
+            level="warning",
+            title=f"Images of little contrast in {dataset.title}",
+            text=f"{images(number)} {'have' if number > 1 else 'has'} fewer than {_FAINT_RANGE} of 256 levels between the darkest"
+            " and the brightest pixel. If files of 16 bits hold 10 or 12, multiply their values by 64 or 16.",
+            count=number,
+            groups=_single(place, dataset, np.flatnonzero(faint)),
         )
     if not readable.any():
         return

@@ -1,10 +1,11 @@
-"""Coarser classes by a table: ImageNet-127 from ImageNet's 1000, CIFAR-100's superclasses, anything alike."""
+"""A source under other classes: those of a list; or coarser ones by a table, such as ImageNet-127's."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.datasets.convert.classes import class_labels
 from pipeline.datasets.convert.source import Problem, Source
 from pipeline.datasets.text import read_text, shown
 from pipeline.errors import DataError
@@ -30,6 +31,17 @@ class Mapped(Source):
     def read(self, item: int) -> tuple[str, bytes]:
         """Return the file extension and the bytes of one image."""
         return self.inner.read(item)
+
+
+def with_classes(source: Source, classes: Sequence[str]) -> Mapped:
+    """Give a source the classes of a list; it may lack some.
+
+    Raises:
+        DataError: The source has a class that the list does not name.
+    """
+    known, label_of = class_labels(source.classes, classes, source.name)
+    new = [label_of[name] for name in source.classes]
+    return Mapped(source, known, [new[label] if label >= 0 else -1 for label in source.labels])
 
 
 def read_class_map(path: Path) -> dict[str, str]:

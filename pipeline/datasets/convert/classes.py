@@ -1,25 +1,25 @@
 """The classes of a dataset: in a given order, or as another dataset has them."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.datasets.text import is_text, read_text, same_form
+from pipeline.datasets.formats import is_hidden
+from pipeline.datasets.text import is_text, read_text, same_form, storable
 from pipeline.errors import DataError
 
 _SUBSETS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "unlabelled", "unlabeled"}
 
 
 def read_classes(path: Path) -> list[str]:
-    """Return the class names of a file, one a line, or of the dataset in a folder.
+    """Return the class names of a file, one a line, or of the dataset or the class folders in a folder.
 
     Raises:
         DataError: There is no such file or dataset, or it names no class, or a class twice.
     """
     if path.is_dir():
-        from pipeline.datasets.manifest import read_manifest
-
-        names = list(read_manifest(path).classes)
+        names = _classes_of(path)
     else:
         names = [same_form(line.strip()) for line in read_text(path, "class list").splitlines() if line.strip()]
     if not names:
@@ -27,6 +27,17 @@ def read_classes(path: Path) -> list[str]:
     if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
         raise DataError(f"--classes {path} names {', '.join(map(repr, twice[:5]))} twice; remove the repeated lines")
     return names
+
+
+def _classes_of(folder: Path) -> list[str]:
+    """Return the classes of a dataset in shards, or of a folder of images per class."""
+    from pipeline.datasets.manifest import HEADER, read_manifest
+
+    if (folder / HEADER).exists() or any(folder.glob("*.tar")):
+        return list(read_manifest(folder).classes)
+    with os.scandir(folder) as entries:
+        found = [storable(entry.name) for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
+    return class_labels(found, None, str(folder))[0]
 
 
 def class_labels(found: Iterable[str], wanted: Sequence[str] | None, where: str) -> tuple[list[str], dict[str, int]]:

@@ -13,8 +13,12 @@ from pipeline.errors import DataError
 from pipeline.files import real_path
 
 
-def plain_folder(root: Path) -> Files:
+def plain_folder(root: Path, classes: Sequence[str] = ()) -> Files:
     """Take all images below a folder, at any depth, as images without a label.
+
+    Args:
+        root: The folder.
+        classes: The classes that the dataset has all the same, as those of another one.
 
     Raises:
         DataError: There is no such folder, or it has no images.
@@ -26,7 +30,7 @@ def plain_folder(root: Path) -> Files:
         raise DataError(f"{root} has no images{_passed_over(left_out)}; give a folder of images")
     keys, problems = make_keys(names)
     paths = [str(root / name) for name in names]
-    return Files(str(root), [], keys, [-1] * len(names), paths, names, problems, left_out)
+    return Files(str(root), list(classes), keys, [-1] * len(names), paths, names, problems, left_out)
 
 
 def image_folder(

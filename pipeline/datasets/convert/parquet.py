@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.datasets.convert.classes import class_labels
+from pipeline.datasets.convert.columns import column_labels
 from pipeline.datasets.convert.source import Problem, Source, UnreadableSource, stored_extension
 from pipeline.datasets.formats import HEAD, format_of, is_hidden
 from pipeline.errors import DataError, EnvironmentProblem
@@ -96,50 +96,13 @@ def parquet_folder(
             groups.append((str(path), group, len(raw)))
             raw += table.read(group, label_column).to_pylist() if labelled else [None] * table.count(group)
         keys += [f"{stem}/{row:07d}" for row in range(len(raw) - len(keys))]
-    known, labels = _labels(raw, names, classes, f"column {label_column!r} of {root}")
+    known, labels = column_labels(raw, names, classes, f"column {label_column!r} of {root}")
     return Parquet(str(root), known, keys, labels, image_column, groups)
-
-
-def _labels(raw: list[Any], names: list[str], classes: Sequence[str] | None, where: str) -> tuple[list[str], list[int]]:
-    """Return the classes and the label of each row; numbers index `names` where the file has them."""
-    raw = [_plain(value) for value in raw]
-    kinds = {type(value) for value in raw if value is not None}
-    if kinds <= {str}:
-        known, label_of = class_labels({value for value in raw if value}, classes, where)
-        return known, [label_of[value] if value else -1 for value in raw]
-    if kinds != {int} or min(value for value in raw if value is not None) < -1:
-        raise DataError(f"{where} holds other values than class numbers or names; give --label-column")
-    numbers = [-1 if value is None else value for value in raw]
-    seen = sorted(set(numbers) - {-1})
-    listed = names or (list(classes) if classes is not None else [])
-    if not listed and seen != list(range(len(seen))):
-        gap = next(number for number, label in enumerate(seen) if number != label)
-        row = numbers.index(seen[gap])
-        raise DataError(
-            f"{where}: row {row} has label {seen[gap]}, but no row has label {gap}; "
-            "labels count from 0 without a gap; give all classes with --classes"
-        )
-    if listed and seen and seen[-1] >= len(listed):
-        row = numbers.index(seen[-1])
-        raise DataError(f"{where}: row {row} has label {seen[-1]}, but there are {len(listed)} classes")
-    if names and classes is not None:  # the file's own names say which class each number is
-        known, label_of = class_labels({names[label] for label in seen}, classes, where)
-        return known, [label_of[names[label]] if label >= 0 else -1 for label in numbers]
-    return listed or [str(label) for label in seen], numbers
 
 
 def _files_below(root: Path, ending: str) -> list[Path]:
     found = (path for path in root.rglob("*") if path.suffix.lower() == ending and path.is_file())
     return sorted(path for path in found if not any(map(is_hidden, path.relative_to(root).parts)))
-
-
-def _plain(value: Any) -> Any:
-    """Return a whole number for 1.0 and nothing for NaN, as pandas writes them where some are missing; a text for a bool."""
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float) and (value != value or value.is_integer()):
-        return None if value != value else int(value)
-    return value
 
 
 def _label_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.datasets.convert.source import Source
 from pipeline.datasets.manifest import HEADER
+from pipeline.datasets.parallel import counted
 from pipeline.datasets.text import shown
 from pipeline.errors import DataError
 from pipeline.files import replace_text
@@ -113,7 +114,7 @@ def plan_digest(source: Source, *options: int) -> str:
 
 def content_digest(source: Source) -> str:
     """Return a digest of the sizes of the source's files, which equal sources share."""
-    return _hash(str(_state(path)[0]) for path in source.files)
+    return _hash(str(_state(path)[0]) for path in counted(source.files, "files", len(source.files)))
 
 
 def shard_digests(source: Source, chunks: Sequence[Sequence[int]]) -> list[str]:
@@ -124,7 +125,8 @@ def shard_digests(source: Source, chunks: Sequence[Sequence[int]]) -> list[str]:
     if len(source.files) != len(source.keys):
         whole = _hash(str(_state(path)) for path in source.files)
         return [whole] * len(chunks)
-    return [_hash(str(_state(source.files[item])) for item in chunk) for chunk in chunks]
+    files = source.files
+    return [_hash(str(_state(files[item])) for item in chunk) for chunk in counted(chunks, "shards", len(chunks))]
 
 
 def _hash(parts: Any) -> str:

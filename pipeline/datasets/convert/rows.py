@@ -13,6 +13,7 @@ from pipeline.datasets.convert.classes import class_labels
 from pipeline.datasets.convert.imagefolder import add_unlabelled
 from pipeline.datasets.convert.source import Files, LeftOut, Problem, make_keys
 from pipeline.datasets.formats import FOREIGN_EXTENSIONS, IMAGE_EXTENSIONS
+from pipeline.datasets.parallel import counted
 from pipeline.datasets.text import read_text, same_form, shown, storable
 from pipeline.errors import ConfigError, DataError
 
@@ -58,7 +59,8 @@ def table_file(
     left_out: LeftOut = {}
     problems: dict[int, Problem] = {}
     seen: dict[str, int] = {}
-    for number, (value, text) in enumerate(zip(values, texts, strict=True), start=1):
+    rows_read = counted(zip(values, texts, strict=True), "rows", len(rows))
+    for number, (value, text) in enumerate(rows_read, start=1):
         label = label_of[text] if text else -1
         found = finder.find(value)
         place = os.path.normpath(found) if found else f"row {number}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.datasets.convert.source import LeftOut
 from pipeline.datasets.formats import FOREIGN_EXTENSIONS, HEAD, IMAGE_EXTENSIONS, extension_of, format_of, is_hidden
+from pipeline.datasets.parallel import counted
 from pipeline.datasets.text import shown
 from pipeline.files import real_path
 
@@ -23,7 +24,7 @@ def find_images(root: Path, left_out: LeftOut, exclude: Collection[Path] = ()) -
         exclude: Resolved folders that are passed over.
     """
     found = []
-    for name, entry in _files_below(root, left_out, exclude):
+    for name, entry in counted(_files_below(root, left_out, exclude), "files found"):
         mode = _mode(entry)
         extension = extension_of(entry.name)
         if not (mode is None or stat.S_ISREG(mode)):
@@ -36,12 +37,19 @@ def find_images(root: Path, left_out: LeftOut, exclude: Collection[Path] = ()) -
 
 
 def _files_below(root: Path, left_out: LeftOut, exclude: Collection[Path]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield the relative name and the entry of everything below `root` that is no folder."""
-    open_folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(str(root), "", (_identity(str(root)),))]
+    """Yield the relative name and the entry of everything below `root` that is no folder.
+
+    A folder behind two links or more on one path is entered once. So folders that link to one another, of which there are
+    as many paths as orders of them, take a time that grows with the square of their number.
+    """
+    open_folders: list[tuple[str, str, tuple[tuple[int, int], ...], int]] = [
+        (str(root), "", (_identity(str(root)),), 0)
+    ]
+    far: set[tuple[int, int]] = set()  # folders that were entered behind two links or more
     while open_folders:
-        folder, prefix, ancestors = open_folders.pop()
+        folder, prefix, ancestors, links = open_folders.pop()
         with os.scandir(folder) as entries:
-            listed = list(entries)
+            listed = sorted(entries, key=lambda entry: entry.name, reverse=True)
         for entry in listed:
             name = prefix + entry.name
             folder_inside = _is_folder(entry)
@@ -54,10 +62,14 @@ def _files_below(root: Path, left_out: LeftOut, exclude: Collection[Path]) -> It
                 _leave_out(left_out, "hidden or of the system", name)
             elif not folder_inside:
                 yield name, entry
-            elif _identity(entry.path) in ancestors:
+            elif (identity := _identity(entry.path)) in ancestors:
                 _leave_out(left_out, "link to a folder above it", name)
+            elif links + entry.is_symlink() > 1 and identity in far:
+                _leave_out(left_out, "folder taken already through other links", name)
             elif not exclude or real_path(entry.path) not in exclude:
-                open_folders.append((entry.path, name + "/", (*ancestors, _identity(entry.path))))
+                behind = links + entry.is_symlink()
+                far.update([identity] if behind > 1 else [])
+                open_folders.append((entry.path, name + "/", (*ancestors, identity), behind))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -86,13 +86,14 @@ class Mixer(nn.Module):
 
     def _both_ways(self, xz: Tensor, suffixes: tuple[str, ...], blend: Tensor | None) -> Tensor:
         """Sum one direction, or two opposite ones with their SSMixup: (B, L, 2E) -> (B, L, E)."""
-        directions = [self._direction(s) for s in suffixes]
+        directions = [self.direction(s) for s in suffixes]
         if self.ssmixup is None or blend is None:
             return mixer_scan(xz, directions)
         nu = self.nu if self.ssmixup.nu == "learned" else self.ssmixup.nu
         return mixed_scan(xz, directions, blend, nu, shared_C=self.ssmixup.readout == "shared_C")
 
-    def _direction(self, suffix: str) -> Direction:
+    def direction(self, suffix: str) -> Direction:
+        """Return the weights of the direction with this suffix, a name of `DIRECTIONS`."""
         own = self.get_parameter
         return Direction(
             own(f"conv1d{suffix}.weight"),

@@ -181,7 +181,7 @@ class VisionMamba(nn.Module):
         Returns:
             (B, L, D) in the order of the scan, with the cls token (if there is one) in the middle.
         """
-        return self.norm_f(self.encode(self._tokens(images), blend=self._blend(images, blend))[0])
+        return self.norm_f(self.encode(self.tokens(images), blend=self._blend(images, blend))[0])
 
     def forward_intermediates(
         self,
@@ -217,7 +217,7 @@ class VisionMamba(nn.Module):
         wanted = [i % self.depth for i in indices]
         if stop_early and not intermediates_only:
             raise ValueError("stop_early leaves no final features; set intermediates_only=True")
-        x, blend, found = self._tokens(images), self._blend(images, None), []
+        x, blend, found = self.tokens(images), self._blend(images, None), []
         for i, layer in enumerate(self.layers[: max(wanted) + 1] if stop_early else self.layers):
             x = self._through(layer, x, blend)
             if i in wanted:
@@ -311,7 +311,7 @@ class VisionMamba(nn.Module):
         x = x if self.cls_index is None else drop_token(x, self.cls_index)
         return x if self.order is None else x[:, self.order.argsort()]
 
-    def _tokens(self, images: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> all tokens (B, L, D), the cls token among them."""
         x, at = self.embed(images), self.cls_index
         if at is None:

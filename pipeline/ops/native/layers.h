@@ -19,6 +19,29 @@ inline void pack_tile(const float* rows, int64_t width, int64_t padded, int coun
     for (int r = 0; r < count; r++) store(tile + c * count + r * W, load_some(rows + r * width + c, width - c));
 }
 
+// What a norm subtracts from a row, and the factor that follows.
+struct Moments {
+  float mean, scale;
+};
+
+// (x - mean) scale has mean 0 and variance 1 (a layer norm), or with `centred` false the root mean square 1 (an RMS norm).
+inline Moments moments(const float* x, int64_t width, float eps, bool centred) {
+  auto total = [](Float v) {
+    float sum = 0;
+    for (int l = 0; l < W; l++) sum += v[l];
+    return sum;
+  };
+  Float sum{}, squares{};
+  for (int64_t c = 0; centred && c < width; c += W) sum += load_some(x + c, width - c);
+  const float mean = total(sum) / width;
+  for (int64_t c = 0; c < width; c += W) {
+    Float off = load_some(x + c, width - c) - mean;
+    for (int64_t l = width - c; l < W; l++) off[l] = 0;
+    squares += off * off;
+  }
+  return {mean, 1 / std::sqrt(total(squares) / width + eps)};
+}
+
 enum Act { none, relu, silu, sigmoid };
 
 // The lower bound of a sum: 0 for relu, none for the other activations. at_least passes a NaN on.
@@ -42,6 +65,36 @@ void in_blocks(const Cut& cut, int64_t tiles, F&& f) {
     const int64_t blocks = up(end - begin, tiles) / tiles;
     for (int64_t i = 0; i < blocks; i++)
       f(begin + i * (end - begin) / blocks, begin + (i + 1) * (end - begin) / blocks);
+  });
+}
+
+// Multiplies packed rows with panels of weights, a block of rows and panels for each thread in turn.
+//
+// `pack(first row, count, tile)` writes a tile of rows with `in` inputs, a multiple of `pad`. `put(row, column, sum)` takes each
+// vector of W sums of the `out` columns. `done(first row, count, first column, columns)` is called after each tile and panel.
+template <class Pack, class Put, class Done>
+void product(int64_t rows, int64_t in, int64_t out, const float* weight, Pack&& pack, Put&& put, Done&& done) {
+  const int64_t threads = at::get_num_threads();
+  const Cut cut(rows, threads);
+  // With few rows some threads would be idle, so the columns are divided as well.
+  const int64_t blocks = up(cut.tiles, block_tiles) / block_tiles, panels = up(out, panel) / panel;
+  const int64_t columns = std::clamp<int64_t>(4 * threads / blocks, 1, panels);
+  at::parallel_for(0, blocks * columns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t t0 = unit / columns * cut.tiles / blocks, t1 = (unit / columns + 1) * cut.tiles / blocks;
+      const int64_t n0 = unit % columns * panels / columns * panel, n1 = (unit % columns + 1) * panels / columns * panel;
+      float* x = Scratch::begin((t1 - t0) * tile_rows * in).take((t1 - t0) * tile_rows * in);
+      for (int64_t t = t0; t < t1; t++) pack(cut.first(t), cut.height(t), x + (t - t0) * tile_rows * in);
+      for (int64_t n = n0; n < n1; n += panel)
+        for (int64_t t = t0; t < t1; t++) {
+          const int64_t first = cut.first(t);
+          with_sizes(cut.height(t), out - n, [&]<int R, int V>() {
+            multiply<R, V>(x + (t - t0) * tile_rows * in, weight + n * in, panel, in / W,
+                           [&](int r, int v, Float sum) { put(first + r, n + v * W, sum); });
+            done(first, R, n, std::min<int64_t>(panel, out - n));
+          });
+        }
+    }
   });
 }
 

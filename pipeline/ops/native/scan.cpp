@@ -16,6 +16,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "recurrence.h"
 #include "tiles.h"
 
 using simd::Float;
@@ -148,36 +149,6 @@ void prepare(Tile& k, bool softplus, const float* u, const float* delta, Float b
   }
 }
 
-// Computes h_t = 2^(dt rate) h_{t-1} + dt u B_t and y += C_t h_t for S states. With `keep` it stores all a_t, and all h_t
-// beginning with h_{-1}.
-template <int S, bool keep>
-void advance(Tile& k, float* state, const float* rates, const float* B, const float* C, int64_t width, int64_t steps,
-             float* kept_h, float* kept_a) {
-  Float h[S];
-#pragma GCC unroll 16
-  for (int n = 0; n < S; n++) {
-    h[n] = load(state + n * W);
-    if (keep) store(kept_h + n * W, h[n]);
-  }
-  for (int64_t t = 0; t < steps; t++) {
-    Float dt = load(k.dt + t * W), dtu = load(k.dtu + t * W);
-    Float y[2] = {load(k.y + t * W), Float{}};
-#pragma GCC unroll 16
-    for (int n = 0; n < S; n++) {
-      Float a = simd::exp2(dt * load(rates + n * W));
-      h[n] = a * h[n] + dtu * B[t * width + n];
-      y[n % 2] += h[n] * C[t * width + n];
-      if (keep) {
-        store(kept_a + (t * S + n) * W, a);
-        store(kept_h + ((t + 1) * S + n) * W, h[n]);
-      }
-    }
-    store(k.y + t * W, y[0] + y[1]);
-  }
-#pragma GCC unroll 16
-  for (int n = 0; n < S; n++) store(state + n * W, h[n]);
-}
-
 template <int S>
 void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add) {
   const Plan::Unit unit = plan.unit(index);
@@ -209,7 +180,7 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
       prepare<false>(k, plan.s.softplus, u, y, load(rows.bias + i * W), steps);
       for (int64_t n = 0; n < plan.width; n += S) {
         const int64_t at = i * plan.tile_state + n * W;
-        advance<S, false>(k, state + at, rows.rates + at, B + n, C + n, plan.width, steps, nullptr, nullptr);
+        advance<S, false>(k.dt, k.dtu, k.y, state + at, rows.rates + at, B + n, C + n, plan.width, steps, nullptr, nullptr);
       }
       if (d.p) std::copy_n(k.y, steps * W, p);
       const Float skip = load(rows.skip + i * W);
@@ -312,7 +283,7 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
       std::copy_n(plan.carry(d, index, chunk) + i * plan.tile_state, plan.tile_state, state);
       for (int64_t n = 0; n < plan.width; n += S) {
         const int64_t at = i * plan.tile_state + n * W;
-        advance<S, true>(k, state + n * W, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a);
+        advance<S, true>(k.dt, k.dtu, k.y, state + n * W, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a);
         retreat<S>(k, g_Ch, carried + at, g_rates + at, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a,
                 q, r, g_B + g_first + t0 * g_row + n, g_C + g_first + t0 * g_row + n, g_row);
       }

@@ -85,31 +85,17 @@ struct MixerCall {
 
 // y = act(x W + b).
 void linear(const LinearCall& s) {
-  const int64_t in = up(s.in, pad), threads = at::get_num_threads();
-  const Cut cut(s.rows, threads);
+  const int64_t in = up(s.in, pad);
   const float least = least_of(s.act);
-  // With few rows some threads would be idle, so the columns are divided as well.
-  const int64_t rows = up(cut.tiles, block_tiles) / block_tiles, panels = up(s.out, panel) / panel;
-  const int64_t columns = std::clamp<int64_t>(4 * threads / rows, 1, panels);
-  at::parallel_for(0, rows * columns, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t t0 = unit / columns * cut.tiles / rows, t1 = (unit / columns + 1) * cut.tiles / rows;
-      const int64_t n0 = unit % columns * panels / columns * panel, n1 = (unit % columns + 1) * panels / columns * panel;
-      float* x = Scratch::begin((t1 - t0) * tile_rows * in).take((t1 - t0) * tile_rows * in);
-      for (int64_t t = t0; t < t1; t++)
-        pack_tile(s.x + cut.first(t) * s.in, s.in, in, cut.height(t), x + (t - t0) * tile_rows * in);
-      for (int64_t n = n0; n < n1; n += panel)
-        for (int64_t t = t0; t < t1; t++)
-          with_sizes(cut.height(t), s.out - n, [&]<int R, int V>() {
-            float* to = s.y + cut.first(t) * s.out + n;
-            multiply<R, V>(x + (t - t0) * tile_rows * in, s.weight + n * in, panel, in / W, [&](int r, int v, Float sum) {
-              sum = at_least(sum + load(s.bias + n + v * W), least);
-              store_some(to + r * s.out + v * W, sum, s.out - n - v * W);
-            });
-            activate(to, s.out, R, std::min<int64_t>(panel, s.out - n), s.act);
-          });
-    }
-  });
+  product(
+      s.rows, in, s.out, s.weight,
+      [&](int64_t row, int count, float* tile) { pack_tile(s.x + row * s.in, s.in, in, count, tile); },
+      [&](int64_t row, int64_t column, Float sum) {
+        store_some(s.y + row * s.out + column, at_least(sum + load(s.bias + column), least), s.out - column);
+      },
+      [&](int64_t row, int count, int64_t column, int64_t columns) {
+        activate(s.y + row * s.out + column, s.out, count, columns, s.act);
+      });
 }
 
 // y = t + W2 relu(W1 t + b1) + b2 with t = DWConv(x). The hidden rows never leave the cache.
@@ -252,19 +238,7 @@ void mixer(const MixerCall& s) {
         for (int r = 0; r < R; r++) {
           const float* x = s.y + (first(t) + r) * D;
           float *token = s.tokens + (first(t) + r) * in, *to = tile + (t - t0) * tile_rows * in + r * W;
-          Float sum{}, squares{};
-          for (int64_t c = 0; c < D; c += W) sum += load_some(x + c, D - c);
-          float mean = 0, variance = 0;
-          for (int l = 0; l < W; l++) mean += sum[l];
-          mean /= D;
-          for (int64_t c = 0; c < D; c += W) {
-            Float off = load_some(x + c, D - c) - mean;
-            if (D - c < W)
-              for (int64_t l = D - c; l < W; l++) off[l] = 0;
-            squares += off * off;
-          }
-          for (int l = 0; l < W; l++) variance += squares[l];
-          const float scale = 1 / std::sqrt(variance / D + float(s.eps));
+          const auto [mean, scale] = moments(x, D, float(s.eps), true);
           for (int64_t c = 0; c < in; c += W) {  // gamma and beta are zero beyond D
             const Float value = (load_some(x + c, D - c) - mean) * scale * load(s.gamma + c) + load(s.beta + c);
             store(token + c, value);

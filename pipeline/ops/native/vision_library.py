@@ -1,6 +1,7 @@
-"""The compiled library of EfficientViM's layers, called through ctypes, and the layout that it wants of weights.
+"""The compiled library of the layers for inference, called through ctypes, and the layout that it wants of weights.
 
-The structures mirror those of vision.cpp and stem.cpp field by field. All tensors are contiguous fp32 on the CPU.
+The structures mirror those of vision.cpp, stem.cpp and mamba.cpp field by field. All tensors are contiguous fp32 on the CPU,
+except the indices of tokens.
 """
 
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
@@ -13,7 +14,7 @@ from torch import Tensor
 from pipeline.ops.native.build import FOLDER, load_library
 
 PAD = 32  # layers.h: pad
-SOURCES = (FOLDER / "vision.cpp", FOLDER / "stem.cpp")
+SOURCES = (FOLDER / "vision.cpp", FOLDER / "stem.cpp", FOLDER / "mamba.cpp")
 
 
 def _fields(integers: str, pointers: str) -> list[tuple[str, type]]:
@@ -26,7 +27,7 @@ class LocalCall(Structure):
     _fields_ = _fields("height width channels", "x weight bias")
 
 
-# The structures below have the names of those in vision.cpp and stem.cpp.
+# The structures below have the names of those in the C++ files.
 class _LinearCall(Structure):
     _fields_ = _fields("rows inputs outputs act", "x weight bias y")
 
@@ -64,6 +65,35 @@ class _MixerCall(Structure):
     ]
 
 
+class _NormedCall(Structure):
+    _fields_ = [*_fields("rows inputs outputs centred", ""), ("eps", c_double), *_fields("", "x weight bias y")]
+
+
+class DirectionCall(Structure):
+    """mamba.cpp: Direction, the weights of one direction of a mixer."""
+
+    _fields_ = _fields("", "tokens taps taps_bias project spread spread_bias rates skip")
+
+
+class _ScanCall(Structure):
+    _fields_ = [
+        *_fields("batch steps inner states rank taps directions", "xz y v delta low"),
+        ("direction", DirectionCall * 4),
+    ]
+
+
+class _GateCall(Structure):
+    _fields_ = _fields("rows inner outputs directions", "y xz weight residual to")
+
+
+class _SwigluCall(Structure):
+    _fields_ = [
+        *_fields("rows width hidden centred", ""),
+        ("eps", c_double),
+        *_fields("", "x both both_bias down down_bias y"),
+    ]
+
+
 _ENTRIES = {
     "vision_linear": _LinearCall,
     "vision_ffn": _FfnCall,
@@ -72,6 +102,10 @@ _ENTRIES = {
     "vision_stem": StemCall,
     "vision_conv_map": ConvCall,
     "vision_mixer": _MixerCall,
+    "mamba_normed": _NormedCall,
+    "mamba_scan": _ScanCall,
+    "mamba_gate": _GateCall,
+    "mamba_swiglu": _SwigluCall,
 }
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline.data import main
 from pipeline.datasets.check.duplicates import MAX_BITS, MAX_INDEX_BITS, connected_groups, equal_groups, similar_pairs
+from pipeline.datasets.check.finding import shortened
 from pipeline.datasets.check.measure import measure, perceptual_hash
 from pipeline.datasets.check.quick import quick_check
 from pipeline.datasets.check.survey import Survey, survey
@@ -132,6 +133,35 @@ def test_black_constant_and_unreadable_images_are_named(clean, tmp_path):
     assert names(found) == {"constant": 2, "unreadable": 1}
     assert "1 of them is black" in found.finding("constant").text
     assert [group.examples[0].sample_index for group in found.finding("unreadable").groups] == [22]
+
+
+def test_twelve_bits_in_a_file_of_sixteen_are_told_since_they_are_nearly_black(clean, tmp_path):
+    levels = np.asarray(photograph(60).convert("L")).astype(np.uint16)
+    odd = [(encoded(Image.fromarray(levels * 16)), 0), (encoded(Image.fromarray(levels * 257)), 0)]
+    found = survey([dataset(tmp_path / "a", [*clean, *odd])])
+    assert names(found) == {"faint": 1}
+    assert [group.examples[0].sample_index for group in found.finding("faint").groups] == [20]
+
+
+def test_a_long_name_keeps_both_its_ends():
+    name = "holidays/" + "x" * 80 + "/IMG_0042"
+    assert shortened(name, 60).startswith("holidays/")
+    assert shortened(name, 60).endswith("/IMG_0042")
+    assert len(shortened(name, 60)) == 60
+    assert shortened("short", 5) == "short"
+
+
+def test_a_folder_of_images_is_named_as_it_was_given(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for k in range(4):
+        path = tmp_path / f"photos/{'ab'[k % 2]}/{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph(k).save(path)
+    assert main(["check", str(tmp_path / "photos"), "--processes", "1"]) == 0
+    text = capsys.readouterr().out
+    assert f"{tmp_path / 'photos'}: 4 images, 2 classes, 4 labels" in text
+    assert ".cache" not in text
 
 
 def test_extremes_of_size_and_shape_are_named(clean, tmp_path):

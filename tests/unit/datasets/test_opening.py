@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.config import load_config
 from pipeline.data import main
+from pipeline.datasets.config import Opening
 from pipeline.datasets.joint import read_manifests
 from pipeline.datasets.manifest import read_image, read_manifest
 from pipeline.datasets.opening import ImageFolder, open_dataset
@@ -18,6 +20,8 @@ from pipeline.errors import DataError
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Loader
 from pipeline.streaming.transforms import train_views
+from stages.configs.distill import DistillConfig
+from tests.conftest import ROOT
 
 VIEWS = train_views((16, 16), AugmentConfig(), (0.5,) * 3, (0.5,) * 3)
 
@@ -30,9 +34,9 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path / "home"
 
 
-def write(path: Path, number: int) -> None:
+def write(path: Path, number: int, side: int = 24) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(number).integers(0, 256, (20 + number % 5, 24, 3), np.uint8)
+    pixels = np.random.default_rng(number).integers(0, 256, (side - 4 + number % 5, side, 3), np.uint8)
     Image.fromarray(pixels).save(path)
 
 
@@ -154,3 +158,52 @@ def test_the_commands_take_a_folder_of_images(photos, tmp_path, capsys):
     path, _ = manifest.place_of(3)
     write(path, 5000)
     main(["verify", str(photos), "--processes", "1"])  # opened again, it is another dataset
+
+
+def test_a_list_or_another_dataset_gives_a_folder_its_classes(photos, tmp_path):
+    convert("imagefolder", photos, tmp_path / "shards")
+    (tmp_path / "test/class 2").mkdir(parents=True)
+    write(tmp_path / "test/class 2/1.png", 1)
+    (tmp_path / "test/class 0").mkdir()  # without images
+    with pytest.raises(DataError, match=r"class folder .* has no images"):
+        open_dataset(tmp_path / "test")
+    names = tmp_path / "names"
+    names.write_text("class 2\nclass 1\nnone of it\nclass 0\n")
+    asked = {"shards": tmp_path / "shards", "folder": photos, "list": names}
+    found = {name: open_dataset(tmp_path / "test", Opening(path)) for name, path in asked.items()}
+    assert found["shards"].hash == found["folder"].hash == open_dataset(tmp_path / "test", Opening(photos)).hash
+    assert [(manifest.classes[2], manifest.labels.tolist()) for manifest in found.values()] == [
+        ("class 2", [2]),
+        ("class 2", [2]),
+        ("none of it", [0]),
+    ]
+    main(["convert", "imagefolder", str(tmp_path / "test"), "--classes", str(names), "--out", str(tmp_path / "out")])
+    assert read_manifest(tmp_path / "out").hash == found["list"].hash
+    write(tmp_path / "pool/1.png", 3)
+    pool = open_dataset(tmp_path / "pool", Opening(names))  # a pool in the classes of a labelled set
+    main(["convert", "folder", str(tmp_path / "pool"), "--classes", str(names), "--out", str(tmp_path / "pool out")])
+    assert (pool.hash, pool.classes[0], pool.labels.tolist()) == (
+        read_manifest(tmp_path / "pool out").hash,
+        "class 2",
+        [-1],
+    )
+    splits = [tmp_path / f"{name}.json" for name in "ab"]
+    main(["split", str(tmp_path / "test"), "--classes", str(names), "--out", str(splits[0])])
+    main(["split", str(tmp_path / "out"), "--out", str(splits[1])])
+    assert splits[0].read_bytes() == splits[1].read_bytes()
+
+
+def test_a_folder_obeys_the_limit_on_pixels(photos, tmp_path, capsys):
+    """A folder with an image above 64 million pixels opens if the limit is raised, and one above a lower limit does not."""
+    large = photos / "class 0/large.png"
+    write(large, 4, side=40)
+    with pytest.raises(DataError, match=r"large.png: 40 x 40 pixels; at most 1,599 are decoded"):
+        open_dataset(photos, Opening(max_pixels=1599))
+    assert main(["verify", str(photos), "--max-pixels", "1600", "--processes", "1"]) == 0
+    assert main(["verify", str(photos), "--max-pixels", "1599", "--processes", "1"]) == 3
+    assert main(["check", str(photos), "--max-pixels", "1599", "--processes", "1"]) == 0
+    assert "1 image cannot be decoded" in capsys.readouterr().out
+    config = load_config(
+        DistillConfig, ROOT / "configs/distill/smoke.yaml", [f"data.train={photos}", "data.max_pixels=99"]
+    )
+    assert config.data.opening == Opening(None, 99)

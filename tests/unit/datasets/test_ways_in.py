@@ -1,7 +1,12 @@
 """Nothing that a person gives becomes another image, another label or nothing without a word."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -170,6 +175,14 @@ def test_archives_beside_the_tars_that_are_not_read_are_named(tmp_path: Path, na
     assert "1  hidden or of the system: ._000000.tar" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "pack"), [("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)])
+def test_a_compressed_tar_is_called_that(tmp_path: Path, name: str, pack, capsys) -> None:
+    path = tar(tmp_path / "in", members("cls", ["0", "1"])) / "000000.tar"
+    path.write_bytes(pack(path.read_bytes()))
+    assert convert("tars", tmp_path / "in") == 3
+    assert f"it is compressed with {name}, decompress it" in capsys.readouterr().err
+
+
 def test_a_manifest_of_other_tars_or_options_is_not_taken_for_this_one(tmp_path: Path, capsys) -> None:
     rows = [json.dumps({"kind": name, "size": {"name": size}}) for name, size in (("a", "s"), ("b", "l"))]
     folder = tar(tmp_path / "in", members("json", rows))
@@ -223,3 +236,66 @@ def test_labels_of_parquet_as_pandas_writes_them(tmp_path: Path, capsys) -> None
     capsys.readouterr()
     assert convert("parquet", tmp_path / "floats", "--out", tmp_path / "both") == 0
     assert "parts of one dataset (test, train)" in capsys.readouterr().out
+
+
+def test_every_converter_takes_a_list_of_classes(tmp_path, capsys):
+    (tmp_path / "names").write_text("\n".join(("none of it", *"9876543210")))
+    assert main(["convert", "digits", "--out", str(tmp_path / "digits")]) == 0
+    named = ["--classes", str(tmp_path / "names"), "--processes", "1"]
+    assert main(["convert", "digits", "--out", str(tmp_path / "turned"), *named]) == 0
+    plain, turned = read_manifest(tmp_path / "digits/test"), read_manifest(tmp_path / "turned/test")
+    assert turned.classes == ("none of it", *"9876543210")
+    assert turned.labels.tolist() == (10 - plain.labels).tolist()
+    (tmp_path / "names").write_text("0\n1\n")
+    assert main(["convert", "digits", "--out", str(tmp_path / "few"), *named]) == 3
+    assert "has 8 classes that --classes does not name: '2'" in capsys.readouterr().err
+    options = {kind: main_help(kind, capsys) for kind in ("folder", "letters", "cifar", "stl10", "svhn", "huggingface")}
+    assert all("--classes FILE" in text for text in options.values())
+
+
+def main_help(kind: str, capsys) -> str:
+    with pytest.raises(SystemExit):
+        main(["convert", kind, "--help"])
+    return capsys.readouterr().out
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_long_work_shows_counts_and_the_time_left_on_a_terminal(tmp_path, monkeypatch):
+    put(tmp_path / "in", "cat/1.jpg", "dog/2.jpg", "dog/3.jpg")
+    (tmp_path / "table.csv").write_text("file,kind\ncat/1.jpg,cat\ndog/2.jpg,dog\n")
+    monkeypatch.setattr("pipeline.datasets.parallel.BAR_AFTER_SECONDS", 0)
+    monkeypatch.setattr("sys.stderr", terminal := _Terminal())
+    table = ["--image", "file", "--label", "kind", "--root", tmp_path / "in"]
+    assert convert("csv", tmp_path / "table.csv", *table, "--out", tmp_path / "rows") == 0
+    assert convert("imagefolder", tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert main(["verify", str(tmp_path / "out"), "--processes", "1"]) == 0
+    assert main(["check", str(tmp_path / "out"), "--processes", "1"]) == 0
+    bars = terminal.getvalue()
+    for unit in ("files found", "rows", "files", "images checked", "images", "shards", "comparisons of all images"):
+        assert f" {unit}" in bars
+    assert re.search(r"3/3 \[\d\d:\d\d<\d\d:\d\d", bars)  # done, elapsed and left
+
+
+def test_folders_that_link_to_one_another_take_the_square_of_their_number_and_not_every_order_of_them(tmp_path, capsys):
+    count = 12  # 12 factorial orders
+    for number in range(count):
+        put(tmp_path / "in", f"{number:02d}/{'x' * number}.jpg")
+        for other in range(count):
+            if other != number:
+                (tmp_path / f"in/{number:02d}/to {other:02d}").symlink_to(f"../{other:02d}")
+    (tmp_path / "out of it/deep").mkdir(parents=True)
+    put(tmp_path / "out of it", "deep/y.jpg")
+    (tmp_path / "in/00/far").symlink_to(tmp_path / "out of it")
+    (tmp_path / "out of it/deeper").symlink_to("deep")  # behind two links, and entered once
+    assert convert("folder", tmp_path / "in", "--out", tmp_path / "out") == 0
+    text = capsys.readouterr().out
+    keys = labels(tmp_path / "out")
+    assert {f"{number:02d}/{'x' * number}" for number in range(1, count)} <= set(keys)
+    assert {"00/far/deep/y", "00/far/deeper/y", "00/to 01/x"} <= set(keys)
+    assert len(keys) < count * count + count + 10
+    assert "folder taken already through other links: " in text
+    assert "link to a folder above it: " in text

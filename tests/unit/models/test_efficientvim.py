@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, EnvironmentProblem
-from pipeline.evaluate.speed import _packed
+from pipeline.evaluate.speed import packed_form
 from pipeline.models import build_model, vssd
 from pipeline.models.efficientvim.fused import fuse
 from pipeline.models.efficientvim.mixers import NCSSD, Attention, ChannelNorm
@@ -217,7 +217,7 @@ def test_without_a_compiler_packing_is_refused_and_fusing_works(monkeypatch: pyt
     fused = fuse(build_model("efficientvim_nano", num_classes=5).eval())
     with pytest.raises(EnvironmentProblem, match=r"no C\+\+ compiler .*; fuse\(\) needs none"):
         pack(fused)
-    assert _packed(fused) is fused
+    assert packed_form(fused) is fused
 
 
 def test_a_packed_model_takes_fp32_and_can_be_copied() -> None:

@@ -1,6 +1,9 @@
 """The choice of an implementation: what it logs, what it rejects, what it refuses."""
 
+import dataclasses
 import logging
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from pipeline.errors import ConfigError
 from pipeline.ops import choice, reference
 from pipeline.ops.choice import choose_scan
 from pipeline.ops.reference import causal_conv1d_silu
+from pipeline.ops.self_test import step_seconds
+from tests.unit.ops.implementations import NAMES, operators
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +84,33 @@ def test_our_cuda_kernels_are_missing_where_torch_has_no_cuda():
         choice.SCANS["cuda"](torch.device("cuda"))
     with pytest.raises(choice.Missing, match="the CUDA kernels run on a GPU, not on cpu"):
         choice.SCANS["cuda"](torch.device("cpu"))
+
+
+def test_a_wrong_mixer_fails_the_self_test_though_its_scan_is_right():
+    ours = operators(NAMES[-1])
+
+    def forgets_a_direction(xz, directions, **options):
+        results = ours.mixer(xz, directions, **options)
+        return results[1] * torch.nn.functional.silu(xz.chunk(2, dim=2)[1]), *results[1:]
+
+    assert choice.self_test(ours, torch.device("cpu")) < 1e-5
+    with pytest.raises(choice.Failing, match="relative error"):
+        choice.self_test(dataclasses.replace(ours, mixer=forgets_a_direction), torch.device("cpu"))
+
+
+def test_of_two_kernels_that_work_the_faster_is_chosen_and_both_times_are_logged(caplog, monkeypatch):
+    """On the CPU with real implementations: the closed form is several times faster than the step-by-step reference."""
+    slow, fast = (choice.SCANS[name] for name in ("reference", "torch"))
+    monkeypatch.setattr(choice, "SCANS", {"slow": slow, "fast": fast, "never": None})
+    monkeypatch.setattr(choice, "RIVALS", ("slow", "fast"))
+    monkeypatch.setattr(choice, "step_seconds", partial(step_seconds, batch=2, channels=16, rank=2, states=4))
+    with caplog.at_level(logging.INFO):
+        assert choose_scan("auto").name == "torch"
+    assert re.search(r"reference \d+\.\d\d ms, torch \d+\.\d\d ms a mixer's step, so torch is chosen", caplog.text)
+
+
+def test_the_preferred_kernel_stays_if_the_other_is_hardly_faster(monkeypatch):
+    first, second = (choice.SCANS[name](torch.device("cpu")) for name in ("torch", "reference"))
+    seconds = {"torch": 1.0, "reference": 0.95}
+    monkeypatch.setattr(choice, "step_seconds", lambda mixer, device: seconds.pop(next(iter(seconds))))
+    assert choice.fastest([first, second], torch.device("cpu")) is first

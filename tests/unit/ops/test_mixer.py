@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.ops.scan import Direction, _composed, mixer_scan
+from pipeline.ops.composed import composed_mixer
+from pipeline.ops.scan import Direction, mixer_scan
 from tests.unit.ops.implementations import NAMES, ORACLE, operators, outputs_and_gradients, relative_errors
 
 BATCH, STEPS, CHANNELS, STATES, RANK = 2, 37, 40, 5, 3
@@ -29,7 +30,7 @@ def flat_inputs(count, batch=None, steps=None):
 
 
 def chain(operators_, ungated=True, blend=None):
-    mixer = operators_.mixer or _composed(operators_)
+    mixer = operators_.mixer or composed_mixer(operators_.scan, operators_.conv)
     return lambda xz, *fields: mixer(
         xz, [Direction(*fields[k : k + 7]) for k in range(0, len(fields), 7)], blend=blend, return_ungated=ungated
     )

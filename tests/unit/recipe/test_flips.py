@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from launchers.recipe.flips import FEWEST, choose_flips, compare_flips
+from launchers.recipe.flips import FEWEST, FlipTest, choose_flips, compare_flips
 
 RNG = np.random.default_rng(0)
 
@@ -48,6 +48,27 @@ def test_symmetric_shapes_may_be_mirrored() -> None:
     ring[6:10, 6:10] = 0
     dot[6:10, 6:10] = 1
     assert compare_flips(*pictures([bar, ring, dot], 30)).harmless is True
+
+
+def test_a_loss_that_so_few_images_do_not_establish_leaves_the_decision_to_the_kind_of_images() -> None:
+    bar, ring, dot = np.zeros((3, 16, 16))
+    bar[:, 7:9] = 1
+    ring[4:12, 4:12] = 1
+    ring[6:10, 6:10] = 0
+    dot[6:10, 6:10] = 1
+    b, d = letter(slice(8, 14), slice(5, 10), 3), letter(slice(8, 14), slice(6, 11), 11)
+
+    def compared(times: int) -> FlipTest:
+        """Mirrored, an eighth of the images shows another class."""
+        same, same_labels = pictures([bar, ring, dot], 14 * times)
+        signs, sign_labels = pictures([b, d], 3 * times)
+        return compare_flips(same + signs, np.concatenate([same_labels, sign_labels + 3]))
+
+    few = compared(1)
+    assert few.harmless is None
+    assert "do not establish it" in few.why
+    assert choose_flips("test", few, drawn=True).harmless is False
+    assert compared(6).harmless is False
 
 
 def test_few_images_or_neighbours_that_know_nothing_decide_nothing() -> None:

@@ -110,16 +110,18 @@ def test_pretraining_is_for_many_images_on_a_gpu_or_by_wish() -> None:
     assert rules.family(fewer, gpu=False, asked="vision_mamba").value == "vision_mamba"
 
 
-@given(LOOKS, st.lists(st.floats(1e-3, 10), min_size=3, max_size=3), st.floats(60, 1e5))
-def test_the_steps_take_the_budget_or_all_epochs_or_the_least(facts: Look, each: list[float], budget: float) -> None:
+@given(LOOKS, st.lists(st.floats(1e-3, 10), min_size=3, max_size=3), st.floats(60, 1e5), st.booleans())
+def test_the_steps_take_the_budget_or_all_epochs_or_the_least(
+    facts: Look, each: list[float], amount: float, counted: bool
+) -> None:
     batches = {stage: rules.batch(stage, facts, False).value for stage in STAGES}
     seconds = dict(zip(STAGES, each, strict=True))
-    found = rules.steps(facts, batches, seconds, budget)
+    found = rules.steps(facts, batches, seconds, rules.Budget(amount, counted))
     limits = {stage: rules.epoch_limit(stage, facts, batches[stage]) for stage in STAGES}
     numbers = {stage: choice.value for stage, choice in found.items()}
     assert all(rules.LEAST_STEPS <= n <= max(limits[stage], rules.LEAST_STEPS) for stage, n in numbers.items())
     total, least = (sum(n[s] * seconds[s] for s in STAGES) for n in (numbers, dict.fromkeys(STAGES, rules.LEAST_STEPS)))
-    usable = max(0.0, rules.USABLE * (budget - rules.FIXED_SECONDS))
+    usable = amount if counted else max(0.0, rules.USABLE * (amount - rules.FIXED_SECONDS))
     assert total <= usable + least + 1e-6
     if all(rules.LEAST_STEPS < n < 0.89 * limits[stage] for stage, n in numbers.items()):
         assert total >= 0.9 * usable - sum(each)  # two digits of each number are kept

@@ -11,6 +11,7 @@ import yaml
 from pipeline.evaluate.baselines import Baseline
 from pipeline.evaluate.metrics import report
 from pipeline.evaluate.predictions import Predictions
+from pipeline.report.recommend import Candidate, recommend
 from pipeline.report.results import read_result
 from pipeline.report.verdict import Gain, Simple, Worth, advise
 from pipeline.report.worth import compare, measure
@@ -122,6 +123,37 @@ def test_a_model_below_a_baseline_is_a_warning(tmp_path: Path) -> None:
     advice = {item.name: item for item in advise(read_result(folder), found, "runs/e")}
     assert advice["baseline"].warning
     assert "is below logistic regression on pixels" in advice["baseline"].text
+
+
+@pytest.mark.parametrize(("validated", "images", "recommended"), [
+    ([70.0, 75.0, 60.0], 100, "stage 3"),  # 5 points above, one standard error is 6.3
+    ([70.0, 77.0, 76.9], 100, "stage 2"),
+    ([70.0, 75.0, 90.0], 10, "spreading"),
+    ([70.0, 75.0, 80.0], 10, "stage 3"),
+    ([100.0, 0.0, 100.0], 1, "stage 3"),
+])  # fmt: skip
+def test_the_export_is_recommended_unless_another_is_a_standard_error_above(
+    validated: list[float], images: int, recommended: str
+) -> None:
+    candidates = [Candidate(name, v) for name, v in zip(("stage 3", "stage 2", "spreading"), validated, strict=True)]
+    assert recommend(candidates, images).title == recommended
+
+
+def test_a_simple_learner_that_validation_establishes_is_advised(tmp_path: Path) -> None:
+    folder = experiment(tmp_path / "e", distill=predictions(30), student=predictions(40), teacher=predictions(40))
+    logged(folder, "distill", [{"step": 1, "val/balanced": 50.0}, {"step": 2, "val/balanced": 55.0}])
+    logged(folder, "semi", [{"step": 1, "val/teacher_balanced": 64.0}, {"step": 2, "val/teacher_balanced": 60.0}])
+    spreading = Simple("label spreading on pixels", 90.0, None, "", 1.0, 70.0)
+    item = names(folder, Worth([], [spreading], []))["recommended"]
+    assert item.warning
+    assert (
+        "On the 100 validation images label spreading on pixels reaches 70.0 %, the exported model 60.0 %" in item.text
+    )
+    assert "recommended" not in names(folder, Worth([], [spreading._replace(validated=66.0)], []))
+    assert "recommended" not in names(folder, Worth([], [spreading._replace(validated=None)], []))
+    values = yaml.safe_load((folder / "semi" / "config.yaml").read_text()) | {"loop": {"select": "best"}}
+    (folder / "semi" / "config.yaml").write_text(yaml.safe_dump(values))
+    assert "recommended" not in names(folder, Worth([], [spreading], []))  # 64 is a standard error of 70
 
 
 def test_seeds_are_pooled_and_baselines_that_saw_fewer_images_are_paired_on_those(tmp_path: Path) -> None:

@@ -1,9 +1,16 @@
-"""How a process finds its rank: from torchrun, from srun, alone, or in a contradiction."""
+"""How a process finds its rank: from torchrun, from srun, alone, or in a contradiction; and what ranks agree on."""
+
+import os
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from pipeline.errors import EnvironmentProblem
-from pipeline.train.distributed import gpu_of
+from pipeline.ops import choice
+from pipeline.train.distributed import World, agree_on_scan, gpu_of
 from pipeline.train.rendezvous import NAMES, first_host, rendezvous
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -67,3 +74,19 @@ def test_a_rank_without_a_gpu_is_refused_in_a_sentence() -> None:
     assert gpu_of(3, 1, {"SLURM_PROCID": "3"}) == 0
     with pytest.raises(EnvironmentProblem, match="local rank 1 has no GPU: 1 are visible"):
         gpu_of(1, 1, {})
+
+
+def rank_with_its_own_taste(rank: int, folder: str) -> None:
+    """Each rank would prefer another implementation of the scan, as timing could make it."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    first = ("torch", "reference")[rank]
+    choice.SCANS = {first: choice.SCANS[first], **choice.SCANS}
+    agree_on_scan(World(rank, 2, torch.device("cpu")))
+    (Path(folder) / f"rank{rank}").write_text(choice.operators_for(torch.ones(1)).name)
+    dist.destroy_process_group()
+
+
+def test_all_ranks_use_the_scan_that_rank_0_chooses(tmp_path: Path) -> None:
+    mp.spawn(rank_with_its_own_taste, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["torch", "torch"]

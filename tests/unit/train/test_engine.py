@@ -3,10 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-import torch
-
-from pipeline.train.engine import _clip
 from tests.conftest import ENVIRONMENT, ROOT
 
 CODE = """
@@ -36,15 +32,47 @@ def test_bf16_reaches_the_training_forward_while_weights_and_evaluations_stay_fp
     assert done.stdout.split() == ["torch.float32", "torch.bfloat16", "torch.float32"], done.stderr
 
 
-@pytest.mark.parametrize("largest", [0.5, 100.0, 0.0])
-def test_gradients_are_clipped_as_torch_clips_them(largest: float) -> None:
+CLIPPING = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from pipeline.models import build_model
+from pipeline.train import distributed
+from pipeline.train.config import EngineConfig, OptimConfig
+from pipeline.train.engine import Engine
+
+class Reads(TorchDispatchMode):
+    number = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function._schema.name == "aten::_local_scalar_dense"
+        return function(*args, **(kwargs or {}))
+
+world = distributed.start(60)
+optim = OptimConfig(kind="sgd", momentum=0.0, nesterov=False, lr=1.0, weight_decay=0.0, layer_decay=0.9, clip_norm=0.01)
+for zero in range(4):
     torch.manual_seed(0)
-    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), (2, 2, 2))]
-    for weight in weights:
-        weight.grad = torch.randn_like(weight)
-    ours = [weight.grad.clone() for weight in weights]
-    norm = _clip(ours, largest)
-    wanted = torch.nn.utils.clip_grad_norm_(weights, largest or float("inf"))
-    assert float(norm) == pytest.approx(float(wanted), rel=1e-6)
-    for own, weight in zip(ours, weights, strict=True):
-        torch.testing.assert_close(own, weight.grad, rtol=1e-6, atol=0)
+    model = build_model("vim_nano", num_classes=4, depth=2)
+    engine = Engine(model, world, optim=optim, config=EngineConfig(zero_stage=zero), micro_batch=2, accumulation=1)
+    before = engine.full_weights()
+    for group in engine.base_optimizer.param_groups:
+        group["lr_scale"] = 1.0
+    engine.backward(engine.model(torch.ones(2, 3, 32, 32)).square().sum())
+    with Reads() as reads:
+        engine.step(1.0)
+    moved = sum((value - before[name]).square().sum() for name, value in engine.full_weights().items()).sqrt()
+    print(zero, f"{moved:.5f}", engine.grad_norm() > 0.1, reads.number)
+    engine.close()
+distributed.stop()
+"""
+
+
+def test_every_zero_stage_clips_to_the_norm_and_deepspeed_reads_one_number_for_an_update() -> None:
+    """DeepSpeed reads the norm at ZeRO 1 to 3, to skip an update that is not finite; the engine clips, and reads nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLIPPING], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == [
+        "0 0.01000 True 0",
+        "1 0.01000 True 1",
+        "2 0.01000 True 1",
+        "3 0.01000 True 1",
+    ], done.stderr

@@ -50,6 +50,7 @@ PLACES = (
     "data.split",
     "data.validation",
     "data.test",
+    "data.classes",
     "data.loader.remote",
     "init_from",
     "weights.path",

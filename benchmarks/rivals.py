@@ -1,0 +1,45 @@
+"""Models that take turns on a CPU: what the benchmarks of inference share."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.exports.onnx import write_onnx
+
+THREADS = 2
+# Seconds of rest before each turn. The threads of ONNX Runtime and of OpenMP spin for a while after their work and would slow
+# the next model by a third.
+REST = 0.25
+Run = Callable[[], Any]
+
+
+def medians(rivals: dict[str, Run], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each rival over `rounds`, in which they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for run in rivals.values():
+        run()
+        run()  # warm-up: some things are built, chosen or allocated once
+    for _ in range(rounds):
+        for name, run in rivals.items():
+            time.sleep(REST)
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def onnx_run(model: nn.Module, images: Tensor, folder: Path, name: str) -> Run:
+    """Export a model to `folder` and return a run of it in ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    path = write_onnx(model, folder / f"{name}.onnx", tuple(images.shape[-2:]))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {"images": images.numpy()}
+    return lambda: session.run(None, feed)
