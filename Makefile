@@ -125,6 +125,10 @@ soak: $(STAMP)  ## long tests: thirty kill -9 in a row, fifty steps at every ZeR
 fuzz: $(STAMP)  ## feed 10,000 damaged and hostile inputs to the commands: CASES= SEED= (about half an hour)
 	$(PY) -m tests.fuzz --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
 
+.PHONY: bench
+bench: $(STAMP)  ## take the figures of docs/performance.md that this commit lacks on this machine, 20 minutes on two quiet cores: SIMD=avx2
+	$(PY) -m benchmarks $(if $(SIMD),--simd $(SIMD))
+
 .PHONY: gpu-check
 gpu-check: $(STAMP)  ## check everything that needs a GPU on this machine's, into docs/gpu/: MINUTES=30; without one, what a CPU can check
 	$(PY) -m benchmarks.gpu_check --minutes $(or $(MINUTES),30)

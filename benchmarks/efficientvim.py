@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals import THREADS, Run, medians, onnx_run
+from benchmarks.turns import BUDGET
 from pipeline.cli import guarded
 from pipeline.models import build_model
 from pipeline.models.efficientvim.fused import fuse
@@ -74,13 +75,14 @@ def eager_runs(model: nn.Module, images: Tensor, name: str) -> dict[str, Run]:
     return {f"{name} eager": lambda: model(images), f"{name} eager, channels last": lambda: last(seen)}
 
 
-def headline(rounds: int, batch: int, folder: Path) -> dict[str, float | None]:
+def headline(rounds: int, batch: int, folder: Path, budget: float = BUDGET) -> dict[str, float | None]:
     """Measure the ratios of throughput at 224 pixels, with all models in turns.
 
     Args:
         rounds: Rounds that count.
         batch: Images in a batch.
         folder: Where ONNX files are written.
+        budget: Seconds after which no further round begins.
 
     Returns:
         The keys of the JSON line; a ratio above 1 means that ours is faster.
@@ -106,7 +108,7 @@ def headline(rounds: int, batch: int, folder: Path) -> dict[str, float | None]:
         want = model(images)
         error = max(float((output - want).abs().max()) for output in outputs)
         absolute, relative = max(absolute, error), max(relative, error / float(want.abs().max()))
-    seconds = medians(runs, rounds)
+    seconds = medians(runs, rounds, budget)
     for name, value in sorted(seconds.items(), key=lambda item: item[1]):
         print(f"{name:40s} {1e3 * value:8.1f} ms  {batch / value:7.1f} images/s")
 

@@ -2,7 +2,7 @@
 
 Without models and sizes it compares our models in their fastest form with their rivals on 2 threads of this CPU, and prints one
 JSON object last. With models or sizes it measures throughput against resolution: EfficientViM's Table E (by default its models);
-its Figure A on a GPU, its Figure D on a CPU.
+its Figure A on a GPU, its Figure D on a CPU. The JSON object then has the milliseconds for an image, by model and size.
 """
 
 import argparse
@@ -41,33 +41,53 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: those of EfficientViM's Table E")
     parser.add_argument("--sizes", type=int, nargs="+", help="pixels a side; default with models: 224")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument(
         "--rounds", type=int, help="rounds that count; default 5, and 20 for the comparison with rivals"
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=4.0,
+        help="end the comparison's rounds then; 20 rounds need about ten (default 4)",
+    )
     parser.add_argument("--deployed", action="store_true", help="fold batch norms and branches, as models are deployed")
     parser.add_argument("--out", type=Path, default=Path("runs/inference"))
     given = parser.parse_args(arguments)
     if not given.models and given.sizes is None:
         torch.set_num_threads(THREADS)
+        mamba, rest = 40.0 * given.minutes, 20.0 * given.minutes
         with tempfile.TemporaryDirectory() as work, torch.inference_mode():
-            rounds = given.rounds or 20
-            found = vision_mamba.headline(rounds, Path(work)) | efficientvim.headline(rounds, given.batch, Path(work))
+            rounds, folder = given.rounds or 20, Path(work)
+            found = vision_mamba.headline(rounds, folder, mamba)
+            found |= efficientvim.headline(rounds, given.batch, folder, rest)
         print(json.dumps({key: None if value is None else float(f"{value:.4g}") for key, value in found.items()}))
         return 0
     rounds = 5 if given.rounds is None else given.rounds
-    folder = run(given.models, given.sizes or [224], given.batch, rounds, given.out, deployed=given.deployed)
-    print(show_section(folder))
+    costs = measure(given.models, given.sizes or [224], given.batch, rounds, deployed=given.deployed)
+    print(show_section(write(costs, rounds, given.out, deployed=given.deployed)))
+    print(json.dumps({f"{c.model}_{c.size}_ms": round(c.milliseconds, 3) for c in costs}))
     return 0
 
 
 def run(
     names: Sequence[str], sizes: Sequence[int], batch: int, rounds: int, out: Path, *, deployed: bool = False
 ) -> Path:
-    """Measure throughput against resolution and write a section of a report.
+    """Measure as `measure` does, write the section of a report as `write` does, and return its folder."""
+    return write(measure(names, sizes, batch, rounds, deployed=deployed), rounds, out, deployed=deployed)
+
+
+def measure(
+    names: Sequence[str], sizes: Sequence[int], batch: int, rounds: int, *, deployed: bool = False
+) -> list[Cost]:
+    """Measure throughput against resolution.
 
     The models are randomly initialised, which costs the same as trained weights.
 
@@ -76,11 +96,10 @@ def run(
         sizes: Pixels on a side of the images.
         batch: Images in a batch; it is halved where memory is short.
         rounds: Rounds that count.
-        out: Folder of the section.
         deployed: Measure the models with their batch norms and branches folded.
 
     Returns:
-        The section's folder.
+        The cost of each model at each size.
 
     Raises:
         ConfigError: A model is unknown, or `batch` or `rounds` is below 1.
@@ -88,7 +107,7 @@ def run(
     if batch < 1 or rounds < 1:
         raise ConfigError(f"--batch {batch} --rounds {rounds}: each must be at least one")
     names = list(dict.fromkeys(names or TABLE_E))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     costs: list[Cost] = []
     for size in sorted(set(sizes)):
         models = {name: build_model(name, image_size=size).eval() for name in names}
@@ -98,7 +117,22 @@ def run(
             f"{size} px: " + ", ".join(f"{c.model} {c.images_per_second:.1f}/s" for c in costs if c.size == size),
             flush=True,
         )
-    costs.sort(key=lambda c: (names.index(c.model), c.size))
+    return sorted(costs, key=lambda c: (names.index(c.model), c.size))
+
+
+def write(costs: Sequence[Cost], rounds: int, out: Path, *, deployed: bool) -> Path:
+    """Write a section of a report.
+
+    Args:
+        costs: What was measured, by model and then by size.
+        rounds: Rounds that counted.
+        out: Folder of the section.
+        deployed: Whether batch norms and branches were folded.
+
+    Returns:
+        The section's folder.
+    """
+    names, sizes, device = list(dict.fromkeys(c.model for c in costs)), sorted({c.size for c in costs}), _device()
     table = Table(
         name="inference",
         title="Inference",
@@ -117,13 +151,17 @@ def run(
               for n in names}  # fmt: skip
     latency = {n: [(x, [1000 / v for v in y]) for x, y in curve] for n, curve in series.items()}
     figures = [
-        draw(out / "figures", name, title, lines(curves, "pixels on a side", axis, logy=True, at=sorted(set(sizes))))
+        draw(out / "figures", name, title, lines(curves, "pixels on a side", axis, logy=True, at=sizes))
         for name, title, curves, axis in (
             ("throughput", "Throughput against resolution", series, "images per second"),
             ("latency", "Time for one image against resolution", latency, "milliseconds"),
         )
     ]
     return write_section(out, Section("Efficiency of inference", [table], figures))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def place(device: torch.device) -> str:

@@ -1,7 +1,5 @@
 """Models that take turns on a CPU: what the benchmarks of inference share."""
 
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import turns
 from pipeline.exports.onnx import write_onnx
 
 THREADS = 2
@@ -18,19 +17,9 @@ REST = 0.25
 Run = Callable[[], Any]
 
 
-def medians(rivals: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each rival over `rounds`, in which they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in rivals.values():
-        run()
-        run()  # warm-up: some things are built, chosen or allocated once
-    for _ in range(rounds):
-        for name, run in rivals.items():
-            time.sleep(REST)
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def medians(rivals: dict[str, Run], rounds: int, budget: float = turns.BUDGET) -> dict[str, float]:
+    """Return the median seconds of each rival, with a rest before each turn and two calls to warm up."""
+    return turns.medians(rivals, rounds, rest=REST, warm_up=2, budget=budget)
 
 
 def onnx_run(model: nn.Module, images: Tensor, folder: Path, name: str) -> Run:

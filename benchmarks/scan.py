@@ -1,15 +1,14 @@
 """Measure the speed of the CPU scan: `python -m benchmarks.scan` prints one JSON object on its last line.
 
 All candidates compute the shape (8, 768, 197, 16) in fp32 with softplus and gate on 2 threads. They take turns in the
-same rounds, so other work on the machine slows all of them together. The medians over the rounds are compared.
+same rounds, so other work on the machine slows all of them together. The medians over the rounds are compared. Rows in bf16
+exist where the processor multiplies bf16.
 """
 
 import argparse
 import ctypes
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,12 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import multiplies_bf16
+from benchmarks.turns import medians
 from pipeline.cli import guarded
 from pipeline.ops.choice import choose_scan
 from pipeline.ops.native.build import load_library
 from pipeline.ops.scan import selective_scan
 
 SHAPE = (8, 768, 197, 16)  # batch, channels, steps, states
+BUDGET = 80.0  # seconds for each of the three measurements
 
 
 def plain_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
@@ -58,19 +60,6 @@ def scan_inputs() -> list[Tensor]:
         normal(*wide),
         normal(channels) - 4,
     ]
-
-
-def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each candidate; the candidates take turns in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
-        run()  # builds and allocations happen only once
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def train(scan: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
@@ -121,6 +110,7 @@ def scan_rows(rounds: int) -> dict[str, float]:
             "loop train": lambda: train(plain_loop, inputs, gradient),
         },
         rounds,
+        budget=BUDGET,
     )
     exact = [x.double() for x in inputs]
     got = selective_scan(*inputs), *train(selective_scan, inputs, gradient)
@@ -138,7 +128,10 @@ def scan_rows(rounds: int) -> dict[str, float]:
 
 
 def model_rows(rounds: int) -> dict[str, float]:
-    """Compare a step of Vim-Small with timm's ViT-Small with SDPA: 224 px, batch 8, AdamW, fp32 and bf16 autocast."""
+    """Compare a step of Vim-Small with timm's ViT-Small with SDPA: 224 px, batch 8, AdamW, fp32.
+
+    Where the processor multiplies bf16 there are rows with a bf16 autocast too.
+    """
     from pipeline.models import build_model
     from pipeline.ops.torchvision_cpu import allow_torchvision
 
@@ -158,8 +151,10 @@ def model_rows(rounds: int) -> dict[str, float]:
         optimizers[name].step()
 
     rows = {}
-    for bf16, suffix in ((False, ""), (True, "_bf16")):
-        typical = medians({name: lambda name=name, bf16=bf16: step(name, bf16) for name in models}, rounds)
+    for bf16, suffix in ((False, ""), (True, "_bf16"))[: 1 + multiplies_bf16()]:
+        typical = medians(
+            {name: lambda name=name, bf16=bf16: step(name, bf16) for name in models}, rounds, budget=BUDGET
+        )
         rows[f"vim_small_vs_vit_small{suffix}"] = typical["vim"] / typical["vit"]
         rows[f"vim_small_step_s{suffix}"] = typical["vim"]
     with profile(activities=[ProfilerActivity.CPU]) as recorded:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals import Run, medians, onnx_run
+from benchmarks.turns import BUDGET
 from pipeline.models import build_model
 from pipeline.models.vision_mamba.model import VisionMamba
 from pipeline.models.vision_mamba.packed import pack
@@ -42,12 +43,13 @@ def runs_of(size: int, images: Tensor, folder: Path) -> tuple[dict[str, Run], fl
     return runs, error
 
 
-def headline(rounds: int, folder: Path) -> dict[str, float | None]:
+def headline(rounds: int, folder: Path, budget: float = BUDGET) -> dict[str, float | None]:
     """Measure the ratios of speed; one above 1 means that ours is faster.
 
     Args:
         rounds: Rounds that count, for each size and batch.
         folder: Where ONNX files are written.
+        budget: Seconds after which no further round begins, for all sizes and batches together.
 
     Returns:
         The keys of the JSON line. A size's own key is the smallest ratio of its batches.
@@ -57,7 +59,7 @@ def headline(rounds: int, folder: Path) -> dict[str, float | None]:
     for size, batch in CASES:
         runs, error = runs_of(size, torch.randn(batch, 3, size, size), folder)
         errors.append(error)
-        seconds = medians(runs, rounds)
+        seconds = medians(runs, rounds, budget / len(CASES))
         for name, value in seconds.items():
             print(
                 f"{size} px, batch {batch}: {name:12s} {1e3 * value:9.1f} ms  {batch / value:7.2f} images/s", flush=True

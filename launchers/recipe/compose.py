@@ -59,7 +59,8 @@ def compose(
         own = dict(data) if supervised else {k: v for k, v in data.items() if k != "test"}
         number, size = steps[stage].value, rules.batch(stage, look, gpu)
         rate = rules.learning_rate(chosen_family, stage, size.value, width)
-        chosen = rules.selection(look, number) if supervised else rules.pretraining_selection(look, number)
+        work = rules.passes(stage, look, size.value)
+        chosen = rules.selection(look, number, work) if supervised else rules.pretraining_selection(look, number)
         values: dict[str, Any] = {"run": {"experiment": name}}
         reasons: dict[str, tuple[str, ...]] = {}
         if stage == "semi" or (stage == "distill" and mamba):

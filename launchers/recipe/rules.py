@@ -32,6 +32,7 @@ UNLABELLED_RATIO = 4
 
 FIXED_SECONDS = 60.0  # starts of three stages, exports, report
 USABLE = 0.85  # share of the rest that goes to steps; the others are validations and saves
+VALIDATING = 0.1  # validations take at most this share of the steps' work
 ENOUGH_VALIDATION = 50  # images from which the best validation says more than the last step
 LONGEST_HORIZON = 10_000.0  # steps that the teacher averages over at most (decay 0.9999)
 MANY_IMAGES = 20_000  # images from which a GPU's time is worth ARM pretraining; ours, not measured
@@ -263,9 +264,19 @@ def sampling(look: Look) -> Choice:
     return Choice("class_balanced", f"the largest class has {look.imbalance:.0f} times the labels of the smallest")
 
 
-def selection(look: Look, number: int) -> Choice:
-    """Choose which state is exported, and how often it is validated: about twenty times in a run."""
-    every = max(1, number // 20)
+def selection(look: Look, number: int, passes: float) -> Choice:
+    """Choose which state is exported, and how often it is validated: about twenty times in a run.
+
+    Many validation images for few steps make it rarer, so that validations take at most VALIDATING of the steps' work, but
+    not fewer than four.
+
+    Args:
+        look: The images.
+        number: Steps of the run.
+        passes: Work of a step for each model that is validated, in forward passes of an image.
+    """
+    costly = math.ceil(look.validation / (VALIDATING * passes))
+    every = max(1, min(max(number // 20, costly), number // 4))
     if look.validation >= ENOUGH_VALIDATION:
         why = f"{look.validation} validation images choose the best of about {number // every} states"
         return Choice({"select": "best", "eval_every": every}, why)
@@ -273,6 +284,17 @@ def selection(look: Look, number: int) -> Choice:
         {"select": "last", "eval_every": every},
         f"the last state: {look.validation} validation images are too few to choose by (from {ENOUGH_VALIDATION} on)",
     )
+
+
+def passes(stage: Stage, look: Look, global_batch: int) -> float:
+    """Count a step's work in forward passes of an image, for each model that is validated; a backward pass is two.
+
+    In stage 3 the teacher passes over each unlabelled image too, and both models are validated.
+    """
+    if stage != "semi":
+        return 3 * global_batch
+    ratio = UNLABELLED_RATIO if look.unlabelled else 0
+    return (3 * (1 + ratio) + ratio) * global_batch / 2
 
 
 def pretraining_selection(look: Look, number: int) -> Choice:

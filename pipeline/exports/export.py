@@ -14,7 +14,7 @@ from pipeline.errors import HandoverError, PipelineError
 from pipeline.exports.card import CARD, FINGERPRINT, WEIGHTS, Card
 from pipeline.exports.fingerprint import TOLERANCE, Fingerprint
 from pipeline.exports.headers import Claim, read_safetensors_header
-from pipeline.exports.hub import README, TIMM_CONFIG, model_card, timm_config
+from pipeline.exports.hub import README, TIMM_CONFIG, model_card, timm_alone_has, timm_config
 from pipeline.exports.weights import load_safetensors
 from pipeline.files import replacing, sha256_of
 from pipeline.models import build_from_config
@@ -88,7 +88,7 @@ def write_export(
         ).sealed()
         (temporary / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=1) + "\n")
         known_to_timm = timm_config(card, model)
-        (temporary / README).write_text(model_card(card, folder.name, for_timm=known_to_timm is not None))
+        (temporary / README).write_text(model_card(card, folder.name, for_timm=timm_alone_has(known_to_timm)))
         if known_to_timm is not None:
             (temporary / TIMM_CONFIG).write_text(json.dumps(known_to_timm, indent=1) + "\n")
         _share_alike(temporary)

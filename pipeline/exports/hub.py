@@ -1,6 +1,6 @@
 """Files of an export that others read: README.md, a model card in Hugging Face's form, and config.json for timm.
 
-Both are made from model.json. No code of ours reads them.
+Both are made from model.json. No code of ours reads them. timm needs `import pipeline.timm_models` for models that it lacks.
 """
 
 import json
@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from pipeline.exports.card import Card
-from pipeline.models.config import EfficientViMConfig
+from pipeline.models.config import EfficientViMConfig, VisionMambaConfig
 from pipeline.models.timm_model import TimmModel
+from pipeline.models.timm_names import FIRST_CONVOLUTION, NAMES, classifiers, registered_name
 
 README = "README.md"
 TIMM_CONFIG = "config.json"
@@ -18,7 +19,7 @@ _EXAMPLE = """import pipeline
 
 for prediction in pipeline.load("{folder}").predict("image.jpg"):
     print(prediction)"""
-_WITH_TIMM = """import timm
+_WITH_TIMM = """{imports}
 
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -26,9 +27,10 @@ view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
 
 def timm_config(card: Card, model: nn.Module) -> dict[str, Any] | None:
-    """Return what `timm.create_model("local-dir:EXPORT", pretrained=True)` reads, or None if timm lacks the model."""
+    """Return what `timm.create_model("local-dir:EXPORT", pretrained=True)` reads, or None for a pretrainer."""
     if card.kind != "classifier":
         return None
+    layers: dict[str, Any] = {}
     if isinstance(model, TimmModel):
         name, arguments = model.timm_name, model.arguments
     elif isinstance(card.model, EfficientViMConfig) and _as_released(card.model):
@@ -39,7 +41,11 @@ def timm_config(card: Card, model: nn.Module) -> dict[str, Any] | None:
         arguments = {"embed_dim": c.widths, "depths": c.depths, "state_dim": c.states}
         arguments |= {"mlp_ratio": c.mlp_ratio, "ssd_expand": c.expand, "in_chans": c.in_chans}
     else:
-        return None
+        name = registered_name(card.model)
+        arguments = card.model.model_dump(mode="json", exclude={"name", "num_classes", "drop_path", "image_size"})
+        arguments["img_size"] = card.model.image_size
+        layers = {"first_conv": FIRST_CONVOLUTION[type(card.model)], "classifier": classifiers(card.model)}
+        layers["fixed_input_size"] = isinstance(card.model, VisionMambaConfig)
     height, width = card.model.image_size
     view = card.preprocessing.view
     return {
@@ -56,8 +62,14 @@ def timm_config(card: Card, model: nn.Module) -> dict[str, Any] | None:
             "crop_pct": view.crop,
             "crop_mode": "center" if view.resize == "shorter" else "squash",
             "num_classes": len(card.classes),
+            **layers,
         },
     }
+
+
+def timm_alone_has(config: dict[str, Any] | None) -> bool:
+    """Whether timm builds the model of such a config.json without this project."""
+    return config is not None and config["architecture"] not in NAMES
 
 
 def _as_released(c: EfficientViMConfig) -> bool:
@@ -73,7 +85,7 @@ def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
     Args:
         card: The export's card.
         folder: Name of the export's folder, for the examples.
-        for_timm: Whether the folder has a config.json.
+        for_timm: Whether timm alone builds the model of the folder's config.json.
     """
     classifier = card.kind == "classifier"
     header = {
@@ -113,8 +125,9 @@ def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
         lines += ["", "| measured | |", "|---|---:|", *(f"| {k} | {v:.4g} |" for k, v in card.metrics.items())]
     if classifier:
         lines += ["", "```python", _EXAMPLE.format(folder=folder), "```"]
-        if for_timm:
-            lines += ["", "Without this project, from the folder above:"]
-            lines += ["", "```python", _WITH_TIMM.format(folder=folder, temperature=card.temperature), "```"]
+        imports = "import timm" if for_timm else "import pipeline.timm_models\nimport timm"
+        lines += ["", "Without this project, from the folder above:" if for_timm else "As a model of timm:"]
+        code = _WITH_TIMM.format(imports=imports, folder=folder, temperature=card.temperature)
+        lines += ["", "```python", code, "```"]
         lines += ["", "Classes, in the order of the logits: " + ", ".join(card.classes)]
     return "\n".join(lines) + "\n"

@@ -19,9 +19,12 @@ def _run(arguments: list[str]) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands.add_parser("convert", help="a released Vim, ARM or EfficientViM checkpoint to an export"))
     _add_prefetch(commands.add_parser("prefetch", help="download timm's weights for nodes without a network"))
-    onnx = commands.add_parser("onnx", help="an export's classifier to an ONNX file")
-    onnx.description = "Write an export's classifier for ONNX Runtime, and compare its outputs with the export's own."
+    onnx = commands.add_parser("onnx", help="an export to an ONNX file")
+    onnx.description = (
+        "Write a classifier, or a pretrainer's encoder, for ONNX Runtime, and compare its outputs with the model's."
+    )
     _add_export_and_out(onnx, "the file, NAME.onnx")
+    onnx.add_argument("--any-size", action="store_true", help="let the height and width of the images be free too")
     onnx.set_defaults(run=_onnx)
     coreml = commands.add_parser("coreml", help="an export's classifier to a Core ML program")
     coreml.description = "Write an export's classifier as a Core ML program; EfficientViM is fused first."
@@ -80,14 +83,14 @@ def _prefetch(args: argparse.Namespace) -> None:
 
 
 def _add_export_and_out(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("export", type=Path, help="folder with model.json, of a classifier")
+    parser.add_argument("export", type=Path, help="folder with model.json")
     parser.add_argument("--out", type=Path, required=True, help=out)
 
 
 def _onnx(args: argparse.Namespace) -> None:
     from pipeline.exports.onnx import export_to_onnx
 
-    error = export_to_onnx(args.export, args.out)
+    error = export_to_onnx(args.export, args.out, any_size=args.any_size)
     print(f"{args.out}: its outputs for the fingerprint batch have a relative error of {error:.1e}")
 
 

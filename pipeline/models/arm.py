@@ -108,14 +108,17 @@ class ARM(nn.Module):
                 nn.init.zeros_(linear.bias)
         nn.init.trunc_normal_(self.query, std=0.02)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> predictions (B, S, P) of clusters 1..K-1, in cluster order, in standardised pixels."""
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> the features (B, S, taps x D) of clusters 0..K-2, which the decoder and a linear probe read."""
         tokens = self.backbone.embed(images)[:, : -self.tokens_per_cluster]
         _, taps = self.backbone.encode(tokens, self.taps)
-        features = torch.cat([norm(tap) for norm, tap in zip(self.norms, taps, strict=True)], dim=-1)
+        return torch.cat([norm(tap) for norm, tap in zip(self.norms, taps, strict=True)], dim=-1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> predictions (B, S, P) of clusters 1..K-1, in cluster order, in standardised pixels."""
         # Interleaved, as in the released weights: block j reads channels j, j + depth, j + 2 depth, ...
-        mixtures = self.to_decoder(features).unflatten(-1, (-1, len(self.blocks))).unbind(-1)
-        x = (self.query + self.position_embedding).expand(len(images), -1, -1)
+        mixtures = self.to_decoder(self.encode(images)).unflatten(-1, (-1, len(self.blocks))).unbind(-1)
+        x = (self.query + self.position_embedding).expand(images.shape[0], -1, -1)
         for block, mixture in zip(self.blocks, mixtures, strict=True):
             x = block(x, mixture, self.mask)
         return self.to_pixels(self.norm(x))

@@ -139,7 +139,7 @@ class HSMSSD(nn.Module):
             The mixed map (B, D, H, W), and the hidden states (B, D, N) before the read-out.
         """
         tokens = x.flatten(2)
-        b, c, dt = self.dw(self.BCdt_proj(tokens).view(len(x), -1, *x.shape[2:])).flatten(2).split(self.rows, 1)
+        b, c, dt = self.dw(self.BCdt_proj(tokens).view(x.shape[0], -1, *x.shape[2:])).flatten(2).split(self.rows, 1)
         # The softmax over tokens cancels A; it is kept because the released files have it.
         importance = (dt + self.A[:, None]).softmax(-1)
         h = self.mix(read_states(tokens, b, importance))

@@ -232,10 +232,6 @@ class VSSD(nn.Module):
         *_, last = self.run_stages(images)
         return self.norm(last.permute(0, 2, 3, 1))
 
-    def forward_intermediates(self, images: Tensor, indices: tuple[int, ...] = (1, 2, 3, 4)) -> list[Tensor]:
-        """Compute the maps (B, D, H, W) after the stages `indices`, counted from 1, not normalised."""
-        return [x for i, x in enumerate(self.run_stages(images), start=1) if i in indices]
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool features (B, H, W, D) and classify them: logits (B, K), or the pooled (B, D) with `pre_logits`."""
         x = x.mean((1, 2))

@@ -2,23 +2,21 @@
 
 `selective_scan` and `causal_conv1d_silu` are the operators. `mixer_scan` is the chain of both that a mixer runs between
 its two projections; a kernel may fuse it. `pipeline.ops.choice` chooses the implementation. torch.compile breaks its
-graph before and after these calls, because it cannot fuse anything into a kernel.
+graph before and after these calls in training, because it cannot fuse anything into a kernel. At inference, and for
+torch.export, a call is one node of the graph (`pipeline.ops.traced`).
 
 Bt batch, E channels, L steps, N states, G groups of channels that share B and C, K taps, R rank of the step size.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from pipeline.ops.choice import operators_for
-from pipeline.ops.composed import composed_mixer
 from pipeline.ops.reference import Direction
 from pipeline.ops.shapes import check_conv, check_mixer, check_scan
-from pipeline.ops.ssd import ssd_scan
+from pipeline.ops.traced import as_one_node, conv_node, mixer_node, run_conv, run_mixer, run_scan, scan_node
 
 __all__ = ["Direction", "causal_conv1d_silu", "mixer_scan", "selective_scan"]
 
@@ -57,7 +55,6 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@torch.compiler.disable
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -97,22 +94,13 @@ def selective_scan(
         ValueError: If the shapes do not fit together.
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
-    return operators_for(u).scan(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        delta_softplus=delta_softplus,
-        reverse=reverse,
-        return_ungated=return_ungated,
-    )
+    tensors = u, delta, A, B, C, D, z, delta_bias
+    if as_one_node():
+        found = tuple(scan_node(*tensors, delta_softplus, reverse, return_ungated))
+        return (found[0], found[1]) if return_ungated else found[0]
+    return _scan(*tensors, delta_softplus=delta_softplus, reverse=reverse, return_ungated=return_ungated)
 
 
-@torch.compiler.disable
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """Compute SiLU(depthwise causal convolution + bias), differentiable in every tensor.
 
@@ -129,7 +117,7 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
         ValueError: If the shapes do not fit together.
     """
     check_conv(x, weight, bias)
-    return operators_for(x).conv(x, weight, bias, reverse=reverse)
+    return conv_node(x, weight, bias, reverse) if as_one_node() else _conv(x, weight, bias, reverse=reverse)
 
 
 @overload
@@ -144,7 +132,6 @@ def mixer_scan(
 ) -> tuple[Tensor, ...]: ...
 
 
-@torch.compiler.disable
 def mixer_scan(
     xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None = None, return_ungated: bool = False
 ) -> Tensor | tuple[Tensor, ...]:
@@ -175,9 +162,13 @@ def mixer_scan(
         ValueError: If the shapes do not fit together.
     """
     check_mixer(xz, directions, blend)
-    operators = operators_for(xz)
-    if directions[0].A.dim() == 1:
-        operators = replace(operators, scan=ssd_scan, mixer=None)
-    mixer = operators.mixer or composed_mixer(operators.scan, operators.conv)
-    results = mixer(xz, directions, blend=blend, return_ungated=return_ungated)
+    if as_one_node():
+        weights = [weight for direction in directions for weight in direction]
+        results = tuple(mixer_node(xz, weights, blend, return_ungated))
+    else:
+        results = _mixer(xz, directions, blend=blend, return_ungated=return_ungated)
     return results if return_ungated else results[0]
+
+
+# What a compiled training step runs between two graphs.
+_scan, _conv, _mixer = map(torch.compiler.disable, (run_scan, run_conv, run_mixer))

@@ -5,6 +5,7 @@ paired. What is missing is said and never filled in.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -81,6 +82,11 @@ class Board:
         """Data sets and regimes, in the order asked for."""
         return list(dict.fromkeys((place.pictures, place.regime) for place in self.places))
 
+    def begun(self) -> list[tuple[str, str]]:
+        """Those of `rows` that have at least one number."""
+        there = {(place.pictures, place.regime) for place in self.places if self.cells[place]}
+        return [row for row in self.rows() if row in there]
+
     def values(self, row: tuple[str, str], column: str, key: str = "top1") -> dict[int, float]:
         """Seed -> value of a column."""
         there = (place for place in self.places if (place.pictures, place.regime) == row)
@@ -139,7 +145,7 @@ class Board:
         """The accuracies: a row for each cell."""
         shown = [column for column in TITLES if any(column in self.cells[p] for p in self.places)]
         rows = []
-        for row in self.rows():
+        for row in self.begun():
             counts = self.values(row, "chain", "labels") or self.values(row, "majority", "labels")
             best = self.best_baseline(row)
             rows.append([
@@ -154,7 +160,8 @@ class Board:
             header=["", "labels", *(TITLES[column] for column in shown), "recommended, over the best baseline"],
             rows=rows,
             note=f"Mean ± standard deviation over the seeds that are there ({self._missing()}). "
-            "The best baseline is the one with the best mean on the test set, which favours it.",
+            "The best baseline is the one with the best mean on the test set, which favours it; it is named where all columns"
+            f" are there. {self._choices()}",
         )
 
     def costs(self) -> Table:
@@ -181,14 +188,24 @@ class Board:
     def _missing(self) -> str:
         rows = self.rows()
         asked = len({place.seed for place in self.places})
-        lacking = [
-            row for row in rows if len(self.values(row, "chain")) < asked or len(self.values(row, "resnet")) < asked
-        ]
+        lacking = [row for row in rows if any(len(self.values(row, column)) < asked for column in TITLES)]
         if not lacking:
             return f"{asked} each"
-        return f"{asked} are asked for; {len(lacking)} of {len(rows)} cells are not complete: " + ", ".join(
-            map("/".join, lacking)
-        )
+        empty = [row for row in lacking if row not in self.begun()]
+        said = f"{asked} are asked for; {len(lacking)} of {len(rows)} cells are not complete"
+        return said + (f", and without any number: {', '.join(map('/'.join, empty))}" if empty else "")
+
+    def _choices(self) -> str:
+        """Say what is recommended how often."""
+        chosen = Counter(str(c["recommended"]["setting"]) for c in self.cells.values() if "recommended" in c)
+        if not chosen:
+            return ""
+        return "Recommended: " + ", ".join(f"{TITLES[name]} {n} times" for name, n in chosen.most_common()) + "."
+
+    def commits(self) -> list[str]:
+        """The commits at which the chains of the board were trained."""
+        found = (cells["chain"].get("commit") for cells in self.cells.values() if "chain" in cells)
+        return sorted({commit for commit in found if commit})
 
 
 def write_document(board: Board, path: Path, command: str, machine: str, configs: str) -> None:
@@ -203,15 +220,17 @@ def write_document(board: Board, path: Path, command: str, machine: str, configs
     """
     table, costs, found = board.table(), board.costs(), board.summary()
     chain = "what the recipe writes for each case" if configs == "recipe" else f"that of configs/*/{configs}.yaml"
-    draw(path.parent / "images", "scoreboard", "", gains_figure(board), size=(6.4, 0.28 * len(board.rows()) + 1.2))
+    draw(path.parent / "images", "scoreboard", "", gains_figure(board), size=(6.4, 0.28 * len(board.begun()) + 1.2))
+    commits = board.commits()
     (path.parent / "images" / "scoreboard.pdf").unlink()
     parts = [
         "# The scoreboard",
         "What `make chain` reaches on several data sets and label regimes, beside what simpler means reach with the same"
         " labels. It is made by",
         f"```\n{command}\n```",
-        f"on {machine}. The chain is {chain}. A run that stops continues where it was. Splits, tuning and columns are"
-        " described in `studies/scoreboard/`; nothing is chosen on test images.",
+        f"on {machine}{', its runs at commit ' + ' and '.join(commits) if commits else ''}. The chain is {chain}."
+        " A run that stops continues where it was. Splits, tuning and columns are described in `studies/scoreboard/`; nothing is"
+        " chosen on test images.",
         f"## {table.title}",
         table.markdown(),
         "![Gain of make chain over the best baseline of each cell](images/scoreboard.svg)",
@@ -228,7 +247,7 @@ def gains_figure(board: Board) -> Paint:
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
-        rows = board.rows()
+        rows = board.begun()
         for k, row in enumerate(rows):
             best = board.best_baseline(row)
             if best is None:

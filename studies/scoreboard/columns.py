@@ -121,7 +121,8 @@ def stages(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
             "seconds": round(sum(r.seconds() for r in runs), 1),
         }
     exported = result.stages["semi"].config.get("export", "teacher")
-    cells["chain"] = cells[f"stage-3-{exported}"]
+    commit = str(result.stages["semi"].environment.get("commit", ""))[:7]
+    cells["chain"] = cells[f"stage-3-{exported}"] | {"commit": commit}
     return cells
 
 

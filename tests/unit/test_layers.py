@@ -11,6 +11,7 @@ LAYERS = {
     "launchers": 10,
     "stages": 8,
     "pipeline.notebook": 9,
+    "pipeline.timm_models": 3,
     "pipeline.data": 7,
     "pipeline.evaluate.__main__": 7,
     "pipeline.models.__main__": 7,

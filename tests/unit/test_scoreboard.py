@@ -74,18 +74,22 @@ def test_the_json_line_is_the_sums_by_hand(tmp_path: Path) -> None:
 def test_a_partial_board_says_what_is_missing_and_an_empty_one_has_no_numbers(tmp_path: Path) -> None:
     board = filled(tmp_path / "cells")
     table = board.table()
-    assert "2 are asked for; 1 of 2 cells are not complete: digits/10" in table.note
+    assert "2 are asked for; 2 of 2 cells are not complete" in table.note
+    assert "without any number" not in table.note
     assert table.rows[0][-1] == "+6.0 (RBF-SVM, pixels)"
     assert "80.5 ± 0.7" in table.rows[0]
     write_document(board, tmp_path / "docs" / "scoreboard.md", "python -m studies.scoreboard", "2 cores", "demo")
     text = (tmp_path / "docs" / "scoreboard.md").read_text()
-    assert "not complete: digits/10" in text
+    assert "2 of 2 cells are not complete" in text
     assert json.loads(text.partition("```json\n")[2].partition("```")[0]) == board.summary()
     assert (tmp_path / "docs" / "images" / "scoreboard.svg").is_file()
     board.file(Place("digits", "10", 0), "fixmatch").unlink()
     less = Board(board.folder, PLACES)
     assert less.best_baseline(("digits", "10")) is None
     assert less.summary()["cells_compared"] == 1
+    more = Board(board.folder, [*PLACES, Place("letters", "4", 0)])
+    assert "3 of 3 cells are not complete, and without any number: letters/4" in more.table().note
+    assert len(more.table().rows) == 2
     nothing = Board(tmp_path / "none", PLACES).summary()
     assert nothing["mean_vs_best_baseline"] is None
     assert nothing["cells_compared"] == 0

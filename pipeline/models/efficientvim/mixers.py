@@ -50,7 +50,7 @@ class NCSSD(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Mix a normalised map (B, D, H, W); there are no hidden states to return."""
         tokens = x.flatten(2)
-        b, c, dt = self.dw(self.BCdt_proj(tokens).view(len(x), -1, *x.shape[2:])).flatten(2).split(self.rows, 1)
+        b, c, dt = self.dw(self.BCdt_proj(tokens).view(x.shape[0], -1, *x.shape[2:])).flatten(2).split(self.rows, 1)
         values, z = self.hz_proj(tokens).chunk(2, dim=1)
         y = read_states(values, b, (dt + self.A[:, None]).softmax(-1)) @ c
         return self.out_proj(y * F.silu(z) + y * self.D).view(x.shape), None

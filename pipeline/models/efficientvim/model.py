@@ -124,10 +124,6 @@ class EfficientViM(nn.Module):
         read = {"hidden": [*hidden, maps[-1]], "map": maps, "none": maps[-1:]}[self.fusion]
         return [norm(x.flatten(2)) for norm, x in zip(self.norm, read, strict=True)]
 
-    def forward_intermediates(self, images: Tensor, indices: tuple[int, ...] = (1, 2, 3)) -> list[Tensor]:
-        """Compute the maps (B, D, H, W) after the stages `indices`, counted from 1, not normalised."""
-        return [x for i, (x, _) in enumerate(self.run_stages(images), start=1) if i in indices]
-
     def forward_head(self, features: list[Tensor], pre_logits: bool = False) -> Any:
         """Pool the features and classify them.
 

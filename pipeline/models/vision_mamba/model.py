@@ -181,7 +181,7 @@ class VisionMamba(nn.Module):
         Returns:
             (B, L, D) in the order of the scan, with the cls token (if there is one) in the middle.
         """
-        return self.norm_f(self.encode(self.tokens(images), blend=self._blend(images, blend))[0])
+        return self.norm_f(self.encode(self.tokens(images), blend=self.blend_for(images, blend))[0])
 
     def forward_intermediates(
         self,
@@ -217,7 +217,7 @@ class VisionMamba(nn.Module):
         wanted = [i % self.depth for i in indices]
         if stop_early and not intermediates_only:
             raise ValueError("stop_early leaves no final features; set intermediates_only=True")
-        x, blend, found = self.tokens(images), self._blend(images, None), []
+        x, blend, found = self.tokens(images), self.blend_for(images), []
         for i, layer in enumerate(self.layers[: max(wanted) + 1] if stop_early else self.layers):
             x = self._through(layer, x, blend)
             if i in wanted:
@@ -295,10 +295,10 @@ class VisionMamba(nn.Module):
             return int(name.split(".")[1]) + 1
         return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else self.depth + 1
 
-    def _blend(self, images: Tensor, given: Tensor | None) -> Tensor | None:
+    def blend_for(self, images: Tensor, given: Tensor | None = None) -> Tensor | None:
         """SSMixup's weights as given, or one half for every image of a model that blends everywhere."""
         if given is None and self.ssmixup and self.ssmixup.everywhere:
-            return images.new_full((len(images), 2), 0.5)
+            return images.new_full((images.shape[0], 2), 0.5)
         return given
 
     def _through(self, layer: nn.Module, x: Tensor, blend: Tensor | None = None) -> Tensor:
@@ -316,5 +316,5 @@ class VisionMamba(nn.Module):
         x, at = self.embed(images), self.cls_index
         if at is None:
             return x
-        cls = (self.cls_token + self.pos_embed[:, at : at + 1]).expand(len(x), -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, at : at + 1]).expand(x.shape[0], -1, -1)
         return torch.cat([x[:, :at], cls, x[:, at:]], dim=1)

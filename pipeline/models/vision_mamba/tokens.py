@@ -42,7 +42,7 @@ def column_order(grid_size: tuple[int, int], side: int | None, cls_index: int | 
         columns = cluster_order(grid_size, side).argsort()[columns]
     if cls_index is not None:
         columns = columns + (columns >= cls_index).long()
-        columns = torch.cat([columns[:cls_index], torch.tensor([cls_index]), columns[cls_index:]])
+        columns = torch.cat([columns[:cls_index], columns.new_full((1,), cls_index), columns[cls_index:]])
     return torch.stack([columns, columns.argsort()])
 
 

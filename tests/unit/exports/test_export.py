@@ -18,7 +18,6 @@ from pipeline.exports.export import load_export, write_export
 from pipeline.exports.hub import timm_config
 from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config, build_model
-from pipeline.models.__main__ import main
 from pipeline.models.arm import ARM
 from pipeline.models.config import DecoderConfig, VisionMambaConfig, family_of
 from pipeline.models.variants import EFFICIENTVIM_VARIANTS
@@ -136,41 +135,6 @@ def test_timm_knows_every_published_efficientvim_by_our_values(name: str) -> Non
         again = timm.create_model(name, num_classes=3, **known["model_args"])
     shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (theirs, ours, again)]
     assert shapes[0] == shapes[1] == shapes[2]
-
-
-def test_what_timm_does_not_know_has_no_config_for_it(tmp_path: Path) -> None:
-    exported(tmp_path / "vim")
-    exported_family(tmp_path / "ablation", "efficientvim_nano", image_size=64, stem_stride=16, norm="bn", **NARROW)
-    for name in ("vim", "ablation"):
-        assert not (tmp_path / name / "config.json").exists()
-        assert 'library_name: "pytorch"' in (tmp_path / name / "README.md").read_text()
-
-
-def test_an_export_as_onnx_gives_its_outputs(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx", reason="pip install 'visionmamba-pipeline[onnx]'")
-    runtime = pytest.importorskip("onnxruntime", reason="pip install 'visionmamba-pipeline[onnx]'")
-    model = exported_family(tmp_path / "export", "efficientvim_nano", 2.5, image_size=64, **NARROW)
-    path = tmp_path / "out" / "model.onnx"
-    assert main(["onnx", str(tmp_path / "export"), "--out", str(path)]) == 0
-    images = torch.randn(5, 3, 64, 64)
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    logits, probabilities = session.run(None, {"images": images.numpy()})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-3, atol=1e-4)
-        calibrated = (model(images) / 2.5).softmax(-1)
-    torch.testing.assert_close(torch.from_numpy(probabilities), calibrated, rtol=1e-3, atol=1e-4)
-    about = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
-    known = {"mean": [0.5] * 3, "std": [0.5] * 3, "ground": [255] * 3}
-    assert about == {"classes": ["a", "b", "c"], "temperature": 2.5, **known}
-    assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
-
-
-def test_what_onnx_cannot_hold_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxruntime", reason="pip install 'visionmamba-pipeline[onnx]'")
-    exported(tmp_path / "export")
-    assert main(["onnx", str(tmp_path / "export"), "--out", str(tmp_path / "x.onnx")]) == 2
-    assert "vim_nano cannot be written as ONNX" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*x.onnx*"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "fingerprint.safetensors", "labels/s.npy", "model.json"])

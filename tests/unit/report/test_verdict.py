@@ -142,7 +142,11 @@ def test_the_export_is_recommended_unless_another_is_a_standard_error_above(
 def test_a_simple_learner_that_validation_establishes_is_advised(tmp_path: Path) -> None:
     folder = experiment(tmp_path / "e", distill=predictions(30), student=predictions(40), teacher=predictions(40))
     logged(folder, "distill", [{"step": 1, "val/balanced": 50.0}, {"step": 2, "val/balanced": 55.0}])
-    logged(folder, "semi", [{"step": 1, "val/teacher_balanced": 64.0}, {"step": 2, "val/teacher_balanced": 60.0}])
+    logged(
+        folder,
+        "semi",
+        [{"step": n, "val/teacher_balanced": value, "val/teacher_top1": value} for n, value in ((1, 64.0), (2, 60.0))],
+    )
     spreading = Simple("label spreading on pixels", 90.0, None, "", 1.0, 70.0)
     item = names(folder, Worth([], [spreading], []))["recommended"]
     assert item.warning
