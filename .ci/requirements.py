@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADER = """\
 # What a run needs, for `pip install -r {name}`. Generated from pyproject.toml by `make requirements`: edit that.
 # Extras are in pyproject.toml: pip install -e '.[dev]'
-# (also docs, gpu, onnx, coreml, parquet, huggingface, aws, wandb, mlflow, trackio).
+# (also docs, gpu, onnx, coreml, parquet, huggingface, aws, wandb, mlflow, trackio, sweep).
 """
 INDEX = "https://download.pytorch.org/whl"
 BUILDS = ("cu126", "cu128")  # builds of torch and torchvision for drivers that are too old for the default

@@ -75,7 +75,7 @@ def spawn(command: Sequence[str], nproc: int) -> int:
                 command,
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
             ranks.append(started)
         for number in tuple(relayed):  # signals that came while the ranks were being started
@@ -145,6 +145,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Let a child be killed when its parent ends, for `preexec_fn`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.opening import open_dataset
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.exports.card import Selected
+from pipeline.exports.selected import Selected
 from pipeline.models.family import FamilyConfig
 from pipeline.models.flops import forward_flops
 from pipeline.models.losses import class_weights

@@ -74,6 +74,8 @@ def train(config: StageConfig) -> None:
         prepared, training, task = open_stage(s)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
+            if task.teacher:
+                task.teacher.refresh()
             row = prepared.evaluate(step, board)
             _show(s, training, step, board, prepared.image_size)
             return row

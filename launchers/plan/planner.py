@@ -32,7 +32,7 @@ from pipeline.jsonl import read_rows
 from pipeline.train.peak import peak_flops
 from pipeline.train.run import has_begun, identity_sha256
 from stages import spec_of
-from stages.check import Pending, check, derive_batches, open_data
+from stages.check import Pending, check, derive_batches, open_data, written_by
 from stages.configs.base import StageConfig
 from stages.spec import Stream
 
@@ -82,7 +82,7 @@ def make(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any],
         except PipelineError as error:
             problems.append(error)
         if not (step.folder / "export").is_dir():
-            pending[step.folder / "export"] = step.config
+            pending |= written_by(step.config)
         try:
             stages.append(_stage(step, cluster, pending))
         except PipelineError as error:  # its model depends on a parent that is missing; the check has said so already

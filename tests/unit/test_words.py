@@ -52,11 +52,11 @@ WORDS = (
     Word(r"\bworking[ _-]cop(y|ies)\b", "inference copy"),
     # The old config key is refused with its new name.
     Word(r"\b_?lanes?\b", "virtual reader, reader", r"virtual_readers|data\.loader\.lanes", SIMD),
-    # DeepSpeed's own name; CSS.
+    # DeepSpeed's own name; CSS; an option of `convert`.
     Word(
         r"\b_?positions?\b",
         "sample index, data step, position embedding; pixel, patch or token; offset",
-        r"(?i)position[ _-]embedding|grad_position|position: sticky",
+        r"(?i)position[ _-]embedding|grad_position|position: sticky|--cls-position",
     ),
     # The old config key is refused with its new name.
     Word(
