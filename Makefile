@@ -119,7 +119,7 @@ test: $(STAMP)  ## all tests except SLURM's and the package's; warnings are erro
 test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm): under 5 minutes
 	$(PY) -m pytest tests/slurm -rs
 
-soak: $(STAMP)  ## long tests: thirty kill -9 in a row, fifty steps at every ZeRO stage (a quarter of an hour)
+soak: $(STAMP)  ## long tests: thirty kill -9 in a row of runs and of other commands, fifty steps at every ZeRO stage (a quarter of an hour)
 	$(PY) -m pytest tests -m soak -s
 
 fuzz: $(STAMP)  ## feed 10,000 damaged and hostile inputs to the commands: CASES= SEED= (about half an hour)

@@ -18,7 +18,7 @@ from pipeline.models.vision_mamba.mixer import Mixer
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.transforms import View
 from pipeline.train.best import Best
-from pipeline.train.distributed import agree_on_scan
+from pipeline.train.distributed import agree_on_scan, from_main
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
 from pipeline.train.recorder import Recorder
@@ -128,7 +128,7 @@ def open_stage(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         accumulation=s.batches()[1],
         seed=s.config.run.seed,
         datasets=s.datasets(),
-        inputs=inputs_of(s.config, s.manifest),
+        inputs=from_main(inputs_of(s.config, s.manifest) if s.world.is_main else {}, s.world),
         recorder=recorder,
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),
         flops=prepared.flops * loop.global_batch,

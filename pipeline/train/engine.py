@@ -227,6 +227,8 @@ class Engine:
     ) -> None:
         """Restore masters, moments, every extra kind, and the copies that compute (collective).
 
+        Where every rank holds everything, rank 0 reads it and sends it to the others.
+
         Args:
             read: (kind, name, start, numel) -> elements (numel,) of a saved whole parameter.
             optimizer_step: What `optimizer_step` returned.
@@ -239,15 +241,20 @@ class Engine:
                 state[flat] = {moment: torch.zeros_like(flat.detach()) for moment in self.moments}
                 if isinstance(self.base_optimizer, torch.optim.AdamW):
                     state[flat]["step"] = torch.tensor(optimizer_step, device=flat.device)  # where fused AdamW keeps it
-        for shard in self.shards:
-            where = (shard.name, shard.start, shard.numel)
-            shard.of(shard.flat).copy_(read("master", *where))
-            if optimizer_step:
-                for moment in self.moments:
-                    shard.of(state[shard.flat][moment]).copy_(read(moment, *where))
-            for kind, tensors in kinds.items():
-                shard.of(tensors[shard.flat]).copy_(read(kind, *where))
-        self.refresh_weights(read)
+        layouts: dict[str, Mapping[Tensor, Tensor]] = {"master": {flat: flat for flat in self.masters}}
+        if optimizer_step:
+            layouts |= {moment: {flat: state[flat][moment] for flat in self.masters} for moment in self.moments}
+        for kind, tensors in {**layouts, **kinds}.items():
+            own = [shard.of(tensors[shard.flat]) for shard in self.shards]
+            if self.world.is_main or not self.replicated:
+                for shard, values in zip(self.shards, own, strict=True):
+                    values.copy_(read(kind, shard.name, shard.start, shard.numel))
+            if self.replicated and self.world.size > 1:
+                flat = torch.cat(own)
+                dist.broadcast(flat, src=0)
+                for values, sent in zip(own, flat.split([len(values) for values in own]), strict=True):
+                    values.copy_(sent)
+        self.refresh_weights()
 
     def optimizer_step(self) -> float:
         """Return AdamW's own count of updates, without skipped ones; for SGD, which counts none, 1 once it has a momentum."""
@@ -291,17 +298,10 @@ class Engine:
             for end, start in zip(ends, starts, strict=True):
                 flat.detach().view(-1)[end:start].zero_()
 
-    def refresh_weights(self, read: Callable[[str, str, int, int], Tensor] | None = None) -> None:
-        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters (collective).
-
-        Args:
-            read: As in `restore`, where a file has the masters of all ranks; None = they are gathered.
-        """
-        if self.config.zero_stage in (1, 2) and read is None:
+    def refresh_weights(self) -> None:
+        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters (collective)."""
+        if self.config.zero_stage in (1, 2):
             self.gather(None, {name: p.data for name, p in self.named_parameters})
-        elif self.config.zero_stage in (1, 2) and read is not None:
-            for name, p in self.named_parameters:
-                p.data.copy_(read("master", name, 0, p.numel()).view(p.shape))
         elif self.config.zero_stage == 3:
             own = {shard.name: shard for shard in self.shards}
             for name, p in self.named_parameters:
