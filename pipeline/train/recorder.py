@@ -91,8 +91,8 @@ class Recorder:
         none, times = torch.zeros((), device=index.device), max(map(len, self._norms))
         squares = torch.zeros(len(self.blocks), device=index.device)
         for k in range(times):  # micro-batches
-            norms = torch.stack([norms[k] if k < len(norms) else none for norms in self._norms])
-            squares.index_add_(0, index, norms.square_())
+            each = torch.stack([norms[k] if k < len(norms) else none for norms in self._norms])
+            squares.index_add_(0, index, each.square_())
         for norms in self._norms:
             norms.clear()
         return squares
