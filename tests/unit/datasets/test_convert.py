@@ -291,7 +291,7 @@ def test_the_digits_are_scikit_learns() -> None:
     assert sum(len(source.items) for source in sources) == len(bunch.target) == 1797
     for source in sources:
         assert list(source.labels) == bunch.target[source.items].tolist()
-        for position in (0, len(source.items) - 1):
-            _, data = source.read(position)
-            wanted = np.rint(bunch.images[source.items[position]] * (255 / 16)).astype(np.uint8)
+        for item in (0, len(source.items) - 1):
+            _, data = source.read(item)
+            wanted = np.rint(bunch.images[source.items[item]] * (255 / 16)).astype(np.uint8)
             assert (np.asarray(Image.open(io.BytesIO(data))) == wanted).all()
