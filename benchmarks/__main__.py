@@ -37,6 +37,7 @@ COMMANDS: dict[str, list[str]] = {
     "engine": ["benchmarks.engine", "--pairs=20", "--saves=2"],
     "data": ["benchmarks.data", "--rounds=3"],
     "several": ["benchmarks.several"],
+    "small": ["benchmarks.small", "--rounds=20"],
 }
 LIMIT = 600  # seconds for one benchmark
 

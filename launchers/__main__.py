@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--again", action="store_true", help="write configs that exist anew; edited ones are kept aside"
     )
     demo = command("demo", _demo, "all stages on the bundled digits")
-    demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0])
     demo.add_argument("--nproc", type=int, default=2)
     status = command("status", _status, "how far every stage of an experiment is")
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all")
