@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 NPROC ?= 1
-SEEDS ?= 0 1 2
+SEEDS ?= 0
 RUNS ?= runs
 # The build of torch: cu126 or cu128 for an older driver, or the address of a mirror of one. Empty = pip's usual index.
 TORCH_INDEX ?=
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
 
-demo: $(STAMP)  ## the three stages on bundled digits, SEEDS="0 1 2", and a report (continues where it stopped)
+demo: $(STAMP)  ## the three stages on bundled digits and a report (continues where it stopped): SEEDS="0 1 2"
 	@$(PY) -m launchers demo --seeds $(SEEDS) --nproc 2
 
 data: $(STAMP)  ## the bundled digits as shards, and the split of the smoke and demo configs

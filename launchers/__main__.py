@@ -7,6 +7,7 @@ python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one st
 python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml of every stage
 python -m launchers sweep STAGE|chain CONFIG|NAME [key=value ...] --over key=values ... [--trials N]   search values
 python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   what it will need, and the scripts
+python -m launchers simulate STAGE|chain CONFIG|NAME [key=value ...] [--ranks 512]   what 8 to 512 ranks would open and read
 python -m launchers doctor STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   whether it can run here
 python -m launchers status [EXPERIMENT ...] [--root runs]             how far every stage is
 python -m launchers demo [--seeds 0 1 2] [--nproc N]                  all stages on bundled digits, and a report
@@ -109,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(
                 "--sweep", action="append", default=[], metavar="key=a,b", help="a grid; may be repeated"
             )
+    simulate = steps("simulate", _simulate, "what 8, 32, ... ranks would open, read and send at a restart")
+    simulate.add_argument("--ranks", type=int, default=512, metavar="N", help="most ranks; default 512")
     recipe = command("recipe", _recipe, "look at images and write the configs of a chain for them")
     recipe.add_argument("name", metavar="NAME", help="of the configs and of the experiment")
     recipe.add_argument("--train", type=Path, nargs="+", metavar="DIR", help="datasets; default: data/NAME/train")
@@ -127,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--again", action="store_true", help="write configs that exist anew; edited ones are kept aside"
     )
     demo = command("demo", _demo, "all stages on the bundled digits")
-    demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0])
     demo.add_argument("--nproc", type=int, default=2)
     status = command("status", _status, "how far every stage of an experiment is")
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all")
@@ -247,6 +250,13 @@ def _plan(given: argparse.Namespace) -> int:
     from launchers.plan import planner
 
     return planner.run(*_steps(given))
+
+
+def _simulate(given: argparse.Namespace) -> int:
+    from launchers import chain
+    from launchers.simulate import command
+
+    return command.run(chain.read_steps(given.stage, given.config, given.overrides), given.ranks)
 
 
 def _doctor(given: argparse.Namespace) -> int:

@@ -60,6 +60,7 @@ def spawn(command: Sequence[str], nproc: int) -> int:
     threads = max(1, (os.cpu_count() or 1) // nproc)
     shared = {
         "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),

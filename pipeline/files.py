@@ -10,12 +10,16 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
+
+# File systems that many nodes share. Programs that are built for one node's CPU, under locks, do not belong there.
+NETWORK = re.compile(r"nfs\d?|lustre|gpfs|beegfs\w*|ceph|cifs|smb\d?|afs|panfs|wekafs|9p|fuse\..*|orangefs|pvfs2")
 
 
 def sha256_of(path: Path) -> str:
@@ -26,6 +30,25 @@ def sha256_of(path: Path) -> str:
     """
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_system(path: Path) -> str:
+    """Return the type of the file system of a path, which need not exist; empty if the system does not say."""
+    mounts = Path("/proc/mounts")
+    lines = mounts.read_text().splitlines() if mounts.exists() else []
+    kinds = {Path(line.split()[1]): line.split()[2] for line in lines}  # a later mount covers an earlier one
+    real = real_path(path)
+    return next((kinds[folder] for folder in (real, *real.parents) if folder in kinds), "")
+
+
+def node_cache() -> Path:
+    """Return a cache folder on a disk of this machine: `user_cache`, unless the home lies on a network.
+
+    Raises:
+        OSError: No folder can be used safely.
+    """
+    folder = user_cache()
+    return _temporary_cache() if NETWORK.fullmatch(file_system(folder)) else folder
 
 
 def user_cache() -> Path:

@@ -1,7 +1,8 @@
 """A run's folder: its identity, its provenance and its numbers.
 
 runs/EXPERIMENT/STAGE/
-  config.yaml  environment.json  status.json  metrics.jsonl  evaluation.json  log.txt  tb/  checkpoints/  export/  report/
+  config.yaml  environment.json  status.json  heartbeat  metrics.jsonl  evaluation.json  log.txt
+  tb/  checkpoints/  export/  report/
 """
 
 import fcntl
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HEARTBEAT = "heartbeat"
 LOCK_PATIENCE_SECONDS = 10.0  # a killed rank of a large model needs some seconds to give its memory back
 _locks: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()
 
@@ -83,7 +85,7 @@ class Run:
         self.checkpoints, self.export = folder / "checkpoints", folder / "export"
         self.config_sha256 = identity_sha256(config)
         self._tracker: Tracker | None = None
-        self.commit = _git("rev-parse", "HEAD") or "unknown"
+        self.commit = (_git("rev-parse", "HEAD") if world.is_main else "") or "unknown"
         if world.is_main:
             try:
                 self._open()
@@ -107,10 +109,6 @@ class Run:
         replace_text(self.folder / "config.yaml", dump_yaml(self.config))
         replace_text(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
         logging.getLogger().addHandler(_file_handler(self.folder / "log.txt"))
-        for beat in (self.folder / "heartbeat").glob("rank_*"):  # a rank of a larger world would look as if it hung
-            rank = beat.name.removeprefix("rank_")
-            if not rank.isdecimal() or int(rank) >= self.world.size:
-                beat.unlink()
 
     def _make_room(self) -> list[str]:
         """Rename what is no file, or no folder, where a run writes one: a FIFO would be waited for. Returns the names."""
@@ -168,9 +166,9 @@ class Run:
                 file.write(json.dumps({"time": time.time(), **what}) + "\n")
 
     def beat(self) -> None:
-        """Touch this rank's heartbeat file; its time says when the rank was last alive."""
-        (self.folder / "heartbeat").mkdir(exist_ok=True)
-        (self.folder / "heartbeat" / f"rank_{self.world.rank:05d}").touch()
+        """Touch the heartbeat file. Rank 0 does it after a vote, in which all ranks took part: one that hangs stops them all."""
+        if self.world.is_main:
+            (self.folder / HEARTBEAT).touch()
 
     def append_metrics(self, row: dict[str, float]) -> None:
         """Append a row to metrics.jsonl."""

@@ -75,7 +75,7 @@ WORDS = (
     Word(r"\b((un)?labelled|validation|held-out) parts?\b", "subset"),
     # Servers and SLURM answer; models predict.
     Word(r"\banswers?\b", "prediction, output, logits", files=("*storage*", "*slurm*", "launchers/*", "tests/*")),
-    Word(r"\brequirements-(?!cu)\w+\.txt", "an extra of pyproject.toml: pip install 'visionmamba-pipeline[onnx]'"),
+    Word(r"\brequirements-(?!cu|cpu)\w+\.txt", "an extra of pyproject.toml: pip install 'visionmamba-pipeline[onnx]'"),
     Word(r'("""|# |//! ?|// )Of\b(?! course)', "a whole sentence, or a noun phrase that stands alone"),
 )
 # Names in code that were given up, with what replaced them.

@@ -40,6 +40,7 @@ FREE = (
     "loop.spike_mads",
     "loop.max_skipped_steps",
     "engine.public_address",
+    "engine.bind_cores",
     "data.eval_batch",
     "data.loader.workers",
     "data.loader.prefetch",
