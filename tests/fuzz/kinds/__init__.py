@@ -31,4 +31,4 @@ KINDS: dict[str, Make] = {
 }
 NEED_RUNS = {"books", "checkpoint", "training"}  # kinds that begin with finished runs
 # How many of every 48 cases are of a kind that takes seconds; the other kinds share the rest.
-SHARES = {"served": 2, "books": 2, "checkpoint": 2, "training": 2}
+SHARES = {"served": 1, "books": 1, "checkpoint": 1, "training": 1}
