@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 NPROC ?= 1
-SEEDS ?= 0 1 2
+SEEDS ?= 0
 RUNS ?= runs
 # The build of torch: cu126 or cu128 for an older driver, or the address of a mirror of one. Empty = pip's usual index.
 TORCH_INDEX ?=
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
 
-demo: $(STAMP)  ## the three stages on bundled digits, SEEDS="0 1 2", and a report (continues where it stopped)
+demo: $(STAMP)  ## the three stages on bundled digits and a report (continues where it stopped): SEEDS="0 1 2"
 	@$(PY) -m launchers demo --seeds $(SEEDS) --nproc 2
 
 data: $(STAMP)  ## the bundled digits as shards, and the split of the smoke and demo configs
@@ -119,7 +119,7 @@ test: $(STAMP)  ## all tests except SLURM's and the package's; warnings are erro
 test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm): under 5 minutes
 	$(PY) -m pytest tests/slurm -rs
 
-soak: $(STAMP)  ## long tests: thirty kill -9 in a row, fifty steps at every ZeRO stage (a quarter of an hour)
+soak: $(STAMP)  ## long tests: thirty kill -9 in a row of runs and of other commands, fifty steps at every ZeRO stage (a quarter of an hour)
 	$(PY) -m pytest tests -m soak -s
 
 fuzz: $(STAMP)  ## feed 10,000 damaged and hostile inputs to the commands: CASES= SEED= (about half an hour)

@@ -1,4 +1,4 @@
-"""Write requirements.txt and its variants for older drivers from the pins of pyproject.toml, or check that they hold them.
+"""Write requirements.txt and its variants for other builds of torch from the pins of pyproject.toml, or check them.
 
 Commands: `python .ci/requirements.py` writes the files; `python .ci/requirements.py --check` fails if one is stale.
 """
@@ -11,10 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADER = """\
 # What a run needs, for `pip install -r {name}`. Generated from pyproject.toml by `make requirements`: edit that.
 # Extras are in pyproject.toml: pip install -e '.[dev]'
-# (also docs, gpu, onnx, coreml, parquet, huggingface, aws, wandb, mlflow, trackio).
+# (also docs, gpu, onnx, coreml, parquet, huggingface, aws, wandb, mlflow, trackio, sweep).
 """
 INDEX = "https://download.pytorch.org/whl"
-BUILDS = ("cu126", "cu128")  # builds of torch and torchvision for drivers that are too old for the default
+BUILDS = (
+    "cpu",
+    "cu126",
+    "cu128",
+)  # builds of torch and torchvision without GPUs, and for drivers too old for the default
 OF_THE_BUILD = ("torch==", "torchvision==")
 
 

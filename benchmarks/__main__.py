@@ -37,6 +37,7 @@ COMMANDS: dict[str, list[str]] = {
     "engine": ["benchmarks.engine", "--pairs=20", "--saves=2"],
     "data": ["benchmarks.data", "--rounds=3"],
     "several": ["benchmarks.several"],
+    "small": ["benchmarks.small", "--rounds=20"],
 }
 LIMIT = 600  # seconds for one benchmark
 
@@ -100,7 +101,11 @@ def _commit() -> str:
     """Return the commit of the code, with a mark if files differ from it."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+        try:
+            command = ["git", "-C", str(performance.ROOT), *words]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            raise ConfigError("figures name their commit: call make bench in a clone of the repository") from None
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.h")
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")

@@ -127,13 +127,13 @@ def prepare(folder: Path, start: gpu_runs.Start = gpu_runs.subprocess_start, **s
 
 def parts_of(folder: Path, gpus: int) -> list[Part]:
     """Return the parts that need a GPU, the quick and decisive ones first."""
-    from benchmarks.gpu_scan import measure
+    from benchmarks.gpu_scan import measure, mixers
 
     runners = functools.cache(lambda: prepare(folder))  # made by the first part that runs a stage
     parts = [
         Part("kernels", lambda: kernels("cuda")),
         Part("tests_gpu", lambda: tests(*GPU_TESTS)),
-        Part("scan_times", lambda: dict(measure())),
+        Part("scan_times", lambda: {**measure(), **mixers(torch.device("cuda"))}),
         Part("waits", lambda: gpu_runs.waits(runners()[0])),
         Part("zero_stages", lambda: gpu_runs.equal_losses(runners()[0])),
     ]

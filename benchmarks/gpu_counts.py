@@ -17,48 +17,13 @@ import torch
 
 from benchmarks import sass
 from pipeline.errors import EnvironmentProblem
-from pipeline.ops.cuda.counted import Way
+from pipeline.ops.cuda.counted import GPUS, Gpu, Way
 from pipeline.ops.cuda.program import FOLDER, THREADS, Program
 
 STATES, TAPS = 16, 4
 # Instructions per state-step of mamba-ssm 2.3.2.post1 on sm_80 for up to 256 steps, as `count_mamba` finds them with CUDA 13.0.
 # A hand-count of its longest variants, whose scans over threads cover more steps of each, gives 17 and 55.
 MAMBA: dict[Way, float] = {"forward": 42.0, "backward": 84.3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """What bounds a kernel on a GPU.
-
-    Attributes:
-        multiprocessors: SMs.
-        clock: Boost clock in Hz.
-        bandwidth: Bytes per second of the memory.
-        cache: Bytes of the L2 cache.
-        shared: Bytes of shared memory of an SM.
-        float_lanes: fp32 operations of an SM in a clock.
-        convert_lanes: Conversions between formats of an SM in a clock.
-    """
-
-    multiprocessors: int
-    clock: float
-    bandwidth: float
-    cache: int
-    shared: int
-    float_lanes: int
-    convert_lanes: int
-
-
-GPUS = {
-    "sm_80": Gpu(  # A100 40 GB
-        multiprocessors=108, clock=1.41e9, bandwidth=1.555e12, cache=40 << 20, shared=164 << 10, float_lanes=64,
-        convert_lanes=16,
-    ),
-    "sm_90": Gpu(  # H100 SXM
-        multiprocessors=132, clock=1.83e9, bandwidth=3.35e12, cache=50 << 20, shared=228 << 10, float_lanes=128,
-        convert_lanes=64,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

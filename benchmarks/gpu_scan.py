@@ -5,12 +5,14 @@
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from pipeline.ops.choice import SCANS, Missing
+from pipeline.ops.choice import RIVALS, SCANS, Missing
+from pipeline.ops.self_test import step_seconds
 
 SHAPES = {
     "vim_small": (128, 768, 197, 16),
@@ -83,5 +85,21 @@ def measure(rounds: int = 30) -> dict[str, float]:
     return results
 
 
+def mixers(device: torch.device, names: Sequence[str] = RIVALS, **shape: int) -> dict[str, float]:
+    """Return the median milliseconds of forward and backward of a mixer of two directions, for each implementation.
+
+    Args:
+        device: Where they compute.
+        names: Keys of `SCANS`; one that is not installed is left out.
+        **shape: As in `pipeline.ops.self_test.step_seconds`.
+    """
+    found = {}
+    for name in names:
+        with suppress(Missing):
+            seconds = step_seconds(SCANS[name](device).whole_mixer, device, **shape)
+            found[f"mixer_{name}_train_ms"] = 1e3 * seconds
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    print(json.dumps(measure() | mixers(torch.device("cuda"))))

@@ -34,12 +34,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_counts import (
-    GPUS,
     MAMBA,
     STATES,
     TAPS,
     Count,
-    Gpu,
     compile_program,
     count_kernel,
     count_mamba,
@@ -47,9 +45,10 @@ from benchmarks.gpu_counts import (
 )
 from pipeline.cli import guarded
 from pipeline.config import load_config
+from pipeline.files import replace_text
 from pipeline.models.config import VisionMambaConfig
 from pipeline.ops import reference
-from pipeline.ops.cuda.counted import CLOCKS, scan_clocks
+from pipeline.ops.cuda.counted import GPUS, TABLE, Gpu, scan_seconds, sources_hash, table
 from pipeline.ops.cuda.emulator import Emulator
 from pipeline.ops.cuda.library import MOST_TILES, CudaLibrary
 from pipeline.ops.cuda.program import Program
@@ -143,6 +142,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--mamba", type=Path, help="unpacked source distribution of mamba-ssm, whose kernels are counted too"
     )
+    parser.add_argument("--write", action="store_true", help=f"write the counts to {TABLE.name}, which the plan reads")
     given = parser.parse_args(arguments)
     variants = {
         "bf16": {"wide": True, "narrow": True, "directions": 2, "taps": TAPS},
@@ -160,6 +160,12 @@ def main(arguments: Sequence[str]) -> int:
         for name, values in variants.items()
     ]
     print_kernels(counts)
+    found: dict[str, Any] = {arch: {} for arch in GPUS}
+    for count in counts:
+        if count.name in ("forward bf16", "backward bf16"):
+            found[count.arch][count.name.split()[0]] = round(count.pipe_clocks, 1)
+    if given.write:
+        replace_text(TABLE, json.dumps(found | {"sources": sources_hash()}, indent=1) + "\n")
     conv_spills = 0
     for arch in GPUS:
         program = Program(source="conv.cu", wide=True, directions=2, taps=TAPS)
@@ -186,8 +192,7 @@ def main(arguments: Sequence[str]) -> int:
             used, least = scan_bytes(program, steps, channels, gpu, blocks)
             ratios.append(used / least)
             sizes = {"directions": calls * ways, "channels": channels, "steps": steps, "states": STATES}
-            clocks = sum(scan_clocks(way, arch, images=images, **sizes) for way in MAMBA)
-            compute = clocks / gpu.multiprocessors / gpu.clock * 1e3
+            compute = 1e3 * sum(scan_seconds(way, arch, images=images, **sizes) for way in MAMBA)
             memory = images * calls * used / gpu.bandwidth * 1e3
             print(
                 f"{name:27} {arch}  {max(compute, memory):6.2f} ({compute:.2f}, {memory:.2f}), "
@@ -201,7 +206,7 @@ def main(arguments: Sequence[str]) -> int:
             results[f"scan_{way}_clocks_per_1000_{short}"] = round(count.issue_clocks, 1)
             results[f"scan_{way}_all_units_clocks_per_1000_{short}"] = round(count.pipe_clocks, 1)
             results[f"mamba_{way}_clocks_per_1000_{short}"] = round(1000 * mamba[arch][way] / 128, 1)
-            difference = abs(count.pipe_clocks / CLOCKS[arch][way] - 1)
+            difference = abs(round(count.pipe_clocks, 1) / table()[arch][way] - 1)
             results["recorded_difference"] = round(max(difference, results.get("recorded_difference", 0.0)), 4)
     results["spills"] = max(conv_spills, *(c.spilled for c in counts))
     results["blocks_per_sm_least"] = min(c.blocks for c in counts)

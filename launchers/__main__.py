@@ -5,7 +5,9 @@ python -m launchers local chain NAME [key=value ...] [--nproc N]      a plan, co
 python -m launchers recipe NAME --train DIR... [--split FILE] [--budget 30m]   look at images, write configs/STAGE/NAME.yaml
 python -m launchers slurm STAGE CONFIG [key=value ...] [--cluster FILE]   one stage as a job of SLURM
 python -m launchers slurm chain NAME [key=value ...] [--sweep key=a,b]   configs/STAGE/NAME.yaml of every stage
+python -m launchers sweep STAGE|chain CONFIG|NAME [key=value ...] --over key=values ... [--trials N]   search values
 python -m launchers plan STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   what it will need, and the scripts
+python -m launchers simulate STAGE|chain CONFIG|NAME [key=value ...] [--ranks 512]   what 8 to 512 ranks would open and read
 python -m launchers doctor STAGE|chain CONFIG|NAME [key=value ...] [--cluster FILE]   whether it can run here
 python -m launchers status [EXPERIMENT ...] [--root runs]             how far every stage is
 python -m launchers demo [--seeds 0 1 2] [--nproc N]                  all stages on bundled digits, and a report
@@ -81,7 +83,22 @@ def _parser() -> argparse.ArgumentParser:
 
     local = steps("local", _local, "a stage, or the chain, on this machine")
     local.add_argument("--nproc", type=int, default=1)
+    local.add_argument("--no-report", action="store_true", help="write no report after a chain")
     local.add_argument("--budget", help="time for a chain whose configs are still to be written, such as 30m or 2h")
+    sweep = steps("sweep", _sweep, "search the values of keys; trials are compared by their best validation")
+    sweep.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="key=values",
+        help="a list a,b,c or a range LOW..HIGH, with :log on a logarithmic scale; may be repeated",
+    )
+    sweep.add_argument("--trials", type=int, default=20, help="number of trials (default 20)")
+    sweep.add_argument("--jobs", type=int, default=1, help="trials at the same time on this machine (default 1)")
+    sweep.add_argument("--nproc", type=int, default=1, help="processes of each stage (default 1)")
+    sweep.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe")
+    sweep.add_argument("--seed", type=int, default=0, help="of the sampler (default 0)")
+    sweep.add_argument("--cluster", type=Path, metavar="FILE", help="preset: submit a round of trials to SLURM")
     for name, run, text in (
         ("slurm", _slurm, "a stage, or the chain, as jobs of SLURM"),
         ("plan", _plan, "what it will need, before it costs anything"),
@@ -93,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(
                 "--sweep", action="append", default=[], metavar="key=a,b", help="a grid; may be repeated"
             )
+    simulate = steps("simulate", _simulate, "what 8, 32, ... ranks would open, read and send at a restart")
+    simulate.add_argument("--ranks", type=int, default=512, metavar="N", help="most ranks; default 512")
     recipe = command("recipe", _recipe, "look at images and write the configs of a chain for them")
     recipe.add_argument("name", metavar="NAME", help="of the configs and of the experiment")
     recipe.add_argument("--train", type=Path, nargs="+", metavar="DIR", help="datasets; default: data/NAME/train")
@@ -111,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--again", action="store_true", help="write configs that exist anew; edited ones are kept aside"
     )
     demo = command("demo", _demo, "all stages on the bundled digits")
-    demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0])
     demo.add_argument("--nproc", type=int, default=2)
     status = command("status", _status, "how far every stage of an experiment is")
     status.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all")
@@ -176,7 +195,7 @@ def _local(given: argparse.Namespace) -> int:
 
     planner.plan_ahead(steps, given.nproc)
     code = local.run(steps, given.nproc)
-    if code == 0:
+    if code == 0 and not given.no_report:
         print(f"report: {report.run([steps[0].folder.parent], None)}")
     return code
 
@@ -202,10 +221,42 @@ def _slurm(given: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(given: argparse.Namespace) -> int:
+    from launchers import chain
+    from launchers.sweep import search
+    from launchers.sweep.space import read_axes
+    from launchers.sweep.trials import Order
+
+    if min(given.trials, given.jobs) < 1:
+        raise ConfigError(f"--trials {given.trials} --jobs {given.jobs}: give 1 or more")
+    cluster, overrides = None, given.overrides
+    if given.cluster is not None:
+        cluster, overrides = chain.read_cluster(find_config(given.cluster), overrides)
+    order = Order(
+        stage=given.stage,
+        config=given.config,
+        overrides=tuple(overrides),
+        axes=tuple(read_axes(given.over)),
+        trials=given.trials,
+        sampler=given.sampler,
+        seed=given.seed,
+        jobs=given.jobs,
+        nproc=given.nproc,
+    )
+    return search.run(order, cluster)
+
+
 def _plan(given: argparse.Namespace) -> int:
     from launchers.plan import planner
 
     return planner.run(*_steps(given))
+
+
+def _simulate(given: argparse.Namespace) -> int:
+    from launchers import chain
+    from launchers.simulate import command
+
+    return command.run(chain.read_steps(given.stage, given.config, given.overrides), given.ranks)
 
 
 def _doctor(given: argparse.Namespace) -> int:

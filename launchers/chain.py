@@ -10,7 +10,7 @@ from launchers.config import ClusterConfig
 from pipeline.config import apply_overrides, choose, find_config, load_config, read_values
 from pipeline.errors import ConfigError
 from stages import SPECS
-from stages.check import check, is_complete
+from stages.check import check, is_complete, written_by
 from stages.configs.base import StageConfig
 
 CHAIN = "chain"  # in place of a stage's name: all stages
@@ -151,7 +151,7 @@ def open_steps(steps: Sequence[Step], world_size: int) -> list[Step]:
         PipelineError: What a stage would end in.
     """
     todo = [step for step in steps if not is_complete(step.config)]
-    pending = {step.folder / "export": step.config for step in todo}
+    pending = {folder: config for step in todo for folder, config in written_by(step.config).items()}
     for step in todo:
         check(step.config, world_size, pending)
     return todo

@@ -44,7 +44,12 @@ class ClusterConfig(Strict):
     tasks_per_node: PositiveInt | None = Field(
         None, description="ranks on each node; null = one per GPU, or a single one without GPUs"
     )
-    cpus_per_task: PositiveInt = Field(1, description="CPUs of each rank and its data workers")
+    cpus_per_task: PositiveInt = Field(
+        1, description="CPUs of each rank and its data workers, which are never more than these"
+    )
+    exclusive: bool = Field(
+        False, description="take whole nodes, so that no other job uses their CPUs, memory and network cards"
+    )
     memory_gb: NonNegativeInt = Field(0, description="memory of each node in GB; 0 = all of it")
     device_memory_gb: float | None = Field(
         None,

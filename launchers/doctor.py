@@ -1,13 +1,16 @@
 """Checks whether this machine, and the cluster if there is one, can run a chain: each line is OK or says what to do.
 
 The checks try things instead of looking them up: kernels are compared with the reference, files are renamed while they are
-read, two processes sum a tensor.
+read, two processes sum a tensor. On a cluster the ranks of the preset also look at the compute nodes (`node_check.py`).
 """
 
+import json
 import os
 import re
+import shlex
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +31,7 @@ from stages import spec_of
 
 REQUIREMENTS, DISTRIBUTION = Path("requirements.txt"), "visionmamba-pipeline"
 MAX_SKEW_SECONDS = 5.0
+IMMEDIATE_SECONDS = 30  # how long srun waits for free nodes
 _SUM = """
 import sys, torch, torch.distributed as dist
 dist.init_process_group(sys.argv[1])
@@ -69,6 +73,7 @@ def run(steps: Sequence[Step], cluster: ClusterConfig) -> int:
         lambda: disk(root),
         lambda: data(steps),
         lambda: slurm(steps, cluster),
+        lambda: compute_nodes(cluster),
     )
     failed = False
     for check in checks:
@@ -259,3 +264,50 @@ def slurm(steps: Sequence[Step], cluster: ClusterConfig) -> Iterator[Finding]:
     if not cluster.shared:
         remedy = "none are listed in the preset, so paths are not checked; list the folders that every node sees under `shared`"
         yield Finding("shared folders", remedy, needed=False)
+
+
+def compute_nodes(cluster: ClusterConfig) -> Iterator[Finding]:
+    """Let all ranks of the preset look at their nodes and sum a tensor, if the nodes are free at once."""
+    if not queue.available():
+        return
+    try:
+        preflight.check_partition(cluster)
+    except PipelineError:  # `slurm` has said so
+        return
+    asked = {
+        "immediate": IMMEDIATE_SECONDS,
+        "job-name": "doctor",
+        "time": "5",  # minutes
+        "nodes": cluster.nodes,
+        "ntasks-per-node": cluster.ranks_per_node,
+        "cpus-per-task": cluster.cpus_per_task,
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "kill-on-bad-exit": "1",
+        **{name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint")},
+        **cluster.extra,
+    }
+    command = ["srun", *(f"--{name}={value}" for name, value in asked.items() if value is not None)]
+    shell = [*cluster.setup, f"exec {shlex.quote(sys.executable)} -m launchers.node_check"]
+    try:
+        done = subprocess.run(
+            [*command, "bash", "-c", "\n".join(shell)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10 * IMMEDIATE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        yield Finding(
+            "compute nodes", "srun did not return; look at `squeue` for the job doctor, and end it with scancel"
+        )
+        return
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    for what, remedy in lines:
+        yield Finding(what, remedy)
+    if not lines:
+        words = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        busy = "immediate" in done.stderr.lower() or "busy" in done.stderr.lower()
+        how = (
+            f"not tried: none was free within {IMMEDIATE_SECONDS} s ({words}); try again when the cluster is less busy"
+        )
+        yield Finding("compute nodes", how if busy else f"srun ended with {done.returncode}: {words}", needed=not busy)

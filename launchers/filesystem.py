@@ -1,22 +1,11 @@
-"""Tests of a folder's file system: its type, its renames and its locks."""
+"""Tests of a folder's file system: its renames and its locks."""
 
 import fcntl
 import os
 import threading
 from pathlib import Path
 
-from pipeline.files import real_path
-
 RENAMES = 300
-
-
-def file_system(path: Path) -> str:
-    """Return the type of the file system of a path, which need not exist; empty if the system does not say."""
-    mounts = Path("/proc/mounts")
-    lines = mounts.read_text().splitlines() if mounts.exists() else []
-    kinds = {Path(line.split()[1]): line.split()[2] for line in lines}  # a later mount covers an earlier one
-    real = real_path(path)
-    return next((kinds[folder] for folder in (real, *real.parents) if folder in kinds), "")
 
 
 def renames_seen_halfway(folder: Path) -> int:

@@ -26,7 +26,7 @@ from pipeline.cli import guarded, leave
 from pipeline.errors import EnvironmentProblem
 from pipeline.exit_codes import ExitCode, blame
 from pipeline.files import replace_text
-from pipeline.jsonl import read_rows
+from pipeline.jsonl import read_object, read_rows
 from pipeline.train.saved_state import complete, step_of
 from pipeline.train.signals import STOPPING, interrupt_on_signals
 from stages import SPECS
@@ -59,9 +59,8 @@ class Job:
         rank = os.environ.get("SLURM_PROCID", "0")
         code = guarded(self._run, [self.stage, str(self.config)], rank=rank)
         if code:
-            (start_folder(self.logs, os.environ) / f"{_start(os.environ)}_rank_{int(rank):05d}").write_text(
-                str(int(code))
-            )
+            name = f"{_start(os.environ)}_rank_{int(rank):05d}"
+            replace_text(start_folder(self.logs, os.environ) / name, str(int(code)))
         # srun's -K1 would end ranks that still save when another leaves with 75, so only rank 0 does.
         leave(0 if code == ExitCode.INTERRUPTED and rank != "0" else code)
 
@@ -149,7 +148,7 @@ def conclude(logs: Path, srun_code: int, max_requeues: int) -> int:
     folder, restarts = start_folder(logs, os.environ), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     codes = [int(path.read_text()) for path in folder.glob(f"{_start(os.environ)}_rank_*")]
     code = code_of_start(codes, srun_code)
-    told = json.loads((folder / "job.json").read_text()) if (folder / "job.json").exists() else {}
+    told = read_object(folder / "job.json")
     run = Path(told["folder"]) if told else folder
     path = folder / "verdicts.jsonl"
     before = read_rows(path)

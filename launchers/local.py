@@ -60,6 +60,7 @@ def spawn(command: Sequence[str], nproc: int) -> int:
     threads = max(1, (os.cpu_count() or 1) // nproc)
     shared = {
         "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
@@ -75,7 +76,7 @@ def spawn(command: Sequence[str], nproc: int) -> int:
                 command,
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
             ranks.append(started)
         for number in tuple(relayed):  # signals that came while the ranks were being started
@@ -145,6 +146,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Let a child be killed when its parent ends, for `preexec_fn`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

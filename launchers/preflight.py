@@ -8,10 +8,9 @@ from typing import Any
 from launchers import queue
 from launchers.chain import Step
 from launchers.config import ClusterConfig, seconds_of
-from launchers.filesystem import file_system
 from pipeline.config import flatten, load_config
 from pipeline.errors import ConfigError, EnvironmentProblem
-from pipeline.files import real_path
+from pipeline.files import file_system, real_path
 from stages import spec_of
 
 # Variables that torchrun or another launcher sets in its shells. A job would inherit and believe them.

@@ -20,6 +20,7 @@ from launchers.chain import Step, open_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.job import Job
 from launchers.preflight import refuse, refuse_other_values
+from pipeline.books import Submission, read_book
 from pipeline.errors import EnvironmentProblem, PipelineError
 from pipeline.files import replace_text
 from pipeline.train.gpus import QUIET_BUT_FOR_CUDA
@@ -121,6 +122,8 @@ def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, poin
     asked = {name: value for name in sorted(optional) if (value := getattr(cluster, name)) is not None}
     if cluster.gpus_per_node:
         asked["gpus_per_node"] = cluster.gpus_per_node
+    if cluster.exclusive:
+        asked["exclusive"] = True
     if before:
         asked["dependency"] = f"{'aftercorr' if points > 1 else 'afterok'}:{before}"
     verdict = [sys.executable, "-m", "launchers.job", str(logs)]
@@ -134,10 +137,12 @@ def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, poin
         "time": seconds_of(cluster.time) // 60,
         "signal_delay_s": cluster.signal_seconds,
         "array_parallelism": cluster.array_parallel,
-        # -K1: a rank that fails ends the others at once. srun does not inherit the CPUs of sbatch.
-        "srun_args": ["-K1", f"--cpus-per-task={cluster.cpus_per_task}"],
+        # -K1: a rank that fails ends the others at once. srun does not inherit the CPUs of sbatch. Its own binding goes by
+        # task numbers; each rank binds itself to the socket of its GPU (`pipeline/train/node.py`).
+        "srun_args": ["-K1", f"--cpus-per-task={cluster.cpus_per_task}", "--cpu-bind=none"],
         "setup": [
             *cluster.setup,
+            *(gpu_environment(own) if cluster.gpus_per_node else ()),
             f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cluster.cpus_per_task}}}",
             f'export PYTHONWARNINGS="${{PYTHONWARNINGS:-{QUIET_BUT_FOR_CUDA}}}"',
             f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -rf {own}  # left by an older cluster with the same job id',
@@ -146,6 +151,23 @@ def parameters(cluster: ClusterConfig, step: Step, logs: Path, before: str, poin
         "teardown": ["code=$?", f"exec {shlex.join(verdict)} $code {cluster.max_requeues}"],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **cluster.extra},
     }
+
+
+def gpu_environment(folder: str) -> list[str]:
+    """Return shell lines with what torch and NCCL read on GPUs; a variable that the job has already is left alone.
+
+    Args:
+        folder: Where a rank writes the last collectives of all ranks if one of them times out. In the terms of the shell.
+    """
+    values = {
+        "TORCH_FR_BUFFER_SIZE": "2000",  # collectives that the flight recorder keeps
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{folder}/nccl_rank_",  # torchfrtrace reads them
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # less memory is lost between blocks of changing size
+        "NCCL_IB_TIMEOUT": "22",  # 4 us x 2^22 = 17 s, so that a switch that reroutes ends no run
+        "NCCL_IB_RETRY_CNT": "7",
+    }
+    return [f"mkdir -p {folder}", *(f'export {name}="${{{name}:-{value}}}"' for name, value in values.items())]
 
 
 def script(cluster: ClusterConfig, step: Step, logs: Path, before: str) -> str:
@@ -171,8 +193,7 @@ def active_job(step: Step, cluster: ClusterConfig) -> str:
 
 def record(run: Path) -> dict[str, Any]:
     """Read what was last submitted for a run's folder; empty if nothing was."""
-    path = run.parent / FOLDER / f"{run.name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_book(run.parent / FOLDER / f"{run.name}.json", Submission)
 
 
 def _frozen_config(step: Step) -> Path:

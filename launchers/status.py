@@ -16,13 +16,14 @@ from pipeline.books import read_status
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.exports.card import CARD, Card
 from pipeline.jsonl import newest, read_object, read_rows
+from pipeline.train.run import HEARTBEAT
 from stages import SPECS
 
 AGAIN = "submit the chain again to run it"
 SILENT_SECONDS, BEATS = (
     120.0,
     100,
-)  # a rank without a heartbeat for this long, and for the time of this many steps, hangs
+)  # a run without a heartbeat for this long, and for the time of this many steps, hangs
 
 
 class Row(NamedTuple):
@@ -161,9 +162,9 @@ def _reached(status: dict[str, Any]) -> str:
 
 
 def _heartbeat_age(run: Path, status: dict[str, Any]) -> float:
-    """Seconds since the last heartbeat of the rank that is silent longest: one that hangs stops all."""
-    beats = [path.stat().st_mtime for path in (run / "heartbeat").glob("rank_*")]
-    return time.time() - max(min(beats, default=0.0), status["time"])
+    """Seconds since all ranks were last seen alive, at a vote."""
+    beat = run / HEARTBEAT
+    return time.time() - max(beat.stat().st_mtime if beat.is_file() else 0.0, status["time"])
 
 
 def _held(run: Path) -> bool:
@@ -186,10 +187,8 @@ def _last(run: Path, name: str) -> float:
 def _verdict(told: dict[str, Any]) -> str:
     """How the last start of the job ended, and what followed."""
     path = Path(told["logs"]) / told["job"] / "verdicts.jsonl"
-    if not path.is_file():
-        return "has no verdict yet"
-    row = read_rows(path)[-1]
-    return f"ended with {row['code']}: {row['then']}"
+    rows = [row for row in read_rows(path) if "code" in row and "then" in row]
+    return f"ended with {rows[-1]['code']}: {rows[-1]['then']}" if rows else "has no verdict yet"
 
 
 def _clock(seconds: float) -> str:

@@ -10,17 +10,45 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
+
+# File systems that many nodes share. Programs that are built for one node's CPU, under locks, do not belong there.
+NETWORK = re.compile(r"nfs\d?|lustre|gpfs|beegfs\w*|ceph|cifs|smb\d?|afs|panfs|wekafs|9p|fuse\..*|orangefs|pvfs2")
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a regular file as 64 hexadecimal digits.
+
+    Raises:
+        OSError: It is absent, or cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_system(path: Path) -> str:
+    """Return the type of the file system of a path, which need not exist; empty if the system does not say."""
+    mounts = Path("/proc/mounts")
+    lines = mounts.read_text().splitlines() if mounts.exists() else []
+    kinds = {Path(line.split()[1]): line.split()[2] for line in lines}  # a later mount covers an earlier one
+    real = real_path(path)
+    return next((kinds[folder] for folder in (real, *real.parents) if folder in kinds), "")
+
+
+def node_cache() -> Path:
+    """Return a cache folder on a disk of this machine: `user_cache`, unless the home lies on a network.
+
+    Raises:
+        OSError: No folder can be used safely.
+    """
+    folder = user_cache()
+    return _temporary_cache() if NETWORK.fullmatch(file_system(folder)) else folder
 
 
 def user_cache() -> Path:
@@ -61,8 +89,8 @@ def real_path(path: Path | str) -> Path:
     return Path(os.path.realpath(path))
 
 
-def read_regular(path: Path) -> bytes:
-    """Return the content of a regular file, without waiting for a FIFO or a device.
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading, without waiting for a FIFO or a device.
 
     Raises:
         OSError: It is absent, or cannot be read, or is no regular file.
@@ -71,9 +99,19 @@ def read_regular(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except ValueError as error:  # a NUL or a lone surrogate in the name
         raise OSError(errno.EINVAL, str(error)) from None
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file, without waiting for a FIFO or a device.
+
+    Raises:
+        OSError: It is absent, or cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
         return file.read()
 
 
@@ -133,7 +171,8 @@ def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
             _sync(written)
     old = path.with_name(f".{path.name}.old")
     _remove(old)
-    if path.is_dir():  # a rename replaces files and empty folders only
+    # A rename replaces a file by a file, and an empty folder by a folder.
+    if path.is_dir() or (temporary.is_dir() and os.path.lexists(path)):
         os.replace(path, old)
     os.replace(temporary, path)
     if sync:
@@ -142,7 +181,7 @@ def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

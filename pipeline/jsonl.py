@@ -2,11 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+_MAX_DIGITS = 19  # of the integers of 64 bits
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -14,8 +16,8 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        values = parse(path.read_bytes())
+    except ValueError:
         values = None
     if isinstance(values, dict):
         return values
@@ -23,12 +25,33 @@ def read_object(path: Path) -> dict[str, Any]:
     return {}
 
 
+def parse(text: bytes) -> Any:
+    """Parse JSON that a program may use without a second look.
+
+    Raises:
+        ValueError: It is no JSON, is nested deeply, or holds text that is not Unicode or a number that no program writes.
+    """
+    try:
+        values = json.loads(text, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if b"\\u" in text:  # half a surrogate pair can be written as an escape, and cannot be printed
+        json.dumps(values, ensure_ascii=False).encode()
+    return values
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
 def read_rows(path: Path, *needed: str) -> list[dict[str, Any]]:
     """Read the rows of a file that a process may still be writing.
 
     Args:
         path: A file that need not exist yet.
-        needed: Names that every row must give a number to.
+        needed: Names that every row must give a count to; all its values are then numbers.
 
     Returns:
         All rows whose line is complete. A last line without its newline, cut by a kill or still being written, is left
@@ -45,7 +68,7 @@ def sort_rows(path: Path, *needed: str) -> tuple[list[dict[str, Any]], list[byte
 
     Args:
         path: A file that need not exist yet.
-        needed: Names that every row must give a number to.
+        needed: Names that every row must give a count to; all its values are then numbers.
 
     Returns:
         The rows, and the complete lines that are not such a JSON object, as they are in the file.
@@ -54,12 +77,17 @@ def sort_rows(path: Path, *needed: str) -> tuple[list[dict[str, Any]], list[byte
     damaged: list[bytes] = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # a byte that is no UTF-8 is a ValueError too
+            row = parse(line)
+        except ValueError:  # a byte that is no UTF-8 is one too
             row = None
-        sound = isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in needed)
+        sound = isinstance(row, dict) and (not needed or _is_of_numbers(row, needed))
         rows.append(row) if sound else damaged.append(line)
     return rows, damaged
+
+
+def _is_of_numbers(row: Mapping[str, Any], counts: Sequence[str]) -> bool:
+    numbers = all(isinstance(value, int | float) for value in row.values())
+    return numbers and all(0 <= row.get(name, -1) < 2**53 for name in counts)
 
 
 def newest(rows: Iterable[Mapping[str, Any]], name: str) -> Any:

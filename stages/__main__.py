@@ -9,7 +9,6 @@ The exit code is one of pipeline/exit_codes.py; docs/exit-codes.md says what to 
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 from pipeline.cli import guarded, leave
 from pipeline.config import choose, load_config
 from pipeline.errors import ConfigError, DistributedFailure, PipelineError
+from pipeline.jsonl import read_object
 from pipeline.train.rendezvous import rendezvous
 from pipeline.train.signals import interrupt_on_signals
 from stages import SPECS
@@ -71,7 +71,11 @@ def _replay(spec: StageSpec[Any], folder: Path, data_step: str) -> int:
             raise ConfigError(f"--replay: {folder} has no {name}, so it is no run folder; give runs/EXPERIMENT/STAGE")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     there = load_config(spec.config, folder / "config.yaml", [])
-    world_size = json.loads((folder / "environment.json").read_text())["world_size"]
+    world_size = read_object(folder / "environment.json").get("world_size")
+    if not isinstance(world_size, int) or world_size < 1:
+        raise ConfigError(
+            f'--replay: {folder / "environment.json"} does not say how many processes the run had; write "world_size" there'
+        )
     # One process takes at once what a process of the run took: the whole batch of many may not fit here.
     micro_batch, _ = derive_batches(there.loop.global_batch, world_size, there.engine.micro_batch)
     alone = ("zero_stage=0", f"micro_batch={micro_batch}", "offload_optimizer=false", "compile=false")

@@ -71,6 +71,7 @@ def _check(config: StageConfig, world_size: int, pending: Pending) -> None:
         card = Card.read(folder, remedy=_remedy(config, folder))
         card.verify(folder)
         check_parent(config, role, folder, card, manifest, subsets)
+    model_of(config, num_classes, pending)  # refuses parents that do not fit one another
 
 
 def check_readers(config: StageConfig, streams: Mapping[str, Stream], world_size: int) -> None:
@@ -146,6 +147,11 @@ def parent_models(config: StageConfig, num_classes: int, pending: Pending = NONE
         return Card.read(folder).model
 
     return parent
+
+
+def written_by(config: StageConfig) -> dict[Path, StageConfig]:
+    """Return the folders of the exports that a stage will write, as `Pending` has them."""
+    return {config.folder / name: config for name in spec_of(config).exports(config)}
 
 
 def open_data(config: StageConfig) -> StageData:
@@ -257,8 +263,10 @@ def is_complete(config: StageConfig) -> bool:
 def _remedy(config: StageConfig, folder: Path) -> str:
     """What to type to get the export that is missing in `folder`."""
     for stage, spec in SPECS.items():
-        if folder == config.run.folder(stage) / "export":
+        if folder.parent == config.run.folder(stage):
             name = config.run.experiment
+            if folder.name != "export" and (folder.parent / "export").is_dir():
+                return f"train stage {stage} again under another run.experiment: this run has written no {folder.name}"
             file = Path(f"configs/{stage}/{name}.yaml")
             file = file if find_config(file).is_file() else file.with_stem("NAME")
             return f"make stage-{spec.number} CONFIG={file} ARGS=run.experiment={name}"

@@ -1,6 +1,7 @@
 """What every stage needs around its Task: the processes, the run folder, the data, the parents, the evaluator."""
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.opening import open_dataset
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.exports.card import Selected
+from pipeline.exports.selected import Selected
 from pipeline.models.family import FamilyConfig
 from pipeline.models.flops import forward_flops
 from pipeline.models.losses import class_weights
 from pipeline.streaming.loader import Loader
 from pipeline.streaming.transforms import View, eval_views
-from pipeline.train import distributed
+from pipeline.train import distributed, node
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Ending
 from pipeline.train.run import Run
@@ -36,6 +37,16 @@ logger = logging.getLogger(__name__)
 NUM_FINGERPRINT_IMAGES = 4
 
 
+def with_workers(config: C, cores: int) -> C:
+    """Return a config with no more data workers per rank than it has cores: more would only take turns on them."""
+    loader = config.data.loader
+    if loader.workers <= cores:
+        return config
+    logger.info("%d data workers per rank in place of %d: a rank has %d cores", cores, loader.workers, cores)
+    data = config.data.model_copy(update={"loader": loader.model_copy(update={"workers": cores})})
+    return config.model_copy(update={"data": data})
+
+
 class StageContext(Generic[C]):
     """`with StageContext(config, folder) as s:` joins the processes, opens the run, and closes both in any case.
 
@@ -46,6 +57,7 @@ class StageContext(Generic[C]):
         folder: The run's folder; a replay gives a temporary one.
 
     Attributes:
+        config: The stage's config, with no more data workers than a rank has cores.
         spec: The stage's spec.
         world: This process and the others.
         run: The run's folder.
@@ -58,13 +70,16 @@ class StageContext(Generic[C]):
     """
 
     def __init__(self, config: C, folder: Path) -> None:
-        self.spec, self.config = spec_of(config), config
-        self.world = distributed.start(config.engine.timeout_seconds, config.engine.public_address)
+        cores = node.cores_of_rank(os.environ)  # before the process may be bound to fewer
+        self.spec = spec_of(config)
+        engine = config.engine
+        self.world = distributed.start(engine.timeout_seconds, engine.public_address, engine.bind_cores)
         self.run = Run(folder, config, self.world)
+        self.config = config = with_workers(config, cores)
         self.data = open_data(config)
         self.manifest, self.split, self.subsets = self.data.manifest, self.data.split, self.data.subsets
         self.streams = self.spec.streams(config, self.subsets)
-        self.ancestry = Ancestry(config, self.manifest, self.split, self.subsets)
+        self.ancestry = Ancestry(config, self.manifest, self.split, self.subsets, self.world)
         self.evaluator = Evaluator(config.data, self.data, self.world, self.run)
         self.selected = Selected(
             select="last", step=config.loop.steps, trained=config.loop.steps, steps=config.loop.steps

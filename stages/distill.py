@@ -143,8 +143,12 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     def finish(task: DistillTask) -> None:
         s.evaluator.calibrate(models(), size)
         measured = s.measured | s.evaluator.test(models(), size)
-        trained = task.teacher.full_weights() if task.teacher else s.engine.full_weights()
-        export(s, merged(trained, s.engine.module), model=shape, measured=measured, name=task.exported)
+        trained = {"student": s.engine.full_weights()}
+        if task.teacher:
+            trained["average"] = task.teacher.full_weights()
+        trained = {name: merged(weights, s.engine.module) for name, weights in trained.items()}
+        chosen = trained.pop(task.exported)
+        export(s, chosen, model=shape, measured=measured, name=task.exported, companions=trained)
 
     return Prepared(
         model=model,

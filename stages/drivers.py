@@ -18,7 +18,7 @@ from pipeline.models.vision_mamba.mixer import Mixer
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.transforms import View
 from pipeline.train.best import Best
-from pipeline.train.distributed import agree_on_scan
+from pipeline.train.distributed import agree_on_scan, from_main
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Evaluate, fit
 from pipeline.train.recorder import Recorder
@@ -71,9 +71,11 @@ def train(config: StageConfig) -> None:
     """
     with StageContext(config, config.folder) as s:
         s.run.follow(config.run.tracker)
-        prepared, training, task = _open(s)
+        prepared, training, task = open_stage(s)
 
         def evaluate(step: int, board: Board) -> dict[str, float]:
+            if task.teacher:
+                task.teacher.refresh()
             row = prepared.evaluate(step, board)
             _show(s, training, step, board, prepared.image_size)
             return row
@@ -92,12 +94,12 @@ def replay(config: StageConfig, asked: Replay) -> str:
         A sentence that names the first value that is not finite.
     """
     with tempfile.TemporaryDirectory() as scratch, StageContext(config, Path(scratch)) as s:
-        _, training, _ = _open(s)
+        _, training, _ = open_stage(s)
         return take_again(training, asked)
 
 
-def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
-    """Let the stage prepare, open engine and streams, and put the training together."""
+def open_stage(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
+    """Let the stage prepare, open engine and streams, and put the training together; `fit` can drive the training."""
     prepared: Prepared[Any] = importlib.import_module(spec_of(s.config).module).prepare(s)
     streams = s.loaders(prepared.views)
     loop = s.config.loop
@@ -126,7 +128,7 @@ def _open(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         accumulation=s.batches()[1],
         seed=s.config.run.seed,
         datasets=s.datasets(),
-        inputs=inputs_of(s.config, s.manifest),
+        inputs=from_main(inputs_of(s.config, s.manifest) if s.world.is_main else {}, s.world),
         recorder=recorder,
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),
         flops=prepared.flops * loop.global_batch,

@@ -7,8 +7,10 @@ from torch import nn
 
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.splits import Split
+from pipeline.errors import HandoverError
 from pipeline.exports.card import Card, LabelsSeen, Lineage, Parent, sample_indices_seen
 from pipeline.exports.export import load_export
+from pipeline.train.distributed import World, any_rank
 from pipeline.train.run import Run
 from stages import spec_of
 from stages.check import check_parent
@@ -24,10 +26,14 @@ class Ancestry:
         manifest: The training manifest.
         split: Its split, or None.
         subsets: The subsets of the split.
+        world: The processes.
     """
 
-    def __init__(self, config: StageConfig, manifest: Manifest, split: Split | None, subsets: Subsets) -> None:
+    def __init__(
+        self, config: StageConfig, manifest: Manifest, split: Split | None, subsets: Subsets, world: World
+    ) -> None:
         self._config, self._manifest, self._split, self._subsets = config, manifest, split, subsets
+        self._world = world
         self._parents: list[tuple[str, Path, Card]] = []
         self._labels: dict[str, tuple[LabelsSeen, np.ndarray | None]] = {}
         self.more_labels_than_claimed = False
@@ -41,13 +47,23 @@ class Ancestry:
         return next(card for known, _, card in self._parents if known == role)
 
     def load(self, role: str) -> nn.Module:
-        """Load and verify the model of a parent. The labels that it saw count as seen by this run's result.
+        """Load and verify the model of a parent (collective). The labels that it saw count as seen by this run's result.
+
+        One rank of each node hashes the files.
 
         Raises:
             PipelineError: The export is missing or damaged, or does not fit.
         """
         folder = self.folder(role)
-        model, card = load_export(folder)
+        problem = None
+        try:
+            if self._world.leads_node:
+                Card.read(folder).verify(folder)
+        except HandoverError as error:
+            problem = error
+        if any_rank(problem is not None, self._world):
+            raise problem or HandoverError(f"{folder} is damaged, as another rank has found; export it again")
+        model, card = load_export(folder, hashed=True)
         self.more_labels_than_claimed |= check_parent(self._config, role, folder, card, self._manifest, self._subsets)
         self._parents.append((role, folder, card))
         for seen in card.labels_seen:

@@ -46,7 +46,7 @@ class SemiTask(Task):
 
     Args:
         engine: The student under training.
-        teacher: A copy of the student that becomes the teacher.
+        teacher: A copy of the student that becomes the teacher; its weights are those of `teacher_from`, if that is given.
         labeller: Turns the teacher's logits into pseudo-labels.
         config: The stage's config.
         prior: (C,) the classes' shares of the labelled samples.
@@ -67,7 +67,7 @@ class SemiTask(Task):
         self.config, self.labeller, self.weights = config, labeller, weights
         self.exported = config.export
         self.balanced = BalancedHeadLoss(prior, config.balanced_head) if config.balanced_head else None
-        self.teacher = Teacher(engine, teacher, config.ema)
+        self.teacher = Teacher(engine, teacher, config.ema, own_start=config.teacher_from is not None)
         # A class without labels is as rare as one with half a label.
         rarest = prior.masked_fill(prior == 0, math.inf).min() / 2
         self.adjustment = config.logit_adjustment * prior.clamp(min=rarest).log().float()
@@ -258,15 +258,17 @@ def _supervised_metrics(loss: Tensor, logits: Tensor, labelled: Batch) -> dict[s
 def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     """Build student, teacher and labeller, and say how they are evaluated and exported."""
     config, data = s.config, s.config.data
-    parent = s.ancestry.load("init_from") if config.init_from else None
+    starts = {role: s.ancestry.load(role) for role in s.spec.parents(config)}
     shape = s.model_config()
     size = shape.image_size
     model = build_from_config(shape, trained=config.backbone.train == "whole")
     num_classes = len(s.manifest.classes)
-    fresh = transfer(parent, model, s.ancestry.folder("init_from")).fresh if parent is not None else ()
+    fresh = transfer(starts.pop("init_from"), model, s.ancestry.folder("init_from")).fresh if config.init_from else ()
     wide = add_balanced_head(model, num_classes) if config.balanced_head else []
     adapt(model, config.backbone, size, fresh)
     teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights
+    if config.teacher_from:
+        transfer(starts.pop("teacher_from"), teacher, s.ancestry.folder("teacher_from"))
     weak, strong, views = (
         train_views(size, a, mean=data.mean, std=data.std, decoding=data.decoding)
         for a in (config.weak, config.strong, config.labelled or config.strong)

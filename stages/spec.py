@@ -4,6 +4,7 @@ Each stage has one `StageSpec` in `stages/configs/NAME.py`; `stages.SPECS` is th
 start, the plan, the doctor, the preflight and the run itself ask the spec, so that none of them asks which stage it has.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -210,12 +211,16 @@ class StageSpec(ABC, Generic[C]):
             parent: Gives the model of a parent by its role; called only where the result depends on it.
         """
 
+    def minimises(self, config: C) -> bool:
+        """Whether the number by which its validations are compared (`loop.select`) is a loss."""
+        return False
+
     @abstractmethod
     def workload(self, config: C, num_classes: int, parent: ParentModel) -> Workload:
         """List the networks of one optimizer step. The arguments are those of `model_config`."""
 
     def references(self, config: C) -> dict[str, str]:
-        """Map the key of each parent to its value: the name of a stage, or an export's folder."""
+        """Map the key of each parent to its value: the name of a stage, STAGE/export-NAME, or an export's folder."""
         return {}
 
     def foreign_files(self, config: C) -> dict[str, Path]:
@@ -231,12 +236,17 @@ class StageSpec(ABC, Generic[C]):
 
         A role is the key without its last word, if it has two: `teacher.export` gives `teacher`.
         """
-        return {
-            key.partition(".")[0]: config.run.folder(reference) / "export"
-            if reference in self.names
-            else Path(reference)
-            for key, reference in self.references(config).items()
-        }
+        return {key.partition(".")[0]: self._export(config, ref) for key, ref in self.references(config).items()}
+
+    def _export(self, config: C, reference: str) -> Path:
+        stage, _, name = reference.partition("/")
+        if stage in self.names and (not name or re.fullmatch(r"export(-[a-z]+)?", name)):
+            return config.run.folder(stage) / (name or "export")
+        return Path(reference)
+
+    def exports(self, config: C) -> tuple[str, ...]:
+        """Name the folders of the exports that the stage writes into its run; the first is the stage's result."""
+        return ("export",)
 
     def paths(self, config: C) -> dict[str, Path]:
         """Map keys to every path that a rank reads or writes.

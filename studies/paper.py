@@ -11,6 +11,7 @@ and works beside Semi-ViT's mixup of the images.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -158,6 +159,12 @@ class Recipe:
     batches: tuple[int, int] = (512, 128)  # labelled images per step; stage 3 adds five unlabelled ones to each
     # Epochs of stage 2 over the labelled images, and of stage 3 over the unlabelled ones; None = the config's steps.
     epochs: tuple[int, int | None] = (100, 100)
+
+    def starts(self, export: Path) -> list[str]:
+        """Overrides of stage 3 that name stage 2's export; with an average the student starts from the model beside it (Huge)."""
+        if any(value.startswith("average=") for value in self.first):
+            return [f"init_from={export.with_name('export-student')}", f"teacher_from={export}"]
+        return [f"init_from={export}", "teacher_from=null"]
 
     def overrides(self, row: Row) -> tuple[list[str], list[str]]:
         """Overrides of stage 2 and of stage 3.

@@ -75,15 +75,16 @@ def commands(row: Row, dataset: str, nproc: int) -> list[list[str]]:
     family = row.model.partition("_")[0]
     parent = f"table-{dataset}-{family if small else row.model}-{row.pool}"
     evaluated = [f"data.test={data / ('test' if small else 'val')}", f"data.split={split}"]
-    from_parent = [*evaluated, f"init_from={RUNS / parent / 'distill' / 'export'}"]
+    export = RUNS / parent / "distill" / "export"
     if small:
         configs, (first, method) = ("study", "study"), SMALL[family]
         own = [value for given in row.values for value in SMALL_EMA.get(given, [given])]
-        second = [*method, *own]
+        starts, second = [f"init_from={export}"], [*method, *own]
     else:
         found = recipe(row)
         configs = found.configs
         first, settings = found.overrides(row)
+        starts = found.starts(export)
         second = [*settings, *row.values]  # a row's tau after the recipe's
     made = [sys.executable, "-m", "pipeline.data", "split", str(data / "train"), "--out", str(split), *options]
     plan = [[*made, "--validation-per-class", held_out]]
@@ -93,7 +94,7 @@ def commands(row: Row, dataset: str, nproc: int) -> list[list[str]]:
         values = [f"model.name={row.model}", *pretraining()]
         plan.append(stage("arm", "imagenet_semivim_base", f"table-{dataset}-{row.model}", values))
     plan.append(stage("distill", configs[0], parent, [*evaluated, *first]))
-    plan.append(stage("semi", configs[1], experiment(row, dataset), [*from_parent, *second]))
+    plan.append(stage("semi", configs[1], experiment(row, dataset), [*evaluated, *starts, *second]))
     return plan
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a plan: bytes per rank, bytes on disk, bytes on the wire, seconds (torch-free).
+"""The arithmetic of a plan: bytes per rank, bytes on disk, bytes on the wire (torch-free).
 
 Everything follows from the sizes of the parameters, group by group as the optimizer has them, and from the networks of
 the stage's workload. All state is fp32 (bf16 is autocast).
@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FP32 = 4
+FP32, BF16 = 4, 2  # bytes
 # DeepSpeed 0.19: ZeRO 1 and 2 pad each group to a multiple of ALIGNMENT x N; ZeRO 3 keeps parameters whole up to this size.
 ALIGNMENT = 2
 PERSISTENT = 100_000
@@ -17,11 +17,19 @@ PERSISTENT = 100_000
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trained parameter: its name, its number of elements, and the index of its group in the optimizer."""
+    """A trained parameter.
+
+    Attributes:
+        name: Its name.
+        numel: Its number of elements.
+        group: The index of its group in the optimizer.
+        copied_bytes: Bytes of an element on its way to the inference copy of an average.
+    """
 
     name: str
     numel: int
     group: int
+    copied_bytes: int = FP32
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,47 @@ def partition(parameters: Sequence[Parameter], zero_stage: int, world_size: int)
     return sum(-(-sum(p.numel for p in parameters if p.group == g) // step) * step for g in groups) // world_size
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Elements of a parameter that one rank owns, and saves.
+
+    Attributes:
+        rank: The owner.
+        name: The parameter.
+        start: The first element, counted in the flattened parameter.
+        numel: The number of elements.
+    """
+
+    rank: int
+    name: str
+    start: int
+    numel: int
+
+
+def cuts(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> list[Cut]:
+    """List who owns which elements of the fp32 masters, as DeepSpeed cuts them; without ZeRO rank 0 saves all of them."""
+    if zero_stage == 0:
+        return [Cut(0, p.name, 0, p.numel) for p in parameters]
+    found = []
+    if zero_stage == 3:
+        for p in parameters:
+            share = -(-p.numel // world_size)
+            found += [Cut(k, p.name, k * share, min(share, p.numel - k * share)) for k in range(-(-p.numel // share))]
+        return found
+    step = ALIGNMENT * world_size
+    for group in sorted({p.group for p in parameters}):
+        members = [p for p in parameters if p.group == group]
+        share = -(-sum(p.numel for p in members) // step) * step // world_size
+        place = 0  # in the group's flat tensor
+        for p in members:
+            start = 0
+            while start < p.numel:
+                numel = min(share - place % share, p.numel - start)
+                found.append(Cut(place // share, p.name, start, numel))
+                start, place = start + numel, place + numel
+    return found
+
+
 def memory(
     parameters: Sequence[Parameter],
     *,
@@ -138,64 +187,45 @@ def checkpoint_bytes(parameters: Sequence[Parameter], kinds: Sequence[str]) -> i
 
 
 def traffic(
-    parameters: Sequence[Parameter], *, zero_stage: int, world_size: int, accumulation: int, averages: int
+    parameters: Sequence[Parameter],
+    *,
+    zero_stage: int,
+    world_size: int,
+    accumulation: int,
+    averages: int,
+    inferred: int = 0,
 ) -> int:
     """Count the bytes that a rank sends in one optimizer step, over rings.
 
+    Gradients and weights travel as fp32, since bf16 is autocast; only to an inference copy does each travel in its own size.
+
     ZeRO 0 reduces all gradients. ZeRO 1 reduces and scatters them and gathers the weights. ZeRO 2 does so for every
-    micro-batch. ZeRO 3 gathers the weights for every forward and backward pass. Each average of the weights gathers its
-    inference copy once.
-    """
-    once = FP32 * sum(p.numel for p in parameters) * (world_size - 1) / world_size
-    passes = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero_stage]
-    return round(once * (passes + averages))
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The assumptions behind a prediction of time. The plan prints them.
-
-    Attributes:
-        name: What one device is called.
-        peak_flops: FLOP/s of one device in the run's precision.
-        utilisation: Share of the peak that the model reaches (MFU).
-        node_devices: Devices of a node.
-        node_bandwidth: Bytes/s that a device sends to another device of its node.
-        network_bandwidth: Bytes/s that a node sends to another node.
-        latency: Seconds that a collective takes beside its bytes, per doubling of the ranks.
-        collectives: Collectives per step.
-    """
-
-    name: str
-    peak_flops: float
-    utilisation: float
-    node_devices: int
-    node_bandwidth: float
-    network_bandwidth: float
-    latency: float
-    collectives: int = 4
-
-
-A100 = Hardware("A100", 312e12, 0.25, 8, 240e9, 180e9, 20e-6)
-"""Eight a node behind NVSwitch and eight 200 Gb/s adapters, at the bus bandwidth NCCL's tests commonly show."""
-
-
-def step_seconds(flops: float, sent: float, world_size: int, hardware: Hardware) -> float:
-    """Predict the seconds of an optimizer step, without any overlap of computing and sending.
+    micro-batch. ZeRO 3 gathers the weights for every forward and backward pass. ZeRO 1 and 2 gather the inference copy of
+    each average once, ZeRO 3 around each of its forward passes; without ZeRO every rank has it.
 
     Args:
-        flops: FLOPs of the step, over all ranks.
-        sent: Bytes that each rank sends.
+        parameters: The trained parameters.
+        zero_stage: 0 to 3.
         world_size: The number of ranks.
-        hardware: The assumptions.
+        accumulation: Micro-batches per step.
+        averages: Number of averages of the trained weights.
+        inferred: Those of them that predict in a step.
     """
-    compute = flops / (world_size * hardware.peak_flops * hardware.utilisation)
-    if world_size == 1:
-        return compute
-    crossing = world_size > hardware.node_devices
-    # The rings of all adapters run in parallel, so the devices of a node share the bandwidth between nodes once.
-    bandwidth = min(hardware.node_bandwidth, hardware.network_bandwidth) if crossing else hardware.node_bandwidth
-    return compute + sent / bandwidth + hardware.collectives * hardware.latency * math.log2(world_size)
+    to_others = (world_size - 1) / world_size
+    once = FP32 * sum(p.numel for p in parameters) * to_others
+    copied = sum(p.copied_bytes * p.numel for p in parameters) * to_others
+    passes = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero_stage]
+    return round(once * passes + copied * {0: 0, 3: inferred * accumulation}.get(zero_stage, averages))
+
+
+def collectives(
+    parameters: Sequence[Parameter], *, zero_stage: int, bucket_bytes: int, accumulation: int, averages: int
+) -> int:
+    """Count the collectives of one optimizer step: buckets of gradients, gathers of weights and averages, norm and vote."""
+    buckets = -(-FP32 * sum(p.numel for p in parameters) // bucket_bytes)
+    reduced = buckets * (accumulation if zero_stage > 1 else 1)
+    gathered = {0: 0, 3: 2 * accumulation * len(parameters)}.get(zero_stage, buckets + averages)
+    return reduced + gathered + 2
 
 
 def starts_needed(seconds: float, limit: float, overhead: float) -> int:

@@ -16,30 +16,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launchers import slurm
 from launchers.chain import Step, read_cluster
 from launchers.config import ClusterConfig, seconds_of
 from launchers.plan import limits
-from launchers.plan.cost import A100, Hardware, checkpoint_bytes, memory, starts_needed, step_seconds, traffic
-from launchers.plan.profile import Profile, profile
+from launchers.plan.cost import checkpoint_bytes, memory, starts_needed
+from launchers.plan.predict import START_SECONDS, assumptions, hardware, scale, sent_bytes, step_range
+from launchers.plan.profile import profile
+from launchers.plan.step_time import A100
 from launchers.plan.text import show
 from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import replace_text
-from pipeline.jsonl import read_rows
-from pipeline.train.peak import peak_flops
 from pipeline.train.run import has_begun, identity_sha256
 from stages import spec_of
-from stages.check import Pending, check, derive_batches, open_data
+from stages.check import Pending, check, derive_batches, open_data, written_by
 from stages.configs.base import StageConfig
 from stages.spec import Stream
 
 THIS_MACHINE = Path("configs/cluster/cpu.yaml")
-START_SECONDS = 180.0  # what a start takes: imports, process groups, kernels, reading the checkpoint
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-CPU_UTILISATION = 0.1
 ZERO_STAGES = (0, 1, 2, 3)
 
 
@@ -82,7 +78,7 @@ def make(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any],
         except PipelineError as error:
             problems.append(error)
         if not (step.folder / "export").is_dir():
-            pending[step.folder / "export"] = step.config
+            pending |= written_by(step.config)
         try:
             stages.append(_stage(step, cluster, pending))
         except PipelineError as error:  # its model depends on a parent that is missing; the check has said so already
@@ -95,7 +91,7 @@ def make(steps: Sequence[Step], cluster: ClusterConfig) -> tuple[dict[str, Any],
     plan = {
         "experiment": folder.name,
         "cluster": cluster.model_dump(mode="json"),
-        "assumptions": _assumptions(hardware(steps[0].config, cluster, None)),
+        "assumptions": assumptions(hardware(steps[0].config, cluster, None)),
         "stages": stages,
         "disk": {"needed": needed, "free": free},
         "problems": [str(p) for p in problems],
@@ -140,8 +136,11 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
             keeps_best=loop.select == "best",
         )
         by_stage[str(zero)] = asdict(needs) | {"device": needs.device, "host": needs.host}
-    sent = _traffic(body, config, world, accumulation)
-    seconds = step_seconds(body.flops * loop.global_batch, sent, world, machine)
+    sent = sent_bytes(body, config, world, accumulation)
+    workers = min(config.data.loader.workers, cluster.cpus_per_task)
+    images = sum(stream.global_batch for stream in streams.values()) or body.workload.images * loop.global_batch
+    parts, whole = step_range(body, config, world, accumulation, images, workers, machine)
+    seconds = whole.likely
     written = -(-loop.steps // loop.save_every) + (loop.on_divergence == "rewind")
     kept = min(written, loop.keep_checkpoints) + (loop.steps // loop.keep_every if loop.keep_every else 0)
     kinds = [*config.optim.moments, *averages]
@@ -171,35 +170,22 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
         "checkpoints_written": written,
         # While a checkpoint is written, one more than are kept lies on the disk. An export holds the weights once.
         "disk_bytes": (kept + 1) * size + 4 * sum(p.numel for p in body.parameters),
-        "flops_per_step": body.flops * loop.global_batch,
+        "flops_per_step": body.work.flops * loop.global_batch,
         "sent_bytes_per_step": sent,
         "step_seconds": seconds,
+        "step_seconds_least": whole.least,
+        "step_parts": {name: part._asdict() for name, part in parts.items()},
+        "workers": workers,
         "hours": loop.steps * seconds / 3600,
+        "hours_least": loop.steps * whole.least / 3600,
         "device_hours": world * loop.steps * seconds / 3600,
         "starts": starts,
-        "scaling": [_scale(n, body, config, readers, replace(machine, node_devices=A100.node_devices)) for n in WORLDS],
+        "scaling": [
+            scale(n, body, config, readers, images, workers, replace(machine, node_devices=A100.node_devices))
+            for n in WORLDS
+        ],
         "commands": _commands(step, cluster),
     }
-
-
-def hardware(config: StageConfig, cluster: ClusterConfig, earlier: Path | None) -> Hardware:
-    """Choose the hardware of the prediction: A100s if the cluster has GPUs, else the cores of this machine.
-
-    Args:
-        config: The stage's config; its precision decides the peak.
-        cluster: The preset.
-        earlier: The run's folder. If the run has logged its own utilisation, that is used. None: it is not looked for.
-    """
-    if cluster.gpus_per_node:
-        machine = replace(A100, peak_flops=A100.peak_flops if config.engine.precision == "bf16" else 19.5e12)
-    else:
-        own = peak_flops(torch.device("cpu"), config.engine.precision) / cluster.ranks_per_node
-        machine = Hardware("core of this machine", own, CPU_UTILISATION, cluster.ranks_per_node, 2e9, 1e9, 200e-6)
-    rows = read_rows(earlier / "metrics.jsonl") if earlier else []
-    seen = [row["perf/mfu"] for row in rows if row.get("perf/mfu")]
-    if seen:
-        return replace(machine, utilisation=sorted(seen)[len(seen) // 2])
-    return machine
 
 
 def _data(config: StageConfig) -> tuple[dict[str, Stream], int, int]:
@@ -225,34 +211,6 @@ def _virtual_readers(config: StageConfig, streams: Mapping[str, Stream]) -> int:
     return config.virtual_readers(samples)
 
 
-def _traffic(body: Profile, config: StageConfig, world: int, accumulation: int) -> int:
-    return traffic(
-        body.parameters,
-        zero_stage=config.engine.zero_stage,
-        world_size=world,
-        accumulation=accumulation,
-        averages=len(body.workload.averages),
-    )
-
-
-def _scale(world: int, body: Profile, config: StageConfig, readers: int, machine: Hardware) -> dict[str, Any]:
-    """Predict the same global batch on `world` devices."""
-    flops = body.flops * config.loop.global_batch
-    alone = step_seconds(flops, 0, 1, machine)
-    try:
-        _, accumulation = derive_batches(config.loop.global_batch, world, config.engine.micro_batch)
-    except ConfigError:
-        return {"world_size": world, "possible": False}
-    seconds = step_seconds(flops, _traffic(body, config, world, accumulation), world, machine)
-    return {
-        "world_size": world,
-        "possible": readers % world == 0,
-        "step_seconds": seconds,
-        "images_per_second": config.loop.global_batch * body.workload.images / seconds,
-        "efficiency": alone / (world * seconds),
-    }
-
-
 def _commands(step: Step, cluster: ClusterConfig) -> dict[str, str]:
     what = shlex.join([step.stage, str(step.path), *step.overrides])
     ranks = cluster.ranks_per_node
@@ -267,16 +225,3 @@ def _commands(step: Step, cluster: ClusterConfig) -> dict[str, str]:
 def _free_bytes(folder: Path) -> int:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     return shutil.disk_usage(there).free
-
-
-def _assumptions(machine: Hardware) -> list[str]:
-    return [
-        f"one device is a {machine.name} of {machine.peak_flops / 1e12:.3g} TFLOP/s, of which a step reaches"
-        f" {100 * machine.utilisation:.3g} % (once the run has started: what it measured)",
-        f"{machine.node_bandwidth / 1e9:.3g} GB/s from device to device of a node, {machine.network_bandwidth / 1e9:.3g} GB/s"
-        f" from node to node, {1e6 * machine.latency:.3g} us a collective and doubling of the ranks",
-        "reductions do not overlap with the backward pass",
-        "no step waits for data; slow ranks, evaluations and saves are not counted",
-        "activations are those of a forward pass on the CPU; a GPU's kernels may keep less, its allocator some 10 % more",
-        f"a start loses {START_SECONDS:.0f} s before its first step, and the time between the signal and the limit",
-    ]

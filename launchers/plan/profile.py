@@ -4,16 +4,19 @@ For the activations one and two images pass through the model on the CPU, and th
 backward pass are counted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from launchers.plan.cost import Parameter
+from launchers.plan.cost import BF16, FP32, Parameter
+from launchers.plan.step_time import Passes, Work
 from pipeline.models import build_from_config
 from pipeline.models.arm import ARM
 from pipeline.models.backbone.adapt import adapt
-from pipeline.models.flops import forward_flops
+from pipeline.models.flops import ScanSize, forward_cost
+from pipeline.ssl.inference_copy import rounded_by_autocast
 from pipeline.train.optim import parameter_groups
 from stages import spec_of
 from stages.check import NONE_PENDING, Pending, parent_models
@@ -31,7 +34,7 @@ class Profile:
         workload: The networks of a step.
         parameters: The trained parameters, with the optimizer's groups.
         frozen_parameters: Number of parameters of all frozen networks, and of the student's that do not train.
-        flops: FLOPs of a step per sample of the first stream, backward included.
+        work: What a step computes per sample of the first stream.
         fixed_activations: Bytes of activations that do not depend on the batch.
         image_activations: Bytes of activations per image.
     """
@@ -39,7 +42,7 @@ class Profile:
     workload: Workload
     parameters: tuple[Parameter, ...]
     frozen_parameters: int
-    flops: int
+    work: Work
     fixed_activations: int
     image_activations: int
 
@@ -55,11 +58,8 @@ def profile(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDI
     Raises:
         HandoverError: A parent that decides the model neither exists nor is pending.
     """
-    parent = parent_models(config, num_classes, pending)
-    workload = spec_of(config).workload(config, num_classes, parent)
+    workload, built = networks(config, num_classes, pending)
     student, image_size = workload.student, workload.student.model.image_size
-    with torch.device("meta"):
-        built = {network.name: build(network) for network in (student, *workload.frozen)}
     trained = build(student).train()
     if config.engine.activation_checkpointing:
         trained.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -68,13 +68,56 @@ def profile(config: StageConfig, num_classes: int, pending: Pending = NONE_PENDI
     two, three = (activation_bytes(trained, batch, image_size, bf16) for batch in (2, 3))
     return Profile(
         workload=workload,
-        parameters=_parameters(built[student.name], config),
+        parameters=trained_parameters(built[student.name], config),
         frozen_parameters=sum(p.numel() for network in workload.frozen for p in built[network.name].parameters())
         + sum(p.numel() for p in built[student.name].parameters() if not p.requires_grad),
-        flops=workload.flops(lambda network: forward_flops(built[network.name], network.model.image_size)),
+        work=work(config, workload, built, workload.images * (three - two)),
         fixed_activations=max(0, 3 * two - 2 * three),
         image_activations=three - two,
     )
+
+
+def networks(
+    config: StageConfig, num_classes: int, pending: Pending = NONE_PENDING
+) -> tuple[Workload, dict[str, nn.Module]]:
+    """Return the workload of a stage, and its trained and frozen networks by name, on the meta device.
+
+    The arguments and errors are those of `profile`.
+    """
+    workload = spec_of(config).workload(config, num_classes, parent_models(config, num_classes, pending))
+    with torch.device("meta"):
+        return workload, {network.name: build(network) for network in (workload.student, *workload.frozen)}
+
+
+def work(config: StageConfig, workload: Workload, built: Mapping[str, nn.Module], kept: float) -> Work:
+    """Count what a step of a stage computes.
+
+    Args:
+        config: The stage's config.
+        workload: Its networks.
+        built: The student and the frozen networks, by name.
+        kept: Bytes of activations per sample of the first stream that the backward pass needs.
+    """
+    costs = {
+        network.name: forward_cost(built[network.name], network.model.image_size)
+        for network in workload.networks
+        if network.name in built
+    }
+    student = workload.student
+    products, scans = 0.0, dict[ScanSize, Passes]()
+    for network in () if student.backbone.cached_views else workload.networks:
+        cost = costs.get(network.name, costs[student.name])  # an average has the student's architecture
+        trains = network.backbone.passes > 1
+        twice = network.trained_images * (config.engine.activation_checkpointing and trains)
+        backward = float(network.trained_images * trains)
+        forward = float(network.trained_images + network.inferred_images + twice)
+        products += cost.products * (forward + network.trained_images * (network.backbone.passes - 1))
+        for size, number in cost.scans.items():
+            before = scans.get(size, Passes(0.0, 0.0))
+            scans[size] = Passes(before.forward + number * forward, before.backward + number * backward)
+    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in built[student.name].modules())
+    flops = workload.flops(lambda network: costs[network.name].flops)
+    return Work(flops, products or float(flops), scans, kept, norms if config.engine.sync_batch_norm else 0)
 
 
 def build(network: Network) -> nn.Module:
@@ -84,11 +127,13 @@ def build(network: Network) -> nn.Module:
     return adapt(build_from_config(network.model), network.backbone, network.model.image_size)
 
 
-def _parameters(model: nn.Module, config: StageConfig) -> tuple[Parameter, ...]:
+def trained_parameters(model: nn.Module, config: StageConfig) -> tuple[Parameter, ...]:
+    """Return the parameters that a stage trains, in the order of the model, with the optimizer's groups."""
     groups = parameter_groups(model, config.optim)  # type: ignore[arg-type]
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return tuple(Parameter(name, p.numel(), group_of[id(p)]) for name, p in named)
+    halves = rounded_by_autocast(model) if config.engine.precision == "bf16" else ()
+    return tuple(Parameter(name, p.numel(), group_of[id(p)], BF16 if name in halves else FP32) for name, p in named)
 
 
 def activation_bytes(model: nn.Module, batch: int, image_size: tuple[int, int], bf16: bool) -> int:

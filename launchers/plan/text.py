@@ -47,9 +47,18 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
             f"   checkpoint {size(s['checkpoint_bytes'])}, {s['checkpoints_written']} written; on disk {size(s['disk_bytes'])}"
         )
         print(
-            f"   {s['step_seconds']:.3g} s per step, {s['hours']:.3g} hours, {s['device_hours']:.3g} device-hours,"
+            f"   {s['step_seconds']:.3g} s per step (at least {s['step_seconds_least']:.3g}), {s['hours']:.3g} hours (at least"
+            f" {s['hours_least']:.3g}), {s['device_hours']:.3g} device-hours,"
             f" {size(s['sent_bytes_per_step'])} sent per rank and step; {_starts(s, plan['cluster'])}"
         )
+        print(
+            "     " + ", ".join(f"{name} {_seconds(part)}" for name, part in s["step_parts"].items() if part["likely"])
+        )
+        if s["step_parts"]["decoding"]["likely"] >= s["step_seconds"] and s["workers"]:
+            print(
+                f"     steps wait for images: {s['workers']} workers decode per rank (the fewer of data.loader.workers and"
+                " cluster:cpus_per_task)"
+            )
         print("   scaling (ranks: images/s, efficiency): " + "  ".join(map(_point, s["scaling"])))
         for how, command in s["commands"].items():
             print(f"   {how}: {command}")
@@ -62,6 +71,12 @@ def show(plan: Mapping[str, Any], folder: Path | None) -> None:
         print("not written: the experiment has begun, and keeps the plan that it has")
         return
     print(f"resolved configs and batch scripts: {folder / 'plan'}; all numbers: {folder / 'plan.json'}")
+
+
+def _seconds(part: Mapping[str, float]) -> str:
+    """Format the least and the likely seconds of a part of a step."""
+    least, likely = f"{part['least']:.2g}", f"{part['likely']:.2g}"
+    return f"{least} s" if least == likely else f"{least} to {likely} s"
 
 
 def _limit(cluster: Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ def count_stage(config: StageConfig, num_classes: int, pending: Pending) -> Timi
         pending: As for `time_stage`.
     """
     body = profile(config, num_classes, pending)
-    return _timing(1e-12 * body.flops * config.loop.global_batch, body)
+    return _timing(1e-12 * body.work.flops * config.loop.global_batch, body)
 
 
 def _timing(cost: float, body: Profile) -> Timing:

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.files import replace_text
 from pipeline.streaming.config import AugmentConfig
 from stages import SPECS
-from stages.check import open_data
+from stages.check import open_data, written_by
 from stages.configs.base import StageConfig
 
 BUDGET = "30m"
@@ -166,7 +166,7 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
             else partial(timing.time_stage, pictures=pictures, drawn=_drawn(first[stage].values))
         )
         measured = measure(config, len(opened.manifest.classes), pending)
-        pending[config.folder / "export"] = config
+        pending |= written_by(config)
         batches[stage], costs[stage] = config.loop.global_batch, measured.cost
         micro[stage] = rules.micro_batch(batches[stage], measured.bytes_per_sample, measured.free)
     numbers = rules.steps(look, batches, costs, budget)

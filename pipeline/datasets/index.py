@@ -3,6 +3,8 @@
 import functools
 import io
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,14 +30,17 @@ from pipeline.datasets.manifest import (
 from pipeline.datasets.parallel import run_parallel
 from pipeline.datasets.tars import MemberRules, Scan, scan_members
 from pipeline.datasets.text import sample_key
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.files import replace_bytes
 from pipeline.images import UnreadableImage, decode
+from pipeline.jsonl import parse
 from pipeline.storage.config import RemoteConfig
 from pipeline.storage.remote import fetch, list_remote, remote_size
 
 _USUAL = MemberRules()
 _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+_MOST_BYTES = 2**36  # of a file of a manifest: 24 bytes and a name for each of a thousand million images
+_MOST_TARS = 1_000_000
 _MOST_LETTERS = 100  # longest class name; a longer text is a caption
 
 
@@ -158,24 +163,58 @@ def index_remote(
         return Indexed(read_manifest(out), True, [])
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) as lock:
-        from webdataset.shardlists import expand_urls
-
-        urls = expand_urls(source) if "{" in source else _listed_tars(source, remote)
+        urls = _expanded(source) if "{" in source else _listed_tars(source, remote)
         if not urls:
             for name in (SAMPLES, NAMES, HEADER):
                 content = io.BytesIO()
                 url = f"{source.rstrip('/')}/{name}"
                 size = remote_size(url, remote)
+                if size > _MOST_BYTES:
+                    raise DataError(f"{url} has {size} bytes, and a manifest at most {_MOST_BYTES}; check the address")
                 fetch(url, 0, size, size, remote, content)
                 data = content.getvalue()
                 if name == HEADER:
-                    data = json.dumps(json.loads(data) | {"location": source.rstrip("/")}, indent=1).encode()
+                    data = _moved_to(data, source.rstrip("/"), url)
                 replace_bytes(out / name, data)
             return Indexed(read_manifest(out), False, [])
         count = len(classes) if classes else None
         scan = functools.partial(_scan_remote, out=out, remote=remote, num_classes=count, rules=rules)
         found = list(run_parallel(scan, urls, processes, "shards", held=[lock]))
         return _write_index(out, classes, found, rules, urls[0].rpartition("/")[0])
+
+
+def _expanded(source: str) -> list[str]:
+    """Return the addresses that a range in braces stands for.
+
+    Raises:
+        ConfigError: The braces cannot be read, or stand for too many.
+    """
+    from webdataset.shardlists import expand_urls
+
+    many = ConfigError(f"{source[:200]}: the braces stand for more than {_MOST_TARS} tars; give a smaller range")
+    counts = [abs(int(last) - int(first)) + 1 for first, last in re.findall(r"\{(\d{1,30})\.\.(\d{1,30})", source)]
+    if math.prod(counts) > _MOST_TARS:
+        raise many
+    try:
+        urls: list[str] = expand_urls(source)
+    except ValueError as error:
+        raise ConfigError(
+            f"{source[:200]}: the braces cannot be read ({str(error)[:80]}); write {{000000..000063}}"
+        ) from None
+    if len(urls) > _MOST_TARS:
+        raise many
+    return urls
+
+
+def _moved_to(data: bytes, location: str, url: str) -> bytes:
+    """Return the bytes of a manifest's header that names another place of its shards."""
+    try:
+        header = parse(data)
+    except ValueError as error:
+        raise DataError(f"{url} is no manifest ({str(error)[:80]}); check the address") from None
+    if not isinstance(header, dict):
+        raise DataError(f"{url} is no manifest (it is no JSON object); check the address")
+    return json.dumps(header | {"location": location}, indent=1).encode()
 
 
 def _listed_tars(source: str, remote: RemoteConfig) -> list[str]:

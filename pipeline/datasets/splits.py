@@ -21,6 +21,7 @@ from pipeline.datasets.config import SplitConfig
 from pipeline.datasets.imbalance import class_ranks, head_counts, round_count, target_counts
 from pipeline.datasets.lists import read_list
 from pipeline.datasets.manifest import Manifest
+from pipeline.datasets.protocol import describe, real_and_hidden
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import read_regular, replace_bytes
 
@@ -101,7 +102,7 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
     ranks = class_ranks(sizes, config.class_order, seed)
     if config.n_1:
         codes = _usb_codes(manifest, config, seed)
-        return Split(_header(manifest, config, seed, codes, ranks, ranks < 0), codes, labels)
+        return Split(_header(manifest, config, seed, codes, ranks, ranks < 0, rounded=False), codes, labels)
     outside = ranks >= num_classes - config.ood_classes
     codes = np.full(manifest.num_samples, CODES["unused"])
     members = [_shuffled_members(c, labels, pool, listed, seed) for c in range(num_classes)]
@@ -109,6 +110,7 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         held_out, members[c] = _hold_out(members[c], listed, config, manifest.classes[c])
         codes[held_out] = CODES["validation"]
     targets = target_counts(np.array([len(m) for m in members]), ranks, config)
+    rounded = bool((targets % 1)[~outside].any())
     for c in range(num_classes):
         draws = seeds.uniforms(2, seed, c, _ROUND)
         kept = min(len(members[c]), max(1, round_count(targets[c], config.rounding, draws[0])))
@@ -119,13 +121,16 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
         else:
             wanted = round_count(config.labelled * kept, config.rounding, draws[1])
             known = min(kept, max(config.min_labelled_per_class, wanted))
+            # A share whose rounding is below the least number decides nothing.
+            fraction = config.labelled * kept % 1
+            rounded |= 1e-9 < fraction < 1 - 1e-9 and config.labelled * kept > config.min_labelled_per_class
         codes[members[c][:known]] = CODES["labelled"]
         codes[members[c][known:kept]] = CODES["unlabelled"]
     if config.scope == "labelled":
         barred = has_label & outside[labels] & (config.ood_scope == "all")
         codes[(codes == CODES["unused"]) & ~barred] = CODES["unlabelled"]
     codes[~has_label & pool] = CODES["unlabelled"]
-    header = _header(manifest, config, seed, codes, ranks, outside)
+    header = _header(manifest, config, seed, codes, ranks, outside, rounded=rounded)
     header["config"] |= {"pool_list": pool_hash, "labelled_list": listed_hash}
     return Split(header, codes, labels)
 
@@ -137,6 +142,8 @@ def _header(
     codes: NDArray[np.bytes_],
     ranks: NDArray[np.int64],
     outside: NDArray[np.bool_],
+    *,
+    rounded: bool,
 ) -> dict[str, Any]:
     num_classes, values = len(manifest.classes), config.model_dump(mode="json")
     if not config.n_1:  # splits from before there was a choice keep their hash
@@ -145,7 +152,8 @@ def _header(
         "version": VERSION,
         "manifest": manifest.hash,
         "num_classes": num_classes,
-        "protocol": describe(config, num_classes, seed) + _real_and_hidden(manifest.labels, codes),
+        "protocol": describe(config, num_classes, seed, rounded=rounded)
+        + real_and_hidden(manifest.labels, codes == CODES["unlabelled"]),
         "config": values,
         "seed": seed,
         "class_ranks": ranks.tolist(),
@@ -187,15 +195,6 @@ def _usb_codes(manifest: Manifest, config: SplitConfig, seed: int) -> NDArray[np
     return codes
 
 
-def _real_and_hidden(labels: NDArray[np.int64], codes: NDArray[np.bytes_]) -> str:
-    """Say how many labels are real and how many of those are hidden; nothing where every sample has a label."""
-    known = labels >= 0
-    if known.all():
-        return ""
-    real, hidden = int(known.sum()), int((known & (codes == CODES["unlabelled"])).sum())
-    return f"; {real} labels are real, {hidden} of them hidden; {len(labels) - real} samples have no label"
-
-
 def _listed(path: str, manifest: Manifest, default: bool) -> tuple[NDArray[np.bool_], str]:
     """Return (num_samples,) whether a sample is in the list, and the list's SHA-256; all `default` without a list."""
     mask = np.full(manifest.num_samples, default)
@@ -229,48 +228,6 @@ def _hold_out(
             f"which has {len(free)} samples to choose from; lower it"
         )
     return held_out, rest
-
-
-def describe(config: SplitConfig, num_classes: int, seed: int) -> str:
-    """Return the protocol in words."""
-    phrases = []
-    if config.n_1:
-        rest = f"M_1 {config.m_1}, gamma_u {config.gamma_u:g}" if config.m_1 else "all others unlabelled"
-        phrases.append(
-            f"USB's long tail over {num_classes} classes: N_1 {config.n_1}, gamma_l {config.gamma_l:g}, {rest}"
-        )
-        if config.validation_per_class:
-            phrases.append(f"{config.validation_per_class} per class held out for validation")
-        return "; ".join([*phrases, f"seed {seed}"])
-    if config.pool_list:
-        phrases.append(f"only the samples of {_name(config.pool_list)}")
-    if config.imbalance > 1:
-        scope = "labelled and unlabelled alike" if config.scope == "both" else "the labelled samples only"
-        size = "the largest class" if config.relative_to == "largest" else "each class's own size"
-        phrases.append(
-            f"{config.profile} imbalance {config.imbalance:g} of {size} over {num_classes} classes, head to tail by "
-            f"{config.class_order}, {scope}"
-        )
-    if config.ood_classes:
-        where = "labelled nor unlabelled" if config.ood_scope == "all" else "labelled, though unlabelled,"
-        phrases.append(f"the last {config.ood_classes} classes neither {where} nor in validation")
-    if config.labelled_list:
-        phrases.append(f"labelled as in {_name(config.labelled_list)}")
-    else:
-        least = config.min_labelled_per_class
-        how = "at random" if config.rounding == "random" else "to the nearest"
-        share = f"{config.labelled:.4g} of each class labelled, at least {least}, rounded {how}"
-        if config.labelled < 1e-6:  # a number of labels, not a share of them
-            share = f"{least} of each class labelled"
-        phrases.append(share if config.labelled < 1 else "all labels used")
-    if config.validation_per_class:
-        phrases.append(f"{config.validation_per_class} per class held out for validation")
-    return "; ".join([*phrases, f"seed {seed}"])
-
-
-def _name(path: str) -> str:
-    """Return the name of a file, with ? for bytes that are not UTF-8."""
-    return Path(path).name.encode(errors="replace").decode()
 
 
 def write_split(split: Split, path: Path) -> None:

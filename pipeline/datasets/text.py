@@ -44,12 +44,16 @@ def decode_text(content: bytes, path: Path, what: str) -> str:
 
 def shown(name: str) -> str:
     r"""Return a name of the file system as it can be printed: bytes that are not UTF-8 become \xe9."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    try:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, from a table
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def storable(name: str) -> str:
-    """Return a name of the file system as valid Unicode: bytes that are not UTF-8 become %E9."""
-    return "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in name)
+    """Return a name as valid Unicode: bytes that are not UTF-8 become %E9, and halves of surrogate pairs %uD800."""
+    name = "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in name)
+    return "".join(f"%u{ord(c):04X}" if 0xD800 <= ord(c) <= 0xDFFF else c for c in name)
 
 
 def same_form(name: str) -> str:

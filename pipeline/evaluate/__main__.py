@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pipeline.streaming.loader import Batch
     from pipeline.train.distributed import World
 
-STUDENT, TEACHER = "student", "teacher"
+STUDENT, TEACHER, AVERAGE = "student", "teacher", "average"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -249,7 +249,7 @@ def companions(export: Path) -> dict[str, Path]:
     """Find the exports of all models that the export's stage trained.
 
     Returns:
-        "student" and "teacher" -> folder; only "student" if the stage trained one model.
+        "student" and "teacher" (of stage 2 "average") -> folder; only "student" if the stage trained one model.
 
     Raises:
         HandoverError: If there is no export at `export`.
@@ -260,7 +260,8 @@ def companions(export: Path) -> dict[str, Path]:
     there = {name: folder for name, folder in beside.items() if export.name == "export" and (folder / CARD).is_file()}
     if not there:
         return {STUDENT: export}
-    missing = TEACHER if STUDENT in there else STUDENT
+    average = AVERAGE if Card.read(export).lineage.stage == "distill" else TEACHER
+    missing = average if STUDENT in there else STUDENT
     return dict(sorted({**there, missing: export}.items()))
 
 

@@ -4,6 +4,8 @@ Evaluation batches do not depend on the world size (`streaming.loader.evaluation
 and each metric, is the same on one process and on many.
 """
 
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from pipeline.errors import DataError
+from pipeline.files import open_regular
+
+# What numpy and the zip archive around its arrays raise for damaged bytes.
+_DAMAGED = (OSError, ValueError, KeyError, MemoryError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 class LabelledBatch(Protocol):
@@ -72,10 +80,32 @@ class Predictions:
             )
 
     @classmethod
-    def load(cls, path: Path) -> "Predictions":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as stored:
-            return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
+    def load(cls, path: Path, num_classes: int) -> "Predictions":
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            num_classes: How many classes the predictions are of.
+
+        Raises:
+            DataError: It is missing or damaged, or of other classes.
+        """
+        again = "evaluate the model again"
+        try:
+            with open_regular(path) as file, np.load(file, allow_pickle=False) as stored:
+                found = cls(**{name: stored[name] for name in cls.__dataclass_fields__})
+        except _DAMAGED as error:
+            raise DataError(f"{path} is damaged ({str(error)[:100] or type(error).__name__}); {again}") from None
+        columns = [getattr(found, name) for name in cls.__dataclass_fields__]
+        numbers = all(column.dtype.kind in "biuf" for column in columns)
+        if not numbers or {column.shape for column in columns} != {found.labels.shape} or found.labels.ndim != 1:
+            raise DataError(f"{path} is damaged (it is no table of predictions); {again}")
+        classes = np.concatenate([found.labels, found.predicted, np.zeros(1, int)])
+        if classes.min() < 0 or classes.max() >= num_classes or not all(np.isfinite(c).all() for c in columns):
+            raise DataError(
+                f"{path} is damaged (it has other classes than {num_classes}, or no finite numbers); {again}"
+            )
+        return found
 
 
 def predict(

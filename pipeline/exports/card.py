@@ -25,6 +25,7 @@ from pipeline.config import Strict
 from pipeline.decoding import WHITE, Decoding
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.evaluation_view import USUAL, EvaluationView
+from pipeline.exports.selected import Selected
 from pipeline.files import sha256_of
 from pipeline.models.config import DecoderConfig, ModelConfig, VisionMambaConfig, check_taps
 
@@ -97,29 +98,6 @@ class Lineage(Strict):
     parents: tuple[Parent, ...]
 
 
-class Selected(Strict):
-    """Which state of its run the weights are."""
-
-    select: Literal["last", "best"]
-    step: int = Field(ge=0, description="optimizer steps that the weights have seen")
-    trained: int = Field(ge=0, description="optimizer steps of the run")
-    steps: int = Field(ge=0, description="optimizer steps that the config asked for; more if the run ended early")
-    validations: int = Field(0, ge=0, description="validations that were compared")
-    best: dict[str, float] = Field(default_factory=dict, description="criteria of the best validation")
-    last: dict[str, float] = Field(default_factory=dict, description="criteria of the last validation")
-
-    def __str__(self) -> str:
-        """Say it in one line."""
-        early = f", ended early: {self.steps} were planned" if self.trained < self.steps else ""
-        if self.select == "last" or not self.best:
-            return f"the last step, {self.trained}{early}"
-        name, value = next(iter(self.best.items()))
-        return (
-            f"step {self.step} of {self.trained}{early}; best of {self.validations} validations by {name}: {value:.4g}, at the"
-            f" last {self.last[name]:.4g}"
-        )
-
-
 class Card(Strict):
     """What an export says of itself."""
 
@@ -148,6 +126,9 @@ class Card(Strict):
     labels_seen: tuple[LabelsSeen, ...]
     more_labels_than_claimed: bool = Field(
         False, description="whether the model, a parent or a teacher has seen labels outside the split"
+    )
+    assumptions: tuple[Words, ...] = Field(
+        (), description="of a converted file: what its shapes do not tell, and how it was decided; for people"
     )
     metrics: dict[str, float] = Field(default_factory=dict, description="last validation and test results")
     card_sha256: str = Field("", description="SHA-256 of all other values except the parents' paths; shows edits")

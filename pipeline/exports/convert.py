@@ -1,7 +1,7 @@
 """Convert released weights to an export. The shapes tell the model; every key is placed, or the file is refused."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,11 +9,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.errors import ConfigError, HandoverError
+from pipeline.exports.assumptions import decide
 from pipeline.exports.card import Card, LabelsSeen, Lineage, Parent, Preprocessing
 from pipeline.exports.export import build_from_card, write_export
 from pipeline.exports.released import ImageSize, Layout, layout_of, starred
-from pipeline.exports.weights import read_weights
+from pipeline.exports.weights import read_checkpoint
 from pipeline.files import sha256_of
+from pipeline.models.family import FamilyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -22,17 +24,25 @@ NUM_FINGERPRINT_IMAGES = 2
 
 
 def convert(
-    path: Path, folder: Path, *, entry: str | None = None, image_size: ImageSize = None, classes: tuple[str, ...] = ()
+    path: Path,
+    folder: Path,
+    *,
+    entry: str | None = None,
+    image_size: ImageSize = None,
+    classes: tuple[str, ...] = (),
+    form: Mapping[str, str] | None = None,
 ) -> Card:
     """Write the weights of a released file as an export.
 
     Args:
-        path: The file, which `read_weights` reads.
+        path: The file, which `read_checkpoint` reads.
         folder: The export, which must not exist.
-        entry: Key of the weights in a checkpoint, as for `read_weights`.
+        entry: Key of the weights in a checkpoint, as for `read_checkpoint`.
         image_size: Height and width in pixels, where the number of patches does not tell them (patches that overlap or
             do not lie in a square).
         classes: Names of a classifier's classes, in the order of the logits; empty = their numbers.
+        form: Fields of the model's config that no shape tells (`assumptions.CHOICES`). What is not given is read from the
+            arguments that the file stores, or assumed with a warning.
 
     Returns:
         The export's card.
@@ -43,23 +53,30 @@ def convert(
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give --out a folder that does not")
-    weights = read_weights(path, entry)
+    weights, arguments = read_checkpoint(path, entry)
     try:
         layout = layout_of(weights)
         model, decoder = layout.describe(weights, image_size)
+        decisions = decide(layout.left_open(weights), form or {}, arguments, certain=layout.certain)
+        model = model.model_copy(update={decision.field: decision.value for decision in decisions})
     except HandoverError as error:
         raise HandoverError(f"{path}: {error}") from None
     except ValidationError as error:
         raise HandoverError(f"{path}: its shapes describe no model: {error.errors()[0]['msg']}") from None
     if classes and len(classes) != model.num_classes:
         raise ConfigError(f"{len(classes)} class names for the {model.num_classes} classes of {path}")
+    for decision in decisions:
+        if decision.guessed:
+            logger.warning("WARNING: %s leaves open how its model computes: %s", path, decision)
     digest = sha256_of(path)
+    assumptions = (*map(str, decisions), *layout.assumed, *_of_the_images(layout, model, image_size))
     card = Card(
         kind="pretrainer" if decoder else "classifier",
         model=model,
         decoder=decoder,
         classes=classes or tuple(map(str, range(model.num_classes))),
         preprocessing=IMAGENET.model_copy(update={"view": layout.view(model.image_size)}),
+        assumptions=assumptions,
         weights_sha256="",
         fingerprint_sha256="",
         lineage=Lineage(
@@ -80,8 +97,20 @@ def convert(
     count = sum(value.numel() for value in ours.values()) / 1e6
     fields = ", ".join(f"{name} {value}" for name, value in model if value not in (None, "none", False))
     logger.info("%s: %s, %.2f M values: %s", path, layout.name, count, fields)
+    for assumption in assumptions:
+        logger.info("taken for granted: %s", assumption)
     logger.info("%d tensors loaded, %d computed here and equal, none left over", len(ours), len(weights) - len(ours))
     return card
+
+
+def _of_the_images(layout: Layout, model: FamilyConfig, given: ImageSize) -> tuple[str, str]:
+    """Say what is taken for granted about the images, which no weight knows."""
+    height, width = model.image_size
+    return (
+        f"images are {height} x {width} pixels: {'given by --image-size' if given else layout.size}",
+        "pixels are normalised by ImageNet's mean and standard deviation, and an evaluation shows them as the project's own"
+        f" does: {layout.view(model.image_size).words}",
+    )
 
 
 def rename(weights: dict[str, Tensor], layout: Layout, card: Card, path: Path) -> dict[str, Tensor]:

@@ -114,8 +114,11 @@ def model_card(card: Card, folder: str, *, for_timm: bool) -> str:
         "fingerprint": f"`fingerprint.safetensors`, images and outputs to compare with, sha256 `{card.fingerprint_sha256}`",
         "parents": "; ".join(f"{p.role} `{p.weights_sha256[:16]}`" for p in card.lineage.parents) or "none",
         "labels seen": "; ".join(f"{s.count} ({s.protocol})" for s in card.labels_seen) or "none",
+        "assumed": "; ".join(card.assumptions),
         "commit": f"`{card.lineage.commit}`",
     }
+    if not card.assumptions:
+        del rows["assumed"]
     if not classifier:
         del rows["probabilities"]
     lines += [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]

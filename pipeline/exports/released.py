@@ -3,8 +3,7 @@
 A key that only one layout has tells it, and `LAYOUTS` lists all layouts that `convert` reads. In names, `*` is the number
 of a block. Sources: the released Vim, ARM and EfficientViM checkpoints, in the layout of their authors' repositories.
 
-No shape tells the following, so it is assumed: heads of ARM's decoder are 64 wide, and its norms `norm2_1`, `norm2_2` and
-`norm2` belong to the queries, the features and the MLP.
+What no shape tells is a layout's `usual` and `assumed`: `assumptions` decides the first, and cards list both.
 """
 
 import math
@@ -29,6 +28,7 @@ ImageSize = tuple[int, int] | None
 _BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 HEAD_WIDTH = 64
 NUM_TAPS = 4
+_NORMS = "norms add 1e-5 to the mean square or the variance"
 _USUAL_SIDE = 224  # pixels of the images that Vim's released models were trained on
 
 
@@ -40,6 +40,10 @@ class Layout(NamedTuple):
         told_by: A key that only files of this layout have.
         describe: Maps the weights, and the image size if they leave it open, to the model's config.
         names: Released key -> our key; None = they are equal.
+        usual: Fields of the config that no shape tells, with the values of the project's models.
+        certain: Whether the project's code has no other form.
+        assumed: What else is taken for granted, for people.
+        size: What tells the image size if nobody gives it, for people.
         view: Maps the image size to the view that the project's own evaluation shows.
         computed: Maps our model to the constants that files hold besides weights. They are compared, not loaded.
     """
@@ -48,8 +52,17 @@ class Layout(NamedTuple):
     told_by: str
     describe: Callable[[Weights, ImageSize], tuple[FamilyConfig, DecoderConfig | None]]
     names: Mapping[str, str] | None = None
+    usual: Mapping[str, str] = {}
+    certain: bool = True
+    assumed: tuple[str, ...] = ()
+    size: str = "the patches lie in a square, side by side"
     view: Callable[[tuple[int, int]], EvaluationView] = lambda size: USUAL
     computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
+
+    def left_open(self, weights: Weights) -> dict[str, str]:
+        """Return the fields that no shape of these weights tells, with their usual values."""
+        told = () if "cls_token" in weights else ("cls_token", "pool")
+        return {field: value for field, value in self.usual.items() if field not in told}
 
     def our_name(self, key: str) -> str | None:
         """Return our name of a released key, or None if it has no place."""
@@ -142,6 +155,7 @@ def _trunk(weights: Weights, image_size: ImageSize, family: str) -> dict[str, An
         "expand": max(1, inner // dim),
         "directions": sum(f"layers.0.mixer.D{s}" in weights for s in DIRECTIONS),
         "num_classes": shape_of(weights, "head.weight", 2)[0] if "head.weight" in weights else 0,
+        **({} if "cls_token" in weights else {"cls_token": "none", "pool": "mean"}),
     }
 
 
@@ -233,6 +247,11 @@ LAYOUTS = (
         | {f"{t}.{kind}": f"{o}.{kind}" for t, o in _PRETRAINING.items() for kind in ("weight", "bias")}
         | {"ar_token": "query"},
         describe=_describe_arm_pretraining,
+        assumed=(
+            _NORMS,
+            f"heads of the decoder are {HEAD_WIDTH} wide",
+            "the decoder's norm2_1, norm2_2 and norm2 belong to the queries, the features and the MLP",
+        ),
         view=_view_of_arm,
         computed=_computed_by_arm,
     ),
@@ -241,6 +260,8 @@ LAYOUTS = (
         told_by="layers.0.mlp.w1.weight",
         names=_same("cls_token", *_TRUNK, *_SWIGLU, *_with_biases("norm_f", "head")),
         describe=_describe_arm,
+        usual={"cls_token": "middle", "combine": "mean", "pool": "mean"},
+        assumed=(_NORMS,),
         view=_view_of_arm,
     ),
     Layout(
@@ -248,8 +269,16 @@ LAYOUTS = (
         told_by="layers.0.mixer.A_b_log",
         names=_same("cls_token", *_TRUNK, "layers.*.norm.weight", "norm_f.weight", *_with_biases("head")),
         describe=_describe_vim,
+        usual={"cls_token": "middle", "combine": "mean"},
+        certain=False,
+        assumed=(_NORMS,),
     ),
-    Layout(name="EfficientViM", told_by="stages.0.blocks.0.mixer.hz_proj.conv.weight", describe=_describe_efficientvim),
+    Layout(
+        name="EfficientViM",
+        told_by="stages.0.blocks.0.mixer.hz_proj.conv.weight",
+        describe=_describe_efficientvim,
+        size="those of the project's model of these widths",
+    ),
 )
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import HandoverError
+from pipeline.exports.assumptions import CHOICES, told_by
 from pipeline.exports.headers import (
     MAX_TENSORS,
     check_archive,
@@ -31,6 +32,7 @@ from pipeline.exports.headers import (
 from pipeline.exports.transfer import Transfer, misshapen
 from pipeline.exports.vit_layouts import timm_names
 from pipeline.models.timm_model import INSIDE, TimmModel
+from pipeline.models.vision_mamba.model import VisionMamba
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,24 @@ ENVELOPES = ("model_ema", "state_dict_ema", "model", "state_dict")
 _WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
+class Checkpoint(NamedTuple):
+    """What is read from a released file.
+
+    Attributes:
+        weights: Tensors by name.
+        arguments: The command line that its training stored as `args`, by name; empty without one.
+    """
+
+    weights: dict[str, Tensor]
+    arguments: Mapping[str, Any]
+
+
 def read_weights(path: Path, entry: str | None = None) -> dict[str, Tensor]:
+    """Read the tensors of a released file; see `read_checkpoint`."""
+    return read_checkpoint(path, entry).weights
+
+
+def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     """Read tensors by name from a .safetensors file or a torch checkpoint. No code in the file runs.
 
     Args:
@@ -74,7 +93,12 @@ def read_weights(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     for name, value in state.items():
         if problem := _problem(value):
             raise HandoverError(f"{path}: {str(name)[:100]} {problem}")
-    return {_WRAPPED.sub("", str(name)): value for name, value in state.items()}
+    stored = entries.get("args")
+    arguments = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    return Checkpoint(
+        {_WRAPPED.sub("", str(name)): value for name, value in state.items()},
+        arguments if isinstance(arguments, dict) else {},
+    )
 
 
 def _problem(value: Tensor) -> str:
@@ -156,7 +180,9 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
     Raises:
         HandoverError: If any other key is missing or left over, or a shape differs.
     """
-    weights, wanted, left = read_weights(path), model.state_dict(), list[str]()
+    (weights, arguments), wanted, left = read_checkpoint(path), model.state_dict(), list[str]()
+    if isinstance(model, VisionMamba) and "cls_token" in weights:
+        _check_form(model, arguments, path)
     if isinstance(model, TimmModel):
         layout, weights, left = timm_names(weights, [name.removeprefix(INSIDE) for name in wanted])
         logger.info("%s has the layout of %s", path, layout)
@@ -189,6 +215,25 @@ def load_weights(model: nn.Module, path: Path) -> Transfer:
     )
     logger.info("weights %s: %s", path, report)
     return report
+
+
+def _check_form(model: VisionMamba, arguments: Mapping[str, Any], path: Path) -> None:
+    """Compare what no shape tells with what the file says of itself; warn if it says nothing.
+
+    Raises:
+        HandoverError: They differ.
+    """
+    told = told_by(arguments)
+    for field, ours in (("cls_token", model.cls_position), ("combine", model.combine)):
+        words = CHOICES[field].words
+        if field not in told:
+            logger.warning(
+                "%s does not say how its model is built; taken is that %s (model.%s=%s)", path, words[ours], field, ours
+            )
+        elif told[field].value != ours:
+            raise HandoverError(
+                f"{path} was made by another model: {told[field]}, but here {words[ours]}; set model.{field}={told[field].value}"
+            )
 
 
 def _converted(model: nn.Module, stored: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

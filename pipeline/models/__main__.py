@@ -44,6 +44,16 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--entry", help="which weights of the checkpoint: model, model_ema, ...; by default the averaged ones, if any"
     )
     parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width")
+    parser.add_argument(
+        "--cls-position",
+        choices=["middle", "first"],
+        help="where the cls token stands among the patches; by default as the file says, or in the middle with a warning",
+    )
+    parser.add_argument(
+        "--combine",
+        choices=["mean", "sum"],
+        help="how the directions' outputs are put together; by default as the file says, or the mean with a warning",
+    )
     parser.add_argument("--classes", type=Path, help="file of class names, one a line; by default they are numbers")
     parser.set_defaults(run=_convert)
 
@@ -57,8 +67,14 @@ def _convert(args: argparse.Namespace) -> None:
     classes = tuple(args.classes.read_text().splitlines()) if args.classes else ()
     from pipeline.exports.convert import convert
 
+    given = {"cls_token": args.cls_position, "combine": args.combine}
     card = convert(
-        args.file, args.out, entry=args.entry, image_size=(size[0], size[-1]) if size else None, classes=classes
+        args.file,
+        args.out,
+        entry=args.entry,
+        image_size=(size[0], size[-1]) if size else None,
+        classes=classes,
+        form={field: value for field, value in given.items() if value is not None},
     )
     use = (
         f'pipeline.load("{args.out}"), or init_from={args.out}'

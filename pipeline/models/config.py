@@ -70,8 +70,11 @@ class VisionMambaConfig(FamilyConfig):
     cluster_size: Width = Field(64, description="pixels on a side of a cluster, ARM's unit of prediction")
     mlp: Literal["none", "swiglu"] = Field("none", description="layer after each mixer: none (Vim) or swiglu (ARM)")
     norm: Literal["rms", "layer"] = Field("rms", description="kind of norm: rms (Vim) or layer (ARM)")
-    cls_token: Literal["middle", "none"] = Field(
-        "middle", description="where the cls token is among the patches: in the middle, or nowhere"
+    cls_token: Literal["middle", "first", "none"] = Field(
+        "middle", description="where the cls token is among the patches: in the middle, before the first, or nowhere"
+    )
+    combine: Literal["mean", "sum"] = Field(
+        "mean", description="how the outputs of the directions are put together; released models take their mean"
     )
     pool: Literal["cls", "mean"] = Field(
         "cls", description="what the head reads: the cls token, or the mean of the patches"
@@ -89,7 +92,7 @@ class VisionMambaConfig(FamilyConfig):
             if side < self.patch_size:
                 raise ValueError(f"image_size {self.image_size} is below patch_size {self.patch_size}; raise it")
         if self.cls_token == "none" and self.pool == "cls":
-            raise ValueError("pool=cls needs cls_token=middle; set pool=mean")
+            raise ValueError("pool=cls needs a cls token, cls_token=middle or first; set pool=mean")
         if self.order == "cluster":
             check_clusters(self)
         if self.ssmixup and self.directions == 1:

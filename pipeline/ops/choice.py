@@ -49,6 +49,11 @@ class Operators:
     conv: Callable[..., Tensor] = reference.causal_conv1d_silu
     mixer: Callable[..., tuple[Tensor, ...]] | None = None
 
+    @property
+    def whole_mixer(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The fused mixer, or the one that is composed of `scan` and `conv`."""
+        return self.mixer or composed_mixer(self.scan, self.conv)
+
 
 def _cuda(device: torch.device) -> Operators:
     if device.type != "cuda":
@@ -172,10 +177,7 @@ def fastest(working: Sequence[Operators], device: torch.device, **shape: int) ->
     """
     if len(working) == 1:
         return working[0]
-    times = {
-        operators.name: step_seconds(operators.mixer or composed_mixer(operators.scan, operators.conv), device, **shape)
-        for operators in working
-    }
+    times = {operators.name: step_seconds(operators.whole_mixer, device, **shape) for operators in working}
     words = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
     best = min(working, key=lambda operators: times[operators.name])
     chosen = best if times[best.name] < NEAR * times[working[0].name] else working[0]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pipeline.ops import reference
 from pipeline.ops.choice import Operators, operators_for
-from pipeline.ops.composed import composed_mixer
 from pipeline.ops.reference import Direction
 from pipeline.ops.ssd import ssd_scan
 
@@ -34,8 +33,7 @@ def run_mixer(
     operators = _ONNX if torch.onnx.is_in_onnx_export() else operators_for(xz)
     if directions[0].A.dim() == 1:
         operators = replace(operators, scan=ssd_scan, mixer=None)
-    mixer = operators.mixer or composed_mixer(operators.scan, operators.conv)
-    return mixer(xz, directions, blend=blend, return_ungated=return_ungated)
+    return operators.whole_mixer(xz, directions, blend=blend, return_ungated=return_ungated)
 
 
 def run_scan(u: Tensor, *rest: Tensor | None, **how: bool) -> Tensor | tuple[Tensor, Tensor]:

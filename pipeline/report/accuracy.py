@@ -129,7 +129,7 @@ def _pooled(results: Sequence[Result], row: str) -> dict[str, Any]:
         mean = {k: sum(b["samples"] * b[k] for b in alike) / max(1, total) for k in ("confidence", "accuracy")}
         bins.append({"samples": total, **mean})
     confusion = np.sum([m["confusion"] for m in there], axis=0)
-    return {"per_class": per_class, "reliability": bins, "confusion": confusion, "groups": there[0]["groups"]}
+    return {"per_class": per_class, "reliability": bins, "confusion": confusion, "groups": there[0].get("groups", {})}
 
 
 def _cell(results: Sequence[Result], row: str, metric: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.datasets.joint import with_classes
 from pipeline.datasets.manifest import Manifest
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.exports.card import CARD
 from pipeline.report.ablation import Comparison, NotPaired, designs_of
 from pipeline.report.extras import read_section
@@ -110,14 +110,16 @@ def compare(first: Sequence[Result], other: Sequence[Result], row: str) -> Compa
             f"no seed has predictions of {row} in both designs (first: {_listed(have)}; this one: {_listed(others)})"
         )
     pairs = [(have[seed], others[seed]) for seed in seeds]
-    if any(len({r.stages[stage].evaluation["dataset"] for r in pair}) > 1 for pair in pairs):
+    if any(len({r.stages[stage].evaluation.get("dataset") for r in pair}) > 1 for pair in pairs):
         raise NotPaired("evaluated on another dataset than the first design")
     report = pairs[0][0].models[row]
     names = list(report["per_class"])
-    groups = {g: np.array([names.index(n) for n in members], int) for g, members in report["groups"].items()}
-    a, b = ([Predictions.load(p[k].experiment / stage / file) for p in pairs] for k in (0, 1))
+    groups = {g: np.array([names.index(n) for n in members], int) for g, members in report.get("groups", {}).items()}
     try:
+        a, b = ([Predictions.load(p[k].experiment / stage / file, len(names)) for p in pairs] for k in (0, 1))
         found = paired(a, b, len(names), groups)
+    except DataError as error:
+        raise NotPaired(str(error)) from None
     except ValueError:
         raise NotPaired(
             "evaluated on other images of the dataset than the first design (its validation subset differs)"

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from pipeline.errors import DataError
 from pipeline.files import replace_text
 from pipeline.report.figures import Figure
@@ -47,15 +49,18 @@ def read_section(folder: Path) -> Section:
     """Read what `write_section` wrote.
 
     Raises:
-        DataError: If the folder holds no section.
+        DataError: If the folder holds no section, or a damaged one.
     """
     path = folder / SECTION
     if not path.is_file():
         raise DataError(
             f"{path} does not exist; give --with a folder that efficiency, inference, pareto or fields has written"
         )
-    values = json.loads(path.read_text())
-    return Section(values["title"], [Table(**v) for v in values["tables"]], [Figure(**v) for v in values["figures"]])
+    try:
+        return TypeAdapter(Section).validate_json(path.read_bytes())
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))[:80]
+        raise DataError(f"{path} is damaged ({where}: {error.errors()[0]['msg']}); measure it again") from None
 
 
 def show_section(folder: Path) -> str:

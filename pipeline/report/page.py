@@ -142,7 +142,7 @@ def write_report(
 def _pictures(results: Sequence[Result], stage: str) -> list[tuple[str, str]]:
     """Return name and data URI of the pictures in a stage's report folder, of the first experiment."""
     run = results[0].stages.get(stage)
-    found = sorted((run.folder / "report").glob("*.png")) if run else []
+    found = sorted(p for p in (run.folder / "report").glob("*.png") if p.is_file()) if run else []
     return [(p.stem.replace("_", " "), data_uri(p)) for p in found]
 
 

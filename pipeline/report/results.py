@@ -1,15 +1,18 @@
 """Read the folders of experiments: evaluations, curves, cards, incidents, plans."""
 
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from pipeline.books import read_config, read_status
-from pipeline.errors import DataError
+from pipeline.books import DataFindings, Evaluation, Plan, read_book, read_config, read_status
+from pipeline.errors import DataError, HandoverError
+from pipeline.exports.card import CARD, Card
 from pipeline.jsonl import read_object, read_rows
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("top1", "head", "medium", "tail")
 STAGES = {"arm": "Stage 1: ARM pretraining", "distill": "Stage 2: supervised", "semi": "Stage 3: semi-supervised"}
@@ -96,11 +99,11 @@ class Result:
     def label_notes(self) -> list[str]:
         """Return sentences on the labels (learnt, held out or missing), on what is absent without them, and on folds."""
         notes = _fold_notes(self.experiment / FOLDS)
-        found = [s.evaluation for s in self.stages.values() if "labels" in s.evaluation]
+        found = [s.evaluation for s in self.stages.values() if s.evaluation.get("labels")]
         if not found:
             return notes
-        labels, notes = found[-1]["labels"], [found[-1]["labels_in_words"], *notes]
-        if "semi" in self.stages and labels["without_label"] and not labels["hidden"]:
+        labels, notes = found[-1]["labels"], [found[-1].get("labels_in_words", ""), *notes]
+        if "semi" in self.stages and labels.get("without_label") and not labels.get("hidden"):
             notes.append(
                 "precision and coverage of the pseudo-labels are absent: no unlabelled image has a label to compare with"
             )
@@ -113,12 +116,10 @@ class Result:
 
 
 def _fold_notes(path: Path) -> list[str]:
-    try:
-        return [str(json.loads(path.read_text())["sentence"])]
-    except FileNotFoundError:
-        return []
-    except (ValueError, LookupError, TypeError):
-        return [f"{path.name} is damaged; `python -m studies.folds` writes it again"]
+    sentence = read_object(path).get("sentence", "")
+    if isinstance(sentence, str) and (sentence or not path.exists()):
+        return [sentence] if sentence else []
+    return [f"{path.name} is damaged; `python -m studies.folds` writes it again"]
 
 
 def read_result(experiment: Path) -> Result:
@@ -138,7 +139,7 @@ def read_result(experiment: Path) -> Result:
     for row, (stage, model) in ROWS.items():
         evaluation = stages[stage].evaluation if stage in stages else {}
         if model in evaluation.get("models", {}):
-            protocol, split = evaluation["protocol"], evaluation["split"]
+            protocol, split = evaluation.get("protocol", ""), evaluation.get("split")
             models[row] = evaluation["models"][model]
     return Result(
         experiment=experiment,
@@ -146,13 +147,13 @@ def read_result(experiment: Path) -> Result:
         protocol=protocol,
         split=split,
         models=models,
-        data_findings=read_object(experiment / DATA_CHECK).get("findings", []),
+        data_findings=read_book(experiment / DATA_CHECK, DataFindings).get("findings", []),
     )
 
 
 def mean_and_spread(results: Sequence[Result], row: str, metric: str) -> tuple[float, float] | None:
     """Return mean and sample standard deviation (0 for one value) over the experiments that have the metric."""
-    values = [r.models[row][metric] for r in results if metric in r.models.get(row, {})]
+    values = [r.models[row][metric] for r in results if r.models.get(row, {}).get(metric) is not None]
     if not values:
         return None
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
@@ -193,13 +194,24 @@ def _read_stage(folder: Path) -> StageRun:
         status=read_status(folder),
         plan=_plan(folder, environment.get("config_sha256")),
         incidents=read_rows(folder / "incidents.jsonl"),
-        evaluation=read_object(folder / "evaluation.json"),
-        card=read_object(folder / "export" / "model.json"),
+        evaluation=read_book(folder / "evaluation.json", Evaluation),
+        card=_card(folder / "export"),
     )
+
+
+def _card(export: Path) -> dict[str, Any]:
+    """Return the values of an export's card; empty if there is none or a damaged one."""
+    if not (export / CARD).exists():
+        return {}
+    try:
+        return Card.read(export).model_dump(mode="json")
+    except HandoverError as error:
+        logger.warning("%s", error)
+        return {}
 
 
 def _plan(folder: Path, config_sha256: str | None) -> dict[str, Any]:
     """Return this stage's plan, unless it was made for another config than the stage ran with."""
-    stages = read_object(folder.parent / "plan.json").get("stages", [])
+    stages = read_book(folder.parent / "plan.json", Plan).get("stages", [])
     mine = (s for s in stages if s["stage"] == folder.name and s.get("config_sha256") == config_sha256)
     return next(mine, {})

@@ -149,7 +149,13 @@ def _only(predictions: Predictions, sample_indices: np.ndarray) -> Predictions:
 def _stored(result: Result, row: str) -> Predictions | None:
     stage, model = ROWS[row]
     path = result.experiment / stage / f"predictions-{model}.npz"
-    return Predictions.load(path) if row in result.models and path.is_file() else None
+    if row not in result.models or not path.is_file():
+        return None
+    try:
+        return Predictions.load(path, len(result.models[row]["per_class"]))
+    except DataError as error:
+        logger.warning("the report compares without these predictions: %s", error)
+        return None
 
 
 def _simple(title: str, found: Sequence[Baseline], classes: int) -> Simple:

@@ -9,10 +9,12 @@ Shapes: B images, C classes.
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.ssl.config import PseudoLabelRule
 from pipeline.ssl.running_means import RunningMeans
+from pipeline.train.sync_norm import SumOverRanks
 
 Rule = Callable[[RunningMeans, PseudoLabelRule, Tensor, Tensor], Tensor]
 
@@ -74,7 +76,8 @@ def fairness(logits: Tensor, accepted: Tensor, means: RunningMeans) -> Tensor:
     The mean prediction of the accepted strong views is divided by the histogram of their labels, and so is the running mean
     of all predictions by its own histogram. The loss is the sum of aim x log(found), minus their cross-entropy.
     A class without a prediction counts as zero, and the logarithm begins at 1e-12, both as in the released code. The batch is
-    the micro-batch of a process, as in the paper.
+    that of all ranks together (collective), so the loss does not depend on their number. With accumulation it is one
+    micro-batch of each rank: the term is not linear in the images, and no micro-batch sees the others.
 
     Args:
         logits: (B, C) of the strong views.
@@ -82,11 +85,17 @@ def fairness(logits: Tensor, accepted: Tensor, means: RunningMeans) -> Tensor:
         means: The running means.
     """
     counted = (accepted > 0).to(logits.dtype)
-    number = counted.sum().clamp(min=1)
-    mean = (logits.softmax(-1) * counted[:, None]).sum(0) / number
-    histogram = torch.zeros_like(mean).index_add_(0, logits.argmax(-1), counted) / number
+    total = (logits.softmax(-1) * counted[:, None]).sum(0)
+    histogram = torch.zeros_like(total).index_add_(0, logits.argmax(-1), counted)
+    sums = torch.stack([total, histogram])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # Its gradient sums those of all ranks, which the engine's mean over the ranks turns into that of one process.
+        sums = SumOverRanks.apply(sums)
+    total, histogram = sums.unbind()
+    number = histogram.sum().clamp(min=1)
+    mean, histogram = total / number, histogram / number
     aim = _shares(means.probability, means.predicted).to(mean.dtype)
-    return (aim * torch.log(_shares(mean, histogram) + 1e-12)).sum() * counted.max()
+    return (aim * torch.log(_shares(mean, histogram) + 1e-12)).sum() * histogram.sum().sign()
 
 
 def _shares(values: Tensor, histogram: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """The inference copy: a materialised copy of the teacher, made of the shards that LyapEMA moves.
 
 Under ZeRO 0 to 2 every rank holds the whole copy, 4P bytes in fp32 (A and the step sizes of a scan do not survive bf16).
-One all-gather of 4P bytes refreshes it after each update. Under ZeRO-3 a rank holds the parameters outside of blocks and
-those of the block that computes. They are gathered when a forward begins and released when it ends, 4P bytes per forward
-pass. Every rank must then call the copy equally often, as training and evaluation do.
+One all-gather refreshes it after each update. Under ZeRO-3 a rank holds the parameters outside of blocks and those of the
+block that computes. They are gathered when a forward begins and released when it ends. Every rank must then call the copy
+equally often, as training and evaluation do.
+
+A gather sends 4P bytes. With `engine.precision=bf16` the matrices of linear layers and 2-D convolutions travel in bf16, which
+nearly halves it: autocast rounds them so in every forward of the training, which therefore computes the same bits. An
+evaluation is fp32, so the driver refreshes the copy in fp32 before it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,6 +34,8 @@ class InferenceCopy:
         self.engine, self.tensors, self.average_buffers = engine, tensors, average_buffers
         self.module = module.to(engine.world.device).eval().requires_grad_(False)
         self._shapes = {name: p.shape for name, p in module.named_parameters()}
+        halves = engine.config.precision == "bf16" and not engine.replicated
+        self._rounded = rounded_by_autocast(module) if halves else frozenset()
         self.by_blocks = engine.config.zero_stage == 3 and engine.world.size > 1
         if self.by_blocks:
             trained = {name for name, _ in engine.named_parameters}
@@ -37,15 +43,17 @@ class InferenceCopy:
                 self._gather_around(block, {n: p for n, p in parameters.items() if n in trained})
         self.refresh()
 
-    def refresh(self, one_minus_alpha: Tensor | None = None) -> None:
+    def refresh(self, one_minus_alpha: Tensor | None = None, *, autocast: bool = False) -> None:
         """Bring the copy up to date (collective).
 
         Args:
-            one_minus_alpha: Weight of the student in the last update, for averaged running statistics; None after a
-                restore, when they are up to date.
+            one_minus_alpha: Weight of the student in the last update, for averaged running statistics; None where they are
+                up to date.
+            autocast: Whether the copy will only compute under the training's autocast, and may have what that rounds rounded.
         """
         if not self.by_blocks:
-            self.engine.gather(self.tensors, self._trained({n: p.data for n, p in self.module.named_parameters()}))
+            parameters = self._trained({n: p.data for n, p in self.module.named_parameters()})
+            self._gather(parameters, autocast=autocast)
         latest, averaged = dict(self.engine.module.named_buffers()), self.averaged_buffers()
         for name, buffer in self.module.named_buffers():
             if name not in averaged:
@@ -65,6 +73,20 @@ class InferenceCopy:
         self.engine.gather(self.tensors, full)
         return {k: v.detach().cpu().clone() for k, v in {**self.module.state_dict(), **full}.items()}
 
+    def _gather(self, into: Mapping[str, Tensor], *, autocast: bool) -> None:
+        """Fill parameters from the shards (collective); under autocast, matrices travel as it rounds them."""
+        travelling = {
+            name: torch.empty_like(parameter, dtype=torch.bfloat16)
+            for name, parameter in into.items()
+            if autocast and name in self._rounded
+        }
+        whole = {name: parameter for name, parameter in into.items() if name not in travelling}
+        for parameters in (whole, travelling):
+            if parameters:
+                self.engine.gather(self.tensors, parameters)
+        for name, parameter in travelling.items():
+            into[name].copy_(parameter)
+
     def _trained(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensors[name] for name, _ in self.engine.named_parameters}
 
@@ -78,7 +100,8 @@ class InferenceCopy:
             if depth == 1:
                 for name, parameter in owned.items():
                     parameter.data = torch.empty(self._shapes[name], device=self.engine.world.device)
-                self.engine.gather(self.tensors, {name: parameter.data for name, parameter in owned.items()})
+                within = torch.is_autocast_enabled(self.engine.world.device.type)
+                self._gather({name: parameter.data for name, parameter in owned.items()}, autocast=within)
 
         def release(owned: dict[str, nn.Parameter], *_: Any) -> None:
             nonlocal depth
@@ -92,6 +115,15 @@ class InferenceCopy:
                 module.register_forward_pre_hook(partial(gather, owned))
                 module.register_forward_hook(partial(release, owned))
         _release(parameters.values())
+
+
+def rounded_by_autocast(module: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that a bf16 autocast rounds before each use: matrices of layers that it covers."""
+    return frozenset(
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+    )
 
 
 def blocks_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:

@@ -98,6 +98,7 @@ class LyapEMA:
         self.one_minus_alpha = zero.clone()  # the student's weight in the last update
         self.rollbacks = zero.clone()
         self._rates: list[float] = []
+        self._used = torch.ones_like(zero)  # what the rates of the last step were multiplied by
         self.updates = 0
         self._unit_roundoff = torch.finfo(masters[0].dtype).eps / 2
         self._moved_squared = zero.clone()
@@ -130,7 +131,7 @@ class LyapEMA:
                     torch._foreach_add_(gradients, torch._foreach_sub(flats, averages), alpha=2 * self.config.pull)
         if self.config.rollback:  # the hook after the step restores the rates: groups may be seen in several calls
             self._rates = [group["lr"] for group in optimizer.param_groups]
-            factor = self._lr_factor()
+            self._used = factor = self._lr_factor()
             # A fused optimizer reads a rate that is a tensor on the GPU itself; here the host would wait for it.
             known = float(factor) if factor.device.type == "cpu" else factor.float()
             for group in optimizer.param_groups:
@@ -143,6 +144,17 @@ class LyapEMA:
         for flat in _stepped(optimizer):
             if flat in self._before:
                 self._moved_squared += squared_distance_and_size([flat], [self._before.pop(flat)])[0]
+
+    def measure(self) -> None:
+        """Measure |s - t| of a teacher that does not start as its student (collective)."""
+        reach = squared_distance_and_size(list(self.teacher), list(self.teacher.values()))
+        distance, size = self.all_reduce(reach).sqrt().unbind()
+        self.radius = distance
+        self.radius_bound = (distance - self._rounding(distance, size)).clamp(min=0)
+
+    def lr_factor(self) -> float:
+        """Return what the learning rate of the last step was multiplied by. With `rollback` it waits for the device."""
+        return float(self._used) if self.config.rollback else 1.0
 
     def update(self, loss: Tensor | None = None) -> dict[str, Mean]:
         """Move the teacher (collective).
@@ -158,7 +170,7 @@ class LyapEMA:
         if self.measures_step:
             self.mean_step += (moved - self.mean_step) / min(self.updates + 1, _horizon(self.updates))
         self._moved_squared.zero_()
-        rounding = self._unit_roundoff * (size + 16 * distance)
+        rounding = self._rounding(distance, size)
         self.one_minus_alpha, guarded = self._decay(distance, size, rounding)
         self._move()
         before, self.radius = self.radius, (1 - self.one_minus_alpha) * distance
@@ -194,6 +206,9 @@ class LyapEMA:
         for name in _STATE:
             getattr(self, name).fill_(state[name])
         self.updates = int(state["updates"])
+
+    def _rounding(self, distance: Tensor, size: Tensor) -> Tensor:
+        return self._unit_roundoff * (size + 16 * distance)
 
     def _move(self) -> None:
         """Move t += (1 - a)(s - t), last tensors first: what was measured last is still in the cache."""

@@ -21,12 +21,19 @@ class Teacher:
         engine: The student under training.
         module: A copy of the student, made before the engine may have cut the weights; it becomes the inference copy.
         config: The rule of the average.
+        own_start: Whether the average starts from the weights of `module`, which are then no copy of the student's.
     """
 
-    def __init__(self, engine: Engine, module: nn.Module, config: LyapEMAConfig) -> None:
+    def __init__(self, engine: Engine, module: nn.Module, config: LyapEMAConfig, *, own_start: bool = False) -> None:
         self.ema = LyapEMA(
             engine.masters, engine.base_optimizer, config, engine.all_reduce, num_weights=engine.num_weights
         )
+        if own_start:
+            start = dict(module.named_parameters())
+            for shard in engine.shards:
+                whole = start[shard.name].detach().view(-1)
+                shard.of(self.ema.teacher[shard.flat]).copy_(whole[shard.start : shard.start + shard.numel])
+            self.ema.measure()
         average = config.buffers == "average"
         self.copy = InferenceCopy(engine, module, self.ema.teacher, average_buffers=average)
 
@@ -40,18 +47,23 @@ class Teacher:
         """How often the teacher has moved."""
         return self.ema.updates
 
+    def lr_factor(self) -> float:
+        """Return what the rule multiplied the last step's learning rate by. It waits for the device."""
+        return self.ema.lr_factor()
+
     def after_step(self, loss: Tensor) -> dict[str, Mean]:
         """Move the teacher after an optimizer step of this loss (collective); return the certificate's numbers."""
         report = self.ema.update(loss)
-        self.copy.refresh(self.ema.one_minus_alpha)
+        self.copy.refresh(self.ema.one_minus_alpha, autocast=True)
         return report
 
     def fingerprint(self, images: Tensor) -> float:
         """Return the mean magnitude of the output on images (n, 3, H, W) (collective)."""
+        self.copy.refresh()
         return mean_magnitude(self.module, images)
 
     def refresh(self) -> None:
-        """Bring the inference copy up to date with the shards (collective)."""
+        """Bring the inference copy up to date with the shards, in fp32 (collective); call it before an evaluation."""
         self.copy.refresh()
 
     def full_weights(self) -> dict[str, Tensor]:

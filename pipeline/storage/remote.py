@@ -61,6 +61,10 @@ def fetch(url: str, start: int, stop: int, size: int | None, config: RemoteConfi
                         "so make the manifest again"
                     )
                 for data in stream.data:
+                    if offset + len(data) > stop:
+                        raise DataError(
+                            f"{url}: the server sent more bytes than it was asked for; copy the shards here"
+                        )
                     into.write(data)
                     offset, failures = offset + len(data), 0
                 if offset < stop:

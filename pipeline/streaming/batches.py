@@ -11,12 +11,13 @@ from torch.utils.data import Dataset
 from pipeline import seeds
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import DataError, PipelineError
-from pipeline.images import Notes, UnreadableImage, decode
+from pipeline.images import Notes, Pixels, UnreadableImage, decode
 from pipeline.streaming.order import Order, SampleIndices
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.transforms import View
 
 STEPS_AHEAD = 4  # steps of each worker whose remote bytes are fetched in advance
+KEPT_BYTES = 64 * 2**20  # a stream whose decoded images take no more than this is decoded once
 MAX_REPLACEMENTS = 100  # how many samples of its virtual reader a slot tries until one can be decoded
 _VIEW = 5  # stream of random numbers
 
@@ -85,6 +86,7 @@ class TrainBatches(Batches):
     def __init__(self, manifest: Manifest, views: View, reader: Reader, order: Order, virtual_readers: range) -> None:
         super().__init__(manifest, views, reader)
         self.order, self.virtual_readers = order, virtual_readers
+        self._decoded: dict[int, Pixels] = {}
 
     def needs(self, k: int) -> SampleIndices:
         """Return the sample indices of batch k, before any of them is replaced."""
@@ -110,7 +112,7 @@ class TrainBatches(Batches):
         virtual_reader, first = place
         for step in range(1, MAX_REPLACEMENTS + 1):
             try:
-                pixels = decode(self.reader.read(sample_index), self.views.decoding, batch.notes)
+                pixels = self._pixels(sample_index, batch.notes)
             except UnreadableImage as error:
                 batch.unreadable.append((sample_index, error))
                 following, epochs = self.order.take(virtual_reader, first + step, 1)
@@ -128,6 +130,16 @@ class TrainBatches(Batches):
             f"{batch.unreadable[-1][1]}; `python -m pipeline.data verify {self.manifest.folder_of(sample_index)}` names all"
             " of them"
         )
+
+    def _pixels(self, sample_index: int, notes: Notes) -> Pixels:
+        """Read and decode an image, or return it as it was decoded before if the whole stream fits `KEPT_BYTES`."""
+        pixels = self._decoded.get(sample_index)
+        if pixels is None:
+            pixels = decode(self.reader.read(sample_index), self.views.decoding, notes)
+            # A stream of images of very different sizes keeps the small ones, so the bound holds for it too.
+            if pixels.nbytes * len(self.order.sample_indices) <= KEPT_BYTES:
+                self._decoded[sample_index] = pixels
+        return pixels
 
 
 class EvaluationBatches(Batches):

@@ -3,6 +3,7 @@
 Shapes: H, W height and width of the view in pixels.
 """
 
+import functools
 import math
 import random
 from dataclasses import dataclass
@@ -116,11 +117,19 @@ def affine_view(
             ]
         ]
     )
-    grid = F.affine_grid(matrix, [1, 3, height, width], align_corners=False)
+    grid = torch.bmm(_centres(height, width), matrix.transpose(1, 2)).view(1, height, width, 2)
     colour = torch.tensor(ground, dtype=torch.float32)[:, None, None]
     # Outside the pixels grid_sample reads zeros, which become the ground. Pillow's transform takes three times as long.
     view = F.grid_sample((pixels - colour)[None], grid, interpolation, padding_mode="zeros", align_corners=False)[0]
     return view.add_(colour).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=16)
+def _centres(height: int, width: int) -> Tensor:
+    """Return (1, H W, 3), x, y and 1 of each pixel's centre, row by row: what `F.affine_grid` makes again in each call."""
+    identity = torch.eye(2, 3)[None]
+    centres = F.affine_grid(identity, [1, 1, height, width], align_corners=False).view(1, -1, 2)
+    return torch.cat([centres, torch.ones(1, height * width, 1)], dim=2)
 
 
 def _kept(pixels: int, density: float) -> int:

@@ -14,22 +14,20 @@ import json
 import logging
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import Diverged, EnvironmentProblem, HandoverError
 from pipeline.exports.headers import Claim, read_safetensors_header
 from pipeline.files import publish, replace_text, sha256_of
-from pipeline.train.distributed import World, any_rank, barrier
-from pipeline.train.engine import Engine
+from pipeline.train.distributed import World, any_rank, barrier, from_all, from_main, to_main
+from pipeline.train.engine import Engine, full_shape
+from pipeline.train.pieces import Piece, Pieces, piece_of
 from pipeline.train.run import refuse_other_inputs
 from pipeline.train.saved_state import (
     COMPLETE,
@@ -39,6 +37,7 @@ from pipeline.train.saved_state import (
     complete,
     read_files,
     read_state,
+    shards_name,
     step_of,
 )
 from pipeline.train.shardfile import write_shards
@@ -120,10 +119,7 @@ class Saver:
                 f"checkpoint {writing.final.name} could not be written: {writing.problem or 'another rank failed'};"
                 " free space and start again: earlier checkpoints are kept"
             )
-        digests: list[dict[str, str]] = [writing.digests]
-        if world.size > 1:
-            digests = [{} for _ in range(world.size)]
-            dist.all_gather_object(digests, writing.digests)
+        digests = to_main(writing.digests, world)
         if world.is_main:
             _complete(writing, {name: digest for files in digests for name, digest in files.items()})
             for old in complete(self.folder)[self.loop.keep_checkpoints :]:
@@ -145,7 +141,7 @@ class _Writing(Thread):
         """Write the files, and keep their hashes or the reason why they could not be written."""
         try:
             if self.tensors:
-                path = self.temporary / f"shards_{self.rank:05d}.safetensors"
+                path = self.temporary / shards_name(self.rank)
                 self.digests[path.name] = write_shards(path, self.tensors)
             if self.rank == 0:
                 path = self.temporary / STATE
@@ -167,7 +163,8 @@ def restore(
 ) -> SavedState | None:
     """Continue from the newest sound checkpoint whose state is accepted, and skip damaged ones (collective).
 
-    The ranks share the work of hashing and all use the list of rank 0, so they cannot disagree.
+    The ranks share the work of hashing and all use the list of rank 0, so they cannot disagree. Beside its share a rank opens
+    only the files that hold what it owns (`pieces.py`).
 
     Args:
         folder: The folder `checkpoints` of the run.
@@ -183,11 +180,9 @@ def restore(
         HandoverError: If the run has other parents, or the checkpoint is sound but does not fit this model or stage.
     """
     engine, task, world = training.engine, training.task, training.engine.world
-    found: list[list[Path]] = [complete(folder)]
-    if world.size > 1:
-        dist.broadcast_object_list(found, src=0)
-    for path in found[0]:
-        damage = _damage(path, world.rank, world.size)
+    for path in from_main(complete(folder) if world.is_main else [], world):
+        files = from_main(_files_of(path) if world.is_main else {}, world)
+        own, damage = _inspect(path, files, world)
         if any_rank(bool(damage), world):
             logger.warning(
                 "%s is damaged (%s); the previous checkpoint is tried", path, damage or "found by another rank"
@@ -195,14 +190,20 @@ def restore(
             if world.is_main and set_aside:
                 _set_aside(path)
             continue
-        state = read_state(path)
+        state = from_main(read_state(path) if world.is_main else None, world)
+        assert state is not None
         refuse_other_inputs(folder.parent, state.inputs, training.inputs)
         if not accept(state):
             continue
-        kinds, read = task.sharded_state(), _reader(path)
-        engine.restore(read, state.optimizer_step, kinds)
-        for name, buffer in _buffers(engine, task).items():
-            buffer.copy_(read("buffer", name, 0, buffer.numel()).view_as(buffer))
+        pieces = Pieces(path, itertools.chain.from_iterable(from_all(own, world)))
+        kinds, buffers = task.sharded_state(), _buffers(engine, task)
+        for kind in ("master", *(engine.moments if state.optimizer_step else ()), *kinds):
+            for name, parameter in engine.named_parameters:  # on all ranks, so that none waits for one that has failed
+                pieces.holding(kind, name, 0, full_shape(parameter).numel())
+        for name, buffer in buffers.items():
+            pieces.holding("buffer", name, 0, buffer.numel())
+        engine.restore(pieces.read, state.optimizer_step, kinds)
+        _restore_buffers(buffers, pieces, world)
         try:
             task.load_state_dict(state.task)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -213,6 +214,18 @@ def restore(
         logger.info("resumed from %s", path)
         return state
     return None
+
+
+def _restore_buffers(buffers: Mapping[str, Tensor], pieces: Pieces, world: World) -> None:
+    """Fill the whole tensors beside the weights: rank 0 reads them for all (collective)."""
+    sizes = [buffer.numel() for buffer in buffers.values()]
+    flat = torch.empty(sum(sizes), device=world.device)
+    if world.is_main and sizes:
+        flat.copy_(torch.cat([pieces.read("buffer", name, 0, size) for name, size in zip(buffers, sizes, strict=True)]))
+    if world.size > 1 and sizes:
+        dist.broadcast(flat, src=0)
+    for buffer, values in zip(buffers.values(), flat.split(sizes), strict=True):
+        buffer.copy_(values.view_as(buffer))
 
 
 def _set_aside(path: Path) -> None:
@@ -269,71 +282,47 @@ def _make_empty(folder: Path) -> str:
     return ""
 
 
-def _reader(path: Path) -> Callable[[str, str, int, int], Tensor]:
-    """A function that reads elements of a saved parameter, whichever ranks' files hold them."""
-    files = [safe_open(path / name, framework="pt") for name in sorted(read_files(path)) if name != STATE]
-    pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-    for file in files:
-        for key in file.keys():  # noqa: SIM118 - a safe_open file is no mapping
-            kind, name, start = _place(key)
-            pieces[kind, name].append((start, file.get_slice(key).get_shape()[0], file, key))
-
-    def read(kind: str, name: str, start: int, numel: int) -> Tensor:
-        out, stop = torch.empty(numel), start + numel
-        found = start
-        for begin, length, file, key in sorted(pieces[kind, name], key=lambda piece: piece[:2]):
-            low, high = max(begin, found), min(begin + length, stop)
-            if low < high and low == found:
-                out[low - start : high - start] = file.get_slice(key)[low - begin : high - begin]
-                found = high
-        if found != stop:
-            raise HandoverError(f"{path} lacks {stop - found} of {numel} elements of {kind} of {name}")
-        return out
-
-    return read
-
-
-def _place(key: str) -> tuple[str, str, int]:
-    """Return kind, parameter and first element of a tensor of a checkpoint.
-
-    Raises:
-        ValueError: The key is of another form.
-    """
-    kind, _, rest = key.partition("/")
-    name, _, start = rest.rpartition("@")
-    if not (kind and name and start.isdecimal() and start.isascii() and len(start) < 16):
-        raise ValueError(f"it has a tensor named {key[:60]!r}")
-    return kind, name, int(start)
-
-
-def _damage(path: Path, rank: int, world_size: int) -> str:
-    """What is wrong with this rank's share of the files of a checkpoint, or an empty string."""
+def _files_of(path: Path) -> dict[str, str]:
+    """Return the hashes of a checkpoint's files; or, if they cannot be read, the reason under the name `COMPLETE`."""
     try:
-        files = read_files(path)
+        return read_files(path)
     except (OSError, ValueError) as error:
-        return f"{COMPLETE} cannot be read: {_first_line(error)}"
-    for name, digest in sorted(files.items())[rank::world_size]:
+        return {COMPLETE: f"{COMPLETE} cannot be read: {_first_line(error)}"}
+
+
+def _inspect(path: Path, files: Mapping[str, str], world: World) -> tuple[list[Piece], str]:
+    """Check this rank's share of the files of a checkpoint.
+
+    Returns:
+        What they hold, and what is wrong with them, or an empty string.
+    """
+    if COMPLETE in files:
+        return [], files[COMPLETE]
+    pieces: list[Piece] = []
+    for name, digest in sorted(files.items())[world.rank :: world.size]:
         if not (path / name).is_file():
-            return f"{name} is missing"
+            return [], f"{name} is missing"
         try:
             if sha256_of(path / name) != digest:
-                return f"{name} has other bytes than were written"
-            _check_content(path / name)
+                return [], f"{name} has other bytes than were written"
+            pieces += _content(path / name)
         except (OSError, ValueError, HandoverError) as error:
-            return f"{name} cannot be read: {_first_line(error)}"
-    return ""
+            return [], f"{name} cannot be read: {_first_line(error)}"
+    return pieces, ""
 
 
-def _check_content(file: Path) -> None:
-    """Raise ValueError or HandoverError if a file whose hash holds contradicts itself."""
+def _content(file: Path) -> list[Piece]:
+    """Return what a file holds whose hash is right; ValueError or HandoverError if it contradicts itself."""
     if file.name == STATE:
         if read_state(file.parent).step != step_of(file.parent):
             raise ValueError("it is of another step")
-        return
+        return []
+    pieces = []
     for key, claim in read_safetensors_header(file, whole=False).items():
-        _place(key)
         if len(claim.shape) != 1 or claim != Claim("F32", claim.shape):
             raise ValueError(f"{key[:60]!r} is no flat tensor of fp32")
+        pieces.append(piece_of(key, claim.shape[0], file.name))
+    return pieces
 
 
 def _first_line(error: Exception) -> str:

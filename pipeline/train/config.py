@@ -158,6 +158,12 @@ class EngineConfig(Strict):
         json_schema_extra=FREE,
     )
 
+    bind_cores: bool = Field(
+        True,
+        description="keep each process and its data workers to the CPUs of one socket, that of its GPU, if several processes"
+        " share a node of several sockets; false: wherever the system puts them",
+        json_schema_extra=FREE,
+    )
     public_address: bool = Field(
         False,
         description="accept that several machines meet at an address of the internet; the ranks talk without a password",

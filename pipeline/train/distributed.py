@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -23,10 +24,13 @@ import torch.distributed as dist
 from pipeline.errors import EnvironmentProblem
 from pipeline.ops.arithmetic import choose_arithmetic
 from pipeline.ops.choice import choose_scan
+from pipeline.train import node
 from pipeline.train.gpus import Torch, broken_promise
 from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,24 +41,32 @@ class World:
         rank: Number of this process, from 0.
         size: Number of processes.
         device: Where this process computes.
+        local_rank: Number of this process on its node.
     """
 
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
+    @property
+    def leads_node(self) -> bool:
+        """Whether this is the first rank of its node, which reads and builds what a node needs once."""
+        return self.local_rank == 0
 
-def start(timeout_seconds: float, public_address: bool = False) -> World:
+
+def start(timeout_seconds: float, public_address: bool = False, bind_cores: bool = True) -> World:
     """Join the process group through DeepSpeed: tensors on GPUs go through NCCL, those in the host's memory through gloo.
 
     Args:
         timeout_seconds: How long a collective may take, and how long a rank may stay away, before it fails.
         public_address: Whether the ranks may meet at an address of the internet.
+        bind_cores: Whether each process keeps to the CPUs of one socket (`node.bind`).
 
     Raises:
         EnvironmentProblem: The environment contradicts itself, the ranks cannot or may not meet at its address, or GPUs were
@@ -73,8 +85,9 @@ def start(timeout_seconds: float, public_address: bool = False) -> World:
         if wrong := broken_promise(Torch(torch.__version__, torch.version.cuda), os.environ):
             raise EnvironmentProblem(wrong)
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    deepspeed = _import_deepspeed()
+    if bind_cores:  # before torch and DeepSpeed start threads, which inherit it
+        node.bind(int(found["LOCAL_RANK"]), node.ranks_here(os.environ), _pci_address(device) if gpus else None)
+    deepspeed = quiet_deepspeed()
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     # A group that exists already is kept: a second stage in one process. Without a store torchrun's own is used.
@@ -84,7 +97,7 @@ def start(timeout_seconds: float, public_address: bool = False) -> World:
             backend, store=store, rank=int(found["RANK"]), world_size=int(found["WORLD_SIZE"]), timeout=timeout
         )
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
-    world = World(dist.get_rank(), dist.get_world_size(), device)
+    world = World(dist.get_rank(), dist.get_world_size(), device, int(found["LOCAL_RANK"]))
     _log_table(world, backend, found)
     return world
 
@@ -108,6 +121,11 @@ def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int
         f"local rank {local_rank} has no GPU: {visible} are visible to this process; start as many processes as GPUs"
         " (--nproc), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
     )
+
+
+def _pci_address(device: torch.device) -> str:
+    about: Any = torch.cuda.get_device_properties(device)  # torch's types leave the address out
+    return f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
 
 
 def agree_on_scan(world: World) -> None:
@@ -151,6 +169,33 @@ def barrier(world: World) -> None:
     any_rank(False, world)
 
 
+def from_main(value: T, world: World) -> T:
+    """Return rank 0's value on every rank (collective)."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all(value: T, world: World) -> list[T]:
+    """Return the values of all ranks on every rank, in the order of the ranks (collective)."""
+    if world.size == 1:
+        return [value]
+    box = [value] * world.size
+    dist.all_gather_object(box, value)
+    return box
+
+
+def to_main(value: T, world: World) -> list[T]:
+    """Return the values of all ranks on rank 0, and an empty list elsewhere (collective)."""
+    if world.size == 1:
+        return [value]
+    box = [value] * world.size if world.is_main else None
+    dist.gather_object(value, box, dst=0)
+    return box or []
+
+
 def is_communication_failure(error: BaseException) -> bool:
     """Return whether an exception says that another rank is gone or silent; gloo raises plain RuntimeErrors."""
     if isinstance(error, dist.DistError):
@@ -172,7 +217,13 @@ def _log_table(world: World, backend: str, found: Mapping[str, str]) -> None:
         logger.info("  rank %d: %s", rank, place)
 
 
-def _import_deepspeed() -> ModuleType:
+def quiet_deepspeed() -> ModuleType:
+    """Import DeepSpeed without its messages and without what nobody here uses.
+
+    Raises:
+        EnvironmentProblem: It cannot be imported.
+    """
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own imports raise FutureWarnings
         try:

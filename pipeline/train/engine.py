@@ -72,8 +72,7 @@ class Engine:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if config.compile:
             model.compile()  # in place: the names of the weights stay
-        fused = world.device.type == "cuda" and not config.offload_optimizer
-        optimizer = make_optimizer(cast(Trainable, model), optim, fused=fused)
+        optimizer = make_optimizer(cast(Trainable, model), optim)
         self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
@@ -133,7 +132,8 @@ class Engine:
         before = self._deepspeed.skipped_steps
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
         if boundary and self.config.zero_stage == 0:  # DeepSpeed keeps no norm there
-            self._norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.named_parameters if p.grad is not None])
+            gradients = [p.grad for _, p in self.named_parameters if p.grad is not None]
+            self._norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         self._deepspeed.step()
         return bool(boundary) and self._deepspeed.skipped_steps == before
 
@@ -145,9 +145,9 @@ class Engine:
         """Clip the gradients of one call of the optimizer; DeepSpeed calls it group by group, and would wait for each."""
         norm: Tensor = self._norm if self.config.zero_stage == 0 else self._optimizer._global_grad_norm
         factor = 1.0 / ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.device))
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
     def weight_norm(self) -> float:
         """Return the global norm of the fp32 weights, which is not finite if a weight is not (collective)."""
@@ -173,6 +173,10 @@ class Engine:
         """
         dtype = next(iter(into.values())).dtype
         shards = [shard for shard in self.shards if shard.name in into]
+        if self.config.zero_stage == 0:  # whole parameters, so nothing is cut or put together
+            whole = [(shard.flat if tensors is None else tensors[shard.flat]).detach() for shard in shards]
+            torch._foreach_copy_([into[shard.name] for shard in shards], whole)
+            return
         own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]).to(dtype) for shard in shards]
         if self.replicated:
             pieces = [torch.cat(own)]
@@ -223,6 +227,8 @@ class Engine:
     ) -> None:
         """Restore masters, moments, every extra kind, and the copies that compute (collective).
 
+        Where every rank holds everything, rank 0 reads it and sends it to the others.
+
         Args:
             read: (kind, name, start, numel) -> elements (numel,) of a saved whole parameter.
             optimizer_step: What `optimizer_step` returned.
@@ -234,17 +240,21 @@ class Engine:
             if optimizer_step:
                 state[flat] = {moment: torch.zeros_like(flat.detach()) for moment in self.moments}
                 if isinstance(self.base_optimizer, torch.optim.AdamW):
-                    where_steps = flat.device if self.base_optimizer.defaults["fused"] else "cpu"
-                    state[flat]["step"] = torch.tensor(optimizer_step, device=where_steps)
-        for shard in self.shards:
-            where = (shard.name, shard.start, shard.numel)
-            shard.of(shard.flat).copy_(read("master", *where))
-            if optimizer_step:
-                for moment in self.moments:
-                    shard.of(state[shard.flat][moment]).copy_(read(moment, *where))
-            for kind, tensors in kinds.items():
-                shard.of(tensors[shard.flat]).copy_(read(kind, *where))
-        self.refresh_weights(read)
+                    state[flat]["step"] = torch.tensor(optimizer_step, device=flat.device)  # where fused AdamW keeps it
+        layouts: dict[str, Mapping[Tensor, Tensor]] = {"master": {flat: flat for flat in self.masters}}
+        if optimizer_step:
+            layouts |= {moment: {flat: state[flat][moment] for flat in self.masters} for moment in self.moments}
+        for kind, tensors in {**layouts, **kinds}.items():
+            own = [shard.of(tensors[shard.flat]) for shard in self.shards]
+            if self.world.is_main or not self.replicated:
+                for shard, values in zip(self.shards, own, strict=True):
+                    values.copy_(read(kind, shard.name, shard.start, shard.numel))
+            if self.replicated and self.world.size > 1:
+                flat = torch.cat(own)
+                dist.broadcast(flat, src=0)
+                for values, sent in zip(own, flat.split([len(values) for values in own]), strict=True):
+                    values.copy_(sent)
+        self.refresh_weights()
 
     def optimizer_step(self) -> float:
         """Return AdamW's own count of updates, without skipped ones; for SGD, which counts none, 1 once it has a momentum."""
@@ -288,17 +298,10 @@ class Engine:
             for end, start in zip(ends, starts, strict=True):
                 flat.detach().view(-1)[end:start].zero_()
 
-    def refresh_weights(self, read: Callable[[str, str, int, int], Tensor] | None = None) -> None:
-        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters (collective).
-
-        Args:
-            read: As in `restore`, where a file has the masters of all ranks; None = they are gathered.
-        """
-        if self.config.zero_stage in (1, 2) and read is None:
+    def refresh_weights(self) -> None:
+        """Bring the weights that compute up to date; under ZeRO 1 to 3 they are copies of the masters (collective)."""
+        if self.config.zero_stage in (1, 2):
             self.gather(None, {name: p.data for name, p in self.named_parameters})
-        elif self.config.zero_stage in (1, 2) and read is not None:
-            for name, p in self.named_parameters:
-                p.data.copy_(read("master", name, 0, p.numel()).view(p.shape))
         elif self.config.zero_stage == 3:
             own = {shard.name: shard for shard in self.shards}
             for name, p in self.named_parameters:

@@ -188,7 +188,8 @@ class _Display:
 def _log_row(training: Training, meter: Meter, step: int, *, moved: bool) -> dict[str, float]:
     """The means since the last log line, and the norms of this step (collective)."""
     engine = training.engine
-    row = meter.flush() | {"train/lr": training.lr_at(step - 1), "train/weight_norm": engine.weight_norm()}
+    lr = training.lr_at(step - 1) * training.task.lr_factor()
+    row = meter.flush() | {"train/lr": lr, "train/weight_norm": engine.weight_norm()}
     return row | {"train/grad_norm": engine.grad_norm()} if moved else row
 
 

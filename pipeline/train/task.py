@@ -56,6 +56,9 @@ def mean_magnitude(model: "nn.Module", images: "Tensor") -> float:
 class Companion(Protocol):
     """What a Task asks of its teacher; `pipeline.ssl.teacher.Teacher` is the one there is."""
 
+    def lr_factor(self) -> float:
+        """Return what the last step's learning rate was multiplied by."""
+
     def after_step(self, loss: "Tensor") -> dict[str, Mean]:
         """Move after an optimizer step (collective)."""
 
@@ -118,6 +121,10 @@ class Task:
         A loss has no side effects, except for sums that `after_step` uses up.
         """
         raise TypeError(f"{type(self).__name__} gives no loss")
+
+    def lr_factor(self) -> float:
+        """Return what the last step's learning rate was multiplied by, for the log: it may wait for the device."""
+        return self.teacher.lr_factor() if self.teacher else 1.0
 
     def after_step(self, loss: "Tensor") -> dict[str, Mean]:
         """Move the teacher after a real optimizer step, never after a skipped one.

@@ -84,6 +84,10 @@ class ArmSpec(StageSpec[ArmConfig]):
         """The backbone of the config."""
         return config.model
 
+    def minimises(self, config: ArmConfig) -> bool:
+        """The loss decides, unless the linear probe does."""
+        return config.select_by != "linear"
+
     def workload(self, config: ArmConfig, num_classes: int, parent: ParentModel) -> Workload:
         """The backbone with its decoder."""
         return Workload((Network("student", "trained", config.model, config.decoder, trained_images=1),))

@@ -107,7 +107,7 @@ class WeightsConfig(Strict):
     """
 
     path: Path = Field(
-        description="safetensors or a plain state dict, also inside the wrapper of a release", json_schema_extra=FREE
+        description="safetensors or a plain state dict, also in a release's wrapper", json_schema_extra=FREE
     )
     saw_labels: bool = Field(
         True, description="false: pretrained without any label, for example as a masked autoencoder"
@@ -141,9 +141,7 @@ class DistillConfig(StageConfig):
         description="standard deviation of a fresh classifier's weights, a truncated normal; null = as the model has it (0.02)."
         " ARM, MAE and Semi-ViT fine-tune from 2e-5",
     )
-    average: AverageConfig | None = Field(
-        None, description="average of the weights; null = the student itself is evaluated and exported"
-    )
+    average: AverageConfig | None = Field(None, description="average of the weights, exported beside the student")
     mesa: MesaConfig | None = Field(
         None, description="self-distillation from the average; null = off, as in the released script beside a teacher"
     )
@@ -258,6 +256,10 @@ class DistillSpec(StageSpec[DistillConfig]):
         if config.teacher and config.teacher.weights:
             files["teacher.weights"] = config.teacher.weights
         return files
+
+    def exports(self, config: DistillConfig) -> tuple[str, ...]:
+        """The average with the student beside it, or the student."""
+        return ("export", "export-student") if config.average else ("export",)
 
     def other_paths(self, config: DistillConfig) -> dict[str, Path]:
         """The caches of the teacher's predictions and of the backbone's features."""

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config import FREE, NonNegativeInt, PathText, Strict
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, HandoverError
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.models.config import ModelConfig, SSMixupConfig, VisionMambaConfig
 from pipeline.models.family import FamilyConfig
@@ -112,6 +112,12 @@ class SemiConfig(StageConfig):
         " none, and model says what is trained",
         json_schema_extra=FREE,
     )
+    teacher_from: PathText | None = Field(
+        None,
+        description="a classifier's export whose weights the teacher starts from, as init_from; null = the student's. With an"
+        " average in stage 2, init_from=distill/export-student teacher_from=distill is Semi-ViT Huge's scheme",
+        json_schema_extra=FREE,
+    )
     model: ModelConfig | None = Field(
         None, description="a model to train from random weights, in place of init_from, as FixMatch and USB do"
     )
@@ -180,6 +186,11 @@ class SemiConfig(StageConfig):
             )
         if self.model and self.backbone.train != "whole":
             raise ValueError("model starts from random weights, so all of them must train; set backbone.train=whole")
+        if self.teacher_from and (self.model or self.backbone.train != "whole" or self.balanced_head):
+            raise ValueError(
+                "teacher_from gives the teacher all of its weights, so the student's must come from init_from and all train: give"
+                " init_from, backbone.train=whole and balanced_head=null, or leave teacher_from out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -236,6 +247,13 @@ class SemiSpec(StageSpec[SemiConfig]):
         """The parent's model or the config's own, with this stage's drop path and SSMixup."""
         model: FamilyConfig = self.own_model(config, num_classes) or parent("init_from")
         values = model.model_dump()
+        if config.teacher_from:
+            teacher = parent("teacher_from").model_dump()
+            for key in (key for key in values | teacher if key != "drop_path" and values.get(key) != teacher.get(key)):
+                raise HandoverError(
+                    f"teacher_from = {config.teacher_from} has model.{key} = {teacher.get(key)!r}, init_from ="
+                    f" {config.init_from} {values.get(key)!r}; the teacher averages the student, so give exports of one model"
+                )
         if config.drop_path is not None:
             values["drop_path"] = config.drop_path
         if config.ssmixup and config.ssmixup.in_model:
@@ -263,8 +281,13 @@ class SemiSpec(StageSpec[SemiConfig]):
         return config.model and config.model.model_copy(update={"num_classes": num_classes})
 
     def references(self, config: SemiConfig) -> dict[str, str]:
-        """The classifier to start from, if there is one."""
-        return {"init_from": config.init_from} if config.init_from else {}
+        """The classifier to start from and that of the teacher, if there are any."""
+        given = {"init_from": config.init_from, "teacher_from": config.teacher_from}
+        return {key: reference for key, reference in given.items() if reference}
+
+    def exports(self, config: SemiConfig) -> tuple[str, ...]:
+        """The teacher and the student; `export` says which is the result."""
+        return ("export", "export-student" if config.export == "teacher" else "export-teacher")
 
     def check_data(self, config: SemiConfig, num_classes: int) -> None:
         """Refuse SSMixup for a model of its own without opposite directions."""

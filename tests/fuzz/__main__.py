@@ -13,12 +13,14 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.fuzz.kinds import KINDS, Material
+from tests.fuzz.kinds import KINDS, NEED_RUNS, SHARES, Material
+from tests.fuzz.material import material
 
 JOBS = max(1, min(4, os.cpu_count() or 1))
+TURN = 48  # cases after which the kinds begin anew
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,15 +36,28 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown kind {', '.join(unknown)}; known: {', '.join(KINDS)}")
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
-        have = material(scratch)
         numbers = [given.only] if given.only is not None else range(given.cases)
-        found = run([(kinds[number % len(kinds)], number) for number in numbers], given.seed, scratch, have)
+        order = turns(kinds)
+        with material(scratch, trained=not NEED_RUNS.isdisjoint(kinds)) as have:
+            found = run([(order[number % len(order)], number) for number in numbers], given.seed, scratch, have)
         if given.only is not None:
             print((scratch / "case-0" / "stderr").read_text(errors="replace")[-4000:])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(json.dumps(found))
     return int(found["violations"] > 0)
+
+
+def turns(kinds: Sequence[str]) -> list[str]:
+    """Return the order in which the kinds take turns: those of `SHARES` rarely, the others equally often."""
+    common = [kind for kind in kinds if kind not in SHARES]
+    if not common:
+        return list(kinds)
+    order = (common * TURN)[: TURN - sum(SHARES[kind] for kind in kinds if kind in SHARES)]
+    for kind in kinds:
+        for k in range(SHARES.get(kind, 0)):
+            order.insert((k + 1) * len(order) // SHARES[kind], kind)
+    return order
 
 
 def run(cases: list[tuple[str, int]], seed: int, scratch: Path, have: Material) -> dict[str, object]:
@@ -83,52 +98,10 @@ def run(cases: list[tuple[str, int]], seed: int, scratch: Path, have: Material) 
 
 def _state(have: Material) -> list[tuple[str, int, int]]:
     """Names, sizes and times of what no case may change."""
-    paths = sorted(p for root in (have.digits, have.export, have.weights.parent) for p in root.rglob("*"))
+    paths = sorted(
+        p for root in (have.digits, have.small, have.runs, have.export, have.weights.parent) for p in root.rglob("*")
+    )
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-
-
-def material(scratch: Path) -> Material:
-    """Import what the commands import, so that children start at once, and make sound inputs."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    warnings.simplefilter("ignore")
-    import logging
-
-    import torch
-
-    torch.set_num_threads(1)
-    for module in (
-        "stages.__main__",
-        "stages.drivers",
-        "stages.semi",
-        "pipeline.models.__main__",
-        "pipeline.exports.convert",
-    ):
-        __import__(module)
-    from pipeline.data import main as data
-    from pipeline.exports.export import load_export
-    from pipeline.ops.torchvision_cpu import allow_torchvision
-    from tests.unit.exports.released import checkpoint, filled
-    from tests.unit.exports.test_convert import SMALL
-    from tests.unit.exports.test_export import exported
-
-    allow_torchvision()
-    import timm  # noqa: F401 - imported for the children
-
-    logging.disable(logging.INFO)
-    digits = scratch / "digits"
-    with open(os.devnull, "w") as nothing:
-        shown, sys.stdout = sys.stdout, nothing
-        try:
-            data(["convert", "digits", "--out", str(digits)])
-            options = "--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed 0".split()
-            data(["split", str(digits / "train"), "--out", str(digits / "split.json"), *options])
-        finally:
-            sys.stdout = shown
-    exported(scratch / "export", classes=tuple("0123456789"))
-    load_export(scratch / "export")  # builds and loads the kernels
-    (scratch / "weights").mkdir()
-    torch.save(checkpoint(filled(SMALL["vim"])), scratch / "weights" / "vim.pth")
-    return Material(digits, scratch / "export", scratch / "weights" / "vim.pth")
 
 
 if __name__ == "__main__":

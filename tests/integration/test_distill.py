@@ -15,6 +15,7 @@ from pipeline.exports.export import load_export
 from pipeline.train.checkpoint import complete
 from tests import warm
 from tests.conftest import Stages
+from tests.integration.test_resume import parents
 
 
 def run(stages: Stages, stage: str, *more: str, nproc: int = 1) -> Path:
@@ -105,6 +106,28 @@ def test_mesa_adds_the_averages_predictions_from_its_step_on(chain: Stages) -> N
     folder = run(chain, "distill", "run.experiment=mesa", "teacher=null", "mesa={start: 0.5}", "optim.cooldown_steps=0")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/mesa" in row] == [5, 6, 7, 8]
+
+
+def test_a_fresh_classifier_is_drawn_as_the_config_says(chain: Stages) -> None:
+    """A rate that moves nothing leaves the draw in the export."""
+    still = [*parents(chain, "distill"), "loop.steps=1", "optim={lr: 1e-300, weight_decay: 0}"]
+    for name, given, std in (("usual", "null", 0.02), ("small", "2e-5", 2e-5)):
+        folder = chain.complete("distill", *still, f"run.experiment=head-{name}", f"head_std={given}")
+        head = load_file(folder / "export" / WEIGHTS)["head.weight"]
+        assert float(head.std()) == pytest.approx(std, rel=0.15), name
+
+
+def test_batch_norms_of_processes_of_their_own_are_those_of_micro_batches(chain: Stages) -> None:
+    """Two processes without synchronisation have the losses of two micro-batches, with it those of the whole batch."""
+    model = ["init_from=null", "model={name: efficientvim_nano}", "loop.steps=3"]
+
+    def losses_of(name: str, *more: str, nproc: int = 1) -> list[float]:
+        return losses(chain.complete("distill", *model, f"run.experiment=norms-{name}", *more, nproc=nproc))
+
+    whole, parts = losses_of("whole"), losses_of("parts", "engine.micro_batch=8")
+    assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) > 1e-3
+    assert losses_of("own", "engine.sync_batch_norm=false", nproc=2) == pytest.approx(parts, rel=1e-5)
+    assert losses_of("shared", nproc=2) == pytest.approx(whole, rel=1e-5)
 
 
 def test_a_teacher_may_give_targets_to_unlabelled_images(chain: Stages) -> None:

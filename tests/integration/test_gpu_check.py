@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from benchmarks import gpu_check, gpu_runs
 from benchmarks.gpu_check import Part, check, prepare, write
 from benchmarks.gpu_runs import Runner, waits_of
+from benchmarks.gpu_scan import mixers
 from pipeline.config import load_config
 from pipeline.errors import EnvironmentProblem
 from pipeline.train.tracer import STEPS_TRACED
@@ -98,6 +100,13 @@ def test_a_part_that_fails_stops_no_other_and_one_without_time_is_named(tmp_path
     assert "- first: no luck" in text
     assert "| number | 1.5 |" in text
     assert json.loads((tmp_path / "nvidia-a100-sxm4-80gb.json").read_text())["failed"] == problems
+
+
+def test_mixers_are_timed_side_by_side_and_missing_ones_are_left_out() -> None:
+    shape = {"batch": 2, "steps": 9, "channels": 8, "states": 4, "rank": 2}
+    found = mixers(torch.device("cpu"), ("cuda", "torch", "reference"), **shape)
+    assert list(found) == ["mixer_torch_train_ms", "mixer_reference_train_ms"]
+    assert all(milliseconds > 0 for milliseconds in found.values())
 
 
 def test_the_parts_for_a_gpu_are_all_recipes_after_what_decides(tmp_path: Path) -> None:

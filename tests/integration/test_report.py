@@ -182,7 +182,7 @@ def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, 
     config = other / "semi" / "config.yaml"
     config.write_text(re.sub(r"(?m)^label_smoothing: .*$", "label_smoothing: 0.07", config.read_text()))
     path = other / "semi" / "predictions-teacher.npz"
-    predictions = Predictions.load(path)
+    predictions = Predictions.load(path, 10)
     gained = (predictions.labels == 9) & (predictions.predicted != 9)
     assert gained.sum() > 0
     improved = np.where(predictions.labels == 9, 9, predictions.predicted)
@@ -198,7 +198,7 @@ def test_designs_are_named_by_what_differs_and_compared_in_pairs(chain: Stages, 
 def test_designs_are_paired_by_seed_and_only_on_the_same_images(chain: Stages, tmp_path: Path) -> None:
     """Two designs have equal predictions for each of two seeds; a third design was evaluated on other images."""
     smoke = chain.runs / "smoke"
-    predictions = {s: Predictions.load(smoke / "semi" / "predictions-teacher.npz") for s in (0, 1)}
+    predictions = {s: Predictions.load(smoke / "semi" / "predictions-teacher.npz", 10) for s in (0, 1)}
     predictions[1] = Predictions(**{**vars(predictions[1]), "predicted": (predictions[1].predicted + 1) % 10})
 
     def experiment(name: str, seed: int, smoothing: float, moved: int = 0) -> Path:

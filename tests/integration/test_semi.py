@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from pipeline.train.schedules import half_cosine
 from tests import warm
 from tests.conftest import Stages
 from tests.integration.test_resume import parents, start_and_signal
@@ -59,11 +60,52 @@ def test_a_wide_resnet_learns_by_sgd_and_survives_a_kill(chain: Stages) -> None:
     assert bytes_of(chain.complete("semi", *more, "run.experiment=wrn-killed")) == bytes_of(straight)
 
 
+def test_the_whole_wrn_28_2_trains_on_the_digits(chain: Stages) -> None:
+    """Two steps of FixMatch from random weights, as in USB's configs."""
+    more = [
+        "init_from=null",
+        "model={name: wrn_28_2}",
+        "optim={kind: sgd, lr: 0.03, weight_decay: 5e-4, schedule: cosine_7_16}",
+        "ema={mode: ema, base_decay: 0.999, warmup_steps: 0, buffers: average}",
+        "pseudo={labeller: student, threshold: 0.95, weight: 1.0}",
+        "unlabelled_ratio=1",
+        "loop.steps=2",
+        "loop.global_batch=4",
+        "watched_samples=0",
+        "data.test=null",
+    ]
+    run = chain.complete("semi", *more, "run.experiment=wrn-28-2")
+    card = json.loads((run / "export" / "model.json").read_text())
+    assert (card["model"]["depth"], card["model"]["widen"]) == (28, 2)
+    student, average = (load_file(run / folder / "model.safetensors") for folder in ("export-student", "export"))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert sum(value.numel() for name, value in student.items() if not name.endswith(statistics)) == 1_467_626
+    assert not student["head.weight"].equal(average["head.weight"])
+
+
 def test_ssmixup_is_refused_where_there_are_no_two_directions(chain: Stages, efficientvim: Path) -> None:
     done = chain.run("semi", f"init_from={efficientvim}", "run.experiment=refused", "ssmixup={}")
     assert done.returncode == 2
     assert "efficientvim_nano" in done.stderr
     assert "set ssmixup=null" in done.stderr
+
+
+def test_the_released_semi_vim_survives_a_kill_on_any_backbone(chain: Stages, efficientvim: Path) -> None:
+    released = ["ema={preset: released, pull: 0.01}", "ssmixup={axis: logits, nu: 1.0}", "pseudo.normalise=accepted"]
+    more = [f"init_from={efficientvim}", *released, "optim.lr=1e-2"]
+    straight = chain.complete("semi", *more, "run.experiment=released-straight")
+    start_and_signal(chain, "semi", *more, "run.experiment=released-killed", number=signal.SIGKILL, after_steps=5)
+    assert bytes_of(chain.complete("semi", *more, "run.experiment=released-killed")) == bytes_of(straight)
+
+
+def test_the_logged_rate_is_the_one_that_a_step_used(chain: Stages) -> None:
+    """At a rate that moves no weight V stays 0, so that every update rolls back and halves the rate of the next step."""
+    still = ["optim={lr: 1e-300, weight_decay: 0}", "loop.steps=4", "ema={preset: released}"]
+    run = chain.complete("semi", *parents(chain, "semi"), *still, "run.experiment=rolled-back")
+    logged = [row["train/lr"] for row in rows(run) if "train/lr" in row]
+    scheduled = [1e-300 * half_cosine(step / 4) for step in range(4)]
+    assert logged == pytest.approx([rate / 2**k for k, rate in enumerate(scheduled)], rel=1e-12, abs=0)
+    assert [row["ema/rollbacks"] for row in rows(run) if "ema/rollbacks" in row] == [1, 2, 3, 4]
 
 
 def test_ssmixup_and_running_means_survive_a_kill_and_leave_no_trace_in_the_export(chain: Stages) -> None:
@@ -98,6 +140,7 @@ def test_ssmixup_and_running_means_survive_a_kill_and_leave_no_trace_in_the_expo
         ),
         ("freematch", "pseudo.thresholds=freematch pseudo.fairness=0.05 pseudo.momentum=0.9".split()),
         ("weights", ["class_weights={kind: effective, beta: 0.9}", "data.loader.sampling=uniform"]),
+        ("inverse", ["class_weights={kind: inverse}", "data.loader.sampling=uniform"]),
         ("both", ["ssmixup={axis: both, psi: self, nu: 0.5}", "pseudo.kind=soft", "pseudo.normalise=accepted"]),
     ],
 )

@@ -1,6 +1,7 @@
 """Kill -9 again and again, at random moments, while every step is being saved: the end is that of a run never killed.
 
-Two kills here; thirty, with changing layouts too, in `make soak`. The seed of the moments is printed when a case fails.
+Two kills here; thirty, with changing layouts and with data workers too, in `make soak`. The seed of the moments is printed
+when a case fails. `test_soak_commands.py` kills the other commands.
 """
 
 import random
@@ -23,24 +24,26 @@ SAME = [(2, 2)]  # (processes, ZeRO stage), in turn
 MOVING = [(2, 2), (1, 1), (2, 3), (1, 2), (2, 0), (2, 1)]
 
 
-def kill_often(chain: Stages, name: str, kills: int, layouts: Sequence[tuple[int, int]], seed: int) -> Path:
+def kill_often(chain: Stages, name: str, kills: int, layouts: Sequence[tuple[int, int]], seed: int, *more: str) -> Path:
     """Start, kill -9 one rank or the launcher, start again in the next layout, ...; then run to the end."""
     moments, run = random.Random(seed), chain.runs / name / "semi"
     for k in range(kills):
         nproc, zero = layouts[k % len(layouts)]
-        arguments = overrides(chain, name, kills, zero)
+        arguments = [*overrides(chain, name, kills, zero), *more]
         process = warm.start(chain.command("semi", *arguments, nproc=nproc))
         wait_for_steps(run, moments.randint(1, 3), process)
-        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
         time.sleep(moments.uniform(0, 0.15))
-        victim = moments.choice(family[: 1 + nproc] if nproc > 1 else family[:1])
+        launcher = psutil.Process(process.pid)
+        family = [process.pid, *(child.pid for child in launcher.children(recursive=True))]  # the data workers too
+        ranks = [child.pid for child in launcher.children()] if nproc > 1 else []
+        victim = moments.choice([process.pid, *ranks])
         assert process.poll() is None, process.errors
         psutil.Process(victim).kill()
         _, text = process.communicate(timeout=patience(20))
         assert process.returncode in (-9, 7), text
         assert gone(family), f"kill {k} left a process behind"
     nproc, zero = layouts[0]
-    done = chain.run("semi", *overrides(chain, name, kills, zero), nproc=nproc)
+    done = chain.run("semi", *overrides(chain, name, kills, zero), *more, nproc=nproc)
     assert done.returncode == 0, done.stderr
     assert "is damaged" not in done.stderr  # what a kill cut short never looks like a checkpoint
     return run
@@ -79,12 +82,12 @@ def gone(pids: Sequence[int]) -> bool:
     return False
 
 
-def soak(chain: Stages, kills: int, layouts: Sequence[tuple[int, int]], seed: int) -> None:
+def soak(chain: Stages, kills: int, layouts: Sequence[tuple[int, int]], seed: int, *more: str) -> None:
     moving = len(layouts) > 1
-    name = f"soak{kills}{'moving' if moving else ''}"
+    name = f"soak{kills}{'moving' if moving else ''}{len(more) or ''}"
     nproc, zero = layouts[0]
     straight = chain.complete("semi", *overrides(chain, f"{name}-straight", kills, zero), nproc=nproc)
-    run = kill_often(chain, name, kills, layouts, seed)
+    run = kill_often(chain, name, kills, layouts, seed, *more)
     steps = losses(run, "semi"), losses(straight, "semi")
     assert len(steps[0]) == len(steps[1]) == STEPS_PER_KILL * kills
     for got, want in zip(*steps, strict=True):
@@ -104,3 +107,9 @@ def test_two_kills(chain: Stages) -> None:
 @pytest.mark.parametrize("layouts", [SAME, MOVING], ids=["same", "moving"])
 def test_thirty_kills(chain: Stages, layouts: Sequence[tuple[int, int]]) -> None:
     soak(chain, 30, layouts, seed=int(time.time()))
+
+
+@pytest.mark.soak
+def test_thirty_kills_with_data_workers(chain: Stages) -> None:
+    """The run that is never killed has no workers: they change nothing, and none outlives its rank."""
+    soak(chain, 30, [(1, 2)], int(time.time()), "data.loader.workers=2")

@@ -83,6 +83,22 @@ def test_ssmixup_and_the_students_own_labels_are_the_same_under_zero_3(chain: St
         assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("zero", range(4))
+def test_the_released_semi_vim_is_the_same_under_zero(chain: Stages, zero: int) -> None:
+    """Its pull in the gradient, its decay, and its SSMixup beside the loss."""
+    released = ["ema={preset: released, pull: 0.01}", "ssmixup={axis: logits, nu: 1.0}", "optim.warmup_steps=2"]
+    released += ["pseudo.threshold=0.1", "pseudo.normalise=accepted", "pseudo.weight=1.0"]
+    more = [*parents(chain, "semi"), SHORT, *released]
+    alone = chain.complete("semi", *more, "run.experiment=released")
+    cut = chain.complete("semi", *more, f"run.experiment=released-zero{zero}", f"engine.zero_stage={zero}", nproc=2)
+    wanted = losses(alone, "semi")
+    for got, want in zip(losses(cut, "semi"), wanted, strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
+    assert wanted[0]["ema/alpha"] == 0.5
+    assert last_row(alone, "train/ssmixup") > 0
+    assert last_row(cut, "train/lr") == last_row(alone, "train/lr")
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_an_optimizer_in_the_hosts_memory_steps_alike(chain: Stages, alone, zero: int) -> None:
     more = [f"run.experiment=offload{zero}", f"engine.zero_stage={zero}", "engine.offload_optimizer=true"]

@@ -158,6 +158,35 @@ def test_a_sweep_is_a_throttled_array_and_submitting_again_runs_only_what_is_not
     assert "grid-lr_1e30" in again
 
 
+def test_a_search_is_rounds_of_arrays_until_there_are_enough_trials(person: Person) -> None:
+    """Two trials at a time, of three; the last call finds all of them complete and writes the table, the least loss first."""
+    pytest.importorskip("optuna", reason="pip install 'visionmamba-pipeline[sweep]'")
+    more = ["run.experiment=found", "cluster:nodes=1", "cluster:array_parallel=2", "loop.steps=4", "loop.eval_every=2"]
+    over = ["--over", "optim.lr=1e-3,2e-3,4e-3", "--sampler", "grid", "--trials", "3"]
+    words = [*person.overrides, *more, *over, "--cluster", "configs/cluster/cpu.yaml"]
+
+    def call() -> str:
+        done = person.type("sweep", "arm", "configs/arm/smoke.yaml", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def job(number: int) -> str:
+        return json.loads((person.runs / f"found-sweep-{number:03d}" / "slurm/arm.json").read_text())["job"]
+
+    assert "trials on the cluster: 2" in call()
+    assert "queued already" in call()
+    for number in (0, 1):
+        person.completed(job(number))
+    assert "trials on the cluster: 1" in call()
+    person.completed(job(2))
+    assert "Trial 00" in call()
+    header, *rows = (person.runs / "found-sweep" / "sweep.csv").read_text().splitlines()
+    assert header == "trial,state,optim.lr,val/loss"
+    losses = [float(row.rpartition(",")[2]) for row in rows]
+    assert len(losses) == 3
+    assert losses == sorted(losses)
+
+
 def test_studies_are_arrays_that_wait_point_by_point(person: Person) -> None:
     """Two seeds of the chain: each seed's stage 2 waits for its own stage 1 only."""
     more = ["run.experiment=study", "cluster:nodes=1", "arm:loop.steps=4"]

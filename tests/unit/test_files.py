@@ -67,6 +67,22 @@ def test_a_folder_takes_the_place_of_a_folder_with_other_files(tmp_path: Path) -
     assert names(tmp_path) == ["step_1"]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_a_folder_takes_the_place_of_what_is_no_folder(tmp_path: Path, make) -> None:
+    make(tmp_path / "x")
+    with replacing(tmp_path / "x") as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "new"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_regular_file_is_not_hashed_and_not_waited_for(tmp_path: Path, make) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(OSError):
+        sha256_of(tmp_path / "x")
+
+
 def test_what_a_killed_writer_left_is_overwritten(tmp_path: Path) -> None:
     """A kill runs no clean-up: the temporary path stays, as a file or as a folder, until the next writer comes."""
     path = tmp_path / "a"

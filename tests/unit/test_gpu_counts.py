@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 
 from benchmarks import sass
-from benchmarks.gpu_counts import GPUS, clocks
+from benchmarks.gpu_counts import clocks
 from benchmarks.gpu_static import interpreter_error, scan_bytes
-from pipeline.ops.cuda.counted import CLOCKS, scan_clocks
+from pipeline.ops.cuda.counted import GPUS, scan_clocks, scan_seconds, sources_hash, table
 from pipeline.ops.cuda.program import Program
 
 # A loop over tiles with two alternatives (1 or 3 FFMA), and inside it a loop with one MUFU.
@@ -70,8 +70,18 @@ def test_bytes_of_a_layer_are_near_the_least_and_grow_where_the_cache_is_too_sma
 def test_a_scan_is_charged_for_whole_tiles_and_sixteen_states():
     sizes = {"images": 2, "directions": 2, "channels": 8}
     whole = scan_clocks("forward", "sm_80", steps=208, states=16, **sizes)
-    assert whole == pytest.approx(2 * 2 * 8 * 208 * 16 * CLOCKS["sm_80"]["forward"] / 1000)
+    assert whole == pytest.approx(2 * 2 * 8 * 208 * 16 * table()["sm_80"]["forward"] / 1000)
     assert scan_clocks("forward", "sm_80", steps=197, states=5, **sizes) == whole
+
+
+def test_the_table_that_the_plan_reads_was_counted_from_these_kernels():
+    """After a change of a kernel: .venv/bin/python -m benchmarks.gpu_static --write."""
+    assert table()["sources"] == sources_hash()
+    for arch in GPUS:
+        assert 0 < table()[arch]["forward"] < table()[arch]["backward"]
+        seconds = scan_seconds("forward", arch, images=1, directions=1, channels=1, steps=1000, states=16)
+        whole = 1008 * 16 / 1000 * table()[arch]["forward"]
+        assert seconds == pytest.approx(whole / GPUS[arch].multiprocessors / GPUS[arch].clock)
 
 
 def test_the_emulated_kernels_equal_the_reference():

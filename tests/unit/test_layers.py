@@ -35,8 +35,8 @@ LAYERS = {
     "pipeline.storage": 1,
     "pipeline": 0,
 }
-LATE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "timm", "sklearn", "matplotlib", "onnx")
-ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "obstore")
+LATE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "optuna", "timm", "sklearn", "matplotlib", "onnx")
+ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "optuna")
 FILES = sorted(p for top in ("pipeline", "stages", "launchers") for p in (ROOT / top).rglob("*.py"))
 
 

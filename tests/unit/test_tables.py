@@ -48,7 +48,10 @@ def test_every_row_is_a_valid_config_and_starts_from_its_parents_export(dataset:
         stage_2, stage_3 = found["distill"], found["semi"]
         assert isinstance(stage_2, DistillConfig)
         assert isinstance(stage_3, SemiConfig)
-        assert SPECS["semi"].parents(stage_3)["init_from"] == stage_2.run.folder("distill") / "export"
+        # With an average in stage 2 the teacher starts from that, and the student from the model.
+        starts = SPECS["semi"].parents(stage_3)
+        assert starts.popitem()[1] == stage_2.run.folder("distill") / "export"
+        assert [path.name for path in starts.values()] == (["export-student"] if stage_2.average else [])
         assert stage_2.data.split == stage_3.data.split
         assert shared.setdefault(stage_2.run.experiment, stage_2) == stage_2  # or it would be refused
         if "arm" in found:
@@ -81,6 +84,8 @@ def test_the_configs_have_semi_vits_published_settings() -> None:
         assert loop.steps == pytest.approx(epochs * ROWS[name].images()[1] / (5 * loop.global_batch), abs=1)
         assert optim.warmup_steps == pytest.approx(loop.steps * 5 / epochs, abs=1)
         assert (first.average is not None) == (name == "R-semivit_huge-10pct")
+        starts = second.init_from.rpartition("/")[2], second.teacher_from and second.teacher_from.rpartition("/")[2]
+        assert starts == (("export-student", "export") if first.average else ("export", None))
         assert bool(first.mix.mixup) == bool(first.augment.erase) == ("10pct" in name)
 
 

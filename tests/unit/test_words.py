@@ -52,11 +52,11 @@ WORDS = (
     Word(r"\bworking[ _-]cop(y|ies)\b", "inference copy"),
     # The old config key is refused with its new name.
     Word(r"\b_?lanes?\b", "virtual reader, reader", r"virtual_readers|data\.loader\.lanes", SIMD),
-    # DeepSpeed's own name; CSS.
+    # DeepSpeed's own name; CSS; an option of `convert`.
     Word(
         r"\b_?positions?\b",
         "sample index, data step, position embedding; pixel, patch or token; offset",
-        r"(?i)position[ _-]embedding|grad_position|position: sticky",
+        r"(?i)position[ _-]embedding|grad_position|position: sticky|--cls-position",
     ),
     # The old config key is refused with its new name.
     Word(
@@ -75,7 +75,7 @@ WORDS = (
     Word(r"\b((un)?labelled|validation|held-out) parts?\b", "subset"),
     # Servers and SLURM answer; models predict.
     Word(r"\banswers?\b", "prediction, output, logits", files=("*storage*", "*slurm*", "launchers/*", "tests/*")),
-    Word(r"\brequirements-(?!cu)\w+\.txt", "an extra of pyproject.toml: pip install 'visionmamba-pipeline[onnx]'"),
+    Word(r"\brequirements-(?!cu|cpu)\w+\.txt", "an extra of pyproject.toml: pip install 'visionmamba-pipeline[onnx]'"),
     Word(r'("""|# |//! ?|// )Of\b(?! course)', "a whole sentence, or a noun phrase that stands alone"),
 )
 # Names in code that were given up, with what replaced them.

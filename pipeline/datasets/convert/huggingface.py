@@ -185,19 +185,26 @@ def _load_from_hub(library: Any, source: str, config: str | None, split: str | N
     hub_logging.set_verbosity_error()  # five warnings that it tries again
     try:
         return library.load_dataset(source, config, split=split, revision=revision)
-    except ConnectionError:
-        # The library looks for what it has prepared itself. A folder that `hf download` has filled is as good.
-        try:
-            folder = snapshot_download(source, repo_type="dataset", revision=revision, local_files_only=True)
-        except Exception:
-            offline = "HF_HUB_OFFLINE is set" if library.config.HF_HUB_OFFLINE else "the hub cannot be reached"
-            raise EnvironmentProblem(
-                f"{source} is no folder here, {offline}, and the cache {library.config.HF_CACHE_HOME} has no such dataset; on a"
-                f" machine with access type `hf download --repo-type dataset {source}`, and set HF_HOME to that cache"
-            ) from None
-        return _explained(library, source, lambda: library.load_dataset(folder, config, split=split))
     except Exception as error:
-        raise _explanation(library, source, error) from None
+        if not _is_out_of_reach(library, error):
+            raise _explanation(library, source, error) from None
+    # The library has looked for what it has prepared itself. A folder that `hf download` has filled is as good.
+    try:
+        folder = snapshot_download(source, repo_type="dataset", revision=revision, local_files_only=True)
+    except Exception:
+        offline = "HF_HUB_OFFLINE is set" if library.config.HF_HUB_OFFLINE else "the hub cannot be reached"
+        raise EnvironmentProblem(
+            f"{source} is no folder here, {offline}, and the cache {library.config.HF_CACHE_HOME} has no such dataset; on a"
+            f" machine with access type `hf download --repo-type dataset {source}`, and set HF_HOME to that cache"
+        ) from None
+    return _explained(library, source, lambda: library.load_dataset(folder, config, split=split))
+
+
+def _is_out_of_reach(library: Any, error: Exception) -> bool:
+    """Whether the hub was not reached or failed itself, as opposed to a refusal; the library has many exceptions for it."""
+    said = (library.exceptions.DatasetsError, library.data_files.EmptyDatasetError)  # it was reached, and refused
+    network = isinstance(error, OSError) and error.errno is None  # a full disk has a number
+    return not isinstance(error, said) and (network or type(error).__module__.startswith("httpx"))
 
 
 def _explained(library: Any, source: str, load: Callable[[], T]) -> T:

@@ -176,7 +176,8 @@ def convert_parquet(args: argparse.Namespace) -> None:
     )
     if len(parts) > 1:
         print(
-            f"note: these files are parts of one dataset ({', '.join(parts)}) and become one set; convert each part by itself"
+            f"note: these files are parts of one dataset ({', '.join(parts)}) and become one set; convert each part by itself,"
+            " or all with `convert huggingface`"
         )
     _convert(source, args.out, args)
 

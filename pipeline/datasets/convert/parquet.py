@@ -1,9 +1,10 @@
 """A folder of parquet files, or of a saved Hugging Face dataset, as a source; needs the optional pyarrow."""
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class Parquet(Source):
         """Return the file extension and the bytes of one image."""
         firsts = [first for _, _, first in self.groups]
         path, group, first = self.groups[int(np.searchsorted(firsts, item, side="right")) - 1]
-        value = _row_group(path, os.stat(path).st_mtime_ns, group, self.column)[item - first].as_py()
+        with _reading(path):
+            value = _row_group(path, os.stat(path).st_mtime_ns, group, self.column)[item - first].as_py()
         where = f"{path}: row {item - first} of row group {group}"
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None and isinstance(value, dict) and isinstance(value.get("path"), str):
@@ -94,7 +96,8 @@ def parquet_folder(
         stem = stem.removesuffix(path.suffix).replace(".", "_")
         for group in range(table.num_groups):
             groups.append((str(path), group, len(raw)))
-            raw += table.read(group, label_column).to_pylist() if labelled else [None] * table.count(group)
+            with _reading(path):
+                raw += table.read(group, label_column).to_pylist() if labelled else [None] * table.count(group)
         keys += [f"{stem}/{row:07d}" for row in range(len(raw) - len(keys))]
     known, labels = column_labels(raw, names, classes, f"column {label_column!r} of {root}")
     return Parquet(str(root), known, keys, labels, image_column, groups)
@@ -154,6 +157,7 @@ class _ArrowFile:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             self._table = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
+        self._table.validate(full=True)  # a place outside its buffers would be read
         self.names: list[str] = self._table.schema.names
         self.metadata = self._table.schema.metadata
 
@@ -165,11 +169,19 @@ class _ArrowFile:
 
 
 def _open(path: str) -> _ParquetFile | _ArrowFile:
+    with _reading(path):
+        return _ArrowFile(path) if path.endswith(".arrow") else _ParquetFile(path)
+
+
+@contextlib.contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """Turn what pyarrow raises for damaged files into a sentence; every part of a file may be damaged by itself."""
     pyarrow = _pyarrow()
     try:
-        return _ArrowFile(path) if path.endswith(".arrow") else _ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); restore or remove it") from None
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError, OverflowError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"{path} cannot be read ({said}); restore or remove it") from None
 
 
 @functools.lru_cache(maxsize=1)

@@ -29,7 +29,7 @@ class AnySize(nn.Module):
         model = self.model
         patches = model.patch_embed.proj(images)  # (B, D, rows, across)
         grid = (patches.shape[2], patches.shape[3])
-        at = None if model.cls_index is None else grid[0] * grid[1] // 2
+        at = model.cls_index_of(grid[0] * grid[1])
         x = patches.flatten(2).transpose(1, 2) + resize_position_embedding(
             model.pos_embed, model.grid_size, grid, source_cls=model.cls_index
         )

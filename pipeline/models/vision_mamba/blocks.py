@@ -3,6 +3,8 @@
 Shapes: B images, L tokens, D width.
 """
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,6 +61,7 @@ class Block(nn.Module):
         d_conv: See `Mixer`.
         expand: See `Mixer`.
         directions: See `Mixer`.
+        combine: See `Mixer`.
         ssmixup: See `Mixer`.
     """
 
@@ -73,10 +76,19 @@ class Block(nn.Module):
         d_conv: int,
         expand: int,
         directions: int,
+        combine: Literal["mean", "sum"],
         ssmixup: SSMixupConfig | None = None,
     ) -> None:
         super().__init__()
-        self.mixer = Mixer(dim, d_state=d_state, d_conv=d_conv, expand=expand, directions=directions, ssmixup=ssmixup)
+        self.mixer = Mixer(
+            dim,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            directions=directions,
+            combine=combine,
+            ssmixup=ssmixup,
+        )
         self.drop_path = DropPath(drop_path)
         # In the released files Vim's one norm is called `norm`, ARM's two `norm1` and `norm2`.
         if mlp == "none":

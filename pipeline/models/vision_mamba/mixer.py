@@ -4,6 +4,7 @@ Shapes: B images, L tokens, D width, E = expand x D inner width, N states, R ran
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,24 @@ class Mixer(nn.Module):
         d_conv: Taps of the causal convolution, in tokens.
         expand: E / D.
         directions: How many of `DIRECTIONS` are used: 1, 2 or 4.
+        combine: How their outputs are put together.
         ssmixup: Blends opposite directions where a `blend` is given (see `ssmixup.py`); None for a plain mixer.
     """
 
     def __init__(
-        self, dim: int, *, d_state: int, d_conv: int, expand: int, directions: int, ssmixup: SSMixupConfig | None = None
+        self,
+        dim: int,
+        *,
+        d_state: int,
+        d_conv: int,
+        expand: int,
+        directions: int,
+        combine: Literal["mean", "sum"] = "mean",
+        ssmixup: SSMixupConfig | None = None,
     ) -> None:
         super().__init__()
         self.ssmixup = ssmixup
+        self.divisor = directions if combine == "mean" else 1
         if ssmixup and ssmixup.nu == "learned":
             self.nu = nn.Parameter(torch.zeros(1))
         self.inner = expand * dim
@@ -82,7 +93,7 @@ class Mixer(nn.Module):
             order, inverse = columns
             y = y + self._both_ways(xz[:, order], self.suffixes[2:], blend)[:, inverse]
         # The mean over the directions is taken on the weight, which is smaller than y.
-        return F.linear(y, self.out_proj.weight / len(self.suffixes))
+        return F.linear(y, self.out_proj.weight / self.divisor)
 
     def _both_ways(self, xz: Tensor, suffixes: tuple[str, ...], blend: Tensor | None) -> Tensor:
         """Sum one direction, or two opposite ones with their SSMixup: (B, L, 2E) -> (B, L, E)."""

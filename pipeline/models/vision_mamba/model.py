@@ -36,7 +36,9 @@ class VisionMamba(nn.Module):
 
     Attributes:
         grid_size: Patches (rows, across).
+        cls_position: Where the cls token is, as the config says.
         cls_index: Index of the cls token among the tokens, or None without one.
+        combine: How the outputs of the directions are put together.
         order: Row-major index of the patch at each step of the scan, (num_patches,); None where the scan is row-major.
         columns: The column-major order of the tokens and its inverse, (2, L); None below four directions.
     """
@@ -61,7 +63,8 @@ class VisionMamba(nn.Module):
         cluster_size: int,
         mlp: str,
         norm: str,
-        cls_token: Literal["middle", "none"],
+        cls_token: Literal["middle", "first", "none"],
+        combine: Literal["mean", "sum"],
         pool: Literal["cls", "mean"],
         pos_embed: Literal["learned", "sincos"],
         drop_path: float,
@@ -77,13 +80,14 @@ class VisionMamba(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.depth, self.num_classes, self.pool = depth, num_classes, pool
         self.grad_checkpointing = False
-        self.cls_index = self.num_patches // 2 if cls_token == "middle" else None
+        self.cls_position, self.combine = cls_token, combine
+        self.cls_index = self.cls_index_of(self.num_patches)
         self.patch_embed = PatchEmbed(patch_size, stride, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(
-            torch.zeros(1, self.num_patches + (cls_token == "middle"), embed_dim), pos_embed == "learned"
+            torch.zeros(1, self.num_patches + (cls_token != "none"), embed_dim), pos_embed == "learned"
         )
         self.fixed_position_embedding = pos_embed == "sincos"
-        if cls_token == "middle":
+        if cls_token != "none":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.layers = nn.ModuleList(
             Block(
@@ -95,6 +99,7 @@ class VisionMamba(nn.Module):
                 d_conv=d_conv,
                 expand=expand,
                 directions=directions,
+                combine=combine,
                 ssmixup=ssmixup if ssmixup and i in ssmixup.blocks(depth) else None,
             )
             for i, rate in enumerate(drop_path_rates(drop_path, depth), start=1)
@@ -179,7 +184,7 @@ class VisionMamba(nn.Module):
             blend: (B, 2), SSMixup's psi and 1 - psi of each image; zeros leave an image without the term.
 
         Returns:
-            (B, L, D) in the order of the scan, with the cls token (if there is one) in the middle.
+            (B, L, D) in the order of the scan, with the cls token (if there is one) at `cls_index`.
         """
         return self.norm_f(self.encode(self.tokens(images), blend=self.blend_for(images, blend))[0])
 
@@ -267,11 +272,12 @@ class VisionMamba(nn.Module):
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fit a released state dict (Vim, or ARM in its fine-tuning form) to this model's grid.
 
-        The released position embedding is taken to be that of a square grid.
+        The released position embedding is taken to be that of a square grid, and its cls token to stand where this model's
+        does.
         """
         embedding = weights.get("pos_embed", self.pos_embed)
         patches = embedding.shape[1] - ("cls_token" in weights)
-        source_cls = patches // 2 if "cls_token" in weights else None
+        source_cls = self.cls_index_of(patches) if "cls_token" in weights else None
         side = math.isqrt(patches)
         if (side, side) == self.grid_size or side * side != patches:
             return weights
@@ -294,6 +300,10 @@ class VisionMamba(nn.Module):
         if name.startswith("layers."):
             return int(name.split(".")[1]) + 1
         return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else self.depth + 1
+
+    def cls_index_of(self, num_patches: int) -> int | None:
+        """Index of the cls token among `num_patches` patches, or None without one."""
+        return {"middle": num_patches // 2, "first": 0, "none": None}[self.cls_position]
 
     def blend_for(self, images: Tensor, given: Tensor | None = None) -> Tensor | None:
         """SSMixup's weights as given, or one half for every image of a model that blends everywhere."""

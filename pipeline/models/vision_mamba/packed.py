@@ -3,7 +3,8 @@
 It runs in fp32 eager mode and is not for export. What is rewritten:
 
 - A norm's own weight and bias are part of the projection after it; only its mean and scale are left to compute.
-- The gate SiLU(z) multiplies the sum of the directions once. The division by their number is part of the out-projection.
+- The gate SiLU(z) multiplies the sum of the directions once. The division by their number, if there is one, is part of the
+  out-projection.
 - Convolution, projections, softplus and recurrence of a direction run over about 40 tokens at a time, so that what passes
   between them never leaves the cache. A direction is an order of the tokens: nothing is flipped or gathered.
 
@@ -56,7 +57,7 @@ class PackedBlock(nn.Module):
         mixer = block.mixer
         self.project = NormedLinear(_norm(block.norm1 if hasattr(block, "mlp") else block.norm), mixer.in_proj.weight)
         self.scans = Scans([mixer.direction(s) for s in mixer.suffixes])
-        self.join = GatedLinear(mixer.out_proj.weight / len(mixer.suffixes))
+        self.join = GatedLinear(mixer.out_proj.weight / mixer.divisor)
         self.mlp = None
         if hasattr(block, "mlp"):
             one, two, three = ((layer.weight, layer.bias) for layer in (block.mlp.w1, block.mlp.w2, block.mlp.w3))

@@ -1,18 +1,75 @@
-"""What the scans cost at least, by the counted instructions: for the plan, and for `benchmarks.gpu_static`, which counts them.
+"""What the scans cost at least on a GPU, by the instructions that were counted (torch-free).
 
-`gpu_static` prints how far its count is from the numbers here (`recorded_difference`); a change of a kernel changes both.
+`counted.json` holds the counts. `python -m benchmarks.gpu_static --write` compiles the kernels, counts and writes it; the plan
+reads it here. It names the hash of the kernels' sources that were counted, so that a test finds a table that is older.
 """
 
-from typing import Literal
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 Way = Literal["forward", "backward"]
 
-# Clocks of one multiprocessor for 1000 state-steps (one channel x one state x one time step): the busiest unit's.
-CLOCKS: dict[str, dict[Way, float]] = {
-    "sm_80": {"forward": 109.7, "backward": 418.7},
-    "sm_90": {"forward": 110.7, "backward": 430.1},
-}
+FOLDER = Path(__file__).parent
+TABLE = FOLDER / "counted.json"
+SOURCES = ("scan_forward.cu", "scan_backward.cu", "common.cuh", "scan.cuh")
 TILE_STEPS, LEAST_STATES = 16, 16  # whole tiles are computed, and 16 states where there are fewer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What bounds a kernel on a GPU.
+
+    Attributes:
+        name: What it is called.
+        multiprocessors: SMs.
+        clock: Boost clock in Hz.
+        bandwidth: Bytes per second of the memory.
+        cache: Bytes of the L2 cache.
+        shared: Bytes of shared memory of an SM.
+        float_lanes: fp32 operations of an SM in a clock.
+        convert_lanes: Conversions between formats of an SM in a clock.
+    """
+
+    name: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    cache: int
+    shared: int
+    float_lanes: int
+    convert_lanes: int
+
+
+GPUS = {
+    "sm_80": Gpu(
+        name="A100 40 GB", multiprocessors=108, clock=1.41e9, bandwidth=1.555e12, cache=40 << 20, shared=164 << 10,
+        float_lanes=64, convert_lanes=16,
+    ),
+    "sm_90": Gpu(
+        name="H100 SXM", multiprocessors=132, clock=1.83e9, bandwidth=3.35e12, cache=50 << 20, shared=228 << 10,
+        float_lanes=128, convert_lanes=64,
+    ),
+}  # fmt: skip
+
+
+def sources_hash() -> str:
+    """Return a hash of the kernels that the counts are of."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((FOLDER / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def table() -> dict[str, Any]:
+    """Read the counts: architecture -> way -> clocks of one multiprocessor for 1000 state-steps, the busiest unit's.
+
+    A state-step is one channel x one state x one time step. `sources` is the hash of what was counted.
+    """
+    found: dict[str, Any] = json.loads(TABLE.read_text())
+    return found
 
 
 def scan_clocks(way: Way, arch: str, *, images: int, directions: int, channels: int, steps: int, states: int) -> float:
@@ -28,4 +85,12 @@ def scan_clocks(way: Way, arch: str, *, images: int, directions: int, channels: 
         states: N.
     """
     padded = -(-steps // TILE_STEPS) * TILE_STEPS * max(states, LEAST_STATES)
-    return images * directions * channels * padded * CLOCKS[arch][way] / 1000
+    clocks: float = table()[arch][way]
+    return images * directions * channels * padded * clocks / 1000
+
+
+def scan_seconds(way: Way, arch: str, *, images: int, directions: int, channels: int, steps: int, states: int) -> float:
+    """Return the least seconds of the scans of a layer on one GPU; the arguments are those of `scan_clocks`."""
+    gpu = GPUS[arch]
+    sizes = {"directions": directions, "channels": channels, "steps": steps, "states": states}
+    return scan_clocks(way, arch, images=images, **sizes) / gpu.multiprocessors / gpu.clock

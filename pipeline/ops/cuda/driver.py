@@ -6,6 +6,7 @@ folder under a hash of its sources, its options and the compiler's version.
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import sys
@@ -73,7 +74,16 @@ def compile_program(library: ctypes.CDLL, program: Program, arch: str) -> bytes:
     cached = cache_folder() / f"cuda-{hashlib.sha256(told.encode()).hexdigest()[:20]}.cubin"
     with contextlib.suppress(FileNotFoundError):
         return cached.read_bytes()
+    with open(cached.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a node wait for the first one
+        if not cached.exists():
+            code = _compile(library, program, options)
+            with replacing(cached) as unfinished:
+                unfinished.write_bytes(code)
+    return cached.read_bytes()
 
+
+def _compile(library: ctypes.CDLL, program: Program, options: list[str]) -> bytes:
     handle = c_void_p()
     source = (FOLDER / program.source).read_bytes()
     words = (c_char_p * len(options))(*(option.encode() for option in options))
@@ -87,8 +97,6 @@ def compile_program(library: ctypes.CDLL, program: Program, arch: str) -> bytes:
         _expect(library.nvrtcGetCUBIN(handle, code), "NVRTC")
     finally:
         library.nvrtcDestroyProgram(byref(handle))
-    with replacing(cached) as unfinished:
-        unfinished.write_bytes(code.raw)
     return code.raw
 
 

@@ -1,10 +1,10 @@
 """Compile the kernels once per machine and load them.
 
-The library lies in the user's cache folder. Its name contains a hash of the sources, the flags, the torch version, the
-compiler and the CPU. So a new torch, another CPU on a shared home folder or an edited kernel causes a new build, and no
-stale library is loaded. Beside it lies its SHA-256 (`.json`): a library that was damaged after its build would end the
-process with a signal, so it is compared before it is loaded, and built again if it differs. A build takes seconds,
-because it includes only `at::parallel_for` from torch. Python calls the library through ctypes.
+The library lies in the user's cache folder, or among the temporary files where the home is on a network. Its name contains a
+hash of the sources, the flags, the torch version, the compiler and the CPU. So a new torch, another CPU or an edited kernel
+causes a new build, and no stale library is loaded. Beside it lies its SHA-256 (`.json`): a library that was damaged after its
+build would end the process with a signal, so it is compared before it is loaded, and built again if it differs. A build takes
+seconds, because it includes only `at::parallel_for` from torch. Python calls the library through ctypes.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.files import replace_text, replacing, sha256_of, user_cache
+from pipeline.files import node_cache, replace_text, replacing, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def cache_folder() -> Path:
         BuildError: No folder can be used safely.
     """
     try:
-        return user_cache()
+        return node_cache()
     except OSError as error:
         raise BuildError(str(error.strerror)) from None
 

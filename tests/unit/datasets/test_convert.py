@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from pipeline.data import main
+from pipeline.datasets.convert.digits import digits
 from pipeline.datasets.manifest import Manifest, read_image, read_manifest, write_manifest
 from pipeline.datasets.tars import scan_shard
 from pipeline.images import decode, read_header
@@ -281,3 +282,16 @@ def test_show_prints_counts_and_draws_a_contact_sheet(digits_folder: Path, tmp_p
     with Image.open(sheet) as image:
         assert image.size == (160 + 8 * 96, 10 * 96)
         assert len(set(image.convert("L").tobytes())) > 10
+
+
+def test_the_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch, sources = load_digits(), digits(seed=0)
+    assert sum(len(source.items) for source in sources) == len(bunch.target) == 1797
+    for source in sources:
+        assert list(source.labels) == bunch.target[source.items].tolist()
+        for item in (0, len(source.items) - 1):
+            _, data = source.read(item)
+            wanted = np.rint(bunch.images[source.items[item]] * (255 / 16)).astype(np.uint8)
+            assert (np.asarray(Image.open(io.BytesIO(data))) == wanted).all()

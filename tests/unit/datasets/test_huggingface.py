@@ -1,8 +1,10 @@
 """Datasets of Hugging Face become shards, from this disk and from a cache of the hub, with every image accounted for."""
 
+import http.server
 import os
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,43 @@ def test_a_cache_of_the_hub_is_enough_without_a_network(tmp_path):
     assert "owner/fish is no folder here, HF_HUB_OFFLINE is set" in done.stderr
     assert "hf download --repo-type dataset owner/fish" in done.stderr
     assert not (tmp_path / "owner/fish").exists()
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that has nothing: a private dataset, and otherwise a server that is too busy."""
+
+    def do_HEAD(self) -> None:
+        private = "private" in self.path
+        self.send_response(401 if private else 503)
+        if private:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *words: object) -> None: ...
+
+
+def test_a_private_dataset_and_a_busy_hub_are_told_apart(tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        code = (
+            "import time; time.sleep = lambda seconds: None\n"  # the library waits before it tries again
+            "from pipeline.data import main\n"
+            "assert [main(['convert', 'huggingface', name, '--out', 'no']) for name in ('o/private', 'o/busy')] == [3, 5]"
+        )
+        own = {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | own
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        hub.shutdown()
+    assert done.returncode == 0, done.stderr
+    private, busy = done.stderr.splitlines()[-2:]
+    assert "'o/private' doesn't exist on the Hub or cannot be accessed" in private
+    assert "set HF_TOKEN" in private
+    assert "o/busy is no folder here, the hub cannot be reached" in busy
 
 
 def test_without_the_library_the_sentence_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -73,6 +73,23 @@ def test_probabilistic_rounding_keeps_the_mean():
     assert [round_count(value, "nearest", 0.0) for value in (0.4, 0.5, 1.5, 2.4)] == [0, 1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "options", "said"),
+    [
+        ([50, 30, 20], {"labelled": 0.1}, "0.1 of each class labelled, at least 1; seed 0"),
+        ([50, 30, 25], {"labelled": 0.1}, "0.1 of each class labelled, at least 1, rounded at random; seed 0"),
+        ([50, 30, 25], {"labelled": 0.1, "rounding": "nearest"}, "at least 1, rounded to the nearest; seed 0"),
+        ([5, 8, 3], {"labelled": 0.1}, "0.1 of each class labelled, at least 1; seed 0"),
+        ([25, 35, 45], {"labelled": 1e-9, "min_labelled_per_class": 4}, "4 of each class labelled; seed 0"),
+        ([25, 35, 45], {"labelled": 1.0}, "all labels used; seed 0"),
+        ([40, 40, 40], {"labelled": 0.5, "imbalance": 10}, "rounded at random; seed 0"),
+    ],
+)
+def test_a_protocol_says_rounded_only_where_a_count_was(sizes: list[int], options: dict[str, object], said: str):
+    """A share below the least number of labels decides nothing, so its rounding is not told either."""
+    assert make_split(dataset(sizes), SplitConfig(**options), seed=0).protocol.endswith(said)
+
+
 def test_class_orders_say_which_classes_are_head(imagenet: Manifest):
     sizes = np.bincount(imagenet.labels)
     by_frequency = make_split(imagenet, SplitConfig(imbalance=100, class_order="frequency"), seed=0)

@@ -245,6 +245,25 @@ def parquet(path: Path, table: dict, metadata: dict | None = None) -> None:
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_damaged_byte_anywhere_in_a_table_of_images_ends_in_a_sentence(tmp_path, ending, capsys):
+    pytest.importorskip("pyarrow", reason="parquet is an optional extra")
+    (tmp_path / "in").mkdir()
+    path = tmp_path / f"in/train.{ending}"
+    parquet(path, {"image": [{"bytes": image(k, "PNG"), "path": None} for k in range(3)], "label": ["a", "b", "a"]})
+    whole = path.read_bytes()
+    for k in range(0, len(whole), max(1, len(whole) // 25)):
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ 0xFF]) + whole[k + 1 :])
+        code = convert("parquet", tmp_path / "in", "--out", tmp_path / f"out{k}")
+        assert code in (0, 3), (k, capsys.readouterr().err)
+
+
+def test_a_name_that_no_text_can_hold_is_shown(tmp_path, capsys):
+    (tmp_path / "t.jsonl").write_text('{"image": "\\ud800", "label": "a"}\n')
+    assert convert("csv", tmp_path / "t.jsonl", "--image", "image", "--label", "label", "--out", tmp_path / "out") == 3
+    assert r"\ud800" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
 def test_hugging_face_rows_of_any_format_some_without_a_label(tmp_path, ending, capsys):
     forms = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"]
     rows = [{"bytes": image(k, form), "path": None} for k, form in enumerate(forms)]

@@ -67,7 +67,7 @@ def test_a_temperature_divides_the_logits() -> None:
 
 def test_predictions_survive_their_file(tmp_path: Path) -> None:
     FOURTEEN.save(tmp_path / "a.npz")
-    again = Predictions.load(tmp_path / "a.npz")
+    again = Predictions.load(tmp_path / "a.npz", 2)
     assert np.array_equal(again.predicted, FOURTEEN.predicted)
     assert np.array_equal(again.labels, FOURTEEN.labels)
 

@@ -198,6 +198,29 @@ def test_a_weights_file_that_claims_what_it_does_not_hold_is_one_sentence(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("spans", "held", "said"),
+    [
+        (((0, 4), (4, 8)), 8, ""),
+        (((0, 4), (8, 12)), 12, "gap at byte 4"),
+        (((4, 8), (8, 12)), 12, "gap at byte 0"),
+        (((0, 4), (0, 4)), 4, "overlap"),
+        (((0, 4), (4, 8)), 12, "take 8 bytes, but it holds 12"),
+    ],
+)
+def test_tensors_of_a_safetensors_file_touch_and_fill_it(tmp_path: Path, spans: Any, held: int, said: str) -> None:
+    """The library finds a gap only after it has read the file, and says so in words of its own."""
+    tensors = {f"t{k}": {"dtype": "F32", "shape": [1], "data_offsets": span} for k, span in enumerate(spans)}
+    text = json.dumps(tensors).encode()
+    text += b" " * (-len(text) % 8)
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(held))
+    if not said:
+        assert sorted(read_weights(tmp_path / "w.safetensors")) == ["t0", "t1"]
+        return
+    with pytest.raises(HandoverError, match=said):
+        read_weights(tmp_path / "w.safetensors")
+
+
 def _linear() -> torch.nn.Module:
     model = torch.nn.Linear(2, 2)
     model.convert, model.fresh = lambda weights: dict(weights), lambda: ()  # type: ignore[assignment]

@@ -20,6 +20,7 @@ TINY = {"embed_dim": 16, "depth": 2}
 MAMBAS: dict[str, dict[str, Any]] = {
     "vim": {},
     "arm": {"directions": 4, "pool": "mean", "mlp": "swiglu", "norm": "layer", "expand": 1},
+    "first, summed": {"directions": 4, "cls_token": "first", "combine": "sum"},
     "clusters": {"order": "cluster", "directions": 4, "pool": "mean", "cls_token": "none"},
     "ssmixup that is left out": {"ssmixup": {"nu": "learned"}},
     "ssmixup everywhere": {"ssmixup": {"nu": 0.5, "everywhere": True}},

@@ -8,10 +8,10 @@ import yaml
 
 from launchers.chain import open_steps, read_cluster, read_points, read_steps
 from launchers.config import ClusterConfig, seconds_of
-from launchers.filesystem import file_system
 from launchers.preflight import check_shared, refuse
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
+from pipeline.files import file_system
 from pipeline.yaml_text import parse_yaml
 from stages import SPECS
 

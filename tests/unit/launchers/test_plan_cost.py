@@ -3,23 +3,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.gpu_static import scans_of_configs
 from launchers.local import spawn
-from launchers.plan.cost import (
-    A100,
-    Parameter,
-    checkpoint_bytes,
-    memory,
-    partition,
-    starts_needed,
-    step_seconds,
-    traffic,
-)
+from launchers.plan.cost import Cut, Parameter, checkpoint_bytes, cuts, memory, partition, starts_needed, traffic
+from launchers.plan.profile import networks, work
+from launchers.plan.step_time import A100, Passes, Range, Work, computing, decoding, sending, together, updating
+from pipeline.config import load_config
 from pipeline.models import build_model
+from pipeline.models.flops import ScanSize
+from pipeline.ops.cuda.counted import scan_seconds
 from pipeline.train.optim import parameter_groups
+from stages import SPECS
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.unit.launchers.zero_bytes import MODEL, OPTIM
 
@@ -53,6 +52,8 @@ def test_predicted_bytes_of_every_zero_stage_are_the_allocated_ones(nano, world_
             activations=0,
             offloaded=False,
         )
+        own = {Cut(0, name, start, numel) for name, start, numel in allocated.pop("shards")}
+        assert own == {cut for cut in cuts(nano, zero, world_size) if cut.rank == 0}
         for kind, number in allocated.items():
             assert getattr(planned, kind) == pytest.approx(number, rel=0.02), (zero, kind)
 
@@ -76,15 +77,77 @@ def test_zero_3_sends_thrice_what_a_sharded_update_leaves_out_and_one_rank_sends
     assert sent(2, 4, accumulation=8) == 4.5 * sent(1, 4)
 
 
+@pytest.mark.parametrize(("zero", "gathers"), [(0, 0), (1, 2), (2, 2), (3, 1)])
+def test_averages_are_gathered_where_they_are_cut(zero: int, gathers: int) -> None:
+    """Without ZeRO every rank has them. ZeRO 3 gathers one that predicts around each forward pass, and no other."""
+
+    def sent(averages: int, inferred: int) -> int:
+        return traffic(TEN, zero_stage=zero, world_size=2, accumulation=1, averages=averages, inferred=inferred)
+
+    assert sent(2, 1) - sent(0, 0) == pytest.approx(gathers * 2 * sum(p.numel for p in TEN), abs=1)
+
+
+def test_matrices_travel_to_an_inference_copy_in_bf16_and_nothing_else_does() -> None:
+    halves = tuple(replace(p, copied_bytes=2) if p.group == 0 else p for p in TEN)
+
+    def sent(parameters: tuple[Parameter, ...], averages: int) -> int:
+        return traffic(parameters, zero_stage=1, world_size=2, accumulation=1, averages=averages)
+
+    assert sent(halves, 0) == sent(TEN, 0)
+    assert sent(TEN, 1) - sent(halves, 1) == sum(p.numel for p in TEN if p.group == 0)
+
+
 def test_more_ranks_are_never_slower_and_never_more_than_proportional() -> None:
     def seconds(world: int) -> float:
         sent = traffic(TEN, zero_stage=1, world_size=world, accumulation=1, averages=0)
-        return step_seconds(1e15, sent, world, A100)
+        work = Work(flops=1e15, products=1e15, scans={}, kept=0, batch_norms=0)
+        parts = computing(work, 1 / world, A100)
+        parts |= {"update": updating(10, 2, 0, A100), "sending": sending(sent, 4, world, A100), "decoding": Range(0, 0)}
+        return together(parts, work, 1 / world, 1, A100).likely
 
     worlds = [2**i for i in range(10)]
     times = [seconds(n) for n in worlds]
     assert times == sorted(times, reverse=True)
     assert all(seconds(1) / (n * t) <= 1 for n, t in zip(worlds, times, strict=True))
+
+
+@pytest.mark.parametrize("stage", ["arm", "distill"])
+def test_scans_of_the_plan_are_those_that_gpu_static_counts(stage: str) -> None:
+    """The plan finds the scans in a forward pass on the meta device, gpu_static by the configs' numbers."""
+    name = f"{stage}/arm_base"
+    _, layers, calls, ways, channels, steps, images = next(row for row in scans_of_configs() if row[0] == name)
+    config = load_config(
+        SPECS[stage].config, ROOT / f"configs/{stage}/imagenet_arm_base.yaml", ["average=null"] * (stage != "arm")
+    )
+    found = work(config, *networks(config, 1000), kept=0.0)
+    planned = computing(found, images, A100)["scans"].least
+    sizes = {"images": images, "directions": layers * calls * ways, "channels": channels, "steps": steps, "states": 16}
+    assert planned == pytest.approx(
+        sum(scan_seconds(way, "sm_80", **sizes) for way in ("forward", "backward")), rel=1e-9
+    )
+    assert found.products < found.flops
+
+
+def test_the_least_is_below_the_likely_and_a_run_that_has_started_says_itself() -> None:
+    sizes = {ScanSize(768, 197, 16): Passes(12.0, 12.0)}
+    work = Work(flops=100e9, products=90e9, scans=sizes, kept=30e6, batch_norms=0)
+    rest = {"update": updating(10**7, 2, 1, A100), "sending": sending(1e8, 9, 8, A100), "decoding": decoding(64, 10)}
+    whole = together(computing(work, 64, A100) | rest, work, 64, 10, A100)
+    assert 0 < whole.least < whole.likely
+    measured = replace(A100, utilisation=0.01)
+    slow = together(computing(work, 64, measured) | rest, work, 64, 10, measured)
+    assert slow.likely == pytest.approx(64 * 100e9 / (312e12 * 0.01) + rest["update"].likely + rest["sending"].likely)
+    assert slow.least == whole.least
+
+
+def test_few_cores_decide_the_time_of_a_step() -> None:
+    work = Work(flops=1e9, products=1e9, scans={}, kept=0, batch_norms=0)
+    rest = {"update": Range(0, 0), "sending": Range(0, 0)}
+    one, ten = (
+        together(computing(work, 64, A100) | rest | {"decoding": decoding(64, n)}, work, 64, n, A100) for n in (1, 10)
+    )
+    assert one.likely == pytest.approx(10 * ten.likely)
+    assert one.likely == pytest.approx(64 * 2 / 219)
 
 
 @pytest.mark.parametrize(("hours", "limit", "starts"), [(1, 2, 1), (10, 2, 6), (10, 48, 1), (1, 0.1, 0)])
@@ -100,7 +163,10 @@ def test_activations_grow_in_proportion_to_the_batch() -> None:
     """Batches of one and two images predict a batch of five within 10 %: the kernels keep carries in blocks."""
     code = """
 from launchers.plan.profile import activation_bytes
+from pipeline.config import load_config
 from pipeline.models import build_model
+from pipeline.models.flops import ScanSize
+from pipeline.ops.cuda.counted import scan_seconds
 model = build_model("vim_nano", num_classes=10)
 print(*(activation_bytes(model, b, (32, 32), bf16) for bf16 in (False, True) for b in (1, 2, 5)))
 """

@@ -5,6 +5,7 @@ A real engine with LyapEMA takes one step; each rank counts the bytes of its ten
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ MODEL = {"name": "vim_nano", "num_classes": 10}
 OPTIM = OptimConfig(lr=1e-3, layer_decay=0.8)
 
 
-def count(zero_stage: int, world: distributed.World) -> dict[str, int]:
+def count(zero_stage: int, world: distributed.World) -> dict[str, Any]:
     torch.manual_seed(0)
     model = build_model(**MODEL)
     engine = Engine(
@@ -31,7 +32,7 @@ def count(zero_stage: int, world: distributed.World) -> dict[str, int]:
     engine.step(1e-3)
     state = engine.base_optimizer.state
     own = {id(p) for _, p in engine.named_parameters}
-    found = {
+    found: dict[str, Any] = {
         "masters": sum(m.numel() * 4 for m in engine.masters if id(m) not in own),
         "moments": sum(state[m][k].numel() * 4 for m in engine.masters for k in ("exp_avg", "exp_avg_sq")),
         "averages": sum(t.numel() * 4 for t in ema.teacher.values()),
@@ -42,6 +43,7 @@ def count(zero_stage: int, world: distributed.World) -> dict[str, int]:
         )
     else:
         found["parameters"] = sum(4 * p.numel() for p in engine.module.parameters())
+    found["shards"] = [(shard.name, shard.start, shard.numel) for shard in engine.shards]
     engine.close()
     return found
 

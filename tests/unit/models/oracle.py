@@ -14,9 +14,14 @@ State = dict[str, Tensor]
 SUFFIXES = ("", "_b", "_c", "_c_b")
 
 
-def classify(state: State, images: Tensor, *, pool: str, side: int | None = None) -> Tensor:
-    """Logits (B, K) of a Vim, or of an ARM in its fine-tuning form."""
-    return torch.stack([_classify(state, image, pool, side) for image in images])
+def classify(
+    state: State, images: Tensor, *, pool: str, side: int | None = None, first: bool = False, divided: bool = True
+) -> Tensor:
+    """Logits (B, K) of a Vim, or of an ARM in its fine-tuning form.
+
+    `first`: the cls token stands before the patches, not in their middle. `divided`: the directions are averaged.
+    """
+    return torch.stack([_classify(state, image, pool, side, first, divided) for image in images])
 
 
 def predict(state: State, images: Tensor, *, side: int | None, group: int, heads: int, taps: Sequence[int]) -> Tensor:
@@ -37,9 +42,9 @@ def read_order(rows: int, across: int, side: int | None) -> list[int]:
     ]
 
 
-def _classify(w: State, image: Tensor, pool: str, side: int | None) -> Tensor:
+def _classify(w: State, image: Tensor, pool: str, side: int | None, first: bool, divided: bool) -> Tensor:
     tokens, rows, across = _patches(w, image)
-    middle = len(tokens) // 2
+    middle = 0 if first else len(tokens) // 2
     position_embedding = torch.cat([w["pos_embed"][0, :middle], w["pos_embed"][0, middle + 1 :]])
     order = read_order(rows, across, side)
     tokens = (tokens + position_embedding)[order]
@@ -51,10 +56,12 @@ def _classify(w: State, image: Tensor, pool: str, side: int | None) -> Tensor:
     down = [n + (n >= middle) for n in down]
     down = [*down[:middle], middle, *down[middle:]]
     straight = list(range(len(x)))
-    x = _encode(w, x, [straight, straight[::-1], down, down[::-1]])[-1]
+    x = _encode(w, x, [straight, straight[::-1], down, down[::-1]], divided)[-1]
     x = _norm(w, "norm_f", x)
     if pool == "cls":
         x = x[middle]
+    elif first:
+        x = x[1:].mean(0)
     else:
         x = (x[:middle].mean(0) + x[middle + 1 :].mean(0)) / 2  # both halves alike, as ARM has it
     return w["head.weight"] @ x + w["head.bias"]
@@ -107,13 +114,13 @@ def _patches(w: State, image: Tensor) -> tuple[Tensor, int, int]:
     return torch.stack(tokens), rows, across
 
 
-def _encode(w: State, x: Tensor, orders: list[list[int]]) -> list[Tensor]:
+def _encode(w: State, x: Tensor, orders: list[list[int]], divided: bool = True) -> list[Tensor]:
     """The stream before the first block and after each."""
     streams = [x]
     for i in range(len({key.split(".")[1] for key in w if key.startswith("layers.")})):
         name = f"layers.{i}"
         first = "norm" if f"{name}.norm.weight" in w else "norm1"
-        x = x + _mix(w, f"{name}.mixer", _norm(w, f"{name}.{first}", x), orders)
+        x = x + _mix(w, f"{name}.mixer", _norm(w, f"{name}.{first}", x), orders, divided)
         if first == "norm1":
             y = _norm(w, f"{name}.norm2", x)
             gate = y @ w[f"{name}.mlp.w1.weight"].T + w[f"{name}.mlp.w1.bias"]
@@ -132,8 +139,8 @@ def _norm(w: State, name: str, x: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def _mix(w: State, name: str, x: Tensor, orders: list[list[int]]) -> Tensor:
-    """Every direction on the tokens in its order, mapped back, averaged."""
+def _mix(w: State, name: str, x: Tensor, orders: list[list[int]], divided: bool) -> Tensor:
+    """Every direction on the tokens in its order, mapped back, averaged or only added."""
     suffixes = [s for s in SUFFIXES if f"{name}.D{s}" in w]
     inner = w[f"{name}.in_proj.weight"].shape[0] // 2
     total = torch.zeros(len(x), inner, dtype=x.dtype)
@@ -159,4 +166,4 @@ def _mix(w: State, name: str, x: Tensor, orders: list[list[int]]) -> Tensor:
             dt = torch.log1p(torch.exp(w[f"{name}.dt_proj{s}.weight"] @ row[:rank] + w[f"{name}.dt_proj{s}.bias"]))
             h = torch.exp(dt[:, None] * A) * h + dt[:, None] * B * u[t][:, None]
             total[place] += (h @ C + w[f"{name}.D{s}"] * u[t]) * z[t] / (1 + torch.exp(-z[t]))
-    return total / len(suffixes) @ w[f"{name}.out_proj.weight"].T
+    return total / (len(suffixes) if divided else 1) @ w[f"{name}.out_proj.weight"].T

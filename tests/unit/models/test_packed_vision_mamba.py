@@ -34,6 +34,7 @@ OPTIONS = [
     {"d_state": 24, "norm": "layer", "mlp": "swiglu"},
     {"norm": "rms", "mlp": "swiglu", "cls_token": "none", "pool": "mean"},
     {"stride": 4},
+    {"directions": 4, "cls_token": "first", "combine": "sum"},
     {"num_classes": 0},
     {"ssmixup": {}},
     {"ssmixup": {"everywhere": True}},

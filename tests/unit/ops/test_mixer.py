@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from pipeline.ops.composed import composed_mixer
 from pipeline.ops.scan import Direction, mixer_scan
 from tests.unit.ops.implementations import NAMES, ORACLE, operators, outputs_and_gradients, relative_errors
 
@@ -30,8 +29,7 @@ def flat_inputs(count, batch=None, steps=None):
 
 
 def chain(operators_, ungated=True, blend=None):
-    mixer = operators_.mixer or composed_mixer(operators_.scan, operators_.conv)
-    return lambda xz, *fields: mixer(
+    return lambda xz, *fields: operators_.whole_mixer(
         xz, [Direction(*fields[k : k + 7]) for k in range(0, len(fields), 7)], blend=blend, return_ungated=ungated
     )
 

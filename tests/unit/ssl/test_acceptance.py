@@ -140,6 +140,37 @@ def _rank(rank: int, world: int, store: str, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def _fair(rank: int, world: int, store: str, out: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    loss, gradient = _fairness_of(trajectory(1)[0].chunk(world)[rank], ACCEPTED.chunk(world)[rank])
+    torch.save((loss, gradient), f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+ACCEPTED = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+
+
+def _fairness_of(logits: torch.Tensor, accepted: torch.Tensor) -> tuple[float, torch.Tensor]:
+    means = RunningMeans(CLASSES, torch.device("cpu"), MOMENTUM)
+    means.probability = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    strong = logits.double().requires_grad_()
+    loss = fairness(strong, accepted, means)
+    return float(loss.detach()), torch.autograd.grad(loss, strong)[0]
+
+
+def test_fairness_of_two_ranks_is_that_of_one_with_both_batches(tmp_path: object) -> None:
+    """In value on each rank, and in the gradient after the engine's mean over the ranks."""
+    mp.spawn(_fair, (2, f"{tmp_path}/store", f"{tmp_path}/fair"), nprocs=2)
+    loss, gradient = _fairness_of(trajectory(1)[0], ACCEPTED)
+    found = [torch.load(f"{tmp_path}/fair{rank}") for rank in (0, 1)]
+    assert [value for value, _ in found] == pytest.approx([loss, loss], rel=1e-12)
+    torch.testing.assert_close(torch.cat([part for _, part in found]) / 2, gradient, rtol=1e-10, atol=1e-14)
+    halves = [
+        _fairness_of(half, kept)[0] for half, kept in zip(trajectory(1)[0].chunk(2), ACCEPTED.chunk(2), strict=True)
+    ]
+    assert abs(sum(halves) / 2 - loss) > 0.01  # a mean over ranks would be another loss
+
+
 def test_the_means_do_not_depend_on_the_world_size(tmp_path: object) -> None:
     """Two ranks with half of each batch have the means of one process with all of it; the variance too."""
     mp.spawn(_rank, (2, f"{tmp_path}/store", f"{tmp_path}/means"), nprocs=2)

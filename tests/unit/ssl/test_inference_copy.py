@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pipeline.models import build_model
-from pipeline.ssl.inference_copy import InferenceCopy, blocks_of
+from pipeline.ssl.inference_copy import InferenceCopy, blocks_of, rounded_by_autocast
 from pipeline.train import distributed
 from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.engine import Engine
@@ -43,6 +43,61 @@ def test_every_parameter_is_in_exactly_one_block(family: str) -> None:
     assert last is model
     assert len(whole) >= count
     assert max(len(parameters) for _, parameters in whole) < len(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_travels_in_bf16_is_what_autocast_rounds_bit_for_bit(family: str) -> None:
+    name, more, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=3, **more).eval()
+    rounded, names = copy.deepcopy(model), rounded_by_autocast(model)
+    for parameter_name, parameter in rounded.named_parameters():
+        if parameter_name in names:
+            parameter.data = parameter.data.bfloat16().float()
+    images = torch.randn(2, 3, *model.image_size)  # type: ignore[misc]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = rounded(images), model(images)
+    assert torch.equal(got, want)
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    assert sum(sizes[n] for n in names) > 0.6 * sum(sizes.values())
+
+
+def refresh_rounded(rank: int, port: int, folder: str) -> None:
+    """Save an average, and its inference copy refreshed for a step under autocast and for an evaluation."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    world = distributed.start(60.0)
+    model = build_model("vim_nano", num_classes=3, depth=1)
+    config = EngineConfig(zero_stage=2, precision="bf16")
+    engine = Engine(model, world, optim=OptimConfig(lr=1e-3), config=config, micro_batch=1, accumulation=1)
+    tensors = {master: 1.1 * master.detach() + 0.01 for master in engine.masters}
+    inference = InferenceCopy(engine, copy.deepcopy(model), tensors, average_buffers=False)
+    found = {}
+    for name, autocast in (("step", True), ("evaluation", False)):
+        inference.refresh(autocast=autocast)
+        found[name] = {n: p.detach().clone() for n, p in inference.module.named_parameters()}
+    torch.save(found | {"whole": inference.full_weights()}, Path(folder) / f"{rank}.pt")
+    engine.close()
+    distributed.stop()
+
+
+def test_a_step_receives_matrices_in_bf16_and_an_evaluation_everything_in_fp32(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(refresh_rounded, (port, str(tmp_path)), nprocs=2)
+    matrices = rounded_by_autocast(build_model("vim_nano", num_classes=3, depth=1))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, whole in found["whole"].items():
+            if name not in found["step"]:
+                continue
+            assert torch.equal(found["evaluation"][name], whole), name
+            sent = whole.bfloat16().float() if name in matrices else whole
+            assert torch.equal(found["step"][name], sent), name
+            assert name not in matrices or not torch.equal(sent, whole)
 
 
 def compute_in_blocks(rank: int, port: int, folder: str) -> None:

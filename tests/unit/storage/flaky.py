@@ -37,7 +37,9 @@ def serve(folder: Path, faults: tuple[str, ...] = ()) -> Iterator[tuple[str, Log
                 data = file.read(int(last) + 1 - int(first))
             self.send_response(200 if fault == "no ranges" else 206)
             if fault != "no ranges":
-                self.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
+                size = 10**15 if fault == "huge" else path.stat().st_size
+                self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+            data += bytes(10_000) * (fault == "longer")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if fault in ("drop", "stall", "truncate"):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.datasets.manifest import HEADER, Manifest, read_manifest
+from pipeline.datasets.index import index_remote
+from pipeline.datasets.manifest import HEADER, SAMPLES, Manifest, read_manifest
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import helper
 from pipeline.storage.cache import Cache
@@ -95,6 +96,35 @@ def test_an_error_that_no_second_attempt_can_help_is_one_sentence(tmp_path, faul
     with serve(tmp_path, faults) as (url, log), pytest.raises(DataError, match=sentence):
         fetch(f"{url}/a.tar", 0, 10_000, size, QUICK, io.BytesIO())
     assert len(log.ranges) == (4 if faults == ("503",) else 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"[]", "no JSON object"), (b"null", "no JSON object"), (b"{", "is no manifest"), (b"\xff", "is no manifest")],
+)
+def test_a_served_header_that_is_none_is_one_sentence(train, tmp_path, content, said):
+    shutil.copytree(train.folder, tmp_path / "served")
+    (tmp_path / "served" / HEADER).write_bytes(content)
+    with serve(tmp_path / "served") as (address, _), pytest.raises(DataError, match=said):
+        index_remote(address, tmp_path / "out", None, RemoteConfig(), 1)
+    assert not (tmp_path / "out" / HEADER).exists()
+
+
+@pytest.mark.parametrize("braces", ["{0..", "{0..999999999999}", "{0..9999}{0..9999}", "{a,b"])
+def test_braces_that_cannot_be_read_or_stand_for_too_many_are_refused(tmp_path, braces):
+    with pytest.raises(ConfigError, match="the braces"):
+        index_remote(f"http://127.0.0.1:1/{braces}.tar", tmp_path / "out", None, RemoteConfig(), 1)
+
+
+def test_a_server_that_lies_about_sizes_fills_no_memory(tmp_path):
+    (tmp_path / SAMPLES).write_bytes(bytes(1000))
+    with (
+        serve(tmp_path, ("longer",)) as (address, _),
+        pytest.raises(DataError, match="more bytes than it was asked for"),
+    ):
+        fetch(f"{address}/{SAMPLES}", 0, 100, None, RemoteConfig(attempts=1), io.BytesIO())
+    with serve(tmp_path, ("huge",)) as (address, _), pytest.raises(DataError, match="a manifest at most"):
+        index_remote(address, tmp_path / "out", None, RemoteConfig(), 1)
 
 
 def test_a_missing_server_is_one_sentence():

@@ -9,8 +9,10 @@ import torch
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import ConfigError
 from pipeline.evaluation_view import EvaluationView
+from pipeline.streaming import batches
 from pipeline.streaming.config import STRONG, WEAK, AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Batch, Loader, evaluation_batches
+from pipeline.streaming.reader import Reader
 from pipeline.streaming.transforms import eval_views, pair_views, train_views
 
 SIZE, MEAN, STD = (32, 32), (0.3,) * 3, (0.35,) * 3
@@ -176,3 +178,18 @@ def test_a_process_that_leaves_its_loader_open_ends(train):
 def test_a_stream_with_hidden_labels_is_not_sampled_by_them(train):
     with pytest.raises(ConfigError, match="sampling=class_balanced would reveal the labels"):
         loader_of(train, hide_labels=True, config={"sampling": "class_balanced"})
+
+
+def test_a_small_stream_is_decoded_once_and_a_large_one_again_each_time(train, straight, monkeypatch):
+    read: list[int] = []
+    whole = Reader.read
+    monkeypatch.setattr(Reader, "read", lambda self, index: read.append(index) or whole(self, index))
+    small = take(loader_of(train), 9)
+    assert sorted(read) == list(range(200))  # 288 samples were drawn from 200
+    read.clear()
+    monkeypatch.setattr(batches, "KEPT_BYTES", 200 * 8 * 8 * 3 - 1)
+    large = take(loader_of(train), 9)
+    assert len(read) == 9 * 32
+    for wanted, kept, again in zip(straight, small, large, strict=True):
+        assert torch.equal(wanted.images, kept.images)
+        assert torch.equal(wanted.images, again.images)

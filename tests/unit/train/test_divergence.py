@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.models import build_model
 from pipeline.train.checkpoint import complete, remove_after
 from pipeline.train.config import LoopConfig
 from pipeline.train.distributed import World
 from pipeline.train.divergence import data_step_of, find_anomaly, is_spike, next_data_step
-from pipeline.train.recorder import STEPS_KEPT, Recorder
+from pipeline.train.recorder import STEPS_KEPT, Recorder, block_of
 from pipeline.train.saved_state import LoopRecord, SavedState
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -92,3 +93,20 @@ def test_checkpoints_of_later_steps_are_removed(tmp_path: Path) -> None:
     remove_after(tmp_path, 3, ALONE)
     assert [path.name for path in complete(tmp_path)] == ["step_00000003", "step_00000000"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_recorder_measures_the_gradient_of_each_block_over_all_micro_batches() -> None:
+    model = build_model("vim_nano", num_classes=4, depth=2)
+    recorder = Recorder(1)
+    recorder.watch(model)
+    for step in range(2):
+        wanted = dict.fromkeys(recorder.blocks, 0.0)
+        for _ in range(2):  # micro-batches
+            model.zero_grad()
+            model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+            for name, p in model.named_parameters():
+                wanted[block_of(name)] += float(p.grad.double().square().sum()) if p.grad is not None else 0.0
+        recorder.note(step, step, {}, torch.tensor(1.0))
+        found = recorder.records[-1].block_squares
+        assert found is not None
+        assert found.tolist() == pytest.approx([wanted[block] for block in recorder.blocks], rel=1e-4)

@@ -40,6 +40,7 @@ FREE = (
     "loop.spike_mads",
     "loop.max_skipped_steps",
     "engine.public_address",
+    "engine.bind_cores",
     "data.eval_batch",
     "data.loader.workers",
     "data.loader.prefetch",
@@ -53,6 +54,7 @@ PLACES = (
     "data.classes",
     "data.loader.remote",
     "init_from",
+    "teacher_from",
     "weights.path",
     "teacher.export",
     "teacher.weights",
@@ -87,7 +89,7 @@ def test_every_knob_is_identity_but_those_that_decide_no_number(stage: str) -> N
         ("arm", ["data.loader.remote.cache=/tmp/x", "data.loader.remote.cache_gb=1", "data.loader.remote.timeout_seconds=9"]),
         ("distill", ["teacher.export=elsewhere", "weights.path=elsewhere"]),
         ("distill", ["teacher.cache=elsewhere", "teacher.cache_gb=1"]),
-        ("semi", ["init_from=elsewhere"]),
+        ("semi", ["init_from=elsewhere", "teacher_from=elsewhere"]),
     ],
 )  # fmt: skip
 def test_a_place_may_change_between_two_starts(stage: str, overrides: list[str]) -> None:

@@ -87,6 +87,22 @@ def test_a_restart_waits_for_a_dying_run_and_not_for_its_data_worker(
         os.kill(int((tmp_path / "worker").read_text()), 9)
 
 
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "incidents.jsonl", "log.txt", ".lock", "status.json", "report", "tb"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("nowhere/x")])
+def test_what_is_no_file_or_folder_of_a_run_is_set_aside(
+    tmp_path: Path, name: str, make: Callable, opened: Open
+) -> None:
+    make(tmp_path / name)
+    run = opened(tmp_path)
+    run.append_metrics({"step": 1})
+    run.status("running")
+    run.truncate_metrics(0)
+    assert len(list(tmp_path.glob(f"{name}.damaged-*"))) == 1
+    assert name in (tmp_path / "incidents.jsonl").read_text()
+
+
 DAMAGES = [b"", b"\0" * 100, b"{", b"\xff\xfe\x00", b"a: [", b"- a", b"[" * 5000]
 
 
