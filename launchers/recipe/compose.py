@@ -58,7 +58,7 @@ def compose(
         supervised = stage != "arm"
         own = dict(data) if supervised else {k: v for k, v in data.items() if k != "test"}
         number, size = steps[stage].value, rules.batch(stage, look, gpu)
-        rate = rules.learning_rate(chosen_family, stage, size.value, width)
+        rate = rules.learning_rate(chosen_family, stage, size.value, width, number)
         work = rules.passes(stage, look, size.value)
         chosen = rules.selection(look, number, work) if supervised else rules.pretraining_selection(look, number)
         values: dict[str, Any] = {"run": {"experiment": name}}

@@ -37,7 +37,8 @@ MAX_LEARNT, MAX_TESTED = 5_000, 4_000  # images that a baseline learns from, and
 MAX_PRODUCTS = 10**8  # images x features x classes up to which a baseline is tuned
 MAX_EXPERIMENTS = 5  # seeds for which baselines are computed
 MAX_UNLABELLED = 2_000  # images without a label that label spreading reads
-COMPUTED = ("logistic", "neighbour", "spreading")
+MAX_FOR_SVM = 1_000  # labelled images up to which an RBF-SVM takes seconds
+COMPUTED = ("logistic", "neighbour", "svm", "spreading")
 
 Read = Callable[[Manifest, np.ndarray], Samples]
 
@@ -203,7 +204,6 @@ def _fit(images: ImagesOf, read: Read, notes: list[str]) -> dict[str, Baseline]:
     asked = read(test, queries)
     few = evenly(images.unlabelled, np.zeros(len(images.unlabelled), np.int64), MAX_UNLABELLED)
     unlabelled = read(images.train, few) if len(few) else None
-    return {
-        name: fit_baseline(name, labelled, asked, classes, held_out=validation, unlabelled=unlabelled, tune=tune)
-        for name in COMPUTED
-    }
+    fit = partial(fit_baseline, held_out=validation, unlabelled=unlabelled, tune=tune)
+    names = [name for name in COMPUTED if name != "svm" or len(learnt) <= MAX_FOR_SVM]
+    return {name: fit(name, labelled, asked, classes) for name in names}

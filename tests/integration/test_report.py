@@ -117,7 +117,7 @@ def test_the_page_compares_the_stages_with_baselines_that_are_fitted_on_the_spot
     rows = {r[""]: r for r in csv.DictReader((tables / "baselines.csv").read_text().splitlines())}
     assert set(rows) == {
         f"{learner} on {source}"
-        for learner in ("logistic regression", "1-nearest neighbour", "label spreading")
+        for learner in ("logistic regression", "1-nearest neighbour", "RBF-SVM", "label spreading")
         for source in ("pixels", "stage 1's features")
     }
     assert float(rows["logistic regression on pixels"]["top1"]) > 60

@@ -98,7 +98,13 @@ def test_a_partial_board_says_what_is_missing_and_an_empty_one_has_no_numbers(tm
 def test_the_recommended_column_is_the_export_unless_validation_establishes_another(tmp_path: Path) -> None:
     board = Board(tmp_path, PLACES[:1])
     place = PLACES[0]
-    for column, validated in (("chain", 80.0), ("stage-2", 84.0), ("logistic", 60.0), ("neighbour", 60.0)):
+    for column, validated in (
+        ("chain", 80.0),
+        ("stage-2", 84.0),
+        ("logistic", 60.0),
+        ("neighbour", 60.0),
+        ("svm", 60.0),
+    ):
         board.write(place, column, cell(validated) | {"top1": 50.0})
         assert "recommended" not in board.cells[place]
     board.write(place, "spreading", cell(85.0) | {"top1": 70.0})  # a standard error of 5.4 points with 100 images

@@ -96,6 +96,12 @@ def test_learning_rates_follow_the_root_of_the_batch_and_the_inverse_of_the_widt
             )  # two digits
 
 
+def test_a_short_run_of_a_resnet_has_three_times_the_rate() -> None:
+    for family in rules.BASE_RATES:
+        short, longer = (rules.learning_rate(family, "semi", 16, 64, rules.SHORT_RUN + n).value for n in (0, 1))
+        assert short == pytest.approx(longer * (3 if family == "resnet" else 1), rel=0.03)  # two digits
+
+
 def test_few_images_make_the_batch_of_stage_1_smaller_and_no_other() -> None:
     for number in (1, 9, 15, 33, 1000):
         facts = look(labelled=(number,), images=number)
