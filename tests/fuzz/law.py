@@ -166,12 +166,14 @@ def _run(case: Case, folder: Path) -> int:
     os.environ.update(
         {name: text.replace("\x00", "") for name, text in case.environment.items()} | {"TMPDIR": f"{folder}/tmp"}
     )
+    if case.environment.get("HOME") == "":
+        del os.environ["HOME"]
     tempfile.tempdir = None  # or the folder that this process's parent has found stays
     sys.argv = [case.module, *case.arguments]
     for kind, limit in (
         (resource.RLIMIT_AS, psutil.Process().memory_info().vms + MEMORY),
         (resource.RLIMIT_CPU, SECONDS),
-        (resource.RLIMIT_FSIZE, 2**28),
+        (resource.RLIMIT_FSIZE, case.largest),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (limit, limit))
