@@ -72,9 +72,9 @@ class Runner:
             last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
             raise EnvironmentProblem(f"`python -m {' '.join(words)}` ended with {code}: {last}")
 
-    def words(self, stage: str, config: str | Path, experiment: str, *overrides: str) -> list[str]:
+    def words(self, stage: str, recipe: str | Path, experiment: str, *overrides: str) -> list[str]:
         """Return the words of a stage after its command."""
-        path = str(config) if isinstance(config, Path) else f"configs/{stage}/{config}.yaml"
+        path = str(recipe) if isinstance(recipe, Path) else f"configs/{stage}/{recipe}.yaml"
         return [stage, path, f"run.root={self.runs}", f"run.experiment={experiment}", *self.data[stage], *overrides]
 
     def folder(self, stage: str, experiment: str) -> Path:

@@ -125,23 +125,23 @@ class _StagedForm(_Form):
         return maps if intermediates_only else (features, maps)
 
 
-def _features(model: Any, config: FamilyConfig) -> list[dict[str, Any]]:
+def _features(model: Any, family: FamilyConfig) -> list[dict[str, Any]]:
     """Describe what features can be taken: channels, pixels on a side of a cell, and the submodule that returns them."""
-    if isinstance(config, VisionMambaConfig):
-        stride = config.stride or config.patch_size
+    if isinstance(family, VisionMambaConfig):
+        stride = family.stride or family.patch_size
         return [
-            {"num_chs": config.embed_dim, "reduction": stride, "module": f"layers.{i}"} for i in range(config.depth)
+            {"num_chs": family.embed_dim, "reduction": stride, "module": f"layers.{i}"} for i in range(family.depth)
         ]
     number = len(model.stages)
-    widths = getattr(config, "widths", None)
-    if widths is None and hasattr(config, "width"):
-        widths = [config.width * 2**i for i in range(number)]
+    widths = getattr(family, "widths", None)
+    if widths is None and hasattr(family, "width"):
+        widths = [family.width * 2**i for i in range(number)]
     if widths is None:
         return [  # a wide residual network
             {"num_chs": model.num_features // 2 ** (2 - i), "reduction": 2**i, "module": f"stages.{i}"}
             for i in range(number)
         ]
-    first = getattr(config, "stem_stride", 4)
+    first = getattr(family, "stem_stride", 4)
     blocks = [f"stages.{i}" if hasattr(model.stages[i], "downsample") else _last_block(model, i) for i in range(number)]
     return [
         {"num_chs": width, "reduction": first * 2**i, "module": block}

@@ -16,12 +16,12 @@ FIRST_CONVOLUTION: dict[type[FamilyConfig], str] = {
 }
 
 
-def classifiers(config: FamilyConfig) -> list[str]:
+def classifiers(family: FamilyConfig) -> list[str]:
     """Return the names of the linear layers that give the logits."""
-    if not isinstance(config, EfficientViMConfig):
+    if not isinstance(family, EfficientViMConfig):
         return ["head"]
-    number = {"hidden": len(config.widths) + 1, "map": len(config.widths), "none": 1}[config.fusion]
-    return [f"heads{suffix}.{i}" for suffix in (("", "_dist") if config.distilled else ("",)) for i in range(number)]
+    number = {"hidden": len(family.widths) + 1, "map": len(family.widths), "none": 1}[family.fusion]
+    return [f"heads{suffix}.{i}" for suffix in (("", "_dist") if family.distilled else ("",)) for i in range(number)]
 
 
 def registered_name(config: FamilyConfig) -> str:
