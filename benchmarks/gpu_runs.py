@@ -223,5 +223,5 @@ def alone(stage: str, path: Path, processes: int) -> list[str]:
         model = MODELS_OF_PARENTS.get(path.stem)
         if model is None:
             model = read_values(path.parents[1] / "distill" / path.name)["model"]
-        found += ["init_from=null", f"model={json.dumps(model)}"]
+        found += ["init_from=null", "teacher_from=null", f"model={json.dumps(model)}"]
     return found

@@ -165,7 +165,7 @@ def read_status(run: Path) -> dict[str, Any]:
 
 def read_book(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
     """Return the values of a JSON file that fits a schema; empty if there is none, and with a warning if it is damaged."""
-    return _checked(path, read_object(path), schema)
+    return _checked(path, read_object(path), schema) if path.is_file() else {}
 
 
 def read_config(run: Path) -> dict[str, Any]:

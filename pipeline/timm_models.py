@@ -181,9 +181,9 @@ def _register() -> None:
         for family in set(NAMES.values())
     }
 
-    def entrypoint(name: str, config: FamilyConfig) -> Callable[..., nn.Module]:
-        family, last_blocks = type(config), 3
-        stages = tuple(range(len(getattr(config, "depths", (0, 1, 2)))))
+    def entrypoint(name: str, described: FamilyConfig) -> Callable[..., nn.Module]:
+        family, last_blocks = type(described), 3
+        stages = tuple(range(len(getattr(described, "depths", (0, 1, 2)))))
 
         def create(pretrained: bool = False, **arguments: Any) -> nn.Module:
             out = arguments.pop("out_indices", last_blocks if family is VisionMambaConfig else stages)

@@ -251,7 +251,10 @@ def gains_figure(board: Board) -> Paint:
         for k, row in enumerate(rows):
             best = board.best_baseline(row)
             if best is None:
-                axes.text(0, k, "missing", fontsize=7, ha="left", va="center", color="#888888")
+                middle = axes.get_yaxis_transform()  # x as a share of the axes
+                axes.text(
+                    0.5, k, "not complete", fontsize=7, ha="center", va="center", color="#888888", transform=middle
+                )
                 continue
             mine, other = board.values(row, "recommended"), board.values(row, best[0])
             each = [mine[s] - other[s] for s in mine.keys() & other.keys()]
@@ -259,7 +262,7 @@ def gains_figure(board: Board) -> Paint:
             axes.plot([best[1]], [k], "D", color=COLOURS[1], markersize=6)
         axes.axvline(0, color="#888888", linewidth=1)
         axes.set_yticks(range(len(rows)), [f"{a}, {REGIMES[b].title}" for a, b in rows], fontsize=7)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set(xlabel="points of top-1 over the best baseline")
 
     return paint

@@ -57,7 +57,7 @@ def test_a_killed_run_is_silent_and_a_living_one_runs(chain: Stages) -> None:
     assert killed.state == "silent"
     assert "ended without a message; start it again to continue" in killed.words
     # The same folder as another machine sees it, with a job that SLURM does not know: its heartbeat decides.
-    told = {"job": "1", "logs": str(run.parent / "slurm"), "after": ""}
+    told = {"job": "1", "logs": str(run.parent / "slurm"), "after": "", "cluster": {}}
     (run.parent / "slurm").mkdir()
     (run.parent / "slurm" / "arm.json").write_text(json.dumps(told))
     unknown = status.read_stage(run)
