@@ -187,7 +187,7 @@ def active_job(step: Step, cluster: ClusterConfig) -> str:
     told = record(step.folder)
     if not told or not queue.job_state(told["job"]).active:
         return ""
-    refuse_other_values(step, cluster, told["job"], _frozen_config(step), told["cluster"])
+    refuse_other_values(step, cluster, told["job"], _frozen_config(step), told.get("cluster", {}))
     return told["job"]
 
 

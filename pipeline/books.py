@@ -123,7 +123,7 @@ class Submission(_Book):
     job: Annotated[str, Field(pattern=r"^\d{1,20}(_\d{1,10})?$")]
     logs: str
     after: str = ""
-    cluster: dict[str, Any]
+    cluster: dict[str, Any] = {}
 
 
 class _Seed(_Book):

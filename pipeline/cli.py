@@ -17,8 +17,9 @@ from typing import NamedTuple, NoReturn
 from pipeline.errors import EnvironmentProblem, Interrupted, PipelineError
 from pipeline.exit_codes import ExitCode
 
-# What any write can meet at any moment: the disk is full, over quota, read-only or broken, or its server is gone.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+# What any write can meet at any moment: the disk is full, over quota, read-only or broken, its server is gone, or files may
+# not be so large.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 # A file or folder of somebody else, and a path that leads nowhere.
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 

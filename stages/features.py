@@ -16,13 +16,14 @@ import numpy as np
 import psutil
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline import seeds
 from pipeline.errors import ConfigError, EnvironmentProblem, PipelineError
 from pipeline.evaluate.predictions import gather
 from pipeline.exports.headers import read_safetensors_header
+from pipeline.exports.tensors import write_tensors
 from pipeline.files import replacing
 from pipeline.models.backbone.adapt import heads_of
 from pipeline.models.backbone.config import BackboneConfig
@@ -193,7 +194,7 @@ def _write(path: Path, features: Mapping[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file(dict(features), temporary)
+            write_tensors(temporary, features)
     except OSError as error:
         raise EnvironmentProblem(
             f"backbone.cache: {path} cannot be written ({error.strerror}); give a writable folder, or free space"

@@ -20,6 +20,7 @@ BLOCK = 512
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10  # labels, long names and pax records
 _MAX_LABEL_DIGITS = 9  # longest class number, which the manifest keeps in four bytes
+_MOST_LETTERS = 4_096  # bytes of a member's name; no file system takes longer paths
 _MAX_PAX_DIGITS = 20  # longest number in a pax header; Python refuses to read thousands
 _TEXT_EXTENSIONS = ("cls", "txt", "json", "id", "key", "url", "caption", "npy", "pyd", "pth")
 _ABSENT = object()
@@ -314,6 +315,8 @@ def _pax(record: bytes, name: str) -> tuple[str, int]:
 
 
 def _text(raw: bytes) -> str:
+    if len(raw) > _MOST_LETTERS:
+        raise DataError(f"member name {raw[:40]!r}... has {len(raw)} bytes; at most {_MOST_LETTERS} are read")
     try:
         return raw.decode()
     except UnicodeDecodeError:

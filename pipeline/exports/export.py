@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import HandoverError, PipelineError
@@ -15,6 +14,7 @@ from pipeline.exports.card import CARD, FINGERPRINT, WEIGHTS, Card
 from pipeline.exports.fingerprint import TOLERANCE, Fingerprint
 from pipeline.exports.headers import Claim, read_safetensors_header
 from pipeline.exports.hub import README, TIMM_CONFIG, model_card, timm_alone_has, timm_config
+from pipeline.exports.tensors import write_tensors
 from pipeline.exports.weights import load_safetensors
 from pipeline.files import replacing, sha256_of
 from pipeline.models import build_from_config
@@ -68,7 +68,7 @@ def write_export(
     inside = INSIDE if isinstance(model, TimmModel) else ""
     with replacing(folder) as temporary:
         (temporary / "labels").mkdir(parents=True)
-        save_file({k.removeprefix(inside): v.float().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
+        write_tensors(temporary / WEIGHTS, {k.removeprefix(inside): v.float().contiguous() for k, v in weights.items()})
         fingerprint.write(temporary / FINGERPRINT)
         for split, indices in labels.items():
             np.save(temporary / "labels" / f"{split}.npy", indices)

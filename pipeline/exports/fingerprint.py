@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.exports.tensors import write_tensors
 from pipeline.exports.weights import load_safetensors
 
 TOLERANCE = 1e-3  # largest allowed error, relative to the largest output
@@ -39,7 +39,7 @@ class Fingerprint:
 
     def write(self, path: Path) -> None:
         """Write both tensors as safetensors."""
-        save_file({"images": self.images, "outputs": self.outputs}, path)
+        write_tensors(path, {"images": self.images, "outputs": self.outputs})
 
     def error(self, outputs: Tensor) -> float:
         """Return the largest difference between `outputs` and the stored ones, over the largest stored output."""

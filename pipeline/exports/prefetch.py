@@ -44,7 +44,8 @@ def prefetch(name: str, folder: Path) -> Path:
 
     allow_torchvision()
     import timm
-    from safetensors.torch import save_file
+
+    from pipeline.exports.tensors import write_tensors
 
     bare = name.removeprefix(TIMM_PREFIX)
     path = folder / f"{bare}.safetensors"
@@ -67,5 +68,5 @@ def prefetch(name: str, folder: Path) -> Path:
             f" where there is a network, and copy {path.name} to {folder}"
         ) from None
     with replacing(path) as temporary:
-        save_file({key: value.contiguous() for key, value in weights.items()}, temporary)
+        write_tensors(temporary, {key: value.contiguous() for key, value in weights.items()})
     return path

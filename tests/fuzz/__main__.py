@@ -68,7 +68,7 @@ def run(cases: list[tuple[str, int]], seed: int, scratch: Path, have: Material) 
     """
     from tests.fuzz.law import Running, ended, start
 
-    before = _state(have)
+    before, done = _state(have), 0
     counts = {kind: {"cases": 0, "violations": 0} for kind, _ in cases}
     waiting, running = collections.deque(cases), dict[int, Running]()
     while waiting or running:
@@ -81,6 +81,9 @@ def run(cases: list[tuple[str, int]], seed: int, scratch: Path, have: Material) 
             if broken is None:
                 continue
             del running[slot]
+            done += 1
+            if done % 1000 == 0:
+                print(f"{done} of {len(cases)}", file=sys.stderr, flush=True)
             counts[case.kind]["cases"] += 1
             counts[case.kind]["violations"] += bool(broken)
             for violation in broken:

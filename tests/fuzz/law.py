@@ -109,7 +109,7 @@ def _violations(folder: Path, code: int) -> Iterator[str]:
         yield f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     if "Traceback" in said:
         yield f"a stack trace: {said.strip().splitlines()[-1][:200]}"
-    elif code > 0 and "error" not in said:
+    elif code > 0 and "error" not in said and "\n! " not in (folder / "stdout").read_text(errors="replace"):  # a plan's
         yield f"exit code {code} without a sentence: {said[-200:]!r}"
     elif len(said) > 20_000:
         yield f"a sentence of {len(said)} characters"
@@ -166,12 +166,14 @@ def _run(case: Case, folder: Path) -> int:
     os.environ.update(
         {name: text.replace("\x00", "") for name, text in case.environment.items()} | {"TMPDIR": f"{folder}/tmp"}
     )
+    if case.environment.get("HOME") == "":
+        del os.environ["HOME"]
     tempfile.tempdir = None  # or the folder that this process's parent has found stays
     sys.argv = [case.module, *case.arguments]
     for kind, limit in (
         (resource.RLIMIT_AS, psutil.Process().memory_info().vms + MEMORY),
         (resource.RLIMIT_CPU, SECONDS),
-        (resource.RLIMIT_FSIZE, 2**28),
+        (resource.RLIMIT_FSIZE, case.largest),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (limit, limit))

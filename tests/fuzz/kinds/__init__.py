@@ -7,6 +7,7 @@ command runs in a forked child (`law.py`), whose current folder is the case's.
 from tests.fuzz.kinds.base import Case, Make, Material
 from tests.fuzz.kinds.configs import config, environment
 from tests.fuzz.kinds.datasets import image, manifest, split, tar
+from tests.fuzz.kinds.disk import disk
 from tests.fuzz.kinds.exports import card, weights
 from tests.fuzz.kinds.runs import books, checkpoint
 from tests.fuzz.kinds.sources import served, source
@@ -25,10 +26,11 @@ KINDS: dict[str, Make] = {
     "image": image,
     "source": source,
     "served": served,
+    "disk": disk,
     "books": books,
     "checkpoint": checkpoint,
     "training": training,
 }
 NEED_RUNS = {"books", "checkpoint", "training"}  # kinds that begin with finished runs
 # How many of every 48 cases are of a kind that takes seconds; the other kinds share the rest.
-SHARES = {"served": 1, "books": 1, "checkpoint": 1, "training": 1}
+SHARES = {"served": 1, "disk": 1, "books": 1, "checkpoint": 1, "training": 1}

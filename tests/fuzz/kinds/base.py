@@ -20,12 +20,14 @@ class Case(NamedTuple):
         arguments: Words of its command line.
         environment: Variables that are set; an empty HOME is unset.
         trains: Whether a stage that accepts its inputs is really trained.
+        largest: Bytes that a file may have; beyond them a write fails, as on a full disk.
     """
 
     module: str
     arguments: list[str]
     environment: Mapping[str, str] = MappingProxyType({})
     trains: bool = False
+    largest: int = 2**28
 
 
 class Material(NamedTuple):

@@ -9,6 +9,28 @@ import yaml
 from tests.fuzz import mutate
 from tests.fuzz.kinds.base import ROOT, Case, Material
 
+_KEYS = (
+    *(
+        "run.seed",
+        "model.depth",
+        "optim.lr",
+        "augment.rand_augment",
+        "init_from",
+        "run.experiment",
+        "a.b",
+        "run.tracker",
+    ),
+    *(
+        "data.train",
+        "data.split",
+        "data.test",
+        "run.root",
+        "loop.global_batch",
+        "engine.micro_batch",
+        "data.loader.workers",
+    ),
+)
+
 
 def config(rng: random.Random, folder: Path, have: Material) -> Case:
     """A stage's config, as damaged values or as damaged text, and damaged overrides."""
@@ -24,13 +46,21 @@ def config(rng: random.Random, folder: Path, have: Material) -> Case:
     overrides = split if rng.random() < 0.7 else []
     overrides += ["run.root=runs"] if rng.random() < 0.8 else []
     if rng.random() < 0.4:
-        key = rng.choice(
-            ("run.seed", "model.depth", "optim.lr", "augment.rand_augment", "init_from", "run.experiment", "a.b")
+        words = (
+            *mutate.WORDS,
+            *map(str, mutate.HUGE),
+            "9" * 5000,
+            "!!int x",
+            "*a",
+            "[" * 999,
+            "/dev/zero",
+            "file:///etc",
         )
-        overrides.append(
-            f"{key}={rng.choice((*mutate.WORDS, *map(str, mutate.HUGE), '9' * 5000, '!!int x', '*a', '[' * 999))}"
-        )
-    return Case("stages.__main__", [stage, "config.yaml", *(o.replace("\x00", "\\0") for o in overrides)])
+        overrides.append(f"{rng.choice(_KEYS)}={rng.choice(words)}")
+    words = [stage, "config.yaml", *(o.replace("\x00", "\\0") for o in overrides)]
+    if rng.random() < 0.15:
+        return Case("launchers.__main__", ["plan", *words])
+    return Case("stages.__main__", words)
 
 
 def _yaml(values: Any) -> str:

@@ -37,8 +37,18 @@ def card(rng: random.Random, folder: Path, have: Material) -> Case:
     except RecursionError:
         text = b"[" * 10_000
     (export / "model.json").write_bytes(mutate.data(rng, text) if rng.random() < 0.1 else text)
-    if rng.random() < 0.5:
+    way = rng.random()
+    if way < 0.4:
         return Case("tests.fuzz.commands", ["load", "export"])
+    if way < 0.5:
+        return Case("pipeline.predict", ["export", str(have.small.parent / "images/test/c0"), "--csv", "out.csv"])
+    if way < 0.52:
+        return Case("pipeline.evaluate.__main__", ["export", str(have.digits / "test"), "--out", "out"])
+    if way < 0.54:
+        data = ["--train", str(have.digits / "train"), "--split", str(have.digits / "split.json")]
+        return Case("pipeline.rebalance", ["export", *data, "--method", "tau-norm", "--tau", "1", "--out", "out"])
+    if way < 0.56:
+        return Case("pipeline.models.__main__", ["onnx", "export", "--out", "model.onnx"])
     split = [f"data.train={have.digits}/train", f"data.split={have.digits}/split.json", "data.test=null"]
     split += ["data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]", "allow_more_labels=true"]
     return Case(

@@ -89,6 +89,15 @@ def test_a_hostile_tar_is_refused_with_a_sentence(tmp_path, name, form):
         scan(tar_of(good() + members, format=form), tmp_path)
 
 
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_name_that_no_file_system_takes_is_refused_in_a_short_sentence(tmp_path, form):
+    with tarfile.open(tmp_path / "000000.tar", "w", format=form) as tar:
+        tar.addfile(tarfile.TarInfo("y" * 60_000 + ".png"))
+    with pytest.raises(DataError, match=r"has 6000\d bytes; at most 4096") as error:
+        scan_shard(tmp_path / "000000.tar")
+    assert len(str(error.value)) < 400
+
+
 def test_long_and_foreign_names_are_read_in_every_format(tmp_path):
     name = "class-ü/" + "x" * 180
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):

@@ -14,6 +14,7 @@ import pytest
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.jsonl import sort_rows
 from pipeline.train import run as run_module
+from pipeline.train.checkpoint import _set_aside
 from pipeline.train.distributed import start
 from pipeline.train.run import Run, refuse_other_config
 from tests.unit.train.test_run import config_of
@@ -145,3 +146,12 @@ def test_damaged_lines_of_metrics_are_set_aside_and_told(
     assert "metrics.jsonl is damaged" in caplog.text
     assert sort_rows(tmp_path / "metrics.jsonl", "step") == ([json.loads(line) for line in sound[:2]], [])
     assert run.last_row("train/", until=2) == {"train/loss": 1.0}
+
+
+def test_a_second_damaged_copy_of_a_step_is_set_aside_beside_the_first(tmp_path: Path) -> None:
+    for k in range(3):
+        (tmp_path / "step_00000002").mkdir()
+        (tmp_path / "step_00000002" / str(k)).touch()
+        _set_aside(tmp_path / "step_00000002")
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
+    assert found == ["damaged_step_00000002/0", "damaged_step_00000002_1/1", "damaged_step_00000002_2/2"]
