@@ -20,7 +20,7 @@ from pipeline.train.run import HEARTBEAT
 from stages import SPECS
 
 AGAIN = "submit the chain again to run it"
-# A running run without a heartbeat for SILENT_SECONDS, and for the time of BEATS of its steps, counts as hanging.
+# A run without a heartbeat for SILENT_SECONDS plus the time of BEATS of its steps counts as hanging.
 SILENT_SECONDS, BEATS = 120.0, 100
 
 
