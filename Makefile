@@ -116,17 +116,17 @@ fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50
 test: $(STAMP)  ## all tests except SLURM's and the package's; warnings are errors
 	$(PY) -m pytest tests --ignore=tests/slurm --ignore=tests/package -n 2 --dist loadfile
 
-test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm): under 5 minutes
+test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm)
 	$(PY) -m pytest tests/slurm -rs
 
-soak: $(STAMP)  ## long tests: thirty kill -9 in a row of runs and of other commands, fifty steps at every ZeRO stage (a quarter of an hour)
+soak: $(STAMP)  ## long tests: thirty kill -9 in a row of runs and of other commands, fifty steps at every ZeRO stage
 	$(PY) -m pytest tests -m soak -s
 
-fuzz: $(STAMP)  ## feed 10,000 damaged and hostile inputs to the commands: CASES= SEED= (about half an hour)
+fuzz: $(STAMP)  ## feed 10,000 damaged and hostile inputs to the commands: CASES= SEED=
 	$(PY) -m tests.fuzz --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
 
 .PHONY: bench
-bench: $(STAMP)  ## take the figures of docs/performance.md that this commit lacks on this machine, 20 minutes on two quiet cores: SIMD=avx2
+bench: $(STAMP)  ## take the figures of docs/performance.md that this commit lacks on this machine; use a quiet one: SIMD=avx2
 	$(PY) -m benchmarks $(if $(SIMD),--simd $(SIMD))
 
 .PHONY: gpu-check

@@ -21,7 +21,7 @@ from pipeline.cli import guarded
 from pipeline.config import choose
 from pipeline.errors import ConfigError
 
-# What `make bench` runs: about twenty minutes together on two quiet cores. Rounds are few enough for that.
+# What `make bench` runs. Rounds are few, so that all should take about twenty minutes on two quiet cores (not measured).
 COMMANDS: dict[str, list[str]] = {
     "inference": ["benchmarks.inference"],
     "resolution": [

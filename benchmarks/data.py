@@ -4,8 +4,7 @@ Throughput is compared with timm's own WebDataset path: its reader, its transfor
 normalisation. Both sides read the same shards with as many workers and take turns in one run; the clock runs between two
 batches of the steady state. The ratio is the median over the turns, so that a machine shared with other work slows both.
 Where other work takes most of the cores, the ratio of rates is noise, and that of the CPU times (`cpu_ms`: one process, no
-workers, processor time per image) still says which side does less work. Needs about 400 MB of temporary space, and less than five
-minutes on two quiet cores.
+workers, processor time per image) still says which side does less work. Needs about 400 MB of temporary space.
 """
 
 import argparse

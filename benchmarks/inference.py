@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> int:
         "--minutes",
         type=float,
         default=4.0,
-        help="end the comparison's rounds then; 20 rounds need about ten (default 4)",
+        help="end the comparison's rounds then (default 4)",
     )
     parser.add_argument("--deployed", action="store_true", help="fold batch norms and branches, as models are deployed")
     parser.add_argument("--out", type=Path, default=Path("runs/inference"))

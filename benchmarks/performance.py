@@ -25,13 +25,19 @@ CURVES = {
 SIZES = (224, 448, 672, 896)
 HEAD = """# Performance
 
-All figures that the benchmarks of this project have measured, each with its command, machine and date. `make bench` takes those
-that the current commit lacks on this machine and writes this page. `make bench SIMD=avx2` does so with AVX2 alone; ONNX Runtime
-keeps its own choice then. Both are planned for twenty minutes on two quiet cores, and continue where they stopped. Each benchmark
-also runs alone: `python -m benchmarks.NAME --help`. Models have random weights, which cost the same as trained ones.
+The figures that `make bench` has measured, each with its command, machine and date. `make bench` takes those that the
+current commit lacks on this machine and writes this page. `make bench SIMD=avx2` does so with AVX2 alone; ONNX Runtime
+keeps its own choice then. Both continue where they stopped. They are meant to take about twenty minutes on two quiet cores,
+which has not been measured; one benchmark is ended after ten minutes. Each also runs alone:
+`python -m benchmarks.NAME --help`. Models have random weights, which cost the same as trained ones.
 
 A run is quiet if other programs used at most {quiet:.0%} of the processor meanwhile. Of other runs the ratios are better than the
 times, because rivals take turns in the same rounds; they are no results.
+"""
+
+
+NONE = """**No figure has been taken yet.** Older figures are on the pages of their subjects, with their dates:
+[selective scan](scan.md), [EfficientViM](efficientvim.md), [engine](engine.md), [data](data.md).
 """
 
 
@@ -58,6 +64,8 @@ def is_quiet(record: dict[str, Any]) -> bool:
 def page(found: list[dict[str, Any]], *, picture: bool) -> str:
     """Return the page of these records, with the picture or without."""
     lines = [HEAD.format(quiet=QUIET)]
+    if not found:
+        lines += [NONE]
     if picture:
         lines += ["## Time against resolution", "", *_about(_curves(found)[-1:]), ""]
         lines += [f"![milliseconds for one image against pixels on a side](images/{PICTURE}.svg)", ""]

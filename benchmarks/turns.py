@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-BUDGET = 200.0  # seconds for all rounds; a benchmark with its setup then ends within five minutes
+BUDGET = 200.0  # seconds for all rounds
 LEAST = 3  # rounds, however long they take
 
 

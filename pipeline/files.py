@@ -142,12 +142,12 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """
     temporary = temporary_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
         publish(temporary, path, sync=sync)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def temporary_of(path: Path) -> Path:
@@ -170,17 +170,18 @@ def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
         for written in (temporary, *temporary.rglob("*")):
             _sync(written)
     old = path.with_name(f".{path.name}.old")
-    _remove(old)
+    remove(old)
     # A rename replaces a file by a file, and an empty folder by a folder.
     if path.is_dir() or (temporary.is_dir() and os.path.lexists(path)):
         os.replace(path, old)
     os.replace(temporary, path)
     if sync:
         _sync(path.parent)
-    _remove(old)
+    remove(old)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there. `shutil.rmtree` alone would wait for a FIFO."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

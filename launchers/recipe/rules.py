@@ -65,8 +65,8 @@ def image_size(look: Look, gpu: bool) -> Choice:
 def family(look: Look, gpu: bool, asked: Family | Literal["auto"] = "auto") -> Choice:
     """Choose the kind of model: a Vision Mamba, which stage 1 pretrains, or a convolutional network without stage 1.
 
-    In our trials with equal views and an equal number of images, a ResNet-18 from random weights was above our own models
-    of equal cost wherever labels were few and images small (docs/recipe.md). Pretraining needs many images and a GPU.
+    With equal views and an equal number of images, a ResNet-18 from random weights was above our own small models on digits and
+    glyphs with few labels, in single trials outside the project (docs/recipe.md). Pretraining needs many images and a GPU.
     """
     if asked != "auto":
         return Choice(asked, f"--model {asked}")

@@ -34,6 +34,7 @@ from pipeline.datasets.opening import open_dataset
 from pipeline.datasets.splits import read_split
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem, PipelineError
 from pipeline.exports.card import CARD, Card
+from pipeline.files import replace_text
 
 if TYPE_CHECKING:
     from pipeline.streaming.loader import Batch
@@ -158,7 +159,7 @@ def _evaluate(request: _Request, given: argparse.Namespace) -> None:
             "images": len(request.sample_indices),
             "weights": weights,
         }
-        (request.out / "evaluation.json").write_text(json.dumps({**origin, "models": results}, indent=1) + "\n")
+        replace_text(request.out / "evaluation.json", json.dumps({**origin, "models": results}, indent=1) + "\n")
         _print(results, request.out)
     distributed.stop()
 

@@ -14,6 +14,7 @@ from pipeline.evaluate.bootstrap import intervals
 from pipeline.evaluate.calibration import Calibration, expected_calibration_error, reliability
 from pipeline.evaluate.open_set import open_set
 from pipeline.evaluate.predictions import LabelledBatch, Predictions
+from pipeline.files import replacing
 
 Groups = Mapping[str, np.ndarray]
 
@@ -100,7 +101,7 @@ def write_per_class(
     """
     table = predictions.confusion(len(classes))
     mistakes = table - np.diag(table.diagonal())
-    with path.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "labelled_in_training", "samples", "right", "accuracy", "mistaken_for", "times"])
         for c, name in enumerate(classes):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.errors import DataError
-from pipeline.files import open_regular
+from pipeline.files import open_regular, replacing
 
 # What numpy and the zip archive around its arrays raise for damaged bytes.
 _DAMAGED = (OSError, ValueError, KeyError, MemoryError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
@@ -67,8 +67,8 @@ class Predictions:
         return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
     def save(self, path: Path) -> None:
-        """Write a .npz with one row per sample, for comparisons sample by sample such as paired tests."""
-        with path.open("wb") as file:
+        """Write a .npz with one row per sample, whole or not at all, for comparisons sample by sample such as paired tests."""
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
                 sample_indices=self.sample_indices,

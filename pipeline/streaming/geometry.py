@@ -119,7 +119,7 @@ def affine_view(
     )
     grid = torch.bmm(_centres(height, width), matrix.transpose(1, 2)).view(1, height, width, 2)
     colour = torch.tensor(ground, dtype=torch.float32)[:, None, None]
-    # Outside the pixels grid_sample reads zeros, which become the ground. Pillow's transform takes three times as long.
+    # Outside the pixels grid_sample reads zeros, which become the ground. Pillow's transform was slower.
     view = F.grid_sample((pixels - colour)[None], grid, interpolation, padding_mode="zeros", align_corners=False)[0]
     return view.add_(colour).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -181,7 +181,7 @@ def crop_resize(image: Pixels, box: Box, size: tuple[int, int], interpolation: s
     """Return a box resized to (3, *size) uint8 in channels-last strides, antialiased as Pillow does it."""
     top, left, height, width = box
     # With a batch dimension added, torch recognises the slice as channels-last, works on it without a copy and returns the
-    # same layout: a third faster than a copied crop.
+    # same layout.
     crop = torch.from_numpy(image)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
     if height * size[1] > MAX_SCALED:  # a thin, very high crop: along the columns first
         crop = F.interpolate(crop, (size[0], width), mode=interpolation, antialias=True, align_corners=False)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeline.errors import Diverged, EnvironmentProblem, HandoverError
 from pipeline.exports.headers import Claim, read_safetensors_header
-from pipeline.files import publish, replace_text, sha256_of
+from pipeline.files import publish, remove, replace_text, sha256_of
 from pipeline.train.distributed import World, any_rank, barrier, from_all, from_main, to_main
 from pipeline.train.engine import Engine, full_shape
 from pipeline.train.pieces import Piece, Pieces, piece_of
@@ -277,7 +277,7 @@ def _complete(writing: _Writing, files: dict[str, str]) -> None:
 def _make_empty(folder: Path) -> str:
     try:
         for leftover in folder.parent.glob(".step_*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove(leftover)
         folder.mkdir(parents=True)
     except OSError as error:
         return f"{error.strerror} ({folder})"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.files import replace_text
 from pipeline.streaming.loader import Batch
 
 STEPS_KEPT = 256  # at least; more where log lines are farther apart
@@ -126,8 +127,7 @@ class Recorder:
             row |= {"gradient_norms": dict(zip(self.blocks, squares, strict=False))}
             row |= {"samples": {k: v.tolist() for k, v in r.samples.items()}}
             lines.append(json.dumps(row) + "\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(lines))
+        replace_text(path, "".join(lines))
 
 
 def block_of(name: str) -> str:

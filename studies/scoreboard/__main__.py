@@ -32,7 +32,7 @@ from studies.scoreboard.board import Board, Place, write_document
 from studies.scoreboard.columns import JOBS
 from studies.scoreboard.recipe import Chain
 
-# Counted work, so that a board gives the same numbers beside other work. One core needs about two minutes for it.
+# Counted work, so that a board gives the same numbers beside other work.
 CHAIN_BUDGET = "3T"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 

@@ -36,6 +36,11 @@ def test_a_machine_s_quiet_run_stays_and_other_machines_stand_beside_it() -> Non
     assert "NOT quiet: others used 40% of the processor" in performance.page([noisy], picture=False)
 
 
+def test_a_page_without_records_says_so() -> None:
+    assert "No figure has been taken yet" in performance.page([], picture=False)
+    assert "No figure has been taken yet" not in performance.page([record("scan", 1.5)], picture=False)
+
+
 def test_every_benchmark_of_the_command_has_a_sentence_and_prints_json() -> None:
     for module, *_ in bench.COMMANDS.values():
         assert len(performance._summary(f"python -m {module}")) > 15

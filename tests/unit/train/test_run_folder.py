@@ -14,7 +14,7 @@ import pytest
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.jsonl import sort_rows
 from pipeline.train import run as run_module
-from pipeline.train.checkpoint import _set_aside
+from pipeline.train.checkpoint import _make_empty, _set_aside
 from pipeline.train.distributed import start
 from pipeline.train.run import Run, refuse_other_config
 from tests.unit.train.test_run import config_of
@@ -167,3 +167,10 @@ def test_a_second_damaged_copy_of_a_step_is_set_aside_beside_the_first(tmp_path:
         _set_aside(tmp_path / "step_00000002")
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
     assert found == ["damaged_step_00000002/0", "damaged_step_00000002_1/1", "damaged_step_00000002_2/2"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_what_lies_where_a_checkpoint_is_written_is_removed_and_not_waited_for(tmp_path: Path, make: Callable) -> None:
+    make(tmp_path / ".step_00000001.tmp")
+    assert _make_empty(tmp_path / ".step_00000002.tmp") == ""
+    assert [path.name for path in tmp_path.iterdir()] == [".step_00000002.tmp"]
