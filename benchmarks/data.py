@@ -31,6 +31,7 @@ from pipeline.cli import guarded
 from pipeline.datasets.convert.source import Source
 from pipeline.datasets.convert.writer import convert
 from pipeline.datasets.manifest import HEADER, Manifest, read_manifest
+from pipeline.exports.card import IMAGENET
 from pipeline.images import decode_with_pillow, decode_with_simplejpeg
 from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.storage.config import RemoteConfig
@@ -42,7 +43,6 @@ from pipeline.streaming.reader import Reader
 from pipeline.streaming.transforms import train_views
 from tests.unit.storage.flaky import serve
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, WORKERS, NUM_IMAGES = 64, 2, 1536
 FIRST, LAST = 4, 18  # between these batches the clock runs; the rest of the epoch keeps the workers busy
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -136,7 +136,7 @@ def our_batches(manifest: Manifest, rand_augment: str, workers: int) -> Generato
         rank=0,
         world_size=1,
         seed=0,
-        views=train_views((224, 224), AugmentConfig(rand_augment=rand_augment), MEAN, STD),
+        views=train_views((224, 224), AugmentConfig(rand_augment=rand_augment), IMAGENET.mean, IMAGENET.std),
         config=LoaderConfig(virtual_readers=8, workers=workers),
     )
     try:
@@ -271,7 +271,7 @@ def bytes_fetched(folder: Path) -> dict[str, float]:
 
 def first_epoch(manifest: Manifest) -> dict[str, int]:
     """Count samples that 8 ranks read twice or never in the first epoch."""
-    views = train_views((32, 32), AugmentConfig(), MEAN, STD)
+    views = train_views((32, 32), AugmentConfig(), IMAGENET.mean, IMAGENET.std)
     ranks = []
     for rank in range(RANKS):
         loader = Loader(

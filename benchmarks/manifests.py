@@ -10,13 +10,13 @@ import psutil
 
 from pipeline.datasets.joint import read_manifests
 from pipeline.datasets.manifest import HEADER, NAMES, SAMPLE, SAMPLES, Shard, ShardIndex, read_manifest, write_manifest
+from pipeline.exports.card import IMAGENET
 from pipeline.storage.config import RemoteConfig
 from pipeline.streaming.config import AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Loader
 from pipeline.streaming.order import shuffle_quality
 from pipeline.streaming.transforms import train_views
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SEVERAL = (8_000_000, 4_000_000, 2_000_000)  # samples
 TURNS = 5
 
@@ -39,7 +39,7 @@ def seek(folder: Path) -> dict[str, float]:
         )
     folder.mkdir()
     write_manifest(folder, [f"n{c:08d}" for c in range(1000)], indices, location="https://nowhere.invalid")
-    views = train_views((224, 224), AugmentConfig(), MEAN, STD)
+    views = train_views((224, 224), AugmentConfig(), IMAGENET.mean, IMAGENET.std)
     config = LoaderConfig(virtual_readers=64, remote=RemoteConfig(cache=str(folder / "cache")))
     options = {"global_batch": 1024, "rank": 0, "world_size": 1, "seed": 0, "views": views, "config": config}
     resident = psutil.Process().memory_info().rss

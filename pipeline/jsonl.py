@@ -8,7 +8,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_MAX_DIGITS = 19  # of the integers of 64 bits
+_MAX_DIGITS = 19  # Every 64-bit integer has at most so many.
 
 
 def read_object(path: Path) -> dict[str, Any]:

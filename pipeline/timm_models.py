@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError
-from pipeline.models.config import VisionMambaConfig
+from pipeline.models.config import EfficientViMConfig, VisionMambaConfig, WideResNetConfig
 from pipeline.models.family import FamilyConfig
 from pipeline.models.timm_names import FIRST_CONVOLUTION, NAMES, classifiers
 from pipeline.models.vision_mamba.position_embedding import resize_position_embedding
 from pipeline.ops.torchvision_cpu import allow_torchvision
 
 POOLS = {"token": "cls", "avg": "mean", "cls": "cls", "mean": "mean"}  # timm's words and ours
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; an export's config.json has its own
 default_cfgs: dict[str, Any] = {}  # timm looks for them under this name
 
 
@@ -133,24 +132,20 @@ def _features(model: Any, family: FamilyConfig) -> list[dict[str, Any]]:
             {"num_chs": family.embed_dim, "reduction": stride, "module": f"layers.{i}"} for i in range(family.depth)
         ]
     number = len(model.stages)
-    widths = getattr(family, "widths", None)
-    if widths is None and hasattr(family, "width"):
-        widths = [family.width * 2**i for i in range(number)]
-    if widths is None:
-        return [  # a wide residual network
-            {"num_chs": model.num_features // 2 ** (2 - i), "reduction": 2**i, "module": f"stages.{i}"}
-            for i in range(number)
-        ]
-    first = getattr(family, "stem_stride", 4)
-    blocks = [f"stages.{i}" if hasattr(model.stages[i], "downsample") else _last_block(model, i) for i in range(number)]
+    # The families other than EfficientViM double their width from stage to stage.
+    widths: Sequence[int] = [model.num_features // 2 ** (number - 1 - i) for i in range(number)]
+    first = 1 if isinstance(family, WideResNetConfig) else 4
+    if isinstance(family, EfficientViMConfig):
+        widths, first = family.widths, int(family.stem_stride)
     return [
-        {"num_chs": width, "reduction": first * 2**i, "module": block}
-        for i, (width, block) in enumerate(zip(widths, blocks, strict=True))
+        {"num_chs": width, "reduction": first * 2**i, "module": _returning(stage, f"stages.{i}")}
+        for i, (width, stage) in enumerate(zip(widths, model.stages, strict=True))
     ]
 
 
-def _last_block(model: Any, stage: int) -> str:
-    return f"stages.{stage}.{len(model.stages[stage]) - 1}"
+def _returning(stage: nn.Module, name: str) -> str:
+    """Return the name of what returns a stage's map: the stage, or its last block where the stage is only a list."""
+    return f"{name}.{len(stage) - 1}" if isinstance(stage, nn.ModuleList) else name
 
 
 def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -161,7 +156,7 @@ def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     _, height, width = model.pretrained_cfg["input_size"]
     stride = model.patch_embed.proj.stride[0]
     grid = ((height - model.patch_size) // stride + 1, (width - model.patch_size) // stride + 1)
-    source_cls = grid[0] * grid[1] // 2 if model.cls_index is not None else None
+    source_cls = model.cls_index_of(grid[0] * grid[1])
     resized = resize_position_embedding(given, grid, model.grid_size, source_cls=source_cls, target_cls=model.cls_index)
     return {**weights, "pos_embed": resized}
 
@@ -211,9 +206,6 @@ def _register() -> None:
                         "num_classes": config.num_classes,
                         "first_conv": FIRST_CONVOLUTION[family],
                         "classifier": classifiers(config),
-                        "mean": MEAN,
-                        "std": STD,
-                        "interpolation": "bicubic",
                     }
                 }
             )

@@ -59,6 +59,10 @@ class Preprocessing(Strict):
         return Decoding(ground=self.ground)
 
 
+# Most ImageNet models expect these values: they are timm's default, and the released Vim, ARM and EfficientViM have them.
+IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
 class LabelsSeen(Strict):
     """One label split that has shaped the weights."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.exports.assumptions import decide
-from pipeline.exports.card import Card, LabelsSeen, Lineage, Parent, Preprocessing
+from pipeline.exports.card import IMAGENET, Card, LabelsSeen, Lineage, Parent
 from pipeline.exports.export import build_from_card, write_export
 from pipeline.exports.released import ImageSize, Layout, layout_of, starred
 from pipeline.exports.weights import read_checkpoint
@@ -19,7 +19,6 @@ from pipeline.models.family import FamilyConfig
 
 logger = logging.getLogger(__name__)
 
-IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 NUM_FINGERPRINT_IMAGES = 2
 
 

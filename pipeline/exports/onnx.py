@@ -6,6 +6,7 @@ it), and the encoder of a pretrainer. The selective scan of Vision Mamba becomes
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.exports.card import FINGERPRINT, Card
 from pipeline.exports.export import load_export
 from pipeline.exports.fingerprint import TOLERANCE, Fingerprint
-from pipeline.exports.onnx_scan import DOMAIN, insert_scans, register_symbolics
+from pipeline.exports.onnx_scan import RECURRENCE_DOMAIN, insert_scans, register_symbolics
 from pipeline.files import replacing
 from pipeline.models.arm import ARM
 from pipeline.models.config import VisionMambaConfig
@@ -26,7 +27,7 @@ from pipeline.models.vision_mamba.any_size import AnySize
 from pipeline.models.vision_mamba.model import VisionMamba
 
 OPSET = 17
-MAX_BYTES = 2**31  # of an ONNX file, whose format is protobuf
+MAX_BYTES = 2**31  # An ONNX file is one protobuf message, which can be no larger.
 
 
 def export_to_onnx(folder: Path, out: Path, *, any_size: bool = False) -> float:
@@ -77,8 +78,8 @@ def export_to_onnx(folder: Path, out: Path, *, any_size: bool = False) -> float:
     with replacing(out) as temporary, torch.no_grad():
         try:
             wanted = [network(trial)[0] for trial in trials]
-            write_onnx(network, temporary, card.model.image_size, outputs, any_size=any_size)
-            _describe(temporary, card)
+            size = card.model.image_size
+            write_onnx(network, temporary, size, outputs, any_size=any_size, metadata=_described(card))
             session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
             found = [torch.from_numpy(session.run(None, {"images": trial.numpy()})[0]) for trial in trials]
         except refusals as refusal:
@@ -100,18 +101,14 @@ def _refusals_of_the_runtime() -> tuple[type[Exception], ...]:
     return state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException
 
 
-def _describe(path: Path, card: Card) -> None:
-    """Write how to prepare images, and how to read a classifier's outputs, into the file's metadata."""
-    import onnx
-
+def _described(card: Card) -> dict[str, Any]:
+    """Return how to prepare images, and how to read a classifier's outputs."""
     how = card.preprocessing
     about: dict[str, Any] = {"mean": how.mean, "std": how.std, "ground": how.ground}
     about |= {"view": how.view.model_dump(mode="json")}
     if card.kind == "classifier":
         about |= {"classes": card.classes, "temperature": card.temperature}
-    graph = onnx.load(path)
-    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in about.items()})
-    onnx.save(graph, path)
+    return about
 
 
 def _network(model: nn.Module, card: Card, *, any_size: bool) -> tuple[nn.Module, tuple[str, ...]]:
@@ -167,6 +164,7 @@ def write_onnx(
     outputs: tuple[str, ...] = ("logits",),
     *,
     any_size: bool = False,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model as an ONNX file with the input `images`, fp32.
 
@@ -176,6 +174,7 @@ def write_onnx(
         image_size: Height and width of the images, in pixels.
         outputs: Names of what the model returns.
         any_size: Whether height and width are free as well as the batch size. Runtimes are fastest with static shapes.
+        metadata: Values that the file carries as JSON, by name.
 
     Returns:
         `path`.
@@ -206,9 +205,10 @@ def write_onnx(
             input_names=["images"],
             output_names=list(outputs),
             dynamic_axes=axes,
-            custom_opsets={DOMAIN: 1},
+            custom_opsets={RECURRENCE_DOMAIN: 1},
         )
     graph = onnx.load(path)
     insert_scans(graph)
+    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in (metadata or {}).items()})
     onnx.save(graph, path)
     return path

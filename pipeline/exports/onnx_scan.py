@@ -10,7 +10,7 @@ Shapes: Bt batch, E channels, L steps, N states.
 
 from typing import Any
 
-DOMAIN = "pipeline"  # of the nodes that stand for a recurrence until `insert_scans` replaces them
+RECURRENCE_DOMAIN = "pipeline"  # such nodes stand for a recurrence until `insert_scans` replaces them
 LEAST_OPSET = 17
 
 
@@ -24,7 +24,9 @@ def register_symbolics() -> None:
 
 def _recurrence(g: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, reverse: Any) -> Any:
     backwards = int(reverse.node().t("value"))
-    return g.op(f"{DOMAIN}::Recurrence", g.op("Mul", dt, x), dt, A, B, C, reverse_i=backwards).setType(x.type())
+    return g.op(f"{RECURRENCE_DOMAIN}::Recurrence", g.op("Mul", dt, x), dt, A, B, C, reverse_i=backwards).setType(
+        x.type()
+    )
 
 
 def _rms_norm(g: Any, x: Any, shape: Any, weight: Any, eps: Any) -> Any:
@@ -44,7 +46,7 @@ def insert_scans(model: Any) -> None:
     kept: list[Any] = []
     found = False
     for node in model.graph.node:
-        if node.domain == DOMAIN:
+        if node.domain == RECURRENCE_DOMAIN:
             found = True
             kept += _scan_of(node, f"recurrence_{len(kept)}")
         else:
@@ -52,7 +54,7 @@ def insert_scans(model: Any) -> None:
     if found:
         del model.graph.node[:]
         model.graph.node.extend(kept)
-        others = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+        others = [entry for entry in model.opset_import if entry.domain != RECURRENCE_DOMAIN]
         del model.opset_import[:]
         model.opset_import.extend(others)
 

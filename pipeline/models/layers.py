@@ -10,6 +10,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class PooledClassifier(nn.Module):
+    """What networks share whose one linear head reads the mean over a map's pixels, with the methods of timm's models.
+
+    Attributes:
+        pixel_axes: The axes of H and W in what `forward_features` returns.
+        head: (B, D) -> logits (B, K).
+    """
+
+    pixel_axes: tuple[int, int]
+    head: nn.Module
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> the last map."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool a map and classify it: logits (B, K), or the pooled (B, D) with `pre_logits`."""
+        x = x.mean(self.pixel_axes)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, K)."""
+        return self.forward_head(self.forward_features(images))
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head, as timm's models do."""
+        return self.head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the matrices exempt from weight decay: none; the optimizer exempts all vectors."""
+        return set()
+
+    def fresh(self) -> tuple[str, ...]:
+        """Prefixes of the parameters that fine-tuning may initialise anew."""
+        return ("head.",)
+
+
 class DropPath(nn.Module):
     """Drop the residual branch of whole images in training (stochastic depth, Huang et al. 2016).
 

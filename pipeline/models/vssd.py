@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.layers import HSMSSD, DropPath, drop_path_rates, init_classifier, init_step_size_bias, mlp
+from pipeline.models.layers import (
+    HSMSSD,
+    DropPath,
+    PooledClassifier,
+    drop_path_rates,
+    init_classifier,
+    init_step_size_bias,
+    mlp,
+)
 
 
 def conv(channels: int, out: int, kernel: int, stride: int = 1, *, act: bool = True) -> nn.Sequential:
@@ -149,11 +157,13 @@ class Block(nn.Module):
         return (x + self.drop_path(self.mlp(self.norm2(x)))).permute(0, 3, 1, 2)
 
 
-class VSSD(nn.Module):
+class VSSD(PooledClassifier):
     """Backbone and classifier with the methods of timm's models.
 
     The arguments are the fields of `VSSDConfig`, which describes them.
     """
+
+    pixel_axes = (1, 2)
 
     def __init__(
         self,
@@ -209,7 +219,7 @@ class VSSD(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one; 0 classes for none."""
         self.num_classes = num_classes
-        self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         init_classifier(self.head)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -232,23 +242,6 @@ class VSSD(nn.Module):
         *_, last = self.run_stages(images)
         return self.norm(last.permute(0, 2, 3, 1))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool features (B, H, W, D) and classify them: logits (B, K), or the pooled (B, D) with `pre_logits`."""
-        x = x.mean((1, 2))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, K)."""
-        return self.forward_head(self.forward_features(images))
-
-    def get_classifier(self) -> nn.Module:
-        """Return the head, as timm's models do."""
-        return self.head
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the matrices exempt from weight decay: none; the optimizer exempts all vectors."""
-        return set()
-
     def layer_of(self, name: str) -> int:
         """Layer of a parameter for layer-wise decay: 0 for the stem, i + 1 for block i, depth + 1 for the head.
 
@@ -265,7 +258,3 @@ class VSSD(nn.Module):
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a state dict as it is: no released files are read."""
         return weights
-
-    def fresh(self) -> tuple[str, ...]:
-        """Prefixes of the parameters that fine-tuning may initialise anew."""
-        return ("head.",)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.layers import DropPath, drop_path_rates
+from pipeline.models.layers import DropPath, PooledClassifier, drop_path_rates
 from pipeline.models.recompute import count_images_once
 
 SLOPE = 0.1
@@ -48,11 +48,13 @@ class Block(nn.Module):
         return self.shortcut(active if self.activate_first else x) + self.drop_path(inner)
 
 
-class WideResNet(nn.Module):
+class WideResNet(PooledClassifier):
     """Backbone and classifier with the methods of timm's models.
 
     The arguments are the fields of `WideResNetConfig`, which describes them.
     """
+
+    pixel_axes = (2, 3)
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class WideResNet(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one (Xavier normal, no bias at first); 0 classes for none."""
         self.num_classes = num_classes
-        self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         if isinstance(self.head, nn.Linear):
             nn.init.xavier_normal_(self.head.weight)
             nn.init.zeros_(self.head.bias)
@@ -116,23 +118,6 @@ class WideResNet(nn.Module):
             else:
                 x = stage(x)
         return F.leaky_relu(self.norm(x), SLOPE)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool a map (B, D, H, W) and classify it: logits (B, K), or the pooled (B, D) with `pre_logits`."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, K)."""
-        return self.forward_head(self.forward_features(images))
-
-    def get_classifier(self) -> nn.Module:
-        """Return the head, as timm's models do."""
-        return self.head
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the matrices exempt from weight decay: none; the optimizer exempts all vectors."""
-        return set()
 
     def layer_of(self, name: str) -> int:
         """Layer of a parameter for layer-wise decay: 0 for the stem, i + 1 for block i, depth + 1 for norm and head."""
@@ -158,7 +143,3 @@ class WideResNet(nn.Module):
                 key = f"{names[first]}.{rest}"
             found[key] = value
         return found
-
-    def fresh(self) -> tuple[str, ...]:
-        """Prefixes of the parameters that fine-tuning may initialise anew."""
-        return ("head.",)

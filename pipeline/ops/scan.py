@@ -170,5 +170,5 @@ def mixer_scan(
     return results if return_ungated else results[0]
 
 
-# What a compiled training step runs between two graphs.
+# torch.compile breaks its graph around these in training.
 _scan, _conv, _mixer = map(torch.compiler.disable, (run_scan, run_conv, run_mixer))

@@ -8,7 +8,6 @@ Shapes: Bt batch, E channels, L steps, N states.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from pipeline.ops import reference
 from pipeline.ops.choice import Operators, operators_for
+from pipeline.ops.composed import composed_mixer
 from pipeline.ops.reference import Direction
 from pipeline.ops.ssd import ssd_scan
 
@@ -30,22 +30,25 @@ def run_mixer(
     xz: Tensor, directions: Sequence[Direction], *, blend: Tensor | None, return_ungated: bool
 ) -> tuple[Tensor, ...]:
     """Compute `pipeline.ops.scan.mixer_scan` with the implementation for `xz`; the result is always a tuple."""
-    operators = _ONNX if torch.onnx.is_in_onnx_export() else operators_for(xz)
-    if directions[0].A.dim() == 1:
-        operators = replace(operators, scan=ssd_scan, mixer=None)
-    return operators.whole_mixer(xz, directions, blend=blend, return_ungated=return_ungated)
+    operators = _operators_for(xz)
+    is_ssd = directions[0].A.dim() == 1
+    mixer = composed_mixer(ssd_scan, operators.conv) if is_ssd else operators.whole_mixer
+    return mixer(xz, directions, blend=blend, return_ungated=return_ungated)
 
 
 def run_scan(u: Tensor, *rest: Tensor | None, **how: bool) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `pipeline.ops.scan.selective_scan` with the implementation for `u`."""
-    operators = _ONNX if torch.onnx.is_in_onnx_export() else operators_for(u)
-    return operators.scan(u, *rest, **how)
+    return _operators_for(u).scan(u, *rest, **how)
 
 
 def run_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, reverse: bool) -> Tensor:
     """Compute `pipeline.ops.scan.causal_conv1d_silu` with the implementation for `x`."""
-    operators = _ONNX if torch.onnx.is_in_onnx_export() else operators_for(x)
-    return operators.conv(x, weight, bias, reverse=reverse)
+    return _operators_for(x).conv(x, weight, bias, reverse=reverse)
+
+
+def _operators_for(tensor: Tensor) -> Operators:
+    """Return the chosen implementation, or, while the ONNX exporter traces, the operators that ONNX has."""
+    return _ONNX if torch.onnx.is_in_onnx_export() else operators_for(tensor)
 
 
 @torch.library.custom_op("pipeline::mixer_scan", mutates_args=())

@@ -16,13 +16,13 @@ from pipeline.datasets.opening import open_dataset
 from pipeline.decoding import DEFAULT
 from pipeline.errors import ConfigError
 from pipeline.evaluation_view import USUAL
+from pipeline.exports.card import IMAGENET
 from pipeline.report.extras import Section, show_section, write_section
 from pipeline.report.figures import draw, picture_grid
 from pipeline.report.tables import Table
 
 BATCH = 4  # images at a time; the field does not depend on it
 SHARES = (0.2, 0.5, 0.95)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # for models without an export
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -92,7 +92,7 @@ def write_fields(
             decoding, cut = card.preprocessing.decoding, card.preprocessing.view
         else:
             model = build_model(name, image_size=size)
-            view_size, mean, std, decoding, cut = (size, size), IMAGENET_MEAN, IMAGENET_STD, DEFAULT, USUAL
+            view_size, mean, std, decoding, cut = (size, size), IMAGENET.mean, IMAGENET.std, DEFAULT, USUAL
         model.requires_grad_(False)
         views = eval_views(view_size, mean=mean, std=std, view=cut, decoding=decoding)
         batches = evaluation_batches(manifest, chosen, batch_size=BATCH, rank=0, world_size=1, views=views)

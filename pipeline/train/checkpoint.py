@@ -181,8 +181,10 @@ def restore(
     """
     engine, task, world = training.engine, training.task, training.engine.world
     for path in from_main(complete(folder) if world.is_main else [], world):
-        files = from_main(_files_of(path) if world.is_main else {}, world)
-        own, damage = _inspect(path, files, world)
+        files, damage = from_main(_files_of(path) if world.is_main else ({}, ""), world)
+        own: list[Piece] = []
+        if not damage:
+            own, damage = _inspect(path, files, world)
         if any_rank(bool(damage), world):
             logger.warning(
                 "%s is damaged (%s); the previous checkpoint is tried", path, damage or "found by another rank"
@@ -282,12 +284,12 @@ def _make_empty(folder: Path) -> str:
     return ""
 
 
-def _files_of(path: Path) -> dict[str, str]:
-    """Return the hashes of a checkpoint's files; or, if they cannot be read, the reason under the name `COMPLETE`."""
+def _files_of(path: Path) -> tuple[dict[str, str], str]:
+    """Return the hashes of a checkpoint's files, and why they cannot be read, or an empty string."""
     try:
-        return read_files(path)
+        return read_files(path), ""
     except (OSError, ValueError) as error:
-        return {COMPLETE: f"{COMPLETE} cannot be read: {_first_line(error)}"}
+        return {}, f"{COMPLETE} cannot be read: {_first_line(error)}"
 
 
 def _inspect(path: Path, files: Mapping[str, str], world: World) -> tuple[list[Piece], str]:
@@ -296,8 +298,6 @@ def _inspect(path: Path, files: Mapping[str, str], world: World) -> tuple[list[P
     Returns:
         What they hold, and what is wrong with them, or an empty string.
     """
-    if COMPLETE in files:
-        return [], files[COMPLETE]
     pieces: list[Piece] = []
     for name, digest in sorted(files.items())[world.rank :: world.size]:
         if not (path / name).is_file():

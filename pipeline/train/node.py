@@ -14,7 +14,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SYSTEM = Path("/sys")
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # of torchrun and our own launcher; of DeepSpeed's
+# torchrun and our own launcher set the first, DeepSpeed's launcher the second.
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
 def ranks_here(environment: Mapping[str, str]) -> int:

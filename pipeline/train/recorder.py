@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ class Recorder:
         self.records: deque[Record] = deque(maxlen=max(STEPS_KEPT, log_every))
         self._unchecked = 0  # the newest records, of the steps since the last log line
         self.blocks: list[str] = []
-        self._norms: list[list[Tensor]] = []  # of each watched parameter, one for each micro-batch of this step
-        self._block_index = torch.zeros(0, dtype=torch.int64)  # block of each watched parameter, on the device
+        # Each watched parameter has one gradient norm for each micro-batch of this step.
+        self._norms: list[list[Tensor]] = []
+        # The index of each watched parameter's block is kept on the device.
+        self._block_index = torch.zeros(0, dtype=torch.int64)
 
     def watch(self, model: nn.Module) -> None:
         """Measure the gradients of a model by hooks, before the engine reduces and frees them.
@@ -89,11 +92,10 @@ class Recorder:
     def _take_squares(self) -> Tensor:
         """Return the squared gradient norm of each block in this step, and begin anew."""
         index = self._block_index
-        none, times = torch.zeros((), device=index.device), max(map(len, self._norms))
+        unused = torch.zeros((), device=index.device)  # stands for a parameter that a micro-batch gave no gradient
         squares = torch.zeros(len(self.blocks), device=index.device)
-        for k in range(times):  # micro-batches
-            each = torch.stack([norms[k] if k < len(norms) else none for norms in self._norms])
-            squares.index_add_(0, index, each.square_())
+        for of_micro_batch in zip_longest(*self._norms, fillvalue=unused):
+            squares.index_add_(0, index, torch.stack(of_micro_batch).square_())
         for norms in self._norms:
             norms.clear()
         return squares

@@ -51,18 +51,17 @@ def _leave_locks() -> None:
 os.register_at_fork(after_in_child=_leave_locks)
 
 _FILES = (
-    *(
-        "config.yaml",
-        "environment.json",
-        "status.json",
-        "metrics.jsonl",
-        "incidents.jsonl",
-        "quarantine.jsonl",
-        "log.txt",
-    ),
+    "config.yaml",
+    "environment.json",
+    "status.json",
+    HEARTBEAT,
+    "metrics.jsonl",
+    "incidents.jsonl",
+    "quarantine.jsonl",
+    "log.txt",
     ".lock",
 )
-_FOLDERS = ("report", "heartbeat", "checkpoints", "tb")
+_FOLDERS = ("report", "checkpoints", "tb")
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "safetensors")
 
 

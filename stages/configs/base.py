@@ -10,7 +10,7 @@ from pipeline.config import FREE, Strict
 from pipeline.datasets.config import Opening
 from pipeline.decoding import MAX_PIXELS, PILLOW_PIXELS, WHITE, Decoding
 from pipeline.evaluation_view import USUAL, EvaluationView
-from pipeline.exports.card import Channels, Level, Preprocessing, Spreads
+from pipeline.exports.card import IMAGENET, Channels, Level, Preprocessing, Spreads
 from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConfig
 
@@ -47,10 +47,10 @@ class DataConfig(Strict):
         json_schema_extra=FREE,
     )
     mean: Channels = Field(
-        (0.485, 0.456, 0.406), description="mean of red, green and blue that is subtracted from pixels in [0, 1]"
+        IMAGENET.mean, description="mean of red, green and blue that is subtracted from pixels in [0, 1]"
     )
     std: Spreads = Field(
-        (0.229, 0.224, 0.225), description="standard deviation of red, green and blue that pixels are divided by"
+        IMAGENET.std, description="standard deviation of red, green and blue that pixels are divided by"
     )
     ground: tuple[Level, Level, Level] = Field(
         WHITE,

@@ -1,4 +1,7 @@
-"""What runs at every step never waits for the device: no number is read from it, nothing is copied to it from the host."""
+"""What runs at every step never waits for the device: no number is read from it, nothing is copied to it from the host.
+
+The mode NoWaiting fails a test: it raises an AssertionError in the operator that would wait.
+"""
 
 import pytest
 import torch

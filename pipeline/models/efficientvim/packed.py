@@ -10,10 +10,8 @@ Shapes: as in fused.py, but maps are (B, H, W, D).
 from collections.abc import Iterable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from pipeline.errors import EnvironmentProblem
 from pipeline.models.efficientvim.folding import Conv, Linear
 from pipeline.models.efficientvim.fused import (
     FusedBlock,
@@ -24,9 +22,8 @@ from pipeline.models.efficientvim.fused import (
     pooled,
 )
 from pipeline.models.efficientvim.model import EfficientViM
+from pipeline.models.packed import PackedModel
 from pipeline.ops.native import stem, vision
-from pipeline.ops.native.build import BuildError
-from pipeline.ops.native.vision_library import vision_library
 
 
 def pack(model: EfficientViM | FusedEfficientViM) -> "PackedEfficientViM":
@@ -173,18 +170,18 @@ class PackedDownsample(nn.Module):
         return self.last(self.narrow(x))
 
 
-class PackedEfficientViM(nn.Module):
+class PackedEfficientViM(PackedModel):
     """EfficientViM on compiled layers, made by `pack`."""
 
     def __init__(self, model: FusedEfficientViM) -> None:
-        super().__init__()
-        try:
-            vision_library()
-        except BuildError as error:
-            raise EnvironmentProblem(f"pack() needs compiled layers: {error}; fuse() needs none") from error
-        self.image_size, self.num_classes, self.fusion = model.image_size, model.num_classes, model.fusion
-        self.eps, self.widths = model.eps, model.widths
-        self.in_chans = int(cast(Conv, model.stem[0]).weight.shape[1])
+        super().__init__(
+            in_chans=int(cast(Conv, model.stem[0]).weight.shape[1]),
+            num_classes=model.num_classes,
+            image_size=model.image_size,
+            any_size=True,
+            instead="fuse()",
+        )
+        self.fusion, self.eps, self.widths = model.fusion, model.eps, model.widths
         self.stem = _stem(cast(Iterable[Conv], model.stem))
         self.stages = nn.ModuleList()
         for blocks in model.stages:
@@ -193,19 +190,8 @@ class PackedEfficientViM(nn.Module):
         self.head = vision.Linear(model.weight, model.bias)
         self.eval()
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Classify images (B, C, H, W) in fp32 on the CPU: logits (B, K).
-
-        Raises:
-            ValueError: The images are of another type, device or shape.
-        """
-        if images.dtype != torch.float32 or images.device.type != "cpu":
-            raise ValueError(f"a packed model takes fp32 on the CPU, not {images.dtype} on {images.device}")
-        if images.dim() != 4 or images.shape[1] != self.in_chans or 0 in images.shape[2:]:
-            raise ValueError(f"a packed model takes images (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
-        if not len(images):
-            return images.new_empty(0, self.num_classes)
+    def classify(self, images: Tensor) -> Tensor:
+        """As `PackedModel.classify`."""
         x = self.stem(images)
         maps, hidden = [], []
         for i, blocks in enumerate(self.stages):

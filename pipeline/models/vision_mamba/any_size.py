@@ -2,12 +2,11 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.models.vision_mamba.model import VisionMamba
 from pipeline.models.vision_mamba.position_embedding import resize_position_embedding
-from pipeline.models.vision_mamba.tokens import cluster_order, column_order, drop_token
+from pipeline.models.vision_mamba.tokens import cluster_order, column_order
 
 
 class AnySize(nn.Module):
@@ -35,14 +34,9 @@ class AnySize(nn.Module):
         )
         if self.side is not None:
             x = x[:, cluster_order(grid, self.side)]
-        if at is not None and model.cls_index is not None:
-            cls = model.cls_token + model.pos_embed[:, model.cls_index : model.cls_index + 1]
-            x = torch.cat([x[:, :at], cls.expand(x.shape[0], -1, -1), x[:, at:]], dim=1)
+        x = model.with_cls(x, at)
         columns = None if model.columns is None else column_order(grid, self.side, at)
         blend = model.blend_for(images)
         for layer in model.layers:
             x = layer(x, columns, blend)
-        x = model.norm_f(x)
-        if model.pool == "cls" and at is not None:
-            return model.head(x[:, at])
-        return model.head((x if at is None else drop_token(x, at)).mean(1))
+        return model.head(model.pooled(model.norm_f(x), at))

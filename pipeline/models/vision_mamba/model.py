@@ -234,11 +234,14 @@ class VisionMamba(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, L, D) and classify them: logits (B, K), or the pooled (B, D) with `pre_logits`."""
-        if self.pool == "cls":
-            x = x[:, self.cls_index]
-        else:
-            x = (x if self.cls_index is None else drop_token(x, self.cls_index)).mean(1)
+        x = self.pooled(x, self.cls_index)
         return x if pre_logits else self.head(x)
+
+    def pooled(self, x: Tensor, at: int | None) -> Tensor:
+        """Tokens (B, L, D) with the cls token at index `at` -> what the head reads, (B, D)."""
+        if self.pool == "cls":
+            return x[:, at]
+        return (x if at is None else drop_token(x, at)).mean(1)
 
     def forward(self, images: Tensor, blend: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> logits (B, K); `blend` as in `forward_features`."""
@@ -323,8 +326,11 @@ class VisionMamba(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> all tokens (B, L, D), the cls token among them."""
-        x, at = self.embed(images), self.cls_index
-        if at is None:
+        return self.with_cls(self.embed(images), self.cls_index)
+
+    def with_cls(self, x: Tensor, at: int | None) -> Tensor:
+        """Patches (B, N, D) -> the tokens with the cls token at index `at`; without one, the patches."""
+        if at is None or self.cls_index is None:
             return x
-        cls = (self.cls_token + self.pos_embed[:, at : at + 1]).expand(x.shape[0], -1, -1)
-        return torch.cat([x[:, :at], cls, x[:, at:]], dim=1)
+        cls = self.cls_token + self.pos_embed[:, self.cls_index : self.cls_index + 1]
+        return torch.cat([x[:, :at], cls.expand(x.shape[0], -1, -1), x[:, at:]], dim=1)

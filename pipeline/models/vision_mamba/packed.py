@@ -20,12 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import EnvironmentProblem
+from pipeline.models.packed import PackedModel
 from pipeline.models.vision_mamba.blocks import Block
 from pipeline.models.vision_mamba.model import VisionMamba
-from pipeline.ops.native.build import BuildError
 from pipeline.ops.native.mamba import GatedLinear, Norm, NormedLinear, NormedSwiGLU, Scans
-from pipeline.ops.native.vision_library import vision_library
 
 
 def pack(model: VisionMamba) -> "PackedVisionMamba":
@@ -84,17 +82,17 @@ class OtherBlock(nn.Module):
         return self.block(x, self.columns, blend)
 
 
-class PackedVisionMamba(nn.Module):
+class PackedVisionMamba(PackedModel):
     """Vision Mamba on compiled layers, made by `pack`."""
 
     def __init__(self, model: VisionMamba) -> None:
-        super().__init__()
-        try:
-            vision_library()
-        except BuildError as error:
-            raise EnvironmentProblem(f"pack() needs compiled layers: {error}; the model itself needs none") from error
-        self.image_size, self.in_chans = model.image_size, model.patch_embed.proj.in_channels
-        self.num_classes = model.num_classes
+        super().__init__(
+            in_chans=model.patch_embed.proj.in_channels,
+            num_classes=model.num_classes,
+            image_size=model.image_size,
+            any_size=False,
+            instead="the model itself",
+        )
         with torch.no_grad():
             self.blocks = nn.ModuleList(_packed(block, model) for block in model.layers)
         # The embedding, the last norm and the head stay as they are; the blocks of the copy would only take memory.
@@ -109,20 +107,8 @@ class PackedVisionMamba(nn.Module):
         self.orders = [order.clone() for order in (rows, rows.flip(0), columns, columns.flip(0))]
         self.eval()
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Classify images (B, C, H, W) in fp32 on the CPU: logits (B, K).
-
-        Raises:
-            ValueError: The images are of another type, device or shape.
-        """
-        if images.dtype != torch.float32 or images.device.type != "cpu":
-            raise ValueError(f"a packed model takes fp32 on the CPU, not {images.dtype} on {images.device}")
-        if images.dim() != 4 or tuple(images.shape[1:]) != (self.in_chans, *self.image_size):
-            size = f"(B, {self.in_chans}, {self.image_size[0]}, {self.image_size[1]})"
-            raise ValueError(f"this packed model takes images {size}, not {tuple(images.shape)}")
-        if not len(images):
-            return images.new_empty(0, self.num_classes)
+    def classify(self, images: Tensor) -> Tensor:
+        """As `PackedModel.classify`."""
         x = self.ends.tokens(images).contiguous()
         for block in self.blocks:
             x = block(x, self.orders)

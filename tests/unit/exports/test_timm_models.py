@@ -11,6 +11,7 @@ from PIL import Image
 
 import pipeline.timm_models  # noqa: F401 (registers the models)
 from pipeline.errors import ConfigError
+from pipeline.exports.card import IMAGENET
 from pipeline.exports.export import load_export
 from pipeline.exports.transfer import transfer
 from pipeline.models import build_from_config
@@ -58,6 +59,9 @@ def test_a_name_is_our_model_to_the_parameter(name: str) -> None:
     shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (theirs, ours)]
     assert shapes[0] == shapes[1]
     assert theirs.pretrained_cfg["architecture"] == name
+    assert theirs.pretrained_cfg["mean"] == IMAGENET.mean
+    assert theirs.pretrained_cfg["std"] == IMAGENET.std
+    assert theirs.pretrained_cfg["interpolation"] == "bicubic"
 
 
 @pytest.mark.parametrize("case", OURS)
@@ -100,8 +104,9 @@ def test_an_export_fits_other_classes_and_channels(case: str, tmp_path: Path) ->
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_an_export_at_another_size_is_what_our_stages_start_from(tmp_path: Path) -> None:
-    exported_family(tmp_path / "export", "vim_nano", image_size=(32, 40), **TINY)
+@pytest.mark.parametrize("fields", [{}, {"cls_token": "first"}, {"cls_token": "none", "pool": "mean"}], ids=str)
+def test_an_export_at_another_size_is_what_our_stages_start_from(fields: dict[str, str], tmp_path: Path) -> None:
+    exported_family(tmp_path / "export", "vim_nano", image_size=(32, 40), **TINY, **fields)
     source, card = load_export(tmp_path / "export")
     ours = build_from_config(card.model.model_copy(update={"image_size": (48, 24)})).eval()
     transfer(source, ours, tmp_path)

@@ -223,6 +223,8 @@ def test_without_a_compiler_packing_is_refused_and_fusing_works(monkeypatch: pyt
 def test_a_packed_model_takes_fp32_and_can_be_copied() -> None:
     packed = pack(build_model("efficientvim_nano", num_classes=5, image_size=32).eval())
     images = torch.randn(2, 3, 32, 32)
+    assert packed.image_size == (32, 32)
+    assert packed(torch.randn(1, 3, 48, 40)).shape == (1, 5)
     assert torch.equal(copy.deepcopy(packed)(images), packed(images))
     assert torch.equal(packed(images.contiguous(memory_format=torch.channels_last)), packed(images))
     with pytest.raises(ValueError, match=r"takes fp32 on the CPU, not torch\.bfloat16"):

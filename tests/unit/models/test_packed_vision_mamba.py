@@ -87,6 +87,7 @@ def test_packing_leaves_the_model_as_it_was() -> None:
 
 def test_a_packed_model_takes_fp32_images_of_its_size() -> None:
     packed = pack(trained("vim_tiny"))
+    assert packed.image_size == (32, 48)
     with pytest.raises(ValueError, match=r"takes fp32 on the CPU, not torch\.bfloat16"):
         packed(torch.zeros(1, 3, 32, 48).bfloat16())
     for shape in ((2, 1, 32, 48), (3, 32, 48), (1, 3, 48, 32)):

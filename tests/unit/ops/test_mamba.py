@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.ops import reference
 from pipeline.ops.native.mamba import GatedLinear, Norm, NormedLinear, NormedSwiGLU, Scans
 from pipeline.ops.reference import Direction
-from tests.unit.ops.test_vision import SETS, draw, few, library, near, sizes
+from tests.unit.ops.test_vision import SETS, assert_near, draw, few, library, sizes
 
 
 def norm_of(width: int, kind: str) -> Norm:
@@ -30,7 +30,7 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
 @pytest.mark.parametrize("simd", SETS)
 def test_a_projection_with_its_norm(simd: str, count: int, inputs: int, outputs: int, kind: str) -> None:
     x, w, b, norm = draw(0, count, inputs), draw(1, outputs, inputs), draw(2, outputs), norm_of(inputs, kind)
-    near(NormedLinear(norm, w, b, library(simd))(x), F.linear(normed(x, norm), w.double(), b.double()), 5e-6)
+    assert_near(NormedLinear(norm, w, b, library(simd))(x), F.linear(normed(x, norm), w.double(), b.double()), 5e-6)
 
 
 @few
@@ -42,7 +42,7 @@ def test_swiglu_with_its_norm(simd: str, count: int, width: int, hidden: int, ki
     t = normed(x, norm)
     a, b = (F.linear(t, w.double(), bias.double()) for w, bias in (one, two))
     want = x.double() + F.linear(F.silu(a) * b, *(p.double() for p in three))
-    near(NormedSwiGLU(norm, one, two, three, library(simd))(x), want, 5e-6)
+    assert_near(NormedSwiGLU(norm, one, two, three, library(simd))(x), want, 5e-6)
 
 
 def direction_of(seed: int, inner: int, states: int, rank: int, taps: int) -> Direction:
@@ -97,7 +97,7 @@ def test_the_scans_of_all_directions(
         assert torch.equal(layer(xz, orders), found)
     finally:
         torch.set_num_threads(before)
-    near(found, torch.stack([scanned(xz, d, order) for d, order in zip(directions, orders, strict=True)]), 1e-5)
+    assert_near(found, torch.stack([scanned(xz, d, order) for d, order in zip(directions, orders, strict=True)]), 1e-5)
 
 
 @few
@@ -107,7 +107,7 @@ def test_gate_and_out_projection(simd: str, count: int, inner: int, outputs: int
     y, xz, residual = draw(0, directions, 1, count, inner), draw(1, 1, count, 2 * inner), draw(2, 1, count, outputs)
     weight = draw(3, outputs, inner)
     gated = y.double().sum(0) * F.silu(xz.double()[..., inner:])
-    near(GatedLinear(weight, library(simd))(y, xz, residual), residual + F.linear(gated, weight.double()), 5e-6)
+    assert_near(GatedLinear(weight, library(simd))(y, xz, residual), residual + F.linear(gated, weight.double()), 5e-6)
 
 
 @pytest.mark.parametrize("simd", SETS)

@@ -30,7 +30,7 @@ def lib(request: pytest.FixtureRequest) -> VisionLibrary:
     return library(request.param)
 
 
-def near(got: Tensor, want: Tensor, tolerance: float = 2e-6) -> None:
+def assert_near(got: Tensor, want: Tensor, tolerance: float = 2e-6) -> None:
     assert got.shape == want.shape
     assert got.dtype == torch.float32
     error = float((got - want).abs().max() / want.abs().max().clamp(min=1))
@@ -61,7 +61,7 @@ def convolved(x: Tensor, local: tuple[Tensor, Tensor]) -> Tensor:
 @pytest.mark.parametrize("simd", SETS)
 def test_linear(simd: str, count: int, inputs: int, outputs: int, act: str, seed: int) -> None:
     x, w, b = draw(seed, count, inputs), draw(seed + 1, outputs, inputs), draw(seed + 2, outputs)
-    near(Linear(w, b, act, library(simd))(x), ACTS[act](F.linear(x.double(), w.double(), b.double())))
+    assert_near(Linear(w, b, act, library(simd))(x), ACTS[act](F.linear(x.double(), w.double(), b.double())))
 
 
 @few
@@ -76,7 +76,7 @@ def test_feed_forward(simd: str, shape: tuple[int, int, int, int], hidden: int) 
     b1, b2, local = draw(3, hidden), draw(4, channels), locals_of(channels)
     t = convolved(x, local)
     h = F.relu(F.linear(t, w1.double(), b1.double()))
-    near(FeedForward(local, w1, b1, w2, b2, library(simd))(x), t + F.linear(h, w2.double(), b2.double()))
+    assert_near(FeedForward(local, w1, b1, w2, b2, library(simd))(x), t + F.linear(h, w2.double(), b2.double()))
 
 
 @few
@@ -86,7 +86,7 @@ def test_widen(simd: str, shape: tuple[int, int, int, int], outputs: int) -> Non
     x, w, b, (taps, taps_bias) = draw(0, *shape), draw(1, outputs, shape[-1]), draw(2, outputs), locals_of(outputs)
     wide = F.relu(F.linear(x.double(), w.double(), b.double())).permute(0, 3, 1, 2)
     want = F.relu(F.conv2d(wide, taps.double(), taps_bias.double(), 2, 1, groups=outputs))
-    near(Widen(w, b, taps, taps_bias, library(simd))(x), rows(want))
+    assert_near(Widen(w, b, taps, taps_bias, library(simd))(x), rows(want))
 
 
 @few
@@ -94,7 +94,7 @@ def test_widen(simd: str, shape: tuple[int, int, int, int], outputs: int) -> Non
 @pytest.mark.parametrize("simd", SETS)
 def test_depthwise(simd: str, shape: tuple[int, int, int, int]) -> None:
     x, local = draw(0, *shape), locals_of(shape[-1])
-    near(Depthwise(local, library(simd))(x), convolved(x, local))
+    assert_near(Depthwise(local, library(simd))(x), convolved(x, local))
 
 
 @few
@@ -114,7 +114,7 @@ def test_stem(simd: str, shape: tuple[int, int, int, int], middle: int, outputs:
     )
     between = F.relu(F.conv2d(x.double(), w1.double(), b1.double(), 2, 1))
     want = F.conv2d(between, w2.double(), b2.double(), 2, 1)
-    near(Stem((w1, b1, "relu"), (w2, b2, "none"), library(simd))(x), rows(want))
+    assert_near(Stem((w1, b1, "relu"), (w2, b2, "none"), library(simd))(x), rows(want))
 
 
 @few
@@ -130,7 +130,7 @@ def test_stem(simd: str, shape: tuple[int, int, int, int], middle: int, outputs:
 def test_map_conv(simd: str, batch: int, channels: int, height: int, width: int, outputs: int, act: str) -> None:
     x, w, b = draw(0, batch, channels, height, width), draw(1, outputs, channels, 3, 3), draw(2, outputs)
     want = ACTS[act](F.conv2d(x.double(), w.double(), b.double(), 2, 1))
-    near(MapConv(w, b, act, library(simd))(rows(x)), rows(want))
+    assert_near(MapConv(w, b, act, library(simd))(rows(x)), rows(want))
 
 
 def mixer_of(
@@ -177,8 +177,8 @@ def test_mixer(
     h = ((s @ d["to_h"].t()) * (F.silu(s @ d["to_gate"].t()) + d["skip"])) @ d["to_out"].t()
     y = first + (c.transpose(1, 2) @ h).view(x.shape)
     got_y, got_h = mixer(x)
-    near(got_h, h, 2e-5)
-    near(got_y, y, 2e-5)
+    assert_near(got_h, h, 2e-5)
+    assert_near(got_y, y, 2e-5)
 
 
 @pytest.mark.parametrize("simd", SETS)

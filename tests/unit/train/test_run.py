@@ -110,7 +110,8 @@ def test_another_input_is_refused_in_a_sentence(key: str, refusal: type[Pipeline
     refuse_other_inputs(Path("runs/a"), there, there)
 
 
-def test_an_input_that_cannot_be_read_is_no_other_one() -> None:
+def test_an_input_that_cannot_be_read_is_not_refused_as_another_one() -> None:
+    """`refuse_other_inputs` raises where it refuses."""
     refuse_other_inputs(Path("runs/a"), {"init_from": "a"}, {"init_from": None})
 
 

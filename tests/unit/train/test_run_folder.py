@@ -89,7 +89,7 @@ def test_a_restart_waits_for_a_dying_run_and_not_for_its_data_worker(
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "incidents.jsonl", "log.txt", ".lock", "status.json", "report", "tb"]
+    "name", ["metrics.jsonl", "incidents.jsonl", "log.txt", ".lock", "status.json", "heartbeat", "report", "tb"]
 )
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("nowhere/x")])
 def test_what_is_no_file_or_folder_of_a_run_is_set_aside(
@@ -99,9 +99,21 @@ def test_what_is_no_file_or_folder_of_a_run_is_set_aside(
     run = opened(tmp_path)
     run.append_metrics({"step": 1})
     run.status("running")
+    run.beat()
     run.truncate_metrics(0)
     assert len(list(tmp_path.glob(f"{name}.damaged-*"))) == 1
     assert name in (tmp_path / "incidents.jsonl").read_text()
+
+
+def test_what_a_run_writes_itself_is_not_set_aside_when_it_is_resumed(tmp_path: Path, opened: Open) -> None:
+    run = opened(tmp_path)
+    run.append_metrics({"step": 1})
+    run.status("running")
+    run.beat()
+    opened(tmp_path)
+    assert (tmp_path / "heartbeat").is_file()
+    assert not (tmp_path / "incidents.jsonl").exists()
+    assert not list(tmp_path.glob("*.damaged*"))
 
 
 DAMAGES = [b"", b"\0" * 100, b"{", b"\xff\xfe\x00", b"a: [", b"- a", b"[" * 5000]
