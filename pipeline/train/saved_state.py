@@ -100,7 +100,7 @@ def read_files(checkpoint: Path) -> dict[str, str]:
 def misfit(state: SavedState, own: dict[str, Any], criteria: Collection[str], steps: int) -> str:
     """Return why a sound state is not one of the run that would continue from it.
 
-    This is the only place that compares a Task's small numbers with the Task, so whoever restores them may trust their form.
+    This is the only place that compares a Task's small numbers with the Task: a `load_state_dict` need not check them.
 
     Args:
         state: What the checkpoint says.
