@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import reports
+from launchers.sweep.space import SAMPLERS
 from pipeline.cli import guarded
 from pipeline.config import find_config
 from pipeline.errors import ConfigError
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--trials", type=int, default=20, help="number of trials (default 20)")
     sweep.add_argument("--jobs", type=int, default=1, help="trials at the same time on this machine (default 1)")
     sweep.add_argument("--nproc", type=int, default=1, help="processes of each stage (default 1)")
-    sweep.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe")
+    sweep.add_argument("--sampler", choices=SAMPLERS, default="tpe")
     sweep.add_argument("--seed", type=int, default=0, help="of the sampler (default 0)")
     sweep.add_argument("--cluster", type=Path, metavar="FILE", help="preset: submit a round of trials to SLURM")
     for name, run, text in (

@@ -151,7 +151,9 @@ def open_steps(steps: Sequence[Step], world_size: int) -> list[Step]:
         PipelineError: What a stage would end in.
     """
     todo = [step for step in steps if not is_complete(step.config)]
-    pending = {folder: config for step in todo for folder, config in written_by(step.config).items()}
+    pending: dict[Path, StageConfig] = {}
+    for step in todo:
+        pending |= written_by(step.config)
     for step in todo:
         check(step.config, world_size, pending)
     return todo

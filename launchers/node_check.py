@@ -22,7 +22,8 @@ from pipeline.errors import first_line
 from pipeline.train.gpus import Torch, broken_promise, driver
 from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 
-SLOW = 0.9  # of the median speed; GPUs of one kind differ by less unless one is hot, throttled or shared
+# A GPU below this share of the median speed is named. The threshold is ours.
+LEAST_SPEED = 0.9
 LEAST_SHARED_GB = 1.0  # data workers hand over batches through /dev/shm
 TIMEOUT = timedelta(seconds=120)
 _QUERY = (
@@ -57,9 +58,9 @@ def wrong_with(gpu: dict[str, str]) -> list[str]:
 
 
 def slow_ones(speeds: Sequence[float]) -> list[int]:
-    """Return the ranks whose speed is below `SLOW` of the median."""
+    """Return the ranks whose speed is below `LEAST_SPEED` of the median."""
     median = statistics.median(speeds)
-    return [rank for rank, speed in enumerate(speeds) if speed < SLOW * median]
+    return [rank for rank, speed in enumerate(speeds) if speed < LEAST_SPEED * median]
 
 
 def _look(local_rank: int) -> dict[str, Any]:
@@ -152,7 +153,10 @@ def findings(everyone: Sequence[dict[str, Any]], summed: str, backend: str) -> l
         for rank in slow_ones([each["speed"] for each in everyone]):
             where = f"rank {rank} on {everyone[rank]['node']}"
             lines.append(
-                [f"speed of {where}", f"its GPU is slower than {100 * SLOW:.0f} % of the median: take the node out"]
+                [
+                    f"speed of {where}",
+                    f"its GPU is slower than {100 * LEAST_SPEED:.0f} % of the median: take the node out",
+                ]
             )
     return lines
 

@@ -20,10 +20,8 @@ from pipeline.train.run import HEARTBEAT
 from stages import SPECS
 
 AGAIN = "submit the chain again to run it"
-SILENT_SECONDS, BEATS = (
-    120.0,
-    100,
-)  # a run without a heartbeat for this long, and for the time of this many steps, hangs
+# A run without a heartbeat for SILENT_SECONDS plus the time of BEATS of its steps counts as hanging.
+SILENT_SECONDS, BEATS = 120.0, 100
 
 
 class Row(NamedTuple):

@@ -16,7 +16,6 @@ from pipeline.yaml_text import parse_yaml
 
 logger = logging.getLogger(__name__)
 
-
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Percent = Annotated[float, Field(ge=-0.01, le=100.01)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -113,6 +112,7 @@ class _Data(_Book):
     split: str | None = None
     validation: str | None = None
     test: str | None = None
+    classes: str | None = None
     ground: Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)] = [255] * 3
     max_pixels: Annotated[int, Field(gt=0)] = 1
 

@@ -159,6 +159,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
         evaluate=lambda step, board: s.evaluator.validate(models(), size),
         finish=finish,
         backbone=config.backbone,
+        starts_trained=bool(config.init_from or config.weights) and not new,
     )
 
 

@@ -51,6 +51,7 @@ class Prepared(Generic[T]):
         evaluate: Called by all ranks with the step and the board; returns numbers for the log.
         finish: Called by all ranks after the last step; evaluates and exports.
         backbone: Which part of the model trains, and whether the features of the rest are cached.
+        starts_trained: Whether every weight comes from a trained model, the head's too.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Prepared(Generic[T]):
     evaluate: Evaluate
     finish: Callable[[T], None]
     backbone: BackboneConfig = WHOLE
+    starts_trained: bool = False
 
 
 def train(config: StageConfig) -> None:
@@ -132,6 +134,7 @@ def open_stage(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         recorder=recorder,
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),
         flops=prepared.flops * loop.global_batch,
+        starts_trained=prepared.starts_trained,
     )
     return prepared, training, task
 

@@ -323,4 +323,5 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
         evaluate=evaluate,
         finish=finish,
         backbone=config.backbone,
+        starts_trained=bool(config.init_from) and not fresh,
     )

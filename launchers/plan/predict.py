@@ -30,8 +30,10 @@ from pipeline.train.peak import peak_flops
 from stages.check import derive_batches
 from stages.configs.base import StageConfig
 
-START_SECONDS = 180.0  # what a start takes: imports, process groups, kernels, reading the checkpoint
-CPU_SHARE = 0.1  # of the speed of a matrix product that a step is likely to reach on a CPU
+# A start imports, forms process groups, builds kernels and reads the checkpoint.
+START_SECONDS = 180.0
+# On a CPU a step is likely to reach this share of the speed of a matrix product.
+CPU_SHARE = 0.1
 
 
 def hardware(config: StageConfig, cluster: ClusterConfig, earlier: Path | None) -> Hardware:

@@ -2,7 +2,7 @@
 
 The least takes every unit at its peak: products and convolutions at the data sheet's FLOP/s, scans at the clocks that
 `benchmarks.gpu_static` has counted, memory at its bandwidth. Products and scans follow one another, so they add; what they move
-through memory can hide behind them. The likely time divides by the shares of `LIKELY`, which are ours and unmeasured, and hides
+through memory can hide behind them. The likely time divides by shares of the peaks, which are ours and unmeasured, and hides
 nothing. Sending adds to both, since reductions do not overlap with the backward pass.
 """
 

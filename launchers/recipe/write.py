@@ -173,9 +173,10 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
     for stage in stages:
         print(f"{stage}: {numbers[stage].value} steps, {numbers[stage].why}")
     total = sum(numbers[stage].value * costs[stage] for stage in stages)
-    if total > 1.2 * budget.for_steps and not budget.counted:
+    if total > 1.2 * budget.for_steps:
         minutes = (total / rules.USABLE + rules.FIXED_SECONDS) / 60
-        print(f"note: the least of every stage takes about {minutes:.0f} min here, more than the budget {order.budget}")
+        least = f"{total:.2g} * 10^12 FLOPs" if budget.counted else f"about {minutes:.0f} min here"
+        print(f"note: the least of every stage takes {least}, more than the budget {order.budget}")
     drafts = compose_with(steps=numbers, micro=micro)
     for stage in stages:
         _validated(stage, drafts[stage].values, order)

@@ -16,6 +16,7 @@ from launchers.plan.profile import networks, trained_parameters
 from launchers.plan.text import size
 from launchers.simulate import fake_group, ranks
 from pipeline.errors import ConfigError, HandoverError
+from stages.check import written_by
 from stages.configs.base import StageConfig
 
 FEWEST = 8
@@ -46,7 +47,7 @@ def run(steps: Sequence[Step], most: int) -> int:
     stages: dict[str, Any] = {}
     for step in steps:
         if not (step.folder / "export").is_dir():
-            pending[step.folder / "export"] = step.config
+            pending |= written_by(step.config)
         try:
             stages[step.stage] = _stage(step, worlds, seen, pending)
         except HandoverError as error:

@@ -12,17 +12,16 @@ process of its own. With `--cluster` one call is one round: what has ended is no
 allows are submitted as arrays.
 """
 
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from launchers.chain import CHAIN, Step
 from launchers.config import ClusterConfig
@@ -30,10 +29,11 @@ from launchers.local import die_with_parent
 from launchers.sweep.study import Study, Trial
 from launchers.sweep.trials import Order, check_axes, score_of, steps_of, words_of
 from pipeline.books import read_status
-from pipeline.errors import ConfigError, EnvironmentProblem, PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.exit_codes import ExitCode
 from pipeline.files import replace_text
 from pipeline.jsonl import read_object
+from pipeline.locks import locked
 from pipeline.report.tables import Table
 from stages import spec_of
 from stages.check import check, is_complete
@@ -54,9 +54,10 @@ def run(order: Order, cluster: ClusterConfig | None = None) -> int:
         PipelineError: Something is refused before a trial starts, or another process runs this sweep.
     """
     check_axes(order)
-    last = order.base()[-1].config
+    last = order.base[-1].config
     order.folder.mkdir(parents=True, exist_ok=True)
-    with _held(order.folder):
+    busy = f"another process runs the sweep {order.folder}; wait for its end, or stop it"
+    with locked(order.folder / "lock", busy):
         _refuse_other(order)
         study = Study(
             order.folder / "journal.log",
@@ -74,10 +75,9 @@ def run(order: Order, cluster: ClusterConfig | None = None) -> int:
 
 def results(order: Order, study: Study) -> Table:
     """Return the trials as a table, the best first, with the command that trains the best one for good."""
-    keys, sign = [axis.key for axis in order.axes], 1 if study.minimise else -1
-    trials = sorted(study.trials(), key=lambda t: (t.score is None, sign * (t.score or 0.0), t.number))
+    keys = [axis.key for axis in order.axes]
     name, rows = "validation", []
-    for trial in trials:
+    for trial in study.ranked():
         score = "" if trial.score is None else f"{trial.score:.4g}"
         rows.append([f"{trial.number:03d}", trial.state, *(trial.values.get(key, "") for key in keys), score])
     best = study.best()
@@ -272,18 +272,3 @@ def _refuse_other(order: Order) -> None:
             f"{order.folder} holds a sweep with other {', '.join(apart)}; type it as it was, or give run.experiment=NAME"
         )
     replace_text(path, json.dumps(here, indent=1) + "\n")
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[TextIO]:
-    """Hold the lock of a sweep's folder.
-
-    Raises:
-        EnvironmentProblem: Another process holds it.
-    """
-    with (folder / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EnvironmentProblem(f"another process runs the sweep {folder}; wait for its end, or stop it") from None
-        yield lock

@@ -2,10 +2,12 @@
 
 import math
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from pipeline.errors import ConfigError
 
+Sampler = Literal["tpe", "random", "grid"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 _KEY = re.compile(r"(?:[a-z]+:)?[A-Za-z_][\w.]*")
 _EXAMPLE = "for example optim.lr=1e-4..1e-2:log, loop.steps=100..400 or pseudo.thresholds=fixed,softmatch"
 

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from launchers.sweep.space import Axis
+from launchers.sweep.space import Axis, Sampler
 from pipeline.errors import EnvironmentProblem
 
 State = Literal["open", "complete", "failed"]
-SAMPLERS = ("tpe", "random", "grid")
 
 
 class Trial(NamedTuple):
@@ -44,7 +43,7 @@ class Study:
     Args:
         journal: The file, which is made if it is not there.
         axes: What is searched.
-        sampler: A name of `SAMPLERS`.
+        sampler: How the next values are found.
         seed: Of the sampler.
         minimise: Whether smaller scores are better.
 
@@ -52,14 +51,13 @@ class Study:
         EnvironmentProblem: Optuna is not installed.
     """
 
-    def __init__(self, journal: Path, axes: Sequence[Axis], *, sampler: str, seed: int, minimise: bool) -> None:
+    def __init__(self, journal: Path, axes: Sequence[Axis], *, sampler: Sampler, seed: int, minimise: bool) -> None:
         self._optuna = optuna = _optuna()
-        self.axes, self._sampler, self._seed = axes, sampler, seed
+        self._axes, self._sampler, self._seed, self._minimise = axes, sampler, seed, minimise
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
         self._study = optuna.create_study(
             storage=storage, study_name="sweep", direction="minimize" if minimise else "maximize", load_if_exists=True
         )
-        self.minimise = minimise
 
     def trials(self) -> list[Trial]:
         """Return all trials in the order of asking; one that a kill left without all of its values has failed."""
@@ -70,16 +68,16 @@ class Study:
         """Open a new trial; None if a grid has no further point."""
         number = len(self.trials())
         if self._sampler == "grid":
-            points = list(itertools.product(*(axis.choices for axis in self.axes)))
+            points = list(itertools.product(*(axis.choices for axis in self._axes)))
             if number >= len(points):
                 return None
             if number == len(self._study.get_trials(deepcopy=False)):  # else a kill has left it waiting
-                self._study.enqueue_trial(dict(zip((axis.key for axis in self.axes), points[number], strict=True)))
+                self._study.enqueue_trial(dict(zip((axis.key for axis in self._axes), points[number], strict=True)))
         else:
             samplers = self._optuna.samplers
             made = {"tpe": samplers.TPESampler, "random": samplers.RandomSampler}[self._sampler]
             self._study.sampler = made(seed=self._seed + number)
-        asked = self._study.ask({axis.key: self._distribution(axis) for axis in self.axes})
+        asked = self._study.ask({axis.key: self._distribution(axis) for axis in self._axes})
         return self.trials()[asked.number]
 
     def tell(self, number: int, score: float | None) -> None:
@@ -89,12 +87,16 @@ class Study:
 
     def best(self) -> Trial | None:
         """Return the complete trial with the best score, the first of equal ones."""
-        done = [trial for trial in self.trials() if trial.score is not None]
-        return min(done, key=lambda trial: (trial.score or 0.0) * (1 if self.minimise else -1), default=None)
+        return next((trial for trial in self.ranked() if trial.score is not None), None)
+
+    def ranked(self) -> list[Trial]:
+        """Return all trials, the best first and those without a score last."""
+        sign = 1 if self._minimise else -1
+        return sorted(self.trials(), key=lambda t: (t.score is None, sign * (t.score or 0.0), t.number))
 
     def _read(self, found: Any) -> Trial:
         states = self._optuna.trial.TrialState
-        whole = len(found.params) == len(self.axes)
+        whole = len(found.params) == len(self._axes)
         state: State = "complete" if found.state == states.COMPLETE else "open"
         if found.state == states.FAIL or not whole:
             state = "failed"
@@ -112,7 +114,7 @@ class Study:
 def _optuna() -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of experimental parts and of its dependencies
+            warnings.simplefilter("ignore")  # The import warns of experimental parts and of its dependencies.
             import optuna
             import optuna.storages.journal
     except ImportError:

@@ -1,12 +1,13 @@
 """What one trial of a sweep runs, and what it reached (torch-free)."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from launchers.chain import CHAIN, Step, read_steps
-from launchers.sweep.space import Axis
+from launchers.sweep.space import Axis, Sampler
 from launchers.sweep.study import Trial
 from pipeline.errors import ConfigError
 from pipeline.exports.card import Card
@@ -34,19 +35,20 @@ class Order:
     overrides: Sequence[str]
     axes: Sequence[Axis]
     trials: int
-    sampler: str = "tpe"
+    sampler: Sampler = "tpe"
     seed: int = 0
     jobs: int = 1
     nproc: int = 1
 
+    @functools.cached_property
     def base(self) -> list[Step]:
-        """The steps without a trial's values."""
+        """The steps without a trial's values, as the files are when the sweep starts."""
         return read_steps(self.stage, self.config, self.overrides)
 
     @property
     def folder(self) -> Path:
         """Where the sweep keeps its journal, logs and table, beside the folders of its trials."""
-        experiment = self.base()[0].folder.parent
+        experiment = self.base[0].folder.parent
         return experiment.with_name(f"{experiment.name}-sweep")
 
 
@@ -68,7 +70,7 @@ def words_of(order: Order, number: int, values: Sequence[str]) -> list[str]:
         number: Of the trial.
         values: Its values, as overrides.
     """
-    base = order.base()
+    base = order.base
     last = base[-1].config
     fixed = [f"run.experiment={order.folder.name}-{number:03d}", "data.test=null"]
     if order.stage == CHAIN:

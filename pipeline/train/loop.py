@@ -42,7 +42,8 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
     Args:
         training: What is trained, on what, by which rules.
         run: The folder that receives numbers and checkpoints.
-        evaluate: Called every `loop.eval_every` steps and after the last.
+        evaluate: Called every `loop.eval_every` steps and after the last; also before the first if the weights are trained
+            already and validations are compared.
 
     Returns:
         Where the run ended. The weights are those of the last step; with `loop.select=best` the task holds the best ones.
@@ -60,8 +61,9 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
     display = _Display(training, run, state.step)
     meter = Meter(world, training.flops, peak_flops(world.device, engine.config.precision))
     tracer, draws = Tracer(run.folder, world), Draws(training)
-    if state.step == 0 and loop.on_divergence == "rewind":
-        _save(saver, training, state, shards)
+    if state.step == 0:
+        with meter.pausing():
+            _begin(training, state, evaluate, display, saver, shards)
     run.status("running", step=state.step, steps=loop.steps)
     with stop_flag() as stop, shards:
         check_shards = partial(_check_shards, shards, saver, run, lambda: bool(stop))
@@ -98,9 +100,7 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
             # Before saving: a run that continues from this checkpoint does not evaluate this step again.
             if evaluating:
                 with meter.pausing():
-                    row = evaluate(step, display.board)
-                display.show(step, row)
-                state.ended_early = _compare(training, state, row) and not last
+                    state.ended_early = _validate(training, state, evaluate, display) and not last
                 saving |= state.ended_early
             if saving:
                 with meter.pausing():
@@ -193,9 +193,24 @@ def _log_row(training: Training, meter: Meter, step: int, *, moved: bool) -> dic
     return row | {"train/grad_norm": engine.grad_norm()} if moved else row
 
 
-def _compare(training: Training, state: _LoopState, row: dict[str, float]) -> bool:
-    """Compare a validation with the earlier ones, keep the state if it is the best, and return whether patience is over."""
+def _begin(
+    training: Training, state: _LoopState, evaluate: Evaluate, display: _Display, saver: Saver, shards: ShardCheck
+) -> None:
+    """Validate and save the state before the first step, where something needs it (collective).
+
+    Validated: trained weights are a result already, so a stage whose steps only lose accuracy ends with what it was given.
+    """
+    if training.starts_trained and training.loop.compares and not state.selection.seen:
+        _validate(training, state, evaluate, display)
+    if training.loop.on_divergence == "rewind":
+        _save(saver, training, state, shards)
+
+
+def _validate(training: Training, state: _LoopState, evaluate: Evaluate, display: _Display) -> bool:
+    """Validate, keep the state if it is the best so far, and return whether patience is over (collective)."""
     loop, selection = training.loop, state.selection
+    row = evaluate(state.step, display.board)
+    display.show(state.step, row)
     if not loop.compares:
         return False
     if selection.see(state.step, row, training.task.criteria()) and training.task.best:
@@ -263,7 +278,7 @@ def _restore(training: Training, run: Run, shards: ShardCheck, before: float = m
                 f"no checkpoint of {run.checkpoints} is from before data step {before}: nothing to rewind to"
             )
         checkpoint.remove_after(run.checkpoints, step, run.world)
-    run.truncate_metrics(step)
+    run.truncate_metrics(step if saved else -1)
     if not saved:
         return _LoopState(step=0)
     loop = saved.loop

@@ -34,6 +34,7 @@ class Training:
         recorder: Watches the gradients of the model and keeps the last steps.
         fingerprint_images: (n, 3, H, W), on the device; a restored checkpoint must reproduce its number on them.
         flops: FLOPs that a step must compute, over all ranks (for MFU: nothing counts twice).
+        starts_trained: Whether the weights before the first step are a result, which the best validation may choose.
     """
 
     task: Task
@@ -48,6 +49,7 @@ class Training:
     recorder: Recorder
     fingerprint_images: Tensor
     flops: float
+    starts_trained: bool = False
 
     def fingerprint(self) -> float:
         """Return the number that the present weights give on the fingerprint batch (collective)."""

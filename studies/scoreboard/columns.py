@@ -31,16 +31,18 @@ from studies.runs import run
 from studies.scoreboard.pictures import Case
 from studies.scoreboard.recipe import Chain
 
-MAX_UNLABELLED = 10_000  # that label spreading reads
+# Label spreading reads at most this many images without a label.
+MAX_UNLABELLED = 10_000
 RIVALS = (1e-3, 3e-3)  # learning rates at batch 32
-FIXMATCH_RATE = 0.75  # of the ResNet's learning rate, as in the recipe's stage 3
-STAGE_1_STEPS = 150  # of the demo's stage 1, where the chain has none
+# FixMatch trains at this share of the ResNet's learning rate, as the recipe's stage 3 does.
+FIXMATCH_SHARE = 0.75
+# Where the chain has no stage 1, the demo's is trained for this many steps.
+DEMO_STEPS = 150
 
 RESNET = "timm/resnet18"
 
-_SHARED: defaultdict[str, threading.Lock] = defaultdict(
-    threading.Lock
-)  # what the cases of a data set share, by its name
+# The cases of a data set share a stage 1 and the choice of a learning rate; the keys are the names of data sets.
+_SHARED: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 Cell = dict[str, Any]  # what one column reached: percentages, images seen, seconds
 
@@ -135,7 +137,7 @@ def features(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     if "arm" not in chain.of(case, name):
         experiment = f"{case.pictures.name}-arm"
         values = [f"run.root={chain.runs}", f"run.experiment={experiment}", f"data.train={case.pictures.train}"]
-        values += ["data.split=null", f"loop.steps={STAGE_1_STEPS}", "data.loader.virtual_readers=null"]
+        values += ["data.split=null", f"loop.steps={DEMO_STEPS}", "data.loader.virtual_readers=null"]
         with _SHARED[case.pictures.name]:
             run("arm", "demo", values, name=f"{experiment}, stage 1 of the demo")
             shutil.rmtree(chain.runs / experiment / "arm" / "checkpoints", ignore_errors=True)  # its export is read
@@ -191,7 +193,7 @@ def fixmatch(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     parent = read_result(chain.runs / (name if same else f"{name}-resnet-{rate:g}")).stages["distill"]
     config = chain.of(case, name)["semi"]
     batch = read_result(chain.runs / name).stages["semi"].config["loop"]["global_batch"]
-    scaled = FIXMATCH_RATE * rate * math.sqrt(batch / 16)
+    scaled = FIXMATCH_SHARE * rate * math.sqrt(batch / 16)
     own = [
         f"run.experiment={name}-fixmatch", f"init_from={parent.folder / 'export'}",
         "pseudo={labeller: student, threshold: 0.95, weight: 1.0}",

@@ -77,6 +77,9 @@ def test_counted_work_gives_the_steps_that_its_sum_allows(place: Path) -> None:
     distill, semi = (yaml.safe_load(text)["loop"]["steps"] for text in texts)
     forward = 2 * 37.0e6
     assert distill * 32 * 3 * forward + semi * 16 * (5 * 3 + 4) * forward == pytest.approx(6e12, rel=0.1)
+    code, said, _ = launch(place, "recipe", "counted", *data, "--budget", "1T", "--again")
+    assert code == 0
+    assert "the least of every stage takes 3 * 10^12 FLOPs, more than the budget 1T" in said
 
 
 @pytest.mark.parametrize(

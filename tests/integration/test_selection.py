@@ -24,8 +24,9 @@ def rows(run: Path, name: str) -> dict[int, float]:
     return {row["step"]: row[name] for row in found if name in row}
 
 
-@pytest.mark.parametrize(("stage", "network"), [("distill", "master"), ("semi", "teacher")])
-def test_the_export_is_the_state_of_the_best_validation(chain: Stages, stage: str, network: str) -> None:
+@pytest.mark.parametrize(("stage", "network", "seen"), [("distill", "master", 8), ("semi", "teacher", 9)])
+def test_the_export_is_the_state_of_the_best_validation(chain: Stages, stage: str, network: str, seen: int) -> None:
+    """Stage 3 starts from a classifier, so it validates before its first step too."""
     more = [f"run.experiment=best-{stage}", *parents(chain, stage), *KEEP, *LEAP]
     run = chain.complete(stage, *more)
     prefix = "val/teacher_" if network == "teacher" else "val/"
@@ -33,21 +34,38 @@ def test_the_export_is_the_state_of_the_best_validation(chain: Stages, stage: st
     best = max(top1, key=lambda step: (top1[step], -nll[step], -step))
     selected = Card.read(run / "export").selected
     assert selected is not None
-    assert (selected.select, selected.step, selected.trained, selected.validations) == ("best", best, 8, 8)
+    assert (selected.select, selected.step, selected.trained, selected.validations) == ("best", best, 8, seen)
     assert selected.best == {f"{prefix}top1": top1[best], f"{prefix}nll": nll[best]}
     assert selected.last == {f"{prefix}top1": top1[8], f"{prefix}nll": nll[8]}
     assert best < 8, "the test needs a best state that is not the last"
     exported = load_file(run / "export" / "model.safetensors")
-    saved = load_file(next((run / "checkpoints" / f"step_{best:08d}").glob("shards_*")))
-    for name, value in exported.items():
-        if f"{network}/{name}@0" in saved:
-            assert torch.equal(value.flatten(), saved[f"{network}/{name}@0"]), name
+    if best:
+        shards = load_file(next((run / "checkpoints" / f"step_{best:08d}").glob("shards_*")))
+        saved = {name: shards[f"{network}/{name}@0"] for name in exported if f"{network}/{name}@0" in shards}
+    else:
+        saved = load_file(chain.runs / "smoke/distill/export/model.safetensors")
+    assert saved
+    for name, value in saved.items():
+        assert torch.equal(exported[name].flatten(), value.flatten()), name
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert evaluation["selected"].startswith(f"step {best} of 8; best of 8 validations by {prefix}top1")
+    assert evaluation["selected"].startswith(f"step {best} of 8; best of {seen} validations by {prefix}top1")
     assert evaluation["models"]["teacher" if network == "teacher" else "student"]["top1"] == pytest.approx(
         Card.read(run / "export").metrics[f"test/{'teacher' if network == 'teacher' else 'student'}_top1"]
     )
-    assert f"best of 8 validations by {prefix}top1" in (run / "export" / "README.md").read_text()
+    assert f"best of {seen} validations by {prefix}top1" in (run / "export" / "README.md").read_text()
+
+
+def test_a_stage_that_only_loses_exports_what_it_was_given(chain: Stages) -> None:
+    """No step that ruins the weights is better than what stage 2 gave, which is validated as step 0."""
+    more = [*parents(chain, "semi"), *KEEP, "optim.lr=3", "optim.min_lr=3", "optim.warmup_steps=0"]
+    run = chain.complete("semi", "run.experiment=only-loses", *more)
+    selected, nll = Card.read(run / "export").selected, rows(run, "val/teacher_nll")
+    assert selected is not None
+    assert (selected.step, selected.trained) == (0, 8)
+    assert min(nll[step] for step in range(1, 9)) > nll[0]
+    given = load_file(chain.runs / "smoke/distill/export/model.safetensors")
+    for name, value in load_file(run / "export/model.safetensors").items():
+        assert torch.equal(value, given[name]), name
 
 
 def test_the_best_state_survives_kill_9(chain: Stages) -> None:

@@ -82,7 +82,10 @@ def gone(pids: Sequence[int]) -> bool:
     return False
 
 
-def soak(chain: Stages, kills: int, layouts: Sequence[tuple[int, int]], seed: int, *more: str) -> None:
+def check_that_kills_change_nothing(
+    chain: Stages, kills: int, layouts: Sequence[tuple[int, int]], seed: int, *more: str
+) -> None:
+    """The losses, the samples and, in one layout, the weights are those of a run that was never killed."""
     moving = len(layouts) > 1
     name = f"soak{kills}{'moving' if moving else ''}{len(more) or ''}"
     nproc, zero = layouts[0]
@@ -100,16 +103,16 @@ def soak(chain: Stages, kills: int, layouts: Sequence[tuple[int, int]], seed: in
 
 
 def test_two_kills(chain: Stages) -> None:
-    soak(chain, 2, SAME, seed=1)
+    check_that_kills_change_nothing(chain, 2, SAME, seed=1)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("layouts", [SAME, MOVING], ids=["same", "moving"])
 def test_thirty_kills(chain: Stages, layouts: Sequence[tuple[int, int]]) -> None:
-    soak(chain, 30, layouts, seed=int(time.time()))
+    check_that_kills_change_nothing(chain, 30, layouts, seed=int(time.time()))
 
 
 @pytest.mark.soak
 def test_thirty_kills_with_data_workers(chain: Stages) -> None:
     """The run that is never killed has no workers: they change nothing, and none outlives its rank."""
-    soak(chain, 30, [(1, 2)], int(time.time()), "data.loader.workers=2")
+    check_that_kills_change_nothing(chain, 30, [(1, 2)], int(time.time()), "data.loader.workers=2")

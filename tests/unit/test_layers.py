@@ -1,6 +1,7 @@
-"""Imports go strictly from higher layers to lower ones, and optional packages are imported late, in one file."""
+"""Imports go strictly from higher layers to lower ones, optional packages are imported late, in one file; files are short."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ LAYERS = {
     "pipeline.storage": 1,
     "pipeline": 0,
 }
+MOST_LINES = 350
 LATE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "optuna", "timm", "sklearn", "matplotlib", "onnx")
 ONE_FILE = ("deepspeed", "mamba_ssm", "submitit", "obstore", "optuna")
 FILES = sorted(p for top in ("pipeline", "stages", "launchers") for p in (ROOT / top).rglob("*.py"))
@@ -139,3 +141,11 @@ def test_no_family_of_models_imports_another(family: str) -> None:
     imported = {family_in(module) for path in own for module in modules_imported(path)}
     assert own
     assert imported & {"efficientvim", "timm_model", "vision_mamba", "vssd", "wide_resnet", "arm"} <= {family}
+
+
+def test_no_file_is_too_long_to_be_read_at_once() -> None:
+    """A longer file holds more than one thing: move one of them into a file of its own."""
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked.splitlines()}
+    assert lengths
+    assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}

@@ -20,7 +20,6 @@ from pipeline.errors import ConfigError, DataError, EnvironmentProblem
 
 T = TypeVar("T")
 
-VERSION = "5.2.0"  # the pin of the extra `huggingface`
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
 _LABELS = ("label", "labels", "cls", "class")  # columns of classes that are not declared as such
 
@@ -149,7 +148,7 @@ def _library() -> Any:
         import datasets
     except ImportError:
         raise EnvironmentProblem(
-            f"datasets of Hugging Face need its library; type: pip install datasets=={VERSION}"
+            "datasets of Hugging Face need its library; type: pip install 'visionmamba-pipeline[huggingface]'"
         ) from None
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -72,35 +72,24 @@ def _check_out(out: Path, sources: Sequence[Path]) -> None:
 def convert_digits(args: argparse.Namespace) -> None:
     """Scikit-learn's digits, train and test."""
     from pipeline.datasets.convert.digits import digits
-    from pipeline.datasets.convert.writer import convert
 
-    for name, source in zip(("train", "test"), digits(args.seed), strict=True):
-        _say(
-            *convert(
-                _in_classes(source, args),
-                args.out / name,
-                seed=args.seed,
-                samples_per_shard=256,
-                processes=args.processes,
-            )
-        )
+    _convert_bundled(digits(args.seed), args, samples_per_shard=256)
 
 
 def convert_letters(args: argparse.Namespace) -> None:
     """Letters on photographs, train and test."""
     from pipeline.datasets.convert.letters import letters
+
+    _convert_bundled(letters(args.seed), args, samples_per_shard=520)
+
+
+def _convert_bundled(sources: "Sequence[Source]", args: argparse.Namespace, samples_per_shard: int) -> None:
+    """Convert what installed packages carry: the command has no options on unreadable or large images."""
     from pipeline.datasets.convert.writer import convert
 
-    for name, source in zip(("train", "test"), letters(args.seed), strict=True):
-        _say(
-            *convert(
-                _in_classes(source, args),
-                args.out / name,
-                seed=args.seed,
-                samples_per_shard=520,
-                processes=args.processes,
-            )
-        )
+    for name, source in zip(("train", "test"), sources, strict=True):
+        options = {"seed": args.seed, "samples_per_shard": samples_per_shard, "processes": args.processes}
+        _say(*convert(_in_classes(source, args), args.out / name, **options))
 
 
 def convert_folder(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline import seeds
 from pipeline.datasets.convert.check import check_images, refusal
-from pipeline.datasets.convert.lock import locked
+from pipeline.datasets.convert.lock import converting
 from pipeline.datasets.convert.progress import Progress, content_digest, plan_digest, shard_digests
 from pipeline.datasets.convert.source import Source
 from pipeline.datasets.convert.table import table
@@ -86,7 +86,7 @@ def convert(
     existed = out.is_dir()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(out) as lock:
+        with converting(out) as lock:
             options = _Options(seed, samples_per_shard, shorter_side, decoding)
             return _convert(source, out, options, processes, skip_unreadable, lock)
     except BaseException as error:

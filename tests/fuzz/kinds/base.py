@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.fuzz import mutate
 
@@ -59,8 +59,13 @@ def damaged(rng: random.Random, path: Path) -> bytes:
         return mutate.data(rng, whole)
     if rng.random() < 0.3:
         return mutate.data(rng, whole)
+    return encoded(mutate.tree(rng, values, rng.randrange(1, 3)))
+
+
+def encoded(values: Any) -> bytes:
+    """Return values as JSON; those that nest too deeply to be written become a text that nests as deeply."""
     try:
-        return json.dumps(mutate.tree(rng, values, rng.randrange(1, 3))).encode("utf-8", "surrogatepass")
+        return json.dumps(values).encode("utf-8", "surrogatepass")
     except RecursionError:
         return b"[" * 10_000
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz import mutate
-from tests.fuzz.kinds.base import ROOT, Case, Material
+from tests.fuzz.kinds.base import ROOT, Case, Material, encoded
 
 
 def card(rng: random.Random, folder: Path, have: Material) -> Case:
@@ -32,10 +32,7 @@ def card(rng: random.Random, folder: Path, have: Material) -> Case:
         _rehash(export, values)
     if rng.random() < 0.85:
         values = _sealed(values)
-    try:
-        text = json.dumps(values).encode("utf-8", "surrogatepass")
-    except RecursionError:
-        text = b"[" * 10_000
+    text = encoded(values)
     (export / "model.json").write_bytes(mutate.data(rng, text) if rng.random() < 0.1 else text)
     way = rng.random()
     if way < 0.4:
@@ -86,10 +83,7 @@ def weights(rng: random.Random, folder: Path, have: Material) -> Case:
         whole = (have.export / "model.safetensors").read_bytes()
         size = struct.unpack("<Q", whole[:8])[0]
         header = mutate.tree(rng, json.loads(whole[8 : 8 + size]), rng.randrange(1, 4))
-        try:
-            text = json.dumps(header).encode()
-        except RecursionError:
-            text = b'{"a":' * 10_000
+        text = encoded(header)
         path.write_bytes(
             struct.pack("<Q", len(text) if rng.random() < 0.8 else rng.choice((0, 2**63, 10**9)))
             + text

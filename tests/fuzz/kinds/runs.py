@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz import mutate
-from tests.fuzz.kinds.base import ROOT, Case, Material, damaged
+from tests.fuzz.kinds.base import ROOT, Case, Material, damaged, encoded
 
-STEPS = 3  # of the runs in Material
+STEPS = 3  # The runs in `Material` have so many.
 _BOOKS = (
     "config.yaml",
     "environment.json",
@@ -64,7 +64,7 @@ def _forge_state(rng: random.Random, newest: Path) -> bool:
         values[part] = mutate.tree(rng, values[part], rng.randrange(1, 4))
     else:
         values = mutate.tree(rng, values, rng.randrange(1, 3))
-    (newest / "state.json").write_bytes(_json(values))
+    (newest / "state.json").write_bytes(encoded(values))
     _seal(newest)
     return True
 
@@ -88,7 +88,7 @@ def _forge_shards(rng: random.Random, newest: Path) -> bool:
         content = content[:place] + struct.pack("<f", odd) + content[place + 4 :]
     else:
         content = mutate.data(rng, content)
-    text = _json(header)
+    text = encoded(header)
     path.write_bytes(struct.pack("<Q", len(text)) + text + content)
     if rng.random() < 0.1:
         shutil.copyfile(path, newest / "shards_00001.safetensors")
@@ -102,7 +102,7 @@ def _forge_complete(rng: random.Random, newest: Path) -> bool:
         values[rng.choice(("../../x", "/etc/passwd", "shards_99999.safetensors", "COMPLETE", "", "x" * 300))] = "0" * 64
     else:
         values = mutate.tree(rng, values, rng.randrange(1, 3))
-    (newest / "COMPLETE").write_bytes(_json(values))
+    (newest / "COMPLETE").write_bytes(encoded(values))
     return True
 
 
@@ -156,7 +156,7 @@ def damage_a_book(rng: random.Random, run: Path, names: tuple[str, ...]) -> None
 
 def _changed(rng: random.Random, line: bytes) -> bytes:
     try:
-        return _json(mutate.tree(rng, json.loads(line), rng.randrange(1, 3)))
+        return encoded(mutate.tree(rng, json.loads(line), rng.randrange(1, 3)))
     except ValueError:
         return mutate.data(rng, line)
 
@@ -183,13 +183,6 @@ def _seal(newest: Path) -> None:
 
     files = {path.name: sha256_of(path) for path in sorted(newest.iterdir()) if path.name != "COMPLETE"}
     (newest / "COMPLETE").write_text(json.dumps(files))
-
-
-def _json(values: Any) -> bytes:
-    try:
-        return json.dumps(values).encode("utf-8", "surrogatepass")
-    except RecursionError:
-        return b"[" * 10_000
 
 
 def books(rng: random.Random, folder: Path, have: Material) -> Case:

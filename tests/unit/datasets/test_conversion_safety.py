@@ -14,7 +14,7 @@ import pytest
 from pipeline.data import main
 from pipeline.datasets.convert.lock import LOCK
 from pipeline.datasets.manifest import read_image, read_manifest
-from tests.unit.datasets.test_sources import convert, image, labels, put
+from tests.unit.datasets.sources import convert, image, labels, put
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from pipeline.data import main
 from pipeline.datasets.lists import read_list
 from pipeline.datasets.manifest import read_manifest
 from pipeline.errors import DataError
-from tests.unit.datasets.test_sources import convert, put
+from tests.unit.datasets.sources import convert, put
 
 NAMES = (
     "cat/my photo (1).jpg",

@@ -1,53 +1,15 @@
 """Ways in: what a person has becomes a dataset, with its labels or without, and every file is accounted for."""
 
-import io
-import json
 import os
 import tarfile
 import unicodedata
-from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.data import main
 from pipeline.datasets.manifest import read_image, read_manifest
-
-
-def image(seed: int, form: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 32, 3), np.uint8)).save(buffer, form)
-    return buffer.getvalue()
-
-
-def put(root: Path, *names: str) -> Path:
-    """Write an image to each of the paths; equal names get equal bytes."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image(len(name)))
-    return root
-
-
-def labels(folder: Path) -> dict[str, str | None]:
-    manifest = read_manifest(folder)
-    names = [*manifest.classes, None]
-    return {manifest.key(i): names[manifest.labels[i]] for i in range(manifest.num_samples)}
-
-
-def convert(*words: object) -> int:
-    return main(["convert", *map(str, words), "--processes", "1"])
-
-
-def tar(folder: Path, members: list[tuple[str, bytes]], name: str = "000000.tar") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / name, "w") as file:
-        for member, data in members:
-            info = tarfile.TarInfo(member)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return folder
+from tests.unit.datasets.sources import convert, image, labels, members, parquet, put, tar
 
 
 def test_a_folder_without_classes_becomes_shards_without_labels(tmp_path, capsys):
@@ -229,21 +191,6 @@ def test_a_table_may_lack_labels_and_loses_no_row_without_a_word(tmp_path, capsy
     assert set(labels(tmp_path / "bare").values()) == {None}
 
 
-def parquet(path: Path, table: dict, metadata: dict | None = None) -> None:
-    pa = pytest.importorskip("pyarrow", reason="parquet is an optional extra")
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = pa.table(table)
-    if metadata:
-        made = made.replace_schema_metadata({b"huggingface": json.dumps(metadata).encode()})
-    if path.suffix == ".arrow":
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, made.schema) as writer:
-            writer.write_table(made)
-    else:
-        pq.write_table(made, path)
-
-
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
 def test_a_damaged_byte_anywhere_in_a_table_of_images_ends_in_a_sentence(tmp_path, ending, capsys):
     pytest.importorskip("pyarrow", reason="parquet is an optional extra")
@@ -290,15 +237,6 @@ def test_hugging_face_rows_of_any_format_some_without_a_label(tmp_path, ending, 
     parquet(tmp_path / f"in/train.{ending}", {"image": rows[:2], "label": [0, 20_000_000]})
     assert convert("parquet", tmp_path / "in", "--out", tmp_path / "no") == 3
     assert "row 1 has label 20000000, but no row has label 1" in capsys.readouterr().err
-
-
-def members(ending: str, values: list[str | None], picture: str = "jpg") -> list[tuple[str, bytes]]:
-    found = []
-    for k, value in enumerate(values):
-        found.append((f"s{k}.{picture}", image(k)))
-        if value is not None:
-            found.append((f"s{k}.{ending}", value.encode()))
-    return found
 
 
 TARS = {

@@ -18,7 +18,7 @@ from pipeline.datasets.lists import read_list
 from pipeline.datasets.manifest import read_manifest
 from pipeline.errors import DataError
 from pipeline.images import decode
-from tests.unit.datasets.test_sources import convert, image, labels, members, parquet, put, tar
+from tests.unit.datasets.sources import convert, image, labels, members, parquet, put, tar
 
 READ_TABLES = {
     "Excel's own first line": ("sep=;\r\nfile;kind\r\na.jpg;cat\r\nb.jpg;dog\r\n", {"a": "cat", "b": "dog"}),

@@ -43,9 +43,10 @@ def test_a_restart_opens_at_most_two_files_of_its_own_world_and_reads_each_numbe
 
 
 def test_simulate_finds_no_growth_and_the_same_samples() -> None:
-    """Stage 3 needs more images a step than the recipe's 128 for 512 ranks."""
+    """Stage 3 needs more images a step than the recipe's 128 for 512 ranks; it starts from both exports of stage 2."""
     words = ["simulate", "chain", f"{NAMES[0]},{NAMES[1]},{NAMES[1]}", "run.experiment=far", "--ranks", "512"]
-    more = ["semi:loop.global_batch=1024", "semi:engine.micro_batch=2"]
+    more = ["semi:loop.global_batch=1024", "semi:engine.micro_batch=2", "distill:average={decay: 0.9}"]
+    more += ["semi:init_from=distill/export-student", "semi:teacher_from=distill"]
     done = warm.run([sys.executable, "-m", "launchers", *words, *more])  # a process of its own: it makes process groups
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

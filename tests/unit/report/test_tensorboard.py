@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramValue
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -112,7 +113,9 @@ def test_hparams_are_written_with_the_last_numbers(tmp_path: Path) -> None:
     assert curve(tmp_path, "test/top1") == [(10, 81.5)]
 
 
-def test_without_a_folder_nothing_happens() -> None:
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's writer makes a folder `runs` in the current one if it is given none."""
+    monkeypatch.chdir(tmp_path)
     board = Board(None, 0)
     write(board, range(2), 1.0)
     board.image("x", torch.rand(3, 2, 2), 0)
@@ -120,3 +123,4 @@ def test_without_a_folder_nothing_happens() -> None:
     board.hparams({}, {}, 0)
     board.rewind(0)
     board.close()
+    assert list(tmp_path.iterdir()) == []
