@@ -46,7 +46,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
             start = file.read(128)
         if start.startswith(b"\x89HDF") or b"MATLAB 7.3" in start:
             raise DataError(f"{path} has MATLAB's format 7.3, which is not read; save it with -v7, or {_AGAIN}")
-        if start[126:128] not in (b"IM", b"MI"):  # MATLAB 4's has no such mark, and states the sizes of its names unchecked
+        # MATLAB 4 has no such mark, and states the lengths of its names unchecked.
+        if start[126:128] not in (b"IM", b"MI"):
             raise DataError(f"{path} is no MATLAB file of version 5 to 7; {_AGAIN}")
         # Shapes first, since a small file can claim a huge array.
         shapes = {name: (shape, kind) for name, shape, kind in whosmat(str(path))}
