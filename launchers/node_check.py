@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import guarded
+from pipeline.errors import first_line
 from pipeline.train.gpus import Torch, broken_promise, driver
 from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 
@@ -134,7 +135,7 @@ def _sum(dist: Any, torch: Any, device: str) -> str:
         dist.all_reduce(x, group=group)
         return "" if bool((x == dist.get_world_size()).all()) else "the sum is wrong"
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
 
 
 def findings(everyone: Sequence[dict[str, Any]], summed: str, backend: str) -> list[list[str]]:

@@ -63,7 +63,7 @@ def job_state(job_id: str) -> JobState:
         EnvironmentProblem: SLURM does not respond. The job may well be running.
     """
     try:
-        found = fields(ask("scontrol", "-o", "show", "job", job_id).splitlines()[0])
+        found = fields(ask("scontrol", "-o", "show", "job", job_id).partition("\n")[0])
     except EnvironmentProblem as error:
         if FORGOTTEN not in str(error):
             raise

@@ -8,6 +8,18 @@ from typing import ClassVar
 from pipeline.exit_codes import ExitCode
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return the first line of what an error says, or the name of its class if it says nothing.
+
+    Errors of libraries may have no text, or a text of many lines. A sentence for a person takes this part of it.
+
+    Args:
+        error: Any error, of a library too.
+        most: Characters that are kept.
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:most]
+
+
 class PipelineError(Exception):
     """Base of all: a command ends with `exit_code` and the sentence, without a stack trace."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.cli import guarded, leave
 from pipeline.config import choose, load_config
-from pipeline.errors import ConfigError, DistributedFailure, PipelineError
+from pipeline.errors import ConfigError, DistributedFailure, PipelineError, first_line
 from pipeline.jsonl import read_object
 from pipeline.train.rendezvous import rendezvous
 from pipeline.train.signals import interrupt_on_signals
@@ -99,7 +99,7 @@ def _communication_failure(error: Exception) -> PipelineError | None:
 
     if not is_communication_failure(error):
         return None
-    return DistributedFailure(f"rank {_rank()} lost another rank: {str(error).splitlines()[0]}")
+    return DistributedFailure(f"rank {_rank()} lost another rank: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.opening import open_dataset
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.errors import Interrupted, PipelineError, first_line
 from pipeline.exports.selected import Selected
 from pipeline.models.family import FamilyConfig
 from pipeline.models.flops import forward_flops
@@ -102,9 +102,9 @@ class StageContext(Generic[C]):
             distributed.stop()
         elif not interrupted:
             # No collective here: other ranks may be in the middle of one.
-            words = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+            words = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {first_line(error)}"
             with suppress(OSError):  # the disk may be full; the error on the screen says so
-                self.run.status("failed", reason=words if isinstance(error, PipelineError) else words.splitlines()[0])
+                self.run.status("failed", reason=words)
 
     @property
     def measured(self) -> dict[str, float]:

@@ -13,7 +13,8 @@ from launchers.recipe.look import Look
 
 SIDES_CPU, SIDES_GPU = (32, 64), (32, 64, 128, 192)
 BATCHES: dict[Stage, tuple[int, int]] = {"arm": (64, 256), "distill": (32, 128), "semi": (16, 64)}  # CPU, GPU
-EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}  # at most, of the stage's larger stream
+# A stage reads its larger stream at most so many times.
+EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}
 LEAST_STEPS, MOST_STEPS = 100, 100_000
 UNLABELLED_RATIO = 4
 

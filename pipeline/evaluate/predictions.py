@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 from pipeline.files import open_regular, replacing
 
 # What numpy and the zip archive around its arrays raise for damaged bytes.
@@ -95,7 +95,7 @@ class Predictions:
             with open_regular(path) as file, np.load(file, allow_pickle=False) as stored:
                 found = cls(**{name: stored[name] for name in cls.__dataclass_fields__})
         except _DAMAGED as error:
-            raise DataError(f"{path} is damaged ({str(error)[:100] or type(error).__name__}); {again}") from None
+            raise DataError(f"{path} is damaged ({first_line(error, 100)}); {again}") from None
         columns = [getattr(found, name) for name in cls.__dataclass_fields__]
         numbers = all(column.dtype.kind in "biuf" for column in columns)
         if not numbers or {column.shape for column in columns} != {found.labels.shape} or found.labels.ndim != 1:

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config import Strict
 from pipeline.decoding import WHITE, Decoding
-from pipeline.errors import ConfigError, HandoverError
+from pipeline.errors import ConfigError, HandoverError, first_line
 from pipeline.evaluation_view import USUAL, EvaluationView
 from pipeline.exports.selected import Selected
 from pipeline.files import sha256_of
@@ -188,7 +188,7 @@ class Card(Strict):
             ValueError,
             RecursionError,
         ) as error:  # no JSON, no UTF-8, a number of 5000 digits, or nested too deeply
-            raise HandoverError(f"{path} is not a model card: {str(error).splitlines()[0]}{hint}") from None
+            raise HandoverError(f"{path} is not a model card: {first_line(error)}{hint}") from None
         except OSError as error:
             raise HandoverError(
                 f"{path} cannot be read: {error.strerror}; ask its owner, or make it readable"
@@ -317,9 +317,8 @@ def sample_indices_seen(folder: Path, seen: LabelsSeen) -> np.ndarray:
             raise ValueError(f"it holds {shape} values of {dtype}")
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        said = str(error).splitlines()[0][:100]
         raise HandoverError(
-            f"{path} is no list of {seen.count} sample indices ({said}); start from another export"
+            f"{path} is no list of {seen.count} sample indices ({first_line(error, 100)}); start from another export"
         ) from None
 
 

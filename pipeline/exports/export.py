@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import HandoverError, PipelineError
+from pipeline.errors import HandoverError, PipelineError, first_line
 from pipeline.exports.card import CARD, FINGERPRINT, WEIGHTS, Card
 from pipeline.exports.fingerprint import TOLERANCE, Fingerprint
 from pipeline.exports.headers import Claim, read_safetensors_header
@@ -186,8 +186,9 @@ def _wanted(folder: Path, card: Card) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = build_from_card(card)
     except (PipelineError, RuntimeError, ValueError, TypeError, AssertionError, ArithmeticError) as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise HandoverError(f"{folder}: no model can be built from its card ({said}); export it again") from None
+        raise HandoverError(
+            f"{folder}: no model can be built from its card ({first_line(error)}); export it again"
+        ) from None
     inside = INSIDE if isinstance(model, TimmModel) else ""
     return {name.removeprefix(inside): tuple(value.shape) for name, value in model.state_dict().items()}
 

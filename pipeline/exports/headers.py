@@ -16,7 +16,7 @@ from typing import IO, NamedTuple
 
 import psutil
 
-from pipeline.errors import HandoverError
+from pipeline.errors import HandoverError, first_line
 
 MAX_HEADER = 4 * 2**20  # bytes of names, types and shapes
 MAX_TENSORS = 20_000
@@ -55,8 +55,7 @@ def read_safetensors_header(path: Path, *, whole: bool = True) -> dict[str, Clai
     try:
         claims = _parse(text, size - 8 - length)
     except (ValueError, RecursionError, TypeError, KeyError) as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise HandoverError(f"{path} is no safetensors file, or damaged: {said}") from None
+        raise HandoverError(f"{path} is no safetensors file, or damaged: {first_line(error)}") from None
     if whole:
         check_memory(path, size)
     return claims

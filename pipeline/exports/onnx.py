@@ -83,7 +83,7 @@ def export_to_onnx(folder: Path, out: Path, *, any_size: bool = False) -> float:
             session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
             found = [torch.from_numpy(session.run(None, {"images": trial.numpy()})[0]) for trial in trials]
         except refusals as refusal:
-            reason = str(refusal).strip().splitlines()[-1][:200]
+            reason = (str(refusal).strip().splitlines() or [type(refusal).__name__])[-1][:200]
             free = " for images of any size; leave out --any-size" if any_size else ""
             raise ConfigError(f"{card.model.name} cannot be written as ONNX{free} ({reason})") from None
         error = max(Fingerprint(*pair).error(one) for *pair, one in zip(trials, wanted, found, strict=True))

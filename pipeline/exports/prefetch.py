@@ -5,7 +5,7 @@ A training reads the file that this leaves, and says how to get it where it is m
 
 from pathlib import Path
 
-from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
+from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError, first_line
 from pipeline.files import replacing
 from pipeline.models.config import TIMM_PREFIX
 
@@ -62,7 +62,7 @@ def prefetch(name: str, folder: Path) -> Path:
     try:
         weights = timm.create_model(bare, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
-        said = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        said = f"{type(error).__name__}: {first_line(error)}"
         raise EnvironmentProblem(
             f"the weights of {bare} could not be downloaded ({said}); run {COMMAND} {bare} --out FOLDER"
             f" where there is a network, and copy {path.name} to {folder}"

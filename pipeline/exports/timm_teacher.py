@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import ConfigError, HandoverError
+from pipeline.errors import ConfigError, HandoverError, first_line
 from pipeline.exports.card import Preprocessing
 from pipeline.exports.prefetch import missing_weights
 from pipeline.exports.weights import load_weights
@@ -76,6 +76,6 @@ def timm_teacher(name: str, weights: Path, num_classes: int, image_size: tuple[i
     except (RuntimeError, AssertionError, ValueError) as error:
         raise HandoverError(
             f"teacher.timm={name} takes no images of {image_size[0]} x {image_size[1]} pixels"
-            f" ({str(error).splitlines()[0]}); choose another teacher or teacher.image_size"
+            f" ({first_line(error)}); choose another teacher or teacher.image_size"
         ) from error
     return model

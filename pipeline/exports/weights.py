@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.errors import HandoverError
+from pipeline.errors import HandoverError, first_line
 from pipeline.exports.assumptions import CHOICES, told_by
 from pipeline.exports.headers import (
     MAX_TENSORS,
@@ -166,7 +166,7 @@ def _read_pickle(path: Path) -> Any:
     except MemoryError:
         raise HandoverError(f"{path} does not fit in memory; read it on a larger machine") from None
     except Exception as error:  # a damaged archive raises errors of many classes
-        said = f"{type(error).__name__} {error}".splitlines()[0][:200]
+        said = f"{type(error).__name__}: {first_line(error)}"
         raise HandoverError(f"{path} is no torch checkpoint, or damaged: {said}") from None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import nearest
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.models.config import TIMM_PREFIX
 from pipeline.models.recompute import count_images_once
 from pipeline.ops.torchvision_cpu import allow_torchvision
@@ -64,8 +64,9 @@ class TimmModel(nn.Module):
                 arguments["drop_path_rate"] = drop_path
             self.model = timm.create_model(bare, **arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"timm's {bare} at {image_size} with {options}: {_unknown_option(bare, said)}") from error
+            raise ConfigError(
+                f"timm's {bare} at {image_size} with {options}: {_unknown_option(bare, first_line(error))}"
+            ) from error
         self.timm_name, self.arguments = bare, arguments
         self.image_size, self.num_classes = image_size, num_classes
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import choose
-from pipeline.errors import EnvironmentProblem
+from pipeline.errors import EnvironmentProblem, first_line
 from pipeline.ops import closed_form, mamba_cuda, meta, reference
 from pipeline.ops.composed import composed_mixer
 from pipeline.ops.fused import Fused
@@ -197,7 +197,7 @@ def self_test(operators: Operators, device: torch.device) -> float:
     try:
         worst = worst_error(operators.scan, operators.mixer, device)
     except Exception as error:  # a foreign kernel may raise anything at import or launch
-        raise Failing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        raise Failing(f"{type(error).__name__}: {first_line(error)}") from error
     if not worst < 1e-3:
         raise Failing(f"its relative error to the reference is {worst:.1e}; at most 1e-3 is allowed")
     return worst

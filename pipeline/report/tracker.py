@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from pipeline.errors import EnvironmentProblem
+from pipeline.errors import EnvironmentProblem, first_line
 from pipeline.files import replacing
 from pipeline.jsonl import read_object, read_rows
 
@@ -82,7 +82,7 @@ class Tracker:
             self._client: Client | None = _LIBRARIES[name].open(folder, before, config)
         except Exception as error:  # each library has errors of its own, of the network and the disk among them
             raise EnvironmentProblem(
-                f"run.tracker={name} does not start ({_first_line(error)}); mend it, or set run.tracker=none"
+                f"run.tracker={name} does not start ({first_line(error)}); mend it, or set run.tracker=none"
             ) from error
         if self._client.id != before:
             self._sent = {}
@@ -117,7 +117,7 @@ class Tracker:
             act(self._client)
         except Exception as error:  # a report is not worth a training
             logger.warning(
-                "run.tracker=%s is given up (%s); metrics.jsonl has everything", self._name, _first_line(error)
+                "run.tracker=%s is given up (%s); metrics.jsonl has everything", self._name, first_line(error)
             )
             self._client = None
 
@@ -213,7 +213,3 @@ _LIBRARIES: Mapping[str, _Library] = {
     "mlflow": _Library("mlflow", _Mlflow),
     "trackio": _Library("trackio", _Trackio),
 }
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import DataError, EnvironmentProblem, PipelineError
+from pipeline.errors import DataError, EnvironmentProblem, PipelineError, first_line
 
 CHUNK = 256 * 2**10
 MAX_REQUEST = 64 * 2**10  # bytes
@@ -60,7 +60,7 @@ def _answer(request: dict[str, Any], connection: Connection) -> None:
         except (PipelineError, Transient) as error:
             connection.send(error)
         except Exception as error:  # without an answer the other side would think that this process died
-            connection.send(Transient(f"{type(error).__name__}: {_first_line(error)}"))
+            connection.send(Transient(f"{type(error).__name__}: {first_line(error)}"))
 
 
 def read_range(url: str, start: int, stop: int, timeout: float) -> Iterator[int | bytes]:
@@ -148,7 +148,7 @@ class _Refusing:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         from obstore import exceptions
 
-        url, text = self._url, _first_line(error)
+        url, text = self._url, first_line(error, 300) if error else ""
         no_bucket = "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error)
         if isinstance(error, FileNotFoundError) or no_bucket:
             missing = "bucket" if no_bucket else "object"
@@ -175,7 +175,3 @@ class _Refusing:
 def _how(url: str) -> str:
     kind = urlsplit(url).scheme
     return f"; {_CREDENTIALS.get('az' if kind.startswith('ab') else kind, 'check the address')}"
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).splitlines() or [""])[0][:300]

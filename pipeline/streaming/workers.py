@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from pipeline.errors import EnvironmentProblem
+from pipeline.errors import EnvironmentProblem, first_line
 from pipeline.streaming.batches import Batches, RawBatch
 
 _running: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators of DataLoaders
@@ -112,8 +112,7 @@ def _name_dead_workers() -> None:
 
 
 def _death(error: RuntimeError) -> str:
-    reason = str(error).splitlines()[0]
     return (
-        f"a data worker died ({reason}); most often memory or /dev/shm is full: lower data.loader.workers or"
+        f"a data worker died ({first_line(error)}); most often memory or /dev/shm is full: lower data.loader.workers or"
         " data.loader.prefetch"
     )

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import Diverged, EnvironmentProblem, HandoverError
+from pipeline.errors import Diverged, EnvironmentProblem, HandoverError, first_line
 from pipeline.exports.headers import Claim, read_safetensors_header
 from pipeline.files import publish, remove, replace_text, sha256_of
 from pipeline.train.distributed import World, any_rank, barrier, from_all, from_main, to_main
@@ -35,6 +35,7 @@ from pipeline.train.saved_state import (
     LoopRecord,
     SavedState,
     complete,
+    misfit,
     read_files,
     read_state,
     shards_name,
@@ -197,6 +198,11 @@ def restore(
         refuse_other_inputs(folder.parent, state.inputs, training.inputs)
         if not accept(state):
             continue
+        if problem := misfit(state, task.state_dict(), task.criteria(), training.loop.steps):
+            raise HandoverError(
+                f"{path / STATE} does not hold the numbers of this run ({problem}); remove that checkpoint, and the one before"
+                " it is used"
+            )
         pieces = Pieces(path, itertools.chain.from_iterable(from_all(own, world)))
         kinds, buffers = task.sharded_state(), _buffers(engine, task)
         for kind in ("master", *(engine.moments if state.optimizer_step else ()), *kinds):
@@ -206,13 +212,7 @@ def restore(
             pieces.holding("buffer", name, 0, buffer.numel())
         engine.restore(pieces.read, state.optimizer_step, kinds)
         _restore_buffers(buffers, pieces, world)
-        try:
-            task.load_state_dict(state.task)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise HandoverError(
-                f"{path / STATE} does not hold the numbers of this stage ({type(error).__name__}: {str(error)[:100]});"
-                " remove that checkpoint, and the one before it is used"
-            ) from None
+        task.load_state_dict(state.task)
         logger.info("resumed from %s", path)
         return state
     return None
@@ -289,7 +289,7 @@ def _files_of(path: Path) -> tuple[dict[str, str], str]:
     try:
         return read_files(path), ""
     except (OSError, ValueError) as error:
-        return {}, f"{COMPLETE} cannot be read: {_first_line(error)}"
+        return {}, f"{COMPLETE} cannot be read: {first_line(error)}"
 
 
 def _inspect(path: Path, files: Mapping[str, str], world: World) -> tuple[list[Piece], str]:
@@ -307,7 +307,7 @@ def _inspect(path: Path, files: Mapping[str, str], world: World) -> tuple[list[P
                 return [], f"{name} has other bytes than were written"
             pieces += _content(path / name)
         except (OSError, ValueError, HandoverError) as error:
-            return [], f"{name} cannot be read: {_first_line(error)}"
+            return [], f"{name} cannot be read: {first_line(error)}"
     return pieces, ""
 
 
@@ -323,7 +323,3 @@ def _content(file: Path) -> list[Piece]:
             raise ValueError(f"{key[:60]!r} is no flat tensor of fp32")
         pieces.append(piece_of(key, claim.shape[0], file.name))
     return pieces
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

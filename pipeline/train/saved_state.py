@@ -5,7 +5,9 @@ restored, and the restart then uses the checkpoint before it.
 """
 
 import json
+import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +55,7 @@ class SavedState(_Record):
     Attributes:
         step: Optimizer steps that the weights have seen.
         optimizer_step: AdamW's own count of updates.
-        task: The Task's small numbers.
+        task: The Task's small numbers; `misfit` knows their form.
         loop: The loop's numbers.
         inputs: Hashes of the data and the parents, by config key.
     """
@@ -93,6 +95,44 @@ def read_files(checkpoint: Path) -> dict[str, str]:
     if STATE not in files:
         raise ValueError(f"it does not name {STATE}")
     return files
+
+
+def misfit(state: SavedState, own: dict[str, Any], criteria: Collection[str], steps: int) -> str:
+    """Return why a sound state is not one of the run that would continue from it.
+
+    This is the only place that compares a Task's small numbers with the Task: a `load_state_dict` need not check them.
+
+    Args:
+        state: What the checkpoint says.
+        own: What the Task would save before its first step: a saved state has the same names, lengths and types.
+        criteria: The names by which the Task compares validations.
+        steps: Optimizer steps of the whole run.
+
+    Returns:
+        The first reason; empty if the state fits.
+    """
+    best, last = state.loop.selection.best, state.loop.selection.last
+    if state.step > steps:
+        return f"it is of step {state.step}, and the run has {steps}"
+    if not all(set(names) == set(criteria) for names in (best, last) if names) or len(best) > len(last):
+        return f"its validations are not compared by {', '.join(criteria)}"
+    return _other_form(state.task, own, "task")
+
+
+def _other_form(found: Any, own: Any, place: str) -> str:
+    """Say where `found` has other names, lengths or types than `own`, or a number that none can be. Integers count."""
+    if type(found) is not type(own):
+        return f"{place} is no {type(own).__name__}"
+    if isinstance(own, dict):
+        if found.keys() != own.keys():
+            return f"{place} must have {', '.join(own) or 'nothing'}"
+        return next(filter(None, (_other_form(found[name], own[name], f"{place}.{name}") for name in own)), "")
+    if isinstance(own, list):
+        if len(found) != len(own):
+            return f"{place} has {len(found)} values in place of {len(own)}"
+        return next(filter(None, (_other_form(found[k], own[k], f"{place}.{k}") for k in range(len(own)))), "")
+    sound = math.isfinite(found) if isinstance(own, float) else not isinstance(own, int) or 0 <= found < 2**53
+    return "" if sound else f"{place} is {str(found)[:40]}"
 
 
 def complete(folder: Path) -> list[Path]:

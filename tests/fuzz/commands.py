@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from pipeline.cli import guarded
-from pipeline.errors import DistributedFailure, PipelineError
+from pipeline.errors import DistributedFailure, PipelineError, first_line
 
 
 def main(arguments: list[str]) -> int:
@@ -66,4 +66,4 @@ def _lost(error: Exception) -> PipelineError | None:
 
     if not is_communication_failure(error):
         return None
-    return DistributedFailure(f"another rank is away: {str(error).splitlines()[0]}")
+    return DistributedFailure(f"another rank is away: {first_line(error)}")

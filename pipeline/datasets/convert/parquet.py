@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.datasets.convert.columns import column_labels
 from pipeline.datasets.convert.source import Problem, Source, UnreadableSource, stored_extension
 from pipeline.datasets.formats import HEAD, format_of, is_hidden
-from pipeline.errors import DataError, EnvironmentProblem
+from pipeline.errors import DataError, EnvironmentProblem, first_line
 from pipeline.files import real_path
 
 
@@ -180,8 +180,7 @@ def _reading(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError, OverflowError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{path} cannot be read ({said}); restore or remove it") from None
+        raise DataError(f"{path} cannot be read ({first_line(error)}); restore or remove it") from None
 
 
 @functools.lru_cache(maxsize=1)

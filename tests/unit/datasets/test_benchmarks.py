@@ -241,6 +241,8 @@ def test_a_damaged_svhn_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = tmp_path / "train_32x32.mat"
     path.write_bytes(b"MATLAB 7.3 MAT-file, " + bytes(500))
     assert "format 7.3, which is not read" in attempt()
+    path.write_bytes(struct.pack("<5i", 0, 1, 1, 0, 2**31 - 1) + bytes(500))  # MATLAB 4, with a name of 2 GiB
+    assert "is no MATLAB file of version 5 to 7" in attempt()
     path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM" + bytes(range(200)))
     assert "train_32x32.mat" in attempt()
     savemat(path, {"X": np.zeros((32, 32, 3, 2), np.float64), "y": np.ones((2, 1))})

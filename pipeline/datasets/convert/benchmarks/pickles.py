@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.datasets.convert.benchmarks.pixels import read_bytes
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 
 
 class _Dtype:
@@ -95,7 +95,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except MemoryError:
         raise DataError(f"{path} does not fit in memory; it is damaged, unpack the benchmark's archive again") from None
     except Exception as error:  # damaged bytes raise errors of many classes
-        said = f"{type(error).__name__} {error}".splitlines()[0][:100]
+        said = f"{type(error).__name__}: {first_line(error, 100)}"
         raise DataError(f"{path} is damaged ({said}); unpack the benchmark's archive again") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise DataError(f"{path} holds no table of names; it is no batch of CIFAR")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.datasets.convert.benchmarks.pixels import Pixels, check_labels, numbered
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 
 CLASSES = tuple("0123456789")
 _MOST = 2_000_000  # images of one file; SVHN's largest has 531,131
@@ -46,6 +46,9 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
             start = file.read(128)
         if start.startswith(b"\x89HDF") or b"MATLAB 7.3" in start:
             raise DataError(f"{path} has MATLAB's format 7.3, which is not read; save it with -v7, or {_AGAIN}")
+        # MATLAB 4 has no such mark, and states the lengths of its names unchecked.
+        if start[126:128] not in (b"IM", b"MI"):
+            raise DataError(f"{path} is no MATLAB file of version 5 to 7; {_AGAIN}")
         # Shapes first, since a small file can claim a huge array.
         shapes = {name: (shape, kind) for name, shape, kind in whosmat(str(path))}
         (shape, kind), (rows, _) = shapes.get("X", ((), "")), shapes.get("y", ((), ""))
@@ -60,7 +63,5 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except DataError:
         raise
     except Exception as error:  # damaged bytes raise errors of many classes
-        raise DataError(
-            f"{path} is damaged ({str(error).splitlines()[0][:100] or type(error).__name__}); {_AGAIN}"
-        ) from None
+        raise DataError(f"{path} is damaged ({first_line(error, 100)}); {_AGAIN}") from None
     return images.transpose(3, 0, 1, 2), np.where(labels == 10, 0, np.where(labels == 0, -1, labels))
