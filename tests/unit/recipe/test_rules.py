@@ -113,7 +113,7 @@ def test_pretraining_is_for_many_images_on_a_gpu_or_by_wish() -> None:
     many, fewer = look(images=networks.MANY_IMAGES), look(images=networks.MANY_IMAGES - 1)
     assert networks.family(many, gpu=True).value == "vision_mamba"
     assert networks.family(fewer, gpu=True).value == "resnet"
-    assert networks.family(many, gpu=False).value == "small_resnet"
+    assert networks.family(many, gpu=False).value == "efficientvim"
     assert networks.family(fewer, gpu=False, asked="vision_mamba").value == "vision_mamba"
 
 
