@@ -51,13 +51,20 @@ def stages(chosen: Family) -> tuple[Stage, ...]:
     return ("arm", "distill", "semi") if chosen == "vision_mamba" else ("distill", "semi")
 
 
-def model(chosen: Family, side: int) -> Choice:
-    """Choose the model of a family: for a Vision Mamba 64 tokens on a CPU, and width and depth that grow with the side."""
+def models(chosen: Family, side: int) -> tuple[Choice, ...]:
+    """List the models of a family, the largest first; the budget decides among them (`rules.pays_for`).
+
+    A Vision Mamba has 64 tokens on a CPU, and width and depth that grow with the side.
+    """
     if chosen == "resnet":
-        return Choice({"name": "timm/resnet18", "image_size": side}, "its last maps are a thirty-second of the side")
+        return (Choice({"name": "timm/resnet18", "image_size": side}, "its last maps are a thirty-second of the side"),)
     if chosen == "efficientvim":
-        return Choice(
-            {"name": "efficientvim_nano", "image_size": side}, "its maps are a quarter, an eighth and a sixteenth"
+        maps = "its maps are a quarter, an eighth and a sixteenth of the side"
+        return (
+            Choice(
+                {"name": "efficientvim_mini", "image_size": side}, f"{maps}; the budget pays for enough of its steps"
+            ),
+            Choice({"name": "efficientvim_nano", "image_size": side}, f"{maps}; a larger one would have too few steps"),
         )
     width, depth = SIZES[side]
     patch = PATCHES[side]
@@ -70,7 +77,7 @@ def model(chosen: Family, side: int) -> Choice:
         "depth": depth,
     }
     tokens = (side // patch) ** 2
-    return Choice(values, f"patches of {patch} px give {tokens} tokens; {depth} blocks of width {width}")
+    return (Choice(values, f"patches of {patch} px give {tokens} tokens; {depth} blocks of width {width}"),)
 
 
 def learning_rate(
