@@ -113,13 +113,13 @@ pareto: $(STAMP)  ## speed measured here against accuracy as papers report it: A
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)
 
-test: $(STAMP)  ## all tests except SLURM's and the package's; warnings are errors
+test: $(STAMP)  ## all tests except SLURM's, the package's and those of `make soak`; warnings are errors
 	$(PY) -m pytest tests --ignore=tests/slurm --ignore=tests/package -n 2 --dist loadfile
 
 test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm)
 	$(PY) -m pytest tests/slurm -rs
 
-soak: $(STAMP)  ## long tests: thirty kill -9 in a row of runs and of other commands, fifty steps at every ZeRO stage
+soak: $(STAMP)  ## long tests: runs and other commands killed many times in a row, fifty steps at every ZeRO stage
 	$(PY) -m pytest tests -m soak -s
 
 fuzz: $(STAMP)  ## feed 10,000 damaged and hostile inputs to the commands: CASES= SEED=
@@ -130,13 +130,13 @@ bench: $(STAMP)  ## take the figures of docs/performance.md that this commit lac
 	$(PY) -m benchmarks $(if $(SIMD),--simd $(SIMD))
 
 .PHONY: gpu-check
-gpu-check: $(STAMP)  ## check everything that needs a GPU on this machine's, into docs/gpu/: MINUTES=30; without one, what a CPU can check
+gpu-check: $(STAMP)  ## check on this machine's GPU everything that needs one, into docs/gpu/: MINUTES=30; without one, what a CPU can check
 	$(PY) -m benchmarks.gpu_check --minutes $(or $(MINUTES),30)
 
 test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there
 	$(PY) -m pytest tests/package
 
-check: $(STAMP)  ## format, lint, types, layers, words, and whether generated files are up to date
+check: $(STAMP)  ## format, lint, types, layers, lengths of files, words, and whether generated files are up to date
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy

@@ -47,7 +47,7 @@ BATCH, WORKERS, NUM_IMAGES = 64, 2, 1536
 FIRST, LAST = 4, 18  # between these batches the clock runs; the rest of the epoch keeps the workers busy
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 RANKS = 8
-CPU_BATCHES = 3  # that the processor time is measured over, after a first one
+CPU_BATCHES = 3  # batches whose processor time is measured, after a first one
 
 
 @dataclass

@@ -168,7 +168,7 @@ def _turn(path: Path, overrides: Sequence[str], folder: Path) -> Turn:
     command = [sys.executable, "-m", "stages", "semi", str(path), *overrides, f"run.root={folder}"]
     with folder.with_suffix(".log").open("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, text=True)
-        _, status, usage = os.wait4(process.pid, 0)  # for its own peak: getrusage sums over all children
+        _, status, usage = os.wait4(process.pid, 0)  # its own peak of memory; getrusage has that of all children
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         said = log.read()

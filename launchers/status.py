@@ -117,7 +117,7 @@ def _of_status(run: Path, status: dict[str, Any], told: dict[str, Any], job: Job
     step_seconds = _last(run, "perf/step_seconds")
     if status["state"] == "running" or job.active:
         left = status.get("steps", 0) - status.get("step", 0)
-        eta = _clock(left * step_seconds) if step_seconds else "unknown"  # before the first row of the log
+        eta = _clock(left * step_seconds) if step_seconds else "unknown"  # no row of the log is there yet
         words = f"{reached.removeprefix('; ')}, eta {eta}, last heartbeat {_clock(age)} ago"
         words += f", {where}" if where else ""
         fresh = age <= SILENT_SECONDS + BEATS * step_seconds

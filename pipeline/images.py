@@ -220,7 +220,7 @@ def _only_refusals(limit: int = MAX_PIXELS) -> Iterator[None]:
             yield
     except PipelineError:
         raise
-    except UnidentifiedImageError:  # whose text names an object in memory
+    except UnidentifiedImageError:  # its text names an object in memory
         raise UnreadableImage("not a readable image (unknown format)") from None
     except Image.DecompressionBombError as error:
         number = re.search(r"\d+", str(error))

@@ -47,7 +47,7 @@ class Evaluator:
         self.config, self.data = config, data
         self.manifest, self.split, self.subsets = data.manifest, data.split, data.subsets
         self.world, self.run = world, run
-        self.confidence: dict[str, np.ndarray] = {}  # of each model in the last validation
+        self.confidence: dict[str, np.ndarray] = {}  # by model, in the last validation
         self.calibrations: dict[str, Calibration] = {}
         self.selected = ""
         self.features: Callable[[Tensor], Tensor] | None = None

@@ -121,7 +121,7 @@ def cuts(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> l
     for group in sorted({p.group for p in parameters}):
         members = [p for p in parameters if p.group == group]
         share = -(-sum(p.numel for p in members) // step) * step // world_size
-        place = 0  # in the group's flat tensor
+        place = 0  # offset in the group's flat tensor
         for p in members:
             start = 0
             while start < p.numel:

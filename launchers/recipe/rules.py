@@ -28,7 +28,8 @@ BASE_RATES: dict[Family, dict[Stage, tuple[float, int]]] = {
 # A ResNet-18 learns more in short runs at three times these rates (docs/recipe.md); longer ones have not been compared.
 SHORT_RUN, SHORT_FACTOR = 300, 3.0
 BATCHES: dict[Stage, tuple[int, int]] = {"arm": (64, 256), "distill": (32, 128), "semi": (16, 64)}  # CPU, GPU
-EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}  # at most, of the stage's larger stream
+# A stage reads its larger stream at most so many times.
+EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}
 LEAST_STEPS, MOST_STEPS = 100, 100_000
 UNLABELLED_RATIO = 4
 

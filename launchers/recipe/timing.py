@@ -21,7 +21,7 @@ from stages.configs.base import StageConfig
 from stages.spec import Network
 
 MOST_IMAGES = 64  # images in a timed pass; a larger step is scaled from it
-SECONDS = 1.5  # that each measurement may take after its first call
+SECONDS = 1.5  # a measurement repeats its call for so long, after a first one
 OVERHEAD = 1.3  # seconds of a real step over those of its networks and views, on two cores
 
 

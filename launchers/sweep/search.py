@@ -40,8 +40,8 @@ from stages.check import check, is_complete
 
 # A trial that ends so has values that cannot be trained with; after any other code every trial would end alike.
 ITS_OWN_FAULT = (ExitCode.CONFIG, ExitCode.DIVERGED)
-HOPELESS = 3  # as many failures without a success end the sweep
-GRACE_SECONDS = 60.0  # for stages to save when the sweep is stopped
+HOPELESS = 3  # So many failures without a success end the sweep.
+GRACE_SECONDS = 60.0  # what stages have to save when the sweep is stopped
 
 
 def run(order: Order, cluster: ClusterConfig | None = None) -> int:

@@ -17,7 +17,8 @@ R = TypeVar("R")
 
 BAR_AFTER_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
-_work: tuple[Callable[[Any], Any], Sequence[Any]]  # of the pool that runs; forked workers have it without a copy
+# What the running pool computes and for which items; forked workers have it without a copy.
+_work: tuple[Callable[[Any], Any], Sequence[Any]]
 
 
 def run_parallel(

@@ -15,7 +15,7 @@ from pipeline.errors import EnvironmentProblem, HandoverError
 logger = logging.getLogger(__name__)
 
 PAGE_BYTES = 16384  # page of the database; it holds the logits of four images at 1000 classes
-MEMORY_MIB = 32  # for pages of the database
+MEMORY_MIB = 32  # memory that pages of the database may take
 LOCK_SECONDS = 60  # the longest wait for another process that writes
 
 

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 FRESH = ("head.", "norm_f.", "cls_token")
 DROPPED = ("norms.", "to_decoder.", "query", "blocks.", "norm.", "to_pixels.")
 
-NAMED = 4  # as many tensors that are left behind are named; of more, the first words of their names
+# At most so many tensors that are left behind are named; of more, the first words of their names are.
+NAMED = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,7 +159,7 @@ class HSMSSD(nn.Module):
     def __init__(self, channels: int, states: int, *, expand: int, importance: str, heads: int) -> None:
         super().__init__()
         weights = {"state": states, "vector": 1, "multihead": heads}[importance]
-        self.rows = [states, states, weights]  # of B, C and dt
+        self.rows = [states, states, weights]  # rows of B, C and dt
         self.BCdt_proj = Pointwise(channels, sum(self.rows))
         self.dw = DepthwiseConv(sum(self.rows))
         self.hz_proj, self.out_proj = Pointwise(channels, 2 * expand * channels), Pointwise(expand * channels, channels)

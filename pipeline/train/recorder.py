@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.files import replace_text
 from pipeline.streaming.loader import Batch
 
-STEPS_KEPT = 256  # at least; more where log lines are farther apart
+STEPS_KEPT = 256  # the least number; more are kept where log lines are farther apart
 
 
 @dataclass

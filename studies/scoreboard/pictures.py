@@ -53,7 +53,7 @@ REGIMES = {
     "imbalance-100": Regime("10 % labelled, imbalance 100", _tenth(100)),
     "pool": Regime("10 labels a class, a pool without labels", _labels(10), hidden=False),
 }
-MEASURED = ("10", "1", "imbalance-10", "4", "imbalance-100", "pool")  # in which order
+MEASURED = ("10", "1", "imbalance-10", "4", "imbalance-100", "pool")  # the order of the measurements
 
 
 class Pictures(NamedTuple):

@@ -175,7 +175,7 @@ def test_every_config_is_valid_and_tells_its_story(path: Path) -> None:
     for other, arguments in re.findall(r'CONFIG=(\S+)|ARGS="([^"]*)"', said):
         if other:
             path = ROOT / other
-        else:  # of the command last named
+        else:  # the arguments belong to the command named before them
             load_config(SPECS[path.parent.name].config, path, shlex.split(arguments))
 
 

@@ -40,7 +40,7 @@ def test_every_error_has_a_code_of_its_own_and_the_docs_list_all_codes() -> None
         ([7, 75], 75),  # all is saved; the loss came later
         ([7, -9], -9),  # the killed rank is the cause of the loss
         ([-9, 75], 75),
-        ([3, 4], 3),  # of two reasons the first rank's
+        ([3, 4], 3),  # the first rank's reason counts
         ([4, 3], 4),
         ([42, 1], 42),  # an unknown code is a reason
     ],

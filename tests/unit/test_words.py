@@ -77,6 +77,7 @@ WORDS = (
     Word(r"\banswers?\b", "prediction, output, logits", files=("*storage*", "*slurm*", "launchers/*", "tests/*")),
     Word(r"\brequirements-(?!cu|cpu)\w+\.txt", "an extra of pyproject.toml: pip install 'visionmamba-pipeline[onnx]'"),
     Word(r'("""|# |//! ?|// )Of\b(?! course)', "a whole sentence, or a noun phrase that stands alone"),
+    Word(r"\S  +(#|//) (of|that|whose)\b", "a comment that can be read without the code before it"),
 )
 # Names in code that were given up, with what replaced them.
 NAMES = {

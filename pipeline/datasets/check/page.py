@@ -20,7 +20,7 @@ from pipeline.files import replace_text
 from pipeline.images import decode
 
 PICTURE_SIDE = 112
-_MAX_EXAMPLES = 3  # that the text names for a finding
+_MAX_EXAMPLES = 3  # the most examples that the text names for a finding
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)  # bounds of the histogram of shorter sides, in pixels
 _RATIOS = (0.33, 0.5, 0.75, 0.95, 1.05, 1.33, 2.0, 3.0)  # bounds of the histogram of width / height
 _MARKS = {"grave": "!!", "warning": "! ", "note": "  "}
@@ -147,7 +147,7 @@ def _picture(survey: Survey, example: Example) -> Picture:
         return Picture("", key, shortened(example.caption), Path(dataset.title).name)
     picture.thumbnail((PICTURE_SIDE,) * 2, reducing_gap=2.0)
     buffer = io.BytesIO()
-    small = max(picture.size) <= PICTURE_SIDE // 2  # of few pixels, each of which matters
+    small = max(picture.size) <= PICTURE_SIDE // 2  # so few pixels that each matters
     picture.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 85}))
     kind = "png" if small else "jpeg"
     uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

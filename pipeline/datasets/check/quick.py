@@ -15,7 +15,7 @@ from pipeline.datasets.check.measure import digest
 from pipeline.datasets.manifest import Manifest, read_image
 from pipeline.datasets.splits import Split
 
-MAX_BYTES = 500_000_000  # that are read; a few seconds
+MAX_BYTES = 500_000_000  # images of more bytes are not compared, so that the check takes seconds
 MAX_IMAGES = 100_000
 
 

@@ -17,7 +17,7 @@ from pipeline.decoding import DEFAULT, Decoding
 
 _DARK = 8  # levels of 255; a constant image below is called black
 _FAINT_RANGE = 32  # levels between the darkest and the brightest pixel; 12 bits in a file of 16 leave 15
-_MAX_GROUPS = 12  # of a finding that are kept, of each the first _MAX_EXAMPLES images
+_MAX_GROUPS = 12  # the most groups kept of a finding, each with its first _MAX_EXAMPLES images
 _MAX_EXAMPLES = 4
 
 
@@ -97,7 +97,8 @@ class _Everything:
         self.measures = np.concatenate([d.measures for d in datasets])
         self.starts = np.cumsum([0, *(len(d.measures) for d in datasets)])
         self.dataset = np.repeat(np.arange(len(datasets)), np.diff(self.starts))
-        self.names = np.concatenate([_class_names(d.manifest) for d in datasets])  # of classes; empty: no label
+        # Each image has the name of its class, an empty one without a label.
+        self.names = np.concatenate([_class_names(d.manifest) for d in datasets])
         known = {name: number for number, name in enumerate(dict.fromkeys(self.names.tolist()))} | {"": -1}
         self.classes = np.array([known[name] for name in self.names.tolist()])  # number of each name; -1: no label
 

@@ -37,7 +37,7 @@ class NCSSD(nn.Module):
 
     def __init__(self, channels: int, states: int, *, expand: int, importance: str, heads: int) -> None:
         super().__init__()
-        self.rows = [states, states, 1]  # of B, C and dt
+        self.rows = [states, states, 1]  # rows of B, C and dt
         self.BCdt_proj = Pointwise(channels, sum(self.rows))
         self.dw = DepthwiseConv(sum(self.rows))
         self.hz_proj, self.out_proj = Pointwise(channels, 2 * expand * channels), Pointwise(expand * channels, channels)

@@ -179,7 +179,7 @@ void widen(const WidenCall& s) {
       const int64_t y0 = unit / shares % bands * band, y1 = std::min(y0 + band, out_height);
       const int64_t top = std::max<int64_t>(2 * y0 - 1, 0), bottom = std::min(2 * y1, s.height);
       const int64_t n0 = unit % shares * panels / shares * panel, n1 = (unit % shares + 1) * panels / shares * panel;
-      const int64_t pixels = (bottom - top) * s.width, first = b0 * L + top * s.width;  // of each image in this unit
+      const int64_t pixels = (bottom - top) * s.width, first = b0 * L + top * s.width;  // number and start for each image of this unit
       const Cut cut((b1 - b0) * pixels, 1);
       Scratch& scratch = Scratch::begin(cut.tiles * tile_rows * in + cut.rows * panel);
       float *x = scratch.take(cut.tiles * tile_rows * in), *map = scratch.take(cut.rows * panel);

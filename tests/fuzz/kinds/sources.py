@@ -137,7 +137,7 @@ def _parquet(rng: random.Random, folder: Path) -> list[str]:
     except ImportError:
         (folder / "in" / "a.parquet").write_bytes(b"PAR1")
         return ["parquet", "in"]
-    words = [word for word in mutate.WORDS if word != "\ud800"]  # which pyarrow refuses to write
+    words = [word for word in mutate.WORDS if word != "\ud800"]  # pyarrow refuses to write it
     table = pa.table(
         {
             "image": [{"bytes": _sound(), "path": rng.choice((None, *words))} for _ in range(3)],

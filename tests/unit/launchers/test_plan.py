@@ -55,5 +55,5 @@ def test_a_failed_start_is_planned_and_what_has_begun_keeps_its_plan(
     told = capsys.readouterr().out
     assert "holds a run with another config" in told
     assert "not written: the experiment has begun" in told
-    assert planner.run(steps, cluster) == 0  # of the run's own values it is made anew
+    assert planner.run(steps, cluster) == 0  # with the run's own values it is made anew
     assert "not written" not in capsys.readouterr().out
