@@ -23,7 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 MAP = "cividis"
 _TEXT = "#123456"  # is replaced by the page's text colour
 # Names of classes are no formulas: one such as "$\\a$" would end a report, and "$a$" be shown without its signs.
-PLAIN_TEXT = {"text.parse_math": False}
+PLAIN_TEXT: dict[Any, Any] = {"text.parse_math": False}
 _NAMES = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
 Paint = Callable[[Any], None]  # draws into an empty matplotlib figure
