@@ -32,7 +32,7 @@ HOSTILE = [
     "<use href='http://evil#a'/>",
     "<use href='data:image/svg+xml,evil#a'/>",
     "<style>@import 'http://evil'; body { display: none }</style>",
-    "<g style='position: fixed; evil: 1; background: url(http://evil)'/>",
+    "<g style='inset: 0; evil: 1; background: url(http://evil)'/>",
     "<g style='fill: url(http://evil)'/>",
     "<g style='fill: u\\72l(http://evil)'/>",
     "<g style='fill: image-set(\"http://evil\" 1x)'/>",
