@@ -1,4 +1,4 @@
-"""What stands on a report's page is inert, whoever drew it: no script, no address, no other look of the page."""
+"""What stands on a report's page is inert: no script, no address, no other look of the page."""
 
 import random
 import xml.etree.ElementTree as ET
