@@ -1,4 +1,4 @@
-"""What stands on a report's page is inert: no script, no address, no other look of the page."""
+"""What stands on a report's page is inert. It runs no script, asks no address and does not change the page."""
 
 import random
 import xml.etree.ElementTree as ET
@@ -70,7 +70,7 @@ def test_words_of_a_drawing_stay_words() -> None:
         "",
         "x",
         "<svg>",
-        "<svg/>",  # of no namespace: not what an XML parser calls SVG
+        "<svg/>",  # without a namespace it is no SVG to an XML parser
         f"<g {XML}/>",
         f"<svg {XML}></svg><script>",
         f"<svg {XML}/><svg {XML}/>",
@@ -96,7 +96,7 @@ def test_a_drawing_cannot_be_larger_than_its_file() -> None:
 
 
 def test_a_damaged_drawing_is_refused_or_inert(tmp_path: Path) -> None:
-    """Of 80 damaged or mixed drawings, each is refused, or built of what is allowed, and built the same again."""
+    """A damaged or mixed drawing has only allowed parts after it is built, and is then built the same again (80 drawings)."""
     sound = draw(tmp_path, "f", "F", lines({"a": [([1.0, 2.0], [3.0, 4.0])]}, "x", "y")).svg
     built = 0
     for seed in range(80):
