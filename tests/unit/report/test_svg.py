@@ -1,4 +1,4 @@
-"""What stands on a report's page is inert. It runs no script, asks no address and does not change the page."""
+"""Figures and names on a report's page run no script, ask no address and do not change the page."""
 
 import random
 import xml.etree.ElementTree as ET
