@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import reports
+from launchers.recipe.networks import FAMILIES
 from launchers.sweep.space import SAMPLERS
 from pipeline.cli import guarded
 from pipeline.config import find_config
@@ -125,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--flips", choices=("test", "yes", "no"), default="test", help="horizontal flips; default: test"
     )
-    models = ("auto", "resnet", "efficientvim", "vision_mamba")
+    models = ("auto", *FAMILIES)
     recipe.add_argument("--model", choices=models, default="auto", help="kind of model; vision_mamba has stage 1")
     recipe.add_argument(
         "--again", action="store_true", help="write configs that exist anew; edited ones are kept aside"

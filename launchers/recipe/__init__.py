@@ -2,7 +2,8 @@
 
 - `look`: what the images are (torch-free)
 - `flips`: whether a mirrored image still belongs to its class (torch-free)
-- `rules`: every number of a recipe as a documented function (torch-free)
+- `networks`: the model, the stages that it needs and its learning rates, as documented functions (torch-free)
+- `rules`: every other number of a recipe as a documented function (torch-free)
 - `timing`: how long a step takes on this machine, and what fits into its memory
 - `text`: the files, and whether a person has edited them (torch-free)
 - `write`: all of it

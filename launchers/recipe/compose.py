@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from launchers.recipe import rules
+from launchers.recipe import networks, rules
+from launchers.recipe.choice import Choice, Stage
 from launchers.recipe.flips import FlipTest
 from launchers.recipe.look import Look
-from launchers.recipe.rules import Choice, Family, Stage
+from launchers.recipe.networks import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +48,18 @@ def compose(
         micro: Micro-batch of each stage; value None = the whole share.
     """
     side, chosen_family = rules.image_size(look, gpu), cast(Family, family.value)
-    network, augment = rules.model(chosen_family, side.value), rules.views(look, bool(flips.harmless))
-    mamba, width = chosen_family == "vision_mamba", network.value.get("embed_dim", rules.BASE_WIDTH)
+    network, augment = networks.model(chosen_family, side.value), rules.views(look, bool(flips.harmless))
+    mamba, width = chosen_family == "vision_mamba", network.value.get("embed_dim", networks.BASE_WIDTH)
     balance = rules.sampling(look)
     flip = f"Horizontal flips {'are' if flips.harmless else 'are not'} used: {flips.why}."
     pixels = {"mean": list(look.mean), "std": list(look.std)}
     of_pixels = f"mean and std are those of the images, {'grey' if look.is_grey else 'in colour'}."
     drafts: dict[Stage, Draft] = {}
-    for stage in rules.stages(chosen_family):
+    for stage in networks.stages(chosen_family):
         supervised = stage != "arm"
         own = dict(data) if supervised else {k: v for k, v in data.items() if k != "test"}
         number, size = steps[stage].value, rules.batch(stage, look, gpu)
-        rate = rules.learning_rate(chosen_family, stage, size.value, width, number)
+        rate = networks.learning_rate(chosen_family, stage, size.value, width, number)
         work = rules.passes(stage, look, size.value)
         chosen = rules.selection(look, number, work) if supervised else rules.pretraining_selection(look, number)
         values: dict[str, Any] = {"run": {"experiment": name}}

@@ -1,4 +1,4 @@
-"""The rules of a recipe: from what the images are and what the machine can do to the values of the configs.
+"""The rules of a recipe: from what the images are and what the machine can do to the values of the configs (see networks.py too).
 
 Each rule is one function, with its reason in words for the config file. The constants are measured where a study is named,
 and otherwise ours; the person edits the file that is written. A rule sees no test image.
@@ -6,27 +6,12 @@ and otherwise ours; the person edits the file that is written. A rule sees no te
 
 import math
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from launchers.recipe.choice import Choice, Stage
 from launchers.recipe.look import Look
 
-Stage = Literal["arm", "distill", "semi"]
-Family = Literal["resnet", "efficientvim", "vision_mamba"]
-
 SIDES_CPU, SIDES_GPU = (32, 64), (32, 64, 128, 192)
-PATCHES = {32: 4, 64: 8, 128: 8, 192: 16}  # side -> patch
-CLUSTERS = {32: 8, 64: 16, 128: 32, 192: 64}  # side -> ARM's cluster; 16 clusters, or 9 at 192 as in ARM
-SIZES = {32: (64, 4), 64: (128, 6), 128: (192, 12), 192: (192, 24)}  # side -> width, depth
-
-# Learning rates at a batch, from the demo, the study and the scoreboard; those of the Vision Mamba at BASE_WIDTH.
-BASE_WIDTH = 64
-BASE_RATES: dict[Family, dict[Stage, tuple[float, int]]] = {
-    "vision_mamba": {"arm": (3e-3, 64), "distill": (2e-3, 32), "semi": (2e-3, 16)},
-    "resnet": {"distill": (1e-3, 32), "semi": (7.5e-4, 16)},
-    "efficientvim": {"distill": (4e-3, 32), "semi": (3e-3, 16)},
-}
-# A ResNet-18 learns more in short runs at three times these rates (docs/recipe.md); longer ones have not been compared.
-SHORT_RUN, SHORT_FACTOR = 300, 3.0
 BATCHES: dict[Stage, tuple[int, int]] = {"arm": (64, 256), "distill": (32, 128), "semi": (16, 64)}  # CPU, GPU
 # A stage reads its larger stream at most so many times.
 EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}
@@ -38,18 +23,10 @@ USABLE = 0.85  # share of the rest that goes to steps; the others are validation
 VALIDATING = 0.1  # validations take at most this share of the steps' work
 ENOUGH_VALIDATION = 50  # images from which the best validation says more than the last step
 LONGEST_HORIZON = 10_000.0  # steps that the teacher averages over at most (decay 0.9999)
-MANY_IMAGES = 20_000  # images from which a GPU's time is worth ARM pretraining; ours, not measured
 # Above FixMatch in all cells tried (docs/recipe.md).
 PSEUDO = {"thresholds": "softmatch", "alignment": "uniform", "weight": 1.0}
 ENOUGH_FOR_PROBE = 200  # images from which a linear probe can say that stage 1 has stopped paying
 MEMORY_SHARE = 0.6  # a step may use this share of the free memory
-
-
-class Choice(NamedTuple):
-    """A value and the reason for it, one sentence for the config file."""
-
-    value: Any
-    why: str
 
 
 def image_size(look: Look, gpu: bool) -> Choice:
@@ -63,51 +40,6 @@ def image_size(look: Look, gpu: bool) -> Choice:
     return Choice(side, f"{side} px{limit}: the images are {look.width} x {look.height} px (width x height, medians)")
 
 
-def family(look: Look, gpu: bool, asked: Family | Literal["auto"] = "auto") -> Choice:
-    """Choose the kind of model: a Vision Mamba, which stage 1 pretrains, or a convolutional network without stage 1.
-
-    With equal views and an equal number of images, a ResNet-18 from random weights was above our own small models on digits and
-    glyphs with few labels, in single trials outside the project (docs/recipe.md). Pretraining needs many images and a GPU.
-    """
-    if asked != "auto":
-        return Choice(asked, f"--model {asked}")
-    if gpu and look.images >= MANY_IMAGES:
-        return Choice("vision_mamba", f"a Vision Mamba, since {look.images} images on a GPU are worth pretraining")
-    lacking = f"{look.images} images are fewer than {MANY_IMAGES}" if gpu else "there is no GPU"
-    return Choice(
-        "resnet",
-        f"a ResNet-18 from random weights, which learned most from few labels in our trials, and no stage 1, since {lacking};"
-        " `--model vision_mamba` writes all three stages",
-    )
-
-
-def stages(chosen: Family) -> tuple[Stage, ...]:
-    """List the stages of a chain: stage 1 pretrains only a Vision Mamba."""
-    return ("arm", "distill", "semi") if chosen == "vision_mamba" else ("distill", "semi")
-
-
-def model(chosen: Family, side: int) -> Choice:
-    """Choose the model of a family: for a Vision Mamba 64 tokens on a CPU, and width and depth that grow with the side."""
-    if chosen == "resnet":
-        return Choice({"name": "timm/resnet18", "image_size": side}, "its last maps are a thirty-second of the side")
-    if chosen == "efficientvim":
-        return Choice(
-            {"name": "efficientvim_mini", "image_size": side}, "its maps are a quarter, an eighth and a sixteenth"
-        )
-    width, depth = SIZES[side]
-    patch = PATCHES[side]
-    values: dict[str, Any] = {
-        "name": "vim_nano",
-        "image_size": side,
-        "patch_size": patch,
-        "cluster_size": CLUSTERS[side],
-        "embed_dim": width,
-        "depth": depth,
-    }
-    tokens = (side // patch) ** 2
-    return Choice(values, f"patches of {patch} px give {tokens} tokens; {depth} blocks of width {width}")
-
-
 def batch(stage: Stage, look: Look, gpu: bool) -> Choice:
     """Choose the global batch: that of the stage; in stage 1 it is halved until the images fill it.
 
@@ -118,26 +50,6 @@ def batch(stage: Stage, look: Look, gpu: bool) -> Choice:
     while stage == "arm" and value > max(8, look.images):
         value //= 2
     return Choice(value, f"batch {value}" + (f": only {look.images} images" if value < wanted else ""))
-
-
-def learning_rate(
-    chosen: Family, stage: Stage, global_batch: int, width: int = BASE_WIDTH, number: int = SHORT_RUN + 1
-) -> Choice:
-    """Scale the base rate by the square root of the batch and, for a Vision Mamba, by the inverse of the width.
-
-    A ResNet's is SHORT_FACTOR times as large in a run of at most SHORT_RUN steps; `number` is that of the steps.
-
-    The square root is the rule for Adam, whose steps are normalised by the gradient's noise (Malladi et al. 2022); the inverse
-    of the width is that of hidden layers under Adam (Yang et al. 2022).
-    """
-    base, at = BASE_RATES[chosen][stage]
-    short = chosen == "resnet" and number <= SHORT_RUN
-    base *= SHORT_FACTOR if short else 1.0
-    value = float(f"{base * math.sqrt(global_batch / at) * BASE_WIDTH / width:.2g}")
-    words = (
-        f"lr {base:g} at batch {at}{', for a short run' if short else ''}, times the square root of {global_batch}/{at}"
-    )
-    return Choice(value, words + (f", times {BASE_WIDTH}/{width} for the width" if width != BASE_WIDTH else ""))
 
 
 def shares(look: Look, among: Collection[Stage]) -> dict[Stage, float]:

@@ -10,10 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from launchers.recipe import flips as flip_test
-from launchers.recipe import rules, text
+from launchers.recipe import networks, rules, text
+from launchers.recipe.choice import Choice, Stage
 from launchers.recipe.compose import Draft, compose
 from launchers.recipe.look import Look, look_at, sampled
-from launchers.recipe.rules import Budget, Choice, Family, Stage
+from launchers.recipe.networks import Family
+from launchers.recipe.rules import Budget
 from pipeline.config import find_config, validate
 from pipeline.datasets.manifest import HEADER
 from pipeline.errors import ConfigError, EnvironmentProblem
@@ -39,7 +41,7 @@ class Order:
         test: Folder of a test set, or None.
         budget: Time for the whole chain, such as 30m or 2h; or its work, such as 4T for 4 * 10^12 FLOPs.
         flips: Whether to use flips; `test` asks the images.
-        model: The kind of model; `auto` = by the rule `rules.family`.
+        model: The kind of model; `auto` = by the rule `networks.family`.
         again: Whether to write configs that exist already; edited ones are kept beside the new ones.
     """
 
@@ -79,7 +81,7 @@ def order_for(name: str, budget: str | None, *, existing: bool = False) -> Order
 
 def paths(name: str) -> dict[Stage, Path]:
     """Return the config file of each stage."""
-    return {stage: Path("configs") / stage / f"{name}.yaml" for stage in rules.stages("vision_mamba")}
+    return {stage: Path("configs") / stage / f"{name}.yaml" for stage in networks.stages("vision_mamba")}
 
 
 def read_budget(budget: str) -> Budget:
@@ -149,8 +151,8 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
 
     gpu = timing.has_gpu()
     pictures = sampled(opened.manifest, np.arange(opened.manifest.num_samples), 32)
-    family = rules.family(look, gpu, order.model)
-    stages = rules.stages(family.value)
+    family = networks.family(look, gpu, order.model)
+    stages = networks.stages(family.value)
     compose_with = partial(compose, order.name, data, look, found, gpu=gpu, family=family)
     unknown, nothing = (dict.fromkeys(stages, Choice(value, "")) for value in (rules.LEAST_STEPS, None))
     first = compose_with(steps=unknown, micro=nothing)

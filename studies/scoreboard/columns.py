@@ -214,7 +214,8 @@ def _is_rival(stage: StageRun, rate: float) -> bool:
     """Whether a stage 2 is the ResNet from random weights at this learning rate, so that it need not be trained again."""
     model, loop, own = (stage.config[key] for key in ("model", "loop", "optim"))
     scaled = rate * math.sqrt(loop["global_batch"] / 32)
-    return model["name"] == RESNET and not stage.config["init_from"] and math.isclose(own["lr"], scaled, rel_tol=0.02)
+    whole = model["name"] == RESNET and not model["options"]
+    return whole and not stage.config["init_from"] and math.isclose(own["lr"], scaled, rel_tol=0.02)
 
 
 JOBS = {

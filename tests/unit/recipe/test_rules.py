@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers.recipe import rules
+from launchers.recipe import networks, rules
+from launchers.recipe.choice import Choice
 from launchers.recipe.compose import compose
 from launchers.recipe.flips import FlipTest
 from launchers.recipe.look import Look
-from launchers.recipe.rules import Choice
 from pipeline.streaming.config import AugmentConfig
 from stages import SPECS
 
@@ -26,7 +26,7 @@ def look(**changed: Any) -> Look:
     return Look(**facts | changed)
 
 
-STAGES = rules.stages("vision_mamba")
+STAGES = networks.stages("vision_mamba")
 LOOKS = st.builds(
     look,
     images=st.integers(2, 10**7),
@@ -48,7 +48,7 @@ LOOKS = st.builds(
     st.sampled_from(["auto", "efficientvim", "vision_mamba"]),
 )
 def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, number: int, asked: Any) -> None:
-    family = rules.family(facts, gpu, asked)
+    family = networks.family(facts, gpu, asked)
     drafts = compose(
         "mine",
         {"train": "data/mine/train"},
@@ -59,7 +59,7 @@ def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, num
         steps={stage: Choice(number, "words") for stage in STAGES},
         micro={stage: Choice(None, "") for stage in STAGES},
     )
-    assert tuple(drafts) == rules.stages(family.value)
+    assert tuple(drafts) == networks.stages(family.value)
     for stage in drafts:
         config = SPECS[stage].config.model_validate(drafts[stage].values)
         assert config.run.experiment == "mine"
@@ -81,24 +81,24 @@ def test_the_view_is_the_least_that_holds_the_images(side: int, gpu: bool, chose
 
 @pytest.mark.parametrize("side", rules.SIDES_GPU)
 def test_clusters_and_patches_divide_the_side(side: int) -> None:
-    values = rules.model("vision_mamba", side).value
+    values = networks.model("vision_mamba", side).value
     assert side % values["cluster_size"] == 0
     assert values["cluster_size"] % values["patch_size"] == 0
 
 
 def test_learning_rates_follow_the_root_of_the_batch_and_the_inverse_of_the_width() -> None:
-    for family, rates in rules.BASE_RATES.items():
+    for family, rates in networks.BASE_RATES.items():
         for stage, (base, batch) in rates.items():
-            assert rules.learning_rate(family, stage, batch).value == pytest.approx(base)
-            assert rules.learning_rate(family, stage, 4 * batch, 64).value == pytest.approx(2 * base)
-            assert rules.learning_rate(family, stage, batch, 256).value == pytest.approx(
+            assert networks.learning_rate(family, stage, batch).value == pytest.approx(base)
+            assert networks.learning_rate(family, stage, 4 * batch, 64).value == pytest.approx(2 * base)
+            assert networks.learning_rate(family, stage, batch, 256).value == pytest.approx(
                 base / 4, rel=0.03
             )  # two digits
 
 
 def test_a_short_run_of_a_resnet_has_three_times_the_rate() -> None:
-    for family in rules.BASE_RATES:
-        short, longer = (rules.learning_rate(family, "semi", 16, 64, rules.SHORT_RUN + n).value for n in (0, 1))
+    for family in networks.BASE_RATES:
+        short, longer = (networks.learning_rate(family, "semi", 16, 64, networks.SHORT_RUN + n).value for n in (0, 1))
         assert short == pytest.approx(longer * (3 if family == "resnet" else 1), rel=0.03)  # two digits
 
 
@@ -110,10 +110,11 @@ def test_few_images_make_the_batch_of_stage_1_smaller_and_no_other() -> None:
 
 
 def test_pretraining_is_for_many_images_on_a_gpu_or_by_wish() -> None:
-    many, fewer = look(images=rules.MANY_IMAGES), look(images=rules.MANY_IMAGES - 1)
-    assert rules.family(many, gpu=True).value == "vision_mamba"
-    assert rules.family(many, gpu=False).value == rules.family(fewer, gpu=True).value == "resnet"
-    assert rules.family(fewer, gpu=False, asked="vision_mamba").value == "vision_mamba"
+    many, fewer = look(images=networks.MANY_IMAGES), look(images=networks.MANY_IMAGES - 1)
+    assert networks.family(many, gpu=True).value == "vision_mamba"
+    assert networks.family(fewer, gpu=True).value == "resnet"
+    assert networks.family(many, gpu=False).value == "small_resnet"
+    assert networks.family(fewer, gpu=False, asked="vision_mamba").value == "vision_mamba"
 
 
 @given(LOOKS, st.lists(st.floats(1e-3, 10), min_size=3, max_size=3), st.floats(60, 1e5), st.booleans())
@@ -138,7 +139,7 @@ def test_more_unlabelled_images_get_more_of_the_time_for_stages_1_and_3() -> Non
     assert many["arm"] > few["arm"]
     assert many["semi"] > few["semi"]
     assert sum(few.values()) == pytest.approx(sum(many.values())) == pytest.approx(1)
-    assert sum(rules.shares(look(), rules.stages("efficientvim")).values()) == pytest.approx(1)
+    assert sum(rules.shares(look(), networks.stages("efficientvim")).values()) == pytest.approx(1)
 
 
 def test_views_follow_the_kind_of_images() -> None:
@@ -211,5 +212,5 @@ def test_an_unlabelled_pool_that_is_missing_makes_stage_3_supervised() -> None:
     assert drafts["semi"].values["pseudo"] == {"weight": 0.0}
     assert "no unlabelled images" in drafts["semi"].reasons["pseudo"][0]
     assert np.isclose(
-        drafts["distill"].values["optim"]["lr"], rules.learning_rate("vision_mamba", "distill", 32, 64).value
+        drafts["distill"].values["optim"]["lr"], networks.learning_rate("vision_mamba", "distill", 32, 64).value
     )
