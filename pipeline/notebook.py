@@ -140,9 +140,9 @@ def _run(command: list[str], stage: str) -> None:
     if code == 0:
         return
     sentence = _sentence(lines) or f"stage {stage} ended with exit code {code}"
-    for error in _ERRORS:
-        if code == error.exit_code:
-            raise error(sentence)
+    for kind in _ERRORS:
+        if code == kind.exit_code:
+            raise kind(sentence)
     raise PipelineError(f"stage {stage} ended with exit code {code}; its last line: {sentence}")
 
 

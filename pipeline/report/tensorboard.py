@@ -74,7 +74,7 @@ class Board:
     def _attempt(self, act: Callable[[], None]) -> None:
         try:
             act()
-        except OSError as error:  # of this event, or of an earlier one that TensorBoard's thread could not write
+        except OSError as error:  # the thread of TensorBoard hands on its errors at a later event
             if error.errno in DISK_ERRORS:  # the next checkpoint would meet it too
                 raise
             logger.warning("%s is given up (%s); metrics.jsonl has every number", self.folder, first_line(error))
