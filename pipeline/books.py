@@ -143,6 +143,14 @@ class RunConfig(_Book):
     export: str = ""
 
 
+class TrackerNote(_Book):
+    """`tracker.json`: the run of a tracker, which its library may make a file of, and what was sent to it."""
+
+    tracker: str
+    id: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")
+    sent: dict[str, Count]
+
+
 class _Status(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 

@@ -127,8 +127,9 @@ def _disk_problem(error: Exception) -> PipelineError | None:
 
 
 def _thread_problem(problem: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread of its own. About a full disk the main thread says enough."""
-    if not _is_disk_error(problem.exc_value):
+    """TensorBoard writes in a thread of its own. The main thread meets its error at the next event, and says enough."""
+    foreign = type(problem.thread).__module__.startswith("tensorboard") and isinstance(problem.exc_value, OSError)
+    if not foreign and not _is_disk_error(problem.exc_value):
         threading.__excepthook__(problem)
 
 

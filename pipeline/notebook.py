@@ -24,6 +24,7 @@ from pipeline.errors import (
     HandoverError,
     Interrupted,
     PipelineError,
+    first_line,
 )
 from pipeline.exports.card import Card
 
@@ -65,35 +66,63 @@ def run_stage(
         PipelineError: The subclass that belongs to the stage's exit code, with the stage's sentence: for example
             ConfigError for an unknown key, Interrupted if the stage was stopped.
     """
-    if isinstance(overrides, Mapping):
-        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
-    with tempfile.TemporaryDirectory() as scratch:
+    schema = choose("stage", str(stage), stages.SPECS).config
+    words = _words(overrides)
+    try:
+        scratch = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise _no_start(stage, error) from None
+    with scratch:
         match config:
             case str() | Path():
                 path = Path(config)
             case _:
-                path = Path(scratch) / f"{stage}.yaml"
-                path.write_text(yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False))
-        schema = choose("stage", stage, stages.SPECS).config
-        folder = load_config(schema, path, overrides).run.folder(stage)
-        _run([sys.executable, "-m", "stages", stage, str(path), *overrides], stage)
+                path = Path(scratch.name) / f"{stage}.yaml"
+                path.write_text(yaml.safe_dump(json.loads(_json("config", config)), sort_keys=False))
+        folder = load_config(schema, path, words).run.folder(stage)
+        name = f"./{path}" if str(path).startswith("-") else str(path)  # or the stage would take it for an option
+        _run([sys.executable, "-m", "stages", stage, name, *words], stage)
     export = folder / "export"
     return Result(folder=folder, metrics=dict(Card.read(export).metrics), export=export)
+
+
+def _words(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return overrides as the command line takes them."""
+    match overrides:
+        case Mapping():
+            return [f"{key}={_json(f'override {key}', value)}" for key, value in overrides.items()]
+        case str():
+            return [overrides]
+        case Sequence() if all(isinstance(word, str) for word in overrides):
+            return list(overrides)
+    raise ConfigError('overrides must be texts such as ["loop.steps=100"], or a mapping such as {"loop.steps": 100}')
+
+
+def _json(what: str, value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no texts, or a mapping that holds itself
+        raise ConfigError(
+            f"{what} cannot be written as YAML ({first_line(error)}); give plain nested mappings"
+        ) from None
 
 
 def _run(command: list[str], stage: str) -> None:
     """Run a command, print its output line by line, and raise the error of its exit code."""
     home = str(Path(stages.__file__).parents[1])  # the kernel's current folder need not be the checkout
     search = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
-    process = subprocess.Popen(
-        command,
-        env=os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # an interruption reaches the caller alone, which passes it on once
-    )
+    try:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # an interruption reaches the caller alone, which passes it on once
+        )
+    except OSError as error:
+        raise _no_start(stage, error) from None
     lines: list[str] = []
     try:
         while process.returncode is None:
@@ -111,10 +140,17 @@ def _run(command: list[str], stage: str) -> None:
     if code == 0:
         return
     sentence = _sentence(lines) or f"stage {stage} ended with exit code {code}"
-    for error in _ERRORS:
-        if code == error.exit_code:
-            raise error(sentence)
+    for kind in _ERRORS:
+        if code == kind.exit_code:
+            raise kind(sentence)
     raise PipelineError(f"stage {stage} ended with exit code {code}; its last line: {sentence}")
+
+
+def _no_start(stage: str, error: OSError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"stage {stage} cannot be started from here ({first_line(error)}); change to a folder that exists, and set TMPDIR to one"
+        " that can be written"
+    )
 
 
 def _relay(process: subprocess.Popen[str], lines: list[str]) -> None:

@@ -17,6 +17,7 @@ from pipeline.report.figures import Figure
 from pipeline.report.tables import Table
 
 SECTION = "section.json"
+_LARGEST = 2**26  # bytes of one; some figures of 100 KiB are usual
 
 
 class Section(NamedTuple):
@@ -46,7 +47,7 @@ def write_section(folder: Path, section: Section) -> Path:
 
 
 def read_section(folder: Path) -> Section:
-    """Read what `write_section` wrote.
+    """Read what `write_section` wrote, by a command here or by somebody else. A figure keeps only what draws.
 
     Raises:
         DataError: If the folder holds no section, or a damaged one.
@@ -56,6 +57,8 @@ def read_section(folder: Path) -> Section:
         raise DataError(
             f"{path} does not exist; give --with a folder that efficiency, inference, pareto or fields has written"
         )
+    if path.stat().st_size > _LARGEST:
+        raise DataError(f"{path} has more than {_LARGEST >> 20} MiB, so it is no section; measure it again")
     try:
         return TypeAdapter(Section).validate_json(path.read_bytes())
     except ValidationError as error:

@@ -4,23 +4,26 @@ Readers with a colour vision deficiency can read them: colours follow Okabe and 
 shape, and maps use cividis. Ids are not random, so the same numbers give the same file.
 """
 
-import base64
 import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator
 
 from pipeline.files import replace_bytes, replace_text
+from pipeline.report.svg import drawing
 
 COLOURS = ("#1E88D2", "#E2741A", "#0FA37F", "#CC79A7", "#8C6BB1", "#B8860B")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MAP = "cividis"
 _TEXT = "#123456"  # is replaced by the page's text colour
+# Names of classes are no formulas: one such as "$\\a$" would end a report, and "$a$" be shown without its signs.
+PLAIN_TEXT: dict[Any, Any] = {"text.parse_math": False}
 _NAMES = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
 Paint = Callable[[Any], None]  # draws into an empty matplotlib figure
@@ -35,14 +38,14 @@ class Figure:
         name: Stem of the files, and id on the page.
         title: Heading.
         note: Text below the heading.
-        svg: Inline SVG.
+        svg: Inline SVG. The page trusts it, so it comes from `svg.drawing`, here and where a section is read.
         wide: The figure takes the page's whole width.
     """
 
     name: str
     title: str
     note: str
-    svg: str
+    svg: Annotated[str, AfterValidator(drawing)]
     wide: bool = False
 
 
@@ -73,14 +76,14 @@ def draw(
     replace_text(folder / f"{name}.svg", text.replace(_TEXT, "#000000"))
     text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)  # all figures share the page, so ids must differ
-    return Figure(name, title, note, text, wide)
+    return Figure(name, title, note, drawing(text), wide)
 
 
 def _render(paint: Paint, size: tuple[float, float], colour: str, suffix: str, salt: str) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
-    style: dict[Any, Any] = dict.fromkeys(_NAMES, colour)
+    style: dict[Any, Any] = dict.fromkeys(_NAMES, colour) | PLAIN_TEXT
     style |= {"svg.fonttype": "none", "pdf.fonttype": 42, "font.size": 9, "svg.hashsalt": salt, "axes.titlesize": 9}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
     style |= {"legend.frameon": False, "legend.fontsize": 8, "axes.axisbelow": True}
@@ -109,6 +112,8 @@ def lines(
     """
 
     def paint(canvas: Any) -> None:
+        from matplotlib.ticker import LogFormatter
+
         axes = canvas.subplots()
         for i, (label, runs) in enumerate(series.items()):
             style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
@@ -122,6 +127,8 @@ def lines(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if logy:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # the default writes formulas
+            axes.yaxis.set_minor_formatter(LogFormatter())
         if at:
             axes.set_xscale("log", base=2)
             axes.set_xticks(at, [f"{x:g}" for x in at])
@@ -340,8 +347,3 @@ def picture_grid(
             axes[r, 0].set_ylabel(rows[r], fontsize=8)
 
     return paint
-
-
-def data_uri(path: Path) -> str:
-    """Return a PNG as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -3,6 +3,7 @@
 NAME/report.html   NAME/report/{report.md, tables/*.csv|tex|md, figures/*.pdf|svg}
 """
 
+import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from pipeline.files import replace_bytes, replace_text
 from pipeline.report import accuracy, sections
 from pipeline.report.ablation import Compare, ablation_table, designs_of
 from pipeline.report.extras import Section
-from pipeline.report.figures import data_uri, draw
+from pipeline.report.figures import draw
 from pipeline.report.results import STAGES, Result, evaluated_rows, read_result
 from pipeline.report.tables import Table
 from pipeline.report.verdict import Worth, advise
@@ -113,7 +114,7 @@ def write_report(
         "worth_tables": worth_tables,
         "advice": advise(shown[0], worth, experiments[0].as_posix()) if worth and rows else [],
         "label_next": label_next,
-        "sheet": data_uri(beside / "label-next.png") if label_next else "",
+        "sheet": _data_uri(beside / "label-next.png") if label_next else "",
         "experiment": experiments[0].as_posix(),
         "tables": {table.name: table for table in tables},
         "running": running,
@@ -139,11 +140,16 @@ def write_report(
     return path
 
 
+def _data_uri(path: Path) -> str:
+    """Return a PNG as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
 def _pictures(results: Sequence[Result], stage: str) -> list[tuple[str, str]]:
     """Return name and data URI of the pictures in a stage's report folder, of the first experiment."""
     run = results[0].stages.get(stage)
     found = sorted(p for p in (run.folder / "report").glob("*.png") if p.is_file()) if run else []
-    return [(p.stem.replace("_", " "), data_uri(p)) for p in found]
+    return [(p.stem.replace("_", " "), _data_uri(p)) for p in found]
 
 
 def _stacked(cell: str) -> Markup:
@@ -152,10 +158,15 @@ def _stacked(cell: str) -> Markup:
     return Markup("{} <small>[{}</small>").format(value, interval) if bracket else Markup("{}").format(cell)
 
 
+def _inert(value: Any) -> Any:
+    """Take tags, links and pictures out of a text for Markdown: names of classes and incidents may come from anybody."""
+    return str(value).replace("<", "&lt;").replace("](", "]\\(")
+
+
 def _template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]), trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=_inert if name.endswith(".md") else None,
     )  # fmt: skip
     environment.filters["stacked"] = _stacked
     return environment.get_template(name)

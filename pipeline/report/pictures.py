@@ -55,13 +55,15 @@ def captioned(rows: Sequence[Tensor], names: Sequence[str], captions: Sequence[S
     Returns:
         The picture's pixels (3, height, width) in [0, 1].
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from pipeline.report.figures import picture_grid
+    from pipeline.report.figures import PLAIN_TEXT, picture_grid
 
     arrays = [list(row.permute(0, 2, 3, 1).numpy()) for row in rows]
-    canvas = Figure(figsize=(1.1 * len(arrays[0]) + 0.4, 1.25 * len(rows)), dpi=120, layout="constrained")
-    picture_grid(arrays, names, captions)(canvas)
     out = io.BytesIO()
-    canvas.savefig(out, format="png", facecolor="white")
+    with rc_context(PLAIN_TEXT):
+        canvas = Figure(figsize=(1.1 * len(arrays[0]) + 0.4, 1.25 * len(rows)), dpi=120, layout="constrained")
+        picture_grid(arrays, names, captions)(canvas)
+        canvas.savefig(out, format="png", facecolor="white")
     return torch.from_numpy(decode(out.getvalue())).permute(2, 0, 1) / 255

@@ -5,14 +5,22 @@ Names are those of the log; the x axis is the optimizer step. The main curves ar
 layout; HPARAMS compares runs by their last numbers.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.cli import DISK_ERRORS
+from pipeline.errors import first_line
+
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 # Chart -> the curves it joins (regular expressions), for all stages: a run shows the curves that it has.
 LAYOUT = {
@@ -39,7 +47,7 @@ BY_SAMPLES = ("train/loss", "val/loss", "val/top1", "val/teacher_top1")
 
 
 class Board:
-    """Writes the events of one run.
+    """Writes the events of one run. A folder that is taken away or cannot be used is given up with a warning.
 
     Args:
         folder: Folder of the events; a board without a folder writes nothing.
@@ -49,28 +57,48 @@ class Board:
 
     def __init__(self, folder: Path | None, step: int, global_batch: int = 1) -> None:
         self.folder, self.global_batch = folder, global_batch
-        self._open(step)
+        self._writers: tuple[SummaryWriter, SummaryWriter] | None = None  # over the steps, and over the samples
+        if folder is not None:
+            self._attempt(lambda: self._open(folder, step))
 
-    def _open(self, step: int) -> None:
-        self._writer = self._by_samples = None
-        if self.folder is None:
-            return
+    def _open(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
-        self._by_samples = SummaryWriter(str(self.folder / "by_samples"), purge_step=step * self.global_batch + 1)
+        (folder / "by_samples").mkdir(parents=True, exist_ok=True)  # before a thread is started
+        writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writers = writer, SummaryWriter(str(folder / "by_samples"), purge_step=step * self.global_batch + 1)
         if step == 0:
             charts = {g: {chart: ["Multiline", tags] for chart, tags in c.items()} for g, c in LAYOUT.items()}
-            self._writer.add_custom_scalars(charts)
+            writer.add_custom_scalars(charts)
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:  # the thread of TensorBoard hands on its errors at a later event
+            if error.errno in DISK_ERRORS:  # the next checkpoint would meet it too
+                raise
+            logger.warning("%s is given up (%s); metrics.jsonl has every number", self.folder, first_line(error))
+            writers, self._writers = self._writers or (), None
+            for writer in writers:  # so that their threads end now
+                with suppress(OSError):
+                    writer.close()
+
+    def _write(self, act: "Callable[[SummaryWriter, SummaryWriter], None]") -> None:
+        if self._writers is not None:
+            over_steps, over_samples = self._writers
+            self._attempt(lambda: act(over_steps, over_samples))
 
     def scalars(self, row: Mapping[str, float], step: int) -> None:
         """Write the values of a row whose names have a slash; `step` and `samples` have none."""
-        if self._writer and self._by_samples:
+
+        def write(over_steps: "SummaryWriter", over_samples: "SummaryWriter") -> None:
             for name, value in row.items():
                 if "/" in name:
-                    self._writer.add_scalar(name, value, step)
+                    over_steps.add_scalar(name, value, step)
                 if name in BY_SAMPLES:
-                    self._by_samples.add_scalar(f"samples/{name}", value, step * self.global_batch)
+                    over_samples.add_scalar(f"samples/{name}", value, step * self.global_batch)
+
+        self._write(write)
 
     def image(self, name: str, pixels: "Tensor", step: int) -> None:
         """Write a picture.
@@ -80,13 +108,12 @@ class Board:
             pixels: Pixels (3, H, W) in [0, 1].
             step: Optimizer step.
         """
-        if self._writer:
-            self._writer.add_image(name, pixels, step)
+        self._write(lambda over_steps, _: over_steps.add_image(name, pixels, step))
 
     def histogram(self, name: str, values: Any, step: int) -> None:
         """Write a histogram of `values` (n,), a tensor or an array; nothing if there are none."""
-        if self._writer and len(values):
-            self._writer.add_histogram(name, values, step)
+        if len(values):
+            self._write(lambda over_steps, _: over_steps.add_histogram(name, values, step))
 
     def class_counts(self, name: str, counts: Any, step: int) -> None:
         """Write how often each class was predicted, as a histogram with one bucket per class.
@@ -96,36 +123,45 @@ class Board:
             counts: Count of each class (C,).
             step: Optimizer step.
         """
-        if self._writer and sum(counts):
+        if self._writers is not None and sum(counts):
             named, edges = np.repeat(np.arange(len(counts)), counts), np.arange(len(counts) + 1) - 0.5
-            self._writer.add_histogram(name, named, step, bins=edges)
+            self._write(lambda over_steps, _: over_steps.add_histogram(name, named, step, bins=edges))
 
     def rewind(self, step: int) -> None:
         """Purge what was written after `step`.
 
         The event goes into the same file, because a second file could sort before it.
         """
-        if self._writer and self._by_samples:
+
+        def write(*writers: "SummaryWriter") -> None:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-            for writer, first in ((self._writer, step + 1), (self._by_samples, step * self.global_batch + 1)):
+            for writer, first in zip(writers, (step + 1, step * self.global_batch + 1), strict=True):
                 start = Event(step=first, session_log=SessionLog(status=SessionLog.START))
                 writer._get_file_writer().add_event(start, first)
 
+        self._write(write)
+
     def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
         """Write the run's config and its last numbers for HPARAMS, into the run's own folder."""
-        if self._writer:
+
+        def write(over_steps: "SummaryWriter", _: "SummaryWriter") -> None:
             from torch.utils.tensorboard.summary import hparams
 
             plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in values.items()}
             for summary in hparams(plain, dict(metrics)):
-                self._writer._get_file_writer().add_summary(summary)
+                over_steps._get_file_writer().add_summary(summary)
             for name, value in metrics.items():
                 if not name.startswith("val/"):  # the last evaluation has written them
-                    self._writer.add_scalar(name, value, step)
+                    over_steps.add_scalar(name, value, step)
+
+        self._write(write)
 
     def close(self) -> None:
         """Flush and close the files."""
-        for writer in (self._writer, self._by_samples):
-            if writer:
+
+        def close(*writers: "SummaryWriter") -> None:
+            for writer in writers:
                 writer.close()
+
+        self._write(close)

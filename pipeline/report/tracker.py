@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from pipeline.books import TrackerNote, read_book
 from pipeline.errors import EnvironmentProblem, first_line
 from pipeline.files import replacing
-from pipeline.jsonl import read_object, read_rows
+from pipeline.jsonl import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +74,16 @@ class Tracker:
     def __init__(self, name: TrackerName, folder: Path, config: Mapping[str, Any]) -> None:
         check_installed(name)
         self._name, self._path = name, folder / "tracker.json"
-        known = read_object(self._path)
+        known = read_book(self._path, TrackerNote)
         known = known if known.get("tracker") == name else {}
-        before = known.get("id")
-        sent = known.get("sent")
-        self._sent = {str(key): int(step) for key, step in sent.items()} if isinstance(sent, dict) else {}
+        before: str | None = known.get("id")
+        self._sent: dict[str, int] = known.get("sent", {})
         try:
             self._client: Client | None = _LIBRARIES[name].open(folder, before, config)
         except Exception as error:  # each library has errors of its own, of the network and the disk among them
+            again = f"remove {self._path} to begin another run there, " if before else ""
             raise EnvironmentProblem(
-                f"run.tracker={name} does not start ({first_line(error)}); mend it, or set run.tracker=none"
+                f"run.tracker={name} does not start ({first_line(error)}); mend it, {again}or set run.tracker=none"
             ) from error
         if self._client.id != before:
             self._sent = {}
@@ -100,10 +101,14 @@ class Tracker:
         if self._client is None or not new:
             return
         self._sent |= dict.fromkeys(new, step)
-        # First the note: a kill in between loses this row, but no point is ever there twice.
-        with replacing(self._path, sync=False) as temporary:
-            temporary.write_text(json.dumps({"tracker": self._name, "id": self._client.id, "sent": self._sent}))
-        self._attempt(lambda client: client.log(new, step))
+
+        def log(client: Client) -> None:
+            # First the note: a kill in between loses this row, but no point is ever there twice.
+            with replacing(self._path, sync=False) as temporary:
+                temporary.write_text(json.dumps({"tracker": self._name, "id": client.id, "sent": self._sent}))
+            client.log(new, step)
+
+        self._attempt(log)
 
     def close(self, end: RunEnd) -> None:
         """Write what is left, and note how the run ended. It may be continued later."""
@@ -154,6 +159,9 @@ class _Mlflow:
 
     def __init__(self, folder: Path, before: str | None, config: Mapping[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow would tell its makers how it is used
+        # MLflow would ask a server that is away for many minutes, and the training would wait.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow asks for this word since version 3
@@ -187,6 +195,9 @@ class _Trackio:
 
     def __init__(self, folder: Path, before: str | None, config: Mapping[str, Any]) -> None:
         os.environ.setdefault("TRACKIO_DIR", str((folder.parent.parent / "trackio").resolve()))
+        Path(os.environ["TRACKIO_DIR"]).mkdir(
+            parents=True, exist_ok=True
+        )  # trackio drops the rows where it cannot write
         import trackio
 
         # trackio finds a run by its name, so a folder that was deleted and begun again needs another one.

@@ -193,7 +193,7 @@ def _sketch(paint: Any, size: tuple[float, float], colour: str, suffix: str, sal
 
     if suffix == "svg":
         paint(Figure(figsize=size))
-    return b"<svg></svg>"
+    return b'<svg xmlns="http://www.w3.org/2000/svg"/>'
 
 
 class _Watch:

@@ -78,13 +78,18 @@ def test_a_mapping_and_a_file_are_the_same_config_and_a_finished_run_is_not_repe
         pipeline.run_stage("distill", written, {"optim.lr": 2e-3})
 
 
-def test_what_ends_a_stage_is_the_exception_of_its_exit_code_with_its_sentence(digits: Path, tmp_path: Path) -> None:
+def test_what_ends_a_stage_is_the_exception_of_its_exit_code_with_its_sentence(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"optim\.lrr: unknown key; did you mean 'lr'"):
         pipeline.run_stage("distill", config(digits, tmp_path), ["optim.lrr=1"])
     with pytest.raises(ConfigError, match="unknown stage 'distil'"):
         pipeline.run_stage("distil", config(digits, tmp_path))
+    written = tmp_path / "--help"  # a name that the stage must not take for an option
+    written.write_text(json.dumps(config(digits, tmp_path), default=str))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"^stage distill: \S+/none\S* does not exist"):
-        pipeline.run_stage("distill", config(digits, tmp_path), {"data.train": tmp_path / "none"})
+        pipeline.run_stage("distill", "--help", {"data.train": tmp_path / "none"})
 
 
 def test_an_interruption_lets_the_stage_save_and_the_next_call_continues(digits: Path, tmp_path: Path) -> None:

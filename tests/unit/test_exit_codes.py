@@ -120,6 +120,24 @@ def test_a_full_disk_in_a_thread_is_left_to_the_main_one(capsys) -> None:
     assert "FileNotFoundError" in told
 
 
+def test_what_tensorboards_thread_cannot_write_is_left_to_the_main_one(capsys) -> None:
+    kind = type(
+        "_AsyncWriterThread", (threading.Thread,), {"__module__": "tensorboard.summary.writer.event_file_writer"}
+    )
+
+    def failing(arguments: list[str]) -> int:
+        for error in (OSError(errno.ENOENT, "words", "/there"), ValueError("a bug")):
+            thread = kind(target=raising(error), args=([],))
+            thread.start()
+            thread.join()
+        return 0
+
+    assert guarded(failing, []) == 0
+    told = capsys.readouterr().err
+    assert told.count("Traceback") == 1
+    assert "a bug" in told
+
+
 def test_every_command_of_vmp_names_a_module_with_a_main(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module is imported only when its command is called, and gets the words of the command."""
     for name, command in COMMANDS.items():

@@ -139,6 +139,22 @@ def _books(rng: random.Random, run: Path) -> bool:
     return False
 
 
+def _section(rng: random.Random, folder: Path) -> list[str]:
+    """A section of somebody else for a report, whose parts are damaged, foreign or no drawing."""
+    table = {"name": "t", "title": "T", "header": ["a"], "rows": [["1"], ["$\\x$ <b>"]], "note": ""}
+    inside = rng.choice(
+        ("<script>x</script>", "<g><path d='M0 0'/></g>", "<g>" * 10_000, "<a href='file:///x'/>", "&x;")
+    )
+    svg = rng.choice(("", "<!DOCTYPE svg>")) + f'<svg xmlns="http://www.w3.org/2000/svg">{inside}</svg>'
+    figure = {"name": "f", "title": "F", "note": "", "svg": svg, "wide": False}
+    values = {"title": "S", "tables": [table], "figures": [figure]}
+    folder.mkdir()
+    (folder / "section.json").write_bytes(encoded(mutate.tree(rng, values, rng.randrange(3))))
+    if rng.random() < 0.3:
+        damage_a_book(rng, folder, ("section.json",))
+    return ["--with", "section"]
+
+
 def damage_a_book(rng: random.Random, run: Path, names: tuple[str, ...]) -> None:
     """Damage one of the files of a folder, or put something else in its place."""
     path = run / rng.choice(names)
@@ -202,7 +218,8 @@ def books(rng: random.Random, folder: Path, have: Material) -> Case:
     if command == "report":
         for export in experiment.glob("*/export"):  # without pictures of where the models look, which take seconds
             shutil.rmtree(export)
-        return Case("pipeline.report.__main__", ["runs/smoke", "--out", "page.html"])
+        more = _section(rng, folder / "section") if rng.random() < 0.5 else []
+        return Case("pipeline.report.__main__", ["runs/smoke", "--out", "page.html", *more])
     if command == "status":
         return Case("launchers.__main__", ["status", "--root", "runs"])
     if command == "label-next":

@@ -1,6 +1,11 @@
 """The event files, read back as TensorBoard reads them."""
 
+import errno
+import logging
+import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +129,68 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     board.rewind(0)
     board.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def every_call(board: Board) -> None:
+    """What a run asks of its board."""
+    for step in range(1, 4):
+        board.scalars({"train/loss": float("nan"), "val/top1": 1e308, "step": step}, step)
+    board.image("i", torch.zeros(3, 4, 4), 3)
+    board.histogram("h", torch.arange(5.0), 3)
+    board.class_counts("c", [1, 2], 3)
+    board.rewind(2)
+    board.hparams({"a": 1, "b": None}, {"test/top1": 1.0}, 3)
+
+
+def damaged_events(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "events.out.tfevents.1.damaged").write_bytes(os.urandom(999))
+    os.mkfifo(folder / "events.out.tfevents.2.fifo")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "writes"),
+    [
+        (damaged_events, True),
+        (lambda folder: folder.write_text(""), False),
+        (lambda folder: folder.symlink_to("/proc/self"), False),
+        (lambda folder: (folder.mkdir(), (folder / "by_samples").write_text("")), False),
+        (lambda folder: (folder.mkdir(), os.mkfifo(folder / "by_samples")), False),
+        (lambda folder: (folder.mkdir(), (folder / "by_samples").symlink_to("by_samples")), False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_folder_that_cannot_be_used_stops_no_training(
+    tmp_path: Path, prepare: Callable[[Path], object], writes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Old events are not read, whatever is in them."""
+    prepare(tmp_path / "tb")
+    with caplog.at_level(logging.WARNING):
+        board = Board(tmp_path / "tb", 0, 8)
+        every_call(board)
+        board.close()
+    told = [r.getMessage() for r in caplog.records if r.name == "pipeline.report.tensorboard"]
+    assert [f"{tmp_path / 'tb'} is given up (" in words for words in told] == [True] * (not writes)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_folder_that_is_taken_away_stops_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    board = Board(tmp_path / "tb", 0, 8)
+    shutil.rmtree(tmp_path / "tb")
+    with caplog.at_level(logging.WARNING):
+        every_call(board)
+        board.close()
+        every_call(board)
+    assert "tb is given up (" in caplog.text
+
+
+def test_a_full_disk_is_not_passed_over(tmp_path: Path) -> None:
+    """The next checkpoint would meet it, so the run ends now."""
+    board = Board(tmp_path, 0, 8)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        board._attempt(full)
+    board.close()

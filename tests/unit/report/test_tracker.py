@@ -2,9 +2,10 @@
 
 import json
 import logging
+import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from pipeline.config import identity
 from pipeline.errors import EnvironmentProblem
-from pipeline.report.tracker import Tracker, TrackerName, check_installed
+from pipeline.report import tracker as tracker_module
+from pipeline.report.tracker import Row, RunEnd, Tracker, TrackerName, check_installed
 from tests.unit.train.test_run import config_of
 
 Points = dict[str, list[tuple[int, float]]]
@@ -163,6 +165,92 @@ def test_a_store_that_does_not_start_is_a_sentence(folder: Path, monkeypatch: py
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nothing://here")
     with pytest.raises(EnvironmentProblem, match=r"run\.tracker=mlflow does not start"):
         Tracker("mlflow", folder, CONFIG)
+
+
+class Memory:
+    """A store in memory, for what no library decides."""
+
+    def __init__(self, folder: Path, before: str | None, config: Mapping[str, Any]) -> None:
+        self.id, self.rows = before or "new", list[tuple[int, dict[str, float]]]()
+
+    def log(self, row: Row, step: int) -> None:
+        self.rows.append((step, dict(row)))
+
+    def close(self, end: RunEnd) -> None: ...
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker_module, "_LIBRARIES", {"wandb": tracker_module._Library("json", Memory)})
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        {"id": "../../x"},
+        {"id": "a/b"},
+        {"id": ".."},
+        {"id": ""},
+        {"id": "a\0b"},
+        {"id": "a\n"},
+        {"id": "x" * 5000},
+        {"id": ["known"]},
+        {"id": 5},
+        {"id": None},
+        {"sent": {"train/loss": "x"}},
+        {"sent": {"train/loss": None}},
+        {"sent": {"train/loss": 1e999}},
+        {"sent": {"train/loss": -1}},
+        {"sent": [1]},
+        {"tracker": "mlflow"},
+        {"tracker": 7},
+    ],
+)
+@pytest.mark.usefixtures("memory")
+def test_a_damaged_or_hostile_note_begins_a_new_run(folder: Path, note: dict[str, Any]) -> None:
+    """A library may make a file of the id, so it is a plain name; what was sent are counts."""
+    sound = {"tracker": "wandb", "id": "known", "sent": {"train/loss": 3, "samples": 3}}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(range(1, 4))))
+    for values, steps in ((sound, []), (sound | note, [1, 2, 3])):
+        (folder / "tracker.json").write_text(json.dumps(values))
+        store = Tracker("wandb", folder, CONFIG)._client
+        assert isinstance(store, Memory)
+        assert [step for step, _ in store.rows] == steps
+        assert store.id == ("new" if steps else "known")
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_note_that_cannot_be_written_stops_no_training(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker("wandb", folder, CONFIG)
+    folder.rename(folder.with_name("gone"))
+    folder.write_text("")
+    with caplog.at_level(logging.WARNING):
+        for row in rows(range(1, 4)):
+            tracker.send(row)
+    tracker.close("complete")
+    assert [r.getMessage().startswith("run.tracker=wandb is given up (") for r in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_store_that_cannot_be_written_is_a_sentence(
+    name: TrackerName, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(name, reason=f"pip install 'visionmamba-pipeline[{name}]'")
+    for variable in ("WANDB_DIR", "TRACKIO_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    for store in (folder / "wandb", folder.parent.parent / "mlruns", folder.parent.parent / "trackio"):
+        store.write_text("")
+    with pytest.raises(EnvironmentProblem, match=rf"run\.tracker={name} does not start"):
+        Tracker(name, folder, CONFIG)
+
+
+def test_a_server_that_is_away_is_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's own patience, seven attempts of two minutes, is not waited for."""
+    pytest.importorskip("mlflow", reason="pip install 'visionmamba-pipeline[mlflow]'")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(EnvironmentProblem, match=r"run\.tracker=mlflow does not start"):
+        Tracker("mlflow", folder, CONFIG)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
 
 
 @pytest.mark.parametrize("name", NAMES)
