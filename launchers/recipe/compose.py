@@ -32,6 +32,7 @@ def compose(
     *,
     gpu: bool,
     family: Choice,
+    network: Choice,
     steps: Mapping[Stage, Choice],
     micro: Mapping[Stage, Choice],
 ) -> dict[Stage, Draft]:
@@ -44,11 +45,12 @@ def compose(
         flips: Whether flips are harmless.
         gpu: Whether the machine has a GPU.
         family: The kind of model, which decides the stages.
+        network: The model of that kind.
         steps: Steps of each stage.
         micro: Micro-batch of each stage; value None = the whole share.
     """
     side, chosen_family = rules.image_size(look, gpu), cast(Family, family.value)
-    network, augment = networks.model(chosen_family, side.value), rules.views(look, bool(flips.harmless))
+    augment = rules.views(look, bool(flips.harmless))
     mamba, width = chosen_family == "vision_mamba", network.value.get("embed_dim", networks.BASE_WIDTH)
     balance = rules.sampling(look)
     flip = f"Horizontal flips {'are' if flips.harmless else 'are not'} used: {flips.why}."

@@ -9,23 +9,19 @@ from typing import Any, Literal, get_args
 from launchers.recipe.choice import Choice, Stage
 from launchers.recipe.look import Look
 
-Family = Literal["small_resnet", "resnet", "efficientvim", "vision_mamba"]
+Family = Literal["efficientvim", "resnet", "vision_mamba"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 PATCHES = {32: 4, 64: 8, 128: 8, 192: 16}  # side -> patch
 CLUSTERS = {32: 8, 64: 16, 128: 32, 192: 64}  # side -> ARM's cluster; 16 clusters, or 9 at 192 as in ARM
 SIZES = {32: (64, 4), 64: (128, 6), 128: (192, 12), 192: (192, 24)}  # side -> width, depth
 
-# A ResNet-18 with one block a stage in place of two, and half the channels: a fifth of the work of a step.
-SMALL_RESNET = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}
-
 # Learning rates at a batch, from the demo, the study and docs/recipe.md; those of the Vision Mamba at BASE_WIDTH.
 BASE_WIDTH = 64
 BASE_RATES: dict[Family, dict[Stage, tuple[float, int]]] = {
     "vision_mamba": {"arm": (3e-3, 64), "distill": (2e-3, 32), "semi": (2e-3, 16)},
-    "small_resnet": {"distill": (6e-3, 32), "semi": (4.5e-3, 16)},
     "resnet": {"distill": (1e-3, 32), "semi": (7.5e-4, 16)},
-    "efficientvim": {"distill": (4e-3, 32), "semi": (3e-3, 16)},
+    "efficientvim": {"distill": (6e-3, 32), "semi": (4e-3, 16)},
 }
 # A ResNet-18 learns more in short runs at three times these rates (docs/recipe.md); longer ones have not been compared.
 SHORT_RUN, SHORT_FACTOR = 300, 3.0
@@ -35,7 +31,7 @@ MANY_IMAGES = 20_000  # images from which a GPU's time is worth ARM pretraining;
 def family(look: Look, gpu: bool, asked: Family | Literal["auto"] = "auto") -> Choice:
     """Choose the kind of model: a Vision Mamba, which stage 1 pretrains, or a convolutional network without stage 1.
 
-    A processor takes too few steps of a whole ResNet-18 in half an hour: in the same work a small one, whose steps cost a fifth,
+    A processor takes few steps of a ResNet-18 in half an hour. In the same work a small EfficientViM, whose steps cost a twelfth,
     learnt far more from few labels (docs/recipe.md). Pretraining needs many images and a GPU.
     """
     if asked != "auto":
@@ -46,8 +42,8 @@ def family(look: Look, gpu: bool, asked: Family | Literal["auto"] = "auto") -> C
     if gpu:
         why = f"a ResNet-18 from random weights and no stage 1, since {look.images} images are fewer than {MANY_IMAGES}"
         return Choice("resnet", f"{why}; {more}")
-    why = "a small ResNet from random weights and no stage 1, since there is no GPU: it learnt most in our trials"
-    return Choice("small_resnet", f"{why}; `--model resnet` is a whole ResNet-18, {more}")
+    why = "a small EfficientViM from random weights and no stage 1, since there is no GPU: its many cheap steps learnt most"
+    return Choice("efficientvim", f"{why} in our trials; `--model resnet` is a ResNet-18, {more}")
 
 
 def stages(chosen: Family) -> tuple[Stage, ...]:
@@ -55,22 +51,24 @@ def stages(chosen: Family) -> tuple[Stage, ...]:
     return ("arm", "distill", "semi") if chosen == "vision_mamba" else ("distill", "semi")
 
 
-def model(chosen: Family, side: int) -> Choice:
-    """Choose the model of a family: for a Vision Mamba 64 tokens on a CPU, and width and depth that grow with the side."""
-    if chosen in ("small_resnet", "resnet"):
-        values: dict[str, Any] = {"name": "timm/resnet18", "image_size": side}
-        blocks = "two blocks a stage"
-        if chosen == "small_resnet":
-            values["options"] = dict(SMALL_RESNET)
-            blocks = "one block a stage, and half of ResNet-18's channels"
-        return Choice(values, f"{blocks}; the last maps are a thirty-second of the side")
+def models(chosen: Family, side: int) -> tuple[Choice, ...]:
+    """List the models of a family, the largest first; the budget decides among them (`rules.pays_for`).
+
+    A Vision Mamba has 64 tokens on a CPU, and width and depth that grow with the side.
+    """
+    if chosen == "resnet":
+        return (Choice({"name": "timm/resnet18", "image_size": side}, "its last maps are a thirty-second of the side"),)
     if chosen == "efficientvim":
-        return Choice(
-            {"name": "efficientvim_mini", "image_size": side}, "its maps are a quarter, an eighth and a sixteenth"
+        maps = "its maps are a quarter, an eighth and a sixteenth of the side"
+        return (
+            Choice(
+                {"name": "efficientvim_mini", "image_size": side}, f"{maps}; the budget pays for enough of its steps"
+            ),
+            Choice({"name": "efficientvim_nano", "image_size": side}, f"{maps}; a larger one would have too few steps"),
         )
     width, depth = SIZES[side]
     patch = PATCHES[side]
-    values = {
+    values: dict[str, Any] = {
         "name": "vim_nano",
         "image_size": side,
         "patch_size": patch,
@@ -79,7 +77,7 @@ def model(chosen: Family, side: int) -> Choice:
         "depth": depth,
     }
     tokens = (side // patch) ** 2
-    return Choice(values, f"patches of {patch} px give {tokens} tokens; {depth} blocks of width {width}")
+    return (Choice(values, f"patches of {patch} px give {tokens} tokens; {depth} blocks of width {width}"),)
 
 
 def learning_rate(

@@ -1,11 +1,11 @@
 """Write the configs of a chain for a dataset: look, test, time a step, apply the rules, and never overwrite what was edited."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,11 @@ from pipeline.streaming.config import AugmentConfig
 from stages import SPECS
 from stages.check import open_data, written_by
 from stages.configs.base import StageConfig
+
+if TYPE_CHECKING:  # it imports torch
+    from launchers.recipe.timing import Timing
+
+_Views = Sequence[tuple[AugmentConfig, int]]  # the augmentations of a step, each with its views per sample
 
 BUDGET = "30m"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "T": 1.0}
@@ -154,6 +159,38 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
     family = networks.family(look, gpu, order.model)
     stages = networks.stages(family.value)
     compose_with = partial(compose, order.name, data, look, found, gpu=gpu, family=family)
+
+    def measure(config: StageConfig, pending: Mapping[Path, StageConfig], drawn: _Views) -> "Timing":
+        classes = len(opened.manifest.classes)
+        if budget.counted:
+            return timing.count_stage(config, classes, pending)
+        return timing.time_stage(config, classes, pending, pictures, drawn)
+
+    for network in networks.models(family.value, rules.image_size(look, gpu).value):
+        batches, costs, micro = _measured(partial(compose_with, network=network), stages, order, measure)
+        numbers = rules.steps(look, batches, costs, budget)
+        if rules.pays_for(numbers, look, batches):
+            break
+    for stage in stages:
+        print(f"{stage}: {numbers[stage].value} steps, {numbers[stage].why}")
+    total = sum(numbers[stage].value * costs[stage] for stage in stages)
+    if total > 1.2 * budget.for_steps:
+        minutes = (total / rules.USABLE + rules.FIXED_SECONDS) / 60
+        least = f"{total:.2g} * 10^12 FLOPs" if budget.counted else f"about {minutes:.0f} min here"
+        print(f"note: the least of every stage takes {least}, more than the budget {order.budget}")
+    drafts = compose_with(network=network, steps=numbers, micro=micro)
+    for stage in stages:
+        _validated(stage, drafts[stage].values, order)
+    return drafts
+
+
+def _measured(
+    compose_with: Callable[..., dict[Stage, Draft]],
+    stages: Sequence[Stage],
+    order: Order,
+    measure: Callable[..., "Timing"],
+) -> tuple[dict[Stage, int], dict[Stage, float], dict[Stage, Choice]]:
+    """Measure a step of each stage of one network; returns their batches, costs and micro-batches."""
     unknown, nothing = (dict.fromkeys(stages, Choice(value, "")) for value in (rules.LEAST_STEPS, None))
     first = compose_with(steps=unknown, micro=nothing)
     pending: dict[Path, StageConfig] = {}
@@ -162,27 +199,11 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
     micro: dict[Stage, Choice] = {}
     for stage in stages:
         config = _validated(stage, first[stage].values, order)
-        measure = (
-            timing.count_stage
-            if budget.counted
-            else partial(timing.time_stage, pictures=pictures, drawn=_drawn(first[stage].values))
-        )
-        measured = measure(config, len(opened.manifest.classes), pending)
+        measured = measure(config, pending, _drawn(first[stage].values))
         pending |= written_by(config)
         batches[stage], costs[stage] = config.loop.global_batch, measured.cost
         micro[stage] = rules.micro_batch(batches[stage], measured.bytes_per_sample, measured.free)
-    numbers = rules.steps(look, batches, costs, budget)
-    for stage in stages:
-        print(f"{stage}: {numbers[stage].value} steps, {numbers[stage].why}")
-    total = sum(numbers[stage].value * costs[stage] for stage in stages)
-    if total > 1.2 * budget.for_steps:
-        minutes = (total / rules.USABLE + rules.FIXED_SECONDS) / 60
-        least = f"{total:.2g} * 10^12 FLOPs" if budget.counted else f"about {minutes:.0f} min here"
-        print(f"note: the least of every stage takes {least}, more than the budget {order.budget}")
-    drafts = compose_with(steps=numbers, micro=micro)
-    for stage in stages:
-        _validated(stage, drafts[stage].values, order)
-    return drafts
+    return batches, costs, micro
 
 
 def in_words(look: Look) -> str:
@@ -203,7 +224,7 @@ def _data(order: Order) -> dict[str, Any]:
     return data | {key: str(path) for key, path in given.items() if path is not None}
 
 
-def _drawn(values: dict[str, Any]) -> Sequence[tuple[AugmentConfig, int]]:
+def _drawn(values: dict[str, Any]) -> _Views:
     """Return the augmentations of a step with their views per sample of the first stream."""
     if "augment" in values:
         return [(AugmentConfig.model_validate(values["augment"]), 1)]

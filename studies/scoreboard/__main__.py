@@ -33,7 +33,7 @@ from studies.scoreboard.columns import JOBS
 from studies.scoreboard.recipe import Chain
 
 # Counted work, so that a board gives the same numbers beside other work.
-CHAIN_BUDGET = "3T"
+CHAIN_BUDGET = "1T"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 

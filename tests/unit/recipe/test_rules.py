@@ -56,6 +56,7 @@ def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, num
         FlipTest(flips, "because"),
         gpu=gpu,
         family=family,
+        network=networks.models(family.value, rules.image_size(facts, gpu).value)[-1],
         steps={stage: Choice(number, "words") for stage in STAGES},
         micro={stage: Choice(None, "") for stage in STAGES},
     )
@@ -81,7 +82,7 @@ def test_the_view_is_the_least_that_holds_the_images(side: int, gpu: bool, chose
 
 @pytest.mark.parametrize("side", rules.SIDES_GPU)
 def test_clusters_and_patches_divide_the_side(side: int) -> None:
-    values = networks.model("vision_mamba", side).value
+    values = networks.models("vision_mamba", side)[0].value
     assert side % values["cluster_size"] == 0
     assert values["cluster_size"] % values["patch_size"] == 0
 
@@ -113,7 +114,7 @@ def test_pretraining_is_for_many_images_on_a_gpu_or_by_wish() -> None:
     many, fewer = look(images=networks.MANY_IMAGES), look(images=networks.MANY_IMAGES - 1)
     assert networks.family(many, gpu=True).value == "vision_mamba"
     assert networks.family(fewer, gpu=True).value == "resnet"
-    assert networks.family(many, gpu=False).value == "small_resnet"
+    assert networks.family(many, gpu=False).value == "efficientvim"
     assert networks.family(fewer, gpu=False, asked="vision_mamba").value == "vision_mamba"
 
 
@@ -195,6 +196,15 @@ def test_the_teachers_horizon_is_a_part_of_the_run(number: int) -> None:
     assert math.isfinite(long)
 
 
+@pytest.mark.parametrize(
+    ("steps", "labels", "pays"), [(999, 5000, False), (1000, 5000, True), (290, 5, False), (300, 5, True)]
+)
+def test_a_network_needs_enough_steps_or_all_its_epochs(steps: int, labels: int, pays: bool) -> None:
+    """5 labels allow 300 steps at most, 5000 allow 200 epochs."""
+    found = {"distill": Choice(steps, "")}
+    assert rules.pays_for(found, look(labelled=(labels,)), {"distill": 32}) is pays
+
+
 @given(st.integers(1, 512), st.integers(1, 2**34), st.integers(0, 2**38))
 def test_micro_batches_divide_the_batch_and_fit(global_batch: int, each: int, free: int) -> None:
     value = rules.micro_batch(global_batch, each, free).value or global_batch
@@ -207,6 +217,7 @@ def test_micro_batches_divide_the_batch_and_fit(global_batch: int, each: int, fr
 def test_an_unlabelled_pool_that_is_missing_makes_stage_3_supervised() -> None:
     drafts = compose(
         "mine", {"train": "x"}, look(unlabelled=0), FlipTest(False, "x"), gpu=False, family=Choice("vision_mamba", ""),
+        network=networks.models("vision_mamba", 32)[0],
         steps={stage: Choice(100, "") for stage in STAGES}, micro={stage: Choice(None, "") for stage in STAGES},
     )  # fmt: skip
     assert drafts["semi"].values["pseudo"] == {"weight": 0.0}
