@@ -16,7 +16,7 @@ RESERVE = 3.0
 def slowness() -> float:
     """How many times longer than the reference this machine takes to start a process with torch; at least 1.
 
-    Measured once in each test process, at its first wait.
+    Measured once in each test process, before it starts another one (`tests.warm`).
     """
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)

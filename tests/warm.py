@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tests.waiting import slowness
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 _PR_SET_PDEATHSIG = 1
@@ -114,6 +116,7 @@ def start(command: Sequence[str], env: Mapping[str, str] = ENVIRONMENT, cwd: Pat
         cwd: Its folder.
     """
     assert list(command[:2]) == [sys.executable, "-m"], command
+    slowness()  # measured here, since the process could end while its first wait measures it
     with _STARTING:
         server = Path(_server())
     connection = socket.socket(socket.AF_UNIX)
