@@ -11,10 +11,9 @@ from launchers.config import ClusterConfig, seconds_of
 from pipeline.config import flatten, load_config
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.files import file_system, real_path
+from pipeline.train import rendezvous
 from stages import spec_of
 
-# Variables that torchrun or another launcher sets in its shells. A job would inherit and believe them.
-_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 
 
@@ -30,7 +29,8 @@ def refuse(points: Sequence[Sequence[Step]], cluster: ClusterConfig) -> None:
     """
     if not queue.available():
         raise _no_slurm("there is no sbatch here", points[0])
-    set_already = [name for name in _WORLD if name in os.environ]
+    # torchrun and other launchers set them in their shells; a job would inherit and believe them.
+    set_already = [name for name in rendezvous.NAMES if name in os.environ]
     if set_already:
         raise EnvironmentProblem(
             f"{', '.join(set_already)} are set in this shell, and a job would inherit them in place of srun's; type:"

@@ -1,18 +1,32 @@
 """What the tests share: the bundled digits as shards, and runs of real processes."""
 
+import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.exit_codes import blame
+from pipeline.train.rendezvous import NAMES
 from tests import warm
 from tests.waiting import patience
 
 ROOT, ENVIRONMENT = warm.ROOT, warm.ENVIRONMENT
+
+
+@pytest.fixture(autouse=True)
+def _own_world() -> Iterator[None]:
+    """Forget after each test what `distributed.start` has written into the environment, since commands refuse such a shell."""
+    before = {name: os.environ.get(name) for name in NAMES}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

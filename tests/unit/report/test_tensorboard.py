@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from pipeline.report.tensorboard import LAYOUT, Board
+from tests.waiting import patience
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -142,6 +144,13 @@ def every_call(board: Board) -> None:
     board.hparams({"a": 1, "b": None}, {"test/top1": 1.0}, 3)
 
 
+def join_writers() -> None:
+    """Wait for TensorBoard's threads: what they raise belongs to the test that caused it."""
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "_AsyncWriterThread":
+            thread.join(patience(5))
+
+
 def damaged_events(folder: Path) -> None:
     folder.mkdir()
     (folder / "events.out.tfevents.1.damaged").write_bytes(os.urandom(999))
@@ -169,6 +178,7 @@ def test_a_folder_that_cannot_be_used_stops_no_training(
         board = Board(tmp_path / "tb", 0, 8)
         every_call(board)
         board.close()
+    join_writers()
     told = [r.getMessage() for r in caplog.records if r.name == "pipeline.report.tensorboard"]
     assert [f"{tmp_path / 'tb'} is given up (" in words for words in told] == [True] * (not writes)
 
@@ -181,6 +191,7 @@ def test_a_folder_that_is_taken_away_stops_no_training(tmp_path: Path, caplog: p
         every_call(board)
         board.close()
         every_call(board)
+    join_writers()
     assert "tb is given up (" in caplog.text
 
 
