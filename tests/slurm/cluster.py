@@ -22,7 +22,7 @@ from launchers.queue import JobState
 from tests.waiting import wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "unshare")
-WAIT_SECONDS = 30.0  # on the reference machine, see tests/waiting.py
+WAIT_SECONDS = 60.0
 
 _CONF = """ClusterName=lab
 FirstJobId={first_job}
