@@ -22,7 +22,7 @@ from launchers.queue import JobState
 from tests.waiting import wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "unshare")
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 60.0  # on the reference machine, see tests/waiting.py
 
 _CONF = """ClusterName=lab
 FirstJobId={first_job}
