@@ -60,7 +60,7 @@ def test_a_rerun_keeps_the_configs_and_again_keeps_what_was_edited(place: Path) 
     assert "kept: configs/distill/mine.yaml" in said
     assert {stage: path.read_text() for stage, path in files.items()} == before
     files["distill"].write_text(before["distill"] + "label_smoothing: 0.2\n")
-    code, said, _ = launch(place, "recipe", "mine", "--budget", "65s", "--flips", "yes", "--again")
+    code, said, _ = launch(place, "recipe", "mine", "--budget", "0.3T", "--flips", "yes", "--again")
     assert code == 0
     assert "configs/distill/mine.yaml was edited: it is kept as configs/distill/mine.yaml.1" in said
     assert (place / "configs/distill/mine.yaml.1").read_text().endswith("label_smoothing: 0.2\n")
