@@ -62,15 +62,12 @@ def _run(arguments: list[str]) -> int:
 
 def _best(case: Case, name: str, network: str, work: float, seed: int) -> dict[str, Any]:
     """Train a network at each learning rate; returns what the best on the validation images reached on the test images."""
-    config = Chain(RUNS, "recipe", "1T").of(case, name)["distill"]
+    config, batch, side = Chain(RUNS, "recipe", "1T").of(case, name)["distill"], 32, 32
+    model = build_model(network, image_size=side, num_classes=len(case.manifest.classes))
+    steps = max(20, round(1e12 * work / (3 * forward_flops(model, (side, side)) * batch)))
     tried: list[dict[str, Any]] = []
     for rate in RATES:
         experiment = f"{name}-{network.replace('/', '-')}-{work:g}-{rate:g}"
-        batch, side = 32, 32
-        flops = forward_flops(
-            build_model(network, image_size=side, num_classes=len(case.manifest.classes)), (side, side)
-        )
-        steps = max(20, round(1e12 * work / (3 * flops * batch)))
         own = [
             f"run.root={RUNS}", f"run.experiment={experiment}", f"run.seed={seed}", f"data.train={case.train}",
             f"data.split={case.split_file}", f"data.test={case.test}", f"model={{name: {network}, image_size: {side}}}",
@@ -83,3 +80,7 @@ def _best(case: Case, name: str, network: str, work: float, seed: int) -> dict[s
         tried.append({"top1": top1, "validated": stage.validated("student") or 0.0, "lr": rate, "steps": steps,
                       "seconds": round(stage.seconds(), 1)})  # fmt: skip
     return max(tried, key=lambda cell: cell["validated"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,8 +31,8 @@ MANY_IMAGES = 20_000  # images from which a GPU's time is worth ARM pretraining;
 def family(look: Look, gpu: bool, asked: Family | Literal["auto"] = "auto") -> Choice:
     """Choose the kind of model: a Vision Mamba, which stage 1 pretrains, or a convolutional network without stage 1.
 
-    A processor takes few steps of a ResNet-18 in half an hour. In the same work a small EfficientViM, whose steps cost a twelfth,
-    learnt far more from few labels (docs/recipe.md). Pretraining needs many images and a GPU.
+    A processor takes few steps of a ResNet-18 in half an hour. In the same work a small EfficientViM, whose steps cost a third or
+    a twelfth, learnt far more from few labels (docs/recipe.md). Pretraining needs many images and a GPU.
     """
     if asked != "auto":
         return Choice(asked, f"--model {asked}")

@@ -123,8 +123,8 @@ def steps(look: Look, batches: dict[Stage, int], costs: dict[Stage, float], budg
 def pays_for(steps: Mapping[Stage, Choice], look: Look, batches: Mapping[Stage, int]) -> bool:
     """Whether a network has ENOUGH_STEPS in stage 2, or all that its most epochs allow.
 
-    In single trials with 4 glyphs a class, 1400 steps of efficientvim_mini reached more than 2090 of efficientvim_nano, but 530
-    less than 2090 in equal work (docs/recipe.md).
+    In single trials with 4 glyphs a class, 1400 steps of efficientvim_mini reached more than 2095 of efficientvim_nano. With 10 a
+    class and in equal work, its 527 steps reached less (docs/recipe.md).
     """
     return bool(steps["distill"].value >= min(ENOUGH_STEPS, _round(epoch_limit("distill", look, batches["distill"]))))
 

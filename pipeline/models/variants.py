@@ -45,7 +45,7 @@ EFFICIENTVIM_VARIANTS: dict[str, dict[str, Any]] = {
     "efficientvim_m4": _efficientvim((224, 320, 512), (3, 4, 2), (64, 32, 16), 256),
     # Ours, for the bundled digits: at 32 px the maps are 8, 4 and 2 a side, so the stem halves twice instead of four times.
     "efficientvim_nano": {**_efficientvim((32, 48, 64), (1, 2, 1), (16, 9, 4), 32), "stem_stride": 4},
-    # Ours, for a person's own small images: of the sizes tried it learns most from few labels (docs/recipe.md).
+    # Ours, for a person's own small images: a recipe takes it where the budget pays for enough of its steps (docs/recipe.md).
     "efficientvim_mini": {**_efficientvim((64, 96, 160), (1, 2, 1), (16, 9, 4), 32), "stem_stride": 4},
 }
 EFFICIENTVIM_VARIANTS |= {f"{name}_dist": {**v, "distilled": True} for name, v in EFFICIENTVIM_VARIANTS.items()}
