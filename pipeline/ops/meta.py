@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-
-@torch.library.custom_op("pipeline::scan", mutates_args=(), device_types="meta")
-def _scan(u: Tensor, states: int, others: Sequence[Tensor]) -> Tensor:
-    return torch.empty_like(u)
+torch.library.define("pipeline::scan", "(Tensor u, int states, Tensor[] others) -> Tensor")
 
 
-@_scan.register_fake
+@torch.library.register_fake("pipeline::scan")  # serves the meta device too
 def _(u: Tensor, states: int, others: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(u)
 
@@ -31,7 +28,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, list[Tensor]]:
     return u, None, others
 
 
-_scan.register_autograd(_backward, setup_context=_keep)
+torch.library.register_autograd("pipeline::scan", _backward, setup_context=_keep)
 
 
 def scan_flops(batch: int, channels: int, steps: int, states: int) -> int:
