@@ -93,7 +93,7 @@ class CudaLibrary:
 
         partial_BC = floats(batch, groups, call.blocks, len(inputs), steps, 2, states)
         call.partial_BC = partial_BC.data_ptr()
-        # Of both directions in one tensor each: a sum over it costs the host less than one per direction.
+        # One tensor holds both directions: a sum over it costs the host less than one sum per direction.
         partial_A, partial_D_bias = (
             floats(len(inputs), batch, channels, states),
             floats(2, len(inputs), batch, channels),
