@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import sass
 from pipeline.errors import EnvironmentProblem
-from pipeline.ops.cuda.counted import GPUS, Gpu, Way
+from pipeline.ops.cuda.counted import COUNTED, GPUS, Gpu, Way
 from pipeline.ops.cuda.program import FOLDER, THREADS, Program
 
 STATES, TAPS = 16, 4
@@ -98,7 +98,7 @@ def clocks(operations: Counter[str], state_steps: float, gpu: Gpu) -> tuple[dict
     Args:
         operations: What a warp issues.
         state_steps: Those that one lane gets done with it.
-        gpu: The architecture.
+        gpu: One of the architecture.
     """
     lanes: Counter[str] = Counter()
     shuffles = accesses = 0
@@ -124,7 +124,7 @@ def clocks(operations: Counter[str], state_steps: float, gpu: Gpu) -> tuple[dict
 
 def count_kernel(name: str, program: Program, kernel: str, arch: str, steps: int) -> Count:
     """Compile and count one of our scans."""
-    gpu = GPUS[arch]
+    gpu = GPUS[COUNTED[arch]]
     text, told = compile_program(program, arch)
     blocks = sass.kernels(text)[kernel]
     operations: Counter[str] = Counter()

@@ -4,12 +4,15 @@ Everything works on a CPU too, with small configs; `tests/integration/test_gpu_c
 """
 
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +47,18 @@ Start = Callable[[list[str]], tuple[int, str]]
 
 
 def subprocess_start(words: list[str]) -> tuple[int, str]:
-    """Run `python -m WORDS` in the checkout; return its exit code and what it said last."""
-    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    """Run `python -m WORDS` in the checkout, with one thread per process; return its exit code and what it said last."""
+    # Several processes with a thread for each core would spend their time on waiting for each other.
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    command = [sys.executable, "-m", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
+
+
+def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run jobs beside each other, half as many as there are cores; return their results in order, or raise the first error."""
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
 class Runner:
@@ -95,7 +107,7 @@ def equal_losses(
     precisions: Sequence[str] = ("fp32", "bf16"),
     stages: Sequence[str] = STAGES,
 ) -> dict[str, float | str]:
-    """Run the stages at each ZeRO stage and precision, and compare their losses step by step.
+    """Run the stages at each ZeRO stage and precision beside each other, and compare their losses step by step.
 
     Returns:
         For each stage and precision the largest difference to the first ZeRO stage, as a share of the loss.
@@ -105,15 +117,20 @@ def equal_losses(
     """
     found: dict[str, float | str] = {}
     short = [f"loop.steps={steps}", "loop.log_every=1", "optim.warmup_steps=2", f"loop.save_every={steps}"]
-    for precision in precisions:
-        losses: dict[str, list[list[float]]] = {stage: [] for stage in stages}
-        for zero in zeros:
-            name = f"{precision}-zero{zero}"
-            chosen = [f"engine.zero_stage={zero}", f"engine.precision={precision}", *short]
-            for stage in stages:
-                runner.command(["stages", *runner.words(stage, config, name, *chosen)])
-                losses[stage].append([row["train/loss"] for row in runner.rows(stage, name)])
-        for stage, runs in losses.items():
+
+    def chain(precision: str, zero: int) -> dict[str, list[float]]:
+        name = f"{precision}-zero{zero}"
+        chosen = [f"engine.zero_stage={zero}", f"engine.precision={precision}", *short]
+        losses = {}
+        for stage in stages:
+            runner.command(["stages", *runner.words(stage, config, name, *chosen)])
+            losses[stage] = [row["train/loss"] for row in runner.rows(stage, name)]
+        return losses
+
+    chains = at_once([partial(chain, precision, zero) for precision in precisions for zero in zeros])
+    for k, precision in enumerate(precisions):
+        for stage in stages:
+            runs = [losses[stage] for losses in chains[k * len(zeros) : (k + 1) * len(zeros)]]
             apart = max(abs(a - b) / abs(a) for run in runs for a, b in zip(runs[0], run, strict=True))
             found[f"losses_{stage}_{precision}_largest_difference"] = apart
             if apart > BOUNDS[precision]:
@@ -128,8 +145,8 @@ def waits(
     runner: Runner, config: str = "demo", *, zeros: Sequence[int] = (0, 2), stage: str = "arm", steps: int = 40
 ) -> dict[str, float | str]:
     """Profile a run between two log lines, and count for each ZeRO stage what the host waited for, per step."""
-    found: dict[str, float | str] = {}
-    for zero in zeros:
+
+    def profiled(zero: int) -> dict[str, float]:
         name = f"profile-zero{zero}"
         folder = runner.folder(stage, name)
         folder.mkdir(parents=True)
@@ -138,9 +155,11 @@ def waits(
         chosen += ["optim.warmup_steps=2", f"loop.save_every={steps}"]
         runner.command(["stages", *runner.words(stage, config, name, *chosen)])
         trace = next((folder / "report").glob("trace_step_*.json"))
-        for what, number in waits_of(trace).items():
-            found[f"waits_zero{zero}_{what}"] = number
-    return found
+        return {f"waits_zero{zero}_{what}": number for what, number in waits_of(trace).items()}
+
+    return {
+        what: number for found in at_once([partial(profiled, zero) for zero in zeros]) for what, number in found.items()
+    }
 
 
 def waits_of(trace: Path) -> dict[str, float]:
@@ -155,8 +174,28 @@ def waits_of(trace: Path) -> dict[str, float]:
     return {name: number / STEPS_TRACED for name, number in sorted(names.items())}
 
 
-def cost(
+def plan(
     runner: Runner, stage: str, config: Path, *overrides: str, steps: int = 20, cluster: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return what the plan says of some steps of a config; the arguments are those of `cost`."""
+    runner.command(["launchers", "plan", *_short(runner, stage, config, overrides, steps), *cluster])
+    path = runner.runs / _name(stage, config) / "plan.json"
+    found: dict[str, float] = json.loads(path.read_text())["stages"][0]
+    return found
+
+
+def _name(stage: str, config: Path) -> str:
+    return f"cost-{stage}-{config.stem}"
+
+
+def _short(runner: Runner, stage: str, config: Path, overrides: Sequence[str], steps: int) -> list[str]:
+    short = [f"loop.steps={steps}", "loop.log_every=1", "loop.eval_every=null", f"loop.save_every={steps}"]
+    short += ["optim.warmup_steps=1", "optim.cooldown_steps=0", "data.test=null", *overrides]
+    return runner.words(stage, config, _name(stage, config), *short)
+
+
+def cost(
+    runner: Runner, stage: str, config: Path, *overrides: str, planned: Mapping[str, float], steps: int = 20
 ) -> dict[str, float | str]:
     """Run some steps of a config, and set their memory and time beside those of the plan.
 
@@ -165,21 +204,16 @@ def cost(
         stage: The stage.
         config: Its config.
         *overrides: `key=value` for the plan and the run.
+        planned: What `plan` returned.
         steps: How many steps, more than LEFT_OUT.
-        cluster: The words of the plan that choose a preset.
     """
-    name = f"cost-{stage}-{config.stem}"
-    short = [f"loop.steps={steps}", "loop.log_every=1", "loop.eval_every=null", f"loop.save_every={steps}"]
-    short += ["optim.warmup_steps=1", "optim.cooldown_steps=0", "data.test=null", *overrides]
-    words = runner.words(stage, config, name, *short)
-    runner.command(["launchers", "plan", *words, *cluster])
-    planned = json.loads((runner.runs / name / "plan.json").read_text())["stages"][0]
-    runner.command(["stages", *words])
-    rows = runner.rows(stage, name)[LEFT_OUT:]
+    runner.command(["stages", *_short(runner, stage, config, overrides, steps)])
+    rows = runner.rows(stage, _name(stage, config))[LEFT_OUT:]
     key = f"{stage}_{config.stem}"
     return {
         f"{key}_step_seconds": statistics.median(row["perf/step_seconds"] for row in rows),
         f"{key}_step_seconds_planned": planned["step_seconds"],
+        f"{key}_step_seconds_least": planned["step_seconds_least"],
         f"{key}_memory_gib": max(row["perf/memory_gib"] for row in rows),
         f"{key}_memory_gib_planned": planned["memory_gib"],
         f"{key}_mfu": statistics.median(row["perf/mfu"] for row in rows),

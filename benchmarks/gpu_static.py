@@ -48,7 +48,7 @@ from pipeline.config import load_config
 from pipeline.files import replace_text
 from pipeline.models.config import VisionMambaConfig
 from pipeline.ops import reference
-from pipeline.ops.cuda.counted import GPUS, TABLE, Gpu, scan_seconds, sources_hash, table
+from pipeline.ops.cuda.counted import COUNTED, GPUS, TABLE, Gpu, scan_seconds, sources_hash, table
 from pipeline.ops.cuda.emulator import Emulator
 from pipeline.ops.cuda.library import MOST_TILES, CudaLibrary
 from pipeline.ops.cuda.program import Program
@@ -155,26 +155,26 @@ def main(arguments: Sequence[str]) -> int:
     }  # fmt: skip
     counts = [
         count_kernel(f"{way} {name}", Program(source=f"scan_{way}.cu", **values), f"scan_{way}", arch, 197)
-        for arch in GPUS
+        for arch in COUNTED
         for way in ("forward", "backward")
         for name, values in variants.items()
     ]
     print_kernels(counts)
-    found: dict[str, Any] = {arch: {} for arch in GPUS}
+    found: dict[str, Any] = {arch: {} for arch in COUNTED}
     for count in counts:
         if count.name in ("forward bf16", "backward bf16"):
             found[count.arch][count.name.split()[0]] = round(count.pipe_clocks, 1)
     if given.write:
         replace_text(TABLE, json.dumps(found | {"sources": sources_hash()}, indent=1) + "\n")
     conv_spills = 0
-    for arch in GPUS:
+    for arch in COUNTED:
         program = Program(source="conv.cu", wide=True, directions=2, taps=TAPS)
         _, told = compile_program(program, arch)
         for kernel in ("conv_forward", "conv_backward"):
             registers, spilled = resources(told, kernel)
             conv_spills = max(conv_spills, spilled)
             print(f"{kernel:27} {arch}  {registers:4} {spilled:5}")
-    mamba = {arch: count_mamba(given.mamba, arch) for arch in GPUS} if given.mamba else dict.fromkeys(GPUS, MAMBA)
+    mamba = {arch: count_mamba(given.mamba, arch) for arch in COUNTED} if given.mamba else dict.fromkeys(COUNTED, MAMBA)
     for arch, ways in mamba.items():
         text = ", ".join(f"{way} {i:.1f} = {1000 * i / 128:.0f} clocks per 1000" for way, i in ways.items())
         print(f"mamba-ssm on {arch}, instructions per state-step{'' if given.mamba else ' (counted before)'}: {text}")
@@ -184,22 +184,22 @@ def main(arguments: Sequence[str]) -> int:
         "config                      arch   least ms per layer (compute, memory), per step on 8 GPUs; bytes against the least"
     )
     for name, layers, calls, ways, channels, steps, images in scans_of_configs():
-        for arch, gpu in GPUS.items():
+        for arch, key in COUNTED.items():
             variant = "bf16" if ways == 2 else "bf16, one direction"
             of_way = {way: next(c for c in counts if (c.name, c.arch) == (f"{way} {variant}", arch)) for way in MAMBA}
             program = Program(source="scan_backward.cu", **variants[variant])
             blocks = {way: count.blocks for way, count in of_way.items()}
-            used, least = scan_bytes(program, steps, channels, gpu, blocks)
+            used, least = scan_bytes(program, steps, channels, GPUS[key], blocks)
             ratios.append(used / least)
             sizes = {"directions": calls * ways, "channels": channels, "steps": steps, "states": STATES}
-            compute = 1e3 * sum(scan_seconds(way, arch, images=images, **sizes) for way in MAMBA)
-            memory = images * calls * used / gpu.bandwidth * 1e3
+            compute = 1e3 * sum(scan_seconds(way, key, images=images, **sizes) for way in MAMBA)
+            memory = images * calls * used / GPUS[key].bandwidth * 1e3
             print(
                 f"{name:27} {arch}  {max(compute, memory):6.2f} ({compute:.2f}, {memory:.2f}), "
                 f"{layers * max(compute, memory):7.1f}; {used / least:.3f}"
             )
     results: dict[str, float] = {}
-    for arch in GPUS:
+    for arch in COUNTED:
         short = arch.replace("_", "")
         for way in MAMBA:
             count = next(c for c in counts if (c.name, c.arch) == (f"{way} bf16", arch))

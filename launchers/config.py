@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -41,6 +41,9 @@ class ClusterConfig(Strict):
     constraint: str | None = Field(None, description="features that the nodes must have, for example a100; null = any")
     nodes: PositiveInt = Field(1, description="number of nodes")
     gpus_per_node: NonNegativeInt = Field(0, description="GPUs of each node; 0 = train on CPUs")
+    gpu: Literal["a100", "h100", "h200"] = Field(
+        "a100", description="which GPU the plan counts for; the nodes between them are taken as those of A100s"
+    )
     tasks_per_node: PositiveInt | None = Field(
         None, description="ranks on each node; null = one per GPU, or a single one without GPUs"
     )

@@ -26,7 +26,7 @@ from launchers.plan.step_time import (
 from pipeline.errors import ConfigError
 from pipeline.jsonl import read_rows
 from pipeline.ops.cuda.counted import GPUS
-from pipeline.train.peak import peak_flops
+from pipeline.train.peak import of_data_sheet, peak_flops
 from stages.check import derive_batches
 from stages.configs.base import StageConfig
 
@@ -37,7 +37,7 @@ CPU_SHARE = 0.1
 
 
 def hardware(config: StageConfig, cluster: ClusterConfig, earlier: Path | None) -> Hardware:
-    """Choose the hardware of the prediction: A100s if the cluster has GPUs, else the cores of this machine.
+    """Choose the hardware of the prediction: the preset's GPUs if it has any, else the cores of this machine.
 
     Args:
         config: The stage's config; its precision decides the peak.
@@ -45,7 +45,10 @@ def hardware(config: StageConfig, cluster: ClusterConfig, earlier: Path | None) 
         earlier: The run's folder. If the run has logged its own utilisation, that is used. None: it is not looked for.
     """
     if cluster.gpus_per_node:
-        machine = replace(A100, peak_flops=A100.peak_flops if config.engine.precision == "bf16" else 19.5e12)
+        name = GPUS[cluster.gpu].name
+        peak = of_data_sheet(name, config.engine.precision)
+        assert peak is not None
+        machine = replace(A100, name=name, gpu=cluster.gpu, peak_flops=peak)
     else:
         own = peak_flops(torch.device("cpu"), config.engine.precision) / cluster.ranks_per_node
         machine = Hardware("core of this machine", None, own, CPU_SHARE, cluster.ranks_per_node, 2e9, 1e9, 200e-6)
@@ -134,12 +137,12 @@ def assumptions(machine: Hardware) -> list[str]:
     if machine.utilisation:
         share = f"of which the run has reached {100 * machine.utilisation:.3g} %, which is taken as likely"
     lines = [f"one device is a {machine.name}; products: at most {machine.peak_flops / 1e12:.3g} TFLOP/s, {share}"]
-    if machine.arch:
+    if machine.gpu:
         lines += [
-            f"scans: at least the clocks that `python -m benchmarks.gpu_static` counts for {machine.arch}, likely"
+            f"scans: at least the clocks that `python -m benchmarks.gpu_static` counts for {GPUS[machine.gpu].arch}, likely"
             f" {100 * SCAN_SHARE:.3g} % of that speed",
             f"memory: the kept activations pass it at least {MOVED.least:.3g} times and likely {MOVED.likely:.3g} times, at"
-            f" {GPUS[machine.arch].bandwidth / 1e12:.3g} TB/s, likely {100 * MEMORY_SHARE:.3g} % of it",
+            f" {GPUS[machine.gpu].bandwidth / 1e12:.3g} TB/s, likely {100 * MEMORY_SHARE:.3g} % of it",
         ]
     return [
         *lines,

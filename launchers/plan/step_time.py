@@ -60,7 +60,7 @@ class Hardware:
 
     Attributes:
         name: What one device is called.
-        arch: Key of `pipeline.ops.cuda.counted.GPUS`, by whose counts the scans are timed; None for a CPU.
+        gpu: Key of `pipeline.ops.cuda.counted.GPUS`, by whose counts the scans are timed; None for a CPU.
         peak_flops: FLOP/s of one device in the run's precision.
         product_share: Share of the peak that products are likely to reach.
         node_devices: Devices of a node.
@@ -71,7 +71,7 @@ class Hardware:
     """
 
     name: str
-    arch: str | None
+    gpu: str | None
     peak_flops: float
     product_share: float
     node_devices: int
@@ -81,7 +81,7 @@ class Hardware:
     utilisation: float | None = None
 
 
-A100 = Hardware("A100", "sm_80", 312e12, 0.5, 8, 240e9, 180e9, 20e-6)
+A100 = Hardware("A100", "a100", 312e12, 0.5, 8, 240e9, 180e9, 20e-6)
 """Eight a node behind NVSwitch and eight 200 Gb/s adapters, at the bus bandwidth NCCL's tests commonly show."""
 
 # Ours, and unmeasured: which share of the counted clocks and of the bandwidth kernels reach, and how often activations pass
@@ -97,16 +97,16 @@ IMAGE = Range(1.66e-3, 2 / 219)
 
 def computing(work: Work, samples: float, machine: Hardware) -> dict[str, Range]:
     """Predict what one device computes in a step for `samples` of the first stream, by kind of work."""
-    if machine.arch is None:
+    if machine.gpu is None:
         least = work.flops * samples / machine.peak_flops
         return {"computing": Range(least, least / (machine.utilisation or machine.product_share))}
     products = work.products * samples / machine.peak_flops
     scans = sum(
-        passes.forward * scan_seconds("forward", machine.arch, images=1, directions=1, **scan._asdict())
-        + passes.backward * scan_seconds("backward", machine.arch, images=1, directions=1, **scan._asdict())
+        passes.forward * scan_seconds("forward", machine.gpu, images=1, directions=1, **scan._asdict())
+        + passes.backward * scan_seconds("backward", machine.gpu, images=1, directions=1, **scan._asdict())
         for scan, passes in work.scans.items()
     )
-    moved = work.kept * samples / GPUS[machine.arch].bandwidth
+    moved = work.kept * samples / GPUS[machine.gpu].bandwidth
     return {
         "products": Range(products, products / machine.product_share),
         "scans": Range(samples * scans, samples * scans / SCAN_SHARE),
@@ -116,9 +116,9 @@ def computing(work: Work, samples: float, machine: Hardware) -> dict[str, Range]
 
 def updating(own: int, moments: int, averages: int, machine: Hardware) -> Range:
     """Predict the update of `own` weights and of their averages on one device."""
-    if machine.arch is None:
+    if machine.gpu is None:
         return Range(0.0, 0.0)  # within the utilisation of a CPU
-    least = own * (UPDATE_BYTES[moments] + averages * AVERAGE_BYTES) / GPUS[machine.arch].bandwidth
+    least = own * (UPDATE_BYTES[moments] + averages * AVERAGE_BYTES) / GPUS[machine.gpu].bandwidth
     return Range(least, least / MEMORY_SHARE)
 
 
@@ -159,7 +159,7 @@ def together(parts: Mapping[str, Range], work: Work, samples: float, workers: in
     least, likely = sum(part.least for part in sums.values()), sum(part.likely for part in sums.values())
     if memory := parts.get("memory"):
         least, likely = max(least, memory.least), likely + memory.likely
-    if machine.utilisation and machine.arch:
+    if machine.utilisation and machine.gpu:
         likely = max(least, work.flops * samples / (machine.peak_flops * machine.utilisation))
     device = Range(least, likely) + parts["update"] + parts["sending"]
     decode = parts["decoding"]

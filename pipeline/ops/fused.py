@@ -34,7 +34,7 @@ def _inputs(
 
 
 def _like(grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
-    return [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+    return [g if g is None or g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
 
 
 def _dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:

@@ -20,6 +20,17 @@ _GPUS: dict[str, tuple[float, float]] = {
 _SIDE = 1024
 
 
+def of_data_sheet(name: str, precision: str) -> float | None:
+    """Return the peak FLOP/s of the GPU in whose name a known one occurs, or None.
+
+    Args:
+        name: As torch names the device, for example `NVIDIA A100-SXM4-80GB`.
+        precision: fp32 or bf16.
+    """
+    peaks = next((peaks for known, peaks in _GPUS.items() if known in name), None)
+    return None if peaks is None else peaks[0] if precision == "bf16" else peaks[1]
+
+
 def peak_flops(device: torch.device, precision: str) -> float:
     """Return the peak FLOP/s of one device.
 
@@ -31,10 +42,9 @@ def peak_flops(device: torch.device, precision: str) -> float:
         precision: fp32 or bf16.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = next((peaks for known_name, peaks in _GPUS.items() if known_name in name), None)
+        known = of_data_sheet(torch.cuda.get_device_name(device), precision)
         if known:
-            return known[0] if precision == "bf16" else known[1]
+            return known
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.ones(_SIDE, _SIDE, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")

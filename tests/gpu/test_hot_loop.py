@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.gpu import waits
 from tests.steps import NAMES, steps_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -12,9 +13,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_a_whole_step_waits_for_nothing(name):
     steps = steps_of(name, torch.device("cuda"))
     steps.take(0)  # chooses kernels and compiles them
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits.forbidden():
         for step in range(1, 3):
             assert steps.take(step).moved
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.streaming.transfer import Transfer
+from tests.gpu import waits
 from tests.unit.streaming.test_transfer import VIEWS, batch, pixels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -37,8 +38,5 @@ def test_pinned_memory_is_not_reused_before_its_copy_has_ended():
 
 def test_the_host_waits_for_no_copy():
     transfer = Transfer(torch.device("cuda"), VIEWS)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits.forbidden():
         assert len(list(transfer.deliver(batch(k) for k in range(4)))) == 4
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

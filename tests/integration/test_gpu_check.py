@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from benchmarks import gpu_check, gpu_runs
-from benchmarks.gpu_check import Part, check, prepare, write
+from benchmarks.gpu_check import Part, check, demo_runner, recipes_runner, write
 from benchmarks.gpu_runs import Runner, waits_of
 from benchmarks.gpu_scan import mixers
 from pipeline.config import load_config
@@ -29,7 +29,8 @@ def start(words: list[str]) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def runners(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, Runner]:
-    return prepare(tmp_path_factory.mktemp("check"), start, **SMALL)
+    folder = tmp_path_factory.mktemp("check")
+    return demo_runner(folder, start), recipes_runner(folder, start, **SMALL)
 
 
 def test_losses_of_zero_stages_are_compared_step_by_step(runners: tuple[Runner, Runner]) -> None:
@@ -69,10 +70,19 @@ def test_a_recipe_runs_without_its_parents_beside_its_plan(runners: tuple[Runner
         path.parent.mkdir()
         path.write_text(yaml.safe_dump(what))
     words = gpu_runs.alone("semi", config, processes=1)
-    found = gpu_runs.cost(
+    planned = gpu_runs.plan(
         runners[1], "semi", config, *words, steps=8, cluster=["--cluster", "configs/cluster/cpu.yaml"]
     )
-    names = ("step_seconds", "step_seconds_planned", "memory_gib", "memory_gib_planned", "mfu", "data_wait_share")
+    found = gpu_runs.cost(runners[1], "semi", config, *words, steps=8, planned=planned)
+    names = (
+        "step_seconds",
+        "step_seconds_planned",
+        "step_seconds_least",
+        "memory_gib",
+        "memory_gib_planned",
+        "mfu",
+        "data_wait_share",
+    )
     assert list(found) == [f"semi_imagenet_small_{name}" for name in names]
     assert all(isinstance(value, float) and value >= 0 for value in found.values())
 
@@ -91,7 +101,7 @@ def test_a_part_that_fails_stops_no_other_and_one_without_time_is_named(tmp_path
 
     parts = [Part("first", fails), Part("second", lambda: {"number": 1.5})]
     found, problems = check(parts, minutes=1)
-    assert problems == ["first: no luck"]
+    assert problems == {"first": "no luck"}
     assert found["number"] == 1.5
     left_out, none = check(parts, minutes=-1)
     assert not none
@@ -99,7 +109,11 @@ def test_a_part_that_fails_stops_no_other_and_one_without_time_is_named(tmp_path
     text = write(tmp_path, "NVIDIA A100-SXM4-80GB", found, problems).read_text()
     assert "- first: no luck" in text
     assert "| number | 1.5 |" in text
-    assert json.loads((tmp_path / "nvidia-a100-sxm4-80gb.json").read_text())["failed"] == problems
+    path = tmp_path / "nvidia-a100-sxm4-80gb.json"
+    assert json.loads(path.read_text())["failed"] == problems
+    write(tmp_path, "NVIDIA A100-SXM4-80GB", *check([Part("first", lambda: {"other": 2.5})], minutes=1))
+    values = json.loads(path.read_text())
+    assert (values["failed"], values["number"], values["other"]) == ({}, 1.5, 2.5)
 
 
 def test_mixers_are_timed_side_by_side_and_missing_ones_are_left_out() -> None:
@@ -110,10 +124,12 @@ def test_mixers_are_timed_side_by_side_and_missing_ones_are_left_out() -> None:
 
 
 def test_the_parts_for_a_gpu_are_all_recipes_after_what_decides(tmp_path: Path) -> None:
-    names = [part.name for part in gpu_check.parts_of(tmp_path, gpus=2)]
-    assert names[:6] == ["kernels", "tests_gpu", "scan_times", "waits", "zero_stages", "faults"]
-    assert names[6:] == [f"{path.parent.name}_{path.stem}" for path in gpu_check.IMAGENET]
-    assert "faults" not in [part.name for part in gpu_check.parts_of(tmp_path, gpus=1)]
+    names = [part.name for part in gpu_check.parts_of(tmp_path, "NVIDIA H200", gpus=2)]
+    assert names[:7] == ["kernels", "tests_gpu", "scan_times", "models", "waits", "zero_stages", "faults"]
+    assert names[7:] == [f"{path.parent.name}_{path.stem}" for path in gpu_check.IMAGENET]
+    assert "faults" not in [part.name for part in gpu_check.parts_of(tmp_path, "NVIDIA H200", gpus=1)]
+    only = ("waits", "arm_imagenet_arm_base")
+    assert tuple(part.name for part in gpu_check.parts_of(tmp_path, "NVIDIA H200", 1, only)) == only
     assert not list(tmp_path.iterdir())
 
 

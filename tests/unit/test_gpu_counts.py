@@ -47,7 +47,7 @@ def test_the_heaviest_path_takes_one_alternative_and_repeats_inner_loops():
 
 def test_clocks_of_units_follow_from_their_widths():
     operations = Counter({"FFMA": 64, "MUFU.EX2": 64, "LDS.128": 16, "SHFL.BFLY": 8})
-    units, shuffles, accesses = clocks(operations, 64, GPUS["sm_80"])
+    units, shuffles, accesses = clocks(operations, 64, GPUS["a100"])
     assert units["issue"] == pytest.approx(1000 * 152 / 64 / 32 / 4)
     assert units["special functions"] == pytest.approx(1000 / 16)
     assert units["fp32"] == pytest.approx(1000 / 64)
@@ -58,30 +58,30 @@ def test_clocks_of_units_follow_from_their_widths():
 def test_bytes_of_a_layer_are_near_the_least_and_grow_where_the_cache_is_too_small():
     program = Program(source="scan_backward.cu", wide=True, narrow=True, directions=2, taps=4)
     blocks = {"forward": 3, "backward": 2}
-    used, least = scan_bytes(program, 197, 768, GPUS["sm_80"], blocks)
+    used, least = scan_bytes(program, 197, 768, GPUS["a100"], blocks)
     assert least == pytest.approx(768 * 197 * 2 * 15 + 3 * 2 * 2 * 16 * 197 * 2)  # 15 wide tensors, three times B and C
     assert 1 < used / least < 1.15
     assert (
-        scan_bytes(program, 2000, 768, GPUS["sm_80"], blocks)[0]
-        > 1.15 * scan_bytes(program, 2000, 768, GPUS["sm_80"], blocks)[1]
+        scan_bytes(program, 2000, 768, GPUS["a100"], blocks)[0]
+        > 1.15 * scan_bytes(program, 2000, 768, GPUS["a100"], blocks)[1]
     )
 
 
 def test_a_scan_is_charged_for_whole_tiles_and_sixteen_states():
     sizes = {"images": 2, "directions": 2, "channels": 8}
-    whole = scan_clocks("forward", "sm_80", steps=208, states=16, **sizes)
+    whole = scan_clocks("forward", "a100", steps=208, states=16, **sizes)
     assert whole == pytest.approx(2 * 2 * 8 * 208 * 16 * table()["sm_80"]["forward"] / 1000)
-    assert scan_clocks("forward", "sm_80", steps=197, states=5, **sizes) == whole
+    assert scan_clocks("forward", "a100", steps=197, states=5, **sizes) == whole
 
 
 def test_the_table_that_the_plan_reads_was_counted_from_these_kernels():
     """After a change of a kernel: .venv/bin/python -m benchmarks.gpu_static --write."""
     assert table()["sources"] == sources_hash()
-    for arch in GPUS:
-        assert 0 < table()[arch]["forward"] < table()[arch]["backward"]
-        seconds = scan_seconds("forward", arch, images=1, directions=1, channels=1, steps=1000, states=16)
-        whole = 1008 * 16 / 1000 * table()[arch]["forward"]
-        assert seconds == pytest.approx(whole / GPUS[arch].multiprocessors / GPUS[arch].clock)
+    for key, gpu in GPUS.items():
+        assert 0 < table()[gpu.arch]["forward"] < table()[gpu.arch]["backward"]
+        seconds = scan_seconds("forward", key, images=1, directions=1, channels=1, steps=1000, states=16)
+        whole = 1008 * 16 / 1000 * table()[gpu.arch]["forward"]
+        assert seconds == pytest.approx(whole / gpu.multiprocessors / gpu.clock)
 
 
 def test_the_emulated_kernels_equal_the_reference():

@@ -24,6 +24,7 @@ class Gpu:
 
     Attributes:
         name: What it is called.
+        arch: Whose counts are its own, `sm_80` or `sm_90`.
         multiprocessors: SMs.
         clock: Boost clock in Hz.
         bandwidth: Bytes per second of the memory.
@@ -34,6 +35,7 @@ class Gpu:
     """
 
     name: str
+    arch: str
     multiprocessors: int
     clock: float
     bandwidth: float
@@ -43,16 +45,22 @@ class Gpu:
     convert_lanes: int
 
 
+# The keys are those of `ClusterConfig.gpu`. The A100 is the one with 40 GB; the one with 80 GB has a faster memory.
 GPUS = {
-    "sm_80": Gpu(
-        name="A100 40 GB", multiprocessors=108, clock=1.41e9, bandwidth=1.555e12, cache=40 << 20, shared=164 << 10,
+    "a100": Gpu(
+        name="A100", arch="sm_80", multiprocessors=108, clock=1.41e9, bandwidth=1.555e12, cache=40 << 20, shared=164 << 10,
         float_lanes=64, convert_lanes=16,
     ),
-    "sm_90": Gpu(
-        name="H100 SXM", multiprocessors=132, clock=1.83e9, bandwidth=3.35e12, cache=50 << 20, shared=228 << 10,
+    "h100": Gpu(
+        name="H100", arch="sm_90", multiprocessors=132, clock=1.83e9, bandwidth=3.35e12, cache=50 << 20, shared=228 << 10,
+        float_lanes=128, convert_lanes=64,
+    ),
+    "h200": Gpu(
+        name="H200", arch="sm_90", multiprocessors=132, clock=1.83e9, bandwidth=4.8e12, cache=60 << 20, shared=228 << 10,
         float_lanes=128, convert_lanes=64,
     ),
 }  # fmt: skip
+COUNTED = {"sm_80": "a100", "sm_90": "h100"}  # the architectures whose kernels are counted, and a GPU of each
 
 
 def sources_hash() -> str:
@@ -72,12 +80,12 @@ def table() -> dict[str, Any]:
     return found
 
 
-def scan_clocks(way: Way, arch: str, *, images: int, directions: int, channels: int, steps: int, states: int) -> float:
+def scan_clocks(way: Way, gpu: str, *, images: int, directions: int, channels: int, steps: int, states: int) -> float:
     """Return the clocks of one multiprocessor for the scans of a layer; divide by the multiprocessors and the clock rate.
 
     Args:
         way: The pass.
-        arch: `sm_80` or `sm_90`.
+        gpu: Key of GPUS.
         images: Items of the batch.
         directions: Scans of the layer.
         channels: E.
@@ -85,12 +93,11 @@ def scan_clocks(way: Way, arch: str, *, images: int, directions: int, channels: 
         states: N.
     """
     padded = -(-steps // TILE_STEPS) * TILE_STEPS * max(states, LEAST_STATES)
-    clocks: float = table()[arch][way]
+    clocks: float = table()[GPUS[gpu].arch][way]
     return images * directions * channels * padded * clocks / 1000
 
 
-def scan_seconds(way: Way, arch: str, *, images: int, directions: int, channels: int, steps: int, states: int) -> float:
+def scan_seconds(way: Way, gpu: str, *, images: int, directions: int, channels: int, steps: int, states: int) -> float:
     """Return the least seconds of the scans of a layer on one GPU; the arguments are those of `scan_clocks`."""
-    gpu = GPUS[arch]
     sizes = {"directions": directions, "channels": channels, "steps": steps, "states": states}
-    return scan_clocks(way, arch, images=images, **sizes) / gpu.multiprocessors / gpu.clock
+    return scan_clocks(way, gpu, images=images, **sizes) / GPUS[gpu].multiprocessors / GPUS[gpu].clock

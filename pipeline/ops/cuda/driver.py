@@ -127,34 +127,30 @@ class Driver:
             self._cuda = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise CudaError(f"the driver's library is missing: {error}") from error
-        self._function: Callable[[Program, str, int], Any] = functools.cache(self._load)
+        self._function: Callable[[Program, str, int, int], Any] = functools.cache(self._load)
+        self._properties = functools.cache(torch.cuda.get_device_properties)
 
     def shared_bytes(self, device: torch.device) -> int:
         """Implement `Device.shared_bytes`."""
-        properties = torch.cuda.get_device_properties(device)
-        return properties.shared_memory_per_multiprocessor // 2 - RESERVED_SHARED_BYTES
+        return self._properties(device).shared_memory_per_multiprocessor // 2 - RESERVED_SHARED_BYTES
 
     def resident_blocks(self, device: torch.device) -> int:
         """Implement `Device.resident_blocks`."""
-        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        return 2 * self._properties(device).multi_processor_count
 
     def launch(
         self, program: Program, kernel: str, call: Structure, blocks: int, shared_bytes: int, device: torch.device
     ) -> None:
         """Implement `Device.launch`."""
         with torch.cuda.device(device):
-            function = self._function(program, kernel, torch.cuda.current_device())
+            function = self._function(program, kernel, torch.cuda.current_device(), shared_bytes)
             stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
             arguments = (c_void_p * 1)(addressof(call))
-            if shared_bytes > 48 << 10:
-                # the largest share of the first-level memory, so that two blocks fit
-                for attribute, value in ((SHARED_BYTES_ATTRIBUTE, shared_bytes), (SHARED_SHARE_ATTRIBUTE, 100)):
-                    self._check(self._cuda.cuFuncSetAttribute(function, attribute, value))
             sizes = blocks, 1, 1, THREADS, 1, 1, shared_bytes
             self._check(self._cuda.cuLaunchKernel(function, *map(c_int, sizes), stream, arguments, None))
 
-    def _load(self, program: Program, kernel: str, index: int) -> c_void_p:
-        """Return a kernel on a device; its primary context, which torch uses, is current."""
+    def _load(self, program: Program, kernel: str, index: int, shared_bytes: int) -> c_void_p:
+        """Return a kernel on a device, allowed this much shared memory; the primary context, which torch uses, is current."""
         major, minor = torch.cuda.get_device_capability(index)
         if (major, minor) < OLDEST:
             raise CudaError(f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}")
@@ -163,6 +159,10 @@ class Driver:
         module, function = c_void_p(), c_void_p()
         self._check(self._cuda.cuModuleLoadData(byref(module), code))
         self._check(self._cuda.cuModuleGetFunction(byref(function), module, kernel.encode()))
+        if shared_bytes > 48 << 10:
+            # the largest share of the first-level memory, so that two blocks fit
+            for attribute, value in ((SHARED_BYTES_ATTRIBUTE, shared_bytes), (SHARED_SHARE_ATTRIBUTE, 100)):
+                self._check(self._cuda.cuFuncSetAttribute(function, attribute, value))
         return function
 
     def _check(self, code: int) -> None:

@@ -93,12 +93,17 @@ class CudaLibrary:
 
         partial_BC = floats(batch, groups, call.blocks, len(inputs), steps, 2, states)
         call.partial_BC = partial_BC.data_ptr()
-        wide, partials = [], []
+        # One tensor holds both directions: a sum over it costs the host less than one sum per direction.
+        partial_A, partial_D_bias = (
+            floats(len(inputs), batch, channels, states),
+            floats(2, len(inputs), batch, channels),
+        )
+        wide = []
         for k, direction in enumerate(call.direction[: len(inputs)]):
             wide.append((torch.empty_like(u), torch.empty_like(inputs[k].delta)))
-            partials.append((floats(batch, channels, states), floats(batch, channels), floats(batch, channels)))
             direction.g_u, direction.g_delta = map(strided, wide[k])
-            direction.partial_A, direction.partial_D, direction.partial_bias = map(pointer, partials[k])
+            direction.partial_A = partial_A[k].data_ptr()
+            direction.partial_D, direction.partial_bias = (each[k].data_ptr() for each in partial_D_bias)
             direction.g_p = strided(g_ps[k] if g_ps else None)
         if u.numel():
             self._launch_scan(program, "scan_backward", call, program.backward_bytes(steps), u.device)
@@ -106,18 +111,19 @@ class CudaLibrary:
             g_z.copy_(g_gate)
 
         g_BC = partial_BC.sum(2).permute(2, 4, 0, 1, 5, 3)  # (directions, B or C, Bt, G, N, L)
+        g_A, (g_D, g_bias) = partial_A.sum(1), partial_D_bias.sum(2)
         results = []
-        for k, ((g_u, g_delta), (g_A, g_D, g_bias)) in enumerate(zip(wide, partials, strict=True)):
+        for k, (g_u, g_delta) in enumerate(wide):
             shape = given.inputs[k].B.shape
             results.append(
                 ScanInputs(
                     g_u,
                     g_delta,
-                    g_A.sum(0),
+                    g_A[k],
                     g_BC[k, 0].reshape(shape),
                     g_BC[k, 1].reshape(shape),
-                    None if inputs[k].D is None else g_D.sum(0),
-                    None if inputs[k].bias is None else g_bias.sum(0),
+                    None if inputs[k].D is None else g_D[k],
+                    None if inputs[k].bias is None else g_bias[k],
                 )
             )
         return results
@@ -141,17 +147,18 @@ class CudaLibrary:
         program, call = _conv_call(x, filters, reverses)
         call.g_x = strided(g_x)
         g_outs = [g_out.to(x.dtype) for g_out in g_outs]
-        partials = []
-        for filter_, g_out in zip(call.filter, g_outs, strict=False):
-            shapes = (x.shape[0], x.shape[1], program.taps), (x.shape[0], x.shape[1])
-            partials.append([torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes])
+        sizes = len(filters), x.shape[0], x.shape[1]
+        partial_weights, partial_biases = (
+            torch.empty(shape, dtype=torch.float32, device=x.device) for shape in ((*sizes, program.taps), sizes)
+        )
+        for filter_, g_out, weight, bias in zip(call.filter, g_outs, partial_weights, partial_biases, strict=False):
             filter_.g_out = strided(g_out)
-            filter_.partial_weight, filter_.partial_bias = map(pointer, partials[-1])
+            filter_.partial_weight, filter_.partial_bias = weight.data_ptr(), bias.data_ptr()
         if x.numel():
             self._device.launch(program, "conv_backward", call, call.batch * call.blocks, 4 * 256, x.device)
+        sums = zip(filters, partial_weights.sum(1), partial_biases.sum(1), strict=True)
         return [
-            (partial_weight.sum(0).view(weight.shape), None if bias is None else partial_bias.sum(0))
-            for (weight, bias), (partial_weight, partial_bias) in zip(filters, partials, strict=True)
+            (g_weight.view(weight.shape), None if bias is None else g_bias) for (weight, bias), g_weight, g_bias in sums
         ]
 
     def _launch_scan(
@@ -186,6 +193,8 @@ def _one_dtype(problem: ScanProblem) -> ScanProblem:
     wide = {t.dtype for given in problem.inputs for t in (given.u, given.delta)}
     wide |= set() if problem.z is None else {problem.z.dtype}
     narrow = {t.dtype for given in problem.inputs for t in (given.B, given.C)}
+    if len(wide) == len(narrow) == 1:
+        return problem
     to_wide = wide.pop() if len(wide) == 1 else torch.float32
     to_narrow = narrow.pop() if len(narrow) == 1 else torch.float32
     inputs = [

@@ -145,13 +145,13 @@ def strided(tensor: Tensor | None) -> Strided:
     """
     if tensor is None:
         return Strided()
-    strides = [stride * tensor.element_size() for stride in tensor.stride()]
-    batch, group, channel, step = strides if tensor.dim() == 4 else (strides[0], 0, *strides[1:])
-    if max(channel, step) >= 2**31:
+    strides, size = tensor.stride(), tensor.element_size()
+    batch, group, channel, step = strides if len(strides) == 4 else (strides[0], 0, *strides[1:])
+    if max(channel, step) * size >= 2**31:
         raise ValueError(
-            f"the kernels take strides below 2 GiB, got {tuple(strides)} bytes; make the tensor contiguous"
+            f"the kernels take strides below 2 GiB, got {strides} elements of {size} bytes; make the tensor contiguous"
         )
-    return Strided(tensor.data_ptr(), batch, group, channel, step)
+    return Strided(tensor.data_ptr(), size * batch, size * group, size * channel, size * step)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

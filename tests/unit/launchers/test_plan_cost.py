@@ -123,7 +123,7 @@ def test_scans_of_the_plan_are_those_that_gpu_static_counts(stage: str) -> None:
     planned = computing(found, images, A100)["scans"].least
     sizes = {"images": images, "directions": layers * calls * ways, "channels": channels, "steps": steps, "states": 16}
     assert planned == pytest.approx(
-        sum(scan_seconds(way, "sm_80", **sizes) for way in ("forward", "backward")), rel=1e-9
+        sum(scan_seconds(way, "a100", **sizes) for way in ("forward", "backward")), rel=1e-9
     )
     assert found.products < found.flops
 
