@@ -3,7 +3,7 @@
 The least takes every unit at its peak: products and convolutions at the data sheet's FLOP/s, scans at the clocks that
 `benchmarks.gpu_static` has counted, memory at its bandwidth. Products and scans follow one another, so they add; what they move
 through memory can hide behind them. The likely time divides by shares of the peaks and hides nothing; of these, that of the
-scans has been measured on an H200 (docs/kernels.md). Sending adds to both, since reductions do not overlap with the backward pass.
+scans was measured on an H200 (docs/kernels.md). Sending adds to both, since reductions do not overlap with the backward pass.
 """
 
 import math
