@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,7 +222,13 @@ def _run(words: list[str]) -> int:
             f"the rest needs a GPU of compute capability 8.0 or newer: {why_none(build, driver())}"
         )
     device, gpus = torch.cuda.get_device_name(), torch.cuda.device_count()
-    found |= {"torch": build.version, "cuda": build.cuda or "", "driver": driver() or "", "gpus": gpus}
+    found |= {
+        "date": date.today().isoformat(),
+        "torch": build.version,
+        "cuda": build.cuda or "",
+        "driver": driver() or "",
+        "gpus": gpus,
+    }
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
         parts = parts_of(Path(name), device, gpus, given.only)
         if unknown := set(given.only) - {part.name for part in parts}:

@@ -152,7 +152,8 @@ def assumptions(machine: Hardware) -> list[str]:
         f" from node to node, {1e6 * machine.latency:.3g} us a collective and doubling of the ranks",
         "numbers travel as fp32; in a bf16 run a teacher's matrices travel as bf16",
         "reductions do not overlap with the backward pass",
-        "slow ranks, evaluations and saves are not counted; no likely share has been measured on a GPU",
+        "slow ranks, evaluations, saves and the host's own time are not counted; of the likely shares that of the scans has been"
+        " measured, on an H200",
         "activations are those of a forward pass on the CPU; a GPU's kernels may keep less, its allocator some 10 % more",
         f"a start loses {START_SECONDS:.0f} s before its first step, and the time between the signal and the limit",
     ]

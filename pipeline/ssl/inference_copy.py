@@ -10,6 +10,7 @@ nearly halves it: autocast rounds them so in every forward of the training, whic
 evaluation is fp32, so the driver refreshes the copy in fp32 before it.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -55,11 +56,16 @@ class InferenceCopy:
             parameters = self._trained({n: p.data for n, p in self.module.named_parameters()})
             self._gather(parameters, autocast=autocast)
         latest, averaged = dict(self.engine.module.named_buffers()), self.averaged_buffers()
+        copied: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for name, buffer in self.module.named_buffers():
             if name not in averaged:
-                buffer.copy_(latest[name])
+                copied[buffer.dtype].append((buffer, latest[name]))
             elif one_minus_alpha is not None:
                 buffer.lerp_(latest[name], one_minus_alpha.to(buffer))
+        for (
+            pairs
+        ) in copied.values():  # one call for each dtype: a kernel for each small buffer would keep the host busy
+            torch._foreach_copy_([receiver for receiver, _ in pairs], [source for _, source in pairs])
 
     def averaged_buffers(self) -> dict[str, Tensor]:
         """Return the running statistics that are averages of the student's, and so a state of their own."""

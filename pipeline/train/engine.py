@@ -177,25 +177,25 @@ class Engine:
             whole = [(shard.flat if tensors is None else tensors[shard.flat]).detach() for shard in shards]
             torch._foreach_copy_([into[shard.name] for shard in shards], whole)
             return
-        own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]).to(dtype) for shard in shards]
+        own = [shard.of(shard.flat if tensors is None else tensors[shard.flat]) for shard in shards]
         if self.replicated:
-            pieces = [torch.cat(own)]
-            layout = [[(s.name, s.start, s.numel) for s in shards]]
+            sources, places = own, [(shard.name, shard.start, shard.numel) for shard in shards]
         else:
             layout = [[shard for shard in rank if shard[0] in into] for rank in self._gathered_layout()]
             longest = max(sum(numel for *_, numel in rank) for rank in layout)
             flat = torch.zeros(longest, dtype=dtype, device=self.world.device)
             if own:
-                flat[: sum(len(o) for o in own)].copy_(torch.cat(own))
+                flat[: sum(len(o) for o in own)].copy_(torch.cat([o.to(dtype) for o in own]))
             gathered = flat.new_empty(len(layout) * longest)
             dist.all_gather_into_tensor(gathered, flat)
-            pieces = list(gathered.chunk(len(layout)))
-        with torch.no_grad():
-            for piece, rank in zip(pieces, layout, strict=True):
-                offset = 0
-                for name, start, numel in rank:
-                    into[name].view(-1)[start : start + numel].copy_(piece[offset : offset + numel])
-                    offset += numel
+            places = [place for rank in layout for place in rank]
+            sources = []
+            for row, rank in zip(gathered.chunk(len(layout)), layout, strict=True):
+                if numels := [numel for *_, numel in rank]:  # a rank may own none of these
+                    sources += row[: sum(numels)].split(numels)
+        with torch.no_grad():  # one call: a kernel for each of hundreds of small parameters would keep the host busy
+            receivers = [into[name].view(-1)[start : start + numel] for name, start, numel in places]
+            torch._foreach_copy_(receivers, sources)
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the running statistics and all else that the model saves beside its weights, equal on all ranks."""

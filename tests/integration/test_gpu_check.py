@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks import gpu_check, gpu_runs
 from benchmarks.gpu_check import Part, check, demo_runner, recipes_runner, write
+from benchmarks.gpu_page import page
 from benchmarks.gpu_runs import Runner, waits_of
 from benchmarks.gpu_scan import mixers
 from pipeline.config import load_config
@@ -108,12 +109,21 @@ def test_a_part_that_fails_stops_no_other_and_one_without_time_is_named(tmp_path
     assert list(left_out) == ["first_left_out", "second_left_out"]
     text = write(tmp_path, "NVIDIA A100-SXM4-80GB", found, problems).read_text()
     assert "- first: no luck" in text
-    assert "| number | 1.5 |" in text
     path = tmp_path / "nvidia-a100-sxm4-80gb.json"
     assert json.loads(path.read_text())["failed"] == problems
     write(tmp_path, "NVIDIA A100-SXM4-80GB", *check([Part("first", lambda: {"other": 2.5})], minutes=1))
     values = json.loads(path.read_text())
     assert (values["failed"], values["number"], values["other"]) == ({}, 1.5, 2.5)
+
+
+@pytest.mark.parametrize("path", sorted(gpu_check.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_the_pages_that_are_kept_say_what_was_found(path: Path) -> None:
+    values = json.loads(path.read_text())
+    text = path.with_suffix(".md").read_text()
+    assert text == page(values)
+    for section in ("Failures", "The scan", "Whole models", "Losses", "Waits", "Recipes", "Self-test"):
+        assert f"\n## {section}\n" in text
+    assert f"| 224 | 128 | vim_small | {values['vim_small_224_inference_ms']:.3g} |" in text
 
 
 def test_mixers_are_timed_side_by_side_and_missing_ones_are_left_out() -> None:

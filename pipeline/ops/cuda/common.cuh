@@ -41,6 +41,8 @@ __device__ inline float reciprocal(float x) {  // 1 unit in the last place
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Brings the line of p into the second-level cache; nobody waits for it.
+__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ inline unsigned short bf16_bits(float x) {
   unsigned short y;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
@@ -149,6 +151,14 @@ __device__ inline void load_window(const Column<const T>& x, int first, int step
     out[i] = 0.0f;
     if (real && unsigned(first + i) < unsigned(steps)) out[i] = LAST ? load_last(x.at(first + i)) : load(x.at(first + i));
   }
+}
+
+// Lets x of a channel from step `first` on be in the cache when it is loaded.
+template <int N, class T>
+__device__ inline void prefetch_window(const Column<const T>& x, int first, int steps) {
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    if (unsigned(first + i) < unsigned(steps)) prefetch(x.at(first + i));
 }
 
 // The weights of one channel's filter. Output t of a causal convolution sees x[t - K + 1 .. t]; in a reversed direction

@@ -135,6 +135,7 @@ inline char* address(char* base, int index, int stride) { return base + (long lo
 inline float opaque(float x) { return x; }
 inline int thread_now() { return threadIdx.x; }
 inline int uniform(int x) { return x; }
+inline void prefetch(const void*) {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline unsigned short bf16_bits(float x) {

@@ -125,6 +125,11 @@ struct Source {
         reversed(d.reversed) {
   }
 
+  __device__ void prefetch(int t, int steps) const {
+    prefetch_window<run>(delta, t, steps);
+    prefetch_window<run>(u, t, steps);
+  }
+
   // dt of the run from step t on; 0 where there is none, so that the state passes through.
   template <bool LAST>
   __device__ void step_sizes(int t, int steps, bool real, float (&dt)[run]) const {

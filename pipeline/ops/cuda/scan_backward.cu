@@ -179,6 +179,11 @@ __device__ inline void fill(const Scan& s, const Share& share, int b, int first,
       const float g = g_y[i] + (BLEND ? mix * g_o[i] : 0.0f) + (UNGATED ? g_p[i] : 0.0f);
       tile[entry(k, share.j + i, share.c)] = make_float4(dt[i], u[i], g, g_y[i]);
     }
+    if (FIRST) source.prefetch(t + T, s.steps);
+  }
+  if (FIRST) {
+    prefetch_window<run>(Column<const Wide>(s.g_o, b, 0, share.channel), t + T, s.steps);
+    if (GATE) prefetch_window<run>(Column<const Wide>(s.z, b, 0, share.channel), t + T, s.steps);
   }
 }
 

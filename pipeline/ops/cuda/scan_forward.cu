@@ -80,6 +80,7 @@ KERNEL(scan_forward, Scan) {
       source.inputs(first[k] + share.j, steps, share.real, u);
 #pragma unroll
       for (int i = 0; i < run; i++) tile[entry(k, share.j + i, share.c)] = make_float2(dt[i], u[i]);
+      source.prefetch(first[k] + share.j + (s.direction[k].reversed ? -T : T), steps);
     }
     loader.copy(loader.k ? first[1] : first[0], steps, states);
     __syncthreads();
