@@ -165,15 +165,15 @@ def test_classes_are_balanced_where_labels_are_not() -> None:
 
 def test_the_best_state_is_chosen_only_by_enough_validation_images() -> None:
     enough, fewer = (look(validation=rules.ENOUGH_VALIDATION - n) for n in (0, 1))
-    assert rules.selection(enough, 400, passes=96).value == {"select": "best", "eval_every": 20}
-    assert rules.selection(fewer, 400, passes=96).value["select"] == "last"
+    assert rules.selection("distill", enough, 400, passes=96).value == {"select": "best", "eval_every": 20}
+    assert rules.selection("distill", fewer, 400, passes=96).value["select"] == "last"
 
 
 @given(st.integers(0, 10**6), st.integers(100, 10**5), st.integers(0, 10**6), st.sampled_from(["distill", "semi"]))
 def test_validations_take_a_tenth_of_the_work_or_are_four(held_out: int, number: int, pool: int, stage: Any) -> None:
     facts = look(validation=held_out, unlabelled=pool)
     batch = rules.batch(stage, facts, gpu=False).value
-    every = rules.selection(facts, number, rules.passes(stage, facts, batch)).value["eval_every"]
+    every = rules.selection(stage, facts, number, rules.passes(stage, facts, batch)).value["eval_every"]
     models, ratio = (2, rules.UNLABELLED_RATIO if pool else 0) if stage == "semi" else (1, 0)
     step = batch * (3 * (1 + ratio) + ratio)
     assert number // every >= 4
