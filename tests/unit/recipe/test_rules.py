@@ -169,6 +169,29 @@ def test_the_best_state_is_chosen_only_by_enough_validation_images() -> None:
     assert rules.selection("distill", fewer, 400, passes=96).value["select"] == "last"
 
 
+def test_few_validation_images_protect_what_stage_3_starts_from() -> None:
+    few = look(validation=9)
+    assert rules.selection("semi", few, 400, passes=96).value["select"] == "best"
+    assert rules.selection("semi", look(validation=0), 400, passes=96).value["select"] == "last"
+
+
+def test_labels_are_guessed_where_most_classes_have_one_or_two_and_the_pool_can_be_read() -> None:
+    one = look(labelled=(1, 1, 2, 9), unlabelled=500)
+    assert rules.guess(one)
+    assert rules.batch("distill", one, gpu=False).value == 16
+    assert rules.epoch_limit("distill", one, 16) > rules.epoch_limit(
+        "distill", look(labelled=(3, 3, 3, 4), unlabelled=500), 16
+    )
+    for other in (
+        look(labelled=(3, 3, 3, 9), unlabelled=500),
+        look(labelled=(1, 1, 1), unlabelled=0),
+        look(labelled=(1, 1, 1), unlabelled=rules.MOST_GUESSED + 1),
+        look(labelled=(1,), unlabelled=500),
+    ):
+        assert not rules.guess(other)
+        assert rules.batch("distill", other, gpu=False).value == 32
+
+
 @given(st.integers(0, 10**6), st.integers(100, 10**5), st.integers(0, 10**6), st.sampled_from(["distill", "semi"]))
 def test_validations_take_a_tenth_of_the_work_or_are_four(held_out: int, number: int, pool: int, stage: Any) -> None:
     facts = look(validation=held_out, unlabelled=pool)
