@@ -19,7 +19,7 @@ EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}
 ENOUGH_STEPS = 1000  # steps of stage 2 from which a larger network learns more than a smaller one with more steps
 LEAST_STEPS, MOST_STEPS = 100, 100_000
 UNLABELLED_RATIO = 4
-FEW_LABELS = 2  # labels per class (the median of the classes) up to which guessed labels help stage 2
+FEW_LABELS = 4  # labels per class (the median of the classes) up to which guessed labels help stage 2
 GUESS_RATIO = 3
 MOST_GUESSED = 20_000  # unlabelled images up to which a simple learner reads all pixels in a minute or two
 
@@ -209,7 +209,7 @@ def sampling(look: Look) -> Choice:
 def guess(look: Look) -> bool:
     """Whether stage 2 also learns from labels that a simple learner guesses for the unlabelled images (docs/recipe.md).
 
-    It pays where a network learns less from the labels than such a learner: with one or two per class.
+    It pays where a network learns little from the labels alone: with up to four per class.
     """
     present = [count for count in look.labelled if count]
     few = bool(present) and statistics.median(present) <= FEW_LABELS

@@ -175,15 +175,15 @@ def test_few_validation_images_protect_what_stage_3_starts_from() -> None:
     assert rules.selection("semi", look(validation=0), 400, passes=96).value["select"] == "last"
 
 
-def test_labels_are_guessed_where_most_classes_have_one_or_two_and_the_pool_can_be_read() -> None:
-    one = look(labelled=(1, 1, 2, 9), unlabelled=500)
+def test_labels_are_guessed_where_most_classes_have_few_and_the_pool_can_be_read() -> None:
+    one = look(labelled=(1, 1, 4, 9), unlabelled=500)
     assert rules.guess(one)
     assert rules.batch("distill", one, gpu=False).value == 16
     assert rules.epoch_limit("distill", one, 16) > rules.epoch_limit(
-        "distill", look(labelled=(3, 3, 3, 4), unlabelled=500), 16
+        "distill", look(labelled=(5, 5, 5, 6), unlabelled=500), 16
     )
     for other in (
-        look(labelled=(3, 3, 3, 9), unlabelled=500),
+        look(labelled=(5, 5, 5, 9), unlabelled=500),
         look(labelled=(1, 1, 1), unlabelled=0),
         look(labelled=(1, 1, 1), unlabelled=rules.MOST_GUESSED + 1),
         look(labelled=(1,), unlabelled=500),
@@ -197,8 +197,9 @@ def test_validations_take_a_tenth_of_the_work_or_are_four(held_out: int, number:
     facts = look(validation=held_out, unlabelled=pool)
     batch = rules.batch(stage, facts, gpu=False).value
     every = rules.selection(stage, facts, number, rules.passes(stage, facts, batch)).value["eval_every"]
-    models, ratio = (2, rules.UNLABELLED_RATIO if pool else 0) if stage == "semi" else (1, 0)
-    step = batch * (3 * (1 + ratio) + ratio)
+    models, inferred = (2, rules.UNLABELLED_RATIO if pool else 0) if stage == "semi" else (1, 0)
+    more = inferred if stage == "semi" else rules.GUESS_RATIO if rules.guess(facts) else 0
+    step = batch * (3 * (1 + more) + inferred)
     assert number // every >= 4
     assert models * held_out <= rules.VALIDATING * every * step or every == number // 4
     assert every >= number // 20
