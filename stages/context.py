@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -176,7 +177,7 @@ class StageContext(Generic[C]):
     def _parent_model(self, role: str) -> FamilyConfig:
         return self.ancestry.card(role).model
 
-    def loaders(self, views: Mapping[str, View]) -> dict[str, Loader]:
+    def loaders(self, views: Mapping[str, View], guesses: np.ndarray | None = None) -> dict[str, Loader]:
         """Open the streams of the spec.
 
         All streams share the seed; their orders differ, because their samples do. A stream without labels is sampled
@@ -184,6 +185,7 @@ class StageContext(Generic[C]):
 
         Args:
             views: The transform of each stream's images. Streams that the stage does not have are ignored.
+            guesses: What streams give in place of hidden labels; None = -1.
         """
         readers = self.config.virtual_readers(len(stream.sample_indices) for stream in self.streams.values())
         config = self.config.data.loader.model_copy(update={"virtual_readers": readers})
@@ -198,6 +200,7 @@ class StageContext(Generic[C]):
                 views=views[name],
                 config=config.model_copy(update={"sampling": "uniform"}) if stream.hide_labels else config,
                 hide_labels=stream.hide_labels,
+                guesses=guesses,
                 quarantine=self.run.folder / "quarantine.jsonl",
                 device=self.world.device,
             )

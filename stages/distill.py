@@ -9,9 +9,11 @@ Input: labelled shards; an export, a file of weights or nothing; a teacher or no
 import logging
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.evaluate.guesses import guess_labels
 from pipeline.exports.card import Preprocessing
 from pipeline.exports.prediction_cache import PredictionCache
 from pipeline.exports.teacher_input import TeacherInput
@@ -30,9 +32,11 @@ from pipeline.ssl.teacher import Teacher
 from pipeline.streaming.loader import Batch
 from pipeline.streaming.mixup import mix_at_random
 from pipeline.streaming.transforms import train_views
+from pipeline.train.distributed import from_main
 from pipeline.train.engine import Engine
 from pipeline.train.task import Mean, StepOutput, Task, mean_of
-from stages.configs.distill import DistillConfig, TeacherConfig, teacher_size
+from stages.configs.distill import DistillConfig
+from stages.configs.teacher import GuessConfig, TeacherConfig, teacher_size
 from stages.context import StageContext
 from stages.drivers import Prepared
 from stages.handover import export
@@ -43,7 +47,7 @@ FrozenTeacher = Callable[[Tensor], Tensor]
 
 
 class DistillTask(Task):
-    """Cross-entropy with the labels, with a frozen teacher's outputs, and with the average's (MESA).
+    """Cross-entropy with the labels, with guessed ones, with a frozen teacher's outputs, and with the average's (MESA).
 
     Args:
         engine: The student under training.
@@ -74,7 +78,7 @@ class DistillTask(Task):
         self.mesa_from = int(config.mesa.start * mesa_steps) if config.mesa else None
 
     def loss(self, model: nn.Module, batch: Mapping[str, Batch]) -> StepOutput:
-        """Return the loss of a micro-batch; images of `unlabelled` learn from the frozen teacher only."""
+        """Return the loss of a micro-batch; images of `unlabelled` learn from guesses or the frozen teacher only."""
         c, labelled = self.config, batch["labelled"]
         truth = one_hot(labelled.labels, self.num_classes)
         images, targets = mix_at_random(
@@ -84,9 +88,14 @@ class DistillTask(Task):
             images = torch.cat([images, batch["unlabelled"].images])
         output = model(images)
         logits, distilled = output if isinstance(output, tuple) else (output, output)
-        logits = logits[: len(targets)]  # unlabelled images learn from the frozen teacher only
+        logits, of_unlabelled = logits[: len(targets)], logits[len(targets) :]
         loss = weigh(soft_cross_entropy(logits, targets, c.label_smoothing), targets, self.weights).mean()
         metrics = {"train/top1": mean_of(100.0 * (logits.argmax(-1) == labelled.labels))}
+        if c.guess is not None:
+            guessed = one_hot(batch["unlabelled"].labels, self.num_classes)
+            taught = soft_cross_entropy(of_unlabelled, guessed, c.label_smoothing).mean()
+            loss = (1 - c.guess.weight) * loss + c.guess.weight * taught
+            metrics["train/guess_loss"] = Mean(taught.detach(), 1.0)
         if self.frozen_teacher is not None and c.teacher is not None:
             with torch.no_grad():
                 teacher_logits = self.frozen_teacher(images)
@@ -135,6 +144,7 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
     flops = s.flops(built, size)
     if config.teacher and hasattr(model, "set_distilled_training"):
         model.set_distilled_training()  # type: ignore[operator] # its second heads are the teacher's
+    guesses = guessed(s, config.guess) if config.guess else None
     views = train_views(size, config.augment, mean=config.data.mean, std=config.data.std, decoding=config.data.decoding)
 
     def models() -> dict[str, nn.Module]:
@@ -160,7 +170,18 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
         finish=finish,
         backbone=config.backbone,
         starts_trained=bool(config.init_from or config.weights) and not new,
+        guesses=guesses,
     )
+
+
+def guessed(s: StageContext[DistillConfig], config: GuessConfig) -> np.ndarray:
+    """Let rank 0 guess the labels of the unlabelled images, and return those of all samples on every rank."""
+    samples = s.subsets.labelled, s.subsets.unlabelled, s.data.held_out
+    decoding = s.config.data.decoding
+    found = guess_labels(s.manifest, *samples, config.learner, decoding=decoding).labels if s.world.is_main else None
+    labels = from_main(found, s.world)
+    assert labels is not None
+    return labels
 
 
 def frozen_teacher(s: StageContext[DistillConfig], config: TeacherConfig, student: FamilyConfig) -> TeacherInput:

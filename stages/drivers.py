@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 from torch import nn
 
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
@@ -52,6 +53,7 @@ class Prepared(Generic[T]):
         finish: Called by all ranks after the last step; evaluates and exports.
         backbone: Which part of the model trains, and whether the features of the rest are cached.
         starts_trained: Whether every weight comes from a trained model, the head's too.
+        guesses: Labels of all samples of the manifest, which streams give in place of hidden ones.
     """
 
     model: nn.Module
@@ -63,6 +65,7 @@ class Prepared(Generic[T]):
     finish: Callable[[T], None]
     backbone: BackboneConfig = WHOLE
     starts_trained: bool = False
+    guesses: np.ndarray | None = None
 
 
 def train(config: StageConfig) -> None:
@@ -103,7 +106,7 @@ def replay(config: StageConfig, asked: Replay) -> str:
 def open_stage(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
     """Let the stage prepare, open engine and streams, and put the training together; `fit` can drive the training."""
     prepared: Prepared[Any] = importlib.import_module(spec_of(s.config).module).prepare(s)
-    streams = s.loaders(prepared.views)
+    streams = s.loaders(prepared.views, prepared.guesses)
     loop = s.config.loop
     recorder = Recorder(loop.log_every)
     if s.world.size > 1 and s.config.engine.sync_batch_norm:
@@ -135,6 +138,7 @@ def open_stage(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),
         flops=prepared.flops * loop.global_batch,
         starts_trained=prepared.starts_trained,
+        validated=len(s.data.held_out.sample_indices),
     )
     return prepared, training, task
 

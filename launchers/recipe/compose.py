@@ -61,9 +61,11 @@ def compose(
         supervised = stage != "arm"
         own = dict(data) if supervised else {k: v for k, v in data.items() if k != "test"}
         number, size = steps[stage].value, rules.batch(stage, look, gpu)
-        rate = networks.learning_rate(chosen_family, stage, size.value, width, number)
+        guessed = stage == "distill" and rules.guess(look)
+        # Half of a step's loss is that of guessed labels, so a step counts as one of twice the labelled images.
+        rate = networks.learning_rate(chosen_family, stage, size.value * (2 if guessed else 1), width, number)
         work = rules.passes(stage, look, size.value)
-        chosen = rules.selection(look, number, work) if supervised else rules.pretraining_selection(look, number)
+        chosen = rules.selection(stage, look, number, work) if supervised else rules.pretraining_selection(look, number)
         values: dict[str, Any] = {"run": {"experiment": name}}
         reasons: dict[str, tuple[str, ...]] = {}
         if stage == "semi" or (stage == "distill" and mamba):
@@ -79,6 +81,11 @@ def compose(
         if stage == "distill":
             values["model"] = network.value | ({"cls_token": "none", "pool": "mean"} if mamba else {})
             values["augment"] = augment["plain"].value
+        if guessed:
+            values["guess"] = {"ratio": rules.GUESS_RATIO}
+            reasons["guess"] = (
+                f"Most classes have at most {rules.FEW_LABELS} labels: a simple learner first guesses those of the other images.",
+            )
         if stage == "semi":
             values |= {"weak": augment["weak"].value, "strong": augment["strong"].value}
             values["labelled"] = augment["plain"].value

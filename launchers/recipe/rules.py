@@ -5,6 +5,7 @@ and otherwise ours; the person edits the file that is written. A rule sees no te
 """
 
 import math
+import statistics
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}
 ENOUGH_STEPS = 1000  # steps of stage 2 from which a larger network learns more than a smaller one with more steps
 LEAST_STEPS, MOST_STEPS = 100, 100_000
 UNLABELLED_RATIO = 4
+FEW_LABELS = 4  # labels per class (the median of the classes) up to which guessed labels help stage 2
+GUESS_RATIO = 3
+MOST_GUESSED = 20_000  # unlabelled images up to which a simple learner reads all pixels in a minute or two
 
 FIXED_SECONDS = 60.0  # starts of three stages, exports, report
 USABLE = 0.85  # share of the rest that goes to steps; the others are validations and saves
@@ -45,18 +49,23 @@ def batch(stage: Stage, look: Look, gpu: bool) -> Choice:
     """Choose the global batch: that of the stage; in stage 1 it is halved until the images fill it.
 
     Few labels do not make the batch smaller: each image then occurs several times, in views of its own, and batch
-    statistics need the number.
+    statistics need the number. Images with guessed labels take the place of half of the labelled ones.
     """
     wanted = value = BATCHES[stage][gpu]
+    if stage == "distill" and guess(look):
+        return Choice(value // 2, f"batch {value // 2}, and {GUESS_RATIO} images with guessed labels for each")
     while stage == "arm" and value > max(8, look.images):
         value //= 2
     return Choice(value, f"batch {value}" + (f": only {look.images} images" if value < wanted else ""))
 
 
 def shares(look: Look, among: Collection[Stage]) -> dict[Stage, float]:
-    """Divide the time among the stages; the more of the images are unlabelled, the more goes to stages 1 and 3."""
+    """Divide the time among the stages; the more of the images are unlabelled, the more goes to stages 1 and 3.
+
+    With guessed labels stage 2 learns from the unlabelled images too, and gets what stage 3 would get.
+    """
     unlabelled = look.unlabelled / (look.unlabelled + look.labels)
-    arm, semi = 0.25 + 0.15 * unlabelled, 0.3 + 0.15 * unlabelled
+    arm, semi = 0.25 + 0.15 * unlabelled, 0.3 + (0 if guess(look) else 0.15 * unlabelled)
     found: dict[Stage, float] = {"arm": arm, "distill": 1 - arm - semi, "semi": semi}
     total = sum(found[stage] for stage in among)
     return {stage: found[stage] / total for stage in among}
@@ -66,7 +75,7 @@ def epoch_limit(stage: Stage, look: Look, global_batch: int) -> int:
     """Count the steps of the most epochs of a stage; more would repeat the images too often to pay."""
     images = {
         "arm": look.images / global_batch,
-        "distill": look.labels / global_batch,
+        "distill": max(look.labels, look.unlabelled / GUESS_RATIO if guess(look) else 0) / global_batch,
         "semi": max(look.labels / global_batch, look.unlabelled / (UNLABELLED_RATIO * global_batch)),
     }[stage]
     return round(min(MOST_STEPS, max(3 * LEAST_STEPS, EPOCHS[stage] * images)))
@@ -197,13 +206,25 @@ def sampling(look: Look) -> Choice:
     return Choice("class_balanced", f"the largest class has {look.imbalance:.0f} times the labels of the smallest")
 
 
-def selection(look: Look, number: int, passes: float) -> Choice:
+def guess(look: Look) -> bool:
+    """Whether stage 2 also learns from labels that a simple learner guesses for the unlabelled images (docs/recipe.md).
+
+    It pays where a network learns little from the labels alone: with up to four per class.
+    """
+    present = [count for count in look.labelled if count]
+    few = bool(present) and statistics.median(present) <= FEW_LABELS
+    return few and len(present) > 1 and look.labels <= look.unlabelled <= MOST_GUESSED
+
+
+def selection(stage: Stage, look: Look, number: int, passes: float) -> Choice:
     """Choose which state is exported, and how often it is validated: about twenty times in a run.
 
     Many validation images for few steps make it rarer, so that validations take at most VALIDATING of the steps' work, but
-    not fewer than four.
+    not fewer than four. Few images cannot choose among the states of a run; in stage 3 they can still keep a run that only
+    loses accuracy from being exported, since what it starts from stays unless a state is better by a standard error.
 
     Args:
+        stage: Stage 2 or 3.
         look: The images.
         number: Steps of the run.
         passes: Work of a step for each model that is validated, in forward passes of an image.
@@ -212,6 +233,9 @@ def selection(look: Look, number: int, passes: float) -> Choice:
     every = max(1, min(max(number // 20, costly), number // 4))
     if look.validation >= ENOUGH_VALIDATION:
         why = f"{look.validation} validation images choose the best of about {number // every} states"
+        return Choice({"select": "best", "eval_every": every}, why)
+    if stage == "semi" and look.validation:
+        why = f"{look.validation} validation images tell whether a state is better than stage 2's by a standard error"
         return Choice({"select": "best", "eval_every": every}, why)
     return Choice(
         {"select": "last", "eval_every": every},
@@ -225,7 +249,7 @@ def passes(stage: Stage, look: Look, global_batch: int) -> float:
     In stage 3 the teacher passes over each unlabelled image too, and both models are validated.
     """
     if stage != "semi":
-        return 3 * global_batch
+        return 3 * global_batch * (1 + GUESS_RATIO if stage == "distill" and guess(look) else 1)
     ratio = UNLABELLED_RATIO if look.unlabelled else 0
     return (3 * (1 + ratio) + ratio) * global_batch / 2
 

@@ -227,7 +227,8 @@ def _data(order: Order) -> dict[str, Any]:
 def _drawn(values: dict[str, Any]) -> _Views:
     """Return the augmentations of a step with their views per sample of the first stream."""
     if "augment" in values:
-        return [(AugmentConfig.model_validate(values["augment"]), 1)]
+        guessed = values.get("guess", {}).get("ratio", 0)
+        return [(AugmentConfig.model_validate(values["augment"]), 1 + guessed)]
     ratio = values.get("unlabelled_ratio", 0)
     counts = {"labelled": 1, "weak": ratio, "strong": ratio}
     return [(AugmentConfig.model_validate(values[key]), number) for key, number in counts.items() if number]
@@ -241,7 +242,8 @@ def _file(order: Order, stage: Stage, draft: Draft) -> str:
     pretrained = " of stage 1's backbone" if "init_from" in draft.values else ""
     title = {
         "arm": "Stage 1: ARM pretraining of a Vision Mamba on all images; it reads no labels.",
-        "distill": f"Stage 2: supervised training{pretrained} on the labelled images.",
+        "distill": f"Stage 2: supervised training{pretrained} on the labelled images"
+        + (", and on guessed labels of the others." if "guess" in draft.values else "."),
         "semi": "Stage 3: semi-supervised fine-tuning of stage 2's model, with a teacher (Semi-ViM).",
     }[stage]
     given = {"split": order.split, "validation": order.validation, "test": order.test, "budget": order.budget}

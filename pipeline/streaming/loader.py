@@ -47,7 +47,8 @@ class Loader:
         seed: Seed of the order and of the views.
         views: Makes the views of one image.
         config: How the stream is ordered and read. Without `virtual_readers` they are derived for this stream alone.
-        hide_labels: Give -1 as every label.
+        hide_labels: Give -1 as every label, or what `guesses` has.
+        guesses: Labels (n,) of all samples of the manifest, in place of hidden ones.
         quarantine: File to append undecodable samples to, one JSON object a line; None = only log them.
         device: Where the batches are needed.
 
@@ -69,6 +70,7 @@ class Loader:
         views: View,
         config: LoaderConfig,
         hide_labels: bool = False,
+        guesses: np.ndarray | None = None,
         quarantine: Path | None = None,
         device: torch.device = CPU,
     ) -> None:
@@ -101,7 +103,7 @@ class Loader:
         self._readers = readers_of_rank(num_readers, rank, world_size)
         reader = Reader(manifest, sample_indices, runs, config.remote)
         self._source = TrainBatches(manifest, views, reader, order, self._readers)
-        self._labels = None if hide_labels else manifest.labels
+        self._labels = guesses if hide_labels else manifest.labels
         self._quarantine = Quarantine(
             manifest, quarantine, int(config.max_unreadable * len(sample_indices) / world_size)
         )

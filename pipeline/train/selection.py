@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.evaluate.chance import standard_error
+
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -28,20 +30,24 @@ class Selection(BaseModel):
     seen: Count = 0
     waited: Count = 0
 
-    def see(self, step: int, row: Mapping[str, float], criteria: Mapping[str, int]) -> bool:
+    def see(self, step: int, row: Mapping[str, float], criteria: Mapping[str, int], images: int = 0) -> bool:
         """Compare a validation with the best one; the first of two equal ones stays the best.
+
+        The best of many validations on few images owes much to chance. So a trained start (step 0) keeps its place unless a
+        later state is better by more than one standard error of its accuracy. This is ours.
 
         Args:
             step: Optimizer steps so far.
             row: The validation's numbers.
-            criteria: Names in `row`, most important first -> 1 if larger is better, -1 if smaller is.
+            criteria: Names in `row`, most important first -> 1 if larger is better, -1 if smaller is. One of 1 is in percent.
+            images: How many images were validated; 0 = a start is a state like all others.
 
         Returns:
             Whether it is the best so far. One that is not finite never is.
         """
         found = {name: float(row[name]) for name in criteria}
         finite = all(map(math.isfinite, found.values()))
-        better = finite and (not self.best or _order(found, criteria) > _order(self.best, criteria))
+        better = finite and (not self.best or _order(found, criteria) > self._bar(criteria, images))
         self.seen += 1
         self.waited = 0 if better else self.waited + 1
         if finite:
@@ -49,6 +55,13 @@ class Selection(BaseModel):
         if better:
             self.step, self.best = step, found
         return better
+
+    def _bar(self, criteria: Mapping[str, int], images: int) -> list[float]:
+        """Return what the next best must exceed."""
+        bar = _order(self.best, criteria)
+        if self.step == 0 and images and next(iter(criteria.values())) == 1:
+            bar[0] += standard_error(bar[0], images)
+        return bar
 
 
 def _order(found: Mapping[str, float], criteria: Mapping[str, int]) -> list[float]:

@@ -1,83 +1,20 @@
 """Stage 2, distill: the config and the spec of supervised training with or without a teacher (torch-free)."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import FREE, PathText, PositiveInt, Strict
+from pipeline.config import FREE, PathText, Strict
 from pipeline.errors import ConfigError, HandoverError
-from pipeline.exports.card import Channels, Spreads
 from pipeline.exports.prefetch import missing_weights
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.models.config import TIMM_PREFIX, ModelConfig, TimmConfig
 from pipeline.models.family import FamilyConfig
 from pipeline.streaming.config import AugmentConfig
 from stages.configs.base import ClassWeightsConfig, StageConfig, refuse_two_corrections
+from stages.configs.teacher import GuessConfig, TeacherConfig, teacher_size
 from stages.spec import Network, ParentModel, StageSpec, Stream, Subsets, Workload
-
-
-class TeacherConfig(Strict):
-    """A frozen network whose predictions the student also learns from: an export of ours, or a timm model."""
-
-    export: PathText | None = Field(
-        None, description="an export's folder, or the name of a stage of the same experiment", json_schema_extra=FREE
-    )
-    timm: PathText | None = Field(None, description="name of a timm model, for example regnety_160.deit_in1k")
-    weights: Path | None = Field(
-        None,
-        description="weights file of the timm model (safetensors or a plain state dict); nothing is downloaded",
-        json_schema_extra=FREE,
-    )
-    mean: Channels | None = Field(
-        None,
-        description="mean of red, green and blue, in [0, 1], of the images that the timm model was trained on; null = timm's"
-        " own value for it",
-    )
-    std: Spreads | None = Field(
-        None, description="standard deviation of these images; null = timm's own value for the model"
-    )
-    image_size: tuple[PositiveInt, PositiveInt] | None = Field(
-        None,
-        description="(height, width) in pixels of these images; null = timm's own value for the model. The teacher sees the"
-        " student's images resized to it",
-    )
-    kind: Literal["hard", "soft"] = Field(
-        "hard",
-        description="targets: the teacher's most likely class (DeiT), or its softened distribution (Hinton et al.)",
-    )
-    weight: float = Field(
-        0.5, ge=0, le=1, description="share of the teacher's loss; the loss on the labels has the rest"
-    )
-    temperature: float = Field(1.0, gt=0, le=1e6, description="temperature of soft targets")
-    unlabelled_ratio: int = Field(
-        0,
-        ge=0,
-        le=1024,
-        description="unlabelled images per labelled image in a step, taken from the unlabelled subset; only the teacher gives"
-        " them targets",
-    )
-    cache: Path | None = Field(
-        None,
-        description="folder that keeps the teacher's predictions by view, so that a second run need not compute them",
-        json_schema_extra=FREE,
-    )
-    cache_gb: float = Field(
-        50.0, gt=0, le=10**9, description="largest size of teacher.cache in GB (10^9 bytes)", json_schema_extra=FREE
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.export is None) == (self.timm is None):
-            raise ValueError("give exactly one of teacher.export and teacher.timm")
-        if (self.timm is None) != (self.weights is None):
-            raise ValueError("teacher.timm and teacher.weights belong together: give the path of the weights file")
-        if self.timm is None and (self.mean or self.std or self.image_size):
-            raise ValueError(
-                "teacher.mean, teacher.std and teacher.image_size are for teacher.timm; an export states its own, so leave"
-                " them out"
-            )
-        return self
 
 
 class AverageConfig(Strict):
@@ -128,6 +65,9 @@ class DistillConfig(StageConfig):
     weights: WeightsConfig | None = Field(None, description="file of weights from outside, in place of init_from")
     backbone: BackboneConfig = Field(WHOLE, description="which part of the model trains")
     teacher: TeacherConfig | None = Field(None, description="the distillation teacher; null = none")
+    guess: GuessConfig | None = Field(
+        None, description="guessed labels for the unlabelled images, for very few labels; null = none"
+    )
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of training images")
     mix: MixConfig = Field(MixConfig(), description="mixing of labelled images")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of a label that is spread over all classes")
@@ -173,6 +113,15 @@ class DistillConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _one_source_for_unlabelled(self) -> Self:
+        if self.guess and self.teacher and self.teacher.unlabelled_ratio:
+            raise ValueError(
+                "guess and teacher.unlabelled_ratio both give targets to the unlabelled images; set guess=null or"
+                " teacher.unlabelled_ratio=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_correction(self) -> Self:
         balanced = self.data.loader.sampling == "class_balanced"
         refuse_two_corrections({"class_weights": self.class_weights, "data.loader.sampling=class_balanced": balanced})
@@ -180,10 +129,10 @@ class DistillConfig(StageConfig):
 
     @model_validator(mode="after")
     def _cached(self) -> Self:
-        if self.backbone.cached_views and (self.mix.mixup or self.mix.cutmix or self.teacher):
+        if self.backbone.cached_views and (self.mix.mixup or self.mix.cutmix or self.teacher or self.guess):
             raise ValueError(
-                f"backbone.cached_views={self.backbone.cached_views} trains on features, but mix and teacher need images; set"
-                " mix={} and teacher=null, or cached_views=0"
+                f"backbone.cached_views={self.backbone.cached_views} trains on features of the labelled images, but mix, teacher"
+                " and guess need others; set mix={}, teacher=null and guess=null, or cached_views=0"
             )
         return self
 
@@ -208,14 +157,14 @@ class DistillConfig(StageConfig):
 
 
 class DistillSpec(StageSpec[DistillConfig]):
-    """Stage 2 trains any model on labelled images, and on unlabelled ones if it has a teacher for them."""
+    """Stage 2 trains any model on labelled images, and on unlabelled ones if it has a teacher or guesses for them."""
 
     config = DistillConfig
     module = "stages.distill"
     produces = "classifier"
 
     def streams(self, config: DistillConfig, subsets: Subsets) -> dict[str, Stream]:
-        """The labelled images; and unlabelled ones, if `teacher.unlabelled_ratio` asks for them."""
+        """The labelled images; and unlabelled ones, if `teacher.unlabelled_ratio` or `guess` asks for them."""
         batch = config.loop.global_batch
         streams = {"labelled": Stream(subsets.labelled, batch)}
         if ratio := _unlabelled_ratio(config):
@@ -302,18 +251,7 @@ class DistillSpec(StageSpec[DistillConfig]):
 
 
 def _unlabelled_ratio(config: DistillConfig) -> int:
-    return config.teacher.unlabelled_ratio if config.teacher else 0
-
-
-def teacher_size(teacher: TeacherConfig, student: FamilyConfig) -> tuple[int, int]:
-    """Return the size of the images that a timm teacher sees: as given, or timm's, or else the student's.
-
-    timm, and with it torch, is imported here: only a run or a plan asks.
-    """
-    from pipeline.exports.timm_teacher import timm_input
-
-    known = None if teacher.image_size or not teacher.timm else timm_input(teacher.timm)
-    return teacher.image_size or (known.image_size if known else student.image_size)
+    return config.guess.ratio if config.guess else config.teacher.unlabelled_ratio if config.teacher else 0
 
 
 def with_timm_input(values: dict[str, Any]) -> dict[str, Any]:

@@ -143,6 +143,21 @@ def test_a_teacher_may_give_targets_to_unlabelled_images(chain: Stages) -> None:
     assert "there are no unlabelled samples in" in refused.stderr
 
 
+def test_guessed_labels_teach_alike_on_one_process_and_on_two(chain: Stages) -> None:
+    """Rank 0 guesses; hidden labels stay hidden, so a pool with other true labels gives the same losses."""
+    more = ["guess={ratio: 2}", *parents(chain, "distill")]
+    alone = chain.complete("distill", "run.experiment=guess1", *more)
+    together = chain.complete("distill", "run.experiment=guess2", *more, nproc=2)
+    assert losses(together) == pytest.approx(losses(alone), rel=2e-4)
+    rows = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    taught = [row["train/guess_loss"] for row in rows if "train/guess_loss" in row]
+    assert len(taught) == 8
+    assert taught[-1] < taught[0]
+    done = chain.run("distill", "run.experiment=guess3", *more, "data.split=null")
+    assert done.returncode == 2
+    assert "unlabelled" in done.stderr
+
+
 def test_a_resnet_of_timm_from_scratch_goes_through_both_stages_as_fixmatch(chain: Stages) -> None:
     """The student labels its own weak views; the average, batch norms' statistics included, is what stage 3 exports."""
     name = "run.experiment=fixmatch-resnet"

@@ -165,17 +165,41 @@ def test_classes_are_balanced_where_labels_are_not() -> None:
 
 def test_the_best_state_is_chosen_only_by_enough_validation_images() -> None:
     enough, fewer = (look(validation=rules.ENOUGH_VALIDATION - n) for n in (0, 1))
-    assert rules.selection(enough, 400, passes=96).value == {"select": "best", "eval_every": 20}
-    assert rules.selection(fewer, 400, passes=96).value["select"] == "last"
+    assert rules.selection("distill", enough, 400, passes=96).value == {"select": "best", "eval_every": 20}
+    assert rules.selection("distill", fewer, 400, passes=96).value["select"] == "last"
+
+
+def test_few_validation_images_protect_what_stage_3_starts_from() -> None:
+    few = look(validation=9)
+    assert rules.selection("semi", few, 400, passes=96).value["select"] == "best"
+    assert rules.selection("semi", look(validation=0), 400, passes=96).value["select"] == "last"
+
+
+def test_labels_are_guessed_where_most_classes_have_few_and_the_pool_can_be_read() -> None:
+    one = look(labelled=(1, 1, 4, 9), unlabelled=500)
+    assert rules.guess(one)
+    assert rules.batch("distill", one, gpu=False).value == 16
+    assert rules.epoch_limit("distill", one, 16) > rules.epoch_limit(
+        "distill", look(labelled=(5, 5, 5, 6), unlabelled=500), 16
+    )
+    for other in (
+        look(labelled=(5, 5, 5, 9), unlabelled=500),
+        look(labelled=(1, 1, 1), unlabelled=0),
+        look(labelled=(1, 1, 1), unlabelled=rules.MOST_GUESSED + 1),
+        look(labelled=(1,), unlabelled=500),
+    ):
+        assert not rules.guess(other)
+        assert rules.batch("distill", other, gpu=False).value == 32
 
 
 @given(st.integers(0, 10**6), st.integers(100, 10**5), st.integers(0, 10**6), st.sampled_from(["distill", "semi"]))
 def test_validations_take_a_tenth_of_the_work_or_are_four(held_out: int, number: int, pool: int, stage: Any) -> None:
     facts = look(validation=held_out, unlabelled=pool)
     batch = rules.batch(stage, facts, gpu=False).value
-    every = rules.selection(facts, number, rules.passes(stage, facts, batch)).value["eval_every"]
-    models, ratio = (2, rules.UNLABELLED_RATIO if pool else 0) if stage == "semi" else (1, 0)
-    step = batch * (3 * (1 + ratio) + ratio)
+    every = rules.selection(stage, facts, number, rules.passes(stage, facts, batch)).value["eval_every"]
+    models, inferred = (2, rules.UNLABELLED_RATIO if pool else 0) if stage == "semi" else (1, 0)
+    more = inferred if stage == "semi" else rules.GUESS_RATIO if rules.guess(facts) else 0
+    step = batch * (3 * (1 + more) + inferred)
     assert number // every >= 4
     assert models * held_out <= rules.VALIDATING * every * step or every == number // 4
     assert every >= number // 20

@@ -25,6 +25,30 @@ def test_the_best_is_the_first_of_the_largest_finite_ones(found: list[tuple[floa
     assert selection.waited == len(found) + step
 
 
+@given(st.integers(0, 200), st.integers(1, 200), st.integers(0, 200))
+def test_a_trained_start_stays_unless_a_state_is_better_by_a_standard_error(right: int, images: int, more: int) -> None:
+    """Among later states the best one counts, however little better it is."""
+    start, later = (100 * min(count, images) / images for count in (right, right + more))
+    selection = Selection()
+    selection.see(0, {"val/top1": start, "val/nll": 1.0}, CRITERIA, images)
+    share = start / 100
+    error = 100 * math.sqrt(max(share * (1 - share), 0.0) / images)
+    took = selection.see(1, {"val/top1": later, "val/nll": 1.0}, CRITERIA, images)
+    if later <= start + error - 1e-9:
+        assert not took
+    if later > start + 1.5 * error + 100 / images:
+        assert took
+    if took:
+        assert selection.see(2, {"val/top1": later + 1e-3, "val/nll": 1.0}, CRITERIA, images)
+    assert Selection().see(0, {"val/top1": start, "val/nll": 1.0}, CRITERIA, images)
+
+
+def test_where_a_loss_is_compared_every_better_state_is_taken() -> None:
+    selection = Selection()
+    selection.see(0, {"val/loss": 0.5}, {"val/loss": -1}, 10)
+    assert selection.see(1, {"val/loss": 0.4999}, {"val/loss": -1}, 10)
+
+
 def test_it_survives_its_json() -> None:
     selection = Selection()
     selection.see(5, {"val/loss": 0.25}, {"val/loss": -1})

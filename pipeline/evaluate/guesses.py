@@ -1,0 +1,115 @@
+"""First labels for unlabelled images: those of a simple learner on pixels.
+
+With one label per class a network from random weights learns little, and less than a nearest neighbour or label spreading
+(Zhou et al. 2004) does on some images. Its later pseudo-labels cannot be better than what it has learnt. So a simple learner
+may label the unlabelled images once, before the training. This is ours; docs/recipe.md has what it brings.
+"""
+
+import itertools
+import logging
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.datasets.manifest import Manifest
+from pipeline.decoding import DEFAULT, Decoding
+from pipeline.evaluate.baselines import Samples, evenly, fit_baseline, pixels_of, side_for
+from pipeline.evaluate.chance import standard_error
+from pipeline.evaluate.learners import LEARNERS, Values
+
+logger = logging.getLogger(__name__)
+
+# In the order in which a later one must be better by a standard error, since few validation images say little.
+CANDIDATES = ("spreading", "neighbour", "logistic", "svm")
+MAX_SPREAD = 2_000  # unlabelled images over which labels spread; the others get the label of their neighbours
+MAX_FOR_SVM = 1_000  # labelled images up to which an RBF-SVM takes seconds
+
+
+class Guesses(NamedTuple):
+    """Guessed labels.
+
+    Attributes:
+        labels: (n,) for all samples of the manifest; -1 where nothing was guessed.
+        learner: Key of `LEARNERS`.
+        words: Which learner guessed, and how well, as a sentence.
+    """
+
+    labels: NDArray[np.int64]
+    learner: str
+    words: str
+
+
+def guess_labels(
+    manifest: Manifest,
+    labelled: NDArray[np.int64],
+    unlabelled: NDArray[np.int64],
+    held_out: tuple[Manifest, NDArray[np.int64]],
+    learner: str = "best",
+    *,
+    decoding: Decoding = DEFAULT,
+) -> Guesses:
+    """Guess labels of unlabelled samples from their pixels.
+
+    Args:
+        manifest: The dataset.
+        labelled: Samples whose labels are used.
+        unlabelled: Samples to guess.
+        held_out: The dataset and samples of the validation, on which learners are compared.
+        learner: A key of `LEARNERS`, or `best`: label spreading, unless another is better on the held-out samples by more than a
+            standard error.
+        decoding: How encoded images are decoded.
+
+    Raises:
+        ConfigError: Fewer than two classes are labelled.
+    """
+    side = side_for(manifest, labelled, decoding)
+    sets = (manifest, labelled), (manifest, unlabelled), held_out
+    pixels = [pixels_of(dataset, samples, side=side, decoding=decoding) for dataset, samples in sets]
+    number = len(held_out[1])
+    names = [learner] if learner != "best" else list(CANDIDATES if number else CANDIDATES[:1])
+    if len(labelled) > MAX_FOR_SVM and len(names) > 1:
+        names.remove("svm")
+    # The mean of a grey image is only its brightness; that of a colour image may tell its class.
+    forms = (False,) if all(_is_grey(samples.values) for samples in pixels) else (True, False)
+    chosen, guessed, right = "", np.empty(0, np.int64), 0.0
+    for name, plain in itertools.product(names, forms):
+        known, asked, validation = (
+            samples if plain else samples._replace(values=_own_contrast(samples.values)) for samples in pixels
+        )
+        predicted = _predict(name, known, asked, validation, len(manifest.classes))
+        accuracy = 100 * float((predicted[:number] == validation.labels).mean()) if number else 0.0
+        if not chosen or accuracy > right + standard_error(right, number):
+            chosen, guessed, right = name, predicted[number:], accuracy
+    labels = np.full(manifest.num_samples, -1, np.int64)
+    labels[pixels[1].sample_indices] = guessed
+    seen = f"{right:.1f} % of {number} validation images right" if number else "there are no validation images"
+    words = f"{LEARNERS[chosen].title} on pixels guesses the labels of {len(guessed)} images ({seen})"
+    logger.info("%s", words)
+    return Guesses(labels, chosen, words)
+
+
+def _predict(name: str, known: Samples, asked: Samples, validation: Samples, classes: int) -> NDArray[np.int64]:
+    """Return the classes that a learner predicts: of the validation samples first, then of those that are asked."""
+    spread = evenly(asked.sample_indices, np.zeros_like(asked.labels), MAX_SPREAD)
+    more = asked._replace(sample_indices=spread, values=asked.values[np.searchsorted(asked.sample_indices, spread)])
+    # Labels of the unlabelled samples are hidden: 0 only fills a table that nobody reads.
+    queries = Samples(
+        sample_indices=np.arange(len(validation.labels) + len(asked.labels)),
+        values=np.concatenate([validation.values, asked.values]),
+        labels=np.concatenate([validation.labels, np.zeros_like(asked.labels)]),
+    )
+    # Default settings: with one label per class there is nothing to tune on, and a grid takes minutes.
+    return fit_baseline(name, known, queries, classes, unlabelled=more, tune=False).predictions.predicted
+
+
+def _is_grey(values: Values) -> bool:
+    """Whether the three channels of all images (n, 3 P) are equal."""
+    first, *others = np.split(values, 3, axis=1)
+    return all((first == other).all() for other in others)
+
+
+def _own_contrast(values: Values) -> Values:
+    """Shift and scale each image (n, 3 P) by its own mean and spread: the same scene in other light looks alike."""
+    centred = values - values.mean(1, keepdims=True)
+    return (centred / np.maximum(centred.std(1, keepdims=True), 1e-3)).astype(np.float32)

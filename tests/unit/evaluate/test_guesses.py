@@ -1,0 +1,66 @@
+"""Labels that a simple learner guesses, against scikit-learn on the same pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.errors import ConfigError
+from pipeline.evaluate.guesses import CANDIDATES, guess_labels
+
+
+@pytest.fixture(scope="module")
+def manifest(digits: Path) -> Manifest:
+    return read_manifest(digits / "train")
+
+
+def subsets(manifest: Manifest, each: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A few labelled samples of each class, 300 of the pool, and 60 for validation."""
+    labelled = np.concatenate([np.flatnonzero(manifest.labels == c)[:each] for c in range(len(manifest.classes))])
+    rest = np.setdiff1d(np.arange(manifest.num_samples), labelled)
+    return labelled, rest[60:360], rest[:60]
+
+
+def test_a_neighbour_guesses_as_scikit_learn_does(manifest: Manifest) -> None:
+    from pipeline.evaluate.baselines import pixels_of, side_for
+
+    labelled, pool, _ = subsets(manifest)
+    found = guess_labels(manifest, labelled, pool, (manifest, labelled[:0]), "neighbour")
+    side = side_for(manifest, labelled)
+    known, asked = (pixels_of(manifest, samples, side=side) for samples in (labelled, pool))
+    grey = [samples.values[:, : side * side] for samples in (known, asked)]
+    own = [(x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True) for x in grey]  # each image by its own contrast
+    expected = KNeighborsClassifier(1).fit(own[0], known.labels).predict(own[1])
+    assert (found.labels[pool] == expected).mean() > 0.99  # images as far from two neighbours may differ
+    assert (found.labels[np.setdiff1d(np.arange(manifest.num_samples), pool)] == -1).all()
+
+
+def test_hidden_labels_decide_nothing(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    labelled, pool, held_out = subsets(manifest)
+    shuffled = manifest.labels.copy()
+    shuffled[pool] = np.random.default_rng(0).permutation(shuffled[pool])
+    found = guess_labels(manifest, labelled, pool, (manifest, held_out))
+    monkeypatch.setattr(Manifest, "labels", property(lambda self: shuffled))
+    other = guess_labels(manifest, labelled, pool, (manifest, held_out))
+    assert (found.labels == other.labels).all()
+    assert found.words == other.words
+
+
+def test_spreading_guesses_unless_validation_images_speak_clearly_for_another(manifest: Manifest) -> None:
+    labelled, pool, held_out = subsets(manifest)
+    assert guess_labels(manifest, labelled, pool, (manifest, held_out[:0])).learner == CANDIDATES[0] == "spreading"
+    right = {}
+    for name in CANDIDATES:
+        found = guess_labels(manifest, labelled, pool, (manifest, held_out), name)
+        right[name] = float((found.labels[pool] == manifest.labels[pool]).mean())
+        assert right[name] > 0.5
+    chosen = guess_labels(manifest, labelled, pool, (manifest, held_out)).learner
+    assert right[chosen] > max(right.values()) - 0.1
+
+
+def test_labels_of_one_class_are_refused(manifest: Manifest) -> None:
+    labelled, pool, held_out = subsets(manifest)
+    with pytest.raises(ConfigError, match="labels of two classes at least"):
+        guess_labels(manifest, labelled[:1], pool, (manifest, held_out))
