@@ -150,7 +150,7 @@ def test_what_contradicts_itself_is_refused_before_the_start(stages: Stages, fil
         ([f"model={MODEL % file}", f"weights.path={file}"], "model.weights and weights are both given"),
         (
             [f"model={MODEL % file}", "backbone={train: frozen, cached_views: 1}", "mix.mixup=0.8"],
-            "trains on features, but mix and teacher need images",
+            "trains on features of the labelled images, but mix, teacher and guess need others",
         ),
     ):
         done = stages.run("distill", *given, *more)
