@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from pipeline.errors import EnvironmentProblem, first_line
 from pipeline.streaming.batches import Batches, RawBatch
 
+GRACE = 0.5  # seconds in which a worker whose connection is gone shows that it has ended
 _running: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators of DataLoaders
 
 
@@ -40,7 +41,13 @@ def read_batches(
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise EnvironmentProblem(_death(error)) from None
+        raise EnvironmentProblem(_death(first_line(error))) from None
+    except (OSError, EOFError):
+        # A worker that is killed while it hands over a batch closes the connection before torch hears of its death.
+        dead = _dead_worker(batches) if workers else None
+        if dead is None:
+            raise
+        raise EnvironmentProblem(_death(dead)) from None
     finally:
         if workers:
             _end_workers(batches)
@@ -84,6 +91,15 @@ def _end_workers(batches: Any) -> None:
             worker.kill()
 
 
+def _dead_worker(batches: Any) -> str | None:
+    """Say which worker has ended, in torch's words; None if all are alive. One that was just killed is waited for."""
+    for worker in batches._workers:
+        worker.join(GRACE)
+        if worker.exitcode is not None:
+            return f"DataLoader worker (pid {worker.pid}) ended with exit code {worker.exitcode}"
+    return None
+
+
 def _end_all() -> None:
     """End all workers at exit, before multiprocessing sends SIGTERM, which they ignore, and waits for ever."""
     for batches in list(_running):
@@ -105,14 +121,14 @@ def _name_dead_workers() -> None:
         try:
             handler(number, frame)
         except RuntimeError as error:
-            raise EnvironmentProblem(_death(error)) from None
+            raise EnvironmentProblem(_death(first_line(error))) from None
 
     raise_sentence.names_dead_workers = True  # type: ignore[attr-defined]
     signal.signal(signal.SIGCHLD, raise_sentence)
 
 
-def _death(error: RuntimeError) -> str:
+def _death(words: str) -> str:
     return (
-        f"a data worker died ({first_line(error)}); most often memory or /dev/shm is full: lower data.loader.workers or"
+        f"a data worker died ({words}); most often memory or /dev/shm is full: lower data.loader.workers or"
         " data.loader.prefetch"
     )

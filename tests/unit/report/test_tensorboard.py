@@ -186,7 +186,8 @@ def test_a_folder_that_cannot_be_used_stops_no_training(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_folder_that_is_taken_away_stops_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     board = Board(tmp_path / "tb", 0, 8)
-    shutil.rmtree(tmp_path / "tb")
+    while (tmp_path / "tb").exists():  # the writer's thread may still be making its first file
+        shutil.rmtree(tmp_path / "tb", ignore_errors=True)
     with caplog.at_level(logging.WARNING):
         every_call(board)
         board.close()

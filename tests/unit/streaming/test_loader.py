@@ -1,15 +1,18 @@
 import itertools
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.datasets.manifest import Manifest
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.evaluation_view import EvaluationView
-from pipeline.streaming import batches
+from pipeline.streaming import batches, workers
 from pipeline.streaming.config import STRONG, WEAK, AugmentConfig, LoaderConfig
 from pipeline.streaming.loader import Batch, Loader, evaluation_batches
 from pipeline.streaming.reader import Reader
@@ -167,6 +170,39 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_at_work_and_a_killed_one_i
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.startswith("still there\na data worker died (DataLoader worker"), done.stderr
     assert "lower data.loader.workers or data.loader.prefetch" in done.stdout
+
+
+class Cut:
+    """What torch's iterator is when the connection to its worker breaks."""
+
+    def __init__(self, error: Exception, target, *args) -> None:
+        self.error = error
+        self._workers = [multiprocessing.get_context("fork").Process(target=target, args=args)]
+        self._workers[0].start()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise self.error
+
+    def _shutdown_workers(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_a_sentence(monkeypatch, error):
+    """The connection is then gone before torch hears of the death. With a living worker it is an error of another kind."""
+    dead, living = Cut(error, os._exit, 9), Cut(error, time.sleep, 60)
+    monkeypatch.setattr(workers, "_start_workers", lambda *_: dead)
+    with pytest.raises(
+        EnvironmentProblem, match=r"a data worker died \(DataLoader worker \(pid \d+\) ended with exit code 9\)"
+    ):
+        list(workers.read_batches([], [0], 1, 2))
+    monkeypatch.setattr(workers, "_start_workers", lambda *_: living)
+    with pytest.raises(type(error)):
+        list(workers.read_batches([], [0], 1, 2))
+    living._workers[0].join()
 
 
 def test_a_process_that_leaves_its_loader_open_ends(train):
