@@ -196,9 +196,10 @@ def write(folder: Path, device: str, found: Found, problems: Mapping[str, str]) 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower() + ".json")
     earlier = json.loads(path.read_text()) if path.exists() else {"failed": {}}
-    again = {name.removesuffix("_seconds") for name in found}
-    failed = {name: sentence for name, sentence in earlier["failed"].items() if name not in again} | problems
-    values = earlier | {"device": device, **found, "failed": failed}
+    ran = {name.removesuffix("_seconds") for name in found}
+    failed = {name: sentence for name, sentence in earlier["failed"].items() if name not in ran} | problems
+    kept = {name: value for name, value in earlier.items() if name.removesuffix("_left_out") not in ran}
+    values = kept | {"device": device, **found, "failed": failed}
     path.write_text(json.dumps(values, indent=1) + "\n")
     path.with_suffix(".md").write_text(gpu_page.page(values))
     return path.with_suffix(".md")

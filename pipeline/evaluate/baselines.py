@@ -99,6 +99,12 @@ def pixels_of(
     return Samples(ordered, values, manifest.labels[ordered])
 
 
+def is_grey(values: Values) -> bool:
+    """Whether the three channels of all images (n, 3 P) are equal."""
+    first, *others = np.split(values, 3, axis=1)
+    return all((first == other).all() for other in others)
+
+
 def export_features(folder: Path, manifest: Manifest, sample_indices: NDArray[np.int64]) -> Samples:
     """Compute the features of an export: what its head reads, or for a pretrainer what its decoder reads, averaged.
 

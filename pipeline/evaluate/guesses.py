@@ -14,16 +14,14 @@ from numpy.typing import NDArray
 
 from pipeline.datasets.manifest import Manifest
 from pipeline.decoding import DEFAULT, Decoding
-from pipeline.evaluate.baselines import Samples, evenly, fit_baseline, pixels_of, side_for
+from pipeline.evaluate.baselines import Samples, evenly, fit_baseline, is_grey, pixels_of, side_for
 from pipeline.evaluate.chance import standard_error
-from pipeline.evaluate.learners import LEARNERS, Values
+from pipeline.evaluate.learners import LEARNERS, MAX_FOR_SVM, MAX_UNLABELLED, Values
 
 logger = logging.getLogger(__name__)
 
 # In the order in which a later one must be better by a standard error, since few validation images say little.
 CANDIDATES = ("spreading", "neighbour", "logistic", "svm")
-MAX_SPREAD = 2_000  # unlabelled images over which labels spread; the others get the label of their neighbours
-MAX_FOR_SVM = 1_000  # labelled images up to which an RBF-SVM takes seconds
 
 
 class Guesses(NamedTuple):
@@ -70,13 +68,13 @@ def guess_labels(
     names = [learner] if learner != "best" else list(CANDIDATES if number else CANDIDATES[:1])
     if len(labelled) > MAX_FOR_SVM and len(names) > 1:
         names.remove("svm")
-    # The mean of a grey image is only its brightness; that of a colour image may tell its class.
-    forms = (False,) if all(_is_grey(samples.values) for samples in pixels) else (True, False)
+    forms = [[samples._replace(values=_own_contrast(samples.values)) for samples in pixels]]
+    if number and not all(is_grey(samples.values) for samples in pixels):
+        forms.insert(
+            0, pixels
+        )  # the mean of a grey image is only its brightness; that of a colour image may tell its class
     chosen, guessed, right = "", np.empty(0, np.int64), 0.0
-    for name, plain in itertools.product(names, forms):
-        known, asked, validation = (
-            samples if plain else samples._replace(values=_own_contrast(samples.values)) for samples in pixels
-        )
+    for name, (known, asked, validation) in itertools.product(names, forms):
         predicted = _predict(name, known, asked, validation, len(manifest.classes))
         accuracy = 100 * float((predicted[:number] == validation.labels).mean()) if number else 0.0
         if not chosen or accuracy > right + standard_error(right, number):
@@ -91,7 +89,7 @@ def guess_labels(
 
 def _predict(name: str, known: Samples, asked: Samples, validation: Samples, classes: int) -> NDArray[np.int64]:
     """Return the classes that a learner predicts: of the validation samples first, then of those that are asked."""
-    spread = evenly(asked.sample_indices, np.zeros_like(asked.labels), MAX_SPREAD)
+    spread = evenly(asked.sample_indices, np.zeros_like(asked.labels), MAX_UNLABELLED)
     more = asked._replace(sample_indices=spread, values=asked.values[np.searchsorted(asked.sample_indices, spread)])
     # Labels of the unlabelled samples are hidden: 0 only fills a table that nobody reads.
     queries = Samples(
@@ -101,12 +99,6 @@ def _predict(name: str, known: Samples, asked: Samples, validation: Samples, cla
     )
     # Default settings: with one label per class there is nothing to tune on, and a grid takes minutes.
     return fit_baseline(name, known, queries, classes, unlabelled=more, tune=False).predictions.predicted
-
-
-def _is_grey(values: Values) -> bool:
-    """Whether the three channels of all images (n, 3 P) are equal."""
-    first, *others = np.split(values, 3, axis=1)
-    return all((first == other).all() for other in others)
 
 
 def _own_contrast(values: Values) -> Values:

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_UNLABELLED = 2_000  # images without a label over which label spreading takes seconds
+MAX_FOR_SVM = 1_000  # labelled images up to which an RBF-SVM takes seconds
+
 Values = NDArray[np.float32]
 Labels = NDArray[np.int64]
 

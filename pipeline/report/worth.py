@@ -23,7 +23,7 @@ from pipeline.evaluate.baselines import (
     side_for,
 )
 from pipeline.evaluate.bootstrap import paired
-from pipeline.evaluate.learners import LEARNERS
+from pipeline.evaluate.learners import LEARNERS, MAX_FOR_SVM, MAX_UNLABELLED
 from pipeline.evaluate.metrics import summary
 from pipeline.evaluate.predictions import Predictions
 from pipeline.exports.card import CARD
@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 MAX_LEARNT, MAX_TESTED = 5_000, 4_000  # images that a baseline learns from, and is tested on
 MAX_PRODUCTS = 10**8  # images x features x classes up to which a baseline is tuned
 MAX_EXPERIMENTS = 5  # seeds for which baselines are computed
-MAX_UNLABELLED = 2_000  # images without a label that label spreading reads
-MAX_FOR_SVM = 1_000  # labelled images up to which an RBF-SVM takes seconds
 COMPUTED = ("logistic", "neighbour", "svm", "spreading")
 
 Read = Callable[[Manifest, np.ndarray], Samples]

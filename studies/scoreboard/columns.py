@@ -22,8 +22,16 @@ from numpy.typing import NDArray
 
 from pipeline.datasets.joint import with_classes
 from pipeline.datasets.manifest import Manifest, read_manifest
-from pipeline.evaluate.baselines import Baseline, Samples, evenly, export_features, fit_baseline, pixels_of, side_for
-from pipeline.evaluate.learners import Values
+from pipeline.evaluate.baselines import (
+    Baseline,
+    Samples,
+    evenly,
+    export_features,
+    fit_baseline,
+    is_grey,
+    pixels_of,
+    side_for,
+)
 from pipeline.evaluate.metrics import summary
 from pipeline.files import replace_text
 from pipeline.report.results import StageRun, read_result
@@ -85,8 +93,7 @@ def simple(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     """Measure scikit-learn's learners on pixels."""
     labelled = case.split.subset("labelled")
     read = partial(pixels_of, side=side_for(case.manifest, labelled))
-    some = _channels(read(case.manifest, labelled))
-    if (some == some[:, :1]).all():
+    if is_grey(read(case.manifest, labelled).values):
         read = partial(_first_channel, read)
     cells = _learners(case, read, {name: name for name in ("majority", "neighbour", "logistic", "svm", "spreading")})
     counts, test = case.split.counts("labelled"), with_classes(read_manifest(case.test), case.manifest.classes)
@@ -95,15 +102,10 @@ def simple(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     return cells
 
 
-def _channels(samples: Samples) -> Values:
-    """Pixels as (n, 3, P)."""
-    return samples.values.reshape(len(samples.values), 3, -1)
-
-
 def _first_channel(read: Callable[..., Samples], manifest: Manifest, sample_indices: NDArray[np.int64]) -> Samples:
     """Read grey images, whose channels are equal, as one channel: distances keep their order, and cost a third."""
     found = read(manifest, sample_indices)
-    return found._replace(values=np.ascontiguousarray(_channels(found)[:, 0]))
+    return found._replace(values=np.ascontiguousarray(np.split(found.values, 3, axis=1)[0]))
 
 
 def stages(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:

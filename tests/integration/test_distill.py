@@ -144,7 +144,7 @@ def test_a_teacher_may_give_targets_to_unlabelled_images(chain: Stages) -> None:
 
 
 def test_guessed_labels_teach_alike_on_one_process_and_on_two(chain: Stages) -> None:
-    """Rank 0 guesses; hidden labels stay hidden, so a pool with other true labels gives the same losses."""
+    """Rank 0 guesses for all; without a split there is nothing to guess."""
     more = ["guess={ratio: 2}", *parents(chain, "distill")]
     alone = chain.complete("distill", "run.experiment=guess1", *more)
     together = chain.complete("distill", "run.experiment=guess2", *more, nproc=2)

@@ -110,10 +110,13 @@ def test_a_part_that_fails_stops_no_other_and_one_without_time_is_named(tmp_path
     text = write(tmp_path, "NVIDIA A100-SXM4-80GB", found, problems).read_text()
     assert "- first: no luck" in text
     path = tmp_path / "nvidia-a100-sxm4-80gb.json"
+    write(tmp_path, "NVIDIA A100-SXM4-80GB", left_out, none)
+    assert {"first_left_out", "number"} <= json.loads(path.read_text()).keys()
     assert json.loads(path.read_text())["failed"] == problems
     write(tmp_path, "NVIDIA A100-SXM4-80GB", *check([Part("first", lambda: {"other": 2.5})], minutes=1))
     values = json.loads(path.read_text())
     assert (values["failed"], values["number"], values["other"]) == ({}, 1.5, 2.5)
+    assert ("first_left_out" in values, "second_left_out" in values) == (False, True)
 
 
 @pytest.mark.parametrize("path", sorted(gpu_check.FOLDER.glob("*.json")), ids=lambda path: path.stem)

@@ -127,7 +127,8 @@ class Driver:
             self._cuda = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise CudaError(f"the driver's library is missing: {error}") from error
-        self._function: Callable[[Program, str, int, int], Any] = functools.cache(self._load)
+        self._function: Callable[[Program, str, int], Any] = functools.cache(self._load)
+        self._allowed: dict[tuple[Program, str, int], int] = {}  # the shared memory that a kernel may have on a device
         self._properties = functools.cache(torch.cuda.get_device_properties)
 
     def shared_bytes(self, device: torch.device) -> int:
@@ -143,14 +144,20 @@ class Driver:
     ) -> None:
         """Implement `Device.launch`."""
         with torch.cuda.device(device):
-            function = self._function(program, kernel, torch.cuda.current_device(), shared_bytes)
+            key = program, kernel, torch.cuda.current_device()
+            function = self._function(*key)
+            if shared_bytes > self._allowed.get(key, 48 << 10):
+                # the largest share of the first-level memory, so that two blocks fit
+                for attribute, value in ((SHARED_BYTES_ATTRIBUTE, shared_bytes), (SHARED_SHARE_ATTRIBUTE, 100)):
+                    self._check(self._cuda.cuFuncSetAttribute(function, attribute, value))
+                self._allowed[key] = shared_bytes
             stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
             arguments = (c_void_p * 1)(addressof(call))
             sizes = blocks, 1, 1, THREADS, 1, 1, shared_bytes
             self._check(self._cuda.cuLaunchKernel(function, *map(c_int, sizes), stream, arguments, None))
 
-    def _load(self, program: Program, kernel: str, index: int, shared_bytes: int) -> c_void_p:
-        """Return a kernel on a device, allowed this much shared memory; the primary context, which torch uses, is current."""
+    def _load(self, program: Program, kernel: str, index: int) -> c_void_p:
+        """Return a kernel on a device; its primary context, which torch uses, is current."""
         major, minor = torch.cuda.get_device_capability(index)
         if (major, minor) < OLDEST:
             raise CudaError(f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}")
@@ -159,10 +166,6 @@ class Driver:
         module, function = c_void_p(), c_void_p()
         self._check(self._cuda.cuModuleLoadData(byref(module), code))
         self._check(self._cuda.cuModuleGetFunction(byref(function), module, kernel.encode()))
-        if shared_bytes > 48 << 10:
-            # the largest share of the first-level memory, so that two blocks fit
-            for attribute, value in ((SHARED_BYTES_ATTRIBUTE, shared_bytes), (SHARED_SHARE_ATTRIBUTE, 100)):
-                self._check(self._cuda.cuFuncSetAttribute(function, attribute, value))
         return function
 
     def _check(self, code: int) -> None:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+from pipeline.data import main
 from pipeline.datasets.manifest import Manifest, read_manifest
 from pipeline.errors import ConfigError
 from pipeline.evaluate.guesses import CANDIDATES, guess_labels
@@ -58,6 +60,24 @@ def test_spreading_guesses_unless_validation_images_speak_clearly_for_another(ma
         assert right[name] > 0.5
     chosen = guess_labels(manifest, labelled, pool, (manifest, held_out)).learner
     assert right[chosen] > max(right.values()) - 0.1
+
+
+def test_colour_images_are_guessed_with_and_without_validation_images(tmp_path: Path) -> None:
+    """Three colours on noise: the mean colour tells the class, and nothing else does."""
+    generator = np.random.default_rng(0)
+    for k in range(60):
+        pixels = generator.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+        pixels[..., k % 3] += 100
+        path = tmp_path / "images" / f"class_{k % 3}" / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    main(["convert", "imagefolder", str(tmp_path / "images"), "--out", str(tmp_path / "data")])
+    manifest = read_manifest(tmp_path / "data")
+    labelled, pool, held_out = subsets(manifest, each=2)
+    held_out, pool = np.split(np.setdiff1d(np.arange(60), labelled), [15])
+    for held in (held_out, held_out[:0]):
+        found = guess_labels(manifest, labelled, pool, (manifest, held))
+        assert (found.labels[pool] == manifest.labels[pool]).mean() > 0.9
 
 
 def test_labels_of_one_class_are_refused(manifest: Manifest) -> None:

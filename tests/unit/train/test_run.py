@@ -111,8 +111,14 @@ def test_another_input_is_refused_in_a_sentence(key: str, refusal: type[Pipeline
 
 
 def test_an_input_that_cannot_be_read_is_not_refused_as_another_one() -> None:
-    """`refuse_other_inputs` raises where it refuses."""
-    refuse_other_inputs(Path("runs/a"), {"init_from": "a"}, {"init_from": None})
+    def is_refused(now: str | None) -> bool:
+        try:
+            refuse_other_inputs(Path("runs/a"), {"init_from": "a"}, {"init_from": now})
+        except HandoverError:
+            return True
+        return False
+
+    assert [is_refused(now) for now in ("b", "a", None)] == [True, False, False]
 
 
 def test_the_inputs_are_those_of_the_newest_checkpoint_that_can_be_read(tmp_path: Path) -> None:
