@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluate.guesses import guess_labels
+from pipeline.evaluate.guesses import kept_guesses
 from pipeline.exports.card import Preprocessing
 from pipeline.exports.prediction_cache import PredictionCache
 from pipeline.exports.teacher_input import TeacherInput
@@ -176,9 +176,10 @@ def prepare(s: StageContext[DistillConfig]) -> Prepared[DistillTask]:
 
 def guessed(s: StageContext[DistillConfig], config: GuessConfig) -> np.ndarray:
     """Let rank 0 guess the labels of the unlabelled images, and return those of all samples on every rank."""
-    samples = s.subsets.labelled, s.subsets.unlabelled, s.data.held_out
-    decoding = s.config.data.decoding
-    found = guess_labels(s.manifest, *samples, config.learner, decoding=decoding).labels if s.world.is_main else None
+    found = None
+    if s.world.is_main:
+        samples = s.subsets.labelled, s.subsets.unlabelled, s.data.held_out
+        found = kept_guesses(s.run.folder, s.manifest, *samples, config.learner, decoding=s.config.data.decoding)
     labels = from_main(found, s.world)
     assert labels is not None
     return labels

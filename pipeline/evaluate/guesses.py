@@ -5,8 +5,10 @@ With one label per class a network from random weights learns little, and less t
 may label the unlabelled images once, before the training. This is ours; docs/recipe.md has what it brings.
 """
 
+import hashlib
 import itertools
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from pipeline.decoding import DEFAULT, Decoding
 from pipeline.evaluate.baselines import Samples, evenly, fit_baseline, is_grey, pixels_of, side_for
 from pipeline.evaluate.chance import standard_error
 from pipeline.evaluate.learners import LEARNERS, MAX_FOR_SVM, MAX_UNLABELLED, Values
+from pipeline.files import open_regular, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,51 @@ class Guesses(NamedTuple):
     labels: NDArray[np.int64]
     learner: str
     words: str
+
+
+def kept_guesses(
+    folder: Path,
+    manifest: Manifest,
+    labelled: NDArray[np.int64],
+    unlabelled: NDArray[np.int64],
+    held_out: tuple[Manifest, NDArray[np.int64]],
+    learner: str,
+    *,
+    decoding: Decoding,
+) -> NDArray[np.int64]:
+    """Return the labels that an earlier start of a run has guessed, or guess and keep them.
+
+    Another processor or another number of threads may guess a few images differently, and a resumed run must learn from the same
+    labels. A file of other inputs has another name; a damaged one is written anew.
+
+    Args:
+        folder: The run's folder.
+        manifest: As in `guess_labels`, and so are the others.
+        labelled: Samples whose labels are used.
+        unlabelled: Samples to guess.
+        held_out: The dataset and samples of the validation.
+        learner: A key of `LEARNERS`, or `best`.
+        decoding: How encoded images are decoded.
+    """
+    parts = (
+        manifest.hash,
+        held_out[0].hash,
+        learner,
+        repr(decoding),
+        *(s.tolist() for s in (labelled, unlabelled, held_out[1])),
+    )
+    path = folder / f"guesses-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}.npy"
+    try:
+        with open_regular(path) as file:
+            found = np.load(file, allow_pickle=False)
+        if found.dtype == np.int64 and found.shape == (manifest.num_samples,) and found.max() < len(manifest.classes):
+            return np.maximum(found, -1)
+    except (OSError, ValueError, EOFError):
+        pass
+    labels = guess_labels(manifest, labelled, unlabelled, held_out, learner, decoding=decoding).labels
+    with replacing(path) as unfinished, unfinished.open("wb") as stream:
+        np.save(stream, labels)
+    return labels
 
 
 def guess_labels(

@@ -9,8 +9,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.data import main
 from pipeline.datasets.manifest import Manifest, read_manifest
+from pipeline.decoding import DEFAULT
 from pipeline.errors import ConfigError
-from pipeline.evaluate.guesses import CANDIDATES, guess_labels
+from pipeline.evaluate.guesses import CANDIDATES, guess_labels, kept_guesses
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,29 @@ def test_colour_images_are_guessed_with_and_without_validation_images(tmp_path: 
     for held in (held_out, held_out[:0]):
         found = guess_labels(manifest, labelled, pool, (manifest, held))
         assert (found.labels[pool] == manifest.labels[pool]).mean() > 0.9
+
+
+def test_a_later_start_reads_the_same_guesses_unless_they_are_damaged_or_of_other_inputs(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    labelled, pool, held_out = subsets(manifest)
+
+    def kept(learner: str = "neighbour") -> np.ndarray:
+        return kept_guesses(tmp_path, manifest, labelled, pool, (manifest, held_out), learner, decoding=DEFAULT)
+
+    first = kept()
+    (path,) = tmp_path.iterdir()
+    stored = np.where(first == 3, 4, first)  # no learner would guess so: it can only come from the file
+    np.save(path, stored)
+    assert (kept() == stored).all()
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-8], whole.replace(b"<i8", b"<f8"), np.random.default_rng(0).bytes(300)):
+        path.write_bytes(damaged)
+        assert (kept() == first).all()
+    np.save(path, stored + 100)
+    assert (kept() == first).all()
+    kept("logistic")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_labels_of_one_class_are_refused(manifest: Manifest) -> None:
