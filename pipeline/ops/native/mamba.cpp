@@ -88,7 +88,7 @@ void gate(const GateCall& s) {
   product(
       s.batch * s.steps, in, s.out, s.weight,
       [&](int64_t row, int count, float* tile) {
-        int64_t first[tile_rows];  // of each row in y
+        int64_t first[tile_rows];  // where each row begins in y
         for (int r = 0; r < count; r++) first[r] = y.at(0, (row + r) / s.steps, (row + r) % s.steps, 0);
         for (int64_t c = 0; c < in; c += W)
           for (int r = 0; r < count; r++) {
