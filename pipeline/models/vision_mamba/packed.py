@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pipeline.models.packed import PackedModel
 from pipeline.models.vision_mamba.blocks import Block
 from pipeline.models.vision_mamba.model import VisionMamba
-from pipeline.ops.native.mamba import GatedLinear, Norm, NormedLinear, NormedSwiGLU, Scans
+from pipeline.ops.native.mamba import GatedLinear, Memory, Norm, NormedLinear, NormedSwiGLU, Scans
 
 
 def pack(model: VisionMamba) -> "PackedVisionMamba":
@@ -61,11 +61,13 @@ class PackedBlock(nn.Module):
             one, two, three = ((layer.weight, layer.bias) for layer in (block.mlp.w1, block.mlp.w2, block.mlp.w3))
             self.mlp = NormedSwiGLU(_norm(block.norm2), one, two, three)
 
-    def forward(self, x: Tensor, orders: Sequence[Tensor]) -> Tensor:
-        """Tokens (B, L, D) -> (B, L, D); `orders` holds the token at each step of each direction."""
-        xz = self.project(x)
-        x = self.join(self.scans(xz, orders[: len(self.scans.directions)]), xz, x)
-        return x if self.mlp is None else self.mlp(x)
+    def forward(self, x: Tensor, orders: Sequence[Tensor], memory: Memory) -> Tensor:
+        """Tokens (B, L, D) -> the same tensor, changed; `orders` holds the token at each step of each direction."""
+        xz = self.project(x, memory)
+        self.join(self.scans(xz, orders[: len(self.scans.directions)], memory), xz, x)
+        if self.mlp is not None:
+            self.mlp(x)
+        return x
 
 
 class OtherBlock(nn.Module):
@@ -76,8 +78,8 @@ class OtherBlock(nn.Module):
         self.block = block
         self.register_buffer("columns", columns)
 
-    def forward(self, x: Tensor, orders: Sequence[Tensor]) -> Tensor:
-        """As for `PackedBlock`."""
+    def forward(self, x: Tensor, orders: Sequence[Tensor], memory: Memory) -> Tensor:
+        """As for `PackedBlock`, but with a new tensor."""
         blend = x.new_full((len(x), 2), 0.5)
         return self.block(x, self.columns, blend)
 
@@ -109,9 +111,9 @@ class PackedVisionMamba(PackedModel):
 
     def classify(self, images: Tensor) -> Tensor:
         """As `PackedModel.classify`."""
-        x = self.ends.tokens(images).contiguous()
+        x, memory = self.ends.tokens(images).contiguous(), Memory()
         for block in self.blocks:
-            x = block(x, self.orders)
+            x = block(x, self.orders, memory)
         return self.ends.forward_head(self.ends.norm_f(x))
 
 

@@ -46,7 +46,6 @@ enum Act { none, relu, silu, sigmoid };
 
 // The lower bound of a sum: 0 for relu, none for the other activations. at_least passes a NaN on.
 inline float least_of(int64_t act) { return act == relu ? 0.0f : -INFINITY; }
-inline __attribute__((always_inline)) Float at_least(Float x, float least) { return x < least ? splat(least) : x; }
 
 // Applies silu or sigmoid to finished rows. This is a separate loop, because inside the products it would spill the sums.
 inline void activate(float* rows, int64_t stride, int count, int64_t width, int64_t act) {
@@ -76,9 +75,10 @@ template <class Pack, class Put, class Done>
 void product(int64_t rows, int64_t in, int64_t out, const float* weight, Pack&& pack, Put&& put, Done&& done) {
   const int64_t threads = at::get_num_threads();
   const Cut cut(rows, threads);
-  // With few rows some threads would be idle, so the columns are divided as well.
-  const int64_t blocks = up(cut.tiles, block_tiles) / block_tiles, panels = up(out, panel) / panel;
-  const int64_t columns = std::clamp<int64_t>(4 * threads / blocks, 1, panels);
+  // Every thread has as many blocks of rows as the others. With fewer tiles than threads the columns are divided as well, and
+  // every part of them packs the rows anew.
+  const int64_t blocks = std::min(cut.tiles, up(up(cut.tiles, block_tiles) / block_tiles, threads)), panels = up(out, panel) / panel;
+  const int64_t columns = cut.tiles < threads ? std::clamp<int64_t>(4 * threads / blocks, 1, panels) : 1;
   at::parallel_for(0, blocks * columns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t t0 = unit / columns * cut.tiles / blocks, t1 = (unit / columns + 1) * cut.tiles / blocks;

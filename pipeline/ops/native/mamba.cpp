@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t chunk_tiles = W == 16 ? 3 : 6;  // about 40 steps, whose inputs and weights fit the second-level cache
 constexpr int64_t chunk_rows = chunk_tiles * tile_rows;
+constexpr int low_unit = 8;  // inputs of the step size are read in units of this many
 constexpr int max_taps = 8;  // shapes.py refuses more
 
 // Mirrored field by field in vision_library.py. A norm's weight and bias are part of the weight and bias after it.
@@ -25,28 +26,37 @@ struct NormedCall {
 struct Direction {
   const int64_t* tokens;  // (steps): the token at each step
   // (taps, inner), (inner), panels (inner -> rank | states | states), panels (rank -> inner), (inner),
-  // (inner / W, states, W) in units of log 2, (inner). `inner`, `rank` and `states` are padded.
+  // (inner / W, states, W) in units of log 2, (inner). `inner` and `rank` are padded to `pad`, `states` to 16.
   const float *taps, *taps_bias, *project, *spread, *spread_bias, *rates, *skip;
 };
 
 struct ScanCall {
-  int64_t batch, steps, inner, states, rank, taps, directions;  // states and rank: padded to 16 and `pad`
+  int64_t batch, steps, inner, states, rank, taps, directions;  // states: padded to 16
   const float* xz;                                              // (batch, steps, 2 inner)
-  float *y, *v, *delta, *low;  // y: (directions, batch, steps, inner); scratch for each direction and image, see Walk
+  float *y, *v, *delta, *low;  // y: see Scanned; scratch for each direction and image, see Walk
   Direction direction[4];
 };
 
 struct GateCall {
-  int64_t rows, inner, out, directions;
-  const float *y, *xz, *weight, *residual;  // weight: panels (inner -> out); residual: (rows, out)
-  float* to;
+  int64_t batch, steps, inner, out, directions;
+  const float *y, *xz, *weight;  // y: see Scanned; weight: panels (inner -> out)
+  float* x;                      // (batch steps, out)
 };
 
 struct SwigluCall {
   int64_t rows, width, hidden, centred;
   double eps;
-  const float *x, *both, *both_bias, *down, *down_bias;  // both: W columns of one layer beside W of the other, in turn
-  float* y;
+  const float *both, *both_bias, *down, *down_bias;  // both: W columns of one layer beside W of the other, in turn
+  float* x;
+};
+
+// What the scans give: (directions, batch, inner / W, steps, W), `inner` padded to `pad`. A scan writes W channels of many tokens
+// after another. In rows of tokens each of these stores would lie some kilobytes from the one before, and wait for its line.
+struct Scanned {
+  int64_t batch, steps, inner = 0;
+  int64_t at(int64_t direction, int64_t image, int64_t token, int64_t channel) const {
+    return ((direction * batch + image) * inner + channel) * steps + token * W;
+  }
 };
 
 // Packs `count` rows of `width` floats as one tile, normalised. Beyond `width` the weights are zero, and any finite input will do.
@@ -71,29 +81,31 @@ void normed(const NormedCall& s) {
       [](int64_t, int, int64_t, int64_t) {});
 }
 
-// y = residual + ((sum of the directions' y) SiLU(z)) W.
+// x += ((sum of the directions' y) SiLU(z)) W.
 void gate(const GateCall& s) {
   const int64_t in = up(s.inner, pad);
+  const Scanned y{s.batch, s.steps, in};
   product(
-      s.rows, in, s.out, s.weight,
+      s.batch * s.steps, in, s.out, s.weight,
       [&](int64_t row, int count, float* tile) {
-        for (int r = 0; r < count; r++)
-          for (int64_t c = 0; c < in; c += W) {
+        int64_t first[tile_rows];  // where each row begins in y
+        for (int r = 0; r < count; r++) first[r] = y.at(0, (row + r) / s.steps, (row + r) % s.steps, 0);
+        for (int64_t c = 0; c < in; c += W)
+          for (int r = 0; r < count; r++) {
             Float sum{};
-            for (int64_t k = 0; k < s.directions; k++)
-              sum += load_some(s.y + (k * s.rows + row + r) * s.inner + c, s.inner - c);
+            for (int64_t k = 0; c < s.inner && k < s.directions; k++) sum += load(s.y + first[r] + y.at(k, 0, 0, c));
             const Float z = load_some(s.xz + (2 * (row + r) + 1) * s.inner + c, s.inner - c);
             store(tile + c * count + r * W, sum * (z * simd::sigmoid(z)));
           }
       },
       [&](int64_t row, int64_t column, Float sum) {
-        const int64_t at = row * s.out + column, left = s.out - column;
-        store_some(s.to + at, sum + load_some(s.residual + at, left), left);
+        float* to = s.x + row * s.out + column;
+        store_some(to, sum + load_some(to, s.out - column), s.out - column);
       },
       [](int64_t, int, int64_t, int64_t) {});
 }
 
-// y = x + W3 (SiLU(W1 t + b1) (W2 t + b2)) + b3 with t = norm(x). The hidden rows never leave the cache.
+// x += W3 (SiLU(W1 t + b1) (W2 t + b2)) + b3 with t = norm(x). The hidden rows never leave the cache.
 void swiglu(const SwigluCall& s) {
   const int64_t D = s.width, in = up(D, pad), hidden = up(s.hidden, pad);
   const Cut cut(s.rows, at::get_num_threads());
@@ -120,8 +132,9 @@ void swiglu(const SwigluCall& s) {
         with_sizes(cut.height(t), D - n, [&]<int R, int V>() {
           const int64_t first = cut.first(t) * D + n;
           multiply<R, V>(h + (t - t0) * tile_rows * hidden, s.down + n * hidden, panel, hidden / W, [&](int r, int v, Float sum) {
-            const int64_t at = first + r * D + v * W, left = D - n - v * W;
-            store_some(s.y + at, sum + load(s.down_bias + n + v * W) + load_some(s.x + at, left), left);
+            float* to = s.x + first + r * D + v * W;
+            const int64_t left = D - n - v * W;
+            store_some(to, sum + load(s.down_bias + n + v * W) + load_some(to, left), left);
           });
         });
   });
@@ -133,14 +146,15 @@ inline void with_taps(int64_t taps, F&& f, std::integer_sequence<int, K...>) {
 }
 
 // The steps of one image in one direction. What the recurrence reads lies in tiles of at most `tile_rows` steps: v and delta as
-// [inner / W][rows][W], and the rows low | B | C of `columns` floats. Buffers begin with the tile `from`.
+// [inner / W][rows][W], and the rows low | B | C of `columns` floats, whose low part has `rank` padded to `pad`. Buffers begin with
+// the tile `from`.
 struct Walk {
   const ScanCall& s;
   int64_t unit;
   const Direction& d = s.direction[unit / s.batch];
   int64_t image = unit % s.batch;
   Cut cut{s.steps, 1};
-  int64_t inner = up(s.inner, pad), columns = s.rank + 2 * s.states;
+  int64_t inner = up(s.inner, pad), rank = up(s.rank, pad), columns = rank + 2 * s.states;
 
   struct Buffers {
     int64_t from;
@@ -191,19 +205,21 @@ struct Walk {
           multiply<R, V>(wide(to.v, to.from, t), d.project + n * inner, panel, inner / W,
                          [&](int r, int v, Float sum) { store(low + r * columns + v * W, sum); });
         });
+    const int64_t used = up(s.rank, low_unit);
     for (int64_t t = t0; t < t1; t++) {
       const int R = cut.height(t);
       const float* low = narrow(to.low, to.from, t);
-      float* tile = scratch + (t - t0) * tile_rows * s.rank;
-      for (int64_t c = 0; c < s.rank; c += W)
-        for (int r = 0; r < R; r++) store(tile + c * R + r * W, load(low + r * columns + c));
+      float* tile = scratch + (t - t0) * tile_rows * rank;
+      for (int64_t c = 0; c < used; c += low_unit)
+        for (int r = 0; r < R; r++) std::memcpy(tile + c * R + r * low_unit, low + r * columns + c, 4 * low_unit);
     }
     for (int64_t n = 0; n < inner; n += panel)
       for (int64_t t = t0; t < t1; t++)
         with_sizes(cut.height(t), panel, [&]<int R, int V>() {
           float* delta = wide(to.delta, to.from, t) + n * R;
-          multiply<R, V>(scratch + (t - t0) * tile_rows * s.rank, d.spread + n * s.rank, panel, s.rank / W,
-                         [&](int r, int v, Float sum) { store(delta + (v * R + r) * W, sum + load(d.spread_bias + n + v * W)); });
+          multiply<R, V, low_unit>(
+              scratch + (t - t0) * tile_rows * rank, d.spread + n * rank, panel, used / low_unit,
+              [&](int r, int v, Float sum) { store(delta + (v * R + r) * W, sum + load(d.spread_bias + n + v * W)); });
         });
   }
 
@@ -222,7 +238,7 @@ struct Walk {
         store(y + steps * W, skip * u);
       }
     }
-    const float* B = narrow(from.low, from.from, t0) + s.rank;
+    const float* B = narrow(from.low, from.from, t0) + rank;
     auto advance_by = [&]<int S>() {
       for (int64_t n = 0; n < s.states; n += S)
         advance<S, false>(dt, dtu, y, state + n * W, d.rates + (c / W * s.states + n) * W, B + n, B + s.states + n, columns,
@@ -232,15 +248,15 @@ struct Walk {
       advance_by.template operator()<W / 2>();
     else
       advance_by.template operator()<W>();
-    float* to = s.y + unit / s.batch * s.batch * s.steps * s.inner + c;
-    for (int64_t i = 0; i < steps; i++)
-      store_some(to + token(cut.first(t0) + i) * s.inner, load(y + i * W), s.inner - c);
+    float* to = s.y + Scanned{s.batch, s.steps, inner}.at(unit / s.batch, image, 0, c);
+    const int64_t* tokens = d.tokens + cut.first(t0);
+    for (int64_t i = 0; i < steps; i++) store(to + tokens[i] * W, load(y + i * W));
   }
 };
 
 // y of each direction, without the gate: D v + the scan of v = SiLU(conv(x)).
 void scan(const ScanCall& s) {
-  const int64_t units = s.directions * s.batch, inner = up(s.inner, pad), columns = s.rank + 2 * s.states;
+  const int64_t units = s.directions * s.batch, inner = up(s.inner, pad), rank = up(s.rank, pad), columns = rank + 2 * s.states;
   const int64_t tiles = Cut(s.steps, 1).tiles, chunks = up(tiles, chunk_tiles) / chunk_tiles;
   auto last = [&](int64_t chunk) { return std::min((chunk + 1) * chunk_tiles, tiles); };
 
@@ -248,9 +264,9 @@ void scan(const ScanCall& s) {
     at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; unit++) {
         const Walk walk{s, unit};
-        Scratch& m = Scratch::begin(chunk_rows * (2 * inner + columns + s.rank) + inner * s.states);
+        Scratch& m = Scratch::begin(chunk_rows * (2 * inner + columns + rank) + inner * s.states);
         float *v = m.take(chunk_rows * inner), *delta = m.take(chunk_rows * inner), *low = m.take(chunk_rows * columns);
-        float *scratch = m.take(chunk_rows * s.rank), *state = m.take(inner * s.states);
+        float *scratch = m.take(chunk_rows * rank), *state = m.take(inner * s.states);
         std::fill_n(state, inner * s.states, 0.0f);
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
           const int64_t t0 = chunk * chunk_tiles, t1 = last(chunk);
@@ -268,7 +284,7 @@ void scan(const ScanCall& s) {
     return Walk::Buffers{0, s.v + unit * s.steps * inner, s.delta + unit * s.steps * inner, s.low + unit * s.steps * columns};
   };
   at::parallel_for(0, units * chunks, 1, [&](int64_t begin, int64_t end) {
-    float* scratch = Scratch::begin(chunk_rows * s.rank).take(chunk_rows * s.rank);
+    float* scratch = Scratch::begin(chunk_rows * rank).take(chunk_rows * rank);
     for (int64_t i = begin; i < end; i++) {
       const int64_t unit = i / chunks, chunk = i % chunks;
       Walk{s, unit}.prepare(chunk * chunk_tiles, last(chunk), buffers(unit), scratch);

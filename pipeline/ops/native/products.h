@@ -14,6 +14,7 @@
 
 namespace products {
 
+using simd::at_least;
 using simd::Float;
 using simd::load;
 using simd::splat;

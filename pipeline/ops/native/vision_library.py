@@ -83,14 +83,14 @@ class _ScanCall(Structure):
 
 
 class _GateCall(Structure):
-    _fields_ = _fields("rows inner outputs directions", "y xz weight residual to")
+    _fields_ = _fields("batch steps inner outputs directions", "y xz weight x")
 
 
 class _SwigluCall(Structure):
     _fields_ = [
         *_fields("rows width hidden centred", ""),
         ("eps", c_double),
-        *_fields("", "x both both_bias down down_bias y"),
+        *_fields("", "both both_bias down down_bias x"),
     ]
 
 
