@@ -125,6 +125,10 @@ soak: $(STAMP)  ## long tests: runs and other commands killed many times in a ro
 fuzz: $(STAMP)  ## feed 10,000 damaged and hostile inputs to the commands: CASES= SEED=
 	$(PY) -m tests.fuzz --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
 
+.PHONY: sanitize
+sanitize: $(STAMP)  ## test the compiled kernels under the address and undefined behaviour sanitizers of g++ (about five minutes)
+	$(PY) -m tests.sanitize
+
 .PHONY: bench
 bench: $(STAMP)  ## take the figures of docs/performance.md that this commit lacks on this machine; use a quiet one: SIMD=avx2
 	$(PY) -m benchmarks $(if $(SIMD),--simd $(SIMD))

@@ -45,11 +45,11 @@ def compose(
         flips: Whether flips are harmless.
         gpu: Whether the machine has a GPU.
         family: The kind of model, which decides the stages.
-        network: The model of that kind.
+        network: The model of that kind, with its image size.
         steps: Steps of each stage.
         micro: Micro-batch of each stage; value None = the whole share.
     """
-    side, chosen_family = rules.image_size(look, gpu), cast(Family, family.value)
+    chosen_family = cast(Family, family.value)
     augment = rules.views(look, bool(flips.harmless))
     mamba, width = chosen_family == "vision_mamba", network.value.get("embed_dim", networks.BASE_WIDTH)
     balance = rules.sampling(look)
@@ -95,7 +95,7 @@ def compose(
             average = rules.teacher(number)
             values["ema"], reasons["ema"] = average.value, (f"{average.why}.",)
         if "model" in values:
-            reasons["model"] = (f"{family.why}.", f"{side.why}.", f"{network.why}.")
+            reasons["model"] = (f"{family.why}.", f"{network.why}.")
         if "augment" in values:
             reasons["augment"] = (f"Views: {augment['plain'].why}.", flip)
         optim: dict[str, Any] = {"lr": rate.value, "warmup_steps": max(1, number // 20)}

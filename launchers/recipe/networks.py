@@ -4,6 +4,7 @@ As in rules.py: one function for each rule, with its reason in words; constants 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from launchers.recipe.choice import Choice, Stage
@@ -51,8 +52,19 @@ def stages(chosen: Family) -> tuple[Stage, ...]:
     return ("arm", "distill", "semi") if chosen == "vision_mamba" else ("distill", "semi")
 
 
-def models(chosen: Family, side: int) -> tuple[Choice, ...]:
-    """List the models of a family, the largest first; the budget decides among them (`rules.pays_for`).
+def candidates(chosen: Family, sides: Sequence[Choice]) -> tuple[Choice, ...]:
+    """List models of a family, the most costly first; the budget decides among them (`rules.pays_for`).
+
+    All models of the first side come before the smallest of every other side.
+    """
+    first, *others = sides
+    found = [(side, model) for side in (first,) for model in _models(chosen, side.value)]
+    found += [(side, _models(chosen, side.value)[-1]) for side in others]
+    return tuple(Choice(model.value, f"{side.why}. {model.why[0].upper()}{model.why[1:]}") for side, model in found)
+
+
+def _models(chosen: Family, side: int) -> tuple[Choice, ...]:
+    """List the models of a family for a side, the largest first.
 
     A Vision Mamba has 64 tokens on a CPU, and width and depth that grow with the side.
     """

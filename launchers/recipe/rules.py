@@ -34,15 +34,22 @@ ENOUGH_FOR_PROBE = 200  # images from which a linear probe can say that stage 1 
 MEMORY_SHARE = 0.6  # a step may use this share of the free memory
 
 
-def image_size(look: Look, gpu: bool) -> Choice:
+def image_sizes(look: Look, gpu: bool) -> tuple[Choice, ...]:
     """Choose the side of the square that the model sees: the least that is not below the images', as the machine allows.
 
-    A larger side costs time and shows nothing; a smaller one loses detail. A CPU stays at 64 pixels.
+    A larger side costs time and shows nothing; a smaller one loses detail. A CPU stays at 64 pixels. The second choice, if
+    there is one, is the next smaller side, for a budget that does not pay for enough steps of the first (`pays_for`). Icons of
+    64 px with 10 labels a class were recognised better in 450 steps at 32 px than in 110 at 64 px (docs/recipe.md).
     """
     sides = SIDES_GPU if gpu else SIDES_CPU
     side = next((s for s in sides if s >= 0.85 * look.side), sides[-1])
     limit = f", the largest for a {'GPU' if gpu else 'CPU'} here" if side < 0.85 * look.side else ""
-    return Choice(side, f"{side} px{limit}: the images are {look.width} x {look.height} px (width x height, medians)")
+    images = f"the images are {look.width} x {look.height} px (width x height, medians)"
+    first = Choice(side, f"{side} px{limit}: {images}")
+    smaller = [
+        Choice(s, f"{s} px: {images}, but the budget pays for few steps at {side} px") for s in sides if s < side
+    ]
+    return (first, *smaller[-1:])
 
 
 def batch(stage: Stage, look: Look, gpu: bool) -> Choice:

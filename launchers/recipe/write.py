@@ -166,7 +166,7 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
             return timing.count_stage(config, classes, pending)
         return timing.time_stage(config, classes, pending, pictures, drawn)
 
-    for network in networks.models(family.value, rules.image_size(look, gpu).value):
+    for network in networks.candidates(family.value, rules.image_sizes(look, gpu)):
         batches, costs, micro = _measured(partial(compose_with, network=network), stages, order, measure)
         numbers = rules.steps(look, batches, costs, budget)
         if rules.pays_for(numbers, look, batches):

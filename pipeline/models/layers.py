@@ -4,13 +4,14 @@ Shapes: B images, D channels, H x W pixels of a map, L = H W tokens, N hidden st
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class PooledClassifier(nn.Module):
+class PooledClassifier(nn.Module, ABC):
     """What networks share whose one linear head reads the mean over a map's pixels, with the methods of timm's models.
 
     Attributes:
@@ -21,9 +22,9 @@ class PooledClassifier(nn.Module):
     pixel_axes: tuple[int, int]
     head: nn.Module
 
+    @abstractmethod
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> the last map."""
-        raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool a map and classify it: logits (B, K), or the pooled (B, D) with `pre_logits`."""

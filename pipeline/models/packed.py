@@ -3,6 +3,8 @@
 Shapes: B images, C channels, K classes.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from pipeline.ops.native.build import BuildError
 from pipeline.ops.native.vision_library import vision_library
 
 
-class PackedModel(nn.Module):
+class PackedModel(nn.Module, ABC):
     """A classifier on our compiled layers, for fp32 images on the CPU. A subclass computes the logits in `classify`.
 
     Args:
@@ -53,6 +55,6 @@ class PackedModel(nn.Module):
             )
         return self.classify(images) if len(images) else images.new_empty(0, self.num_classes)
 
+    @abstractmethod
     def classify(self, images: Tensor) -> Tensor:
         """Return the logits (B, K) of at least one image of a shape that the model takes."""
-        raise NotImplementedError

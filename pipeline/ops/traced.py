@@ -150,12 +150,24 @@ def _scan_of_nodes(
     if delta_bias is not None:
         dt = dt + delta_bias
     if delta_softplus:
-        dt = F.softplus(dt)
+        dt = _softplus(dt)
     p = torch.ops.pipeline.recurrence(x, dt, A.t(), B.transpose(1, 2), C.transpose(1, 2), reverse)
     out = p if D is None else p + D * x
     if z is not None:
         out = out * F.silu(z.transpose(1, 2))
     return (out.transpose(1, 2), p.transpose(1, 2)) if return_ungated else out.transpose(1, 2)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """Softplus of operators that ONNX Runtime computes on vectors; its own Softplus takes one number after another.
+
+    It is max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = log(u) e / (u - 1) with u = 1 + e rounded, which is exact to
+    rounding where log(u) alone loses all digits of a small e (Kahan).
+    """
+    e = (-x.abs()).exp()
+    u = 1 + e
+    rounded = u - 1
+    return x.relu() + torch.where(rounded > 0, u.log() * (e / rounded), e)
 
 
 _ONNX = Operators(name="onnx", scan=_scan_of_nodes, conv=reference.causal_conv1d_silu)

@@ -56,7 +56,7 @@ def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, num
         FlipTest(flips, "because"),
         gpu=gpu,
         family=family,
-        network=networks.models(family.value, rules.image_size(facts, gpu).value)[-1],
+        network=networks.candidates(family.value, rules.image_sizes(facts, gpu))[-1],
         steps={stage: Choice(number, "words") for stage in STAGES},
         micro={stage: Choice(None, "") for stage in STAGES},
     )
@@ -77,12 +77,19 @@ def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, num
     (8, False, 32), (28, False, 32), (37, False, 32), (38, False, 64), (500, False, 64), (500, True, 192), (28, True, 32)
 ])  # fmt: skip
 def test_the_view_is_the_least_that_holds_the_images(side: int, gpu: bool, chosen: int) -> None:
-    assert rules.image_size(look(height=side, width=2 * side), gpu).value == chosen
+    assert rules.image_sizes(look(height=side, width=2 * side), gpu)[0].value == chosen
+
+
+def test_a_smaller_view_comes_after_all_models_of_the_first() -> None:
+    sides = rules.image_sizes(look(height=64, width=64), gpu=False)
+    found = [(c.value["name"], c.value["image_size"]) for c in networks.candidates("efficientvim", sides)]
+    assert found == [("efficientvim_mini", 64), ("efficientvim_nano", 64), ("efficientvim_nano", 32)]
+    assert len(rules.image_sizes(look(height=28, width=28), gpu=True)) == 1
 
 
 @pytest.mark.parametrize("side", rules.SIDES_GPU)
 def test_clusters_and_patches_divide_the_side(side: int) -> None:
-    values = networks.models("vision_mamba", side)[0].value
+    values = networks.candidates("vision_mamba", [Choice(side, "words")])[0].value
     assert side % values["cluster_size"] == 0
     assert values["cluster_size"] % values["patch_size"] == 0
 
@@ -241,7 +248,7 @@ def test_micro_batches_divide_the_batch_and_fit(global_batch: int, each: int, fr
 def test_an_unlabelled_pool_that_is_missing_makes_stage_3_supervised() -> None:
     drafts = compose(
         "mine", {"train": "x"}, look(unlabelled=0), FlipTest(False, "x"), gpu=False, family=Choice("vision_mamba", ""),
-        network=networks.models("vision_mamba", 32)[0],
+        network=networks.candidates("vision_mamba", [Choice(32, "words")])[0],
         steps={stage: Choice(100, "") for stage in STAGES}, micro={stage: Choice(None, "") for stage in STAGES},
     )  # fmt: skip
     assert drafts["semi"].values["pseudo"] == {"weight": 0.0}
