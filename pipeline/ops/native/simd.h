@@ -99,7 +99,7 @@ inline Float exp2(Float x) {
   Float p = f * 5.55041087e-2f + 2.40226507e-1f;
   p = p * f + 6.931471806e-1f;
   p = (root * f) * p + root;
-  return (Float)_mm512_scalef_ps((__m512)p, (__m512)whole);  // 2 to the floor of `whole`; handles NaN, infinity and underflow
+  return (Float)_mm512_scalef_ps((__m512)p, (__m512)whole);  // uses the integer below `whole`; handles NaN, infinity and underflow
 #elif defined(__AVX2__)
   // The bits of 2^(k / 8) are those of k in eighths, moved to the exponent, plus what the table has for the lowest three.
   const __m256i roots = _mm256_setr_epi32(0, -289342, -509968, -655657, -719629, -694486, -572163, -343865);
