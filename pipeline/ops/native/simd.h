@@ -85,28 +85,44 @@ inline Float at_most(Float x, float limit) {
 #endif
 }
 
-// 2^x with a relative error of 2e-7: a power of two times a polynomial of degree 5 on [-1/2, 1/2]. Its first two coefficients
-// are exactly 1 and log 2, because a scan multiplies hundreds of factors near 1, where even a small error of one sign would
-// add up. The result is 0 (2^-126 without AVX-512) below -126, and infinity from 128 on.
+// 2^x with a relative error of 2e-7: a power of two, times a root of two from a table in a register, times a polynomial on what is
+// left of x. The polynomial's first two coefficients are exactly 1 and log 2, because a scan multiplies hundreds of factors near 1,
+// where even a small error of one sign would add up. The result is 0 (2^-126 without AVX-512) below -126, and infinity from 128 on.
 inline Float exp2(Float x) {
 #if defined(__AVX512F__)
-  Float whole = (Float)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 roots = _mm512_setr_ps(1.0f, 1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
+                                      1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.8340081f, 1.91520655f);
+  Float whole = (Float)_mm512_roundscale_ps((__m512)x, 0x48);  // to the nearest sixteenth, without an exception
   Float f = x - whole;
+  Float sixteenths = whole + 1.5f * (1 << 19);  // in the lowest bits of the mantissa, of which the table reads four
+  Float root = (Float)_mm512_permutexvar_ps((__m512i)sixteenths, roots);
+  Float p = f * 5.55041087e-2f + 2.40226507e-1f;
+  p = p * f + 6.931471806e-1f;
+  p = (root * f) * p + root;
+  return (Float)_mm512_scalef_ps((__m512)p, (__m512)whole);  // uses the integer below `whole`; handles NaN, infinity and underflow
+#elif defined(__AVX2__)
+  // The bits of 2^(k / 8) are those of k in eighths, moved to the exponent, plus what the table has for the lowest three.
+  const __m256i roots = _mm256_setr_epi32(0, -289342, -509968, -655657, -719629, -694486, -572163, -343865);
+  constexpr float to_exponent = 1.5f * (1 << 20) + 127.0f;  // 127 is the bias of an exponent
+  x = at_most(at_least(x, -126.0f), 128.0f);
+  Float eighths = x + to_exponent;
+  Float f = x - (eighths - to_exponent);
+  Int scale = ((Int)eighths << 20) + (Int)_mm256_permutevar8x32_epi32(roots, (__m256i)eighths);
+  Float p = f * 5.55041087e-2f + 0.240241f;
+  p = p * f + 6.931471806e-1f;
+  p = p * f + 1.0f;
+  return p * (Float)scale;
 #else
-  // Adding 1.5 * 2^23 moves round(x) into the lowest bits of the mantissa, and 127 is the bias of an exponent.
+  // Adding 1.5 * 2^23 moves round(x) into the lowest bits of the mantissa.
   constexpr float to_exponent = 12582912.0f + 127.0f;
   x = at_most(at_least(x, -126.0f), 128.0f);
   Float shifted = x + to_exponent;
   Float f = x - (shifted - to_exponent);
-#endif
   Float p = f * 1.330026412e-3f + 9.669708406e-3f;
   p = p * f + 5.550559994e-2f;
   p = p * f + 2.402228161e-1f;
   p = p * f + 6.931471806e-1f;
   p = p * f + 1.0f;
-#if defined(__AVX512F__)
-  return (Float)_mm512_scalef_ps((__m512)p, (__m512)whole);  // handles NaN, infinity and underflow itself
-#else
   return p * (Float)((Int)shifted << 23);
 #endif
 }

@@ -169,7 +169,7 @@ def vision_library() -> VisionLibrary:
 
 def pointer(tensor: Tensor) -> int:
     """Return the address of a tensor's data; ValueError unless it is fp32 on the CPU."""
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+    if tensor.dtype is not torch.float32 or not tensor.is_cpu:
         raise ValueError(
             f"compiled layers take fp32 on the CPU, not {tensor.dtype} on {tensor.device}; pack the model anew"
         )
