@@ -39,7 +39,7 @@ def image_sizes(look: Look, gpu: bool) -> tuple[Choice, ...]:
 
     A larger side costs time and shows nothing; a smaller one loses detail. A CPU stays at 64 pixels. The second choice, if
     there is one, is the next smaller side, for a budget that does not pay for enough steps of the first (`pays_for`). Icons of
-    64 px with 10 labels a class were recognised better in 450 steps at 32 px than in 110 at 64 px (docs/recipe.md).
+    64 px with 10 labels a class were recognised better in 440 steps at 32 px than in 110 at 64 px (docs/recipe.md).
     """
     sides = SIDES_GPU if gpu else SIDES_CPU
     side = next((s for s in sides if s >= 0.85 * look.side), sides[-1])

@@ -34,8 +34,8 @@ class Selection(BaseModel):
         """Compare a validation with the best one; the first of two equal ones stays the best.
 
         The best of many validations on few images owes much to chance. So a trained start (step 0) keeps its place unless a
-        later state is better by more than one standard error of its accuracy. Where that is above 100 %, a state that finds the
-        class of every image is taken. This is ours.
+        later state is better by more than one standard error of its accuracy. Where that is above 100 %, the first state
+        that finds the class of every image is taken. This is ours.
 
         Args:
             step: Optimizer steps so far.
@@ -61,9 +61,10 @@ class Selection(BaseModel):
         """Return what the next best must exceed."""
         bar = _order(self.best, criteria)
         if self.step == 0 and images and next(iter(criteria.values())) == 1:
-            bar[0] += standard_error(bar[0], images)
-            if bar[0] >= 100:  # no state can exceed it
-                return [100.0, -math.inf]
+            least = bar[0] + standard_error(bar[0], images)
+            if bar[0] < 100 <= least:  # no state can exceed it
+                return [100.0] + [-math.inf] * (len(bar) - 1)
+            bar[0] = least if bar[0] < 100 else bar[0]
         return bar
 
 

@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from pipeline.config import load_config
 from stages import SPECS
@@ -81,6 +83,25 @@ def test_counted_work_gives_the_steps_that_its_sum_allows(place: Path) -> None:
     code, said, _ = launch(place, "recipe", "counted", *data, "--budget", "0.2T", "--again")
     assert code == 0
     assert "the least of every stage takes 0.31 * 10^12 FLOPs, more than the budget 0.2T" in said
+
+
+def test_a_budget_for_few_steps_takes_the_smaller_view(place: Path) -> None:
+    rng = np.random.default_rng(0)
+    for k in range(60):
+        folder = place / "pictures" / f"class-{k % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    convert = [sys.executable, "-m", "pipeline.data", "convert", "imagefolder", "pictures", "--out", "data/pictures"]
+    done = warm.run(convert, warm.ENVIRONMENT | {"PYTHONPATH": str(warm.ROOT)}, cwd=place)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for budget in ("0.4T", "20T"):
+        code, _, errors = launch(place, "recipe", "pictures", "--train", "data/pictures", "--budget", budget, "--again")
+        assert code == 0, errors
+        text = (place / "configs/distill/pictures.yaml").read_text()
+        found[budget] = yaml.safe_load(text)["model"]["image_size"]
+        assert ("the budget pays for few steps at 64 px" in " ".join(text.split())) == (budget == "0.4T")
+    assert found == {"0.4T": 32, "20T": 64}
 
 
 @pytest.mark.parametrize(

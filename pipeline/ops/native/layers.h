@@ -75,10 +75,12 @@ template <class Pack, class Put, class Done>
 void product(int64_t rows, int64_t in, int64_t out, const float* weight, Pack&& pack, Put&& put, Done&& done) {
   const int64_t threads = at::get_num_threads();
   const Cut cut(rows, threads);
-  // Every thread has as many blocks of rows as the others. With fewer tiles than threads the columns are divided as well, and
-  // every part of them packs the rows anew.
-  const int64_t blocks = std::min(cut.tiles, up(up(cut.tiles, block_tiles) / block_tiles, threads)), panels = up(out, panel) / panel;
-  const int64_t columns = cut.tiles < threads ? std::clamp<int64_t>(4 * threads / blocks, 1, panels) : 1;
+  // With two tiles or more for each thread, every thread has as many blocks of rows as the others. With fewer the columns are
+  // divided as well, and every part of them packs the rows anew.
+  const bool by_rows = cut.tiles >= 2 * threads;
+  const int64_t whole = up(cut.tiles, block_tiles) / block_tiles, panels = up(out, panel) / panel;
+  const int64_t blocks = by_rows ? up(whole, threads) : whole;
+  const int64_t columns = by_rows ? 1 : std::clamp<int64_t>(4 * threads / blocks, 1, panels);
   at::parallel_for(0, blocks * columns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t t0 = unit / columns * cut.tiles / blocks, t1 = (unit / columns + 1) * cut.tiles / blocks;

@@ -26,12 +26,12 @@ struct NormedCall {
 struct Direction {
   const int64_t* tokens;  // (steps): the token at each step
   // (taps, inner), (inner), panels (inner -> rank | states | states), panels (rank -> inner), (inner),
-  // (inner / W, states, W) in units of log 2, (inner). `inner` and `rank` are padded to `pad`, `states` to 16.
+  // (inner / W, states, W) in units of log 2, (inner). `inner` and `rank` are padded to `pad`.
   const float *taps, *taps_bias, *project, *spread, *spread_bias, *rates, *skip;
 };
 
 struct ScanCall {
-  int64_t batch, steps, inner, states, rank, taps, directions;  // states: padded to 16
+  int64_t batch, steps, inner, states, rank, taps, directions;  // states: padded to 8 or 16
   const float* xz;                                              // (batch, steps, 2 inner)
   float *y, *v, *delta, *low;  // y: see Scanned; scratch for each direction and image, see Walk
   Direction direction[4];

@@ -85,9 +85,10 @@ inline Float at_most(Float x, float limit) {
 #endif
 }
 
-// 2^x with a relative error of 2e-7: a power of two, times a root of two from a table in a register, times a polynomial on what is
-// left of x. The polynomial's first two coefficients are exactly 1 and log 2, because a scan multiplies hundreds of factors near 1,
-// where even a small error of one sign would add up. The result is 0 (2^-126 without AVX-512) below -126, and infinity from 128 on.
+// 2^x with a relative error of 2e-7: a power of two, times a root of two from a table in a register (not in the last form), times a
+// polynomial on what is left of x. Its first two coefficients are exactly 1 and log 2, because a scan multiplies hundreds of factors
+// near 1, where even a small error of one sign would add up. Without AVX-512 the result is 2^-126 for less than -126, and infinity
+// from 127.9 on.
 inline Float exp2(Float x) {
 #if defined(__AVX512F__)
   const __m512 roots = _mm512_setr_ps(1.0f, 1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,

@@ -67,8 +67,11 @@ def in_rows(y: Tensor, inner: int) -> Tensor:
 
 
 def in_blocks(y: Tensor, lanes: int) -> Tensor:
-    """(directions, B, L, E) as `Scans` gives it."""
-    return F.pad(y, (0, padded(y.shape[3]) - y.shape[3])).unflatten(3, (-1, lanes)).transpose(2, 3).contiguous()
+    """(directions, B, L, E) as `Scans` gives it: what it does not write may hold anything."""
+    inner = y.shape[3]
+    written = F.pad(y, (0, -inner % lanes))
+    whole = F.pad(written, (0, padded(inner) - written.shape[3]), value=float("nan"))
+    return whole.unflatten(3, (-1, lanes)).transpose(2, 3).contiguous()
 
 
 def scanned(xz: Tensor, d: Direction, order: Tensor) -> Tensor:

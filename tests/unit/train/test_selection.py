@@ -34,13 +34,20 @@ def test_a_trained_start_stays_unless_a_state_is_better_by_a_standard_error(righ
     share = start / 100
     error = 100 * math.sqrt(max(share * (1 - share), 0.0) / images)
     took = selection.see(1, {"val/top1": later, "val/nll": 1.0}, CRITERIA, images)
-    if later <= start + error - 1e-9 and later < 100:
+    if later <= start + error - 1e-9 and (later < 100 or start == 100):
         assert not took
-    if later == 100 or later > start + 1.5 * error + 100 / images:
+    if start < later == 100 or later > start + 1.5 * error + 100 / images:
         assert took
     if took:
         assert selection.see(2, {"val/top1": later + 1e-3, "val/nll": 1.0}, CRITERIA, images)
     assert Selection().see(0, {"val/top1": start, "val/nll": 1.0}, CRITERIA, images)
+
+
+def test_a_start_that_finds_all_images_stays_unless_the_loss_is_smaller() -> None:
+    selection = Selection()
+    selection.see(0, {"val/top1": 100.0, "val/nll": 0.1}, CRITERIA, 20)
+    assert not selection.see(1, {"val/top1": 100.0, "val/nll": 5.0}, CRITERIA, 20)
+    assert selection.see(2, {"val/top1": 100.0, "val/nll": 0.09}, CRITERIA, 20)
 
 
 def test_where_a_loss_is_compared_every_better_state_is_taken() -> None:
