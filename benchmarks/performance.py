@@ -26,10 +26,10 @@ SIZES = (224, 448, 672, 896)
 HEAD = """# Performance
 
 The figures that `make bench` has measured, each with its command, machine and date. `make bench` takes those that the
-current commit lacks on this machine and writes this page. `make bench SIMD=avx2` does so with AVX2 alone; ONNX Runtime
-keeps its own choice then. Both continue where they stopped. They are meant to take about twenty minutes on two quiet cores,
-which has not been measured; one benchmark is ended after ten minutes. Each also runs alone:
-`python -m benchmarks.NAME --help`. Models have random weights, which cost the same as trained ones.
+current commit lacks on this machine and writes this page. `make bench SIMD=avx2` does so with AVX2 alone. ONNX Runtime keeps its
+own choice then, so ratios to a rival that is fastest in it are worse than on a processor that has only AVX2. Both commands
+continue where they stopped. All but `engine` take eleven minutes on two quiet cores; one benchmark is ended after ten. Each
+also runs alone: `python -m benchmarks.NAME --help`. Models have random weights, which cost the same as trained ones.
 
 A run is quiet if other programs used at most {quiet:.0%} of the processor meanwhile. Of other runs the ratios are better than the
 times, because rivals take turns in the same rounds; they are no results.
