@@ -58,7 +58,7 @@ def candidates(chosen: Family, sides: Sequence[Choice]) -> tuple[Choice, ...]:
     All models of the first side come before the smallest of every other side.
     """
     first, *others = sides
-    found = [(side, model) for side in (first,) for model in _models(chosen, side.value)]
+    found = [(first, model) for model in _models(chosen, first.value)]
     found += [(side, _models(chosen, side.value)[-1]) for side in others]
     return tuple(Choice(model.value, f"{side.why}. {model.why[0].upper()}{model.why[1:]}") for side, model in found)
 

@@ -117,10 +117,9 @@ def guess_labels(
     if len(labelled) > MAX_FOR_SVM and len(names) > 1:
         names.remove("svm")
     forms = [[samples._replace(values=_own_contrast(samples.values)) for samples in pixels]]
+    # The mean of a grey image is only its brightness; that of a colour image may tell its class.
     if number and not all(is_grey(samples.values) for samples in pixels):
-        forms.insert(
-            0, pixels
-        )  # the mean of a grey image is only its brightness; that of a colour image may tell its class
+        forms.insert(0, pixels)
     chosen, guessed, right = "", np.empty(0, np.int64), 0.0
     for name, (known, asked, validation) in itertools.product(names, forms):
         predicted = _predict(name, known, asked, validation, len(manifest.classes))

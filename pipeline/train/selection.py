@@ -60,11 +60,10 @@ class Selection(BaseModel):
     def _bar(self, criteria: Mapping[str, int], images: int) -> list[float]:
         """Return what the next best must exceed."""
         bar = _order(self.best, criteria)
-        if self.step == 0 and images and next(iter(criteria.values())) == 1:
-            least = bar[0] + standard_error(bar[0], images)
-            if bar[0] < 100 <= least:  # no state can exceed it
+        if self.step == 0 and images and next(iter(criteria.values())) == 1 and bar[0] < 100:
+            bar[0] += standard_error(bar[0], images)
+            if bar[0] >= 100:  # no state can exceed it
                 return [100.0] + [-math.inf] * (len(bar) - 1)
-            bar[0] = least if bar[0] < 100 else bar[0]
         return bar
 
 
