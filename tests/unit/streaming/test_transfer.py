@@ -57,7 +57,9 @@ def test_every_batch_arrives_once_in_order_and_so_many_are_under_way(ahead: int)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_images_are_normalised_and_channels_last_in_whatever_layout_their_pixels_come(layout: torch.memory_format) -> None:
+def test_images_are_normalised_and_channels_last_in_whatever_layout_their_pixels_come(
+    layout: torch.memory_format,
+) -> None:
     given = torch.randint(0, 256, (4, 3, 7, 5), dtype=torch.uint8).contiguous(memory_format=layout)
     sent = Batch(images=given, labels=torch.zeros(4), indices=torch.arange(4), virtual_readers=1)
     (found,) = Transfer(CPU, VIEWS).deliver([sent])
