@@ -14,7 +14,7 @@ from launchers.recipe.look import Look
 
 SIDES_CPU, SIDES_GPU = (32, 64), (32, 64, 128, 192)
 BATCHES: dict[Stage, tuple[int, int]] = {"arm": (64, 256), "distill": (32, 128), "semi": (16, 64)}  # CPU, GPU
-# A stage reads its larger stream at most so many times.
+# A stage reads its larger stream at most so many times; stage 2 half as often where stage 3 has unlabelled images to learn from.
 EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}
 ENOUGH_STEPS = 1000  # steps of stage 2 from which a larger network learns more than a smaller one with more steps
 LEAST_STEPS, MOST_STEPS = 100, 100_000
@@ -67,25 +67,32 @@ def batch(stage: Stage, look: Look, gpu: bool) -> Choice:
 
 
 def shares(look: Look, among: Collection[Stage]) -> dict[Stage, float]:
-    """Divide the time among the stages; the more of the images are unlabelled, the more goes to stages 1 and 3.
+    """Divide the time among the stages.
 
-    With guessed labels stage 2 learns from the unlabelled images too, and gets what stage 3 would get.
+    With stage 1, the more of the images are unlabelled, the more goes to stages 1 and 3; with guessed labels stage 2 learns from
+    them too, and gets what stage 3 would get. Without stage 1, stage 2 learns all features, in steps that cost a third of those
+    of stage 3, and gets three quarters (docs/recipe.md); with guessed labels half, since so few labels are soon learnt.
     """
+    if "arm" not in among:
+        semi = 0.5 if guess(look) else 0.25
+        return {"distill": 1 - semi, "semi": semi}
     unlabelled = look.unlabelled / (look.unlabelled + look.labels)
     arm, semi = 0.25 + 0.15 * unlabelled, 0.3 + (0 if guess(look) else 0.15 * unlabelled)
-    found: dict[Stage, float] = {"arm": arm, "distill": 1 - arm - semi, "semi": semi}
-    total = sum(found[stage] for stage in among)
-    return {stage: found[stage] / total for stage in among}
+    return {"arm": arm, "distill": 1 - arm - semi, "semi": semi}
 
 
 def epoch_limit(stage: Stage, look: Look, global_batch: int) -> int:
-    """Count the steps of the most epochs of a stage; more would repeat the images too often to pay."""
+    """Count the steps of the most epochs of a stage; more would repeat the images too often to pay.
+
+    After about a hundred epochs of the labels, stage 3 brings more than stage 2 (docs/recipe.md).
+    """
     images = {
         "arm": look.images / global_batch,
         "distill": max(look.labels, look.unlabelled / GUESS_RATIO if guess(look) else 0) / global_batch,
         "semi": max(look.labels / global_batch, look.unlabelled / (UNLABELLED_RATIO * global_batch)),
     }[stage]
-    return round(min(MOST_STEPS, max(3 * LEAST_STEPS, EPOCHS[stage] * images)))
+    epochs = EPOCHS[stage] / 2 if stage == "distill" and look.unlabelled else EPOCHS[stage]
+    return round(min(MOST_STEPS, max(3 * LEAST_STEPS, epochs * images)))
 
 
 class Budget(NamedTuple):
@@ -137,12 +144,16 @@ def steps(look: Look, batches: dict[Stage, int], costs: dict[Stage, float], budg
 
 
 def pays_for(steps: Mapping[Stage, Choice], look: Look, batches: Mapping[Stage, int]) -> bool:
-    """Whether a network has ENOUGH_STEPS in stage 2, or all that its most epochs allow.
+    """Whether a network has ENOUGH_STEPS in stage 2 and half as many in stage 3, or all that their most epochs allow.
 
     In single trials with 4 glyphs a class, 1400 steps of efficientvim_mini reached more than 2095 of efficientvim_nano. With 10 a
     class and in equal work, its 527 steps reached less (docs/recipe.md).
     """
-    return bool(steps["distill"].value >= min(ENOUGH_STEPS, _round(epoch_limit("distill", look, batches["distill"]))))
+    enough: dict[Stage, int] = {"distill": ENOUGH_STEPS, "semi": ENOUGH_STEPS // 2}
+    return all(
+        steps[stage].value >= min(number, _round(epoch_limit(stage, look, batches[stage])))
+        for stage, number in enough.items()
+    )
 
 
 def _round(number: int) -> int:

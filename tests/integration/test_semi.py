@@ -30,6 +30,7 @@ def bytes_of(run: Path) -> list[bytes]:
     return [(run / folder / "model.safetensors").read_bytes() for folder in ("export", "export-student")]
 
 
+@pytest.mark.soak  # the WRN below averages its statistics too
 def test_averaged_statistics_of_another_backbone_survive_a_kill(chain: Stages, efficientvim: Path) -> None:
     more = [f"init_from={efficientvim}", "ema.buffers=average"]
     straight = chain.complete("semi", *more, "run.experiment=bn-straight")
@@ -53,13 +54,17 @@ def test_a_wide_resnet_learns_by_sgd_and_survives_a_kill(chain: Stages) -> None:
     more = [
         f"init_from={parent}",
         "optim={kind: sgd, lr: 0.03, schedule: cosine_7_16}",
-        "ema={mode: ema, base_decay: 0.9}",
+        "ema={mode: ema, base_decay: 0.9, buffers: average}",
     ]
     straight = chain.complete("semi", *more, "run.experiment=wrn-straight")
     start_and_signal(chain, "semi", *more, "run.experiment=wrn-killed", number=signal.SIGKILL, after_steps=5)
     assert bytes_of(chain.complete("semi", *more, "run.experiment=wrn-killed")) == bytes_of(straight)
+    teacher, student = (load_file(straight / name / "model.safetensors") for name in ("export", "export-student"))
+    name = next(n for n in teacher if n.endswith("running_var"))
+    assert not teacher[name].equal(student[name])
 
 
+@pytest.mark.soak
 def test_the_whole_wrn_28_2_trains_on_the_digits(chain: Stages) -> None:
     """Two steps of FixMatch from random weights, as in USB's configs."""
     more = [

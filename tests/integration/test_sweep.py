@@ -31,6 +31,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+@pytest.mark.soak
 def test_a_killed_sweep_ends_in_the_same_table(chain: Stages) -> None:
     command = [sys.executable, "-m", "launchers", *words(chain, "killed", *OVER)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL)

@@ -147,7 +147,12 @@ def test_more_unlabelled_images_get_more_of_the_time_for_stages_1_and_3() -> Non
     assert many["arm"] > few["arm"]
     assert many["semi"] > few["semi"]
     assert sum(few.values()) == pytest.approx(sum(many.values())) == pytest.approx(1)
-    assert sum(rules.shares(look(), networks.stages("efficientvim")).values()) == pytest.approx(1)
+    assert rules.shares(look(labelled=(9, 9)), networks.stages("efficientvim")) == {"distill": 0.75, "semi": 0.25}
+
+
+def test_unlabelled_images_end_stage_2_after_half_as_many_epochs() -> None:
+    alone, beside = (rules.epoch_limit("distill", look(labelled=(400, 400), unlabelled=n), 32) for n in (0, 10**5))
+    assert alone == 2 * beside
 
 
 def test_views_follow_the_kind_of_images() -> None:
@@ -228,12 +233,19 @@ def test_the_teachers_horizon_is_a_part_of_the_run(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "labels", "pays"), [(999, 5000, False), (1000, 5000, True), (290, 5, False), (300, 5, True)]
+    ("distill", "semi", "labels", "pays"),
+    [
+        (999, 500, 5000, False),
+        (1000, 490, 5000, False),
+        (1000, 500, 5000, True),
+        (290, 500, 5, False),
+        (300, 500, 5, True),
+    ],
 )
-def test_a_network_needs_enough_steps_or_all_its_epochs(steps: int, labels: int, pays: bool) -> None:
-    """5 labels allow 300 steps at most, 5000 allow 200 epochs."""
-    found = {"distill": Choice(steps, "")}
-    assert rules.pays_for(found, look(labelled=(labels,)), {"distill": 32}) is pays
+def test_a_network_needs_enough_steps_or_all_its_epochs(distill: int, semi: int, labels: int, pays: bool) -> None:
+    """5 labels allow 300 steps of stage 2 at most, 5000 allow 100 epochs; 935 unlabelled images allow 1461 of stage 3."""
+    found = {"distill": Choice(distill, ""), "semi": Choice(semi, "")}
+    assert rules.pays_for(found, look(labelled=(labels,)), {"distill": 32, "semi": 16}) is pays
 
 
 @given(st.integers(1, 512), st.integers(1, 2**34), st.integers(0, 2**38))
