@@ -137,7 +137,7 @@ bench: $(STAMP)  ## take the figures of docs/performance.md that this commit lac
 gpu-check: $(STAMP)  ## check on this machine's GPU everything that needs one, into docs/gpu/: MINUTES=30; without one, what a CPU can check
 	$(PY) -m benchmarks.gpu_check --minutes $(or $(MINUTES),30)
 
-test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there
+test-package: $(STAMP)  ## build the wheel, install it in a fresh environment in another folder, train and predict there; the quickstart notebook
 	$(PY) -m pytest tests/package
 
 check: $(STAMP)  ## format, lint, types, layers, lengths of files, words, and whether generated files are up to date
