@@ -84,7 +84,7 @@ def shares(look: Look, among: Collection[Stage]) -> dict[Stage, float]:
 def epoch_limit(stage: Stage, look: Look, global_batch: int) -> int:
     """Count the steps of the most epochs of a stage; more would repeat the images too often to pay.
 
-    After about a hundred epochs of the labels, stage 3 brings more than stage 2 (docs/recipe.md).
+    The hundred epochs of stage 2 beside unlabelled images are from single runs (docs/recipe.md).
     """
     images = {
         "arm": look.images / global_batch,

@@ -12,7 +12,6 @@ from pipeline import seeds
 from pipeline.datasets.manifest import Manifest
 from pipeline.errors import DataError, PipelineError
 from pipeline.images import Notes, Pixels, UnreadableImage, decode
-from pipeline.streaming.buffers import as_images
 from pipeline.streaming.order import Order, SampleIndices
 from pipeline.streaming.reader import Reader
 from pipeline.streaming.transforms import View
@@ -188,9 +187,8 @@ class EvaluationBatches(Batches):
 
 
 def _shared_pixels(shape: tuple[int, ...]) -> Tensor:
-    """Return zeroed uint8 images; in a worker they already are in the shared memory that carries them over."""
-    size = math.prod(shape)
+    """Return zeroed uint8 pixels; in a worker they already are in the shared memory that carries them over."""
     if torch.utils.data.get_worker_info() is None:
-        return as_images(torch.zeros(size, dtype=torch.uint8), shape)
-    storage = torch.UntypedStorage._new_shared(size, device="cpu")
-    return as_images(torch.empty(0, dtype=torch.uint8).set_(storage), shape)  # new shared pages are zero
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)  # new shared pages are zero

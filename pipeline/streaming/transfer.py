@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.ops.arithmetic import image_layout
 from pipeline.streaming.batch import Batch
-from pipeline.streaming.buffers import Buffers, as_images
+from pipeline.streaming.buffers import Buffers
 from pipeline.streaming.transforms import View, normalise
 
 
@@ -67,13 +68,12 @@ class Transfer:
     def _normalised(self, tensor: Tensor) -> Tensor:
         if self._stream is not None:  # its memory goes back to the other stream only when this one has read it
             tensor.record_stream(torch.cuda.current_stream(self.device))
-        if tensor.dtype != torch.uint8:
-            return tensor
+        return normalise(tensor, self._constants, self._room(tensor.shape)) if tensor.dtype == torch.uint8 else tensor
+
+    def _room(self, shape: torch.Size) -> Tensor:
         if self.device.type == "cpu":
-            out = self._buffers.take(tensor.shape)
-        else:
-            out = as_images(torch.empty(tensor.numel(), device=self.device), tensor.shape)
-        return normalise(tensor, self._constants, out)
+            return self._buffers.take(shape)
+        return torch.empty(shape, device=self.device, memory_format=image_layout(self.device))
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -82,4 +82,4 @@ def _pinned(tensor: Tensor) -> Tensor:
     Its memory comes from torch's cache of pinned blocks. A block is lent again only after an event that torch records behind
     the last copy from it, so a copy under way is not overwritten.
     """
-    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

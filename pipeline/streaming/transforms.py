@@ -19,7 +19,6 @@ from pipeline import seeds
 from pipeline.decoding import DEFAULT, Decoding
 from pipeline.evaluation_view import USUAL, EvaluationView
 from pipeline.images import Pixels, decode, to_pixels
-from pipeline.streaming.buffers import as_images
 from pipeline.streaming.config import AugmentConfig
 from pipeline.streaming.geometry import affine_view, crop_resize, draw_affine, ground_colour, random_box
 
@@ -57,9 +56,9 @@ class View:
         """Return a (3, H, W) uint8 view under each of `names`."""
         return {"images": self._pixels(image, seed)}
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Convert (..., 3, H, W) uint8 to float32 normalised by the view's mean and std."""
-        return normalise(images, self.constants(), as_images(torch.empty(images.numel()), images.shape))
+    def normalise(self, images: Tensor, out: Tensor | None = None) -> Tensor:
+        """Convert (..., 3, H, W) uint8 to float32 normalised by the view's mean and std, into `out` if given."""
+        return normalise(images, self.constants(), torch.empty(images.shape) if out is None else out)
 
     def constants(self) -> tuple[Tensor, Tensor]:
         """Return scale and shift, both (3, 1, 1): pixels x scale + shift are normalised."""
@@ -79,16 +78,9 @@ class View:
 
 
 def normalise(images: Tensor, constants: Sequence[Tensor], out: Tensor) -> Tensor:
-    """Normalise (..., 3, H, W) uint8 pixels into `out`, on any device, by a view's `constants` on that device.
-
-    `out` is channels last (`as_images`). A row of W pixels is multiplied at once: an operation whose innermost axis had three
-    elements would take several times as long.
-    """
-    out.copy_(images)
-    rows = out.movedim(-3, -1).view(*out.shape[:-3], out.shape[-2], -1)
-    scale, shift = (constant.flatten().repeat(out.shape[-1]) for constant in constants)
-    rows.mul_(scale).add_(shift)
-    return out
+    """Normalise (..., 3, H, W) uint8 pixels into `out`, on any device, by a view's `constants` on that device."""
+    scale, shift = constants
+    return out.copy_(images).mul_(scale).add_(shift)
 
 
 class PairView(View):

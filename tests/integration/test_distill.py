@@ -79,16 +79,11 @@ def test_a_resumed_run_with_batch_norm_is_the_uninterrupted_one_bit_for_bit(chai
 
 
 def test_two_processes_train_with_the_statistics_of_the_whole_batch(chain: Stages, taught: Path) -> None:
-    """Without mixing, whose draws differ by rank, the losses are those of one process to rounding.
-
-    torch's convolutions and batch norms of images that are channels last round by the size of a batch, and Adam's first steps
-    amplify that.
-    """
+    """Without mixing, whose draws differ by rank, the losses are those of one process to rounding."""
     quiet = ["mix={}", "loop.steps=4", "optim.cooldown_steps=0"]
     one = run(chain, "distill", "run.experiment=bn-one", *quiet)
     two = run(chain, "distill", "run.experiment=bn-two", *quiet, nproc=2)
-    assert losses(two)[:2] == pytest.approx(losses(one)[:2], rel=1e-4)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
 
 
 def test_a_second_run_does_not_ask_the_teacher_again(chain: Stages, tmp_path: Path) -> None:
@@ -131,8 +126,8 @@ def test_batch_norms_of_processes_of_their_own_are_those_of_micro_batches(chain:
 
     whole, parts = losses_of("whole"), losses_of("parts", "engine.micro_batch=8")
     assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) > 1e-3
-    assert losses_of("own", "engine.sync_batch_norm=false", nproc=2) == pytest.approx(parts, rel=1e-4)
-    assert losses_of("shared", nproc=2) == pytest.approx(whole, rel=1e-4)
+    assert losses_of("own", "engine.sync_batch_norm=false", nproc=2) == pytest.approx(parts, rel=1e-5)
+    assert losses_of("shared", nproc=2) == pytest.approx(whole, rel=1e-5)
 
 
 def test_a_teacher_may_give_targets_to_unlabelled_images(chain: Stages) -> None:

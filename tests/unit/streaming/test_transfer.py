@@ -56,18 +56,6 @@ def test_every_batch_arrives_once_in_order_and_so_many_are_under_way(ahead: int)
     assert arrived == 6
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_images_are_normalised_and_channels_last_in_whatever_layout_their_pixels_come(
-    layout: torch.memory_format,
-) -> None:
-    given = torch.randint(0, 256, (4, 3, 7, 5), dtype=torch.uint8).contiguous(memory_format=layout)
-    sent = Batch(images=given, labels=torch.zeros(4), indices=torch.arange(4), virtual_readers=1)
-    (found,) = Transfer(CPU, VIEWS).deliver([sent])
-    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (VIEWS.mean, VIEWS.std))
-    torch.testing.assert_close(found.images.double(), (given.double() / 255 - mean) / std, rtol=0, atol=1e-6)
-    assert found.images.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_on_a_cpu_nothing_is_copied_and_no_batch_is_asked_for_early() -> None:
     source = Source()
     given = batch(0)
