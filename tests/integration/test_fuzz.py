@@ -7,9 +7,9 @@ import sys
 from tests.conftest import ENVIRONMENT, ROOT
 
 
-def test_a_sample_of_100_hostile_inputs_breaks_no_law() -> None:
-    command = [sys.executable, "-m", "tests.fuzz", "--cases", "100", "--seed", "19"]
+def test_a_sample_of_200_hostile_inputs_breaks_no_law() -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--cases", "200", "--seed", "19"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["cases"], found["violations"]) == (100, 0)
+    assert (found["cases"], found["violations"]) == (200, 0)
