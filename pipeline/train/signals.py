@@ -21,7 +21,11 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Let signals only set the flag while inside; a second SIGINT interrupts at once."""
+    """Let signals only set the flag while inside; a second SIGINT interrupts at once.
+
+    If an exception leaves the block and `interrupt_on_signals` was in effect, the process is about to end with that
+    exception's sentence. One more signal must not replace it, so it is only noted; a second SIGINT ends the process at once.
+    """
     flag = StopFlag()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -32,6 +36,10 @@ def stop_flag() -> Iterator[StopFlag]:
     previous = {number: signal.signal(number, note) for number in STOPPING}
     try:
         yield flag
+    except BaseException:
+        flag.name = ""
+        previous = {number: handler for number, handler in previous.items() if handler is not _interrupt}
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -39,11 +47,9 @@ def stop_flag() -> Iterator[StopFlag]:
 
 def interrupt_on_signals() -> None:
     """Let a signal end the process at once, before and after the loop, where a restart loses nothing."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(
-            f"stopped by {signal.Signals(number).name} outside the training loop; start it again to continue"
-        )
-
     for number in STOPPING:
-        signal.signal(number, stop)
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name} outside the training loop; start it again to continue")

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <utility>
 
 #include "tiles.h"
@@ -35,6 +36,8 @@ constexpr int64_t chunk_steps = 32, unit_channels = 128, unit_tiles = unit_chann
 constexpr int64_t thread_work = 1 << 16;  // outputs that justify waking a thread
 constexpr int64_t max_taps = 8;  // shapes.py refuses more
 constexpr int64_t tile_rows = chunk_steps + max_taps - 1, tile_floats = tile_rows * W;
+
+int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
 
 // Inputs of a chunk with the halo before it, and gradients of a chunk with the halo after it, as rows of W in tiles.
 struct Scratch {
@@ -65,7 +68,10 @@ void forward_unit(const Conv& s, const ConvDirection& d, int64_t b, int64_t firs
   for (int64_t t0 = 0; t0 < s.steps; t0 += chunk_steps) {
     const int64_t steps = std::min(chunk_steps, s.steps - t0);
     m.load_inputs(d.x.at(b, 0, first), t0, K - 1, steps, channels);
+    const int64_t ahead = std::min(chunk_steps, s.steps - t0 - steps);
     for (int64_t i = 0; i * W < channels; i++) {
+      tiles::prefetch(d.x.at(b, 0, first).from_step(t0 + steps), channels, ahead, i, up(channels, W));
+      tiles::prefetch(d.o.at(b, 0, first).from_step(t0), channels, steps, i, up(channels, W));
       const float* x = m.x + i * tile_floats;
       float* out = m.out + i * tile_floats;
       Float w[K];
@@ -95,7 +101,11 @@ void backward_unit(const Conv& s, const ConvDirection& d, int64_t b, int64_t fir
       std::memmove(g + steps * W, g, halo * W * sizeof(float));
     }
     tiles::load({m.g, tile_floats, W}, d.g_o.at(b, 0, first).from_step(t0), channels, steps);
+    const int64_t ahead = std::min(chunk_steps, t0);
     for (int64_t i = 0; i * W < channels; i++) {
+      for (const Strided* tensor : {&d.x, &d.g_o})
+        tiles::prefetch(tensor->at(b, 0, first).from_step(t0 - ahead), channels, ahead, i, up(channels, W));
+      tiles::prefetch(d.g_x.at(b, 0, first).from_step(t0), channels, steps, i, up(channels, W));
       const float* x = m.x + i * tile_floats;
       float *g = m.g + i * tile_floats, *out = m.out + i * tile_floats;
       Float w[K], g_w[K];
@@ -139,9 +149,9 @@ Work pick(bool backward, int64_t taps, std::integer_sequence<int, K...>) {
 
 void for_units(const Conv& s, bool backward) {
   const Work work = pick(backward, s.taps, std::make_integer_sequence<int, max_taps>{});
-  const int64_t blocks = (s.channels + unit_channels - 1) / unit_channels;
+  const int64_t blocks = up(s.channels, unit_channels);
   const int64_t unit_work = std::min(unit_channels, s.channels) * s.steps + 1;
-  at::parallel_for(0, s.batch * blocks, (thread_work + unit_work - 1) / unit_work, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.batch * blocks, up(thread_work, unit_work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       for (int64_t k = 0; k < s.directions; k++) {
         const int64_t first = i % blocks * unit_channels;

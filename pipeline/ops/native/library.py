@@ -30,7 +30,7 @@ class _ScanDirection(Structure):
     _fields_ = [
         *((name, Strided) for name in ("u", "delta", "B", "C", "z", "o", "p", "g_o", "g_p", "g_u", "g_delta", "g_z")),
         *((name, c_void_p) for name in ("A", "D", "bias", "blend", "carries")),
-        *((name, c_void_p) for name in ("partial_A", "partial_D", "partial_bias", "partial_B", "partial_C")),
+        *((name, c_void_p) for name in ("partial_A", "partial_D", "partial_bias", "partial_BC")),
         ("reversed", c_int64),
     ]
 
@@ -96,9 +96,10 @@ class Library:
 
     def __init__(self, simd: str | None = None, cache: Path | None = None) -> None:
         self._lib = load_library(simd, cache)
-        for name in ("scan_struct_bytes", "conv_struct_bytes", "scan_carry_floats", "scan_blocks", "scan_width"):
+        sizes_of_a_call = ("scan_carry_floats", "scan_blocks", "scan_width", "scan_state_block")
+        for name in ("scan_struct_bytes", "conv_struct_bytes", *sizes_of_a_call):
             getattr(self._lib, name).restype = c_int64
-        for name in ("scan_carry_floats", "scan_blocks", "scan_width", "scan_forward", "scan_backward"):
+        for name in (*sizes_of_a_call, "scan_forward", "scan_backward"):
             getattr(self._lib, name).argtypes = [POINTER(_ScanCall)]
         for name in ("conv_forward", "conv_backward"):
             getattr(self._lib, name).argtypes = [POINTER(_ConvCall)]
@@ -135,12 +136,13 @@ class Library:
         call = _scan_call(problem)
         inputs, reverses = problem.inputs, problem.reverses
         (batch, channels, steps), states = inputs[0].u.shape, inputs[0].A.shape[1]
-        outer, blocks, width = batch * call.groups, self._lib.scan_blocks(call), self._lib.scan_width(call)
+        outer, blocks = batch * call.groups, self._lib.scan_blocks(call)
+        width, block = self._lib.scan_width(call), self._lib.scan_state_block(call)
         grads, partials = [], []
         for k, reverse in enumerate(reverses):
             g_u, g_delta = torch.empty_like(inputs[k].u), torch.empty_like(inputs[k].delta)
             partial_A, partial_D, partial_bias = (_floats(1, batch, channels * n) for n in (states, 1, 1))
-            partial_B, partial_C = (_floats(outer, blocks, steps * width) for _ in range(2))
+            partial_BC = _floats(outer, blocks, steps * 2 * width)
             direction = call.direction[k]
             direction.g_o, direction.g_z = _strided(g_o, reverse), _strided(g_z, reverse)
             direction.g_p = _strided(g_ps[k] if g_ps else None, reverse)
@@ -149,21 +151,18 @@ class Library:
             direction.partial_A, direction.partial_D, direction.partial_bias = map(
                 _pointer, (partial_A, partial_D, partial_bias)
             )
-            direction.partial_B, direction.partial_C = partial_B.data_ptr(), partial_C.data_ptr()
+            direction.partial_BC = partial_BC.data_ptr()
             grads.append((g_u, g_delta))
-            partials.append((partial_A, partial_B, partial_C, partial_D, partial_bias))
+            partials.append((partial_A, partial_BC, partial_D, partial_bias))
         self._lib.scan_backward(call)
 
         results = []
-        for given, (g_u, g_delta), (partial_A, partial_B, partial_C, partial_D, partial_bias) in zip(
+        for given, (g_u, g_delta), (partial_A, partial_BC, partial_D, partial_bias) in zip(
             inputs, grads, partials, strict=True
         ):
+            sums = self._sum(partial_BC).view(batch, call.groups, steps, width // block, 2, block)
             g_B, g_C = (
-                self._sum(partial)
-                .view(batch, call.groups, steps, width)[..., :states]
-                .transpose(2, 3)
-                .reshape(given.B.shape)
-                for partial in (partial_B, partial_C)
+                sums[..., k, :].flatten(3)[..., :states].transpose(2, 3).reshape(given.B.shape) for k in range(2)
             )
             g_D = None if given.D is None else self._sum(partial_D)[0]
             g_bias = None if given.bias is None else self._sum(partial_bias)[0]

@@ -2,10 +2,9 @@
 //
 // The work is divided into units of one batch item and at most `unit_channels` channels of one group. The division and
 // the order of sums over units are fixed, so the bits do not depend on the number of threads. A unit walks time in chunks
-// and, inside a chunk, its tiles of W channels. States are computed in blocks of S = W, so that sums over channels (the
-// gradients of B and C) are W x W transposes, or of S = W / 2 where there are no more: half of a block would be padding. The
-// forward keeps the state at the beginning of each chunk, and the backward recomputes one chunk at a time, so no (Bt, E, L, N)
-// tensor exists.
+// and, inside a chunk, its tiles of W channels. States are computed in blocks of S: as many as leave registers for what the
+// backward carries from step to step. The forward keeps the state at the beginning of each chunk, and the backward recomputes
+// one chunk at a time, so no (Bt, E, L, N) tensor exists.
 //
 // Two directions share z and o. The second adds to the output of the first while it is still in the cache.
 
@@ -29,6 +28,7 @@ namespace {
 constexpr int64_t chunk_steps = 32;     // a unit's inputs of a chunk and a tile's states fit the second-level cache
 constexpr int64_t unit_channels = 128;  // a multiple of every W
 constexpr int64_t unit_tiles = unit_channels / W;
+constexpr int wide = W < 8 ? W : 8, narrow = W == 8 ? 4 : wide;  // S; `narrow` where there are no more states than that
 
 constexpr int64_t thread_work = 1 << 18;  // state steps that justify waking a thread: about 50 microseconds
 
@@ -43,8 +43,8 @@ struct Direction {
   const float *A, *D, *bias, *blend;                  // (E, N), (E), (E), (Bt), contiguous; all except A may be absent
   float* carries;                                     // scan_carry_floats() floats; may be absent in the forward
   float *partial_A, *partial_D, *partial_bias;        // (Bt, E, N), (Bt, E), (Bt, E)
-  float *partial_B, *partial_C;                       // (Bt, G, blocks, L, width): sums over a unit's channels
-  int64_t reversed;                                   // the Strided tensors run backwards in time, partial_B and partial_C do not
+  float* partial_BC;                                  // (Bt, G, blocks, L, width / S, 2, S): sums over a unit's channels
+  int64_t reversed;                                   // the Strided tensors run backwards in time, partial_BC does not
 };
 
 struct Scan {
@@ -61,7 +61,7 @@ struct Plan {
   int64_t group_channels = s.channels / s.groups;
   int64_t blocks = up(group_channels, unit_channels);
   int64_t units = s.batch * s.groups * blocks;
-  int64_t block = W > 4 && s.states <= W / 2 ? W / 2 : W;  // S, the states that are computed together
+  int64_t block = s.states <= narrow ? narrow : wide;  // S, the states that are computed together
   int64_t width = up(s.states, block) * block;    // states, padded
   int64_t chunks = up(s.steps, chunk_steps);
   int64_t tile_state = width * W;
@@ -78,6 +78,24 @@ struct Plan {
     return d.carries + (unit * chunks + chunk) * unit_tiles * tile_state;
   }
 };
+
+// A chunk of a direction of a unit; without a direction there is none.
+struct Place {
+  const Direction* d;
+  int64_t unit, chunk;
+};
+
+// Fetches slice `slice` of `slices` of a chunk of some of the tensors into the cache, before it is read or written.
+__attribute__((always_inline)) inline void prefetch(const Plan& plan, const Place& place, int64_t slice, int64_t slices,
+                                                    std::initializer_list<Strided Direction::*> tensors) {
+  if (!place.d) return;
+  const Plan::Unit unit = plan.unit(place.unit);
+  const int64_t t0 = place.chunk * chunk_steps, steps = std::min(chunk_steps, plan.s.steps - t0);
+  for (auto tensor : tensors)
+    if (const Strided& s = place.d->*tensor)
+      tiles::prefetch(s.at(unit.b, 0, unit.g * plan.group_channels + unit.first).from_step(t0), unit.channels, steps, slice,
+                      slices);
+}
 
 // Scratch memory of one thread in 64-byte aligned pieces. It only grows, and lives as long as the thread.
 class Arena {
@@ -97,6 +115,9 @@ class Arena {
   float* next_;
 };
 
+// A contiguous (channels, states) array as tiles see it.
+Strided rows_of(const float* at, int64_t states) { return {const_cast<float*>(at), 0, 0, states, 1, 0}; }
+
 // The per-channel inputs of a unit: a row of W for each tile, zero beyond the last channel.
 struct Rows {
   float *rates, *bias, *skip;  // rates: [tile][state][lane], A in units of log 2
@@ -107,12 +128,11 @@ struct Rows {
         bias(arena.take(unit_channels)),
         skip(arena.take(unit_channels)) {
     std::fill_n(rates, floats(plan), 0.0f);
-    for (int64_t c = 0; c < channels; c++) {
-      for (int64_t n = 0; n < plan.s.states; n++)
-        rates[c / W * plan.tile_state + n * W + c % W] = d.A[(first + c) * plan.s.states + n] * simd::log2_e;
-      if (d.bias) bias[c] = d.bias[first + c];
-      if (d.D) skip[c] = d.D[first + c];
-    }
+    const int64_t states = plan.s.states;
+    tiles::load({rates, plan.tile_state, W}, rows_of(d.A + first * states, states), channels, states);
+    for (int64_t i = 0; i < unit_tiles * plan.tile_state; i++) rates[i] *= simd::log2_e;
+    if (d.bias) std::copy_n(d.bias + first, channels, bias);
+    if (d.D) std::copy_n(d.D + first, channels, skip);
   }
 };
 
@@ -124,10 +144,9 @@ Tiles block(float* at) { return {at, tile_floats, W}; }
 // Loads a chunk of B or C as [step][width], with zeros beyond N.
 void load_states(float* out, const Plan& plan, const Strided& s, int64_t steps) {
   std::fill_n(out, steps * plan.width, 0.0f);
-  if (plan.width < W)
-    tiles::load_narrow(out, plan.width, s, plan.s.states, steps);
-  else
-    tiles::load({out, W, plan.width}, s, plan.s.states, steps);
+  const int64_t whole = plan.s.states / W * W;
+  tiles::load({out, W, plan.width}, s, whole, steps);
+  tiles::load_narrow(out + whole, plan.width, s.at(0, 0, whole), plan.s.states - whole, steps);
 }
 
 // The inputs and outputs of the recurrence for one tile and chunk, except the states.
@@ -141,8 +160,10 @@ template <bool with_slope>
 void prepare(Tile& k, bool softplus, const float* u, const float* delta, Float bias, int64_t steps) {
   const Float one = simd::splat(1.0f);
   for (int64_t t = 0; t < steps * W; t += W) {
-    const Float x = load(delta + t) + bias, dt = softplus ? simd::softplus(x) : x;
-    if (with_slope) store(k.slope + t, softplus ? (x > 20.0f ? one : simd::sigmoid(x)) : one);
+    const Float x = load(delta + t) + bias;
+    Float dt = x, slope = one;
+    if (softplus) dt = simd::softplus(x, with_slope ? &slope : nullptr);
+    if (with_slope) store(k.slope + t, slope);
     store(k.dt + t, dt);
     store(k.dtu + t, dt * load(u + t));
     store(k.y + t, Float{});
@@ -150,7 +171,7 @@ void prepare(Tile& k, bool softplus, const float* u, const float* delta, Float b
 }
 
 template <int S>
-void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add) {
+void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add, Place next) {
   const Plan::Unit unit = plan.unit(index);
   const int64_t first = unit.g * plan.group_channels + unit.first;
   const int64_t unit_state = unit_tiles * plan.tile_state, chunk_states = chunk_steps * plan.width;
@@ -174,9 +195,9 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
     for (int64_t i = 0; i < unit.tiles; i++) {
       const float *u = us + i * tile_floats, *z = zs + i * tile_floats;
       float *y = deltas + i * tile_floats, *p = ps + i * tile_floats;
-      const int64_t ahead = std::min(chunk_steps, plan.s.steps - t0 - steps);
-      for (const Strided* s : {&d.u, &d.delta, &d.z})
-        if (*s) tiles::prefetch(here(*s).from_step(chunk_steps), unit.channels, ahead, i, unit.tiles);
+      const Place ahead = chunk + 1 < plan.chunks ? Place{&d, index, chunk + 1} : next;
+      prefetch(plan, ahead, i, unit.tiles, {&Direction::u, &Direction::delta, &Direction::z});
+      prefetch(plan, {&d, index, chunk}, i, unit.tiles, {&Direction::o, &Direction::p});
       prepare<false>(k, plan.s.softplus, u, y, load(rows.bias + i * W), steps);
       for (int64_t n = 0; n < plan.width; n += S) {
         const int64_t at = i * plan.tile_state + n * W;
@@ -199,36 +220,43 @@ void forward_unit(const Plan& plan, const Direction& d, int64_t index, bool add)
 
 // Computes from the last step of a chunk to its first, for S states:
 //   lam_t = C_t g_t + a_{t+1} lam_{t+1},  q_t = sum lam_t B_t,  r_t = sum A lam_t a_t h_{t-1}  (spec 4.2)
-// `carried` holds a_{t+1} lam_{t+1}. The results are added to q and r. g is the gradient at C h.
+// `carried` holds a_{t+1} lam_{t+1}. The results are added to q and r, and the sums of lam_t dtu_t and g_t h_t over the channels to
+// g_BC. g is the gradient at C h.
 template <int S>
 void retreat(const Tile& k, const float* g, float* carried, float* g_rates, const float* rates, const float* B,
              const float* C, int64_t width, int64_t steps, const float* kept_h, const float* kept_a, float* q, float* r,
-             float* g_B, float* g_C, int64_t g_row) {
+             float* g_BC, int64_t g_row) {
+  Float passed[S], to_rates[S];
+#pragma GCC unroll 16
+  for (int n = 0; n < S; n++) passed[n] = load(carried + n * W), to_rates[n] = load(g_rates + n * W);
   for (int64_t t = steps - 1; t >= 0; t--) {
     const Float dt = load(k.dt + t * W), dtu = load(k.dtu + t * W), g_t = load(g + t * W);
-    Float q_t[2] = {load(q + t * W), Float{}}, r_t[2] = {load(r + t * W), Float{}};
-    Float to_B[S], to_C[S];
+    Float q_t = load(q + t * W), r_t = load(r + t * W), to_BC[2 * S];
 #pragma GCC unroll 16
     for (int n = 0; n < S; n++) {
-      Float lam = g_t * C[t * width + n] + load(carried + n * W);
-      q_t[n % 2] += lam * B[t * width + n];
-      to_B[n] = lam * dtu;
-      to_C[n] = g_t * load(kept_h + ((t + 1) * S + n) * W);
-      Float passed = lam * load(kept_a + (t * S + n) * W);
-      store(carried + n * W, passed);
-      Float decay = passed * load(kept_h + (t * S + n) * W);
-      r_t[n % 2] += decay * load(rates + n * W);
-      store(g_rates + n * W, load(g_rates + n * W) + decay * dt);
+      const Float lam = g_t * C[t * width + n] + passed[n];
+      q_t += lam * B[t * width + n];
+      to_BC[n] = lam * dtu;
+      to_BC[S + n] = g_t * load(kept_h + ((t + 1) * S + n) * W);
+      passed[n] = lam * load(kept_a + (t * S + n) * W);
+      const Float decay = passed[n] * load(kept_h + (t * S + n) * W);
+      r_t += decay * load(rates + n * W);
+      to_rates[n] += decay * dt;
     }
-    store(q + t * W, q_t[0] + q_t[1]);
-    store(r + t * W, r_t[0] + r_t[1]);
-    simd::add_sums<S>(g_B + t * g_row, to_B);
-    simd::add_sums<S>(g_C + t * g_row, to_C);
+    store(q + t * W, q_t);
+    store(r + t * W, r_t);
+#pragma GCC unroll 16
+    for (int n = 0; n < 2 * S; n += W) {
+      float* sums = g_BC + t * g_row + n;
+      store(sums, load(sums) + simd::sum_lanes(to_BC + n));
+    }
   }
+#pragma GCC unroll 16
+  for (int n = 0; n < S; n++) store(carried + n * W, passed[n]), store(g_rates + n * W, to_rates[n]);
 }
 
 template <int S>
-void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add) {
+void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add, Place next) {
   const Plan::Unit unit = plan.unit(index);
   const int64_t first = unit.g * plan.group_channels + unit.first, row = unit.b * plan.s.channels + first;
   const int64_t unit_state = unit_tiles * plan.tile_state, chunk_states = chunk_steps * plan.width;
@@ -242,10 +270,10 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
   float *kept_h = arena.take((chunk_steps + 1) * S * W), *kept_a = arena.take(chunk_steps * S * W);
   float *us = arena.take(block_floats), *deltas = arena.take(block_floats), *zs = arena.take(block_floats);
   float *g_os = arena.take(block_floats), *g_ps = arena.take(block_floats);
-  float *g_B = d.partial_B + index * plan.s.steps * plan.width, *g_C = d.partial_C + index * plan.s.steps * plan.width;
-  std::fill_n(g_B, plan.s.steps * plan.width, 0.0f);
-  std::fill_n(g_C, plan.s.steps * plan.width, 0.0f);
-  const int64_t g_row = d.reversed ? -plan.width : plan.width, g_first = d.reversed ? (plan.s.steps - 1) * plan.width : 0;
+  const int64_t size_BC = 2 * plan.width * plan.s.steps, row_BC = d.reversed ? -2 * plan.width : 2 * plan.width;
+  float* g_BC = d.partial_BC + index * size_BC;
+  std::fill_n(g_BC, size_BC, 0.0f);
+  if (d.reversed) g_BC += size_BC + row_BC;
 
   Tile k;
   alignas(64) float g_y[tile_floats], g_Ch[tile_floats], q[tile_floats], r[tile_floats];
@@ -262,9 +290,9 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
     for (int64_t i = 0; i < unit.tiles; i++) {
       float *u = us + i * tile_floats, *delta = deltas + i * tile_floats, *z = zs + i * tile_floats;
       const float *g_o = g_os + i * tile_floats, *g_p = g_ps + i * tile_floats;
-      const int64_t ahead = std::min(chunk_steps, t0);
-      for (const Strided* s : {&d.u, &d.delta, &d.z, &d.g_o})
-        if (*s) tiles::prefetch(here(*s).from_step(-chunk_steps), unit.channels, ahead, i, unit.tiles);
+      const Place ahead = chunk > 0 ? Place{&d, index, chunk - 1} : next;
+      prefetch(plan, ahead, i, unit.tiles, {&Direction::u, &Direction::delta, &Direction::z, &Direction::g_o, &Direction::g_p});
+      prefetch(plan, {&d, index, chunk}, i, unit.tiles, {&Direction::g_u, &Direction::g_delta, &Direction::g_z});
       prepare<true>(k, plan.s.softplus, u, delta, load(rows.bias + i * W), steps);
       for (int64_t t = 0; t < steps * W; t += W) {
         Float g = load(g_o + t);
@@ -284,8 +312,8 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
       for (int64_t n = 0; n < plan.width; n += S) {
         const int64_t at = i * plan.tile_state + n * W;
         advance<S, true>(k.dt, k.dtu, k.y, state + n * W, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a);
-        retreat<S>(k, g_Ch, carried + at, g_rates + at, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a,
-                q, r, g_B + g_first + t0 * g_row + n, g_C + g_first + t0 * g_row + n, g_row);
+        retreat<S>(k, g_Ch, carried + at, g_rates + at, rows.rates + at, B + n, C + n, plan.width, steps, kept_h, kept_a, q, r,
+                   g_BC + t0 * row_BC + 2 * n, row_BC);
       }
 
       // The inputs of this tile are no longer needed; the gradients overwrite them.
@@ -312,23 +340,26 @@ void backward_unit(const Plan& plan, const Direction& d, int64_t index, bool add
     tiles::store(here(d.g_delta), block(deltas), unit.channels, steps);
     if (d.z) tiles::store(here(d.g_z), block(zs), unit.channels, steps, add);
   }
-  for (int64_t c = 0; c < unit.channels; c++) {
-    d.partial_D[row + c] = g_skip[c];
-    d.partial_bias[row + c] = g_bias[c];
-    for (int64_t n = 0; n < plan.s.states; n++)
-      d.partial_A[(row + c) * plan.s.states + n] = g_rates[c / W * plan.tile_state + n * W + c % W];
-  }
+  std::copy_n(g_skip, unit.channels, d.partial_D + row);
+  std::copy_n(g_bias, unit.channels, d.partial_bias + row);
+  const int64_t states = plan.s.states;
+  tiles::store(rows_of(d.partial_A + row * states, states), {g_rates, plan.tile_state, W}, unit.channels, states);
 }
 
-using Work = void (*)(const Plan&, const Direction&, int64_t, bool);
+using Work = void (*)(const Plan&, const Direction&, int64_t, bool, Place);
 
-void for_units(const Scan& s, Work wide, Work narrow) {
+void for_units(const Scan& s, Work with_wide, Work with_narrow, bool backward) {
   const Plan plan{s};
-  const Work work = plan.block == W ? wide : narrow;
+  const Work work = plan.block == wide ? with_wide : with_narrow;
   const int64_t unit_work = std::min(unit_channels, plan.group_channels) * s.steps * plan.width + 1;
   at::parallel_for(0, plan.units, up(thread_work, unit_work), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-      for (int64_t k = 0; k < s.directions; k++) work(plan, s.direction[k], i, k > 0);
+    auto place = [&](int64_t i) {
+      return Place{s.direction + i % s.directions, i / s.directions, backward ? plan.chunks - 1 : 0};
+    };
+    for (int64_t i = begin * s.directions; i < end * s.directions; i++) {
+      const Place here = place(i), next = i + 1 < end * s.directions ? place(i + 1) : Place{};
+      work(plan, *here.d, here.unit, here.d != s.direction, next);
+    }
   });
 }
 
@@ -343,8 +374,9 @@ int64_t scan_carry_floats(const Scan* s) {
 }
 int64_t scan_blocks(const Scan* s) { return Plan{*s}.blocks; }
 int64_t scan_width(const Scan* s) { return Plan{*s}.width; }
-void scan_forward(const Scan* s) { for_units(*s, forward_unit<W>, forward_unit<W / 2>); }
-void scan_backward(const Scan* s) { for_units(*s, backward_unit<W>, backward_unit<W / 2>); }
+int64_t scan_state_block(const Scan* s) { return Plan{*s}.block; }
+void scan_forward(const Scan* s) { for_units(*s, forward_unit<wide>, forward_unit<narrow>, false); }
+void scan_backward(const Scan* s) { for_units(*s, backward_unit<wide>, backward_unit<narrow>, true); }
 
 // out[o][i] = sum over k of partials[o][k][i], in the order of k; 0 if count is 0.
 void sum_partials(float* out, const float* partials, int64_t outer, int64_t count, int64_t size) {

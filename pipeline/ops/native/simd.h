@@ -50,6 +50,24 @@ inline void store(uint16_t* p, Float v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+// The first `count` floats at p, and zeros in the other lanes; the first `count` lanes of v to p. Nothing behind them is touched.
+template <class T>
+inline Float load_first(const T* p, int64_t count) {
+  T all[W] = {};
+  for (int64_t i = 0; i < count; i++) all[i] = p[i];
+  return load(all);
+}
+template <class T>
+inline void store_first(T* p, Float v, int64_t count) {
+  T all[W];
+  store(all, v);
+  for (int64_t i = 0; i < count; i++) p[i] = all[i];
+}
+#if defined(__AVX512F__)
+inline Float load_first(const float* p, int64_t count) { return (Float)_mm512_maskz_loadu_ps((1u << count) - 1, p); }
+inline void store_first(float* p, Float v, int64_t count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v); }
+#endif
+
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) {
   uint32_t bits = uint32_t(x) << 16;
@@ -135,8 +153,8 @@ inline Float exp(Float x) { return exp2(x * log2_e); }
 inline Float sigmoid(Float x) { return 1.0f / (1.0f + exp(-x)); }
 
 // log(1 + e^x) = max(x, 0) + log1p(e) with e = e^-|x|, and log1p(e) / e is a polynomial of degree 8 on [0, 1] (error 3e-8).
-// Above 20 it is x itself, as in torch.
-inline Float softplus(Float x) {
+// Above 20 it is x itself, as in torch. The slope, which is wanted if it is not null, is 1 / (1 + e^-x).
+inline Float softplus(Float x, Float* slope = nullptr) {
   Float e = exp((Float)((Int)x | INT32_MIN));
   Float p = e * 5.36469876e-3f - 3.00652101e-2f;
   p = p * e + 7.92034500e-2f;
@@ -146,6 +164,7 @@ inline Float softplus(Float x) {
   p = p * e + 3.33213208e-1f;
   p = p * e - 4.99996479e-1f;
   p = p * e + 1.0f;
+  if (slope) *slope = (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
   return at_least(x, 0.0f) + e * p;
 }
 
@@ -175,35 +194,19 @@ inline void transpose_from(Float* rows) {
 }
 inline void transpose(Float* rows) { transpose_from<1>(rows); }
 
-// The sums over the lanes of each of R rows, R = W or less: lane n W / R of the result is that of rows[n]. It is a transpose that
-// adds at each step, and destroys rows.
-template <int R, int S = W / 2>
+// The sums over the lanes of each of W rows: lane n of the result is that of rows[n]. It is a transpose that adds at each step, and
+// destroys rows.
+template <int R = W>
 inline Float sum_lanes(Float* rows) {
-  if constexpr (S == 0) {
+  if constexpr (R == 1) {
     return rows[0];
-  } else if constexpr (R == 1) {
-    Float other = rows[0];
-    swap_blocks<S>(rows[0], other, std::make_integer_sequence<int, W>{});
-    rows[0] += other;
-    return sum_lanes<1, S / 2>(rows);
   } else {
 #pragma GCC unroll 16
     for (int i = 0; i < R / 2; i++) {
-      swap_blocks<S>(rows[i], rows[i + R / 2], std::make_integer_sequence<int, W>{});
+      swap_blocks<R / 2>(rows[i], rows[i + R / 2], std::make_integer_sequence<int, W>{});
       rows[i] += rows[i + R / 2];
     }
-    return sum_lanes<R / 2, S / 2>(rows);
-  }
-}
-
-// at[n] += the sum over the lanes of rows[n], for R rows.
-template <int R>
-inline void add_sums(float* at, Float* rows) {
-  const Float sums = sum_lanes<R>(rows);
-  if constexpr (R == W) {
-    store(at, load(at) + sums);
-  } else {
-    for (int n = 0; n < R; n++) at[n] += sums[n * (W / R)];
+    return sum_lanes<R / 2>(rows);
   }
 }
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from pipeline.ssl.acceptance import RULES, fairness
 from pipeline.ssl.config import PseudoLabelRule
 from pipeline.ssl.pseudo_labels import PseudoLabeller
 from pipeline.ssl.running_means import RunningMeans
+from tests.ranks import run_ranks
 
 CLASSES, MOMENTUM = 4, 0.9
 PRIOR = torch.full((CLASSES,), 1 / CLASSES, dtype=torch.float64)
@@ -160,7 +160,7 @@ def _fairness_of(logits: torch.Tensor, accepted: torch.Tensor) -> tuple[float, t
 
 def test_fairness_of_two_ranks_is_that_of_one_with_both_batches(tmp_path: object) -> None:
     """In value on each rank, and in the gradient after the engine's mean over the ranks."""
-    mp.spawn(_fair, (2, f"{tmp_path}/store", f"{tmp_path}/fair"), nprocs=2)
+    run_ranks(_fair, 2, f"{tmp_path}/store", f"{tmp_path}/fair")
     loss, gradient = _fairness_of(trajectory(1)[0], ACCEPTED)
     found = [torch.load(f"{tmp_path}/fair{rank}") for rank in (0, 1)]
     assert [value for value, _ in found] == pytest.approx([loss, loss], rel=1e-12)
@@ -173,7 +173,7 @@ def test_fairness_of_two_ranks_is_that_of_one_with_both_batches(tmp_path: object
 
 def test_the_means_do_not_depend_on_the_world_size(tmp_path: object) -> None:
     """Two ranks with half of each batch have the means of one process with all of it; the variance too."""
-    mp.spawn(_rank, (2, f"{tmp_path}/store", f"{tmp_path}/means"), nprocs=2)
+    run_ranks(_rank, 2, f"{tmp_path}/store", f"{tmp_path}/means")
     alone = PseudoLabeller(PRIOR, PseudoLabelRule(thresholds="softmatch", momentum=MOMENTUM))
     for logits in trajectory(6):
         alone.label(logits)

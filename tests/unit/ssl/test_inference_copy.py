@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from pipeline.models import build_model
@@ -17,6 +16,7 @@ from pipeline.ssl.inference_copy import InferenceCopy, blocks_of, rounded_by_aut
 from pipeline.train import distributed
 from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.engine import Engine
+from tests.ranks import run_ranks
 
 VIT = {"image_size": 32, "options": {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}}
 ARM_FORM = {"norm": "layer", "expand": 1, "mlp": "swiglu", "directions": 4, "pool": "mean", "pos_embed": "sincos"}
@@ -87,7 +87,7 @@ def test_a_step_receives_matrices_in_bf16_and_an_evaluation_everything_in_fp32(t
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(refresh_rounded, (port, str(tmp_path)), nprocs=2)
+    run_ranks(refresh_rounded, port, str(tmp_path))
     matrices = rounded_by_autocast(build_model("vim_nano", num_classes=3, depth=1))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
@@ -133,7 +133,7 @@ def test_two_processes_gather_every_family_block_by_block(tmp_path: Path) -> Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(compute_in_blocks, (port, str(tmp_path)), nprocs=2)
+    run_ranks(compute_in_blocks, port, str(tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert list(found) == list(FAMILIES)

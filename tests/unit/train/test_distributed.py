@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline.errors import EnvironmentProblem
 from pipeline.ops import choice
 from pipeline.train.distributed import World, agree_on_scan, gpu_of
 from pipeline.train.rendezvous import NAMES, first_host, rendezvous
+from tests.ranks import run_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -88,5 +88,5 @@ def rank_with_its_own_taste(rank: int, folder: str) -> None:
 
 
 def test_all_ranks_use_the_scan_that_rank_0_chooses(tmp_path: Path) -> None:
-    mp.spawn(rank_with_its_own_taste, (str(tmp_path),), nprocs=2)
+    run_ranks(rank_with_its_own_taste, str(tmp_path))
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["torch", "torch"]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.recompute import count_images_once
 from pipeline.train.sync_norm import synchronise_batch_norms
+from tests.ranks import run_ranks
 
 
 def network() -> nn.Module:
@@ -40,7 +40,7 @@ def half(rank: int, folder: str) -> None:
 
 
 def test_gradients_and_statistics_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(half, (str(tmp_path),), nprocs=2)
+    run_ranks(half, str(tmp_path))
     found = torch.load(tmp_path / "found.pt")
     model = network()
     model(batch()).square().sum().backward()
