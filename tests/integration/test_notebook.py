@@ -78,6 +78,8 @@ def test_an_interruption_lets_the_stage_save_and_the_next_call_continues(digits:
         if not ended.is_set():
             os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell starts what runs in its background with SIGINT ignored, and then no Python would raise KeyboardInterrupt.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt_once_it_trains)
     thread.start()
     try:
@@ -86,6 +88,7 @@ def test_an_interruption_lets_the_stage_save_and_the_next_call_continues(digits:
     finally:
         ended.set()
         thread.join()
+        signal.signal(signal.SIGINT, previous)
     (checkpoint,) = (folder / "checkpoints").glob("step_*")
     assert 0 < int(checkpoint.name.removeprefix("step_")) < 3000
     assert not (folder / "export").exists()
