@@ -8,9 +8,9 @@ import torch.multiprocessing as mp
 from pipeline.cli import leave
 
 
-def run_ranks(function: Callable[..., None], *arguments: Any, world: int = 2) -> None:
-    """Run `function(rank, *arguments)` in each rank to its end; raises what a rank raises."""
-    mp.spawn(_rank, (function, *arguments), nprocs=world)
+def run_ranks(function: Callable[..., None], *arguments: Any) -> None:
+    """Run `function(rank, *arguments)` in each of two ranks to its end; raises what a rank raises."""
+    mp.spawn(_rank, (function, *arguments), nprocs=2)
 
 
 def _rank(rank: int, function: Callable[..., None], *arguments: Any) -> None:

@@ -37,8 +37,6 @@ constexpr int64_t thread_work = 1 << 16;  // outputs that justify waking a threa
 constexpr int64_t max_taps = 8;  // shapes.py refuses more
 constexpr int64_t tile_rows = chunk_steps + max_taps - 1, tile_floats = tile_rows * W;
 
-int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
-
 // Inputs of a chunk with the halo before it, and gradients of a chunk with the halo after it, as rows of W in tiles.
 struct Scratch {
   alignas(64) float x[unit_tiles * tile_floats], g[unit_tiles * tile_floats], out[unit_tiles * tile_floats];
@@ -70,8 +68,8 @@ void forward_unit(const Conv& s, const ConvDirection& d, int64_t b, int64_t firs
     m.load_inputs(d.x.at(b, 0, first), t0, K - 1, steps, channels);
     const int64_t ahead = std::min(chunk_steps, s.steps - t0 - steps);
     for (int64_t i = 0; i * W < channels; i++) {
-      tiles::prefetch(d.x.at(b, 0, first).from_step(t0 + steps), channels, ahead, i, up(channels, W));
-      tiles::prefetch(d.o.at(b, 0, first).from_step(t0), channels, steps, i, up(channels, W));
+      tiles::prefetch(d.x.at(b, 0, first).from_step(t0 + steps), channels, ahead, i, pieces(channels, W));
+      tiles::prefetch(d.o.at(b, 0, first).from_step(t0), channels, steps, i, pieces(channels, W));
       const float* x = m.x + i * tile_floats;
       float* out = m.out + i * tile_floats;
       Float w[K];
@@ -104,8 +102,8 @@ void backward_unit(const Conv& s, const ConvDirection& d, int64_t b, int64_t fir
     const int64_t ahead = std::min(chunk_steps, t0);
     for (int64_t i = 0; i * W < channels; i++) {
       for (const Strided* tensor : {&d.x, &d.g_o})
-        tiles::prefetch(tensor->at(b, 0, first).from_step(t0 - ahead), channels, ahead, i, up(channels, W));
-      tiles::prefetch(d.g_x.at(b, 0, first).from_step(t0), channels, steps, i, up(channels, W));
+        tiles::prefetch(tensor->at(b, 0, first).from_step(t0 - ahead), channels, ahead, i, pieces(channels, W));
+      tiles::prefetch(d.g_x.at(b, 0, first).from_step(t0), channels, steps, i, pieces(channels, W));
       const float* x = m.x + i * tile_floats;
       float *g = m.g + i * tile_floats, *out = m.out + i * tile_floats;
       Float w[K], g_w[K];
@@ -149,9 +147,9 @@ Work pick(bool backward, int64_t taps, std::integer_sequence<int, K...>) {
 
 void for_units(const Conv& s, bool backward) {
   const Work work = pick(backward, s.taps, std::make_integer_sequence<int, max_taps>{});
-  const int64_t blocks = up(s.channels, unit_channels);
+  const int64_t blocks = pieces(s.channels, unit_channels);
   const int64_t unit_work = std::min(unit_channels, s.channels) * s.steps + 1;
-  at::parallel_for(0, s.batch * blocks, up(thread_work, unit_work), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.batch * blocks, pieces(thread_work, unit_work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       for (int64_t k = 0; k < s.directions; k++) {
         const int64_t first = i % blocks * unit_channels;

@@ -32,8 +32,6 @@ constexpr int wide = W < 8 ? W : 8, narrow = W == 8 ? 4 : wide;  // S; `narrow` 
 
 constexpr int64_t thread_work = 1 << 18;  // state steps that justify waking a thread: about 50 microseconds
 
-int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
-
 }  // namespace
 
 // Mirrored field by field in library.py.
@@ -59,11 +57,11 @@ namespace {
 struct Plan {
   const Scan& s;
   int64_t group_channels = s.channels / s.groups;
-  int64_t blocks = up(group_channels, unit_channels);
+  int64_t blocks = pieces(group_channels, unit_channels);
   int64_t units = s.batch * s.groups * blocks;
   int64_t block = s.states <= narrow ? narrow : wide;  // S, the states that are computed together
-  int64_t width = up(s.states, block) * block;    // states, padded
-  int64_t chunks = up(s.steps, chunk_steps);
+  int64_t width = pieces(s.states, block) * block;    // states, padded
+  int64_t chunks = pieces(s.steps, chunk_steps);
   int64_t tile_state = width * W;
 
   struct Unit {
@@ -72,7 +70,7 @@ struct Plan {
   Unit unit(int64_t i) const {
     int64_t block = i % blocks, g = i / blocks % s.groups, b = i / blocks / s.groups;
     int64_t count = std::min(unit_channels, group_channels - block * unit_channels);
-    return {b, g, block, block * unit_channels, count, up(count, W)};
+    return {b, g, block, block * unit_channels, count, pieces(count, W)};
   }
   float* carry(const Direction& d, int64_t unit, int64_t chunk) const {
     return d.carries + (unit * chunks + chunk) * unit_tiles * tile_state;
@@ -352,7 +350,7 @@ void for_units(const Scan& s, Work with_wide, Work with_narrow, bool backward) {
   const Plan plan{s};
   const Work work = plan.block == wide ? with_wide : with_narrow;
   const int64_t unit_work = std::min(unit_channels, plan.group_channels) * s.steps * plan.width + 1;
-  at::parallel_for(0, plan.units, up(thread_work, unit_work), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, plan.units, pieces(thread_work, unit_work), [&](int64_t begin, int64_t end) {
     auto place = [&](int64_t i) {
       return Place{s.direction + i % s.directions, i / s.directions, backward ? plan.chunks - 1 : 0};
     };

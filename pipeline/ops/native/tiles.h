@@ -9,6 +9,9 @@
 
 #include "simd.h"
 
+// The number of pieces of `size` that hold n.
+inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 struct Strided {
   void* data;  // null: absent
   int64_t batch, group, channel, step;
