@@ -7,7 +7,8 @@
 
 Each column of each cell is one file of JSON in runs/scoreboard-CONFIGS/cells, so a board that was stopped continues. Seeds
 come first: a budget that ends early leaves all cells with fewer seeds. Partial boards say what is missing. The last line is one
-JSON object: points of top-1 by which the chain exceeds the best baseline, in the worst cell and on average, and the like.
+JSON object: points of accuracy, the mean of the classes, by which the chain exceeds the best baseline, in the worst cell and on
+average, and the like.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import platform
 import re
 import shutil
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -28,8 +28,9 @@ from statistics import median
 from pipeline.cli import guarded
 from pipeline.errors import ConfigError, PipelineError
 from studies.scoreboard import pictures
-from studies.scoreboard.board import Board, Place, write_document
+from studies.scoreboard.board import ACCURACY, Board, Place, write_document
 from studies.scoreboard.columns import JOBS
+from studies.scoreboard.pictures import Case
 from studies.scoreboard.recipe import Chain
 
 # Counted work, so that a board gives the same numbers beside other work.
@@ -110,10 +111,22 @@ def _work(
     """Run jobs until the budget ends; returns the names of those that failed."""
     end = None if budget is None else time.monotonic() + budget
     failed: list[str] = []
-    making = threading.Lock()
     left = 0
+    by_place = {
+        place: [job for other, job in open_jobs if other == place] for place in dict.fromkeys(p for p, _ in open_jobs)
+    }
+    # Data are made before any thread starts: making them forks processes, and a fork waits forever for a thread that is inside
+    # OpenBLAS, while that thread waits for the fork.
+    cases: dict[Place, Case] = {}
+    for place in by_place:
+        try:
+            found = pictures.prepared(place.pictures, folders.get(place.pictures))
+            cases[place] = pictures.split_of(found, place.regime, place.seed)
+        except (PipelineError, SystemExit) as error:
+            failed.append(place.name)
+            print(f"{place.name}: failed: {error}", file=sys.stderr, flush=True)
 
-    def one(place: Place, job: str) -> None:
+    def one(place: Place, job: str, case: Case) -> None:
         nonlocal left
         needs = JOBS[job].needs
         if needs and any(column not in board.cells[place] for column in JOBS[needs].columns):
@@ -123,9 +136,6 @@ def _work(
             return
         began = time.monotonic()
         try:
-            with making:
-                found = pictures.prepared(place.pictures, folders.get(place.pictures))
-                case = pictures.split_of(found, place.regime, place.seed)
             cells = JOBS[job].measure(case, place.name, place.seed, chain)
         except (PipelineError, SystemExit) as error:
             failed.append(f"{place.name}-{job}")
@@ -141,15 +151,12 @@ def _work(
         wall = round(time.monotonic() - began, 1)
         for column, cell in cells.items():
             board.write(place, column, {**cell, "labels": len(case.split.subset("labelled")), "job_seconds": wall})
-        print(f"{place.name}-{job}: " + ", ".join(f"{c} {cell['top1']:.1f}" for c, cell in cells.items()) + f" ({wall:.0f} s)",
+        print(f"{place.name}-{job}: " + ", ".join(f"{c} {cell[ACCURACY]:.1f}" for c, cell in cells.items()) + f" ({wall:.0f} s)",
               file=sys.stderr, flush=True)  # fmt: skip
 
     # The jobs of one place depend on one another, so a thread takes a place and does its jobs in turn.
-    by_place = {
-        place: [job for other, job in open_jobs if other == place] for place in dict.fromkeys(p for p, _ in open_jobs)
-    }
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        list(pool.map(lambda item: [one(item[0], job) for job in item[1]], by_place.items()))
+        list(pool.map(lambda place: [one(place, job, cases[place]) for job in by_place[place]], cases))
     if left:
         print(f"{left} jobs were not started: they would have ended after the budget", file=sys.stderr, flush=True)
     return failed

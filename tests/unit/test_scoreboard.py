@@ -105,14 +105,14 @@ def test_the_recommended_column_is_the_export_unless_validation_establishes_anot
         ("neighbour", 60.0),
         ("svm", 60.0),
     ):
-        board.write(place, column, cell(validated) | {"top1": 50.0})
+        board.write(place, column, cell(validated) | {"balanced": 50.0})
         assert "recommended" not in board.cells[place]
-    board.write(place, "spreading", cell(85.0) | {"top1": 70.0})  # a standard error of 5.4 points with 100 images
+    board.write(place, "spreading", cell(85.0) | {"balanced": 70.0})  # a standard error of 5.4 points with 100 images
     assert board.cells[place]["recommended"]["setting"] == "chain"
-    board.write(place, "spreading", cell(86.0) | {"top1": 71.0})
+    board.write(place, "spreading", cell(86.0) | {"balanced": 71.0})
     assert board.cells[place]["recommended"]["setting"] == "spreading"
     assert board.values(("digits", "4"), "recommended") == {0: 71.0}
-    assert Board(tmp_path, PLACES[:1]).cells[place]["recommended"]["top1"] == 71.0  # it is no file of its own
+    assert Board(tmp_path, PLACES[:1]).cells[place]["recommended"]["balanced"] == 71.0  # it is no file of its own
 
 
 def test_a_dry_run_lists_what_is_left(
@@ -192,12 +192,12 @@ def test_icons_of_a_theme_are_classes_by_folder_and_sizes_of_an_icon_are_one_ima
         glyphs.write_icons(tmp_path / "none", [tmp_path / "themes"], least=5, seed=0)
 
 
-def test_the_majority_class_of_equally_many_labels_is_a_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_majority_class_is_right_for_one_class_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = pictures.prepared("mine", folder_of_images(tmp_path / "mine"))
     case = pictures.split_of(found, "4", 0)
     cells = simple(case, "mine-4-seed0", 0, Chain(tmp_path / "runs", "recipe", "3T"))
-    assert cells["majority"]["top1"] == 50.0
+    assert cells["majority"]["balanced"] == 50.0
     assert set(cells) == {"majority", "neighbour", "logistic", "svm", "spreading"}
 
 
