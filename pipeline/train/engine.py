@@ -50,7 +50,7 @@ class Engine:
         model: The network, whole and on any device.
         world: The processes.
         optim: The optimizer's settings.
-        config: How the work is distributed.
+        config: How the work is distributed. On one process ZeRO 3 is ZeRO 2.
         micro_batch: Samples of the first stream that a process computes at once.
         accumulation: Micro-batches per optimizer step.
     """
@@ -67,6 +67,10 @@ class Engine:
     ) -> None:
         import deepspeed
 
+        if config.zero_stage == 3 and world.size == 1:
+            # Nobody shares the weights. DeepSpeed would keep them without gaps, where kernels of a GPU cannot read them (see
+            # `parameter_alignment`), and has no option against it; several processes gather each weight at an address of its own.
+            config = config.model_copy(update={"zero_stage": 2})
         self.world, self.config = world, config
         if config.activation_checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
