@@ -48,7 +48,7 @@ NOTES = {
     "reduced": "are larger than data.max_pixels and are decoded at a reduced scale",
     "range": "are greyscale of more than 8 bits and are scaled by their range",
 }
-_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_JPEG, _PNG, _START_OF_SCAN = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"\xda"
 _KNOWN = {  # where, what: formats that people give by mistake, for the sentence
     "PostScript": (0, (b"%!PS", b"\xc5\xd0\xd3\xc6")),
     "PDF": (0, (b"%PDF",)),
@@ -127,7 +127,8 @@ def decode_with_simplejpeg(data: bytes, decoding: Decoding = DEFAULT, notes: Not
         pixels: Pixels = simplejpeg.decode_jpeg(data)
     except ValueError:
         return decode_with_pillow(data, decoding, notes)
-    if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:  # a search takes microseconds, Pillow's header 100
+    told = _before_scan(data)
+    if b"Exif\0\0" not in told and b"tiff:Orientation" not in told:  # Pillow takes 100 microseconds to read a header
         return pixels
     try:
         with _only_refusals():
@@ -275,6 +276,19 @@ def _holds_coefficients(image: JpegImageFile, data: bytes) -> bool:
     end = image.fp.tell() if image.fp else 0  # Pillow stops after this segment
     start = data[end - segment : end - segment + 3]
     return "progressive" in image.info or start != bytes((0, segment, components))
+
+
+def _before_scan(data: bytes) -> bytes:
+    """Return a JPEG's segments before its pixels; the whole of a file whose segments do not follow one another."""
+    at = 2
+    while data[at : at + 1] == b"\xff":
+        marker = data[at + 1 : at + 2]
+        if marker == _START_OF_SCAN:
+            return data[:at]
+        if marker < b"\xc0" or b"\xd0" <= marker <= b"\xd9" or marker == b"\xff":  # has no length, or is none
+            break
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return data
 
 
 def _without_text(data: bytes) -> bytes:

@@ -17,8 +17,8 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
         "contiguous_gradients": True,
         "overlap_comm": False,
         "round_robin_gradients": False,
-        # cuDNN reads four numbers at a time from where a weight begins. Without this, a parameter behind one of nine numbers ended a
-        # run on a GPU with a misaligned address.
+        # cuDNN reads four numbers at a time from where a weight begins. Without this, a parameter behind one of nine numbers
+        # ended a run on a GPU with a misaligned address.
         "parameter_alignment": True,
     }
     if config.zero_stage == 3:

@@ -304,6 +304,17 @@ def test_damaged_metadata_say_nothing_about_the_pixels() -> None:
         assert decoder(broken).shape == (8, 16, 3)
 
 
+@pytest.mark.parametrize("before", [b"\xff\xed\0\x08\xff\xda\xff\xda\0\0", b"\xff"])
+def test_an_orientation_counts_behind_what_looks_like_pixels(before: bytes) -> None:
+    """A segment with a thumbnail in it, and a fill byte."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    content = encode(noise("RGB", 16, 8, 0), "JPEG", exif=exif)
+    at = content.index(b"\xff\xe1")
+    for decoder in DECODERS:
+        assert decoder(content[:at] + before + content[at:]).shape == (16, 8, 3)
+
+
 def test_a_pillow_image_is_seen_as_its_file_is() -> None:
     for picture in (noise("RGBA", 9, 7, 0), noise("I;16", 9, 7, 0), noise("P", 9, 7, 0)):
         assert (to_pixels(picture) == decode(encode(picture, "PNG"))).all()
