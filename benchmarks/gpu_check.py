@@ -3,7 +3,7 @@
 1. On any machine: every kernel of the CPU against the reference, the CUDA kernels' source on the CPU, and the tests that count
    what waits for a device.
 2. On a GPU: tests/gpu; the scan timed beside mamba-ssm's where that is installed; the three demo stages in fp32 and bf16 at
-   ZeRO 0 to 3, whose losses must agree; what the host waits for in a profile; Vision Mambas and ViTs at growing resolutions;
+   ZeRO 0 to 2, whose losses must agree; what the host waits for in a profile; Vision Mambas and ViTs at growing resolutions;
    memory and time of 20 steps of each ImageNet config, on photographs made on the spot, beside the plan.
 3. On two GPUs or more also: a rank that is killed, and one that freezes.
 

@@ -104,7 +104,7 @@ def equal_losses(
     config: str = "demo",
     *,
     steps: int = 30,
-    zeros: Sequence[int] = (0, 1, 2, 3),
+    zeros: Sequence[int] = (0, 1, 2),  # one process computes 3 as 2
     precisions: Sequence[str] = ("fp32", "bf16"),
     stages: Sequence[str] = STAGES,
 ) -> dict[str, float | str]:

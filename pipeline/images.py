@@ -127,8 +127,8 @@ def decode_with_simplejpeg(data: bytes, decoding: Decoding = DEFAULT, notes: Not
         pixels: Pixels = simplejpeg.decode_jpeg(data)
     except ValueError:
         return decode_with_pillow(data, decoding, notes)
-    told = _before_scan(data)
-    if b"Exif\0\0" not in told and b"tiff:Orientation" not in told:  # Pillow takes 100 microseconds to read a header
+    header = _before_scan(data)
+    if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:  # Pillow takes 100 microseconds to read them
         return pixels
     try:
         with _only_refusals():
@@ -279,7 +279,10 @@ def _holds_coefficients(image: JpegImageFile, data: bytes) -> bool:
 
 
 def _before_scan(data: bytes) -> bytes:
-    """Return a JPEG's segments before its pixels; the whole of a file whose segments do not follow one another."""
+    """Return a JPEG's segments before its pixels; the whole of a file whose segments do not follow one another.
+
+    To search 100 kB of pixels for a text takes 40 microseconds.
+    """
     at = 2
     while data[at : at + 1] == b"\xff":
         marker = data[at + 1 : at + 2]

@@ -144,13 +144,13 @@ def open_stage(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
 
 
 def _show(s: StageContext[Any], training: Training, step: int, board: Board, image_size: tuple[int, int]) -> None:
-    """Draw what the model sees, on rank 0 alone. Under ZeRO-3 no rank has the whole model, so it draws only the views."""
+    """Draw what the model sees, on rank 0 alone. Under ZeRO-3 no rank of several has the whole model, so it draws only views."""
     if not s.world.is_main:
         return
     for name, confidence in s.evaluator.confidence.items():
         board.histogram(f"val/{name}", confidence, step)
     task, look, held_out = training.task, s.config.data.preprocessing, s.data.held_out
-    model = training.engine.module if s.config.engine.zero_stage < 3 else None
+    model = training.engine.module if training.engine.config.zero_stage < 3 else None
     show_views(board, step, task, model, training.streams, s.manifest, look)
     if model is not None and s.manifest.classes and task.names_classes and len(held_out.sample_indices):
         show_attribution(board, step, model, *held_out, image_size, look, s.config.data.loader.remote)

@@ -9,8 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.train.config import computed_stage
+
 FP32, BF16 = 4, 2  # bytes
-# DeepSpeed 0.19: ZeRO 1 and 2 pad each group to a multiple of ALIGNMENT x N; ZeRO 3 keeps parameters whole up to this size.
+# DeepSpeed 0.19: ZeRO 1 and 2 begin each parameter at a multiple of BEGIN elements (16 bytes), and pad each group to a multiple
+# of ALIGNMENT x N; ZeRO 3 keeps parameters whole up to PERSISTENT elements.
+BEGIN = 4
 ALIGNMENT = 2
 PERSISTENT = 100_000
 
@@ -81,13 +85,26 @@ class Memory:
 
 def partition(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> int:
     """Count the elements of the fp32 masters (and of each moment) that one rank holds, padding included."""
+    zero_stage = computed_stage(zero_stage, world_size)
     if zero_stage == 0:
         return sum(p.numel for p in parameters)
     if zero_stage == 3:
         return sum(-(-p.numel // world_size) for p in parameters)
+    return sum(_laid_out(members, world_size)[1] for members in _groups(parameters))
+
+
+def _groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    return [[p for p in parameters if p.group == group] for group in sorted({p.group for p in parameters})]
+
+
+def _laid_out(members: Sequence[Parameter], world_size: int) -> tuple[list[int], int]:
+    """Return where ZeRO 1 and 2 put the parameters of a group in its flat tensor, and how many elements of it a rank has."""
+    places, end = [], 0
+    for p in members:
+        places.append(-(-end // BEGIN) * BEGIN)
+        end = places[-1] + p.numel
     step = ALIGNMENT * world_size
-    groups = {p.group for p in parameters}
-    return sum(-(-sum(p.numel for p in parameters if p.group == g) // step) * step for g in groups) // world_size
+    return places, -(-end // step) * step // world_size
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,7 @@ class Cut:
 
 def cuts(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> list[Cut]:
     """List who owns which elements of the fp32 masters, as DeepSpeed cuts them; without ZeRO rank 0 saves all of them."""
+    zero_stage = computed_stage(zero_stage, world_size)
     if zero_stage == 0:
         return [Cut(0, p.name, 0, p.numel) for p in parameters]
     found = []
@@ -117,12 +135,9 @@ def cuts(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> l
             share = -(-p.numel // world_size)
             found += [Cut(k, p.name, k * share, min(share, p.numel - k * share)) for k in range(-(-p.numel // share))]
         return found
-    step = ALIGNMENT * world_size
-    for group in sorted({p.group for p in parameters}):
-        members = [p for p in parameters if p.group == group]
-        share = -(-sum(p.numel for p in members) // step) * step // world_size
-        place = 0  # offset in the group's flat tensor
-        for p in members:
+    for members in _groups(parameters):
+        places, share = _laid_out(members, world_size)
+        for p, place in zip(members, places, strict=True):
             start = 0
             while start < p.numel:
                 numel = min(share - place % share, p.numel - start)
@@ -158,6 +173,7 @@ def memory(
         offloaded: Whether the optimizer lies in the host's memory.
         keeps_best: Whether the best state is kept beside the last.
     """
+    zero_stage = computed_stage(zero_stage, world_size)
     total = sum(p.numel for p in parameters)
     own = partition(parameters, zero_stage, world_size)
     whole = sum(p.numel for p in parameters if p.numel < PERSISTENT)

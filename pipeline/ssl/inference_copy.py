@@ -37,7 +37,7 @@ class InferenceCopy:
         self._shapes = {name: p.shape for name, p in module.named_parameters()}
         halves = engine.config.precision == "bf16" and not engine.replicated
         self._rounded = rounded_by_autocast(module) if halves else frozenset()
-        self.by_blocks = engine.config.zero_stage == 3 and engine.world.size > 1
+        self.by_blocks = engine.config.zero_stage == 3
         if self.by_blocks:
             trained = {name for name, _ in engine.named_parameters}
             for block, parameters in blocks_of(self.module):

@@ -7,7 +7,6 @@ images are normalised into reused memory.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -69,26 +68,12 @@ class Transfer:
     def _normalised(self, tensor: Tensor) -> Tensor:
         if self._stream is not None:  # its memory goes back to the other stream only when this one has read it
             tensor.record_stream(torch.cuda.current_stream(self.device))
-        if tensor.dtype != torch.uint8:
-            return tensor
-        with one_thread() if self.device.type == "cpu" else nullcontext():
-            return normalise(tensor, self._constants, self._room(tensor.shape))
+        return normalise(tensor, self._constants, self._room(tensor.shape)) if tensor.dtype == torch.uint8 else tensor
 
     def _room(self, shape: torch.Size) -> Tensor:
         if self.device.type == "cpu":
             return self._buffers.take(shape)
         return torch.empty(shape, device=self.device, memory_format=image_layout(self.device))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """While inside, torch computes with one thread: where data workers use all cores, several wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from pipeline.streaming.geometry import affine_view, crop_resize, draw_affine, g
 
 Picture = bytes | Image.Image | Pixels
 
+ONE_THREAD = 32_767  # numbers up to which torch does not divide an operation among threads
 WIDEST = 8  # evaluation resizes at most this many times what its view shows, along each side
 
 
@@ -78,7 +79,24 @@ class View:
 
 
 def normalise(images: Tensor, constants: Sequence[Tensor], out: Tensor) -> Tensor:
-    """Normalise (..., 3, H, W) uint8 pixels into `out`, on any device, by a view's `constants` on that device."""
+    """Normalise (..., 3, H, W) uint8 pixels into `out`, on any device, by a view's `constants` on that device.
+
+    On a CPU it works on pieces that torch leaves to one thread. Data workers keep the cores busy, and threads that wait for one
+    another there took four times as long.
+    """
+    if out.device.type != "cpu":
+        return _normalised(images, constants, out)
+    area = images.shape[-2] * images.shape[-1]
+    rows, sources = max(1, ONE_THREAD // area), images.reshape(-1, area)
+    whole = [constant.view(-1, 1).repeat(len(sources) // 3, 1) for constant in constants]
+    groups = zip(*(tensor.split(rows) for tensor in (sources, out.view(-1, area), *whole)), strict=True)
+    for source, target, *own in groups:
+        for piece, into in zip(source.split(ONE_THREAD, 1), target.split(ONE_THREAD, 1), strict=True):
+            _normalised(piece, own, into)
+    return out
+
+
+def _normalised(images: Tensor, constants: Sequence[Tensor], out: Tensor) -> Tensor:
     scale, shift = constants
     return out.copy_(images).mul_(scale).add_(shift)
 

@@ -110,7 +110,8 @@ class EngineConfig(Strict):
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
-        description="what ZeRO cuts among the processes: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights",
+        description="what ZeRO cuts among the processes: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights (one"
+        " process computes 3 as 2)",
         json_schema_extra=FREE,
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of the forward and backward passes")
@@ -177,6 +178,14 @@ class EngineConfig(Strict):
                 "offload_optimizer needs zero_stage 1, 2 or 3: at 0 there are no master weights beside the weights"
             )
         return self
+
+
+def computed_stage(zero_stage: int, world_size: int) -> int:
+    """Return the ZeRO stage that is computed: on one process, where nobody shares the weights, 3 is 2.
+
+    DeepSpeed would keep the weights of ZeRO 3 without gaps there, at addresses that cuDNN cannot read four numbers from.
+    """
+    return 2 if zero_stage == 3 and world_size == 1 else zero_stage
 
 
 class LoopConfig(Strict):

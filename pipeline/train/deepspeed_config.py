@@ -18,7 +18,7 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
         "overlap_comm": False,
         "round_robin_gradients": False,
         # cuDNN reads four numbers at a time from where a weight begins. Without this, a parameter behind one of nine numbers
-        # ended a run on a GPU with a misaligned address.
+        # ended a run on a GPU with a misaligned address. DeepSpeed applies it at ZeRO 1 and 2 only.
         "parameter_alignment": True,
     }
     if config.zero_stage == 3:

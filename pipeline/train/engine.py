@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.train.config import EngineConfig, OptimConfig
+from pipeline.train.config import EngineConfig, OptimConfig, computed_stage
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.distributed import World, limit_collectives
 from pipeline.train.optim import Trainable, make_optimizer
@@ -50,7 +50,7 @@ class Engine:
         model: The network, whole and on any device.
         world: The processes.
         optim: The optimizer's settings.
-        config: How the work is distributed. On one process ZeRO 3 is ZeRO 2.
+        config: How the work is distributed; `self.config` has the ZeRO stage that is computed.
         micro_batch: Samples of the first stream that a process computes at once.
         accumulation: Micro-batches per optimizer step.
     """
@@ -67,10 +67,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        if config.zero_stage == 3 and world.size == 1:
-            # Nobody shares the weights. DeepSpeed would keep them without gaps, where kernels of a GPU cannot read them (see
-            # `parameter_alignment`), and has no option against it; several processes gather each weight at an address of its own.
-            config = config.model_copy(update={"zero_stage": 2})
+        config = config.model_copy(update={"zero_stage": computed_stage(config.zero_stage, world.size)})
         self.world, self.config = world, config
         if config.activation_checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]

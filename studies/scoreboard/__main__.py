@@ -125,6 +125,9 @@ def _work(
         except (PipelineError, SystemExit) as error:
             failed.append(place.name)
             print(f"{place.name}: failed: {error}", file=sys.stderr, flush=True)
+        except Exception:
+            failed.append(place.name)
+            traceback.print_exc()
 
     def one(place: Place, job: str, case: Case) -> None:
         nonlocal left

@@ -41,7 +41,9 @@ def _write(case: Case, name: str, folder: Path, budget: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = ["--train", str(case.train.resolve()), "--split", str(case.split_file.resolve())]
     data += ["--test", str(case.test.resolve()), "--budget", budget]
-    done = warm.run([sys.executable, "-m", "launchers", "recipe", name, *data], cwd=folder.resolve())
+    done = warm.run(
+        [sys.executable, "-m", "launchers", "recipe", name, *data], cwd=folder.resolve()
+    )  # the server runs in the project
     if done.returncode:
         print(f"{name}, recipe: {done.stderr}", file=sys.stderr, flush=True)
         raise SystemExit(done.returncode)

@@ -20,16 +20,16 @@ from studies.scoreboard.recipe import Chain
 PLACES = [Place("digits", regime, seed) for seed in (0, 1) for regime in ("4", "10")]
 
 
-def cell(top1: float, ece: float = 3.0, labels: int = 40) -> dict[str, float]:
+def cell(accuracy: float, ece: float = 3.0, labels: int = 40) -> dict[str, float]:
     return {
-        "top1": top1,
-        "balanced": top1,
+        "top1": accuracy,
+        "balanced": accuracy,
         "ece": ece,
         "images": 1000,
         "seconds": 2.0,
         "labels": labels,
         "job_seconds": 9.0,
-        "validated": top1,
+        "validated": accuracy,
         "validation": 100,
     }
 

@@ -1,4 +1,5 @@
-"""python -m tests.unit.launchers.zero_bytes ZERO_STAGE ...: what a rank really allocates, a JSON object a stage on rank 0.
+"""python -m tests.unit.launchers.zero_bytes ZERO_STAGE ...: what a rank really allocates, a JSON object a model and
+stage on rank 0.
 
 A real engine with LyapEMA takes one step; each rank counts the bytes of its tensors.
 """
@@ -17,13 +18,14 @@ from pipeline.train import distributed
 from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.engine import Engine
 
-MODEL = {"name": "vim_nano", "num_classes": 10}
+# The parameters of the second one are not all multiples of four numbers.
+MODELS = ({"name": "vim_nano", "num_classes": 10}, {"name": "efficientvim_nano", "num_classes": 7})
 OPTIM = OptimConfig(lr=1e-3, layer_decay=0.8)
 
 
-def count(zero_stage: int, world: distributed.World) -> dict[str, Any]:
+def count(model_values: dict[str, Any], zero_stage: int, world: distributed.World) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = build_model(**MODEL)
+    model = build_model(**model_values)
     engine = Engine(
         model, world, optim=OPTIM, config=EngineConfig(zero_stage=zero_stage), micro_batch=2, accumulation=1
     )
@@ -37,7 +39,7 @@ def count(zero_stage: int, world: distributed.World) -> dict[str, Any]:
         "moments": sum(state[m][k].numel() * 4 for m in engine.masters for k in ("exp_avg", "exp_avg_sq")),
         "averages": sum(t.numel() * 4 for t in ema.teacher.values()),
     }
-    if zero_stage == 3:
+    if engine.config.zero_stage == 3:
         found["parameters"] = sum(
             4 * (p.ds_tensor.numel() + (p.numel() if p.ds_persist else 0)) for p in engine.module.parameters()
         )
@@ -51,10 +53,11 @@ def count(zero_stage: int, world: distributed.World) -> dict[str, Any]:
 def main(zero_stages: list[int]) -> None:
     torch.set_num_threads(1)
     world = distributed.start(60)
-    for zero_stage in zero_stages:
-        found = count(zero_stage, world)
-        if world.is_main:
-            print(json.dumps(found), flush=True)
+    for model_values in MODELS:
+        for zero_stage in zero_stages:
+            found = count(model_values, zero_stage, world)
+            if world.is_main:
+                print(json.dumps(found), flush=True)
     distributed.stop()
 
 
