@@ -43,9 +43,11 @@ def instructions() -> str:
 
 
 def processor() -> str:
-    """Name the processor and its number of usable cores."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {_cores()} cores"
+    """Name the processor, its generation and its number of usable cores; clouds hide the model behind names like "AMD EPYC"."""
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(_cpuinfo()))}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    generation = f" (family {said['cpu family']}, model {said['model']})" if {"cpu family", "model"} <= said.keys() else ""
+    return f"{name}{generation}, {_cores()} cores"
 
 
 def _cpuinfo() -> list[str]:
