@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.evaluation_view import EvaluationView
 from pipeline.images import UnreadableImage, decode_with_pillow, decode_with_simplejpeg
 from pipeline.ops.torchvision_cpu import allow_torchvision
 from pipeline.streaming.config import STRONG, WEAK, AffineConfig, AugmentConfig
 from pipeline.streaming.geometry import MAX_SCALED, crop_resize, random_box
-from pipeline.streaming.transforms import WIDEST, eval_views, pair_views, train_views
+from pipeline.streaming.transforms import WIDEST, eval_views, normalise, pair_views, train_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TURNED = AugmentConfig(affine=AffineConfig(rotation=30, scale=(0.8, 1.2), shear=15, translation=0.1))
@@ -193,3 +194,24 @@ def test_every_decoder_gives_pillows_pixels(photo):
     for damaged in (files[0][:5000], b"\xff\xd8\xff", b""):
         with pytest.raises(UnreadableImage, match="not a readable image"):
             decode_with_simplejpeg(damaged)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that an operation computes; views and allocations compute none."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in ("aten::copy_", "aten::mul_", "aten::add_"):
+            self.numbers = max(self.numbers, args[0].numel())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (3, 5, 7), (2, 4, 3, 300, 200), (1, 3, 1, 1), (5, 3, 1, 40_000)])
+def test_pieces_that_leave_torch_to_one_thread_are_normalised_as_the_whole(shape: tuple[int, ...]) -> None:
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    constants = torch.rand(3, 1, 1), torch.rand(3, 1, 1)
+    with Largest() as largest:
+        found = normalise(pixels, constants, torch.empty(shape))
+    assert torch.equal(found, torch.empty(shape).copy_(pixels).mul_(constants[0]).add_(constants[1]))
+    assert largest.numbers < 2**15  # torch's grain: from there on it may take several threads
