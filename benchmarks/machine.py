@@ -46,7 +46,9 @@ def processor() -> str:
     """Name the processor, its generation and its number of usable cores; clouds hide the model behind names like "AMD EPYC"."""
     said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(_cpuinfo()))}
     name = said.get("model name") or platform.processor() or platform.machine()
-    generation = f" (family {said['cpu family']}, model {said['model']})" if {"cpu family", "model"} <= said.keys() else ""
+    generation = (
+        f" (family {said['cpu family']}, model {said['model']})" if {"cpu family", "model"} <= said.keys() else ""
+    )
     return f"{name}{generation}, {_cores()} cores"
 
 
