@@ -47,13 +47,18 @@ def records() -> list[dict[str, Any]]:
 
 
 def newest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the last record of each benchmark on each machine; a quiet one stays before a later one that is not."""
+    """Return the last record of each benchmark on each machine; a quiet one stays before a later one that is not.
+
+    Records of a benchmark follow one another from the newest to the oldest.
+    """
     kept: dict[tuple[str, str, str], dict[str, Any]] = {}
     for record in found:
         key = record["name"], record["processor"], record["instructions"]
         if key not in kept or is_quiet(record) or not is_quiet(kept[key]):
+            kept.pop(key, None)
             kept[key] = record
-    return sorted(kept.values(), key=lambda r: (r["name"], r["processor"], r["instructions"]))
+    from_newest = list(kept.values())[::-1]
+    return sorted(from_newest, key=lambda r: r["name"])
 
 
 def is_quiet(record: dict[str, Any]) -> bool:
@@ -67,7 +72,7 @@ def page(found: list[dict[str, Any]], *, picture: bool) -> str:
     if not found:
         lines += [NONE]
     if picture:
-        lines += ["## Time against resolution", "", *_about(_curves(found)[-1:]), ""]
+        lines += ["## Time against resolution", "", *_about(_curves(found)[:1]), ""]
         lines += [f"![milliseconds for one image against pixels on a side](images/{PICTURE}.svg)", ""]
     for name in dict.fromkeys(record["name"] for record in found):
         of_name = [record for record in found if record["name"] == name]
@@ -118,7 +123,7 @@ def write_page() -> Path:
     found = newest(records())
     curves = _curves(found)
     if curves:
-        figures = curves[-1]["figures"]
+        figures = curves[0]["figures"]
         series = {
             label: [(list(map(float, SIZES)), [figures[f"{model}_{size}_ms"] for size in SIZES])]
             for model, label in CURVES.items()

@@ -27,11 +27,11 @@ def record(
 def test_a_machine_s_quiet_run_stays_and_other_machines_stand_beside_it() -> None:
     quiet, noisy, elsewhere = record("scan", 1.5), record("scan", 9.0, others=0.4), record("scan", 2.5, processor="B")
     found = performance.newest([quiet, elsewhere, noisy])
-    assert found == [quiet, elsewhere]
+    assert found == [elsewhere, quiet]  # the newest first
     text = performance.page(found, picture=False)
-    assert "| `ratio` | 1.5 | 2.5 |" in text
+    assert "| `ratio` | 2.5 | 1.5 |" in text
     assert "| `absent` | - | - |" in text
-    assert "1. A, 2 cores, AVX2; 2026-11-25, commit `abc`, 3 s; quiet: `python -m benchmarks.scan`" in text
+    assert "2. A, 2 cores, AVX2; 2026-11-25, commit `abc`, 3 s; quiet: `python -m benchmarks.scan`" in text
     assert performance.newest([noisy, quiet]) == performance.newest([quiet]) == [quiet]
     assert "NOT quiet: others used 40% of the processor" in performance.page([noisy], picture=False)
 
