@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pipeline.train.config import computed_stage
 
 FP32, BF16 = 4, 2  # bytes
-# DeepSpeed 0.19: ZeRO 1 and 2 begin each parameter at a multiple of BEGIN elements (16 bytes), and pad each group to a multiple
-# of ALIGNMENT x N; ZeRO 3 keeps parameters whole up to PERSISTENT elements.
-BEGIN = 4
-ALIGNMENT = 2
-PERSISTENT = 100_000
+# What DeepSpeed 0.19 does, counted in elements.
+BEGIN = 4  # ZeRO 1 and 2 put each parameter at a multiple of this, which is 16 bytes
+ALIGNMENT = 2  # ZeRO 1 and 2 pad each group until every rank has a multiple of this
+PERSISTENT = 100_000  # ZeRO 3 keeps smaller parameters whole on every rank
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ class View:
 def normalise(images: Tensor, constants: Sequence[Tensor], out: Tensor) -> Tensor:
     """Normalise (..., 3, H, W) uint8 pixels into `out`, on any device, by a view's `constants` on that device.
 
-    On a CPU it works on pieces that torch leaves to one thread. Data workers keep the cores busy, and threads that wait for one
-    another there took four times as long.
+    On a CPU it works on pieces that torch leaves to one thread. Data workers keep the cores busy, and several threads
+    of torch would wait for one another.
     """
     if out.device.type != "cpu":
         return _normalised(images, constants, out)

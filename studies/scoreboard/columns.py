@@ -250,14 +250,14 @@ def _learners(case: Case, read: Callable[..., Samples], columns: dict[str, str])
 
 def _scored(found: Baseline, num_classes: int) -> Cell:
     scores = summary(found.predictions, num_classes, {})
-    cell: Cell = {name: scores[name] for name in ("top1", "balanced")}
+    cell: Cell = {"balanced": scores["balanced"]}
     cell |= {"images": 0, "setting": found.setting, "validated": found.validated}
     return cell | ({"ece": scores["ece"]} if found.calibrated else {})
 
 
 def _trained(stage: StageRun, model: str) -> Cell:
     scores = stage.evaluation["models"][model]
-    return {key: scores[key] for key in ("top1", "balanced", "ece")}
+    return {key: scores[key] for key in ("balanced", "ece")}
 
 
 def _images(stage: StageRun) -> int:

@@ -41,9 +41,8 @@ def _write(case: Case, name: str, folder: Path, budget: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = ["--train", str(case.train.resolve()), "--split", str(case.split_file.resolve())]
     data += ["--test", str(case.test.resolve()), "--budget", budget]
-    done = warm.run(
-        [sys.executable, "-m", "launchers", "recipe", name, *data], cwd=folder.resolve()
-    )  # the server runs in the project
+    # The server that starts it runs in the project's folder, which a relative path would begin at.
+    done = warm.run([sys.executable, "-m", "launchers", "recipe", name, *data], cwd=folder.resolve())
     if done.returncode:
         print(f"{name}, recipe: {done.stderr}", file=sys.stderr, flush=True)
         raise SystemExit(done.returncode)
