@@ -16,7 +16,7 @@ from pipeline.streaming.batch import Batch
 from pipeline.train.distributed import World
 from pipeline.train.engine import Engine
 from pipeline.train.meter import Meter
-from pipeline.train.optim import parameter_groups
+from pipeline.train.optim import moments_of, parameter_groups
 from pipeline.train.recorder import Recorder
 from pipeline.train.task import Task
 from pipeline.train.training import StepResult, Training, train_step
@@ -129,7 +129,8 @@ class BareEngine(Engine):
             self.base_optimizer = Fused(groups)
         self._optimizer = self.base_optimizer
         self._deepspeed: Any = NoDeepSpeed(model, self.base_optimizer)
-        self.model, self.moments, self._clip_norm = model, config.optim.moments, config.optim.clip_norm
+        self.model, self._clip_norm = model, config.optim.clip_norm
+        self.moments = moments_of(model, self.base_optimizer)
         self.base_optimizer.register_step_pre_hook(self._clip)
         self.named_parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.shards, self.replicated = self._find_shards(), True

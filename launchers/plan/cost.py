@@ -27,12 +27,19 @@ class Parameter:
         numel: Its number of elements.
         group: The index of its group in the optimizer.
         copied_bytes: Bytes of an element on its way to the inference copy of an average.
+        moments: Names of what the optimizer keeps of each element; equal in a group.
     """
 
     name: str
     numel: int
     group: int
     copied_bytes: int = FP32
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+
+    @property
+    def is_orthogonalised(self) -> bool:
+        """Whether Muon steps it: it keeps an average of the gradient and no second moment."""
+        return self.moments == ("exp_avg",)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,14 @@ def partition(parameters: Sequence[Parameter], zero_stage: int, world_size: int)
     if zero_stage == 3:
         return sum(-(-p.numel // world_size) for p in parameters)
     return sum(_laid_out(members, world_size)[1] for members in _groups(parameters))
+
+
+def held_moments(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> int:
+    """Count the elements of all moments that one rank holds, padding included."""
+    return sum(
+        len(kept) * partition([p for p in parameters if p.moments == kept], zero_stage, world_size)
+        for kept in {p.moments for p in parameters}
+    )
 
 
 def _groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
@@ -150,7 +165,6 @@ def memory(
     *,
     zero_stage: int,
     world_size: int,
-    moments: int,
     averages: int,
     frozen_parameters: int,
     bucket_bytes: int,
@@ -164,7 +178,6 @@ def memory(
         parameters: The trained parameters.
         zero_stage: 0 to 3.
         world_size: The number of ranks.
-        moments: Numbers that the optimizer keeps of a weight: 2 for AdamW, 1 for SGD.
         averages: Number of averages of the trained weights.
         frozen_parameters: Parameters of all frozen networks.
         bucket_bytes: Bytes that are reduced at once.
@@ -181,7 +194,7 @@ def memory(
         parameters=FP32 * compute,
         gradients=FP32 * (total if zero_stage < 2 else own),
         masters=FP32 * own if zero_stage else 0,  # without ZeRO the parameters are their own masters
-        moments=moments * FP32 * own,
+        moments=FP32 * held_moments(parameters, zero_stage, world_size),
         averages=averages * FP32 * own,
         best=(1 + averages) * FP32 * own if keeps_best else 0,
         inference_copies=averages * FP32 * total,
@@ -193,12 +206,11 @@ def memory(
 
 
 def checkpoint_bytes(parameters: Sequence[Parameter], kinds: Sequence[str]) -> int:
-    """Count the bytes of all files of one checkpoint: the masters, the named moments and averages, and the headers."""
-    kinds = ("master", *kinds)
-    numbers = len(kinds) * FP32 * sum(p.numel for p in parameters)
+    """Count the bytes of all files of one checkpoint: the masters, their moments, the named averages, and the headers."""
+    saved = [(kind, p) for p in parameters for kind in ("master", *p.moments, *kinds)]
     entry = {"dtype": "F32", "shape": [10_000], "data_offsets": [1_000_000, 1_000_000]}
-    header = sum(len(json.dumps({f"{kind}/{p.name}@0": entry})) for kind in kinds for p in parameters)
-    return numbers + header
+    header = sum(len(json.dumps({f"{kind}/{p.name}@0": entry})) for kind, p in saved)
+    return FP32 * sum(p.numel for _, p in saved) + header
 
 
 def traffic(
@@ -216,7 +228,8 @@ def traffic(
 
     ZeRO 0 reduces all gradients. ZeRO 1 reduces and scatters them and gathers the weights. ZeRO 2 does so for every
     micro-batch. ZeRO 3 gathers the weights for every forward and backward pass. ZeRO 1 and 2 gather the inference copy of
-    each average once, ZeRO 3 around each of its forward passes; without ZeRO every rank has it.
+    each average once, ZeRO 3 around each of its forward passes; without ZeRO every rank has it. ZeRO 1 to 3 gather the updates
+    of Muon's matrices.
 
     Args:
         parameters: The trained parameters.
@@ -230,7 +243,8 @@ def traffic(
     once = FP32 * sum(p.numel for p in parameters) * to_others
     copied = sum(p.copied_bytes * p.numel for p in parameters) * to_others
     passes = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero_stage]
-    return round(once * passes + copied * {0: 0, 3: inferred * accumulation}.get(zero_stage, averages))
+    updates = FP32 * sum(p.numel for p in parameters if p.is_orthogonalised) * to_others if zero_stage else 0
+    return round(once * passes + updates + copied * {0: 0, 3: inferred * accumulation}.get(zero_stage, averages))
 
 
 def collectives(

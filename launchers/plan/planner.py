@@ -127,7 +127,6 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
             body.parameters,
             zero_stage=zero,
             world_size=world,
-            moments=len(config.optim.moments),
             averages=len(averages),
             frozen_parameters=body.frozen_parameters,
             bucket_bytes=config.engine.bucket_bytes,
@@ -143,7 +142,7 @@ def _stage(step: Step, cluster: ClusterConfig, pending: Pending) -> dict[str, An
     seconds = whole.likely
     written = -(-loop.steps // loop.save_every) + (loop.on_divergence == "rewind")
     kept = min(written, loop.keep_checkpoints) + (loop.steps // loop.keep_every if loop.keep_every else 0)
-    kinds = [*config.optim.moments, *averages]
+    kinds = list(averages)
     kinds += [f"best_{kind}" for kind in ("master", *averages)] if loop.select == "best" else []
     size = checkpoint_bytes(body.parameters, kinds)
     starts = starts_needed(loop.steps * seconds, seconds_of(cluster.time), START_SECONDS + cluster.signal_seconds)

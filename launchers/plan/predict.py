@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from launchers.config import ClusterConfig
-from launchers.plan.cost import collectives, partition, traffic
+from launchers.plan.cost import collectives, held_moments, partition, traffic
 from launchers.plan.profile import Profile
 from launchers.plan.step_time import (
     A100,
@@ -99,7 +99,9 @@ def step_range(
     )
     samples = config.loop.global_batch / world
     parts = computing(body.work, samples, machine) | {
-        "update": updating(partition(body.parameters, zero, world), len(config.optim.moments), averages, machine),
+        "update": updating(
+            partition(body.parameters, zero, world), held_moments(body.parameters, zero, world), averages, machine
+        ),
         "sending": sending(
             sent_bytes(body, config, world, accumulation),
             calls + 2 * body.work.batch_norms * accumulation,

@@ -133,7 +133,10 @@ def trained_parameters(model: nn.Module, config: StageConfig) -> tuple[Parameter
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     halves = rounded_by_autocast(model) if config.engine.precision == "bf16" else ()
-    return tuple(Parameter(name, p.numel(), group_of[id(p)], BF16 if name in halves else FP32) for name, p in named)
+    return tuple(
+        Parameter(name, p.numel(), at := group_of[id(p)], BF16 if name in halves else FP32, groups[at]["moments"])
+        for name, p in named
+    )
 
 
 def activation_bytes(model: nn.Module, batch: int, image_size: tuple[int, int], bf16: bool) -> int:

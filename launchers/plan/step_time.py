@@ -89,8 +89,8 @@ A100 = Hardware("A100", "a100", 312e12, 0.5, 8, 240e9, 180e9, 20e-6)
 # once and read once are the least; steps between the kept ones write and read theirs too.
 SCAN_SHARE, MEMORY_SHARE = 0.6, 0.8
 MOVED = Range(2.0, 4.0)
-# Bytes that an update moves per weight: AdamW reads and writes weight and two moments, SGD one, and reads a gradient.
-UPDATE_BYTES = {2: 7 * FP32, 1: 5 * FP32}
+# Bytes that an update moves: it reads a gradient, and reads and writes the weight and each number that it keeps of it.
+UPDATE_BYTES, MOMENT_BYTES = 3 * FP32, 2 * FP32
 AVERAGE_BYTES = 3 * FP32
 # Seconds of one core per image of 500 x 375: decoding and resizing alone, and a whole view with RandAugment (docs/data.md).
 IMAGE = Range(1.66e-3, 2 / 219)
@@ -116,10 +116,14 @@ def computing(work: Work, samples: float, machine: Hardware) -> dict[str, Range]
 
 
 def updating(own: int, moments: int, averages: int, machine: Hardware) -> Range:
-    """Predict the update of `own` weights and of their averages on one device."""
+    """Predict the update of `own` weights, of their `moments` numbers and of their averages on one device.
+
+    Limit: the products of Muon's matrices are left out.
+    """
     if machine.gpu is None:
         return Range(0.0, 0.0)  # within the utilisation of a CPU
-    least = own * (UPDATE_BYTES[moments] + averages * AVERAGE_BYTES) / GPUS[machine.gpu].bandwidth
+    moved = own * (UPDATE_BYTES + averages * AVERAGE_BYTES) + moments * MOMENT_BYTES
+    least = moved / GPUS[machine.gpu].bandwidth
     return Range(least, least / MEMORY_SHARE)
 
 

@@ -74,7 +74,7 @@ def _stage(
     workload, built = networks(config, data.classes, pending)
     parameters = trained_parameters(built["student"], config)
     best = (1 + len(workload.averages)) * (config.loop.select == "best")
-    kinds = 1 + len(config.optim.moments) + len(workload.averages) + best
+    kinds = 1 + len(workload.averages) + best
     orders = ranks.Orders(config, data)
     weights = sum(p.numel for p in parameters)
     print(

@@ -109,23 +109,24 @@ def restore(parameters: Sequence[Parameter], kinds: int, zero_stage: int, saved_
 
     Args:
         parameters: The trained parameters.
-        kinds: Tensors that are saved of each: the masters, the moments, the averages. They are all cut alike.
+        kinds: Tensors that are saved of each beside its moments: the masters and the averages. They are all cut alike.
         zero_stage: Of both runs.
         saved_by: The number of ranks that wrote the checkpoint.
         world_size: The number of ranks that read it.
     """
     written = cuts(parameters, zero_stage, saved_by)
     pieces = Pieces(Path("step"), [Piece("master", c.name, c.start, c.numel, shards_name(c.rank)) for c in written])
+    bytes_of = {p.name: FP32 * (kinds + len(p.moments)) for p in parameters}
     sizes: dict[str, int] = {STATE: 0}
     for cut in written:
-        sizes[shards_name(cut.rank)] = sizes.get(shards_name(cut.rank), 0) + kinds * FP32 * cut.numel
+        sizes[shards_name(cut.rank)] = sizes.get(shards_name(cut.rank), 0) + bytes_of[cut.name] * cut.numel
     names = sorted(sizes)
     opened = [set(names[rank::world_size]) for rank in range(world_size)]
     read = [sum(sizes[name] for name in found) for found in opened]
     for cut in cuts(parameters, zero_stage, world_size):
         for piece, low, high in pieces.holding("master", cut.name, cut.start, cut.numel):
             opened[cut.rank].add(piece.file)
-            read[cut.rank] += kinds * FP32 * (high - low)
+            read[cut.rank] += bytes_of[cut.name] * (high - low)
     return Restore(len(names), max(map(len, opened)), sum(map(len, opened)), max(read))
 
 

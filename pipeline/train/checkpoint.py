@@ -205,8 +205,8 @@ def restore(
             )
         pieces = Pieces(path, itertools.chain.from_iterable(from_all(own, world)))
         kinds, buffers = task.sharded_state(), _buffers(engine, task)
-        for kind in ("master", *(engine.moments if state.optimizer_step else ()), *kinds):
-            for name, parameter in engine.named_parameters:  # on all ranks, so that none waits for one that has failed
+        for name, parameter in engine.named_parameters:  # on all ranks, so that none waits for one that has failed
+            for kind in ("master", *(engine.moments[name] if state.optimizer_step else ()), *kinds):
                 pieces.holding(kind, name, 0, full_shape(parameter).numel())
         for name, buffer in buffers.items():
             pieces.holding("buffer", name, 0, buffer.numel())
@@ -259,7 +259,7 @@ def _shards(engine: Engine, task: Task) -> dict[str, Tensor]:
     for shard in engine.shards:
         kinds = {"master": shard.flat}
         known = moments.get(shard.flat, {})
-        kinds.update({k: known[k] for k in engine.moments if known.get(k) is not None})
+        kinds.update({k: known[k] for k in engine.moments[shard.name] if known.get(k) is not None})
         kinds.update({kind: by_flat[shard.flat] for kind, by_flat in extra.items()})
         for kind, tensor in kinds.items():
             tensors[f"{kind}/{shard.name}@{shard.start}"] = shard.of(tensor).to("cpu", copy=True)

@@ -44,8 +44,10 @@ class RunConfig(Strict):
 class OptimConfig(Strict):
     """An optimizer with a linear rise over `warmup_steps`, then a fall to `min_lr`, held for `cooldown_steps`."""
 
-    kind: Literal["adamw", "sgd"] = Field(
-        "adamw", description="AdamW, or SGD with momentum, whose weight decay is added to the gradient"
+    kind: Literal["adamw", "muon", "sgd"] = Field(
+        "adamw",
+        description="AdamW; Muon, which makes the update of each hidden weight matrix orthogonal and steps all else by AdamW,"
+        " at the same learning rate; or SGD with momentum, whose weight decay is added to the gradient",
     )
     lr: float = Field(
         gt=0,
@@ -68,7 +70,9 @@ class OptimConfig(Strict):
         description="shell patterns of parameter names that decay though the rule exempts them, as some released recipes do: for"
         ' example ["*.A_log"]; a pattern that fits no parameter is refused',
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="AdamW's decay rates of the two moments; the first is Muon's too"
+    )
     eps: float = Field(1e-8, gt=0, le=1, description="AdamW's term in the denominator")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's share of the last step's direction")
     nesterov: bool = Field(True, description="SGD looks ahead along its momentum")
@@ -81,11 +85,6 @@ class OptimConfig(Strict):
         " steps after the one above it; until then its learning rate is 0. null = all train from the start",
     )
     clip_norm: float = Field(0.0, ge=0, le=1e9, description="largest global norm of the gradient; 0 = no clipping")
-
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """What the optimizer keeps of a weight beside the weight, by torch's names."""
-        return ("exp_avg", "exp_avg_sq") if self.kind == "adamw" else ("momentum_buffer",)
 
     @model_validator(mode="after")
     def _order(self) -> Self:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pipeline.train.config import EngineConfig, OptimConfig, computed_stage
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.distributed import World, limit_collectives
-from pipeline.train.optim import Trainable, make_optimizer
+from pipeline.train.muon import Muon, over_shards
+from pipeline.train.optim import Trainable, make_optimizer, moments_of
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ class Engine:
         if config.compile:
             model.compile()  # in place: the names of the weights stay
         optimizer = make_optimizer(cast(Trainable, model), optim)
+        self.moments = moments_of(model, optimizer)
+        if isinstance(optimizer, Muon):
+            optimizer.orthogonalise = over_shards(self)
         self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
@@ -84,7 +88,6 @@ class Engine:
         if config.zero_stage in (1, 2) and not config.offload_optimizer:
             self._optimizer.get_grad_norm_direct = self._norm_of_partition
         self.base_optimizer: torch.optim.Optimizer = optimizer
-        self.moments = optim.moments
         self._clip_norm = optim.clip_norm
         if self._clip_norm:  # before a teacher adds its hooks: a pull by the gradient is not clipped
             optimizer.register_step_pre_hook(self._clip)
@@ -101,9 +104,14 @@ class Engine:
         return self._deepspeed.module
 
     @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Trained parameter -> its shape, however it is cut."""
+        return {name: full_shape(p) for name, p in self.named_parameters}
+
+    @property
     def num_weights(self) -> int:
         """Number of trained weights of the whole model, however they are cut."""
-        return sum(full_shape(p).numel() for _, p in self.named_parameters)
+        return sum(shape.numel() for shape in self.shapes.values())
 
     @property
     def masters(self) -> list[Tensor]:
@@ -218,8 +226,7 @@ class Engine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return the whole state dict on the CPU, parameters from the fp32 masters (collective; all ranks get it)."""
-        shapes = {name: full_shape(p) for name, p in self.named_parameters}
-        full = {name: torch.empty(shape, device=self.world.device) for name, shape in shapes.items()}
+        full = {name: torch.empty(shape, device=self.world.device) for name, shape in self.shapes.items()}
         self.gather(None, full)
         # ZeRO-3 also cuts the frozen parameters (fixed position embeddings), and no optimizer has masters of them.
         frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
@@ -249,19 +256,20 @@ class Engine:
             kinds: Name of an extra kind -> {master: the tensor to fill}.
         """
         state = self.base_optimizer.state
-        for flat in self.masters:
+        layouts: dict[str, dict[Tensor, Tensor]] = {"master": {flat: flat for flat in self.masters}}
+        for flat, name in {shard.flat: shard.name for shard in self.shards}.items():
             state.pop(flat, None)
             if optimizer_step:
-                state[flat] = {moment: torch.zeros_like(flat.detach()) for moment in self.moments}
-                if isinstance(self.base_optimizer, torch.optim.AdamW):
+                state[flat] = {moment: torch.zeros_like(flat.detach()) for moment in self.moments[name]}
+                for moment, values in state[flat].items():
+                    layouts.setdefault(moment, {})[flat] = values
+                if "exp_avg_sq" in state[flat]:
                     state[flat]["step"] = torch.tensor(optimizer_step, device=flat.device)  # where fused AdamW keeps it
-        layouts: dict[str, Mapping[Tensor, Tensor]] = {"master": {flat: flat for flat in self.masters}}
-        if optimizer_step:
-            layouts |= {moment: {flat: state[flat][moment] for flat in self.masters} for moment in self.moments}
         for kind, tensors in {**layouts, **kinds}.items():
-            own = [shard.of(tensors[shard.flat]) for shard in self.shards]
+            shards = [shard for shard in self.shards if shard.flat in tensors]
+            own = [shard.of(tensors[shard.flat]) for shard in shards]
             if self.world.is_main or not self.replicated:
-                for shard, values in zip(self.shards, own, strict=True):
+                for shard, values in zip(shards, own, strict=True):
                     values.copy_(read(kind, shard.name, shard.start, shard.numel))
             if self.replicated and self.world.size > 1:
                 flat = torch.cat(own)
@@ -272,10 +280,9 @@ class Engine:
 
     def optimizer_step(self) -> float:
         """Return AdamW's own count of updates, without skipped ones; for SGD, which counts none, 1 once it has a momentum."""
-        first = self.base_optimizer.state.get(self.masters[0], {})
-        if isinstance(self.base_optimizer, torch.optim.AdamW):
-            return float(first["step"]) if "step" in first else 0.0
-        return float(first.get("momentum_buffer") is not None)
+        known = [self.base_optimizer.state.get(flat, {}) for flat in self.masters]
+        counts = [float(state["step"]) for state in known if "step" in state]
+        return counts[0] if counts else float(any(state.get("momentum_buffer") is not None for state in known))
 
     def close(self) -> None:
         """Release DeepSpeed; this must happen before the process group ends, or ZeRO-3 may abort at exit."""

@@ -1,4 +1,4 @@
-"""The optimizer, and its parameter groups: which weights decay, and how fast each layer learns."""
+"""The optimizer, and its parameter groups: which weights decay, how fast each layer learns, and which are stepped as matrices."""
 
 import fnmatch
 from collections import defaultdict
@@ -6,10 +6,19 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.train.config import OptimConfig
+from pipeline.train.muon import Muon
+
+# What each kind keeps of a weight beside the weight, by torch's names; a matrix of Muon needs no second moment.
+MOMENTS = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "muon": ("exp_avg", "exp_avg_sq"),
+    "matrix": ("exp_avg",),
+    "sgd": ("momentum_buffer",),
+}
 
 
 class Trainable(Protocol):
@@ -26,9 +35,10 @@ class Trainable(Protocol):
 
 
 def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, Any]]:
-    """Return groups in a fixed order, each with `weight_decay`, `lr_scale` = layer_decay^(layers above), and `joins`.
+    """Return groups in a fixed order, each with `weight_decay`, `lr_scale` = layer_decay^(layers above), `joins` and `moments`.
 
-    `joins` is the optimizer step from which the group trains: unfreeze_every x (layers above).
+    `joins` is the optimizer step from which the group trains: unfreeze_every x (layers above). `moments` are the names of what
+    the optimizer keeps of each weight; a group of Muon's matrices also has their `names`.
     Vectors (biases, norms, D) do not decay, nor does what the model's `no_weight_decay()` names, unless a pattern of
     `decay_also` fits the name.
 
@@ -44,17 +54,37 @@ def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, An
                 f"optim.decay_also: {pattern!r} fits no parameter that trains; their names are such as {some}; mend the pattern"
             )
     top = max(model.layer_of(name) for name, _ in named)
-    groups: dict[tuple[float, float, int], list[nn.Parameter]] = defaultdict(list)
+    heads = tuple(model.fresh()) if config.kind == "muon" and hasattr(model, "fresh") else ()
+    groups: dict[tuple[float, float, int, bool], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in named:
         named_to_decay = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.decay_also)
         spared = (parameter.ndim <= 1 or name in exempt) and not named_to_decay
         decay = 0.0 if spared else config.weight_decay
         above = top - model.layer_of(name)
-        groups[decay, config.layer_decay**above, (config.unfreeze_every or 0) * above].append(parameter)
+        matrix = config.kind == "muon" and is_matrix(parameter) and not (name in exempt or name.startswith(heads))
+        groups[decay, config.layer_decay**above, (config.unfreeze_every or 0) * above, matrix].append((name, parameter))
     return [
-        {"params": params, "weight_decay": decay, "lr_scale": scale, "joins": joins}
-        for (decay, scale, joins), params in sorted(groups.items(), key=lambda g: g[0])
+        {
+            "params": [parameter for _, parameter in members],
+            "weight_decay": decay,
+            "lr_scale": scale,
+            "joins": joins,
+            "moments": MOMENTS["matrix" if matrix else config.kind],
+            "names": tuple(name for name, _ in members) if matrix else (),
+        }
+        for (decay, scale, joins, matrix), members in sorted(groups.items(), key=lambda g: g[0])
     ]
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[str, ...]]:
+    """Return trained parameter -> the names of what the optimizer keeps of it beside its step, before ZeRO cuts anything."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: group["moments"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def is_matrix(weight: Tensor) -> bool:
+    """Whether each output of a weight (outputs, inputs, ...) reads several inputs: a depthwise convolution mixes no channels."""
+    return weight.ndim > 1 and weight.shape[1] > 1
 
 
 def make_optimizer(model: Trainable, config: OptimConfig) -> torch.optim.Optimizer:
@@ -63,6 +93,8 @@ def make_optimizer(model: Trainable, config: OptimConfig) -> torch.optim.Optimiz
     It is fused: one pass over the weights in place of fifteen, on a CPU too.
     """
     groups = parameter_groups(model, config)
+    if config.kind == "muon":
+        return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     options: dict[str, Any] = {"lr": config.lr, "fused": True}
     if config.kind == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **options)

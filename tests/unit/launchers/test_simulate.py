@@ -33,13 +33,13 @@ def test_cuts_cover_every_element_once_within_a_ranks_share(zero: int, world: in
 def test_a_restart_opens_at_most_two_files_of_its_own_world_and_reads_each_number_twice(zero: int) -> None:
     """Once to hash it, once to use it; before, each rank opened each file, 262,144 at 512 ranks."""
     for world in (8, 64, 512):
-        found = ranks.restore(TEN, 4, zero, world, world)
+        found = ranks.restore(TEN, 2, zero, world, world)
         assert found.opens <= 2
         assert found.opens_of_all <= 2 * world + 1
     # Another number of ranks: all files together, and a rank at most its share of them and one more at each end.
-    fewer = ranks.restore(TEN, 4, 1, 64, 8)
+    fewer = ranks.restore(TEN, 2, 1, 64, 8)
     assert fewer.opens <= 64 // 8 * 2 + 2 * 3
-    assert ranks.restore(TEN, 4, 0, 1, 8).bytes == 2 * 4 * FP32 * TOTAL
+    assert ranks.restore(TEN, 2, 0, 1, 8).bytes == 2 * 4 * FP32 * TOTAL
 
 
 def test_simulate_finds_no_growth_and_the_same_samples() -> None:

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import build_from_config, build_model
 from pipeline.models.arm import ARM
 from pipeline.train.config import OptimConfig
-from pipeline.train.optim import make_optimizer, parameter_groups
+from pipeline.train.optim import make_optimizer, moments_of, parameter_groups
 from stages import SPECS
 
 
@@ -54,7 +54,7 @@ def test_sgd_is_nesterovs_with_decay_in_the_gradient() -> None:
             want[p] -= 0.1 * (gradient + 0.9 * speed[p])
     for p, value in want.items():
         torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-14)
-    assert all(name in solver.state[weight] for name in optim.moments)
+    assert all(name in solver.state[weight] for name in moments_of(model, solver)["head.weight"])
 
 
 def test_options_of_the_optimizer_that_contradict_each_other_are_refused() -> None:
