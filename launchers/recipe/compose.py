@@ -98,10 +98,11 @@ def compose(
             reasons["model"] = (f"{family.why}.", f"{network.why}.")
         if "augment" in values:
             reasons["augment"] = (f"Views: {augment['plain'].why}.", flip)
-        optim: dict[str, Any] = {"lr": rate.value, "warmup_steps": max(1, number // 20)}
+        solver = networks.optimizer(chosen_family)
+        optim: dict[str, Any] = {"kind": solver.value, "lr": rate.value, "warmup_steps": max(1, number // 20)}
         if mamba:
             optim |= {"betas": [0.9, 0.95]} if stage == "arm" else {"layer_decay": 0.8}
-        values["optim"], reasons["optim"] = optim | {"clip_norm": 3.0}, (f"{rate.why}.",)
+        values["optim"], reasons["optim"] = optim | {"clip_norm": 3.0}, (f"{solver.why}: {rate.why}.",)
         if micro[stage].value is not None:
             values["engine"], reasons["engine"] = {"micro_batch": micro[stage].value}, (f"{micro[stage].why}.",)
         values["loop"] = {

@@ -14,7 +14,7 @@ from launchers.recipe.look import Look
 
 SIDES_CPU, SIDES_GPU = (32, 64), (32, 64, 128, 192)
 BATCHES: dict[Stage, tuple[int, int]] = {"arm": (64, 256), "distill": (32, 128), "semi": (16, 64)}  # CPU, GPU
-# A stage reads its larger stream at most so many times; stage 2 half as often where stage 3 has unlabelled images to learn from.
+# A stage reads its larger stream at most so many times; stage 2 a third as often where stage 3 learns from unlabelled images.
 EPOCHS: dict[Stage, int] = {"arm": 300, "distill": 200, "semi": 100}
 ENOUGH_STEPS = 1000  # steps of stage 2 from which a larger network learns more than a smaller one with more steps
 LEAST_STEPS, MOST_STEPS = 100, 100_000
@@ -71,10 +71,10 @@ def shares(look: Look, among: Collection[Stage]) -> dict[Stage, float]:
 
     With stage 1, the more of the images are unlabelled, the more goes to stages 1 and 3; with guessed labels stage 2 learns from
     them too, and gets what stage 3 would get. Without stage 1, stage 2 learns all features, in steps that cost a third of those
-    of stage 3, and gets three quarters (docs/recipe.md); with guessed labels half, since so few labels are soon learnt.
+    of stage 3, and gets three quarters (docs/recipe.md); with guessed labels a third, since so few labels are soon learnt.
     """
     if "arm" not in among:
-        semi = 0.5 if guess(look) else 0.25
+        semi = 2 / 3 if guess(look) else 1 / 4
         return {"distill": 1 - semi, "semi": semi}
     unlabelled = look.unlabelled / (look.unlabelled + look.labels)
     arm, semi = 0.25 + 0.15 * unlabelled, 0.3 + (0 if guess(look) else 0.15 * unlabelled)
@@ -84,14 +84,14 @@ def shares(look: Look, among: Collection[Stage]) -> dict[Stage, float]:
 def epoch_limit(stage: Stage, look: Look, global_batch: int) -> int:
     """Count the steps of the most epochs of a stage; more would repeat the images too often to pay.
 
-    The hundred epochs of stage 2 beside unlabelled images are from single runs (docs/recipe.md).
+    The epochs of stage 2 beside unlabelled images are from single runs (docs/recipe.md).
     """
     images = {
         "arm": look.images / global_batch,
         "distill": max(look.labels, look.unlabelled / GUESS_RATIO if guess(look) else 0) / global_batch,
         "semi": max(look.labels / global_batch, look.unlabelled / (UNLABELLED_RATIO * global_batch)),
     }[stage]
-    epochs = EPOCHS[stage] / 2 if stage == "distill" and look.unlabelled else EPOCHS[stage]
+    epochs = EPOCHS[stage] / 3 if stage == "distill" and look.unlabelled else EPOCHS[stage]
     return round(min(MOST_STEPS, max(3 * LEAST_STEPS, epochs * images)))
 
 

@@ -6,7 +6,7 @@ Only the networks and the views are timed, in this process. What the engine, the
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import psutil
 import torch
@@ -15,6 +15,8 @@ from launchers.plan.profile import Profile, build, profile
 from pipeline.images import Pixels
 from pipeline.streaming.config import AugmentConfig
 from pipeline.streaming.transforms import train_views
+from pipeline.train.config import OptimConfig
+from pipeline.train.optim import Trainable, make_optimizer
 from stages import spec_of
 from stages.check import Pending, parent_models
 from stages.configs.base import StageConfig
@@ -63,7 +65,7 @@ def time_stage(
     workload = spec_of(config).workload(config, num_classes, parent_models(config, num_classes, pending))
     body, size = profile(config, num_classes, pending), workload.student.model.image_size
     global_batch = config.loop.global_batch
-    per_step = _train(workload.student, workload.student.trained_images * global_batch)
+    per_step = _train(workload.student, workload.student.trained_images * global_batch, config.optim)
     for network in workload.networks:
         if network.inferred_images:
             per_step += _infer(network, network.inferred_images * global_batch)
@@ -73,7 +75,7 @@ def time_stage(
 
 
 def count_stage(config: StageConfig, num_classes: int, pending: Pending) -> Timing:
-    """Count the work of a stage, the same on every machine; views are not part of it.
+    """Count the work of a stage, the same on every machine: that of its networks, not of views and of the optimizer.
 
     Args:
         config: Its config; the number of steps does not matter.
@@ -94,11 +96,11 @@ def _device() -> torch.device:
     return torch.device("cuda" if has_gpu() else "cpu")
 
 
-def _train(network: Network, images: int) -> float:
+def _train(network: Network, images: int, optim: OptimConfig) -> float:
     """Seconds of an optimizer step of so many images."""
     device, number = _device(), min(images, MOST_IMAGES)
     model = build(network).to(device).train()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-6)
+    optimizer = make_optimizer(cast(Trainable, model), optim)
     batch = torch.randn(number, 3, *network.model.image_size, device=device)
 
     def step() -> None:
