@@ -239,7 +239,7 @@ def selection(stage: Stage, look: Look, number: int, passes: float) -> Choice:
 
     Many validation images for few steps make it rarer, so that validations take at most VALIDATING of the steps' work, but
     not fewer than four. Few images cannot choose among the states of a run; in stage 3 they can still keep a run that only
-    loses accuracy from being exported, since what it starts from stays unless a state is better by a standard error.
+    loses accuracy from being exported, since what it starts from stays if all its states are worse by a standard error.
 
     Args:
         stage: Stage 2 or 3.
@@ -253,7 +253,9 @@ def selection(stage: Stage, look: Look, number: int, passes: float) -> Choice:
         why = f"{look.validation} validation images choose the best of about {number // every} states"
         return Choice({"select": "best", "eval_every": every}, why)
     if stage == "semi" and look.validation:
-        why = f"{look.validation} validation images tell whether a state is better than stage 2's by a standard error"
+        why = (
+            f"{look.validation} validation images tell whether all states are worse than stage 2's by a standard error"
+        )
         return Choice({"select": "best", "eval_every": every}, why)
     return Choice(
         {"select": "last", "eval_every": every},

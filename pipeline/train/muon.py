@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
         """W -= lr (wd W + 0.2 sqrt(max(m, n)) orthogonal(b M + (1 - b) G)) with the momentum M = b M + (1 - b) G."""
         weights = [weight for weight in group["params"] if weight.grad is not None]
         gradients = [weight.grad for weight in weights]
-        beta, rate = group["betas"][0], float(group["lr"])
+        beta, rate = group["betas"][0], group["lr"]  # a rollback of LyapEMA makes the rate a number on the device
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["exp_avg"] = torch.zeros_like(weight)
@@ -72,7 +72,8 @@ class Muon(torch.optim.Optimizer):
         updates = list(torch._foreach_lerp(gradients, averages, beta))
         self.orthogonalise(group["names"], dict(zip(weights, updates, strict=True)))
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
-        torch._foreach_add_(weights, updates, alpha=-rate)
+        torch._foreach_mul_(updates, rate)
+        torch._foreach_sub_(weights, updates)
 
 
 def _whole(names: Sequence[str], updates: Mapping[Tensor, Tensor]) -> None:

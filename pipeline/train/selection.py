@@ -33,9 +33,9 @@ class Selection(BaseModel):
     def see(self, step: int, row: Mapping[str, float], criteria: Mapping[str, int], images: int = 0) -> bool:
         """Compare a validation with the best one; the first of two equal ones stays the best.
 
-        The best of many validations on few images owes much to chance. So a trained start (step 0) keeps its place unless a
-        later state is better by more than one standard error of its accuracy. Where that is above 100 %, the first state
-        that finds the class of every image is taken. This is ours.
+        A trained start (step 0) gives way to the first state that is not worse by as much as a standard error of its accuracy;
+        from then on the best one counts. A later state has learnt more, and few images cannot tell that this has helped. That it
+        has harmed they can. This is ours.
 
         Args:
             step: Optimizer steps so far.
@@ -60,10 +60,8 @@ class Selection(BaseModel):
     def _bar(self, criteria: Mapping[str, int], images: int) -> list[float]:
         """Return what the next best must exceed."""
         bar = _order(self.best, criteria)
-        if self.step == 0 and images and next(iter(criteria.values())) == 1 and bar[0] < 100:
-            bar[0] += standard_error(bar[0], images)
-            if bar[0] >= 100:  # no state can exceed it
-                return [100.0] + [-math.inf] * (len(bar) - 1)
+        if self.step == 0 and images and next(iter(criteria.values())) == 1:
+            return [bar[0] - standard_error(bar[0], images)] + [-math.inf] * (len(bar) - 1)
         return bar
 
 

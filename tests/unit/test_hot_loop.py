@@ -5,6 +5,7 @@ The mode NoWaiting fails a test: it raises an AssertionError in the operator tha
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.models.losses import distillation_loss, one_hot, soft_cross_entropy
 from pipeline.ssl.config import PseudoLabelRule
@@ -14,6 +15,7 @@ from pipeline.train import distributed
 from pipeline.train.config import EngineConfig, OptimConfig
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.distributed import World, any_rank
+from pipeline.train.muon import Muon
 from tests.steps import NAMES, steps_of
 from tests.waits import META, NoWaiting, Waited
 
@@ -54,6 +56,22 @@ def test_a_whole_step_waits_for_nothing(name: str) -> None:
     with NoWaiting():
         for step in range(2):
             assert steps.take(step).moved
+
+
+def test_muon_waits_for_nothing_with_a_rate_on_the_device() -> None:
+    weights = [nn.Parameter(torch.empty(shape, device=META)) for shape in ((6, 4), (6, 4), (3, 4, 3, 3))]
+    groups = [
+        {"params": weights, "weight_decay": 0.1, "names": ("a", "b", "c")},
+        {"params": [nn.Parameter(torch.empty(3, device=META))], "names": ()},
+    ]
+    solver = Muon(groups, lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+    groups[0]["lr"] = torch.empty((), device=META)
+    with NoWaiting():
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.empty_like(weight)
+            solver.step()
+    assert all(solver.state[weight]["exp_avg"].device == META for weight in weights)
 
 
 @pytest.mark.parametrize(
