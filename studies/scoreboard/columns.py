@@ -195,7 +195,7 @@ def fixmatch(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     own = [
         f"run.experiment={name}-fixmatch", f"init_from={parent.folder / 'export'}",
         "pseudo={labeller: student, threshold: 0.95, weight: 1.0}",
-        "ema={mode: ema, base_decay: 0.95, max_decay: 0.95}", f"optim.lr={scaled:g}",
+        "ema={mode: ema, base_decay: 0.95, max_decay: 0.95}", "optim.kind=adamw", f"optim.lr={scaled:g}",
     ]  # fmt: skip
     run("semi", config, [*_values(case, name, seed, "semi", chain), *own], name=f"{name}, fixmatch")
     done = read_result(chain.runs / f"{name}-fixmatch").stages["semi"]
@@ -213,7 +213,12 @@ def _is_rival(stage: StageRun, rate: float) -> bool:
     model, loop, own = (stage.config[key] for key in ("model", "loop", "optim"))
     scaled = rate * math.sqrt(loop["global_batch"] / 32)
     whole = model["name"] == RESNET and not model["options"]
-    return whole and not stage.config["init_from"] and math.isclose(own["lr"], scaled, rel_tol=0.02)
+    return (
+        whole
+        and not stage.config["init_from"]
+        and own["kind"] == "adamw"
+        and math.isclose(own["lr"], scaled, rel_tol=0.02)
+    )
 
 
 JOBS = {
