@@ -228,8 +228,8 @@ def traffic(
 
     ZeRO 0 reduces all gradients. ZeRO 1 reduces and scatters them and gathers the weights. ZeRO 2 does so for every
     micro-batch. ZeRO 3 gathers the weights for every forward and backward pass. ZeRO 1 and 2 gather the inference copy of
-    each average once, ZeRO 3 around each of its forward passes; without ZeRO every rank has it. ZeRO 1 to 3 gather the updates
-    of Muon's matrices.
+    each average once, ZeRO 3 around each of its forward passes; without ZeRO every rank has it. Muon's updates are
+    gathered at ZeRO 1 to 3, and what each rank has made of its share of them is sent to all.
 
     Args:
         parameters: The trained parameters.
@@ -243,18 +243,20 @@ def traffic(
     once = FP32 * sum(p.numel for p in parameters) * to_others
     copied = sum(p.copied_bytes * p.numel for p in parameters) * to_others
     passes = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero_stage]
-    updates = FP32 * sum(p.numel for p in parameters if p.is_orthogonalised) * to_others if zero_stage else 0
+    orthogonalised = sum(p.numel for p in parameters if p.is_orthogonalised)
+    updates = FP32 * orthogonalised * to_others * (2 if zero_stage else 1)
     return round(once * passes + updates + copied * {0: 0, 3: inferred * accumulation}.get(zero_stage, averages))
 
 
 def collectives(
     parameters: Sequence[Parameter], *, zero_stage: int, bucket_bytes: int, accumulation: int, averages: int
 ) -> int:
-    """Count the collectives of one optimizer step: buckets of gradients, gathers of weights and averages, norm and vote."""
+    """Count the collectives of one optimizer step: buckets of gradients, gathers of weights and averages, Muon's, norm, vote."""
     buckets = -(-FP32 * sum(p.numel for p in parameters) // bucket_bytes)
     reduced = buckets * (accumulation if zero_stage > 1 else 1)
     gathered = {0: 0, 3: 2 * accumulation * len(parameters)}.get(zero_stage, buckets + averages)
-    return reduced + gathered + 2
+    orthogonalised = len({p.group for p in parameters if p.is_orthogonalised}) * (2 if zero_stage else 1)
+    return reduced + gathered + orthogonalised + 2
 
 
 def starts_needed(seconds: float, limit: float, overhead: float) -> int:

@@ -24,8 +24,8 @@ BASE_RATES: dict[Family, dict[Stage, tuple[float, int]]] = {
     "resnet": {"distill": (1e-3, 32), "semi": (7.5e-4, 16)},
     "efficientvim": {"distill": (1e-2, 32), "semi": (6e-3, 16)},
 }
-# Those of the EfficientViM are Muon's. A ResNet-18's wide matrices would cost a processor more than the step itself, and the
-# others have not been compared.
+# The rates of the EfficientViM are Muon's. A ResNet-18's wide matrices would cost a processor more than the step itself. A Vision
+# Mamba has not been compared.
 OPTIMIZERS: dict[Family, str] = {"vision_mamba": "adamw", "resnet": "adamw", "efficientvim": "muon"}
 # A ResNet-18 learns more in short runs at three times these rates (docs/recipe.md); longer ones have not been compared.
 SHORT_RUN, SHORT_FACTOR = 300, 3.0
@@ -109,9 +109,8 @@ def learning_rate(
 
     A ResNet-18's is SHORT_FACTOR times as large in a run of at most SHORT_RUN steps; `number` is that of the steps.
 
-    The square root is the rule for Adam, whose steps are normalised by the gradient's noise (Malladi et al. 2022), and so are
-    Muon's by construction; the inverse
-    of the width is that of hidden layers under Adam (Yang et al. 2022).
+    The square root is the rule for Adam, whose steps are normalised by the gradient's noise (Malladi et al. 2022); for Muon
+    it is ours. The inverse of the width is that of hidden layers under Adam (Yang et al. 2022).
     """
     base, at = BASE_RATES[chosen][stage]
     short = chosen == "resnet" and number <= SHORT_RUN

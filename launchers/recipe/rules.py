@@ -238,8 +238,8 @@ def selection(stage: Stage, look: Look, number: int, passes: float) -> Choice:
     """Choose which state is exported, and how often it is validated: about twenty times in a run.
 
     Many validation images for few steps make it rarer, so that validations take at most VALIDATING of the steps' work, but
-    not fewer than four. Few images cannot choose among the states of a run; in stage 3 they can still keep a run that only
-    loses accuracy from being exported, since what it starts from stays if all its states are worse by a standard error.
+    not fewer than four. Few images choose badly among the states of a run, so stage 2 then exports the last. In stage 3 they
+    still choose: what it starts from stays if all its states are worse by a standard error.
 
     Args:
         stage: Stage 2 or 3.

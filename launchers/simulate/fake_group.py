@@ -131,7 +131,7 @@ def _step(training: Training) -> None:
 def _training(world: distributed.World, zero: ZeroStage) -> Training:
     torch.manual_seed(0)
     model, copy = build_model(STAND_IN, num_classes=10), build_model(STAND_IN, num_classes=10)
-    config = EngineConfig(zero_stage=zero, bucket_bytes=2**30)
+    config = EngineConfig(zero_stage=zero, bucket_bytes=2**30)  # AdamW: what Muon sends is in the plan alone
     engine = Engine(model, world, optim=OptimConfig(lr=LR), config=config, micro_batch=2, accumulation=1)
     task = Task()
     task.teacher = Teacher(engine, copy, LyapEMAConfig())

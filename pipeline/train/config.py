@@ -46,8 +46,8 @@ class OptimConfig(Strict):
 
     kind: Literal["adamw", "muon", "sgd"] = Field(
         "adamw",
-        description="AdamW; Muon, which makes the update of each hidden weight matrix orthogonal and steps all else by AdamW,"
-        " at the same learning rate; or SGD with momentum, whose weight decay is added to the gradient",
+        description="AdamW; Muon, which makes the update of each weight matrix but the classifier's orthogonal and steps the"
+        " rest by AdamW, at the same learning rate; or SGD with momentum, whose weight decay is added to the gradient",
     )
     lr: float = Field(
         gt=0,

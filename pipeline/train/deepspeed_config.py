@@ -27,7 +27,7 @@ def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int,
             "stage3_prefetch_bucket_size": elements,
             "stage3_max_live_parameters": 10**9,
             "stage3_max_reuse_distance": 10**9,
-            "sub_group_size": 10**9,
+            "sub_group_size": 10**12,  # a group is stepped at once, since Muon gathers its matrices
         }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -5,6 +5,7 @@ lies in the optimizer. The teacher, the checkpoints and the export are written a
 stage nor a world size.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -255,7 +256,7 @@ class Engine:
             optimizer_step: What `optimizer_step` returned.
             kinds: Name of an extra kind -> {master: the tensor to fill}.
         """
-        state = self.base_optimizer.state
+        state, moments = self.base_optimizer.state, set(itertools.chain.from_iterable(self.moments.values()))
         layouts: dict[str, dict[Tensor, Tensor]] = {"master": {flat: flat for flat in self.masters}}
         for flat, name in {shard.flat: shard.name for shard in self.shards}.items():
             state.pop(flat, None)
@@ -266,7 +267,7 @@ class Engine:
                 if "exp_avg_sq" in state[flat]:
                     state[flat]["step"] = torch.tensor(optimizer_step, device=flat.device)  # where fused AdamW keeps it
         for kind, tensors in {**layouts, **kinds}.items():
-            shards = [shard for shard in self.shards if shard.flat in tensors]
+            shards = [shard for shard in self.shards if kind not in moments or shard.flat in tensors]
             own = [shard.of(tensors[shard.flat]) for shard in shards]
             if self.world.is_main or not self.replicated:
                 for shard, values in zip(shards, own, strict=True):
@@ -279,10 +280,10 @@ class Engine:
         self.refresh_weights()
 
     def optimizer_step(self) -> float:
-        """Return AdamW's own count of updates, without skipped ones; for SGD, which counts none, 1 once it has a momentum."""
+        """Return AdamW's own count of updates, without skipped ones; 1 for what counts none, once it has a momentum."""
         known = [self.base_optimizer.state.get(flat, {}) for flat in self.masters]
-        counts = [float(state["step"]) for state in known if "step" in state]
-        return counts[0] if counts else float(any(state.get("momentum_buffer") is not None for state in known))
+        count = next((state["step"] for state in known if "step" in state), None)
+        return float(any(value is not None for state in known for value in state.values()) if count is None else count)
 
     def close(self) -> None:
         """Release DeepSpeed; this must happen before the process group ends, or ZeRO-3 may abort at exit."""

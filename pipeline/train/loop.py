@@ -198,7 +198,7 @@ def _begin(
 ) -> None:
     """Validate and save the state before the first step, where something needs it (collective).
 
-    Validated: trained weights are a result already, so a stage whose steps only lose accuracy ends with what it was given.
+    Validated: trained weights are a result already, so a stage whose states are all clearly worse ends with what it was given.
     """
     if training.starts_trained and training.loop.compares and not state.selection.seen:
         _validate(training, state, evaluate, display)

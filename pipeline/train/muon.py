@@ -1,7 +1,8 @@
 """Muon: the update of a weight matrix is made orthogonal, so that all directions of its outputs learn at once.
 
-A gradient is nearly of low rank, and AdamW moves a matrix along few directions. Muon (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon/) replaces the averaged gradient G = U S V' by about U V'. Few steps then learn more.
+A gradient is nearly of low rank: it changes a matrix along few directions. Muon (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon/) replaces the averaged gradient G = U S V' (its singular value decomposition, V' the
+transpose of V) by about U V', which changes it along all of them alike.
 """
 
 from collections import defaultdict
@@ -9,16 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
     from pipeline.train.engine import Engine
 
-# Newton and Schulz's iteration X -> a X + (b XX' + c (XX')^2) X brings each singular value from (0, 1] to about 1: between 0.68
-# and 1.13. The coefficients are Jordan's; they rise fastest at 0.
+# Newton and Schulz's iteration X -> a X + (b XX' + c (XX')^2) X. Five of it bring each singular value from [0.01, 1] to between
+# 0.68 and 1.13; smaller ones stay smaller. The coefficients are Jordan's.
 ITERATION, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-# An orthogonal matrix (m, n) has entries of root mean square 1 / sqrt(max(m, n)), and an update of AdamW about this. So scaled,
-# one learning rate and one weight decay serve both (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4).
+# The entries of an orthogonal matrix (m, n) have a root mean square of 1 / sqrt(max(m, n)), those of an update of AdamW one of
+# about 0.2. Scaled to that, matrices and vectors share a learning rate and a weight decay (Liu et al. 2025, "Muon is Scalable for
+# LLM Training", eq. 4).
 ADAMW_RMS = 0.2
 
 Orthogonalise = Callable[[Sequence[str], Mapping[Tensor, Tensor]], None]
@@ -27,8 +30,8 @@ Orthogonalise = Callable[[Sequence[str], Mapping[Tensor, Tensor]], None]
 class Muon(torch.optim.Optimizer):
     """Muon for the groups that have `names`, and AdamW for the others (vectors, tokens, depthwise kernels, the classifier).
 
-    Deviations from Jordan: the updates have the size of AdamW's, so the learning rate is AdamW's too; the momentum is the average
-    of AdamW, with its first beta.
+    As Jordan's, the update looks ahead along its momentum (Nesterov). Deviations: it has the size of AdamW's updates, and the
+    weights decay (both as Liu et al.); the rate of the momentum is AdamW's first beta.
 
     Args:
         groups: From `parameter_groups`.
@@ -43,10 +46,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas})
-        # It has the same dicts as this optimizer, whose tensors DeepSpeed replaces, and writes into the same state. It is no
-        # parent class: torch calls the hooks of an optimizer at each `step` of its classes, and would clip twice.
+        # AdamW has the same dicts, whose tensors DeepSpeed replaces, and writes into the same state. It is no parent class: torch
+        # calls the hooks of an optimizer at each `step` of its classes, and would clip twice.
         others = [group for group in self.param_groups if not group["names"]]
-        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=True)
+        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=True) if others else None
         self.orthogonalise: Orthogonalise = _whole
 
     @torch.no_grad()
@@ -55,9 +58,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["names"] and group["params"]:  # DeepSpeed empties the groups that a call leaves out
                 self._step_matrices(group)
-        self._adamw.param_groups = [group for group in self.param_groups if not group["names"]]
-        self._adamw.state = self.state
-        self._adamw.step()
+        if self._adamw is not None:
+            self._adamw.param_groups = [group for group in self.param_groups if not group["names"]]
+            self._adamw.state = self.state
+            self._adamw.step()
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         """W -= lr (wd W + 0.2 sqrt(max(m, n)) orthogonal(b M + (1 - b) G)) with the momentum M = b M + (1 - b) G."""
@@ -68,9 +72,13 @@ class Muon(torch.optim.Optimizer):
             if not self.state[weight]:
                 self.state[weight]["exp_avg"] = torch.zeros_like(weight)
         averages = [self.state[weight]["exp_avg"] for weight in weights]
-        torch._foreach_lerp_(averages, gradients, 1 - beta)
-        updates = list(torch._foreach_lerp(gradients, averages, beta))
+        updates: list[Tensor] = []
+        if weights:
+            torch._foreach_lerp_(averages, gradients, 1 - beta)
+            updates = list(torch._foreach_lerp(gradients, averages, beta))
         self.orthogonalise(group["names"], dict(zip(weights, updates, strict=True)))
+        if not weights:
+            return
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
         torch._foreach_mul_(updates, rate)
         torch._foreach_sub_(weights, updates)
@@ -84,29 +92,84 @@ def _whole(names: Sequence[str], updates: Mapping[Tensor, Tensor]) -> None:
 def over_shards(engine: "Engine") -> Orthogonalise:
     """Return what orthogonalises the updates of an engine's matrices, which are cut as their masters are (collective).
 
-    All ranks gather all matrices of a group. Each computes those of which it owns a slice: with ZeRO a share of them, else all.
+    All ranks gather the updates of a group. Each matrix is computed by one rank and sent to all, so the work is divided at every
+    ZeRO stage, and no two ranks round a matrix differently.
     """
+    divided: dict[tuple[str, ...], Divided] = {}
 
     def replace(names: Sequence[str], updates: Mapping[Tensor, Tensor]) -> None:
-        own = [shard for shard in engine.shards if shard.name in names and shard.flat in updates]
-        computed = list(dict.fromkeys(shard.name for shard in own))
-        asked = computed if engine.config.zero_stage == 0 else names  # there, a rank owns all, or what has a gradient
-        shapes = engine.shapes
-        whole = {name: torch.empty(shapes[name], device=engine.world.device) for name in asked}
-        if whole:
-            engine.gather(updates, whole)
-        orthogonalise([whole[name] for name in computed])
-        slices = [whole[shard.name].view(-1).narrow(0, shard.start, shard.numel) for shard in own]
-        with torch.no_grad():
-            torch._foreach_copy_([shard.of(updates[shard.flat]) for shard in own], slices)
+        known = tuple(names)
+        if engine.config.zero_stage == 0:  # a whole parameter has no update where no gradient has reached it
+            of = {shard.name: shard.flat for shard in engine.shards}
+            known = tuple(name for name in names if of[name] in updates)
+        if known:
+            if known not in divided:
+                divided[known] = Divided(engine, known)
+            divided[known](updates)
 
     return replace
+
+
+class Divided:
+    """Some matrices, and the rank that computes each.
+
+    Args:
+        engine: The engine, with its shards.
+        names: The matrices, on all ranks the same.
+    """
+
+    def __init__(self, engine: "Engine", names: Sequence[str]) -> None:
+        self.engine = engine
+        shapes, asked = engine.shapes, set(names)
+        self.shapes = {name: shapes[name] for name in names}
+        self.own = [shard for shard in engine.shards if shard.name in asked]
+        self.shares: list[list[str]] = [[] for _ in range(engine.world.size)]
+        loads = [0] * engine.world.size
+        for name in sorted(names, key=lambda name: (-_work(self.shapes[name]), name)):
+            rank = loads.index(min(loads))
+            self.shares[rank].append(name)
+            loads[rank] += _work(self.shapes[name])
+
+    @torch.no_grad()
+    def __call__(self, updates: Mapping[Tensor, Tensor]) -> None:
+        """Replace the updates, {master: the update of its layout} (collective)."""
+        device = self.engine.world.device
+        whole = {name: torch.empty(shape, device=device) for name, shape in self.shapes.items()}
+        self.engine.gather(updates, whole)
+        orthogonalise([whole[name] for name in self.shares[self.engine.world.rank]])
+        if self.engine.world.size > 1:
+            self._send(whole)
+        if self.own:  # a rank may own nothing of a small group
+            slices = [whole[shard.name].view(-1).narrow(0, shard.start, shard.numel) for shard in self.own]
+            torch._foreach_copy_([shard.of(updates[shard.flat]) for shard in self.own], slices)
+
+    def _send(self, whole: Mapping[str, Tensor]) -> None:
+        """Send each rank's share to all others."""
+        own, sizes = self.shares[self.engine.world.rank], [sum(map(self._numel, share)) for share in self.shares]
+        flat = torch.zeros(max(sizes), device=self.engine.world.device)
+        if own:
+            torch.cat([whole[name].flatten() for name in own], out=flat[: sum(map(self._numel, own))])
+        gathered = flat.new_empty(len(sizes) * len(flat))
+        dist.all_gather_into_tensor(gathered, flat)
+        names = [name for share in self.shares for name in share]
+        rows = [row[:size] for row, size in zip(gathered.chunk(len(sizes)), sizes, strict=True)]
+        received = torch.cat(rows).split([self._numel(name) for name in names])
+        torch._foreach_copy_([whole[name].view(-1) for name in names], list(received))
+
+    def _numel(self, name: str) -> int:
+        return self.shapes[name].numel()
+
+
+def _work(shape: torch.Size) -> int:
+    """Count the multiply-adds of a matrix (m, n, ...), up to a factor."""
+    m, n = sorted((shape[0], shape.numel() // shape[0]))
+    return m * m * (2 * n + m)
 
 
 def orthogonalise(updates: Sequence[Tensor]) -> None:
     """Replace each matrix in place by 0.2 sqrt(max(m, n)) times about the nearest orthogonal one.
 
-    Matrices of equal shape are computed together. On a GPU the products are of bf16, as Jordan's.
+    Matrices of equal shape are computed together, on a GPU in bf16, as Jordan does.
 
     Args:
         updates: (m, n, ...) each; the dimensions behind the first are one.

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from pipeline.errors import ConfigError
+from pipeline.models.backbone.lora import UPDATES
 from pipeline.train.config import OptimConfig
 from pipeline.train.muon import Muon
 
@@ -26,6 +28,9 @@ class Trainable(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name, parameter)."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (name, module)."""
 
     def no_weight_decay(self) -> set[str]:
         """Return names of matrices that must not decay."""
@@ -54,14 +59,15 @@ def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, An
                 f"optim.decay_also: {pattern!r} fits no parameter that trains; their names are such as {some}; mend the pattern"
             )
     top = max(model.layer_of(name) for name, _ in named)
-    heads = tuple(model.fresh()) if config.kind == "muon" and hasattr(model, "fresh") else ()
+    heads = tuple(model.fresh()) if hasattr(model, "fresh") else ()  # ARM has no classifier
+    matrices = set(_matrices(model)) if config.kind == "muon" else set()
     groups: dict[tuple[float, float, int, bool], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in named:
         named_to_decay = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.decay_also)
         spared = (parameter.ndim <= 1 or name in exempt) and not named_to_decay
         decay = 0.0 if spared else config.weight_decay
         above = top - model.layer_of(name)
-        matrix = config.kind == "muon" and is_matrix(parameter) and not (name in exempt or name.startswith(heads))
+        matrix = name in matrices and not (name in exempt or name.startswith(heads))
         groups[decay, config.layer_decay**above, (config.unfreeze_every or 0) * above, matrix].append((name, parameter))
     return [
         {
@@ -82,9 +88,16 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {names[id(p)]: group["moments"] for group in optimizer.param_groups for p in group["params"]}
 
 
-def is_matrix(weight: Tensor) -> bool:
-    """Whether each output of a weight (outputs, inputs, ...) reads several inputs: a depthwise convolution mixes no channels."""
-    return weight.ndim > 1 and weight.shape[1] > 1
+def _matrices(model: Trainable) -> Iterator[str]:
+    """Name the weights of linear layers and convolutions, and LoRA's, whose outputs each read several inputs.
+
+    A depthwise convolution mixes no channels, and a table of vectors (gates, tokens, A) is no matrix that maps anything.
+    """
+    for prefix, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            layer = isinstance(module, nn.Linear | _ConvNd) and name == "weight"
+            if (layer or name in UPDATES) and weight.ndim > 1 and weight.shape[1] > 1:
+                yield f"{prefix}.{name}" if prefix else name
 
 
 def make_optimizer(model: Trainable, config: OptimConfig) -> torch.optim.Optimizer:

@@ -110,20 +110,16 @@ def test_an_optimizer_in_the_hosts_memory_steps_alike(chain: Stages, alone, zero
         assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
-def test_muon_steps_whole_matrices_however_zero_cuts_them(chain: Stages) -> None:
-    """Five steps of stage 3 on one process and on two; a run that ZeRO 3 began goes on under ZeRO 1 with its momenta."""
-    muon = [*short(chain, "semi"), "optim={kind: muon, lr: 3e-3, clip_norm: 1.0}"]
+def test_muon_goes_on_under_another_zero_stage(chain: Stages) -> None:
+    """What ZeRO 3 began on two processes goes on under ZeRO 1, with the momenta: each step is that of one process alone."""
+    muon = [*short(chain, "semi"), "loop.steps=10", "optim={kind: muon, lr: 3e-3, layer_decay: 0.8, clip_norm: 1.0}"]
     wanted = losses(chain.complete("semi", *muon, "run.experiment=muon"), "semi")
-    for zero in (0, 1, 2, 3):
-        more = [f"run.experiment=muon{zero}", f"engine.zero_stage={zero}", "engine.keep_whole=0"]
-        run = chain.complete("semi", *muon, *more, nproc=2)
-        for got, want in zip(losses(run, "semi"), wanted, strict=True):
-            assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
     cut = ["run.experiment=muon-killed", "loop.save_every=1", "engine.keep_whole=0"]
-    more = [*muon, *cut, "engine.zero_stage=3"]
-    start_and_signal(chain, "semi", *more, number=signal.SIGKILL, after_steps=2, nproc=2)
-    resumed = chain.complete("semi", *muon, *cut, "engine.zero_stage=1")
-    assert losses(resumed, "semi")[-1] == pytest.approx(wanted[-1], rel=1e-5, abs=1e-5)
+    start_and_signal(chain, "semi", *muon, *cut, "engine.zero_stage=3", number=signal.SIGKILL, after_steps=3, nproc=2)
+    resumed = chain.complete("semi", *muon, *cut, "engine.zero_stage=1", nproc=2)
+    assert "resumed from" in (resumed / "log.txt").read_text()
+    for got, want in zip(losses(resumed, "semi")[-8:], wanted[-8:], strict=True):
+        assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.soak  # inductor compiles for minutes

@@ -11,7 +11,18 @@ import torch
 
 from benchmarks.gpu_static import scans_of_configs
 from launchers.local import spawn
-from launchers.plan.cost import Cut, Parameter, checkpoint_bytes, cuts, memory, partition, starts_needed, traffic
+from launchers.plan.cost import (
+    Cut,
+    Parameter,
+    checkpoint_bytes,
+    collectives,
+    cuts,
+    held_moments,
+    memory,
+    partition,
+    starts_needed,
+    traffic,
+)
 from launchers.plan.profile import networks, work
 from launchers.plan.step_time import A100, Passes, Range, Work, computing, decoding, sending, together, updating
 from pipeline.config import load_config
@@ -100,6 +111,24 @@ def test_matrices_travel_to_an_inference_copy_in_bf16_and_nothing_else_does() ->
 
     assert sent(halves, 0) == sent(TEN, 0)
     assert sent(TEN, 1) - sent(halves, 1) == sum(p.numel for p in TEN if p.group == 0)
+
+
+@pytest.mark.parametrize(("zero", "times"), [(0, 1), (1, 2), (2, 2), (3, 2)])
+def test_muons_matrices_are_gathered_where_they_are_cut_and_their_updates_sent(zero: int, times: int) -> None:
+    muon = tuple(replace(p, moments=("exp_avg",)) if p.group == 0 else p for p in TEN)
+    own = sum(p.numel for p in TEN if p.group == 0)
+
+    def sent(parameters: tuple[Parameter, ...]) -> int:
+        return traffic(parameters, zero_stage=zero, world_size=4, accumulation=1, averages=0)
+
+    def calls(parameters: tuple[Parameter, ...]) -> int:
+        return collectives(parameters, zero_stage=zero, bucket_bytes=2**20, accumulation=1, averages=0)
+
+    assert sent(muon) - sent(TEN) == pytest.approx(times * 4 * own * 3 / 4, abs=1)
+    assert calls(muon) - calls(TEN) == times
+    assert partition(TEN, zero, 1) * 2 - held_moments(muon, zero, 1) == partition(
+        [p for p in TEN if p.group == 0], zero, 1
+    )
 
 
 def test_more_ranks_are_never_slower_and_never_more_than_proportional() -> None:

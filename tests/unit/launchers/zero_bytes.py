@@ -23,7 +23,7 @@ OPTIM = OptimConfig(lr=1e-3, layer_decay=0.8)
 CASES = (
     ({"name": "vim_nano", "num_classes": 10}, OPTIM),
     ({"name": "efficientvim_nano", "num_classes": 7}, OPTIM),
-    ({"name": "efficientvim_nano", "num_classes": 7}, OptimConfig(kind="muon", lr=1e-3)),
+    ({"name": "efficientvim_nano", "num_classes": 7}, OptimConfig(kind="muon", lr=1e-3, layer_decay=0.8)),
 )
 
 

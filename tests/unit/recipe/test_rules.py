@@ -104,12 +104,14 @@ def test_learning_rates_follow_the_root_of_the_batch_and_the_inverse_of_the_widt
             )  # two digits
 
 
-def test_an_efficientvim_learns_by_muon() -> None:
-    assert {family: networks.optimizer(family).value for family in networks.FAMILIES} == {
-        "efficientvim": "muon",
-        "resnet": "adamw",
-        "vision_mamba": "adamw",
-    }
+@pytest.mark.parametrize(("family", "kind"), [("efficientvim", "muon"), ("resnet", "adamw"), ("vision_mamba", "adamw")])
+def test_an_efficientvim_learns_by_muon_in_every_stage(family: networks.Family, kind: str) -> None:
+    drafts = compose(
+        "mine", {"train": "x"}, look(), FlipTest(False, "x"), gpu=False, family=Choice(family, ""),
+        network=networks.candidates(family, [Choice(32, "words")])[0],
+        steps={stage: Choice(100, "") for stage in STAGES}, micro={stage: Choice(None, "") for stage in STAGES},
+    )  # fmt: skip
+    assert {draft.values["optim"]["kind"] for draft in drafts.values()} == {kind}
 
 
 def test_a_short_run_of_a_resnet_has_three_times_the_rate() -> None:

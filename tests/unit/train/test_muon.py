@@ -1,9 +1,16 @@
 """Muon against literal code in float64, the singular value decomposition and torch's own."""
 
+import json
+import sys
+
+import pytest
 import torch
 from torch import nn
 
+from launchers.local import spawn
 from pipeline.models import build_model
+from pipeline.models.backbone.adapt import adapt
+from pipeline.models.backbone.config import BackboneConfig
 from pipeline.train.config import OptimConfig
 from pipeline.train.muon import Muon, orthogonalise
 from pipeline.train.optim import make_optimizer, moments_of, parameter_groups
@@ -84,19 +91,41 @@ def test_steps_are_the_literal_ones_and_torchs() -> None:
     assert all(sorted(set(solver.state[p]) - {"step"}) == sorted(kept[name]) for name, p in named.items())
 
 
-def test_hidden_matrices_are_orthogonalised_and_nothing_else() -> None:
-    """Not the classifier, tokens, A, vectors and depthwise kernels, which mix no channels."""
-    for name in ("vim_nano", "efficientvim_nano", "timm/resnet18", "wrn_28_2"):
-        model = build_model(name, num_classes=10)
-        config = OptimConfig(kind="muon", lr=1e-3)
-        found = {n for group in parameter_groups(model, config) for n in group["names"]}
-        heads = ("head.", "heads.", "model.fc.")
-        for n, p in model.named_parameters():
-            mixes = p.ndim > 1 and p.shape[1] > 1
-            hidden = not n.startswith(heads) and not n.endswith(("_log", "_log_b", "pos_embed", "cls_token"))
-            assert (n in found) == (mixes and hidden), (name, n, p.shape)
-        usual = parameter_groups(model, OptimConfig(lr=1e-3))
-        assert not any(group["names"] for group in usual)
+MATRICES = {
+    "vim_nano": (
+        "patch_embed.proj.weight",
+        *(f"layers.0.mixer.{n}.weight" for n in ("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj")),
+    ),
+    "efficientvim_nano": (
+        *(f"patch_embed.conv.{k}.conv.weight" for k in range(4)),
+        *(f"stages.2.blocks.0.mixer.{n}.conv.weight" for n in ("BCdt_proj", "hz_proj", "out_proj")),
+        *(f"stages.2.blocks.0.ffn.{n}.conv.weight" for n in ("fc1", "fc2")),
+    ),
+    "wrn_28_2": ("stem.weight",),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_layers_that_mix_their_inputs_are_orthogonalised_and_nothing_else(name: str) -> None:
+    """Not the classifier, tokens, A, gates, vectors and depthwise kernels, which mix no channels."""
+    model = build_model(name, num_classes=10)
+    found = {n for group in parameter_groups(model, OptimConfig(kind="muon", lr=1e-3)) for n in group["names"]}
+    assert set(MATRICES[name]) <= found
+    kept = {n.rpartition(".")[2] for n in found}
+    assert kept == {"weight"}
+    assert not any(n.startswith(("head", "heads")) or ".dw" in n or "conv1d" in n or "alpha" in n for n in found)
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    assert all(shapes[n][1] > 1 for n in found)
+    if name == "efficientvim_nano":
+        assert len(found) == 32
+    assert not any(group["names"] for group in parameter_groups(model, OptimConfig(lr=1e-3)))
+
+
+def test_updates_of_lora_are_matrices_and_frozen_weights_are_none() -> None:
+    model = adapt(build_model("timm/vit_tiny_patch16_224", num_classes=3), BackboneConfig(train="lora"), (224, 224))
+    found = {n for group in parameter_groups(model, OptimConfig(kind="muon", lr=1e-3)) for n in group["names"]}
+    assert found
+    assert all(n.endswith(("lora_a", "lora_b")) for n in found)
 
 
 def test_hooks_are_called_once_a_step() -> None:
@@ -115,3 +144,19 @@ def test_hooks_are_called_once_a_step() -> None:
     assert calls == [1]
     assert (weight != 1).any()
     torch.testing.assert_close(bias.detach(), torch.full((4,), 0.9))
+
+
+def test_four_ranks_step_as_one_at_every_zero_stage_though_one_owns_nothing_of_a_matrix(capfd) -> None:
+    command = [sys.executable, "-m", "tests.unit.train.muon_ranks"]
+    found = []
+    for world in (1, 4):
+        assert spawn(command, world) == 0
+        found.append([json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")])
+    alone, four = found
+    assert len(alone) == len(four) == 5
+    assert [run["a_rank_without"] for run in four] == [False, True, True, True, True]
+    for run in [*alone, *four]:
+        for name, value in run["weights"].items():
+            torch.testing.assert_close(
+                torch.tensor(value), torch.tensor(alone[0]["weights"][name]), rtol=1e-5, atol=1e-6
+            )
