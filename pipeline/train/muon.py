@@ -7,14 +7,14 @@ transpose of V) by about U V', which changes it along all of them alike.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pipeline.train.engine import Engine
+from pipeline.train.config import EngineConfig
+from pipeline.train.distributed import World
 
 # Newton and Schulz's iteration X -> a X + (b XX' + c (XX')^2) X. Five of it bring each singular value from [0.01, 1] to between
 # 0.68 and 1.13; smaller ones stay smaller. The coefficients are Jordan's.
@@ -89,7 +89,34 @@ def _whole(names: Sequence[str], updates: Mapping[Tensor, Tensor]) -> None:
     orthogonalise(list(updates.values()))
 
 
-def over_shards(engine: "Engine") -> Orthogonalise:
+class Slice(Protocol):
+    """A slice of one parameter that this rank owns (`engine.Shard`)."""
+
+    name: str
+    start: int
+    numel: int
+    flat: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return its view of a tensor laid out like `flat`."""
+
+
+class Cut(Protocol):
+    """What Muon asks of the engine that cuts the weights (`engine.Engine`)."""
+
+    world: World
+    config: EngineConfig
+    shards: Sequence[Slice]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Trained parameter -> its shape."""
+
+    def gather(self, tensors: Mapping[Tensor, Tensor], into: Mapping[str, Tensor]) -> None:
+        """Assemble whole parameters from the ranks' slices (collective)."""
+
+
+def over_shards(engine: Cut) -> Orthogonalise:
     """Return what orthogonalises the updates of an engine's matrices, which are cut as their masters are (collective).
 
     All ranks gather the updates of a group. Each matrix is computed by one rank and sent to all, so the work is divided at every
@@ -118,7 +145,7 @@ class Divided:
         names: The matrices, on all ranks the same.
     """
 
-    def __init__(self, engine: "Engine", names: Sequence[str]) -> None:
+    def __init__(self, engine: Cut, names: Sequence[str]) -> None:
         self.engine = engine
         shapes, asked = engine.shapes, set(names)
         self.shapes = {name: shapes[name] for name in names}
