@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.errors import EnvironmentProblem
 from pipeline.ops.arithmetic import choose_arithmetic
@@ -185,6 +186,18 @@ def from_all(value: T, world: World) -> list[T]:
     box = [value] * world.size
     dist.all_gather_object(box, value)
     return box
+
+
+def gather_uneven(own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Return the numbers of every rank, (sizes[rank],) each, of which `own` are this rank's (collective).
+
+    One collective of equal rows, which are padded: NCCL and gloo gather no others at once.
+    """
+    row = own.new_zeros(max(sizes))
+    row[: len(own)] = own
+    gathered = row.new_empty(len(sizes) * len(row))
+    dist.all_gather_into_tensor(gathered, row)
+    return [found[:size] for found, size in zip(gathered.chunk(len(sizes)), sizes, strict=True)]
 
 
 def to_main(value: T, world: World) -> list[T]:

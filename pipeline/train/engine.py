@@ -8,7 +8,6 @@ stage nor a world size.
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,32 +16,10 @@ from torch import Tensor, nn
 
 from pipeline.train.config import EngineConfig, OptimConfig, computed_stage
 from pipeline.train.deepspeed_config import deepspeed_config
-from pipeline.train.distributed import World, limit_collectives
+from pipeline.train.distributed import World, gather_uneven, limit_collectives
 from pipeline.train.muon import Muon, over_shards
 from pipeline.train.optim import Trainable, make_optimizer, moments_of
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The slice of one parameter's fp32 master that this rank owns.
-
-    Args:
-        name: Name of the parameter.
-        start: First element, counted in the flattened parameter.
-        numel: Number of elements.
-        flat: The optimizer's tensor that holds them.
-        offset: Where they begin in `flat`.
-    """
-
-    name: str
-    start: int
-    numel: int
-    flat: Tensor
-    offset: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return this shard's view (numel,) of a tensor laid out like `flat` (the master itself, a moment, a teacher)."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+from pipeline.train.shard import Shard
 
 
 class Engine:
@@ -205,17 +182,13 @@ class Engine:
             sources, places = own, [(shard.name, shard.start, shard.numel) for shard in shards]
         else:
             layout = [[shard for shard in rank if shard[0] in into] for rank in self._gathered_layout()]
-            longest = max(sum(numel for *_, numel in rank) for rank in layout)
-            flat = torch.zeros(longest, dtype=dtype, device=self.world.device)
-            if own:
-                flat[: sum(len(o) for o in own)].copy_(torch.cat([o.to(dtype) for o in own]))
-            gathered = flat.new_empty(len(layout) * longest)
-            dist.all_gather_into_tensor(gathered, flat)
+            flat = torch.cat([o.to(dtype) for o in own]) if own else torch.empty(0, dtype=dtype)
+            rows = gather_uneven(flat.to(self.world.device), [sum(numel for *_, numel in rank) for rank in layout])
             places = [place for rank in layout for place in rank]
             sources = []
-            for row, rank in zip(gathered.chunk(len(layout)), layout, strict=True):
-                if numels := [numel for *_, numel in rank]:  # a rank may own none of these
-                    sources += row[: sum(numels)].split(numels)
+            for row, rank in zip(rows, layout, strict=True):
+                if rank:  # a rank may own none of these
+                    sources += row.split([numel for *_, numel in rank])
         with torch.no_grad():  # one call: a kernel for each of hundreds of small parameters would keep the host busy
             receivers = [into[name].view(-1)[start : start + numel] for name, start, numel in places]
             torch._foreach_copy_(receivers, sources)

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.train.config import EngineConfig
-from pipeline.train.distributed import World
+from pipeline.train.distributed import World, gather_uneven
+from pipeline.train.shard import Shard
 
 # Newton and Schulz's iteration X -> a X + (b XX' + c (XX')^2) X. Five of it bring each singular value from [0.01, 1] to between
 # 0.68 and 1.13; smaller ones stay smaller. The coefficients are Jordan's.
@@ -24,7 +23,7 @@ ITERATION, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 # LLM Training", eq. 4).
 ADAMW_RMS = 0.2
 
-Orthogonalise = Callable[[Sequence[str], Mapping[Tensor, Tensor]], None]
+Orthogonalise = Callable[[tuple[str, ...], Mapping[Tensor, Tensor]], None]
 
 
 class Muon(torch.optim.Optimizer):
@@ -66,47 +65,32 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(self, group: dict[str, Any]) -> None:
         """W -= lr (wd W + 0.2 sqrt(max(m, n)) orthogonal(b M + (1 - b) G)) with the momentum M = b M + (1 - b) G."""
         weights = [weight for weight in group["params"] if weight.grad is not None]
+        if not weights:  # on no rank, since DeepSpeed gives zeros to what no gradient has reached
+            return
         gradients = [weight.grad for weight in weights]
         beta, rate = group["betas"][0], group["lr"]  # a rollback of LyapEMA makes the rate a number on the device
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["exp_avg"] = torch.zeros_like(weight)
         averages = [self.state[weight]["exp_avg"] for weight in weights]
-        updates: list[Tensor] = []
-        if weights:
-            torch._foreach_lerp_(averages, gradients, 1 - beta)
-            updates = list(torch._foreach_lerp(gradients, averages, beta))
+        torch._foreach_lerp_(averages, gradients, 1 - beta)
+        updates = torch._foreach_lerp(gradients, averages, beta)
         self.orthogonalise(group["names"], dict(zip(weights, updates, strict=True)))
-        if not weights:
-            return
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
         torch._foreach_mul_(updates, rate)
         torch._foreach_sub_(weights, updates)
 
 
-def _whole(names: Sequence[str], updates: Mapping[Tensor, Tensor]) -> None:
+def _whole(names: tuple[str, ...], updates: Mapping[Tensor, Tensor]) -> None:
     """Orthogonalise updates of parameters that nothing has cut."""
     orthogonalise(list(updates.values()))
-
-
-class Slice(Protocol):
-    """A slice of one parameter that this rank owns (`engine.Shard`)."""
-
-    name: str
-    start: int
-    numel: int
-    flat: Tensor
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return its view of a tensor laid out like `flat`."""
 
 
 class Cut(Protocol):
     """What Muon asks of the engine that cuts the weights (`engine.Engine`)."""
 
     world: World
-    config: EngineConfig
-    shards: Sequence[Slice]
+    shards: list[Shard]
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -124,15 +108,10 @@ def over_shards(engine: Cut) -> Orthogonalise:
     """
     divided: dict[tuple[str, ...], Divided] = {}
 
-    def replace(names: Sequence[str], updates: Mapping[Tensor, Tensor]) -> None:
-        known = tuple(names)
-        if engine.config.zero_stage == 0:  # a whole parameter has no update where no gradient has reached it
-            of = {shard.name: shard.flat for shard in engine.shards}
-            known = tuple(name for name in names if of[name] in updates)
-        if known:
-            if known not in divided:
-                divided[known] = Divided(engine, known)
-            divided[known](updates)
+    def replace(names: tuple[str, ...], updates: Mapping[Tensor, Tensor]) -> None:
+        if names not in divided:
+            divided[names] = Divided(engine, names)
+        divided[names](updates)
 
     return replace
 
@@ -172,19 +151,12 @@ class Divided:
 
     def _send(self, whole: Mapping[str, Tensor]) -> None:
         """Send each rank's share to all others."""
-        own, sizes = self.shares[self.engine.world.rank], [sum(map(self._numel, share)) for share in self.shares]
-        flat = torch.zeros(max(sizes), device=self.engine.world.device)
-        if own:
-            torch.cat([whole[name].flatten() for name in own], out=flat[: sum(map(self._numel, own))])
-        gathered = flat.new_empty(len(sizes) * len(flat))
-        dist.all_gather_into_tensor(gathered, flat)
-        names = [name for share in self.shares for name in share]
-        rows = [row[:size] for row, size in zip(gathered.chunk(len(sizes)), sizes, strict=True)]
-        received = torch.cat(rows).split([self._numel(name) for name in names])
-        torch._foreach_copy_([whole[name].view(-1) for name in names], list(received))
-
-    def _numel(self, name: str) -> int:
-        return self.shapes[name].numel()
+        own = [whole[name].flatten() for name in self.shares[self.engine.world.rank]]
+        flat = torch.cat(own) if own else torch.empty(0, device=self.engine.world.device)
+        numels = [[self.shapes[name].numel() for name in share] for share in self.shares]
+        for share, numel, row in zip(self.shares, numels, gather_uneven(flat, list(map(sum, numels))), strict=True):
+            if share:  # with fewer matrices than ranks some compute none
+                torch._foreach_copy_([whole[name].view(-1) for name in share], list(row.split(numel)))
 
 
 def _work(shape: torch.Size) -> int:
