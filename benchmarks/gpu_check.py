@@ -3,8 +3,8 @@
 1. On any machine: every kernel of the CPU against the reference, the CUDA kernels' source on the CPU, and the tests that count
    what waits for a device.
 2. On a GPU: tests/gpu; the scan timed beside mamba-ssm's where that is installed; the three demo stages in fp32 and bf16 at
-   ZeRO 0 to 2, whose losses must agree; what the host waits for in a profile; Vision Mambas and ViTs at growing resolutions;
-   memory and time of 20 steps of each ImageNet config, on photographs made on the spot, beside the plan.
+   ZeRO 0 to 2, and two by Muon, whose losses must agree; what the host waits for in a profile; Vision Mambas and ViTs at growing
+   resolutions; memory and time of 20 steps of each ImageNet config, on photographs made on the spot, beside the plan.
 3. On two GPUs or more also: a rank that is killed, and one that freezes.
 
 It needs no network. A part that fails does not stop the others; one that has no time left is named. `--only` runs some parts.
@@ -184,6 +184,7 @@ def parts_of(folder: Path, device: str, gpus: int, only: Sequence[str] = ()) -> 
         Part("models", lambda: times(torch.device("cuda"))),
         Part("waits", lambda: gpu_runs.waits(demo())),
         Part("zero_stages", lambda: gpu_runs.equal_losses(demo())),
+        Part("muon", lambda: gpu_runs.equal_losses(demo(), zeros=(0, 2), stages=("arm", "distill"), optimizer="muon")),
     ]
     if gpus > 1:
         parts.append(Part("faults", lambda: tests(FAULT_TESTS, "-k", "frozen or other_processes")))

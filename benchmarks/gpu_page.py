@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.gpu_models import MODELS, SIZES
-from benchmarks.gpu_runs import BOUNDS, STAGES
+from benchmarks.gpu_runs import BOUNDS
 from benchmarks.gpu_scan import SHAPES
 from pipeline.ops.choice import RIVALS
 
@@ -14,7 +14,7 @@ kernels, in the memory layout that each implementation is made for. (images, cha
 _MODELS = """Milliseconds of a batch in bf16: Vision Mamba small beside timm's ViT small, which has fused attention."""
 _WAITS = """Calls per step between two log lines for which the host waits, in a profile of stage 1. One
 `cudaDeviceSynchronize` in five steps is the profiler's own."""
-_LOSSES = """The three demo stages, 30 steps each: differences of the losses between the ZeRO stages, as shares of the loss.
+_LOSSES = """The demo's stages, 30 steps each: differences of the losses between the ZeRO stages, as shares of the loss.
 At most {fp32:.0e} in fp32 and {bf16:.0e} in bf16 are allowed on average. In stage 3 a rounding can move a pseudo-label across
 the threshold, which shows in single steps."""
 _RECIPES = """20 steps of each recipe on photographs made on the spot, one micro-batch a step on one GPU. Planned are the least
@@ -88,15 +88,14 @@ def _models(values: Values) -> list[list[str]]:
 
 
 def _losses(values: Values) -> list[list[str]]:
+    found = (re.fullmatch(r"(losses_(.*)_(.*))_mean_difference", name) for name in values)
     return [
         [
-            stage,
-            precision,
-            *(f"{values[f'losses_{stage}_{precision}_{which}_difference']:.1e}" for which in ("largest", "mean")),
+            run[2].replace("_", ", "),
+            run[3],
+            *(f"{values[f'{run[1]}_{which}_difference']:.1e}" for which in ("largest", "mean")),
         ]
-        for stage in STAGES
-        for precision in BOUNDS
-        if f"losses_{stage}_{precision}_mean_difference" in values
+        for run in sorted(filter(None, found), key=lambda run: run[2])
     ]
 
 

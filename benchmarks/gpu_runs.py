@@ -107,8 +107,18 @@ def equal_losses(
     zeros: Sequence[int] = (0, 1, 2),  # one process computes 3 as 2
     precisions: Sequence[str] = ("fp32", "bf16"),
     stages: Sequence[str] = STAGES,
+    optimizer: str | None = None,
 ) -> dict[str, float | str]:
     """Run the stages at each ZeRO stage and precision beside each other, and compare the losses of each step.
+
+    Args:
+        runner: Runs the commands.
+        config: Name of the config of each stage.
+        steps: Steps of each run.
+        zeros: ZeRO stages to compare.
+        precisions: Of `BOUNDS`.
+        stages: Each starts from the export of the one before.
+        optimizer: A value of `optim.kind`, which then stands in the names of what is returned; None is the config's.
 
     Returns:
         For each stage and precision the largest and the mean difference to the first ZeRO stage, as shares of the loss; the
@@ -121,8 +131,9 @@ def equal_losses(
     short = [f"loop.steps={steps}", "loop.log_every=1", "optim.warmup_steps=2", f"loop.save_every={steps}"]
 
     def chain(precision: str, zero: int) -> dict[str, list[float]]:
-        name = f"{precision}-zero{zero}"
+        name = "-".join(word for word in (optimizer, precision, f"zero{zero}") if word)
         chosen = [f"engine.zero_stage={zero}", f"engine.precision={precision}", *short]
+        chosen += [f"optim.kind={optimizer}"] if optimizer else []
         losses = {}
         for stage in stages:
             runner.command(["stages", *runner.words(stage, config, name, *chosen)])
@@ -135,8 +146,9 @@ def equal_losses(
             runs = [losses[stage] for losses in chains[k * len(zeros) : (k + 1) * len(zeros)]]
             apart = [[abs(a - b) / abs(a) for a, b in zip(runs[0], run, strict=True)] for run in runs]
             mean = max(map(statistics.mean, apart))
-            found[f"losses_{stage}_{precision}_largest_difference"] = max(map(max, apart))
-            found[f"losses_{stage}_{precision}_mean_difference"] = mean
+            about = f"losses_{stage}_{optimizer}_{precision}" if optimizer else f"losses_{stage}_{precision}"
+            found[f"{about}_largest_difference"] = max(map(max, apart))
+            found[f"{about}_mean_difference"] = mean
             if mean > BOUNDS[precision]:
                 raise EnvironmentProblem(
                     f"the losses of {stage} in {precision} differ by {mean:.1e} on average between the ZeRO stages {list(zeros)};"

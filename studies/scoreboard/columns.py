@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,7 +137,7 @@ def features(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
         experiment = f"{case.pictures.name}-arm"
         values = [f"run.root={chain.runs}", f"run.experiment={experiment}", f"data.train={case.pictures.train}"]
         values += ["data.split=null", f"loop.steps={DEMO_STEPS}", "data.loader.virtual_readers=null"]
-        with _SHARED[case.pictures.name]:
+        with _SHARED[case.pictures.name]:  # a run that is complete is reused
             run("arm", "demo", values, name=f"{experiment}, stage 1 of the demo")
             shutil.rmtree(chain.runs / experiment / "arm" / "checkpoints", ignore_errors=True)  # its export is read
     first = read_result(chain.runs / experiment).stages["arm"]
@@ -149,8 +150,15 @@ def features(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
 
 def resnet(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     """Train timm's ResNet-18 from scratch; the first case of a data set tries all of `RIVALS`, the best on validation stays."""
+    if _rival(case, chain).is_file():
+        return _resnet(case, name, seed, chain)
     with _SHARED[case.pictures.name]:
         return _resnet(case, name, seed, chain)
+
+
+def _rival(case: Case, chain: Chain) -> Path:
+    """The file that keeps the learning rate of a data set's ResNet."""
+    return chain.runs / f"{case.pictures.name}-rival.json"
 
 
 def _resnet(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
@@ -158,7 +166,7 @@ def _resnet(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     images = sum(_images(run) for stage, run in chained.items() if stage != "semi")
     loop, side = chained["distill"].config["loop"], chained["distill"].config["model"]["image_size"][0]
     steps = max(20, round(images / loop["global_batch"]))
-    chosen = chain.runs / f"{case.pictures.name}-rival.json"
+    chosen = _rival(case, chain)
     tried = [json.loads(chosen.read_text())["lr"]] if chosen.is_file() else list(RIVALS)
     found = {}
     for rate in tried:
@@ -186,7 +194,7 @@ def _resnet(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
 
 def fixmatch(case: Case, name: str, seed: int, chain: Chain) -> dict[str, Cell]:
     """Continue the ResNet by FixMatch: the student labels, weight 1, threshold 0.95, and an average is kept beside it."""
-    rate = json.loads((chain.runs / f"{case.pictures.name}-rival.json").read_text())["lr"]
+    rate = json.loads(_rival(case, chain).read_text())["lr"]
     same = _is_rival(read_result(chain.runs / name).stages["distill"], rate)
     parent = read_result(chain.runs / (name if same else f"{name}-resnet-{rate:g}")).stages["distill"]
     config = chain.of(case, name)["semi"]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,12 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, Runner]:
 
 
 def test_losses_of_zero_stages_are_compared_step_by_step(runners: tuple[Runner, Runner]) -> None:
-    found = gpu_runs.equal_losses(runners[0], "smoke", steps=3, zeros=(0, 2), precisions=("fp32",), stages=("arm",))
-    assert list(found) == [f"losses_arm_fp32_{which}_difference" for which in ("largest", "mean")]
+    short = partial(
+        gpu_runs.equal_losses, runners[0], "smoke", steps=3, zeros=(0, 2), precisions=("fp32",), stages=("arm",)
+    )
+    found = short() | short(optimizer="muon")
+    runs = ("losses_arm_fp32", "losses_arm_muon_fp32")
+    assert list(found) == [f"{run}_{which}_difference" for run in runs for which in ("largest", "mean")]
     assert all(0 <= value < 1e-4 for value in found.values())
 
 
@@ -138,8 +143,8 @@ def test_mixers_are_timed_side_by_side_and_missing_ones_are_left_out() -> None:
 
 def test_the_parts_for_a_gpu_are_all_recipes_after_what_decides(tmp_path: Path) -> None:
     names = [part.name for part in gpu_check.parts_of(tmp_path, "NVIDIA H200", gpus=2)]
-    assert names[:7] == ["kernels", "tests_gpu", "scan_times", "models", "waits", "zero_stages", "faults"]
-    assert names[7:] == [f"{path.parent.name}_{path.stem}" for path in gpu_check.IMAGENET]
+    assert names[:8] == ["kernels", "tests_gpu", "scan_times", "models", "waits", "zero_stages", "muon", "faults"]
+    assert names[8:] == [f"{path.parent.name}_{path.stem}" for path in gpu_check.IMAGENET]
     assert "faults" not in [part.name for part in gpu_check.parts_of(tmp_path, "NVIDIA H200", gpus=1)]
     only = ("waits", "arm_imagenet_arm_base")
     assert tuple(part.name for part in gpu_check.parts_of(tmp_path, "NVIDIA H200", 1, only)) == only
