@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from launchers.recipe import networks, rules
 from launchers.recipe.choice import Choice, Stage
-from launchers.recipe.flips import FlipTest
 from launchers.recipe.look import Look
+from launchers.recipe.neighbours import ColourTest, FlipTest
 from launchers.recipe.networks import Family
 
 
@@ -29,6 +29,7 @@ def compose(
     data: Mapping[str, Any],
     look: Look,
     flips: FlipTest,
+    colours: ColourTest,
     *,
     gpu: bool,
     family: Choice,
@@ -43,6 +44,7 @@ def compose(
         data: `train`, and what there is of `split`, `validation` and `test`.
         look: The images.
         flips: Whether flips are harmless.
+        colours: Whether colours tell the classes.
         gpu: Whether the machine has a GPU.
         family: The kind of model, which decides the stages.
         network: The model of that kind, with its image size.
@@ -50,7 +52,7 @@ def compose(
         micro: Micro-batch of each stage; value None = the whole share.
     """
     chosen_family = cast(Family, family.value)
-    augment = rules.views(look, bool(flips.harmless))
+    augment = rules.views(look, bool(flips.harmless), colours)
     mamba, width = chosen_family == "vision_mamba", network.value.get("embed_dim", networks.BASE_WIDTH)
     balance = rules.sampling(look)
     flip = f"Horizontal flips {'are' if flips.harmless else 'are not'} used: {flips.why}."

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from launchers.recipe.choice import Choice, Stage
 from launchers.recipe.look import Look
+from launchers.recipe.neighbours import ColourTest
 
 SIDES_CPU, SIDES_GPU = (32, 64), (32, 64, 128, 192)
 BATCHES: dict[Stage, tuple[int, int]] = {"arm": (64, 256), "distill": (32, 128), "semi": (16, 64)}  # CPU, GPU
@@ -184,21 +185,23 @@ def _of_steps(
     return f"{work}, {drawn / max(1, seen):.0f} epochs: {why}"
 
 
-def views(look: Look, flips: bool) -> dict[str, Choice]:
+def views(look: Look, flips: bool, colours: ColourTest) -> dict[str, Choice]:
     """Choose the augmentation by the kind of images: `plain` (stages 1 and 2), `weak` and `strong` (stage 3).
 
     Drawn and scanned images are turned, scaled, sheared and shifted on their ground, and keep nearly all of their area,
     since a part of a sign is another sign. Photographs are cropped, and their strong views have RandAugment. Colours change
-    only where there are colours.
+    only where there are colours, and on drawn images only where they do not tell the classes; light changes those of photographs.
     """
     flip = 0.5 if flips else 0.0
-    jitter = {} if look.is_grey else {"color_jitter": 0.4}
+    jitter = {} if look.is_grey or (look.is_drawn and colours.telling) else {"color_jitter": 0.4}
     if look.is_drawn:
         why = f"{100 * look.drawn:.0f} % of the images have a border of one colour: drawn or scanned, so affine views"
+        tone = "" if look.is_grey else f". Colours {'stay' if colours.telling else 'change'}: {colours.why}"
+        strong = _drawn(22.0, (0.7, 1.35), 0.18, flip) | jitter | {"erase": 0.4}
         return {
-            "plain": Choice(_drawn(15.0, (0.8, 1.25), 0.12, flip) | jitter, why),
+            "plain": Choice(_drawn(15.0, (0.8, 1.25), 0.12, flip) | jitter, why + tone),
             "weak": Choice(_drawn(8.0, (0.9, 1.1), 0.06, flip), why + ", small ones"),
-            "strong": Choice(_drawn(22.0, (0.7, 1.35), 0.18, flip) | jitter | {"erase": 0.4}, why + ", large ones"),
+            "strong": Choice(strong, why + ", large ones" + tone),
         }
     why = "photographs: crops"
     randaugment = {"rand_augment": "rand-m9-mstd0.5-inc1"}

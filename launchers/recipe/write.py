@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from launchers.recipe import flips as flip_test
-from launchers.recipe import networks, rules, text
+from launchers.recipe import neighbours, networks, rules, text
 from launchers.recipe.choice import Choice, Stage
 from launchers.recipe.compose import Draft, compose
 from launchers.recipe.look import Look, look_at, sampled
@@ -148,17 +147,17 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
     look = look_at(opened)
     print(in_words(look))
     known = np.concatenate([opened.subsets.labelled, opened.subsets.validation])
-    found = flip_test.choose_flips(
-        order.flips, flip_test.neighbours_of_flips(opened.manifest, np.sort(known)), look.is_drawn
-    )
-    print(f"flips: {found.why}")
+    labelled = neighbours.labelled_pictures(opened.manifest, np.sort(known))
+    flips = neighbours.choose_flips(order.flips, neighbours.compare_flips(*labelled), look.is_drawn)
+    colours = neighbours.compare_colours(*labelled)
+    print(f"flips: {flips.why}")
     from launchers.recipe import timing  # imports torch
 
     gpu = timing.has_gpu()
     pictures = sampled(opened.manifest, np.arange(opened.manifest.num_samples), 32)
     family = networks.family(look, gpu, order.model)
     stages = networks.stages(family.value)
-    compose_with = partial(compose, order.name, data, look, found, gpu=gpu, family=family)
+    compose_with = partial(compose, order.name, data, look, flips, colours, gpu=gpu, family=family)
 
     def measure(config: StageConfig, pending: Mapping[Path, StageConfig], drawn: _Views) -> "Timing":
         classes = len(opened.manifest.classes)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from launchers.recipe import networks, rules
 from launchers.recipe.choice import Choice
 from launchers.recipe.compose import compose
-from launchers.recipe.flips import FlipTest
 from launchers.recipe.look import Look
+from launchers.recipe.neighbours import ColourTest, FlipTest
 from pipeline.streaming.config import AugmentConfig
 from stages import SPECS
 
@@ -54,6 +54,7 @@ def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, num
         {"train": "data/mine/train"},
         facts,
         FlipTest(flips, "because"),
+        ColourTest(flips, "because"),
         gpu=gpu,
         family=family,
         network=networks.candidates(family.value, rules.image_sizes(facts, gpu))[-1],
@@ -107,7 +108,7 @@ def test_learning_rates_follow_the_root_of_the_batch_and_the_inverse_of_the_widt
 @pytest.mark.parametrize(("family", "kind"), [("efficientvim", "muon"), ("resnet", "adamw"), ("vision_mamba", "adamw")])
 def test_an_efficientvim_learns_by_muon_in_every_stage(family: networks.Family, kind: str) -> None:
     drafts = compose(
-        "mine", {"train": "x"}, look(), FlipTest(False, "x"), gpu=False, family=Choice(family, ""),
+        "mine", {"train": "x"}, look(), FlipTest(False, "x"), ColourTest(False, "x"), gpu=False, family=Choice(family, ""),
         network=networks.candidates(family, [Choice(32, "words")])[0],
         steps={stage: Choice(100, "") for stage in STAGES}, micro={stage: Choice(None, "") for stage in STAGES},
     )  # fmt: skip
@@ -166,7 +167,9 @@ def test_unlabelled_images_end_stage_2_after_a_third_of_the_epochs() -> None:
 
 
 def test_views_follow_the_kind_of_images() -> None:
-    drawn, photo = rules.views(look(), flips=False), rules.views(look(drawn=0.1, grey=0.0), flips=True)
+    telling = ColourTest(True, "because")
+    drawn = rules.views(look(), False, telling)
+    photo = rules.views(look(drawn=0.1, grey=0.0), True, telling)
     for name in ("plain", "weak", "strong"):
         sign, picture = (AugmentConfig.model_validate(v[name].value) for v in (drawn, photo))
         assert sign.affine is not None
@@ -178,6 +181,17 @@ def test_views_follow_the_kind_of_images() -> None:
     assert weak is not None
     assert strong is not None
     assert weak.rotation < strong.rotation
+
+
+@pytest.mark.parametrize(("drawn", "telling", "jitter"), [(1.0, True, 0.0), (1.0, False, 0.4), (0.1, True, 0.4)])
+def test_colours_of_drawn_images_change_only_where_they_do_not_tell_the_classes(
+    drawn: float, telling: bool, jitter: float
+) -> None:
+    found = rules.views(look(drawn=drawn, grey=0.0), False, ColourTest(telling, "colours find the class"))
+    plain, strong = (AugmentConfig.model_validate(found[name].value) for name in ("plain", "strong"))
+    assert plain.color_jitter == jitter
+    assert strong.color_jitter == (jitter if drawn == 1.0 else 0.0)
+    assert ("colours find the class" in found["plain"].why) == (drawn == 1.0)
 
 
 def test_classes_are_balanced_where_labels_are_not() -> None:
@@ -269,7 +283,8 @@ def test_micro_batches_divide_the_batch_and_fit(global_batch: int, each: int, fr
 
 def test_an_unlabelled_pool_that_is_missing_makes_stage_3_supervised() -> None:
     drafts = compose(
-        "mine", {"train": "x"}, look(unlabelled=0), FlipTest(False, "x"), gpu=False, family=Choice("vision_mamba", ""),
+        "mine", {"train": "x"}, look(unlabelled=0), FlipTest(False, "x"), ColourTest(False, "x"), gpu=False,
+        family=Choice("vision_mamba", ""),
         network=networks.candidates("vision_mamba", [Choice(32, "words")])[0],
         steps={stage: Choice(100, "") for stage in STAGES}, micro={stage: Choice(None, "") for stage in STAGES},
     )  # fmt: skip

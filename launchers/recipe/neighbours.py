@@ -1,10 +1,16 @@
-"""Whether horizontal flips are harmless: a mirrored photograph of a cat shows a cat, a mirrored b is a d.
+"""What views may change, as the nearest neighbours of the labelled images tell: whether they may be mirrored, and their colours.
 
-The test asks each labelled image for its nearest neighbour among the others, once as it is and once mirrored. Where a
-mirrored image finds its class as often as the image itself, a flip is a new image of the class. Where it does so less often, by
-more than two standard errors, a flip shows something else. In between the kind of the images decides. Images are compared as
-small pictures, without training, in seconds. Labels of the validation images count too: choosing views on them is what they are
-for.
+Flips: a mirrored photograph of a cat shows a cat, a mirrored b is a d. The test asks each labelled image for its nearest
+neighbour among the others, once as it is and once mirrored. Where a mirrored image finds its class as often as the image itself,
+a flip is a new image of the class. Where it does so less often, by more than two standard errors, a flip shows something else. In
+between the kind of the images decides.
+
+Colours: those of a warning sign belong to it, those of letters on posters to the poster. The test describes each image by how
+often each colour occurs in it, wherever that is. Where such neighbours find the class far more often than by chance, and at least
+half as often as by all pixels, colours carry the class.
+
+Images are compared as small pictures, without training, in seconds. Labels of the validation images count too: choosing views on
+them is what they are for. Both tests are ours.
 """
 
 from typing import Literal, NamedTuple
@@ -21,6 +27,8 @@ MOST = 2000  # images that are compared
 FEWEST = 40  # images below which the test decides nothing
 ABOVE_CHANCE = 1.5  # the neighbours must find the class this many times as often as the largest class's share
 TOLERATED = 0.04  # share of the accuracy whose loss is no loss
+LEVELS = 4  # of each channel, in the description of an image by its colours
+CERTAIN = 3  # standard errors above chance at which colours find a class
 
 
 class FlipTest(NamedTuple):
@@ -32,6 +40,18 @@ class FlipTest(NamedTuple):
     """
 
     harmless: bool | None
+    why: str
+
+
+class ColourTest(NamedTuple):
+    """What the test found.
+
+    Attributes:
+        telling: Whether colours alone tell the classes apart.
+        why: The reason, for people.
+    """
+
+    telling: bool
     why: str
 
 
@@ -47,12 +67,11 @@ def choose_flips(asked: Literal["yes", "no", "test"], found: FlipTest, drawn: bo
     return FlipTest(not drawn, f"{found.why}; the images look {kind}. --flips yes or no decides otherwise")
 
 
-def neighbours_of_flips(manifest: Manifest, sample_indices: NDArray[np.int64]) -> FlipTest:
-    """Compare mirrored images with the others of a dataset.
+def labelled_pictures(manifest: Manifest, sample_indices: NDArray[np.int64]) -> tuple[list[Pixels], NDArray[np.int64]]:
+    """Decode those of the samples that have a label, at most MOST, spread evenly.
 
-    Args:
-        manifest: The dataset.
-        sample_indices: Images with a label, from which at most MOST are taken evenly.
+    Returns:
+        The images (n) and their classes (n,); an image that cannot be read is left out.
     """
     known = sample_indices[manifest.labels[sample_indices] >= 0]
     chosen = known[np.linspace(0, len(known) - 1, min(MOST, len(known))).astype(int)] if len(known) else known
@@ -63,7 +82,7 @@ def neighbours_of_flips(manifest: Manifest, sample_indices: NDArray[np.int64]) -
         except UnreadableImage:
             continue
         labels.append(int(manifest.labels[k]))
-    return compare_flips(pictures, np.array(labels, int))
+    return pictures, np.array(labels, int)
 
 
 def compare_flips(pictures: list[Pixels], labels: NDArray[np.int64]) -> FlipTest:
@@ -76,8 +95,7 @@ def compare_flips(pictures: list[Pixels], labels: NDArray[np.int64]) -> FlipTest
     number = len(pictures)
     if number < FEWEST:
         return FlipTest(None, f"{number} labelled images are too few to test flips on, {FEWEST} are needed")
-    small = [np.asarray(Image.fromarray(p).resize((SIDE, SIDE), Image.Resampling.BOX), np.float64) for p in pictures]
-    straight = np.stack(small)
+    straight = _small(pictures)
     right = _finds_class(straight.reshape(number, -1), straight.reshape(number, -1), labels)
     mirrored = _finds_class(straight[:, :, ::-1].reshape(number, -1), straight.reshape(number, -1), labels)
     before, after = right.mean(), mirrored.mean()
@@ -93,6 +111,44 @@ def compare_flips(pictures: list[Pixels], labels: NDArray[np.int64]) -> FlipTest
     if before - after > TOLERATED * before + 2 * error:
         return FlipTest(False, f"{found}: flips are harmful")
     return FlipTest(None, f"{found}: less often, but so few images do not establish it")
+
+
+def compare_colours(pictures: list[Pixels], labels: NDArray[np.int64]) -> ColourTest:
+    """Decide whether pictures find their class among the others by their colours alone.
+
+    Args:
+        pictures: The images (n).
+        labels: Their classes (n,).
+    """
+    number, counts = len(pictures), np.bincount(labels)
+    chance = float((counts * (counts - 1)).sum() / max(1, number * (number - 1)))
+    if not 0 < chance < 1:
+        return ColourTest(False, f"{number} labelled images are too few to test colours on")
+    colours = np.stack([_colours(p) for p in pictures])
+    alone = _finds_class(colours, colours, labels).mean()
+    pixels = _small(pictures).reshape(number, -1)
+    whole = _finds_class(pixels, pixels, labels).mean()
+    telling = bool(alone >= whole / 2 and alone > chance + CERTAIN * np.sqrt(chance * (1 - chance) / number))
+    return ColourTest(
+        telling,
+        f"of {number} images {100 * alone:.0f} % find their class among the others by their colours alone,"
+        f" {100 * whole:.0f} % by their pixels, {100 * chance:.0f} % by chance",
+    )
+
+
+def _small(pictures: list[Pixels]) -> NDArray[np.float64]:
+    """Scale pictures to (n, SIDE, SIDE, 3)."""
+    return np.stack(
+        [np.asarray(Image.fromarray(p).resize((SIDE, SIDE), Image.Resampling.BOX), np.float64) for p in pictures]
+    )
+
+
+def _colours(picture: Pixels) -> NDArray[np.float64]:
+    """Return the roots of the shares of LEVELS^3 colours; their distances are Hellinger's."""
+    red, green, blue = (picture.reshape(-1, 3).astype(int) * LEVELS // 256).T
+    counts = np.bincount((red * LEVELS + green) * LEVELS + blue, minlength=LEVELS**3)
+    roots: NDArray[np.float64] = np.sqrt(counts / counts.sum())
+    return roots
 
 
 def _finds_class(

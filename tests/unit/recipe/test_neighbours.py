@@ -1,10 +1,13 @@
-"""Whether flips are harmless: on scanned digits, on shapes that a mirror keeps, and on a pair that it exchanges."""
+"""Whether flips are harmless: on scanned digits, on shapes that a mirror keeps, and on a pair that it exchanges.
+
+Whether colours tell the classes: on signs that have colours of their own, and on letters in any colour.
+"""
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from launchers.recipe.flips import FEWEST, FlipTest, choose_flips, compare_flips
+from launchers.recipe.neighbours import FEWEST, FlipTest, choose_flips, compare_colours, compare_flips
 
 RNG = np.random.default_rng(0)
 
@@ -89,3 +92,41 @@ def test_what_the_person_says_comes_first_then_the_test_then_the_kind(asked: str
     assert found.harmless is used
     if asked == "test":
         assert "--flips yes or no decides otherwise" in found.why
+
+
+def coloured(letters: list[np.ndarray], colours: np.ndarray) -> list[np.ndarray]:
+    """Shapes of noise in colours (n, 3), on white."""
+    ink = [np.clip(shape[..., :1] / 255.0, 0, 1) for shape in letters]
+    return [(255 * (1 - a) + colour * a).astype(np.uint8) for a, colour in zip(ink, colours, strict=True)]
+
+
+def test_signs_with_colours_of_their_own_keep_them() -> None:
+    shapes, labels = pictures([letter(slice(8, 14), slice(5, 10), 3)] * 3, 20)
+    own = np.array([[220, 30, 30], [30, 160, 40], [40, 60, 210]])[labels] + RNG.integers(-20, 20, (60, 3))
+    found = compare_colours(coloured(shapes, own), labels)
+    assert found.telling
+    assert "of 60 images 100 % find their class among the others by their colours alone" in found.why
+    assert "33 % by chance" not in found.why  # 32: an image is not its own neighbour
+    assert "32 % by chance" in found.why
+
+
+def test_letters_in_any_colour_change_theirs() -> None:
+    b, d = letter(slice(8, 14), slice(5, 10), 3), letter(slice(8, 14), slice(6, 11), 11)
+    shapes, labels = pictures([b, d], 60)
+    found = compare_colours(coloured(shapes, RNG.integers(0, 256, (120, 3))), labels)
+    assert not found.telling
+
+
+def test_colours_that_find_much_less_than_the_pixels_do_not_tell_the_classes() -> None:
+    """Signs whose shapes find nearly all, and whose colours find a class a little more often than by chance."""
+    shapes = [np.roll(letter(slice(8, 14), slice(5, 10), 3), 2 * k, 1) for k in range(8)]
+    drawn, labels = pictures(shapes, 40)
+    own = np.array([[220, 30, 30], [30, 160, 40]])[labels // 4] + RNG.integers(-20, 20, (320, 3))
+    found = compare_colours(coloured(drawn, own), labels)
+    assert not found.telling
+
+
+@pytest.mark.parametrize("labels", [[], [1], [2, 2], [0, 1]])
+def test_colours_of_too_few_images_or_of_one_class_tell_nothing(labels: list[int]) -> None:
+    images = [np.full((8, 8, 3), 100 * k, np.uint8) for k in range(len(labels))]
+    assert not compare_colours(images, np.array(labels, int)).telling
