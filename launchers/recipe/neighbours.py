@@ -27,7 +27,7 @@ MOST = 2000  # images that are compared
 FEWEST = 40  # images below which the test decides nothing
 ABOVE_CHANCE = 1.5  # the neighbours must find the class this many times as often as the largest class's share
 TOLERATED = 0.04  # share of the accuracy whose loss is no loss
-LEVELS = 4  # of each channel, in the description of an image by its colours
+LEVELS = 4  # shades of each channel that a description by colours tells apart
 CERTAIN = 3  # standard errors above chance at which colours find a class
 
 
