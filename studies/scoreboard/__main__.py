@@ -22,8 +22,11 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
+
+from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
 from pipeline.cli import guarded
 from pipeline.errors import ConfigError, PipelineError
@@ -157,8 +160,10 @@ def _work(
         print(f"{place.name}-{job}: " + ", ".join(f"{c} {cell[ACCURACY]:.1f}" for c, cell in cells.items()) + f" ({wall:.0f} s)",
               file=sys.stderr, flush=True)  # fmt: skip
 
-    # The jobs of one place depend on one another, so a thread takes a place and does its jobs in turn.
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
+    # The jobs of one place depend on one another, so a thread takes a place and does its jobs in turn. Threads of
+    # scikit-learn on cores that other jobs use wait for one another: its learners took ten minutes so in place of ten seconds.
+    one_thread = partial(threadpool_limits, 1)
+    with one_thread("blas"), ThreadPoolExecutor(max(1, jobs), initializer=one_thread, initargs=("openmp",)) as pool:
         list(pool.map(lambda place: [one(place, job, cases[place]) for job in by_place[place]], cases))
     if left:
         print(f"{left} jobs were not started: they would have ended after the budget", file=sys.stderr, flush=True)
