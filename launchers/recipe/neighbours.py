@@ -28,7 +28,7 @@ FEWEST = 40  # images below which the test decides nothing
 ABOVE_CHANCE = 1.5  # the neighbours must find the class this many times as often as the largest class's share
 TOLERATED = 0.04  # share of the accuracy whose loss is no loss
 LEVELS = 4  # shades of each channel that a description by colours tells apart
-CERTAIN = 3  # standard errors above chance at which colours find a class
+CERTAIN = 2  # standard errors above chance at which colours find a class
 
 
 class FlipTest(NamedTuple):
