@@ -151,6 +151,8 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
     flips = neighbours.choose_flips(order.flips, neighbours.compare_flips(*labelled), look.is_drawn)
     colours = neighbours.compare_colours(*labelled)
     print(f"flips: {flips.why}")
+    if look.is_drawn and not look.is_grey:
+        print(f"colours {'stay' if colours.telling else 'change'}: {colours.why}")
     from launchers.recipe import timing  # imports torch
 
     gpu = timing.has_gpu()
