@@ -28,6 +28,7 @@ class Parameter:
         group: The index of its group in the optimizer.
         copied_bytes: Bytes of an element on its way to the inference copy of an average.
         moments: Names of what the optimizer keeps of each element; equal in a group.
+        update_flops: FLOPs of Muon's products in an update; 0 for another optimizer.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Parameter:
     group: int
     copied_bytes: int = FP32
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    update_flops: int = 0
 
     @property
     def is_orthogonalised(self) -> bool:
@@ -97,6 +99,12 @@ def partition(parameters: Sequence[Parameter], zero_stage: int, world_size: int)
     if zero_stage == 3:
         return sum(-(-p.numel // world_size) for p in parameters)
     return sum(_laid_out(members, world_size)[1] for members in _groups(parameters))
+
+
+def products_of_a_rank(parameters: Sequence[Parameter], world_size: int) -> float:
+    """Count the FLOPs of Muon's products on the rank that computes most; a matrix is computed whole, by one rank."""
+    work = [p.update_flops for p in parameters]
+    return max(sum(work) / world_size, max(work, default=0))
 
 
 def held_moments(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from launchers.config import ClusterConfig
-from launchers.plan.cost import collectives, held_moments, partition, traffic
+from launchers.plan.cost import collectives, held_moments, partition, products_of_a_rank, traffic
 from launchers.plan.profile import Profile
 from launchers.plan.step_time import (
     A100,
@@ -100,7 +100,11 @@ def step_range(
     samples = config.loop.global_batch / world
     parts = computing(body.work, samples, machine) | {
         "update": updating(
-            partition(body.parameters, zero, world), held_moments(body.parameters, zero, world), averages, machine
+            partition(body.parameters, zero, world),
+            held_moments(body.parameters, zero, world),
+            averages,
+            products_of_a_rank(body.parameters, world),
+            machine,
         ),
         "sending": sending(
             sent_bytes(body, config, world, accumulation),

@@ -5,7 +5,7 @@ backward pass are counted.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from pipeline.models.arm import ARM
 from pipeline.models.backbone.adapt import adapt
 from pipeline.models.flops import ScanSize, forward_cost
 from pipeline.ssl.inference_copy import rounded_by_autocast
+from pipeline.train.muon import product_flops
 from pipeline.train.optim import parameter_groups
 from stages import spec_of
 from stages.check import NONE_PENDING, Pending, parent_models
@@ -133,10 +134,12 @@ def trained_parameters(model: nn.Module, config: StageConfig) -> tuple[Parameter
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     halves = rounded_by_autocast(model) if config.engine.precision == "bf16" else ()
-    return tuple(
-        Parameter(name, p.numel(), at := group_of[id(p)], BF16 if name in halves else FP32, groups[at]["moments"])
-        for name, p in named
-    )
+    trained = []
+    for name, p in named:
+        at = group_of[id(p)]
+        plain = Parameter(name, p.numel(), at, BF16 if name in halves else FP32, groups[at]["moments"])
+        trained.append(replace(plain, update_flops=product_flops(p.shape)) if plain.is_orthogonalised else plain)
+    return tuple(trained)
 
 
 def activation_bytes(model: nn.Module, batch: int, image_size: tuple[int, int], bf16: bool) -> int:

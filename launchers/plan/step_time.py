@@ -115,16 +115,22 @@ def computing(work: Work, samples: float, machine: Hardware) -> dict[str, Range]
     }
 
 
-def updating(own: int, moments: int, averages: int, machine: Hardware) -> Range:
-    """Predict the update of `own` weights, of their `moments` numbers and of their averages on one device.
+def updating(own: int, moments: int, averages: int, products: float, machine: Hardware) -> Range:
+    """Predict the update of one device.
 
-    Limit: the products of Muon's matrices are left out.
+    Args:
+        own: Weights that it updates.
+        moments: Numbers that the optimizer keeps of them.
+        averages: Averages that follow them.
+        products: FLOPs of the products that it computes for Muon.
+        machine: The assumptions.
     """
+    computed = products / machine.peak_flops
     if machine.gpu is None:
-        return Range(0.0, 0.0)  # within the utilisation of a CPU
+        return Range(computed, computed / machine.product_share)  # the rest is within the utilisation of a CPU
     moved = own * (UPDATE_BYTES + averages * AVERAGE_BYTES) + moments * MOMENT_BYTES
-    least = moved / GPUS[machine.gpu].bandwidth
-    return Range(least, least / MEMORY_SHARE)
+    passed = moved / GPUS[machine.gpu].bandwidth
+    return Range(computed + passed, computed / machine.product_share + passed / MEMORY_SHARE)
 
 
 def sending(sent: float, calls: float, world_size: int, machine: Hardware) -> Range:

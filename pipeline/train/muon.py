@@ -131,10 +131,10 @@ class Divided:
         self.own = [shard for shard in engine.shards if shard.name in asked]
         self.shares: list[list[str]] = [[] for _ in range(engine.world.size)]
         loads = [0] * engine.world.size
-        for name in sorted(names, key=lambda name: (-_work(self.shapes[name]), name)):
+        for name in sorted(names, key=lambda name: (-product_flops(self.shapes[name]), name)):
             rank = loads.index(min(loads))
             self.shares[rank].append(name)
-            loads[rank] += _work(self.shapes[name])
+            loads[rank] += product_flops(self.shapes[name])
 
     @torch.no_grad()
     def __call__(self, updates: Mapping[Tensor, Tensor]) -> None:
@@ -159,10 +159,10 @@ class Divided:
                 torch._foreach_copy_([whole[name].view(-1) for name in share], list(row.split(numel)))
 
 
-def _work(shape: torch.Size) -> int:
-    """Count the multiply-adds of a matrix (m, n, ...), up to a factor."""
+def product_flops(shape: torch.Size) -> int:
+    """Count the FLOPs that make the update of a matrix (m, n, ...) orthogonal: 5 (4 m^2 n + 2 m^3) with m <= n."""
     m, n = sorted((shape[0], shape.numel() // shape[0]))
-    return m * m * (2 * n + m)
+    return ITERATIONS * 2 * m * m * (2 * n + m)
 
 
 def orthogonalise(updates: Sequence[Tensor]) -> None:

@@ -20,16 +20,18 @@ from launchers.plan.cost import (
     held_moments,
     memory,
     partition,
+    products_of_a_rank,
     starts_needed,
     traffic,
 )
-from launchers.plan.profile import networks, work
+from launchers.plan.profile import networks, trained_parameters, work
 from launchers.plan.step_time import A100, Passes, Range, Work, computing, decoding, sending, together, updating
 from pipeline.config import load_config
 from pipeline.models import build_model
 from pipeline.models.flops import ScanSize
 from pipeline.ops.cuda.counted import scan_seconds
 from pipeline.train.config import OptimConfig
+from pipeline.train.muon import product_flops
 from pipeline.train.optim import parameter_groups
 from stages import SPECS
 from tests.conftest import ENVIRONMENT, ROOT
@@ -131,13 +133,39 @@ def test_muons_matrices_are_gathered_where_they_are_cut_and_their_updates_sent(z
     )
 
 
+@pytest.mark.parametrize("world", [1, 2, 4, 64])
+def test_the_plan_counts_muons_products_on_the_rank_that_computes_most(world: int) -> None:
+    """The ranks' shares are the engine's: the largest matrix first, each to the rank with the least work."""
+    muon = tuple(replace(p, update_flops=p.numel**2 if p.group else 0) for p in TEN)
+    loads = [0] * world
+    for flops in sorted((p.update_flops for p in muon), reverse=True):
+        loads[loads.index(min(loads))] += flops
+    assert max(loads) / 1.35 <= products_of_a_rank(muon, world) <= max(loads)
+    assert products_of_a_rank(TEN, world) == 0
+    slower, least = (updating(10, 20, 0, products, A100) for products in (312e12, 0))
+    assert slower.least - least.least == pytest.approx(1.0)  # the peak for a second
+    assert slower.likely - least.likely == pytest.approx(2.0)
+
+
+def test_a_profile_has_the_products_of_the_matrices_that_muon_steps() -> None:
+    config = load_config(
+        SPECS["distill"].config, ROOT / "configs/distill/demo.yaml", ["init_from=null", "optim.kind=muon"]
+    )
+    with torch.device("meta"):
+        model = build_model("efficientvim_nano", image_size=32, num_classes=10)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for p in trained_parameters(model, config):
+        assert p.update_flops == (product_flops(shapes[p.name]) if p.moments == ("exp_avg",) else 0)
+    assert any(p.update_flops for p in trained_parameters(model, config))
+
+
 def test_more_ranks_are_never_slower_and_never_more_than_proportional() -> None:
     def seconds(world: int) -> float:
         sent = traffic(TEN, zero_stage=1, world_size=world, accumulation=1, averages=0)
         work = Work(flops=1e15, products=1e15, scans={}, kept=0, batch_norms=0)
         parts = computing(work, 1 / world, A100)
         parts |= {
-            "update": updating(10, 20, 0, A100),
+            "update": updating(10, 20, 0, 0, A100),
             "sending": sending(sent, 4, world, A100),
             "decoding": Range(0, 0),
         }
@@ -170,7 +198,7 @@ def test_the_least_is_below_the_likely_and_a_run_that_has_started_says_itself() 
     sizes = {ScanSize(768, 197, 16): Passes(12.0, 12.0)}
     work = Work(flops=100e9, products=90e9, scans=sizes, kept=30e6, batch_norms=0)
     rest = {
-        "update": updating(10**7, 2 * 10**7, 1, A100),
+        "update": updating(10**7, 2 * 10**7, 1, 0, A100),
         "sending": sending(1e8, 9, 8, A100),
         "decoding": decoding(64, 10),
     }

@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from launchers.local import spawn
 from pipeline.models import build_model
 from pipeline.models.backbone.adapt import adapt
 from pipeline.models.backbone.config import BackboneConfig
 from pipeline.train.config import OptimConfig
-from pipeline.train.muon import Muon, orthogonalise
+from pipeline.train.muon import Muon, orthogonalise, product_flops
 from pipeline.train.optim import make_optimizer, moments_of, parameter_groups
 
 
@@ -42,6 +43,13 @@ def test_matrices_of_one_shape_are_computed_together_and_zeros_stay_zeros() -> N
         orthogonalise([alone])
         torch.testing.assert_close(want, alone, rtol=1e-5, atol=1e-6)
     assert not together[1].any()
+
+
+@pytest.mark.parametrize("shape", [(48, 192), (192, 48), (32, 16, 3, 3), (1, 5)])
+def test_flops_are_those_that_torch_counts(shape: tuple[int, ...]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        orthogonalise([torch.randn(shape)])
+    assert counter.get_total_flops() == product_flops(torch.Size(shape))
 
 
 def test_steps_are_the_literal_ones_and_torchs() -> None:
