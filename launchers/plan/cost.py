@@ -102,9 +102,12 @@ def partition(parameters: Sequence[Parameter], zero_stage: int, world_size: int)
 
 
 def products_of_a_rank(parameters: Sequence[Parameter], world_size: int) -> float:
-    """Count the FLOPs of Muon's products on the rank that computes most; a matrix is computed whole, by one rank."""
-    work = [p.update_flops for p in parameters]
-    return max(sum(work) / world_size, max(work, default=0))
+    """Count the least FLOPs of Muon's products on the rank that computes most.
+
+    A matrix is computed whole, by one rank, and one group of parameters after another.
+    """
+    works = [[p.update_flops for p in members] for members in _groups(parameters)]
+    return sum(max(sum(work) / world_size, max(work)) for work in works)
 
 
 def held_moments(parameters: Sequence[Parameter], zero_stage: int, world_size: int) -> int:

@@ -118,6 +118,8 @@ def computing(work: Work, samples: float, machine: Hardware) -> dict[str, Range]
 def updating(own: int, moments: int, averages: int, products: float, machine: Hardware) -> Range:
     """Predict the update of one device.
 
+    Limit: products count at the speed of the run's precision, though a GPU computes Muon's in bf16.
+
     Args:
         own: Weights that it updates.
         moments: Numbers that the optimizer keeps of them.
@@ -126,11 +128,13 @@ def updating(own: int, moments: int, averages: int, products: float, machine: Ha
         machine: The assumptions.
     """
     computed = products / machine.peak_flops
+    # A logged MFU divides by the whole step, so most of the products' time is in the time of computing already.
+    share = 1.0 if machine.utilisation else machine.product_share
     if machine.gpu is None:
-        return Range(computed, computed / machine.product_share)  # the rest is within the utilisation of a CPU
+        return Range(computed, computed / share)  # the rest is within the utilisation of a CPU
     moved = own * (UPDATE_BYTES + averages * AVERAGE_BYTES) + moments * MOMENT_BYTES
     passed = moved / GPUS[machine.gpu].bandwidth
-    return Range(computed + passed, computed / machine.product_share + passed / MEMORY_SHARE)
+    return Range(computed + passed, computed / share + passed / MEMORY_SHARE)
 
 
 def sending(sent: float, calls: float, world_size: int, machine: Hardware) -> Range:

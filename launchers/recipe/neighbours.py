@@ -1,4 +1,4 @@
-"""What views may change, as the nearest neighbours of the labelled images tell: whether they may be mirrored, and their colours.
+"""What views may change: whether images may be mirrored, and whether their colours may, as nearest neighbours tell.
 
 Flips: a mirrored photograph of a cat shows a cat, a mirrored b is a d. The test asks each labelled image for its nearest
 neighbour among the others, once as it is and once mirrored. Where a mirrored image finds its class as often as the image itself,
@@ -6,8 +6,8 @@ a flip is a new image of the class. Where it does so less often, by more than tw
 between the kind of the images decides.
 
 Colours: those of a warning sign belong to it, those of letters on posters to the poster. The test describes each image by how
-often each colour occurs in it, wherever that is. Where such neighbours find the class far more often than by chance, and at least
-half as often as by all pixels, colours carry the class.
+often each colour occurs in it, wherever that is. Where such neighbours find the class more often than by chance, by two standard
+errors, and at least half as often as by all pixels, colours tell the classes.
 
 Images are compared as small pictures, without training, in seconds. Labels of the validation images count too: choosing views on
 them is what they are for. Both tests are ours.
@@ -27,7 +27,9 @@ MOST = 2000  # images that are compared
 FEWEST = 40  # images below which the test decides nothing
 ABOVE_CHANCE = 1.5  # the neighbours must find the class this many times as often as the largest class's share
 TOLERATED = 0.04  # share of the accuracy whose loss is no loss
-LEVELS = 4  # shades of each channel that a description by colours tells apart
+LEVELS, SHIFT = 4, 6  # shades of each channel that a description by colours tells apart: the first two bits of a byte
+FINEST = 64  # pixels on the shorter side from which a description by colours reads some of the pixels
+FEWEST_COLOURS = 12  # images below which the colours decide nothing
 CERTAIN = 2  # standard errors above chance at which colours find a class
 
 
@@ -121,16 +123,17 @@ def compare_colours(pictures: list[Pixels], labels: NDArray[np.int64]) -> Colour
         labels: Their classes (n,).
     """
     number, counts = len(pictures), np.bincount(labels)
-    chance = float((counts * (counts - 1)).sum() / max(1, number * (number - 1)))
+    if number < FEWEST_COLOURS:
+        return ColourTest(False, f"{number} labelled images are too few to test them on, {FEWEST_COLOURS} are needed")
+    chance = float((counts * (counts - 1)).sum() / (number * (number - 1)))
     if not 0 < chance < 1:
-        return ColourTest(False, f"{number} labelled images are too few to test colours on")
+        return ColourTest(False, "no class has two labelled images" if chance == 0 else "there is one class")
+    small = _small(pictures).reshape(number, -1)
     colours = np.stack([_colours(p) for p in pictures])
-    alone = _finds_class(colours, colours, labels).mean()
-    pixels = _small(pictures).reshape(number, -1)
-    whole = _finds_class(pixels, pixels, labels).mean()
-    telling = bool(alone >= whole / 2 and alone > chance + CERTAIN * np.sqrt(chance * (1 - chance) / number))
+    alone, whole = (_finds_class(values, values, labels).mean() for values in (colours, small))
+    error = np.sqrt(chance * (1 - chance) / number)
     return ColourTest(
-        telling,
+        bool(alone >= whole / 2 and alone > chance + CERTAIN * error),
         f"of {number} images {100 * alone:.0f} % find their class among the others by their colours alone,"
         f" {100 * whole:.0f} % by their pixels, {100 * chance:.0f} % by chance",
     )
@@ -145,8 +148,9 @@ def _small(pictures: list[Pixels]) -> NDArray[np.float64]:
 
 def _colours(picture: Pixels) -> NDArray[np.float64]:
     """Return the roots of the shares of LEVELS^3 colours; their distances are Hellinger's."""
-    red, green, blue = (picture.reshape(-1, 3).astype(int) * LEVELS // 256).T
-    counts = np.bincount((red * LEVELS + green) * LEVELS + blue, minlength=LEVELS**3)
+    step = max(1, min(picture.shape[:2]) // FINEST)  # a large picture is read at some of its pixels
+    levels = (picture[::step, ::step].reshape(-1, 3) >> SHIFT).astype(np.uint8)
+    counts = np.bincount((levels[:, 0] * LEVELS + levels[:, 1]) * LEVELS + levels[:, 2], minlength=LEVELS**3)
     roots: NDArray[np.float64] = np.sqrt(counts / counts.sum())
     return roots
 

@@ -12,6 +12,7 @@ average, and the like.
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -160,9 +161,11 @@ def _work(
         print(f"{place.name}-{job}: " + ", ".join(f"{c} {cell[ACCURACY]:.1f}" for c, cell in cells.items()) + f" ({wall:.0f} s)",
               file=sys.stderr, flush=True)  # fmt: skip
 
-    # The jobs of one place depend on one another, so a thread takes a place and does its jobs in turn. Threads of
-    # scikit-learn on cores that other jobs use wait for one another: its learners took ten minutes so in place of ten seconds.
+    # Threads of scikit-learn on cores that other jobs use wait for one another: its learners took ten minutes that way instead of
+    # ten seconds. A limit holds for libraries that are loaded; OpenMP's holds for the thread that sets it.
+    importlib.import_module("sklearn.neighbors")
     one_thread = partial(threadpool_limits, 1)
+    # The jobs of one place depend on one another, so a thread takes a place and does its jobs in turn.
     with one_thread("blas"), ThreadPoolExecutor(max(1, jobs), initializer=one_thread, initargs=("openmp",)) as pool:
         list(pool.map(lambda place: [one(place, job, cases[place]) for job in by_place[place]], cases))
     if left:

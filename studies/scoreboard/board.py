@@ -103,15 +103,16 @@ class Board:
     def best_baseline(self, row: tuple[str, str]) -> tuple[str, float] | None:
         """Return the baseline with the best mean in a cell, and the gain of what the chain recommends over it.
 
-        None while a baseline is missing: a cell without its strongest rivals would flatter the chain.
+        Only seeds count that have all columns. None if there is none: a cell without its strongest rivals would flatter the chain.
         """
         found = {column: self.values(row, column) for column in TITLES if column not in OURS}
-        if not all(found.values()):
+        mine = self.values(row, "recommended")
+        seeds = set(mine).intersection(*found.values())
+        if not seeds:
             return None
-        means = {column: fmean(values.values()) for column, values in found.items()}
+        means = {column: fmean(values[seed] for seed in seeds) for column, values in found.items()}
         best = max(means, key=lambda column: means[column])
-        gained = self.gain(row, "recommended", best)
-        return None if gained is None else (best, gained)
+        return best, fmean(mine[seed] for seed in seeds) - means[best]
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the JSON line; None where no cell has them."""
