@@ -14,9 +14,9 @@ kernels, in the memory layout that each implementation is made for. (images, cha
 _MODELS = """Milliseconds of a batch in bf16: Vision Mamba small beside timm's ViT small, which has fused attention."""
 _WAITS = """Calls per step between two log lines for which the host waits, in a profile of stage 1. One
 `cudaDeviceSynchronize` in five steps is the profiler's own."""
-_LOSSES = """The demo's stages, 30 steps each: differences of the losses between ZeRO 0, 1 and 2, by Muon 0 and 2, as shares of the
-loss. At most {fp32:.0e} in fp32 and {bf16:.0e} in bf16 are allowed on average. In stage 3 a rounding can move a pseudo-label across
-the threshold, which shows in single steps."""
+_LOSSES = """The demo's stages, 30 steps each: differences of the losses between ZeRO 0, 1 and 2, by Muon 0 and 2, as shares
+of the loss. At most {fp32:.0e} in fp32 and {bf16:.0e} in bf16 are allowed on average. In stage 3 a rounding can move a
+pseudo-label across the threshold, which shows in single steps."""
 _RECIPES = """20 steps of each recipe on photographs made on the spot, one micro-batch a step on one GPU. Planned are the least
 and the likely seconds of a step (`python -m launchers plan`), and the memory. MFU is the share of the peak FLOP/s; waiting is the
 share of the time that the loop waited for images."""

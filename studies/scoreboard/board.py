@@ -103,7 +103,7 @@ class Board:
     def best_baseline(self, row: tuple[str, str]) -> tuple[str, float] | None:
         """Return the baseline with the best mean in a cell, and the gain of what the chain recommends over it.
 
-        Only seeds count that have all columns. None if there is none: a cell without its strongest rivals would flatter the chain.
+        Only seeds count that have all columns. None without one: a cell without its strongest rivals would flatter the chain.
         """
         found = {column: self.values(row, column) for column in TITLES if column not in OURS}
         mine = self.values(row, "recommended")
@@ -164,7 +164,7 @@ class Board:
             rows=rows,
             note=f"Mean ± standard deviation over the seeds that are there ({self._missing()}). "
             "The best baseline is the one with the best mean on the test set, which favours it; it is named where all columns"
-            f" are there. {self._choices()}",
+            f" are there, and compared over the seeds that they share. {self._choices()}",
         )
 
     def costs(self) -> Table:
