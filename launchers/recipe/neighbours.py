@@ -27,10 +27,10 @@ MOST = 2000  # images that are compared
 FEWEST = 40  # images below which the test decides nothing
 ABOVE_CHANCE = 1.5  # the neighbours must find the class this many times as often as the largest class's share
 TOLERATED = 0.04  # share of the accuracy whose loss is no loss
-LEVELS, SHIFT = 4, 6  # shades of each channel that a description by colours tells apart: the first two bits of a byte
+LEVELS = 4  # shades of each channel that a description by colours tells apart
 FINEST = 64  # pixels on the shorter side from which a description by colours reads some of the pixels
 FEWEST_COLOURS = 12  # images below which the colours decide nothing
-CERTAIN = 2  # standard errors above chance at which colours find a class
+CERTAIN = 2  # standard errors from which a difference is established
 
 
 class FlipTest(NamedTuple):
@@ -110,7 +110,7 @@ def compare_flips(pictures: list[Pixels], labels: NDArray[np.int64]) -> FlipTest
     found = f"of {number} images {100 * before:.0f} % find their class among the others, mirrored {100 * after:.0f} %"
     if before - after <= TOLERATED * before:
         return FlipTest(True, f"{found}: flips are harmless")
-    if before - after > TOLERATED * before + 2 * error:
+    if before - after > TOLERATED * before + CERTAIN * error:
         return FlipTest(False, f"{found}: flips are harmful")
     return FlipTest(None, f"{found}: less often, but so few images do not establish it")
 
@@ -149,7 +149,7 @@ def _small(pictures: list[Pixels]) -> NDArray[np.float64]:
 def _colours(picture: Pixels) -> NDArray[np.float64]:
     """Return the roots of the shares of LEVELS^3 colours; their distances are Hellinger's."""
     step = max(1, min(picture.shape[:2]) // FINEST)  # a large picture is read at some of its pixels
-    levels = (picture[::step, ::step].reshape(-1, 3) >> SHIFT).astype(np.uint8)
+    levels = picture[::step, ::step].reshape(-1, 3) // (256 // LEVELS)
     counts = np.bincount((levels[:, 0] * LEVELS + levels[:, 1]) * LEVELS + levels[:, 2], minlength=LEVELS**3)
     roots: NDArray[np.float64] = np.sqrt(counts / counts.sum())
     return roots

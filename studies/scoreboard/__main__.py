@@ -161,8 +161,8 @@ def _work(
         print(f"{place.name}-{job}: " + ", ".join(f"{c} {cell[ACCURACY]:.1f}" for c, cell in cells.items()) + f" ({wall:.0f} s)",
               file=sys.stderr, flush=True)  # fmt: skip
 
-    # Threads of scikit-learn on cores that other jobs use wait for one another: its learners took ten minutes that way instead of
-    # ten seconds. A limit holds for libraries that are loaded; OpenMP's holds for the thread that sets it.
+    # Threads of scikit-learn on cores that other jobs use wait for one another: its learners took minutes that way instead of
+    # seconds. A limit holds for libraries that are loaded; OpenMP's holds for the thread that sets it.
     importlib.import_module("sklearn.neighbors")
     one_thread = partial(threadpool_limits, 1)
     # The jobs of one place depend on one another, so a thread takes a place and does its jobs in turn.

@@ -3,11 +3,13 @@
 Whether colours tell the classes: on signs that have colours of their own, and on letters in any colour.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from launchers.recipe.neighbours import FEWEST, FlipTest, choose_flips, compare_colours, compare_flips
+from launchers.recipe.neighbours import FEWEST, FEWEST_COLOURS, FlipTest, choose_flips, compare_colours, compare_flips
 
 RNG = np.random.default_rng(0)
 
@@ -31,6 +33,16 @@ def letter(rows: slice, columns: slice, stem: int) -> np.ndarray:
     return shape
 
 
+def symmetric() -> list[np.ndarray]:
+    """A bar, a ring and a dot, which a mirror keeps."""
+    bar, ring, dot = np.zeros((3, 16, 16))
+    bar[:, 7:9] = 1
+    ring[4:12, 4:12] = 1
+    ring[6:10, 6:10] = 0
+    dot[6:10, 6:10] = 1
+    return [bar, ring, dot]
+
+
 def test_digits_must_not_be_mirrored() -> None:
     digits = load_digits()
     images = [np.repeat((16 * d).clip(0, 255).astype(np.uint8)[..., None], 3, 2) for d in digits.images[:400]]
@@ -45,25 +57,15 @@ def test_b_and_d_must_not_be_mirrored_though_every_mirrored_image_looks_like_one
 
 
 def test_symmetric_shapes_may_be_mirrored() -> None:
-    bar, ring, dot = np.zeros((3, 16, 16))
-    bar[:, 7:9] = 1
-    ring[4:12, 4:12] = 1
-    ring[6:10, 6:10] = 0
-    dot[6:10, 6:10] = 1
-    assert compare_flips(*pictures([bar, ring, dot], 30)).harmless is True
+    assert compare_flips(*pictures(symmetric(), 30)).harmless is True
 
 
 def test_a_loss_that_so_few_images_do_not_establish_leaves_the_decision_to_the_kind_of_images() -> None:
-    bar, ring, dot = np.zeros((3, 16, 16))
-    bar[:, 7:9] = 1
-    ring[4:12, 4:12] = 1
-    ring[6:10, 6:10] = 0
-    dot[6:10, 6:10] = 1
     b, d = letter(slice(8, 14), slice(5, 10), 3), letter(slice(8, 14), slice(6, 11), 11)
 
     def compared(times: int) -> FlipTest:
         """Mirrored, an eighth of the images shows another class."""
-        same, same_labels = pictures([bar, ring, dot], 14 * times)
+        same, same_labels = pictures(symmetric(), 14 * times)
         signs, sign_labels = pictures([b, d], 3 * times)
         return compare_flips(same + signs, np.concatenate([same_labels, sign_labels + 3]))
 
@@ -126,7 +128,17 @@ def test_colours_that_find_much_less_than_the_pixels_do_not_tell_the_classes() -
     assert not found.telling
 
 
-@pytest.mark.parametrize("labels", [[], [1], [2, 2], [0, 1]])
-def test_colours_of_too_few_images_or_of_one_class_tell_nothing(labels: list[int]) -> None:
-    images = [np.full((8, 8, 3), 100 * k, np.uint8) for k in range(len(labels))]
-    assert not compare_colours(images, np.array(labels, int)).telling
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        ([], "0 labelled images are too few"),
+        ([0, 1], "2 labelled images are too few"),
+        ([2] * FEWEST_COLOURS, "there is one class"),
+        (range(FEWEST_COLOURS), "no class has two labelled images"),
+    ],
+)
+def test_colours_of_too_few_images_or_of_one_class_tell_nothing(labels: Sequence[int], why: str) -> None:
+    images = [np.full((8, 8, 3), 10 * k, np.uint8) for k in range(len(labels))]
+    found = compare_colours(images, np.array(labels, int))
+    assert not found.telling
+    assert why in found.why
