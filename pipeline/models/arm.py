@@ -22,6 +22,7 @@ from pipeline.models.variants import PRETRAINING_FORM
 from pipeline.models.vision_mamba.model import VisionMamba
 from pipeline.models.vision_mamba.position_embedding import sincos_position_embedding
 from pipeline.models.vision_mamba.tokens import cluster_order
+from pipeline.ops.linear import Linear
 
 
 class CrossAttentionBlock(nn.Module):
@@ -37,7 +38,7 @@ class CrossAttentionBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm_q, self.norm_kv, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
-        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.q, self.kv, self.proj = Linear(width, width), Linear(width, 2 * width), Linear(width, width)
         self.mlp = mlp(width, mlp_ratio)
 
     def forward(self, q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
@@ -82,13 +83,13 @@ class ARM(nn.Module):
         self.num_clusters = grid[0] * grid[1] // self.tokens_per_cluster
         self.taps = decoder.taps or default_taps(backbone.depth)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.taps)
-        self.to_decoder = nn.Linear(len(self.taps) * dim, width * decoder.depth)
+        self.to_decoder = Linear(len(self.taps) * dim, width * decoder.depth)
         self.query = nn.Parameter(torch.empty(1, 1, width))
         self.blocks = nn.ModuleList(
             CrossAttentionBlock(width, decoder.num_heads, decoder.mlp_ratio) for _ in range(decoder.depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.to_pixels = nn.Linear(width, backbone.patch_size**2 * backbone.in_chans)
+        self.to_pixels = Linear(width, backbone.patch_size**2 * backbone.in_chans)
         with torch.device("cpu"):  # real on the meta device too: no state dict would bring them
             order = cluster_order(grid, side if backbone.order == "cluster" else 1)
             embedding = sincos_position_embedding(grid, width)[:, order[self.tokens_per_cluster :]]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.ops.linear import Linear
+
 
 class PooledClassifier(nn.Module, ABC):
     """What networks share whose one linear head reads the mean over a map's pixels, with the methods of timm's models.
@@ -77,7 +79,7 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
 def mlp(width: int, ratio: float) -> nn.Sequential:
     """Linear, GELU, linear on (..., width), with int(ratio x width) hidden channels."""
     hidden = int(ratio * width)
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+    return nn.Sequential(Linear(width, hidden), nn.GELU(), Linear(hidden, width))
 
 
 def init_classifier(head: nn.Module, std: float = 0.02) -> None:

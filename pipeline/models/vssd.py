@@ -24,6 +24,7 @@ from pipeline.models.layers import (
     init_step_size_bias,
     mlp,
 )
+from pipeline.ops.linear import Linear
 
 
 def conv(channels: int, out: int, kernel: int, stride: int = 1, *, act: bool = True) -> nn.Sequential:
@@ -83,11 +84,11 @@ class NCSSD(nn.Module):
     def __init__(self, width: int, *, heads: int, states: int, expand: int) -> None:
         super().__init__()
         self.inner, self.states, self.heads = expand * width, states, heads
-        self.in_proj = nn.Linear(width, 2 * self.inner + 2 * states + heads, bias=False)
+        self.in_proj = Linear(width, 2 * self.inner + 2 * states + heads, bias=False)
         mixed = self.inner + 2 * states
         self.conv2d = nn.Conv2d(mixed, mixed, 3, padding=1, groups=mixed)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(heads)) for _ in range(3))
-        self.norm, self.out_proj = nn.LayerNorm(self.inner), nn.Linear(self.inner, width, bias=False)
+        self.norm, self.out_proj = nn.LayerNorm(self.inner), Linear(self.inner, width, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,7 +116,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.qkv, self.proj = Linear(width, 3 * width, bias=False), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, D) -> the same shape."""
@@ -219,7 +220,7 @@ class VSSD(PooledClassifier):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one; 0 classes for none."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         init_classifier(self.head)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

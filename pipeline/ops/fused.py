@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.ops.kernels import Filter, Kernels, ScanInputs, ScanProblem
+from pipeline.ops.linear import linear, weight_gradient
 from pipeline.ops.precision import without_autocast
 from pipeline.ops.reference import Direction
 
@@ -112,9 +113,9 @@ class _Mixer(torch.autograd.Function):
             for d, u in zip(directions, convolved, strict=True):
                 x_proj, dt_proj = d.x_proj.to(xz.dtype), d.dt_proj.to(xz.dtype)
                 rank, states = dt_proj.shape[1], d.A.shape[1]
-                projected = u.transpose(1, 2) @ x_proj.t()  # (Bt, L, R + 2 N)
+                projected = linear(u.transpose(1, 2), x_proj)  # (Bt, L, R + 2 N)
                 low, B, C = projected.split([rank, states, states], dim=2)
-                delta = low @ dt_proj.t()  # (Bt, L, E)
+                delta = linear(low, dt_proj)  # (Bt, L, E)
                 inputs.append(
                     _inputs(
                         x if kernels.fuses_convolution else u,
@@ -157,13 +158,13 @@ class _Mixer(torch.autograd.Function):
             g_delta, g_u = (t.transpose(1, 2).flatten(0, 1) for t in (grads.delta, grads.u))  # (Bt L, E)
             g_B, g_C = (t.transpose(1, 2).flatten(0, 1).to(xz.dtype) for t in (grads.B, grads.C))
             projected = projected.flatten(0, 1)
-            g_projected = torch.cat([g_delta @ dt_proj, g_B, g_C], dim=1)
+            g_projected = torch.cat([linear(g_delta, dt_proj.t()), g_B, g_C], dim=1)
             g_u.addmm_(g_projected, x_proj)  # u is an input of the scan and of the projection
             g_convolved.append(g_u.view(*xz.shape[:2], x.shape[1]).transpose(1, 2))
             g_projections.append(
                 (
-                    g_projected.t() @ u.transpose(1, 2).flatten(0, 1),
-                    g_delta.t() @ projected[:, : dt_proj.shape[1]],
+                    weight_gradient(g_projected, u.transpose(1, 2).flatten(0, 1)),
+                    weight_gradient(g_delta, projected[:, : dt_proj.shape[1]]),
                 )
             )
         convs = kernels.conv_backward(x, filters, reverses, g_convolved, g_x)

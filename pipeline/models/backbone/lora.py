@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.backbone.config import LoRAConfig
+from pipeline.ops.linear import Linear, linear
 
 UPDATES = ("lora_a", "lora_b")
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A linear layer with a low-rank update. A plain one becomes one by `of`, in place.
 
     Attributes:
@@ -50,8 +51,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        inner = F.linear(F.dropout(input, self.lora_dropout, self.training), self.lora_a)
-        return F.linear(input, self.weight, self.bias) + self.lora_scale * F.linear(inner, self.lora_b)
+        inner = linear(F.dropout(input, self.lora_dropout, self.training), self.lora_a)
+        return linear(input, self.weight, self.bias) + self.lora_scale * linear(inner, self.lora_b)
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, heads: tuple[str, ...], image_size: tuple[int, int]) -> list[str]:
@@ -69,7 +70,9 @@ def add_lora(model: nn.Module, config: LoRAConfig, heads: tuple[str, ...], image
     Raises:
         ConfigError: No layer is meant, or one that is meant cannot be updated.
     """
-    layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and not f"{n}.".startswith(heads)}
+    layers = {
+        n: m for n, m in model.named_modules() if type(m) in (nn.Linear, Linear) and not f"{n}.".startswith(heads)
+    }
     called = _called(model, layers, image_size)
     if config.targets is None:
         chosen = called

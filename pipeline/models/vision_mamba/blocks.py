@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.models.config import SSMixupConfig
 from pipeline.models.layers import DropPath
 from pipeline.models.vision_mamba.mixer import Mixer
+from pipeline.ops.linear import Linear
 
 NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
@@ -40,7 +41,7 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = 8 * dim // 3
-        self.w1, self.w2, self.w3 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.w1, self.w2, self.w3 = Linear(dim, hidden), Linear(dim, hidden), Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

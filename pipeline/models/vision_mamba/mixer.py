@@ -7,12 +7,12 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.config import SSMixupConfig
 from pipeline.models.layers import init_step_size_bias
 from pipeline.models.vision_mamba.ssmixup import mixed_scan
+from pipeline.ops.linear import Linear, linear
 from pipeline.ops.scan import Direction, mixer_scan
 
 # Suffixes of the released checkpoints: row-major, its reverse, column-major, its reverse.
@@ -54,16 +54,16 @@ class Mixer(nn.Module):
         self.rank = math.ceil(dim / 16)
         self.d_state = d_state
         self.suffixes = DIRECTIONS[:directions]
-        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
+        self.in_proj = Linear(dim, 2 * self.inner, bias=False)
         for s in self.suffixes:
             self.add_module(
                 f"conv1d{s}", nn.Conv1d(self.inner, self.inner, d_conv, groups=self.inner, padding=d_conv - 1)
             )
-            self.add_module(f"x_proj{s}", nn.Linear(self.inner, self.rank + 2 * d_state, bias=False))
-            self.add_module(f"dt_proj{s}", nn.Linear(self.rank, self.inner))
+            self.add_module(f"x_proj{s}", Linear(self.inner, self.rank + 2 * d_state, bias=False))
+            self.add_module(f"dt_proj{s}", Linear(self.rank, self.inner))
             self.register_parameter(f"A{s}_log", nn.Parameter(torch.empty(self.inner, d_state)))
             self.register_parameter(f"D{s}", nn.Parameter(torch.empty(self.inner)))
-        self.out_proj = nn.Linear(self.inner, dim, bias=False)
+        self.out_proj = Linear(self.inner, dim, bias=False)
 
     def reset_scan_parameters(self) -> None:
         """Set A = -(1..N) (S4D-real), D = 1 and step sizes log-uniform in [1e-3, 0.1], in every direction."""
@@ -93,7 +93,7 @@ class Mixer(nn.Module):
             order, inverse = columns
             y = y + self._both_ways(xz[:, order], self.suffixes[2:], blend)[:, inverse]
         # The mean over the directions is taken on the weight, which is smaller than y.
-        return F.linear(y, self.out_proj.weight / self.divisor)
+        return linear(y, self.out_proj.weight / self.divisor)
 
     def _both_ways(self, xz: Tensor, suffixes: tuple[str, ...], blend: Tensor | None) -> Tensor:
         """Sum one direction, or two opposite ones with their SSMixup: (B, L, 2E) -> (B, L, E)."""

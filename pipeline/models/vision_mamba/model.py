@@ -27,6 +27,7 @@ from pipeline.models.vision_mamba.blocks import NORMS, Block, PatchEmbed
 from pipeline.models.vision_mamba.mixer import Mixer
 from pipeline.models.vision_mamba.position_embedding import resize_position_embedding, sincos_position_embedding
 from pipeline.models.vision_mamba.tokens import cluster_order, column_order, drop_token
+from pipeline.ops.linear import Linear
 
 
 class VisionMamba(nn.Module):
@@ -105,7 +106,7 @@ class VisionMamba(nn.Module):
             for i, rate in enumerate(drop_path_rates(drop_path, depth), start=1)
         )
         self.norm_f = NORMS[norm](embed_dim, eps=1e-5)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         side = cluster_size // patch_size if order == "cluster" else None
         with torch.device("cpu"):  # real on the meta device too: no state dict would bring them
             clusters = cluster_order(self.grid_size, side) if side else None
@@ -264,7 +265,7 @@ class VisionMamba(nn.Module):
         if global_pool == "cls" and self.cls_index is None:
             raise ValueError("this model has no cls token to read; use global_pool='mean'")
         self.num_classes, self.pool = num_classes, global_pool or self.pool
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        head = Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         self.head = head.to(self.pos_embed)
         init_classifier(self.head)
 

@@ -17,9 +17,9 @@ Shapes: B images, L tokens, E inner width.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.ops.linear import linear
 from pipeline.ops.scan import Direction, causal_conv1d_silu, mixer_scan, selective_scan
 
 
@@ -60,10 +60,10 @@ def shared_readout(xz: Tensor, forward: Direction, backward: Direction) -> Tenso
     x = xz.transpose(1, 2)[:, : xz.shape[2] // 2]  # (B, E, L)
     states = forward.A.shape[1]
     ahead = causal_conv1d_silu(x, forward.conv_weight, forward.conv_bias).transpose(1, 2)
-    C = F.linear(ahead, forward.x_proj[-states:]).transpose(1, 2)
+    C = linear(ahead, forward.x_proj[-states:]).transpose(1, 2)
     back = causal_conv1d_silu(x, backward.conv_weight, backward.conv_bias, reverse=True)
     rank = backward.dt_proj.shape[1]
-    low, B, _ = F.linear(back.transpose(1, 2), backward.x_proj).split([rank, states, states], dim=2)
-    delta = F.linear(low, backward.dt_proj).transpose(1, 2)
+    low, B, _ = linear(back.transpose(1, 2), backward.x_proj).split([rank, states, states], dim=2)
+    delta = linear(low, backward.dt_proj).transpose(1, 2)
     read = selective_scan(back, delta, backward.A, B.transpose(1, 2), C, delta_bias=backward.dt_bias, reverse=True)
     return read.transpose(1, 2)

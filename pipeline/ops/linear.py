@@ -1,0 +1,125 @@
+"""Matrix products in fp32 on a CPU, by the faster of the two libraries that torch brings.
+
+torch multiplies fp32 matrices by MKL, whose kernels for AMD processors are those of AVX2. Where such a processor has AVX-512,
+oneDNN's kernels use it: on a Zen 5 they take half the time, on a Zen 4 about the same (docs/scan.md). So there the products of
+the project's own models are oneDNN's, in the forward and in the backward pass. Everywhere else they are torch's. The choice
+follows from the processor alone, so that a run computes the same when it is resumed.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+_SMALLEST = (
+    2**20
+)  # multiply-adds, about 20 microseconds by MKL; a smaller product takes less time than the call of oneDNN
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Return whether this is an AMD processor with AVX-512, and torch has oneDNN."""
+    cpuinfo = Path("/proc/cpuinfo")
+    amd = cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x W^T + b like `torch.nn.functional.linear`, differentiable twice.
+
+    Args:
+        x: (..., in), of any strides.
+        weight: W, (out, in), of any strides.
+        bias: b, (out,), or none.
+
+    Returns:
+        (..., out).
+    """
+    if not _by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
+    return _product(x, weight, bias)
+
+
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """Compute G^T X, the gradient of a weight from that of the outputs, G (rows, out), and the inputs, X (rows, in).
+
+    oneDNN copies a left matrix that is a transpose, so the narrower matrix is left.
+
+    Returns:
+        (out, in).
+    """
+    return linear(g.t(), x.t()) if g.shape[1] <= x.shape[1] else linear(x.t(), g.t()).t()
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return linear(input, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        g_rows, x_rows = g.flatten(0, -2), x.flatten(0, -2)
+        return (
+            linear(g, weight.t()) if of_x else None,
+            weight_gradient(g_rows, x_rows) if of_weight else None,
+            g_rows.sum(0) if of_bias else None,
+        )
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether these are plain fp32 matrices in a CPU's memory, large enough, not traced, exported or under autocast."""
+    return (
+        x.numel() * len(weight) >= _SMALLEST
+        and x.dtype == weight.dtype == torch.float32
+        and x.dim() > 1
+        and x.device.type == weight.device.type == "cpu"
+        and onednn_is_faster()
+        and not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = _dense(x.flatten(0, -2))
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, _dense(weight), bias, "none", [], "")
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Return the matrix as rows that lie one number after another, or as the transpose of a matrix without gaps.
+
+    Of any other matrix this is a copy. oneDNN takes a transpose with gaps too, but 600 times as long.
+    """
+    rows, columns = matrix.shape
+    across, along = matrix.stride()
+    if (along == 1 and across >= columns) or (across == 1 and along == rows):
+        return matrix
+    return matrix.t().contiguous().t() if across == 1 else matrix.contiguous()
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)  # type: ignore[untyped-decorator]
+    def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * x.numel() * weight[0]
