@@ -60,12 +60,14 @@ def test_a_product_and_its_gradients_are_those_of_float64(
     given = [t for t in (x, weight, bias) if t is not None]
     double = [t.detach().double().requires_grad_() for t in given]
     y, wanted = own.linear(x, weight, bias), F.linear(*double)
-    assert y.dtype == torch.float32 and _close(y, wanted)
+    assert y.dtype == torch.float32
+    assert _close(y, wanted)
     g = torch.randn(rows, out, generator=generator)
     for found, exact in zip(
         torch.autograd.grad(y, given, g), torch.autograd.grad(wanted, double, g.double()), strict=True
     ):
-        assert found.shape == exact.shape and _close(found, exact)
+        assert found.shape == exact.shape
+        assert _close(found, exact)
 
 
 @settings(max_examples=50, deadline=None)
@@ -75,9 +77,11 @@ def test_any_leading_shape_also_an_empty_one(leading: list[int], inner: int, out
     x, weight = torch.randn(*leading, inner, generator=generator), torch.randn(out, inner, generator=generator)
     weight.requires_grad_()
     y = own.linear(x, weight)
-    assert y.shape == (*leading, out) and _close(y, F.linear(x.double(), weight.double()))
+    assert y.shape == (*leading, out)
+    assert _close(y, F.linear(x.double(), weight.double()))
     y.sum().backward()
-    assert weight.grad is not None and _close(weight.grad, x.double().reshape(-1, inner).sum(0).expand(out, inner))
+    assert weight.grad is not None
+    assert _close(weight.grad, x.double().reshape(-1, inner).sum(0).expand(out, inner))
 
 
 def test_it_can_be_differentiated_twice() -> None:
