@@ -7,14 +7,13 @@ serves all other cases.
 
 import ctypes
 import functools
-import logging
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from pipeline.ops.native.build import optional_library
 
 # Elements at a time. On a CPU the difference of a chunk stays in the cache; a GPU wants few launches and little memory.
 CHUNK, CHUNK_ELSEWHERE = 2**18, 2**24
@@ -46,12 +45,8 @@ def squared_distance_and_size(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tenso
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where there is no compiler."""
-    from pipeline.ops.native.build import BuildError, load_library
-
-    try:
-        library = load_library()
-    except BuildError as error:
-        logger.info("distances are computed in torch: %s", error)
+    library = optional_library("distances of weights")
+    if library is None:
         return None
     library.squared_distance.argtypes = [POINTER(c_void_p)] * 2 + [POINTER(c_int64), c_int64, POINTER(c_double)]
     library.squared_distance.restype = None

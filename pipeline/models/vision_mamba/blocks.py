@@ -12,8 +12,9 @@ from pipeline.models.config import SSMixupConfig
 from pipeline.models.layers import DropPath
 from pipeline.models.vision_mamba.mixer import Mixer
 from pipeline.ops.linear import Linear
+from pipeline.ops.norm import RMSNorm
 
-NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
 class PatchEmbed(nn.Module):

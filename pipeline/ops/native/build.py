@@ -30,7 +30,7 @@ from pipeline.files import node_cache, replace_text, replacing, sha256_of
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "scan.cpp", FOLDER / "conv.cpp", FOLDER / "distance.cpp")
+SOURCES = (FOLDER / "scan.cpp", FOLDER / "conv.cpp", FOLDER / "distance.cpp", FOLDER / "norm.cpp")
 HEADERS = tuple(FOLDER / name for name in ("simd.h", "tiles.h", "recurrence.h", "products.h", "layers.h"))
 # No -ffast-math: a NaN must stay a NaN. Contraction (fused multiply-add) only rounds once instead of twice.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")
@@ -111,6 +111,19 @@ def load_library(simd: str | None = None, cache: Path | None = None, sources: Se
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"cannot load {library}: {error}") from error
+
+
+def optional_library(what: str) -> ctypes.CDLL | None:
+    """Return the loaded kernels, or None after a log line where they cannot be built.
+
+    Args:
+        what: What torch computes then, in the plural.
+    """
+    try:
+        return load_library()
+    except BuildError as error:
+        logger.info("%s are computed in torch: %s", what, error)
+        return None
 
 
 def _record(library: Path) -> Path:
