@@ -4,15 +4,15 @@ Each stage of the demo runs as `make demo` runs it: real data, two processes, `f
 times, in turn,
 - the same networks on the same number of images in a bare loop of torch: AdamW, no data, no engine, no other process;
 - timm's ResNet-18 in the same bare loop, on as many images as cost the same FLOPs;
-- a matrix product (`pipeline.train.peak`).
+- a matrix product by torch (`pipeline.train.peak`), and one as the project's layers compute it (`pipeline.ops.linear`).
 All numbers are medians over the rounds. MFU is `perf/mfu` of a run: the FLOPs that a step must compute, divided by its time and
-by what the matrix product reaches. A step of the demo contains reading, views, log lines and the teacher, but no evaluation and
-no checkpoint.
+by what torch's matrix product reaches. A step of the demo contains reading, views, log lines and the teacher, but no evaluation
+and no checkpoint.
 
 Keys, for STAGE arm, distill and semi: mfu_STAGE, step_ms_STAGE and images_per_second_STAGE of the real steps; bare_mfu_STAGE,
 bare_images_per_second_STAGE, resnet18_mfu_STAGE and resnet18_images_per_second_STAGE of the bare loops; step_vs_bare_STAGE, the
-time of a real step over that of the bare one; peak_gflops of one process. Images are those that the student learns from, over
-both processes.
+time of a real step over that of the bare one; peak_gflops of torch's product in one process, own_peak_gflops of the layers'
+product. Images are those that the student learns from, over both processes.
 """
 
 import argparse
@@ -37,13 +37,14 @@ from pipeline.data import main as data
 from pipeline.models import build_from_config, build_model
 from pipeline.models.arm import ARM
 from pipeline.models.flops import forward_flops
+from pipeline.ops.linear import linear
 from pipeline.report.tensorboard import Board
 from pipeline.streaming.batch import Batch
 from pipeline.streaming.loader import Loader
 from pipeline.train.distributed import World, barrier
 from pipeline.train.loop import fit
 from pipeline.train.optim import Trainable, parameter_groups
-from pipeline.train.peak import peak_flops
+from pipeline.train.peak import peak_flops, product_flops
 from stages import SPECS
 from stages.configs.base import StageConfig
 from stages.context import StageContext
@@ -178,12 +179,14 @@ def measure(stage: str, folder: Path, rounds: int) -> dict[str, float]:
         bare, costs = contenders(s, flops, prepared.image_size)
         seconds: dict[str, list[float]] = {name: [] for name in bare}
         peaks: list[float] = []
+        own_peaks: list[float] = []
 
         def between() -> None:
             for name, loop in bare.items():
                 seconds[name].append(_seconds(loop.step, world))
             barrier(world)
             peaks.append(peak_flops(world.device, config.engine.precision))
+            own_peaks.append(product_flops(linear, world.device, torch.float32))
             barrier(world)
 
         first, *others = training.streams
@@ -201,7 +204,8 @@ def measure(stage: str, folder: Path, rounds: int) -> dict[str, float]:
         for name, spent in times.items():
             found[f"{name}mfu_{stage}"] = costs[name.rstrip("_")] / spent / peak
             found[f"{name}images_per_second_{stage}"] = images[name] * world.size / spent
-        return found | {"peak_gflops": peak / 1e9}
+        own_peak = statistics.median(own_peaks[WARM_UP:])
+        return found | {"peak_gflops": peak / 1e9, "own_peak_gflops": own_peak / 1e9}
 
 
 def _seconds(work: Callable[[], Any], world: World) -> float:

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from pipeline.ops.eager import is_plain_fp32_on_cpu
+
 _SMALLEST = (
     2**20
 )  # multiply-adds, about 20 microseconds by MKL; a smaller product takes less time than the call of oneDNN
-_PLAIN = (Tensor, nn.Parameter)
 
 
 @functools.cache
@@ -85,16 +86,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether these are plain fp32 matrices in a CPU's memory, large enough, not traced, exported or under autocast."""
     return (
-        x.numel() * len(weight) >= _SMALLEST
-        and x.dtype == weight.dtype == torch.float32
+        is_plain_fp32_on_cpu(x, weight)
         and x.dim() > 1
-        and x.device.type == weight.device.type == "cpu"
+        and x.numel() * len(weight) >= _SMALLEST
         and onednn_is_faster()
-        and not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )

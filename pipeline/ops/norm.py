@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pipeline.ops.eager import is_plain_fp32_on_cpu
 from pipeline.ops.native.build import optional_library
 
 
@@ -21,7 +22,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
-        if self.weight is not None and _served(x, self.weight):
+        if self.weight is not None and is_plain_fp32_on_cpu(x, self.weight) and x.numel() and _library() is not None:
             return _RMSNorm.apply(x.contiguous(), self.weight, eps)
         return super().forward(x)
 
@@ -54,20 +55,6 @@ class _RMSNorm(torch.autograd.Function):
 
 def _pointers(*tensors: Tensor) -> list[int]:
     return [t.data_ptr() for t in tensors]
-
-
-def _served(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether these are plain fp32 tensors in a CPU's memory, not traced or exported, and the kernels are there."""
-    plain = (Tensor, nn.Parameter)
-    return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and x.numel() > 0
-        and type(x) in plain
-        and type(weight) in plain
-        and not torch.compiler.is_compiling()
-        and _library() is not None
-    )
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """The peak FLOP/s of a device: the denominator of model FLOPs utilisation (MFU)."""
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 # Dense FLOP/s from the makers' data sheets: (bf16 tensor cores, fp32 without TF32).
 _GPUS: dict[str, tuple[float, float]] = {
@@ -34,8 +36,9 @@ def of_data_sheet(name: str, precision: str) -> float | None:
 def peak_flops(device: torch.device, precision: str) -> float:
     """Return the peak FLOP/s of one device.
 
-    A known GPU has the number of its data sheet. Any other device has that of a matrix product measured here and now, so
-    an MFU of 1 on a CPU means "as fast as its own matrix product".
+    A known GPU has the number of its data sheet. Any other device has that of torch's matrix product, measured here and now, so
+    an MFU of 1 on a CPU means "as fast as torch multiplies matrices". Where oneDNN does so faster (`pipeline.ops.linear`),
+    convolutions and the project's own layers can exceed 1.
 
     Args:
         device: The device of one rank.
@@ -45,13 +48,23 @@ def peak_flops(device: torch.device, precision: str) -> float:
         known = of_data_sheet(torch.cuda.get_device_name(device), precision)
         if known:
             return known
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return product_flops(torch.mm, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def product_flops(multiply: Callable[[Tensor, Tensor], Tensor], device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a product of two square matrices, the best of five.
+
+    Args:
+        multiply: Computes the product.
+        device: Where the matrices are.
+        dtype: Their type.
+    """
     a, b = (torch.ones(_SIDE, _SIDE, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
     for _ in range(5):
         _wait(device)
         begin = time.perf_counter()
-        torch.mm(a, b)
+        multiply(a, b)
         _wait(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * _SIDE**3 / best

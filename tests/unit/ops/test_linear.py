@@ -111,6 +111,13 @@ def test_under_autocast_and_in_another_precision_the_product_is_torchs() -> None
     assert own.linear(x.to("meta"), weight.to("meta")).shape == (6, 4)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+def test_a_tracer_sees_the_product_of_torch() -> None:
+    layer, x = own.Linear(5, 4), torch.randn(6, 5)
+    assert "linear" in str(torch.jit.trace(layer, x).graph)
+    assert "aten.linear" in str(torch.export.export(layer, (x,)).graph)
+
+
 def test_a_model_has_the_same_outputs_gradients_and_names_by_either_library(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = build_model("vim_nano", num_classes=5, image_size=(28, 28))

@@ -85,3 +85,10 @@ def test_torch_serves_every_other_case() -> None:
     assert norm.RMSNorm(8, device="meta")(x.to("meta")).shape == (5, 8)
     transposed = torch.randn(8, 5).t()
     assert torch.equal(layer(transposed), layer(transposed.contiguous()))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+def test_a_tracer_sees_the_norm_of_torch() -> None:
+    layer, x = norm.RMSNorm(8), torch.randn(5, 8)
+    assert "rms_norm" in str(torch.jit.trace(layer, x).graph)
+    assert "rms_norm" in str(torch.export.export(layer, (x,)).graph)
