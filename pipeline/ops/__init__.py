@@ -1,1 +1,1 @@
-"""Operators: selective scan, causal convolution, SSD, weight distance, and compiled layers for inference."""
+"""Operators: selective scan, causal convolution, SSD, products, norms, weight distance, and compiled layers for inference."""

@@ -17,9 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from pipeline.ops.eager import is_plain_fp32_on_cpu
 
-_SMALLEST = (
-    2**20
-)  # multiply-adds, about 20 microseconds by MKL; a smaller product takes less time than the call of oneDNN
+# Multiply-adds, about 20 microseconds by MKL. A smaller product takes less time than the call of oneDNN.
+_SMALLEST = 2**20
 
 
 @functools.cache
@@ -51,12 +50,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """Compute G^T X, the gradient of a weight from that of the outputs, G (rows, out), and the inputs, X (rows, in).
 
-    oneDNN copies a left matrix that is a transpose, so the narrower matrix is left.
+    oneDNN copies a left matrix that is a transpose, so there the narrower matrix is left.
 
     Returns:
         (out, in).
     """
-    return linear(g.t(), x.t()) if g.shape[1] <= x.shape[1] else linear(x.t(), g.t()).t()
+    if g.shape[1] > x.shape[1] and _by_onednn(g.t(), x.t()):
+        return linear(x.t(), g.t()).t()
+    return linear(g.t(), x.t())
 
 
 class Linear(nn.Linear):
