@@ -6,6 +6,8 @@ bin. The temperature minimises the negative log-likelihood on a set that is not 
 An export's temperature is found by `calibrate`, on the validation images. The rules for few of them are ours:
 
 - Below FEWEST images it is 1: nothing can be said.
+- Below SHARPENS_FROM images it is at least 1. A handful of wrong predictions shows that a model is too certain; a handful of
+  right ones does not show that it is too uncertain.
 - The loss of all images together has one term more, (log T)² / 2, so that a handful of right predictions does not make
   T tiny. It weighs as much as a single image or two, and is negligible from about fifty on.
 - Cross-validation in FOLDS parts decides: the temperature is kept if temperatures that are fitted on the other parts
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 NUM_BINS = 15
 _LIMITS = (-3.0, 3.0)  # log temperature: from a twentieth to twenty
 _GOLDEN = (5**0.5 - 1) / 2
-FEWEST = 10  # images below which no temperature is fitted
+FEWEST = 5  # images below which no temperature is fitted
+SHARPENS_FROM = 15  # images from which on a temperature may be below 1
 FOLDS = 5
 
 
@@ -80,16 +83,17 @@ def calibrate(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> Calibra
     number = len(labels)
     if number < FEWEST:
         return Calibration(1.0, f"not calibrated: {number} validation images, at least {FEWEST} are needed")
+    least = 0.0 if number >= SHARPENS_FROM else 1.0
     part = np.arange(number) % FOLDS  # samples are often sorted by class, so a part takes every fifth
     after = np.empty(number)
     for k in range(FOLDS):
-        temperature = fit_temperature(logits[part != k], labels[part != k], prior=1.0)
+        temperature = max(least, fit_temperature(logits[part != k], labels[part != k], prior=1.0))
         after[part == k] = losses(logits[part == k] / temperature, labels[part == k])
     before = losses(logits, labels).mean()
     compared = f"loss {before:.3f} before and {after.mean():.3f} after, cross-validated on {number} validation images"
     if not after.mean() < before:
         return Calibration(1.0, f"not calibrated, since a temperature would not help: {compared}")
-    fitted = fit_temperature(logits, labels, prior=1.0)
+    fitted = max(least, fit_temperature(logits, labels, prior=1.0))
     return Calibration(fitted, f"temperature {fitted:.3f}: {compared}")
 
 
