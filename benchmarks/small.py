@@ -44,7 +44,7 @@ from pipeline.streaming.loader import Loader
 from pipeline.train.distributed import World, barrier
 from pipeline.train.loop import fit
 from pipeline.train.optim import Trainable, parameter_groups
-from pipeline.train.peak import peak_flops, product_flops
+from pipeline.train.peak import measured_flops, peak_flops
 from stages import SPECS
 from stages.configs.base import StageConfig
 from stages.context import StageContext
@@ -186,7 +186,7 @@ def measure(stage: str, folder: Path, rounds: int) -> dict[str, float]:
                 seconds[name].append(_seconds(loop.step, world))
             barrier(world)
             peaks.append(peak_flops(world.device, config.engine.precision))
-            own_peaks.append(product_flops(linear, world.device, torch.float32))
+            own_peaks.append(measured_flops(linear, world.device, torch.float32))
             barrier(world)
 
         first, *others = training.streams

@@ -7,7 +7,8 @@ An export's temperature is found by `calibrate`, on the validation images. The r
 
 - Below FEWEST images it is 1: nothing can be said.
 - Below SHARPENS_FROM images it is at least 1. A handful of wrong predictions shows that a model is too certain; a handful of
-  right ones does not show that it is too uncertain.
+  right ones does not show that it is too uncertain. It costs something too: at five images the calibration error of logits
+  that were right rises by 2 points on average, and that of logits four times too large falls by 7 (a test has the case).
 - The loss of all images together has one term more, (log T)² / 2, so that a handful of right predictions does not make
   T tiny. It weighs as much as a single image or two, and is negligible from about fifty on.
 - Cross-validation in FOLDS parts decides: the temperature is kept if temperatures that are fitted on the other parts
@@ -91,9 +92,9 @@ def calibrate(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> Calibra
         after[part == k] = losses(logits[part == k] / temperature, labels[part == k])
     before = losses(logits, labels).mean()
     compared = f"loss {before:.3f} before and {after.mean():.3f} after, cross-validated on {number} validation images"
-    if not after.mean() < before:
-        return Calibration(1.0, f"not calibrated, since a temperature would not help: {compared}")
     fitted = max(least, fit_temperature(logits, labels, prior=1.0))
+    if fitted == 1 or not after.mean() < before:
+        return Calibration(1.0, f"not calibrated, since a temperature would not help: {compared}")
     return Calibration(fitted, f"temperature {fitted:.3f}: {compared}")
 
 

@@ -17,13 +17,13 @@ from pipeline.ops.native.build import optional_library
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` over the last dimension, by the kernels where they serve."""
+    """`torch.nn.RMSNorm`, over the last dimension by the kernels where they serve. They have no second derivative."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
-        if self.weight is not None and is_plain_fp32_on_cpu(x, self.weight) and x.numel() and _library() is not None:
-            return _RMSNorm.apply(x.contiguous(), self.weight, eps)
+        if self.weight is not None and _served(x, self.weight):
+            return _RMSNorm.apply(x.contiguous(), self.weight.contiguous(), eps)
         return super().forward(x)
 
 
@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         assert kernels is not None
         rows = x.numel() // width
         y, scale = torch.empty_like(x), x.new_empty(rows)
-        kernels.rms_norm_forward(*_pointers(x, weight.detach(), y, scale), rows, width, eps)
+        kernels.rms_norm_forward(*_pointers(x, weight, y, scale), rows, width, eps)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -51,6 +51,16 @@ class _RMSNorm(torch.autograd.Function):
         kernels.rms_norm_backward(*_pointers(g, x, weight, scale, g_x, partial), rows, width)
         kernels.sum_partials(*_pointers(g_weight, partial), 1, blocks, width)
         return g_x, g_weight, None
+
+
+def _served(x: Tensor, weight: Tensor) -> bool:
+    return (
+        is_plain_fp32_on_cpu(x, weight)
+        and weight.dim() == 1
+        and x.shape[-1:] == weight.shape
+        and x.numel() > 0
+        and _library() is not None
+    )
 
 
 def _pointers(*tensors: Tensor) -> list[int]:

@@ -48,10 +48,10 @@ def peak_flops(device: torch.device, precision: str) -> float:
         known = of_data_sheet(torch.cuda.get_device_name(device), precision)
         if known:
             return known
-    return product_flops(torch.mm, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return measured_flops(torch.mm, device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
-def product_flops(multiply: Callable[[Tensor, Tensor], Tensor], device: torch.device, dtype: torch.dtype) -> float:
+def measured_flops(multiply: Callable[[Tensor, Tensor], Tensor], device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a product of two square matrices, the best of five.
 
     Args:

@@ -84,7 +84,7 @@ def test_a_handful_of_right_predictions_does_not_make_a_model_certain() -> None:
 
 
 @pytest.mark.parametrize("number", [FEWEST, SHARPENS_FROM - 1])
-def test_few_images_correct_what_is_too_certain_and_leave_the_rest(number: int) -> None:
+def test_few_images_correct_what_is_too_certain_and_cost_little_elsewhere(number: int) -> None:
     """Means over 40 draws of the calibration error on 4,000 other images, for logits that are four times too large, and right."""
     change = {}
     for truth in (4.0, 1.0):

@@ -26,6 +26,7 @@ def _everything_by_onednn() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(own, "onednn_is_faster", lambda: True)
         patched.setattr(own, "_SMALLEST", 1)
+        patched.setattr(own, "_FEWEST_ROWS", 1)
         yield
 
 
@@ -56,7 +57,7 @@ def test_a_product_and_its_gradients_are_those_of_float64(
     generator = torch.Generator().manual_seed(seed)
     x = _laid_out(rows, inner, of_x, generator).requires_grad_()
     weight = _laid_out(out, inner, of_weight, generator).requires_grad_()
-    bias = torch.randn(out, generator=generator, requires_grad=True) if biased else None
+    bias = torch.randn(2 * out, generator=generator)[::2].requires_grad_() if biased else None
     given = [t for t in (x, weight, bias) if t is not None]
     double = [t.detach().double().requires_grad_() for t in given]
     y, wanted = own.linear(x, weight, bias), F.linear(*double)
@@ -91,6 +92,38 @@ def test_it_can_be_differentiated_twice() -> None:
         for f in (own.linear, F.linear)
     )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_torch_broadcasts_or_refuses_is_left_to_torch() -> None:
+    x, weight = torch.randn(6, 5), torch.randn(4, 5)
+    for bias in (torch.randn(1), torch.randn(1).expand(4), torch.randn(6, 4)):
+        torch.testing.assert_close(own.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert own.linear(x, weight[0]).shape == (6,)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        own.linear(x, torch.randn(4, 7))
+
+
+def test_a_result_may_be_changed_in_place() -> None:
+    x, weight = torch.randn(3, 6, 5), torch.randn(4, 5, requires_grad=True)
+    for rows in (x, x[0]):
+        own.linear(rows, weight).relu_().sum().backward()
+
+
+@pytest.mark.parametrize(("of_x", "of_weight"), [(True, False), (False, True), (True, True)])
+def test_only_what_a_gradient_needs_is_kept(of_x: bool, of_weight: bool) -> None:
+    x, weight = torch.randn(6, 5, requires_grad=of_x), torch.randn(4, 5, requires_grad=of_weight)
+    kept: list[tuple[int, ...]] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(tuple(t.shape))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = own.linear(x, weight)
+    assert sorted(kept) == sorted([(4, 5)] * of_x + [(6, 5)] * of_weight)
+    y.sum().backward()
+    for t, wanted in ((x, of_x), (weight, of_weight)):
+        assert (t.grad is not None) == wanted
 
 
 def test_products_are_counted_as_torch_counts_its_own() -> None:

@@ -83,6 +83,12 @@ def test_torch_serves_every_other_case() -> None:
     assert torch.equal(layer.double()(x.double()), F.rms_norm(x.double(), (8,), layer.weight))
     assert layer.float()(x[:0]).shape == (0, 8)
     assert norm.RMSNorm(8, device="meta")(x.to("meta")).shape == (5, 8)
+    for shape in ((4, 8), (8, 4)):
+        several = norm.RMSNorm(shape)
+        assert torch.equal(several(images := torch.randn(3, *shape)), F.rms_norm(images, shape))
+    for width in (6, 16):
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            layer(torch.randn(5, width))
     transposed = torch.randn(8, 5).t()
     assert torch.equal(layer(transposed), layer(transposed.contiguous()))
 
@@ -92,3 +98,10 @@ def test_a_tracer_sees_the_norm_of_torch() -> None:
     layer, x = norm.RMSNorm(8), torch.randn(5, 8)
     assert "rms_norm" in str(torch.jit.trace(layer, x).graph)
     assert "rms_norm" in str(torch.export.export(layer, (x,)).graph)
+
+
+def test_a_weight_with_gaps() -> None:
+    layer, x, weight = norm.RMSNorm(8), torch.randn(5, 8), torch.randn(16)[::2]
+    layer.weight = torch.nn.Parameter(weight)
+    wanted = F.rms_norm(x, (8,), weight, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(layer(x), wanted)
