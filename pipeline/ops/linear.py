@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from pipeline.ops.eager import is_plain_fp32_on_cpu
 
-# Multiply-adds. A call of oneDNN costs 14 microseconds, so about here, and with few rows, both take the same time.
+# Multiply-adds. A call of oneDNN costs more than one of MKL, so about here, and with few rows, both take the same time.
 _SMALLEST, _FEWEST_ROWS = 2**20, 4
 
 

@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "simd.h"
+#include "products.h"
 
+using products::load_some;
+using products::store_some;
 using simd::Float;
 using simd::W;
 
@@ -22,9 +24,6 @@ inline void for_vectors(int64_t width, F f) {
   for (; c + W <= width; c += W) f(c, W);
   if (c < width) f(c, width - c);
 }
-
-inline Float load(const float* p, int64_t count) { return count == W ? simd::load(p) : simd::load_first(p, count); }
-inline void store(float* p, Float v, int64_t count) { count == W ? simd::store(p, v) : simd::store_first(p, v, count); }
 
 inline float total(Float v) {
   float sum = 0;
@@ -52,12 +51,12 @@ void rms_norm_forward(const float* x, const float* weight, float* y, float* scal
       float* out = y + r * width;
       Float squares{};
       for_vectors(width, [&](int64_t c, int64_t n) {
-        const Float v = load(in + c, n);
+        const Float v = load_some(in + c, n);
         squares += v * v;
       });
       const float s = 1 / std::sqrt(total(squares) / width + eps);
       scale[r] = s;
-      for_vectors(width, [&](int64_t c, int64_t n) { store(out + c, load(in + c, n) * s * load(weight + c, n), n); });
+      for_vectors(width, [&](int64_t c, int64_t n) { store_some(out + c, load_some(in + c, n) * s * load_some(weight + c, n), n); });
     }
   });
 }
@@ -73,13 +72,13 @@ void rms_norm_backward(const float* g, const float* x, const float* weight, cons
       float* out = g_x + r * width;
       Float products{};
       for_vectors(width, [&](int64_t c, int64_t n) {
-        const Float v = load(in + c, n), d = load(of_y + c, n);
-        products += d * load(weight + c, n) * v;
-        store(sums + c, load(sums + c, n) + d * v * s, n);
+        const Float v = load_some(in + c, n), d = load_some(of_y + c, n);
+        products += d * load_some(weight + c, n) * v;
+        store_some(sums + c, load_some(sums + c, n) + d * v * s, n);
       });
       const float pull = s * s * s * (total(products) / width);
       for_vectors(width, [&](int64_t c, int64_t n) {
-        store(out + c, load(of_y + c, n) * load(weight + c, n) * s - load(in + c, n) * pull, n);
+        store_some(out + c, load_some(of_y + c, n) * load_some(weight + c, n) * s - load_some(in + c, n) * pull, n);
       });
     }
   });

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(norm._library() is None, reason="there is no C++
 WIDTHS = st.sampled_from([1, 3, 4, 15, 16, 17, 63, 64, 100, 192, 384])
 
 
-def _of_every_width(simd: str) -> pytest.MonkeyPatch:
+def _compiled_for(simd: str) -> pytest.MonkeyPatch:
     patch = pytest.MonkeyPatch()
     patch.setattr(build, "best_simd", lambda: simd)
     norm._library.cache_clear()
@@ -39,7 +39,7 @@ def test_it_and_its_gradients_are_those_of_float64(
     torch.nn.init.normal_(layer.weight, generator=generator)
     x = (size * torch.randn(*leading, width, generator=generator)).requires_grad_()
     g = torch.randn(x.shape, generator=generator)
-    patch = _of_every_width(simd)
+    patch = _compiled_for(simd)
     try:
         y = layer(x)
         found = (y, *torch.autograd.grad(y, (x, layer.weight), g))
