@@ -19,7 +19,14 @@ from pipeline.ops.native import build
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
     f"tests/unit/ops/{name}"
-    for name in ("test_native.py", "test_mamba.py", "test_vision.py", "test_distance.py", "test_norm.py")
+    for name in (
+        "test_native.py",
+        "test_mamba.py",
+        "test_vision.py",
+        "test_stages.py",
+        "test_distance.py",
+        "test_norm.py",
+    )
 ]
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 # Two errors with the words of their reports. A sanitizer that does not report its own would let every test pass.

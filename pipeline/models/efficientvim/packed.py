@@ -7,7 +7,7 @@ Mixers and norms of the ablations run as they were trained.
 Shapes: as in fused.py, but maps are (B, H, W, D).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from pipeline.models.efficientvim.fused import (
     FusedEfficientViM,
     FusedMixer,
     fuse,
-    pooled,
 )
 from pipeline.models.efficientvim.model import EfficientViM
 from pipeline.models.packed import PackedModel
 from pipeline.ops.native import stem, vision
+from pipeline.ops.native.stages import Downsample, Pool, Stage
 
 
 def pack(model: EfficientViM | FusedEfficientViM) -> "PackedEfficientViM":
@@ -86,8 +86,12 @@ def _stem(layers: Iterable[Conv]) -> nn.Sequential:
     one, two, *others = layers
     # With a stem_stride of 4 or 8 the last convolutions have stride 1.
     takes = [layer.stride == 2 and stem.MapConv.takes(layer.weight.shape[1]) for layer in (two, *others)]
-    packed: list[nn.Module] = [stem.Stem(of(one), of(two)) if takes[0] and one.stride == 2 else OtherStem(one, two)]
-    for layer, taken in zip(others, takes[1:], strict=True):
+    if one.stride == 2 and takes[0]:
+        together = takes.index(False) if False in takes else len(takes)
+        packed: list[nn.Module] = [stem.Stem(of(one), *map(of, (two, *others)[:together]))]
+    else:
+        together, packed = 1, [OtherStem(one, two)]
+    for layer, taken in list(zip(others, takes[1:], strict=True))[together - 1 :]:
         packed.append(stem.MapConv(*of(layer)) if taken else OtherConv(layer))
     return nn.Sequential(*packed)
 
@@ -118,56 +122,45 @@ class OtherMixer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, D) -> the same shape, and the hidden states (B, N, D) if there are any."""
         y, h = self.mixer(self.first(x).permute(0, 3, 1, 2))
-        return y.permute(0, 2, 3, 1).contiguous(), h
+        return y.permute(0, 2, 3, 1).contiguous(), None if h is None else h.contiguous()
 
 
-class PackedBlock(nn.Module):
-    """A fused block on compiled layers; `owed` and `unscale` are those of `FusedBlock`."""
+def _ffn(block: FusedBlock) -> vision.FeedForward:
+    fc1, fc2 = block.fc1, block.fc2
+    assert fc1.bias is not None
+    assert fc2.bias is not None
+    weights = fc1.weight[..., 0, 0], fc1.bias, fc2.weight[..., 0, 0], fc2.bias
+    return vision.FeedForward(_local(block.second), *weights)
 
-    owed: Tensor
-    unscale: Tensor
 
-    def __init__(self, block: FusedBlock) -> None:
+class OtherStage(nn.Module):
+    """Blocks of which one has the mixer of an ablation."""
+
+    def __init__(self, blocks: Iterable[FusedBlock]) -> None:
         super().__init__()
-        self.register_buffer("owed", block.owed)
-        self.register_buffer("unscale", block.unscale)
-        mixer = block.mixer
-        self.mixer = _mixer(block.first, mixer) if isinstance(mixer, FusedMixer) else OtherMixer(block.first, mixer)
-        fc1, fc2 = block.fc1, block.fc2
-        assert fc1.bias is not None
-        assert fc2.bias is not None
-        weights = fc1.weight[..., 0, 0], fc1.bias, fc2.weight[..., 0, 0], fc2.bias
-        self.ffn = vision.FeedForward(_local(block.second), *weights)
+        self.mixers = nn.ModuleList(OtherMixer(block.first, block.mixer) for block in blocks)
+        self.ffns = nn.ModuleList(_ffn(block) for block in blocks)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, H, W, D) -> the map before its `owed`, and the hidden states (B, N, D) if there are any."""
-        x, h = self.mixer(x)
-        return self.ffn(x), h
-
-    def read_map(self, x: Tensor) -> Tensor:
-        """Turn the map that this block leaves into the model's: (B, H, W, D) -> (B, L, D)."""
-        return (x * self.owed).flatten(1, 2)
-
-    def read_hidden(self, h: Tensor) -> Tensor:
-        """Turn the hidden states (B, N, D) that this block leaves into the model's."""
-        return h * self.unscale
+        """(B, H, W, D) -> the map, and the hidden states (B, N, D) of the last block if there are any."""
+        h = None
+        for mixer, ffn in zip(self.mixers, self.ffns, strict=True):
+            x, h = mixer(x)
+            x = ffn(x)
+        return x, h
 
 
-class PackedDownsample(nn.Module):
-    """A fused downsampler on compiled layers."""
+def _stage(blocks: Sequence[FusedBlock]) -> nn.Module:
+    if not all(isinstance(block.mixer, FusedMixer) for block in blocks):
+        return OtherStage(blocks)
+    return Stage([(_mixer(block.first, cast(FusedMixer, block.mixer)), _ffn(block)) for block in blocks])
 
-    def __init__(self, layer: FusedDownsample) -> None:
-        super().__init__()
-        self.first, self.last = _depthwise(layer.first), _depthwise(layer.last)
-        assert layer.widen.bias is not None
-        self.widen = vision.Widen(layer.widen.weight[..., 0, 0], layer.widen.bias, *_local(layer.halve))
-        self.narrow, self.fc1, self.fc2 = map(_linear, (layer.narrow, layer.fc1, layer.fc2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, D) -> (B, ceil(H / 2), ceil(W / 2), out)."""
-        x = self.widen(self.first(x))
-        x *= self.fc2(self.fc1(x.mean((1, 2))))[:, None, None]
-        return self.last(self.narrow(x))
+def _downsample(layer: FusedDownsample) -> Downsample:
+    assert layer.widen.bias is not None
+    widen = vision.Widen(layer.widen.weight[..., 0, 0], layer.widen.bias, *_local(layer.halve))
+    squeeze, excite, narrow = map(_linear, (layer.fc1, layer.fc2, layer.narrow))
+    return Downsample(_depthwise(layer.first), widen, squeeze, excite, narrow, _depthwise(layer.last))
 
 
 class PackedEfficientViM(PackedModel):
@@ -181,12 +174,15 @@ class PackedEfficientViM(PackedModel):
             any_size=True,
             instead="fuse()",
         )
-        self.fusion, self.eps, self.widths = model.fusion, model.eps, model.widths
         self.stem = _stem(cast(Iterable[Conv], model.stem))
-        self.stages = nn.ModuleList()
-        for blocks in model.stages:
-            self.stages.append(nn.Sequential(*(PackedBlock(block) for block in cast(Iterable[FusedBlock], blocks))))
-        self.downsamples = nn.ModuleList(PackedDownsample(cast(FusedDownsample, d)) for d in model.downsamples)
+        stages = [list(cast(Iterable[FusedBlock], blocks)) for blocks in model.stages]
+        self.stages = nn.ModuleList(map(_stage, stages))
+        self.downsamples = nn.ModuleList(_downsample(cast(FusedDownsample, d)) for d in model.downsamples)
+        # What the heads read: hidden states of every stage, then maps of every stage or of the last one.
+        last = [blocks[-1] for blocks in stages]
+        scales = [block.unscale for block in last] if model.fusion == "hidden" else []
+        scales += [block.owed for block in (last if model.fusion == "map" else last[-1:])]
+        self.fusion, self.pools = model.fusion, nn.ModuleList(map(Pool, scales, model.eps))
         self.head = vision.Linear(model.weight, model.bias)
         self.eval()
 
@@ -194,14 +190,16 @@ class PackedEfficientViM(PackedModel):
         """As `PackedModel.classify`."""
         x = self.stem(images)
         maps, hidden = [], []
-        for i, blocks in enumerate(self.stages):
+        for i, stage in enumerate(self.stages):
             if i:
                 x = self.downsamples[i - 1](x)
-            for block in cast(nn.Sequential, blocks):
-                x, h = block(x)
-            last = cast(PackedBlock, cast(nn.Sequential, blocks)[-1])
+            x, h = stage(x)
             if self.fusion == "map" or i == len(self.stages) - 1:
-                maps.append(last.read_map(x))
+                maps.append(x.flatten(1, 2))
             if self.fusion == "hidden":
-                hidden.append(last.read_hidden(h))
-        return self.head(pooled([*hidden, *maps], self.eps, self.widths))
+                hidden.append(h)
+        means = x.new_empty(len(x), self.head.inputs)
+        columns = means.split([len(cast(Pool, pool).scale) for pool in self.pools], 1)
+        for pool, feature, to in zip(self.pools, [*hidden, *maps], columns, strict=True):
+            pool(feature, to)
+        return self.head(means)

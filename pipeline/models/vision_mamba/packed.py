@@ -7,6 +7,7 @@ It runs in fp32 eager mode and is not for export. What is rewritten:
   out-projection.
 - Convolution, projections, softplus and recurrence of a direction run over about 40 tokens at a time, so that what passes
   between them never leaves the cache. A direction is an order of the tokens: nothing is flipped or gathered.
+- All blocks are one call. With as many images as threads each thread takes whole images through a block.
 
 A model with SSMixup is packed without it, as it is exported, except where it blends in evaluation too: such a mixer runs as
 it was trained.
@@ -15,7 +16,9 @@ Shapes: B images, C channels, L tokens, D width, K classes.
 """
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,8 @@ from torch import Tensor, nn
 from pipeline.models.packed import PackedModel
 from pipeline.models.vision_mamba.blocks import Block
 from pipeline.models.vision_mamba.model import VisionMamba
-from pipeline.ops.native.mamba import GatedLinear, Memory, Norm, NormedLinear, NormedSwiGLU, Scans
+from pipeline.ops.native.mamba import Block as CompiledBlock
+from pipeline.ops.native.mamba import Blocks, Norm, SwiGLU
 
 
 def pack(model: VisionMamba) -> "PackedVisionMamba":
@@ -47,27 +51,15 @@ def _norm(layer: nn.Module) -> Norm:
     return Norm(layer.eps, layer.weight, layer.bias if isinstance(layer, nn.LayerNorm) else None)
 
 
-class PackedBlock(nn.Module):
-    """A block on compiled layers."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        mixer = block.mixer
-        self.project = NormedLinear(_norm(block.norm1 if hasattr(block, "mlp") else block.norm), mixer.in_proj.weight)
-        self.scans = Scans([mixer.direction(s) for s in mixer.suffixes])
-        self.join = GatedLinear(mixer.out_proj.weight / mixer.divisor)
-        self.mlp = None
-        if hasattr(block, "mlp"):
-            one, two, three = ((layer.weight, layer.bias) for layer in (block.mlp.w1, block.mlp.w2, block.mlp.w3))
-            self.mlp = NormedSwiGLU(_norm(block.norm2), one, two, three)
-
-    def forward(self, x: Tensor, orders: Sequence[Tensor], memory: Memory) -> Tensor:
-        """Tokens (B, L, D) -> the same tensor, changed; `orders` holds the token at each step of each direction."""
-        xz = self.project(x, memory)
-        self.join(self.scans(xz, orders[: len(self.scans.directions)], memory), xz, x)
-        if self.mlp is not None:
-            self.mlp(x)
-        return x
+def _compiled(block: Block, orders: Sequence[Tensor]) -> CompiledBlock:
+    mixer = block.mixer
+    directions = list(zip((mixer.direction(s) for s in mixer.suffixes), orders, strict=False))
+    join, swiglu = mixer.out_proj.weight / mixer.divisor, None
+    if hasattr(block, "mlp"):
+        one, two, three = ((layer.weight, layer.bias) for layer in (block.mlp.w1, block.mlp.w2, block.mlp.w3))
+        swiglu = SwiGLU(_norm(block.norm2), one, two, three)
+    norm = block.norm1 if hasattr(block, "mlp") else block.norm
+    return CompiledBlock(_norm(norm), mixer.in_proj.weight, directions, join, swiglu)
 
 
 class OtherBlock(nn.Module):
@@ -78,8 +70,8 @@ class OtherBlock(nn.Module):
         self.block = block
         self.register_buffer("columns", columns)
 
-    def forward(self, x: Tensor, orders: Sequence[Tensor], memory: Memory) -> Tensor:
-        """As for `PackedBlock`, but with a new tensor."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, D) -> a new tensor of the same shape."""
         blend = x.new_full((len(x), 2), 0.5)
         return self.block(x, self.columns, blend)
 
@@ -95,30 +87,34 @@ class PackedVisionMamba(PackedModel):
             any_size=False,
             instead="the model itself",
         )
+        rows = torch.arange(model.pos_embed.shape[1])
+        columns = rows if model.columns is None else model.columns[0].clone()
+        # As DIRECTIONS: rows, rows from the last token to the first, columns, and columns from the last to the first.
+        orders = [rows, rows.flip(0), columns, columns.flip(0)]
         with torch.no_grad():
-            self.blocks = nn.ModuleList(_packed(block, model) for block in model.layers)
+            self.blocks = nn.Sequential(*_packed(model, orders))
         # The embedding, the last norm and the head stay as they are; the blocks of the copy would only take memory.
         blocks, model.layers = model.layers, nn.ModuleList()
         try:
             self.ends = copy.deepcopy(model).float().eval()
         finally:
             model.layers = blocks
-        rows = torch.arange(model.pos_embed.shape[1])
-        columns = rows if model.columns is None else model.columns[0]
-        # As DIRECTIONS: rows, rows from the last token to the first, columns, and columns from the last to the first.
-        self.orders = [order.clone() for order in (rows, rows.flip(0), columns, columns.flip(0))]
         self.eval()
 
     def classify(self, images: Tensor) -> Tensor:
         """As `PackedModel.classify`."""
-        x, memory = self.ends.tokens(images).contiguous(), Memory()
-        for block in self.blocks:
-            x = block(x, self.orders, memory)
+        x = self.blocks(self.ends.tokens(images).contiguous())
         return self.ends.forward_head(self.ends.norm_f(x))
 
 
-def _packed(block: nn.Module, model: VisionMamba) -> nn.Module:
-    assert isinstance(block, Block)
-    if block.mixer.ssmixup and block.mixer.ssmixup.everywhere:
-        return OtherBlock(copy.deepcopy(block), model.columns)
-    return PackedBlock(block)
+def _packed(model: VisionMamba, orders: Sequence[Tensor]) -> Iterator[nn.Module]:
+    """The blocks of a model; neighbours on compiled layers are one module."""
+
+    def compiles(block: Block) -> bool:
+        return not (block.mixer.ssmixup and block.mixer.ssmixup.everywhere)
+
+    for compiled, blocks in itertools.groupby(cast(Iterable[Block], model.layers), compiles):
+        if compiled:
+            yield Blocks([_compiled(block, orders) for block in blocks])
+        else:
+            yield from (OtherBlock(copy.deepcopy(block), model.columns) for block in blocks)

@@ -57,6 +57,9 @@ inline void activate(float* rows, int64_t stride, int count, int64_t width, int6
     }
 }
 
+// The threads that the caller may start: one inside a thread that another call has started.
+inline int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
 // Divides the tiles of a cut among the threads, in even blocks of at most `tiles`. Calls f(first tile, one past the last).
 template <class F>
 void in_blocks(const Cut& cut, int64_t tiles, F&& f) {
@@ -73,7 +76,7 @@ void in_blocks(const Cut& cut, int64_t tiles, F&& f) {
 // vector of W sums of the `out` columns. `done(first row, count, first column, columns)` is called after each tile and panel.
 template <class Pack, class Put, class Done>
 void product(int64_t rows, int64_t in, int64_t out, const float* weight, Pack&& pack, Put&& put, Done&& done) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = free_threads();
   const Cut cut(rows, threads);
   // With two tiles or more for each thread, every thread has as many blocks of rows as the others. With fewer the columns are
   // divided as well, and every part of them packs the rows anew.

@@ -1,8 +1,9 @@
-// Inference of Vision Mamba on the CPU, fp32. A layer and the operations after it run together while the data is in the cache.
+// Inference of Vision Mamba on the CPU, fp32: whole blocks in one call.
 //
-// A block is three calls: norm and in-projection, the scans of all directions, gate and out-projection with the sum after it. A
-// fourth is the SwiGLU. Tokens are rows (batch, steps, width), contiguous. One thread computes each output element in a fixed
-// order, so the result does not depend on the number of threads.
+// A block is a norm and its in-projection, the scans of all directions, the gate with the out-projection and the sum after it, and a
+// SwiGLU if it has one. Tokens are rows (batch, steps, width), contiguous. With as many images as threads, each thread takes whole
+// images through a block, so that what passes between the layers stays in its cache. One thread computes each output element in a
+// fixed order, so the result depends neither on the number of threads nor on the other images.
 #include "layers.h"
 #include "recurrence.h"
 
@@ -15,8 +16,7 @@ constexpr int64_t chunk_rows = chunk_tiles * tile_rows;
 constexpr int low_unit = 8;  // inputs of the step size are read in units of this many
 constexpr int max_taps = 8;  // shapes.py refuses more
 
-// Mirrored field by field in vision_library.py. A norm's weight and bias are part of the weight and bias after it.
-struct NormedCall {
+struct Normed {
   int64_t rows, in, out, centred;  // centred: a layer norm, else an RMS norm
   double eps;
   const float *x, *weight, *bias;
@@ -30,24 +30,42 @@ struct Direction {
   const float *taps, *taps_bias, *project, *spread, *spread_bias, *rates, *skip;
 };
 
-struct ScanCall {
+struct Scan {
   int64_t batch, steps, inner, states, rank, taps, directions;  // states: padded to 8 or 16
   const float* xz;                                              // (batch, steps, 2 inner)
   float *y, *v, *delta, *low;  // y: see Scanned; scratch for each direction and image, see Walk
-  Direction direction[4];
+  const Direction* direction;
 };
 
-struct GateCall {
+struct Gate {
   int64_t batch, steps, inner, out, directions;
   const float *y, *xz, *weight;  // y: see Scanned; weight: panels (inner -> out)
   float* x;                      // (batch steps, out)
 };
 
-struct SwigluCall {
+struct Swiglu {
   int64_t rows, width, hidden, centred;
   double eps;
   const float *both, *both_bias, *down, *down_bias;  // both: W columns of one layer beside W of the other, in turn
   float* x;
+};
+
+// The weights of a block. This structure, Direction and BlocksCall are mirrored field by field in vision_library.py. A norm's weight
+// and bias are part of the weight and bias after it.
+struct Block {
+  int64_t inner, states, rank, taps, directions, centred, hidden, hidden_centred;  // hidden: 0 without a SwiGLU
+  double eps, hidden_eps;
+  const float *project, *project_bias, *join, *both, *both_bias, *down, *down_bias;
+  Direction direction[4];
+};
+
+// All blocks have the same `inner` and number of directions. `slots` is the smaller of `batch` and the number of threads. With fewer
+// units of work than threads, v, delta and low hold what the recurrence reads; else they are null, and it stays in the cache.
+struct BlocksCall {
+  int64_t batch, steps, width, count;
+  const Block* blocks;
+  float *x, *xz, *y;        // (batch, steps, width), changed; for each slot (steps, 2 inner); for all slots as Scanned
+  float *v, *delta, *low;  // for each direction and slot, see Walk
 };
 
 // What the scans give: (directions, batch, inner / W, steps, W), `inner` padded to `pad`. A scan writes W channels of many tokens
@@ -68,7 +86,7 @@ void pack_normalised(const float* rows, int64_t width, int64_t padded, int count
 }
 
 // y = norm(x) W + b.
-void normed(const NormedCall& s) {
+void normed(const Normed& s) {
   const int64_t in = up(s.in, pad);
   product(
       s.rows, in, s.out, s.weight,
@@ -82,7 +100,7 @@ void normed(const NormedCall& s) {
 }
 
 // x += ((sum of the directions' y) SiLU(z)) W.
-void gate(const GateCall& s) {
+void gate(const Gate& s) {
   const int64_t in = up(s.inner, pad);
   const Scanned y{s.batch, s.steps, in};
   product(
@@ -106,9 +124,9 @@ void gate(const GateCall& s) {
 }
 
 // x += W3 (SiLU(W1 t + b1) (W2 t + b2)) + b3 with t = norm(x). The hidden rows never leave the cache.
-void swiglu(const SwigluCall& s) {
+void swiglu(const Swiglu& s) {
   const int64_t D = s.width, in = up(D, pad), hidden = up(s.hidden, pad);
-  const Cut cut(s.rows, at::get_num_threads());
+  const Cut cut(s.rows, free_threads());
   in_blocks(cut, block_tiles, [&](int64_t t0, int64_t t1) {
     Scratch& scratch = Scratch::begin(block_tiles * tile_rows * (in + hidden) + tile_rows * panel);
     float *x = scratch.take(block_tiles * tile_rows * in), *h = scratch.take(block_tiles * tile_rows * hidden);
@@ -149,7 +167,7 @@ inline void with_taps(int64_t taps, F&& f, std::integer_sequence<int, K...>) {
 // [inner / W][rows][W], and the rows low | B | C of `columns` floats, whose low part has `rank` padded to `pad`. Buffers begin with
 // the tile `from`.
 struct Walk {
-  const ScanCall& s;
+  const Scan& s;
   int64_t unit;
   const Direction& d = s.direction[unit / s.batch];
   int64_t image = unit % s.batch;
@@ -255,7 +273,7 @@ struct Walk {
 };
 
 // y of each direction, without the gate: D v + the scan of v = SiLU(conv(x)).
-void scan(const ScanCall& s) {
+void scan(const Scan& s) {
   const int64_t units = s.directions * s.batch, inner = up(s.inner, pad), rank = up(s.rank, pad), columns = rank + 2 * s.states;
   const int64_t tiles = Cut(s.steps, 1).tiles, chunks = up(tiles, chunk_tiles) / chunk_tiles;
   auto last = [&](int64_t chunk) { return std::min((chunk + 1) * chunk_tiles, tiles); };
@@ -303,19 +321,33 @@ void scan(const ScanCall& s) {
   });
 }
 
+// Takes `images` images from number `first` on through a block. Their xz and y begin at slot `slot`.
+void block(const Block& b, const BlocksCall& s, int64_t first, int64_t images, int64_t slot, bool apart) {
+  const int64_t rows = images * s.steps;
+  float *x = s.x + first * s.steps * s.width, *xz = s.xz + slot * s.steps * 2 * b.inner;
+  float* y = s.y + slot * b.directions * s.steps * up(b.inner, pad);
+  normed({rows, s.width, 2 * b.inner, b.centred, b.eps, x, b.project, b.project_bias, xz});
+  scan({images, s.steps, b.inner, b.states, b.rank, b.taps, b.directions, xz, y, apart ? s.v : nullptr, s.delta, s.low, b.direction});
+  gate({images, s.steps, b.inner, s.width, b.directions, y, xz, b.join, x});
+  if (b.hidden) swiglu({rows, s.width, b.hidden, b.hidden_centred, b.hidden_eps, b.both, b.both_bias, b.down, b.down_bias, x});
+}
+
+void blocks(const BlocksCall& s) {
+  const int64_t threads = free_threads(), own = s.batch / threads, rest = s.batch % threads;
+  for (const Block* b = s.blocks; b < s.blocks + s.count; b++) {
+    if (own)
+      at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t slot = begin; slot < end; slot++)
+          for (int64_t image = slot * own; image < (slot + 1) * own; image++) block(*b, s, image, 1, slot, false);
+      });
+    if (rest) block(*b, s, own * threads, rest, 0, s.v);
+  }
+}
+
 }  // namespace
 
 extern "C" {
-int64_t mamba_normed(const NormedCall* call) {
-  return guarded([=] { normed(*call); });
-}
-int64_t mamba_scan(const ScanCall* call) {
-  return guarded([=] { scan(*call); });
-}
-int64_t mamba_gate(const GateCall* call) {
-  return guarded([=] { gate(*call); });
-}
-int64_t mamba_swiglu(const SwigluCall* call) {
-  return guarded([=] { swiglu(*call); });
+int64_t mamba_blocks(const BlocksCall* call) {
+  return guarded([=] { blocks(*call); });
 }
 }

@@ -129,11 +129,13 @@ struct Cut {
   int height(int64_t tile) const { return int(first(tile + 1) - first(tile)); }
 };
 
-// Scratch memory of a thread, aligned to cache lines; it only grows. take(n) returns n floats, valid until the next `begin`.
+// Scratch memory of a thread, aligned to cache lines; it only grows. take(n) returns n floats, valid until the next `begin` of this
+// level. A layer uses level 0, and what calls layers level 1.
 class Scratch {
  public:
-  static Scratch& begin(int64_t floats) {
-    thread_local Scratch scratch;
+  static Scratch& begin(int64_t floats, int level = 0) {
+    thread_local Scratch levels[2];
+    Scratch& scratch = levels[level];
     if (int64_t(scratch.memory_.size()) < floats + 1024) scratch.memory_ = std::vector<float>(floats + 1024);
     scratch.next_ = (float*)up((int64_t)scratch.memory_.data(), 64);
     return scratch;

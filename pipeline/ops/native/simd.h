@@ -174,6 +174,14 @@ inline Float softplus(Float x, Float* slope = nullptr) {
 #define SIMD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int{__VA_ARGS__})
 #endif
 
+// The lanes of a and then of b with even and with odd numbers.
+template <int... I>
+inline void split(Float a, Float b, Float& even, Float& odd, std::integer_sequence<int, I...>) {
+  even = SIMD_SHUFFLE(a, b, (2 * I)...);
+  odd = SIMD_SHUFFLE(a, b, (2 * I + 1)...);
+}
+inline void split(Float a, Float b, Float& even, Float& odd) { split(a, b, even, odd, std::make_integer_sequence<int, W>{}); }
+
 // One step of a transpose: swaps the off-diagonal S x S blocks of each 2S x 2S block of the rows a and b.
 template <int S, int... I>
 inline void swap_blocks(Float& a, Float& b, std::integer_sequence<int, I...>) {

@@ -12,8 +12,11 @@ struct ConvCall {
   float* y;
 };
 
+// Convolutions one after another, `count` of them in `others`. Only the last one has `y`, only the first one `x`.
 struct StemCall {
-  ConvCall one, two;  // one.y and two.x are unused
+  ConvCall one, two;
+  int64_t count;
+  const ConvCall* others;
 };
 
 // A 3x3 convolution with stride 2 and zero padding of an image (in, height, width). It computes one row (out_width, out) at
@@ -32,11 +35,23 @@ class ImageConv {
         // Splits a line into even columns, and odd columns with a zero before them. Neighbours then serve neighbouring outputs.
         float *even = lines_ + (i * s_.in + c) * 2 * line, *odd = even + line;
         const int64_t from_row = 2 * y - 1 + i;
-        std::fill_n(even, 2 * line, 0.0f);
-        if (from_row >= 0 && from_row < s_.height) {
+        if (from_row < 0 || from_row >= s_.height) {
+          std::fill_n(even, 2 * line, 0.0f);
+        } else {
           const float* from = image + (c * s_.height + from_row) * s_.width;
-          for (int64_t x = 0; x < s_.width / 2; x++) even[x] = from[2 * x], odd[x + 1] = from[2 * x + 1];
-          if (s_.width % 2) even[s_.width / 2] = from[s_.width - 1];
+          const int64_t pairs = s_.width / 2;
+          std::fill(even + pairs, odd, 0.0f);
+          std::fill(odd + pairs + 1, odd + line, 0.0f);
+          odd[0] = 0;
+          int64_t x = 0;
+          for (; x + W <= pairs; x += W) {
+            Float evens, odds;
+            simd::split(load(from + 2 * x), load(from + 2 * x + W), evens, odds);
+            store(even + x, evens);
+            store(odd + x + 1, odds);
+          }
+          for (; x < pairs; x++) even[x] = from[2 * x], odd[x + 1] = from[2 * x + 1];
+          if (s_.width % 2) even[pairs] = from[s_.width - 1];
         }
         const float* taps_of[3] = {odd, even, odd + 1};
         for (int64_t j = 0; j < 3; j++) at_[(i * 3 + j) * s_.in + c] = taps_of[j];
@@ -195,7 +210,7 @@ void conv_blocks(const ConvCall& s, const Cut& cut, int64_t first, int64_t t0, i
 // A 3x3 convolution with stride 2 and zero padding of a channels-last map whose channels are a multiple of U.
 template <int U>
 void conv_map(const ConvCall& s) {
-  const Cut cut(s.batch * ((s.height + 3) / 4) * ((s.width + 3) / 4), at::get_num_threads());
+  const Cut cut(s.batch * ((s.height + 3) / 4) * ((s.width + 3) / 4), free_threads());
   in_blocks(cut, block_tiles, [&](int64_t t0, int64_t t1) {
     conv_blocks<U>(s, cut, 0, t0, t1, Scratch::begin(conv_floats(s)).take(conv_floats(s)));
   });
@@ -226,13 +241,50 @@ void stem(const ConvCall& one, const ConvCall& two) {
   });
 }
 
+void two_convs(const ConvCall& one, const ConvCall& two) { two.in % 28 ? stem<16>(one, two) : stem<28>(one, two); }
+void one_conv(const ConvCall& s) { s.in % 28 ? conv_map<16>(s) : conv_map<28>(s); }
+
+int64_t floats_out(const ConvCall& s) { return ((s.height + 1) / 2) * ((s.width + 1) / 2) * s.out; }
+
+// Takes `images` images from number `first` on through all convolutions.
+void through(const StemCall& s, int64_t first, int64_t images) {
+  int64_t largest = 0;
+  if (s.count) largest = floats_out(s.two);
+  for (int64_t i = 0; i + 1 < s.count; i++) largest = std::max(largest, floats_out(s.others[i]));
+  Scratch& scratch = Scratch::begin(2 * images * largest + 64, 1);
+  float *from = scratch.take(images * largest), *to = scratch.take(images * largest);
+  ConvCall one = s.one, two = s.two;
+  one.batch = two.batch = images;
+  one.x += first * one.in * one.height * one.width;
+  two.y = s.count ? to : two.y + first * floats_out(two);
+  two_convs(one, two);
+  for (int64_t i = 0; i < s.count; i++) {
+    std::swap(from, to);
+    ConvCall next = s.others[i];
+    next.batch = images, next.x = from;
+    next.y = i + 1 < s.count ? to : next.y + first * floats_out(next);
+    one_conv(next);
+  }
+}
+
+// Each thread takes as many images as the others through all convolutions, one by one, so that their maps stay in its cache. All
+// threads share the images that are left.
+void all(const StemCall& s) {
+  const int64_t threads = free_threads(), own = s.one.batch / threads, rest = s.one.batch % threads;
+  if (own)
+    at::parallel_for(0, own * threads, own, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; image++) through(s, image, 1);
+    });
+  if (rest) through(s, own * threads, rest);
+}
+
 }  // namespace
 
 extern "C" {
 int64_t vision_stem(const StemCall* call) {
-  return guarded([=] { call->two.in % 28 ? stem<16>(call->one, call->two) : stem<28>(call->one, call->two); });
+  return guarded([=] { all(*call); });
 }
 int64_t vision_conv_map(const ConvCall* call) {
-  return guarded([=] { call->in % 28 ? conv_map<16>(*call) : conv_map<28>(*call); });
+  return guarded([=] { one_conv(*call); });
 }
 }

@@ -1,5 +1,8 @@
 """EfficientViM's convolutions with stride 2 for inference on the CPU, compiled (stem.cpp), fp32, without autograd."""
 
+from ctypes import addressof
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -46,22 +49,36 @@ class MapConv(Layer):
         """Return whether the kernel is compiled for this number of input channels."""
         return channels % 16 == 0 or channels % 28 == 0
 
+    def call(self, x: Tensor | None, size: tuple[int, int, int], y: Tensor | None) -> ConvCall:
+        """Return the library's structure for a map of `size` (B, H, W); what is None stays in the library."""
+        x_at, y_at = (None if end is None else pointer(end) for end in (x, y))
+        weights = pointer(self.weight), pointer(self.bias)
+        return ConvCall(*size, self.inputs, self.outputs, self.act, x_at, *weights, y_at)
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to a map (B, H, W, in)."""
         batch, height, width, inputs = x.shape
         assert inputs == self.inputs
-        y = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, self.outputs)
+        y = x.new_empty(*halved((batch, height, width)), self.outputs)
         sizes = batch, height, width, self.inputs, self.outputs, self.act
         self.library.run("vision_conv_map", *sizes, x, self.weight, self.bias, y)
         return y
 
 
+def halved(size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return (B, H/2, W/2), rounded up, for (B, H, W)."""
+    batch, height, width = size
+    return batch, (height + 1) // 2, (width + 1) // 2
+
+
 class Stem(nn.Module):
-    """Two 3x3 convolutions with stride 2 and zero padding: images (B, in, H, W) -> a map (B, H/4, W/4, out), rounded up.
+    """3x3 convolutions with stride 2 and zero padding, one after another: images (B, in, H, W) -> a map (B, H', W', out).
+
+    Each halves the sides, rounded up.
 
     Args:
         one: The first convolution: weight (out, in, 3, 3), bias (out,), activation ("none" or "relu").
-        two: The second one; `MapConv.takes` its input channels.
+        more: The others, at least one; `MapConv.takes` their input channels.
         library: As for `Layer`.
     """
 
@@ -71,12 +88,12 @@ class Stem(nn.Module):
     def __init__(
         self,
         one: tuple[Tensor, Tensor | None, str],
-        two: tuple[Tensor, Tensor | None, str],
+        *more: tuple[Tensor, Tensor | None, str],
         library: VisionLibrary | None = None,
     ) -> None:
         super().__init__()
-        self.second = MapConv(*two, library)
-        self.library = self.second.library
+        self.more = nn.ModuleList(MapConv(*layer, library) for layer in more)
+        self.library = self._maps()[0].library
         weight, bias, act = one
         assert act in ("none", "relu")
         self.outputs, self.inputs = weight.shape[:2]
@@ -85,16 +102,21 @@ class Stem(nn.Module):
         self.register_buffer("bias", self.library.row(bias, self.outputs))
         self.act = ACTIVATIONS.index(act)
 
+    def _maps(self) -> list[MapConv]:
+        return cast(list[MapConv], list(self.more))
+
     def forward(self, images: Tensor) -> Tensor:
-        """Apply both convolutions to images (B, in, H, W)."""
-        images, second = images.contiguous(), self.second
+        """Apply the convolutions to images (B, in, H, W)."""
+        images, maps = images.contiguous(), self._maps()
         batch, inputs, height, width = images.shape
         assert inputs == self.inputs
+        size = batch, height, width
         pointers = pointer(images), pointer(self.weight), pointer(self.bias), None
-        one = ConvCall(batch, height, width, self.inputs, self.outputs, self.act, *pointers)
-        height, width = (height + 1) // 2, (width + 1) // 2
-        y = images.new_empty(batch, (height + 1) // 2, (width + 1) // 2, second.outputs)
-        ends = pointer(second.weight), pointer(second.bias), pointer(y)
-        two = ConvCall(batch, height, width, self.outputs, second.outputs, second.act, None, *ends)
-        self.library.run("vision_stem", one, two)
+        one = ConvCall(*size, self.inputs, self.outputs, self.act, *pointers)
+        sizes = [size := halved(size) for _ in maps]
+        y = images.new_empty(*halved(size), maps[-1].outputs)
+        calls = [layer.call(None, at, y if layer is maps[-1] else None) for layer, at in zip(maps, sizes, strict=True)]
+        two, *others = calls
+        array = (ConvCall * len(others))(*others)
+        self.library.run("vision_stem", one, two, len(others), addressof(array))
         return y

@@ -1,7 +1,7 @@
 """The compiled library of the layers for inference, called through ctypes, and the layout that it wants of weights.
 
-The structures mirror those of vision.cpp, stem.cpp and mamba.cpp field by field. All tensors are contiguous fp32 on the CPU,
-except the indices of tokens.
+The structures mirror those of vision.h, stages.cpp, stem.cpp and mamba.cpp field by field. All tensors are contiguous fp32 on
+the CPU, except the indices of tokens.
 """
 
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.ops.native.build import FOLDER, load_library
 
 PAD = 32  # layers.h: pad
-SOURCES = (FOLDER / "vision.cpp", FOLDER / "stem.cpp", FOLDER / "mamba.cpp")
+SOURCES = tuple(FOLDER / name for name in ("vision.cpp", "mixer.cpp", "stages.cpp", "stem.cpp", "mamba.cpp"))
 
 
 def _fields(integers: str, pointers: str) -> list[tuple[str, type]]:
@@ -22,21 +22,26 @@ def _fields(integers: str, pointers: str) -> list[tuple[str, type]]:
 
 
 class LocalCall(Structure):
-    """vision.cpp: Local, a map and the depthwise convolution over it."""
+    """vision.h: Local, a map and the depthwise convolution over it."""
 
     _fields_ = _fields("height width channels", "x weight bias")
 
 
-# The structures below have the names of those in the C++ files.
-class _LinearCall(Structure):
+class LinearCall(Structure):
+    """vision.h: LinearCall."""
+
     _fields_ = _fields("rows inputs outputs act", "x weight bias y")
 
 
-class _FfnCall(Structure):
+class FfnCall(Structure):
+    """vision.h: FfnCall."""
+
     _fields_ = [("local", LocalCall), *_fields("batch hidden", "up up_bias down down_bias y")]
 
 
-class _DepthwiseCall(Structure):
+class DepthwiseCall(Structure):
+    """vision.h: DepthwiseCall."""
+
     _fields_ = [("local", LocalCall), *_fields("batch", "y")]
 
 
@@ -47,16 +52,20 @@ class ConvCall(Structure):
 
 
 class StemCall(Structure):
-    """stem.cpp: StemCall, two convolutions; the first writes no `y`, the second reads no `x`."""
+    """stem.cpp: StemCall, convolutions one after another."""
 
-    _fields_ = [("one", ConvCall), ("two", ConvCall)]
+    _fields_ = [("one", ConvCall), ("two", ConvCall), *_fields("count", "others")]
 
 
-class _WidenCall(Structure):
+class WidenCall(Structure):
+    """vision.h: WidenCall."""
+
     _fields_ = _fields("batch height width inputs outputs", "x weight bias taps taps_bias y")
 
 
-class _MixerCall(Structure):
+class MixerCall(Structure):
+    """vision.h: MixerCall."""
+
     _fields_ = [
         ("local", LocalCall),
         *_fields("batch states inner", ""),
@@ -65,8 +74,39 @@ class _MixerCall(Structure):
     ]
 
 
-class _NormedCall(Structure):
-    _fields_ = [*_fields("rows inputs outputs centred", ""), ("eps", c_double), *_fields("", "x weight bias y")]
+class StageBlock(Structure):
+    """stages.cpp: Block, the layers of a block of EfficientViM."""
+
+    _fields_ = [("mixer", MixerCall), ("ffn", FfnCall)]
+
+
+class _StageCall(Structure):
+    _fields_ = _fields("batch height width count", "blocks x y hidden")
+
+
+class DownsampleLayers(Structure):
+    """stages.cpp: Downsample, the layers of a downsampler of EfficientViM."""
+
+    _fields_ = [
+        ("first", DepthwiseCall),
+        ("widen", WidenCall),
+        ("squeeze", LinearCall),
+        ("excite", LinearCall),
+        ("narrow", LinearCall),
+        ("last", DepthwiseCall),
+    ]
+
+
+class _DownsampleCall(Structure):
+    _fields_ = _fields("batch height width", "layers x y first wide means squeezed factors narrow")
+
+
+class _PoolCall(Structure):
+    _fields_ = [
+        *_fields("batch rows width image row out_image normed", ""),
+        ("eps", c_double),
+        *_fields("", "x scale y"),
+    ]
 
 
 class DirectionCall(Structure):
@@ -75,37 +115,34 @@ class DirectionCall(Structure):
     _fields_ = _fields("", "tokens taps taps_bias project spread spread_bias rates skip")
 
 
-class _ScanCall(Structure):
+class BlockCall(Structure):
+    """mamba.cpp: Block, the weights of a block of Vision Mamba."""
+
     _fields_ = [
-        *_fields("batch steps inner states rank taps directions", "xz y v delta low"),
+        *_fields("inner states rank taps directions centred hidden hidden_centred", ""),
+        ("eps", c_double),
+        ("hidden_eps", c_double),
+        *_fields("", "project project_bias join both both_bias down down_bias"),
         ("direction", DirectionCall * 4),
     ]
 
 
-class _GateCall(Structure):
-    _fields_ = _fields("batch steps inner outputs directions", "y xz weight x")
-
-
-class _SwigluCall(Structure):
-    _fields_ = [
-        *_fields("rows width hidden centred", ""),
-        ("eps", c_double),
-        *_fields("", "both both_bias down down_bias x"),
-    ]
+class _BlocksCall(Structure):
+    _fields_ = _fields("batch steps width count", "blocks x xz y v delta low")
 
 
 _ENTRIES = {
-    "vision_linear": _LinearCall,
-    "vision_ffn": _FfnCall,
-    "vision_depthwise": _DepthwiseCall,
-    "vision_widen": _WidenCall,
+    "vision_linear": LinearCall,
+    "vision_ffn": FfnCall,
+    "vision_depthwise": DepthwiseCall,
+    "vision_widen": WidenCall,
     "vision_stem": StemCall,
     "vision_conv_map": ConvCall,
-    "vision_mixer": _MixerCall,
-    "mamba_normed": _NormedCall,
-    "mamba_scan": _ScanCall,
-    "mamba_gate": _GateCall,
-    "mamba_swiglu": _SwigluCall,
+    "vision_mixer": MixerCall,
+    "vision_stage": _StageCall,
+    "vision_downsample": _DownsampleCall,
+    "vision_pool": _PoolCall,
+    "mamba_blocks": _BlocksCall,
 }
 
 

@@ -1,4 +1,6 @@
-"""The compiled layers of Vision Mamba equal float64 within rounding, for every instruction set of this machine."""
+"""The compiled blocks of Vision Mamba equal float64 within rounding, for every instruction set of this machine."""
+
+import copy
 
 import pytest
 import torch
@@ -8,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.ops import reference
-from pipeline.ops.native.mamba import GatedLinear, Memory, Norm, NormedLinear, NormedSwiGLU, Scans
-from pipeline.ops.native.vision_library import padded
+from pipeline.ops.native.mamba import Block, Blocks, Norm, SwiGLU
 from pipeline.ops.reference import Direction
-from tests.unit.ops.test_vision import SETS, assert_near, draw, few, library, sizes
+from tests.unit.ops.test_vision import SETS, assert_near, draw, few, library
 
 
 def norm_of(width: int, kind: str) -> Norm:
@@ -26,29 +27,6 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, norm.bias.double(), norm.eps)
 
 
-@few
-@given(count=sizes, inputs=st.integers(2, 90), outputs=st.integers(1, 140), kind=st.sampled_from(["rms", "layer"]))
-@pytest.mark.parametrize("simd", SETS)
-def test_a_projection_with_its_norm(simd: str, count: int, inputs: int, outputs: int, kind: str) -> None:
-    x, w, b, norm = draw(0, count, inputs), draw(1, outputs, inputs), draw(2, outputs), norm_of(inputs, kind)
-    assert_near(
-        NormedLinear(norm, w, b, library(simd))(x, Memory()), F.linear(normed(x, norm), w.double(), b.double()), 5e-6
-    )
-
-
-@few
-@given(count=sizes, width=st.integers(2, 70), hidden=st.integers(1, 150), kind=st.sampled_from(["rms", "layer"]))
-@pytest.mark.parametrize("simd", SETS)
-def test_swiglu_with_its_norm(simd: str, count: int, width: int, hidden: int, kind: str) -> None:
-    one, two = ((draw(k, hidden, width) / 8, draw(k + 1, hidden)) for k in (0, 2))
-    three, norm, x = (draw(4, width, hidden) / 8, draw(5, width)), norm_of(width, kind), draw(6, count, width)
-    t = normed(x, norm)
-    a, b = (F.linear(t, w.double(), bias.double()) for w, bias in (one, two))
-    want = x.double() + F.linear(F.silu(a) * b, *(p.double() for p in three))
-    NormedSwiGLU(norm, one, two, three, library(simd))(x)
-    assert_near(x, want, 5e-6)
-
-
 def direction_of(seed: int, inner: int, states: int, rank: int, taps: int) -> Direction:
     return Direction(
         draw(seed, inner, 1, taps) / 2,
@@ -59,19 +37,6 @@ def direction_of(seed: int, inner: int, states: int, rank: int, taps: int) -> Di
         -draw(seed + 5, inner, states).abs() * states - 0.1,
         draw(seed + 6, inner),
     )
-
-
-def in_rows(y: Tensor, inner: int) -> Tensor:
-    """What `Scans` gives, as (directions, B, L, E)."""
-    return y.transpose(2, 3).flatten(3)[..., :inner]
-
-
-def in_blocks(y: Tensor, lanes: int) -> Tensor:
-    """(directions, B, L, E) as `Scans` gives it: what it does not write may hold anything."""
-    inner = y.shape[3]
-    written = F.pad(y, (0, -inner % lanes))
-    whole = F.pad(written, (0, padded(inner) - written.shape[3]), value=float("nan"))
-    return whole.unflatten(3, (-1, lanes)).transpose(2, 3).contiguous()
 
 
 def scanned(xz: Tensor, d: Direction, order: Tensor) -> Tensor:
@@ -88,54 +53,104 @@ def scanned(xz: Tensor, d: Direction, order: Tensor) -> Tensor:
     return y.transpose(1, 2)[:, order.argsort()]
 
 
+def swiglu_of(width: int, hidden: int, kind: str) -> SwiGLU:
+    one, two = ((draw(k, hidden, width) / width**0.5, draw(k + 1, hidden)) for k in (40, 42))
+    return SwiGLU(norm_of(width, kind), one, two, (draw(44, width, hidden) / hidden**0.5, draw(45, width)))
+
+
+def after_swiglu(x: Tensor, layer: SwiGLU) -> Tensor:
+    """The SwiGLU in torch, in float64."""
+    t = normed(x, layer.norm)
+    a, b, *_ = (F.linear(t, w.double(), bias.double()) for w, bias in (layer.one, layer.two))
+    return x + F.linear(F.silu(a) * b, *(p.double() for p in layer.three))
+
+
+def at_threads(threads: int, layer: Blocks, x: Tensor) -> Tensor:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        return layer(x.clone())
+    finally:
+        torch.set_num_threads(before)
+
+
 @few
 @given(
-    batch=st.integers(1, 3),
+    batch=st.integers(1, 5),
     steps=st.integers(1, 100),
+    width=st.integers(2, 70),
     inner=st.integers(1, 80),
     states=st.integers(1, 33),
     rank=st.integers(1, 40),
     taps=st.integers(1, 8),
     count=st.sampled_from([1, 2, 4]),
+    norm=st.sampled_from(["rms", "layer"]),
+    hidden=st.one_of(st.none(), st.integers(1, 150)),
     threads=st.integers(1, 5),
 )
 @pytest.mark.parametrize("simd", SETS)
-def test_the_scans_of_all_directions(
-    simd: str, batch: int, steps: int, inner: int, states: int, rank: int, taps: int, count: int, threads: int
+def test_a_block(
+    simd: str,
+    batch: int,
+    steps: int,
+    width: int,
+    inner: int,
+    states: int,
+    rank: int,
+    taps: int,
+    count: int,
+    norm: str,
+    hidden: int | None,
+    threads: int,
 ) -> None:
-    """With more threads than images and directions, the same bits go through memory instead of the cache."""
+    """Images and directions are divided among the threads in three ways, by their numbers; all give the same bits."""
     directions = [direction_of(10 * k, inner, states, rank, taps) for k in range(count)]
     orders = [torch.randperm(steps, generator=torch.Generator().manual_seed(k)) for k in range(count)]
-    xz, layer, before = draw(99, batch, steps, 2 * inner), Scans(directions, library(simd)), torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        found = in_rows(layer(xz, orders, Memory()), inner)
-        torch.set_num_threads(1)
-        assert torch.equal(in_rows(layer(xz, orders, Memory()), inner), found)
-    finally:
-        torch.set_num_threads(before)
-    assert_near(found, torch.stack([scanned(xz, d, order) for d, order in zip(directions, orders, strict=True)]), 1e-5)
+    before, project, join = norm_of(width, norm), draw(97, 2 * inner, width) / width**0.5, draw(98, width, inner)
+    swiglu = swiglu_of(width, hidden, norm) if hidden else None
+    block = Block(before, project, list(zip(directions, orders, strict=True)), join, swiglu, library(simd))
+    x, layer = draw(99, batch, steps, width), Blocks([block], library(simd))
+    found = at_threads(threads, layer, x)
+    assert torch.equal(at_threads(1, layer, x), found)
+    assert torch.equal(torch.cat([layer(image.clone()[None]) for image in x]), found)
+
+    xz = F.linear(normed(x, before), project.double())
+    y = sum(scanned(xz, d, order) for d, order in zip(directions, orders, strict=True))
+    want = x.double() + F.linear(y * F.silu(xz[..., inner:]), join.double())
+    assert_near(found, after_swiglu(want, swiglu) if swiglu else want, 1e-5)
 
 
-@few
-@given(batch=st.integers(1, 3), count=sizes, inner=sizes, outputs=sizes, directions=st.sampled_from([1, 2, 4]))
-@pytest.mark.parametrize("simd", SETS)
-def test_gate_and_out_projection(simd: str, batch: int, count: int, inner: int, outputs: int, directions: int) -> None:
-    y, xz = draw(0, directions, batch, count, inner), draw(1, batch, count, 2 * inner)
-    x, weight = draw(2, batch, count, outputs), draw(3, outputs, inner)
-    gated = y.double().sum(0) * F.silu(xz.double()[..., inner:])
-    want = x + F.linear(gated, weight.double())
-    layer = GatedLinear(weight, library(simd))
-    layer(in_blocks(y, layer.library.panel // 2), xz, x)
-    assert_near(x, want, 5e-6)
+def small(simd: str, width: int = 12, steps: int = 20) -> Block:
+    order, direction = torch.arange(steps), direction_of(0, 16, 8, 4, 4)
+    return Block(
+        norm_of(width, "rms"), draw(1, 32, width), [(direction, order)], draw(2, width, 16), None, library(simd)
+    )
 
 
 @pytest.mark.parametrize("simd", SETS)
 def test_a_nan_stays_in_its_image_and_reaches_what_follows_it(simd: str) -> None:
-    layer, steps = Scans([direction_of(0, 16, 8, 4, 4)], library(simd)), torch.arange(20)
-    xz = draw(1, 2, 20, 32)
-    xz[1, 7, 3] = float("nan")
-    y = in_rows(layer(xz, [steps], Memory()), 16)[0]
+    x = draw(1, 2, 20, 12)
+    x[1, 7, 3] = float("nan")
+    y = Blocks([small(simd)], library(simd))(x)
     assert torch.isfinite(y[0]).all()
     assert torch.isfinite(y[1, :7]).all()
     assert y[1, 7:].isnan().all()
+
+
+@pytest.mark.parametrize("simd", SETS)
+def test_blocks_run_one_after_another(simd: str) -> None:
+    x, blocks = draw(1, 3, 20, 12), [small(simd), small(simd)]
+    once = Blocks(blocks[:1], library(simd))
+    assert torch.equal(Blocks(blocks, library(simd))(x.clone()), once(once(x.clone())))
+
+
+def test_a_copy_has_its_own_weights_and_a_changed_type_is_refused() -> None:
+    layer, x = Blocks([small(SETS[-1])], library(SETS[-1])), draw(1, 1, 20, 12)
+    want = layer(x.clone())
+    other = copy.deepcopy(layer)
+    for weight in layer.buffers():
+        weight.zero_()
+    assert torch.equal(layer(x.clone()), x)
+    assert torch.equal(other(x.clone()), want)
+    with pytest.raises(ValueError, match=r"compiled layers take fp32 on the CPU, not torch\.float64"):
+        other.double()(x)

@@ -114,7 +114,7 @@ def test_stem(simd: str, shape: tuple[int, int, int, int], middle: int, outputs:
     )
     between = F.relu(F.conv2d(x.double(), w1.double(), b1.double(), 2, 1))
     want = F.conv2d(between, w2.double(), b2.double(), 2, 1)
-    assert_near(Stem((w1, b1, "relu"), (w2, b2, "none"), library(simd))(x), rows(want))
+    assert_near(Stem((w1, b1, "relu"), (w2, b2, "none"), library=library(simd))(x), rows(want))
 
 
 @few
@@ -184,7 +184,7 @@ def test_mixer(
 @pytest.mark.parametrize("simd", SETS)
 def test_threads_change_no_bit(simd: str) -> None:
     lib, x, images = library(simd), draw(0, 3, 30, 22, 56), draw(9, 3, 3, 90, 70)
-    stem = Stem((draw(10, 28, 3, 3, 3), None, "relu"), (draw(11, 56, 28, 3, 3), None, "relu"), lib)
+    stem = Stem((draw(10, 28, 3, 3, 3), None, "relu"), (draw(11, 56, 28, 3, 3), None, "relu"), library=lib)
     layers = [
         MapConv(draw(1, 70, 56, 3, 3), None, "relu", lib),
         Depthwise(locals_of(56), lib),
