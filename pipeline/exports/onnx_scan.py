@@ -15,9 +15,10 @@ LEAST_OPSET = 17
 
 
 def register_symbolics() -> None:
-    """Tell torch's tracing exporter how to write `pipeline::recurrence`, and RMSNorm, which it does not know."""
+    """Tell torch's tracing exporter how to write the two nodes of a mixer, and RMSNorm, which it does not know."""
     import torch
 
+    torch.onnx.register_custom_op_symbolic("pipeline::causal_conv1d_silu", _conv, LEAST_OPSET)
     torch.onnx.register_custom_op_symbolic("pipeline::recurrence", _recurrence, LEAST_OPSET)
     torch.onnx.register_custom_op_symbolic("aten::rms_norm", _rms_norm, LEAST_OPSET)
 
@@ -27,6 +28,20 @@ def _recurrence(g: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, reverse: Any) -
     return g.op(f"{RECURRENCE_DOMAIN}::Recurrence", g.op("Mul", dt, x), dt, A, B, C, reverse_i=backwards).setType(
         x.type()
     )
+
+
+def _conv(g: Any, x: Any, weight: Any, bias: Any, reverse: Any) -> Any:
+    import torch
+
+    channels, _, taps = weight.type().sizes()
+    pads = [taps - 1, 0]
+    if int(reverse.node().t("value")):
+        pads.reverse()
+        start, end, axis, step = (g.op("Constant", value_t=torch.tensor([n])) for n in (-1, -taps - 1, 2, -1))
+        weight = g.op("Slice", weight, start, end, axis, step)
+    given = [x, weight] if bias.node().mustBeNone() else [x, weight, bias]
+    y = g.op("Conv", *given, group_i=channels, kernel_shape_i=[taps], pads_i=pads)
+    return g.op("Mul", y, g.op("Sigmoid", y)).setType(x.type())
 
 
 def _rms_norm(g: Any, x: Any, shape: Any, weight: Any, eps: Any) -> Any:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops import reference
 from pipeline.ops.choice import Operators, operators_for
 from pipeline.ops.composed import composed_mixer
 from pipeline.ops.reference import Direction
@@ -94,8 +93,8 @@ def _(u: Tensor, *rest: Any) -> list[Tensor]:
 
 @torch.library.custom_op("pipeline::causal_conv1d_silu", mutates_args=())
 def conv_node(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """`run_conv` as a node."""
-    return run_conv(x, weight, bias, reverse=reverse).contiguous()
+    """`run_conv` as a node; for the ONNX exporter too."""
+    return operators_for(x).conv(x, weight, bias, reverse=reverse).contiguous()
 
 
 @conv_node.register_fake
@@ -161,13 +160,17 @@ def _scan_of_nodes(
 def _softplus(x: Tensor) -> Tensor:
     """Softplus of operators that ONNX Runtime computes on vectors; its own Softplus takes one number after another.
 
-    It is max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = log(u) e / (u - 1) with u = 1 + e rounded, which is exact to
-    rounding where log(u) alone loses all digits of a small e (Kahan).
+    It is max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = log(u) + (e - (u - 1)) / u with u = 1 + e rounded: what the
+    rounding took from a small e is added to first order.
     """
     e = (-x.abs()).exp()
     u = 1 + e
-    rounded = u - 1
-    return x.relu() + torch.where(rounded > 0, u.log() * (e / rounded), e)
+    return x.relu() + (u.log() + (e - (u - 1)) / u)
 
 
-_ONNX = Operators(name="onnx", scan=_scan_of_nodes, conv=reference.causal_conv1d_silu)
+def _conv_of_nodes(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    """The convolution for ONNX: its Conv pads one side alone, which torch's cannot."""
+    return torch.ops.pipeline.causal_conv1d_silu(x, weight, bias, reverse)
+
+
+_ONNX = Operators(name="onnx", scan=_scan_of_nodes, conv=_conv_of_nodes)
