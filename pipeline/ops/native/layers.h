@@ -26,20 +26,20 @@ struct Moments {
 
 // (x - mean) scale has mean 0 and variance 1 (a layer norm), or with `centred` false the root mean square 1 (an RMS norm).
 inline Moments moments(const float* x, int64_t width, float eps, bool centred) {
-  auto total = [](Float v) {
-    float sum = 0;
-    for (int l = 0; l < W; l++) sum += v[l];
-    return sum;
-  };
   Float sum{}, squares{};
   for (int64_t c = 0; centred && c < width; c += W) sum += load_some(x + c, width - c);
-  const float mean = total(sum) / width;
-  for (int64_t c = 0; c < width; c += W) {
-    Float off = load_some(x + c, width - c) - mean;
-    for (int64_t l = width - c; l < W; l++) off[l] = 0;
+  const float mean = simd::sum_lanes(sum) / width;
+  const int64_t whole = width / W * W;
+  for (int64_t c = 0; c < whole; c += W) {
+    const Float off = load(x + c) - mean;
     squares += off * off;
   }
-  return {mean, 1 / std::sqrt(total(squares) / width + eps)};
+  if (whole < width) {
+    Float off = load_some(x + whole, width - whole) - mean;
+    for (int64_t l = width - whole; l < W; l++) off[l] = 0;
+    squares += off * off;
+  }
+  return {mean, 1 / std::sqrt(simd::sum_lanes(squares) / width + eps)};
 }
 
 enum Act { none, relu, silu, sigmoid };

@@ -202,6 +202,17 @@ inline void transpose_from(Float* rows) {
 }
 inline void transpose(Float* rows) { transpose_from<1>(rows); }
 
+// The sum over the lanes, by halves.
+inline float sum_lanes(Float v) {
+  float a[W];
+  store(a, v);
+#pragma GCC unroll 4
+  for (int half = W / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) a[i] += a[i + half];
+  return a[0];
+}
+
 // The sums over the lanes of each of W rows: lane n of the result is that of rows[n]. It is a transpose that adds at each step, and
 // destroys rows.
 template <int R = W>
