@@ -1,4 +1,6 @@
-"""The recurrence of a selective scan in ONNX: a Scan over the steps of one image, inside a Scan over the images.
+"""How the nodes of a Vision Mamba mixer, and RMSNorm, are written in ONNX.
+
+A recurrence is a Scan over the steps of one image, inside a Scan over the images.
 
 Why this form: a Scan over the steps of all images at once was slower for each image, because the states leave the cache. Closed
 forms over chunks of steps, with exponents that are differences within a chunk, were slower too: every channel and state has its
@@ -33,6 +35,7 @@ def _recurrence(g: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, reverse: Any) -
 def _conv(g: Any, x: Any, weight: Any, bias: Any, reverse: Any) -> Any:
     import torch
 
+    # A causal convolution pads the side that it reads from. In reverse the filter is turned round.
     channels, _, taps = weight.type().sizes()
     pads = [taps - 1, 0]
     if int(reverse.node().t("value")):

@@ -2,7 +2,8 @@
 
 A tracer cannot see into our kernels. torch.export and torch.compile therefore get one opaque node for each call, which runs
 the chosen implementation and has no gradient. A program that torch.export saved needs `import pipeline.ops.traced` where it is
-loaded. ONNX gets plain operators around one node, `pipeline::recurrence`, which `pipeline.exports.onnx` writes as a Scan.
+loaded. ONNX gets plain operators around two nodes: `pipeline.exports.onnx` writes `pipeline::recurrence` as a Scan and
+`pipeline::causal_conv1d_silu` as a Conv.
 
 Shapes: Bt batch, E channels, L steps, N states.
 """
@@ -46,7 +47,7 @@ def run_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, reverse: bool) -
 
 
 def _operators_for(tensor: Tensor) -> Operators:
-    """Return the chosen implementation, or, while the ONNX exporter traces, the operators that ONNX has."""
+    """Return the chosen implementation, or, while the ONNX exporter traces, the operators for ONNX."""
     return _ONNX if torch.onnx.is_in_onnx_export() else operators_for(tensor)
 
 
@@ -93,7 +94,7 @@ def _(u: Tensor, *rest: Any) -> list[Tensor]:
 
 @torch.library.custom_op("pipeline::causal_conv1d_silu", mutates_args=())
 def conv_node(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """`run_conv` as a node; for the ONNX exporter too."""
+    """The convolution as a node, for the ONNX exporter too: `run_conv` would come back here."""
     return operators_for(x).conv(x, weight, bias, reverse=reverse).contiguous()
 
 
@@ -169,7 +170,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _conv_of_nodes(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-    """The convolution for ONNX: its Conv pads one side alone, which torch's cannot."""
+    """The convolution for ONNX, whose Conv can pad one side only; torch's pads both, and the rest would have to be cut off."""
     return torch.ops.pipeline.causal_conv1d_silu(x, weight, bias, reverse)
 
 

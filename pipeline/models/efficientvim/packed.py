@@ -1,7 +1,7 @@
 """Fused EfficientViM on our compiled layers: the fastest form on a CPU, equal to the model to rounding.
 
 It runs in fp32 eager mode and is not for export. The compiled layers gain three things over a library's. The hidden rows of a
-feed-forward never leave the cache. The mixer is one call. The stem needs 25 multiplications for every 36.
+feed-forward never leave the cache. All blocks of a stage are one call. The stem needs 25 multiplications for every 36.
 Mixers and norms of the ablations run as they were trained.
 
 Shapes: as in fused.py, but maps are (B, H, W, D).
@@ -134,7 +134,7 @@ def _ffn(block: FusedBlock) -> vision.FeedForward:
 
 
 class OtherStage(nn.Module):
-    """Blocks of which one has the mixer of an ablation."""
+    """Blocks of which at least one has the mixer of an ablation. All of them run their mixers in torch."""
 
     def __init__(self, blocks: Iterable[FusedBlock]) -> None:
         super().__init__()
@@ -182,7 +182,8 @@ class PackedEfficientViM(PackedModel):
         last = [blocks[-1] for blocks in stages]
         scales = [block.unscale for block in last] if model.fusion == "hidden" else []
         scales += [block.owed for block in (last if model.fusion == "map" else last[-1:])]
-        self.fusion, self.pools = model.fusion, nn.ModuleList(map(Pool, scales, model.eps))
+        pools = (Pool(scale, eps) for scale, eps in zip(scales, model.eps, strict=True))
+        self.fusion, self.pools = model.fusion, nn.ModuleList(pools)
         self.head = vision.Linear(model.weight, model.bias)
         self.eval()
 
@@ -199,7 +200,7 @@ class PackedEfficientViM(PackedModel):
             if self.fusion == "hidden":
                 hidden.append(h)
         means = x.new_empty(len(x), self.head.inputs)
-        columns = means.split([len(cast(Pool, pool).scale) for pool in self.pools], 1)
+        columns = means.split([cast(Pool, pool).width for pool in self.pools], 1)
         for pool, feature, to in zip(self.pools, [*hidden, *maps], columns, strict=True):
             pool(feature, to)
         return self.head(means)

@@ -7,7 +7,7 @@ It runs in fp32 eager mode and is not for export. What is rewritten:
   out-projection.
 - Convolution, projections, softplus and recurrence of a direction run over about 40 tokens at a time, so that what passes
   between them never leaves the cache. A direction is an order of the tokens: nothing is flipped or gathered.
-- All blocks are one call. With as many images as threads each thread takes whole images through a block.
+- All blocks are one call. With at least as many images as threads each thread takes whole images through a block.
 
 A model with SSMixup is packed without it, as it is exported, except where it blends in evaluation too: such a mixer runs as
 it was trained.

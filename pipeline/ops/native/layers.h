@@ -57,7 +57,7 @@ inline void activate(float* rows, int64_t stride, int count, int64_t width, int6
     }
 }
 
-// The threads that the caller may start: one inside a thread that another call has started.
+// The number of threads that a call may use: all, or one where the caller is already one of several threads.
 inline int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 // Divides the tiles of a cut among the threads, in even blocks of at most `tiles`. Calls f(first tile, one past the last).

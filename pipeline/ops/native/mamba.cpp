@@ -1,9 +1,10 @@
 // Inference of Vision Mamba on the CPU, fp32: whole blocks in one call.
 //
 // A block is a norm and its in-projection, the scans of all directions, the gate with the out-projection and the sum after it, and a
-// SwiGLU if it has one. Tokens are rows (batch, steps, width), contiguous. With as many images as threads, each thread takes whole
-// images through a block, so that what passes between the layers stays in its cache. One thread computes each output element in a
-// fixed order, so the result depends neither on the number of threads nor on the other images.
+// SwiGLU if it has one. Tokens are rows (batch, steps, width), contiguous. With at least as many images as threads, each thread takes
+// the same number of whole images through a block, so that more of what passes between the layers stays in its cache; all threads
+// share the images that are left. One thread computes each output element in a fixed order, so the result depends neither on the
+// number of threads nor on the other images.
 #include "layers.h"
 #include "recurrence.h"
 
@@ -59,13 +60,15 @@ struct Block {
   Direction direction[4];
 };
 
-// All blocks have the same `inner` and number of directions. `slots` is the smaller of `batch` and the number of threads. With fewer
-// units of work than threads, v, delta and low hold what the recurrence reads; else they are null, and it stays in the cache.
+// All blocks have the same sizes; only `hidden` may differ. A slot is what one image needs. There are as many slots as images, at
+// most one for each thread. Each thread takes its images through its slot one after another; the images that are left use the first
+// slots together. If these images times directions are fewer than the threads, v, delta and low hold what the recurrence reads; else
+// they are null, and it stays in the cache.
 struct BlocksCall {
   int64_t batch, steps, width, count;
   const Block* blocks;
-  float *x, *xz, *y;        // (batch, steps, width), changed; for each slot (steps, 2 inner); for all slots as Scanned
-  float *v, *delta, *low;  // for each direction and slot, see Walk
+  float *x, *xz, *y;       // x: (batch, steps, width), changed; for each slot (steps, 2 inner) and Scanned
+  float *v, *delta, *low;  // for each direction of the images that are left, see Walk
 };
 
 // What the scans give: (directions, batch, inner / W, steps, W), `inner` padded to `pad`. A scan writes W channels of many tokens

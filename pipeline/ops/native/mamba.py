@@ -8,7 +8,7 @@ Shapes: B images, L tokens, D width, E inner width, N states, R rank of the step
 
 import math
 from collections.abc import Sequence
-from ctypes import Array
+from ctypes import Array, addressof
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +143,11 @@ class Block(Layer):
             self.register_buffer(name, value)
         self.directions = nn.ModuleList(PackedDirection(d, order, library) for d, order in directions)
 
+    def sizes(self) -> tuple[int, ...]:
+        """Return D, E, and R, N and L of each direction."""
+        directions = (d for d in self.directions if isinstance(d, PackedDirection))
+        return self.width, self.inner, *(n for d in directions for n in (d.rank, d.states, len(d.tokens)))
+
     def _swiglu(self, swiglu: SwiGLU) -> dict[str, Tensor]:
         lanes, more = self.library.panel // 2, padded(self.hidden) - self.hidden
         # W columns of W1 beside W of W2, so that both sums of a hidden unit meet in registers.
@@ -177,12 +182,13 @@ class Blocks(Prepared):
     """Blocks one after another, in one call: (B, L, D) -> the same tensor, changed.
 
     Args:
-        blocks: At least one; they have the same E and number of directions.
+        blocks: At least one; they have the same D, E, R, N, L and directions.
         library: As for `Layer`.
     """
 
     def __init__(self, blocks: Sequence[Block], library: VisionLibrary | None = None) -> None:
         super().__init__(library)
+        assert len({block.sizes() for block in blocks}) == 1
         self.blocks = nn.ModuleList(blocks)
 
     def prepare(self) -> Array[Any]:
@@ -196,10 +202,12 @@ class Blocks(Prepared):
         assert isinstance(block, Block)
         directions, wide, first = len(block.directions), padded(block.inner), block.directions[0]
         assert isinstance(first, PackedDirection)
+        assert (steps, width) == (len(first.tokens), block.width)
         slots, units = min(batch, threads), batch % threads * directions
         xz = x.new_empty(slots, steps, 2 * block.inner)
         y = x.new_empty(slots, directions, wide, steps)
         widths = wide, wide, padded(first.rank) + 2 * first.padded_states
         apart = [x.new_empty(units, steps, w) if units < threads else None for w in widths]
-        self.library.run("mamba_blocks", batch, steps, width, len(self.blocks), self.layers(), x, xz, y, *apart)
+        calls = self.structures()
+        self.library.run("mamba_blocks", batch, steps, width, len(self.blocks), addressof(calls), x, xz, y, *apart)
         return x

@@ -130,7 +130,7 @@ struct Cut {
 };
 
 // Scratch memory of a thread, aligned to cache lines; it only grows. take(n) returns n floats, valid until the next `begin` of this
-// level. A layer uses level 0, and what calls layers level 1.
+// level. A layer uses level 0. A function that calls layers uses level 1, so that its memory stays valid during the calls.
 class Scratch {
  public:
   static Scratch& begin(int64_t floats, int level = 0) {

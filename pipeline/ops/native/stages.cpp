@@ -6,6 +6,8 @@ namespace vision {
 
 constexpr int64_t group_rows = 8 * block_tiles * tile_rows, group_pixels = 4096;
 
+namespace {
+
 // The layers of a block. Of these structures only the weights, `channels`, `states`, `inner`, `hidden` and `eps` are set.
 struct Block {
   MixerCall mixer;
@@ -71,11 +73,15 @@ void through(const StageCall& s, int64_t first, int64_t images) {
 // maps do not take much memory. All threads share the images that are left.
 void stage(const StageCall& s) {
   const int64_t threads = free_threads(), own = s.batch / threads, rest = s.batch % threads, pixels = s.height * s.width;
-  const int64_t fewest = std::min(pixels, s.blocks->mixer.states);  // rows of an image in a product
+  if (!pixels) return;
+  const int64_t fewest = std::min(pixels, s.blocks->mixer.states);  // the fewest rows that an image adds to a product
   const int64_t group = std::clamp<int64_t>(up(group_rows, fewest) / fewest, 1, std::max<int64_t>(group_pixels / pixels, 1));
+  const int64_t groups = up(own, group) / group;
   if (own)
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t image = begin * own; image < end * own; image += group) through(s, image, std::min(group, end * own - image));
+      for (int64_t thread = begin; thread < end; thread++)
+        for (int64_t i = 0; i < groups; i++)
+          through(s, thread * own + i * own / groups, (i + 1) * own / groups - i * own / groups);
     });
   if (rest) through(s, own * threads, rest);
 }
@@ -141,6 +147,7 @@ void pool(const PoolCall& s) {
   });
 }
 
+}  // namespace
 }  // namespace vision
 
 extern "C" {

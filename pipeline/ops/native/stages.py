@@ -4,7 +4,7 @@ fp32, without autograd. Maps are contiguous (B, H, W, C).
 """
 
 from collections.abc import Sequence
-from ctypes import Array, Structure
+from ctypes import Array, Structure, addressof
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Stage(Prepared):
 
     def __init__(self, blocks: Sequence[tuple[Mixer, FeedForward]], library: VisionLibrary | None = None) -> None:
         super().__init__(library)
+        assert len({(mixer.channels, mixer.states, mixer.inner, ffn.hidden) for mixer, ffn in blocks}) == 1
         self.mixers = nn.ModuleList(mixer for mixer, _ in blocks)
         self.ffns = nn.ModuleList(ffn for _, ffn in blocks)
 
@@ -40,7 +41,8 @@ class Stage(Prepared):
         assert isinstance(mixer, Mixer)
         assert channels == mixer.channels
         y, hidden = x.new_empty(x.shape), x.new_empty(batch, mixer.padded_states, padded(channels))
-        self.library.run("vision_stage", batch, height, width, len(self.mixers), self.layers(), x, y, hidden)
+        calls = self.structures()
+        self.library.run("vision_stage", batch, height, width, len(self.mixers), addressof(calls), x, y, hidden)
         return y, hidden[:, : mixer.states]
 
 
@@ -87,7 +89,8 @@ class Downsample(Prepared):
         means, factors = (x.new_empty(batch, self.widen.outputs) for _ in range(2))
         squeezed, wide = x.new_empty(batch, self.squeeze.outputs), x.new_empty(*halved, self.widen.outputs)
         scratch = x.new_empty(x.shape), wide, means, squeezed, factors, narrow
-        self.library.run("vision_downsample", batch, height, width, self.layers(), x, y, *scratch)
+        calls = self.structures()
+        self.library.run("vision_downsample", batch, height, width, addressof(calls), x, y, *scratch)
         return y
 
 
@@ -105,11 +108,15 @@ class Pool(Layer):
     def __init__(self, scale: Tensor, eps: float | None, library: VisionLibrary | None = None) -> None:
         super().__init__(library)
         self.eps, self.width = eps, len(scale)
-        self.register_buffer("scale", scale.contiguous().float())
+        self.register_buffer("scale", scale.float().clone())
 
     def forward(self, x: Tensor, to: Tensor) -> None:
         """Pool x (B, rows, C or more) into `to` (B, C); both may be parts of larger tensors."""
         assert x.dtype == to.dtype == torch.float32
+        assert x.is_cpu
+        assert to.is_cpu
+        assert to.shape == (len(x), self.width)
+        assert x.shape[2] >= self.width
         assert x.stride(2) == to.stride(1) == 1
         sizes = len(x), x.shape[1], self.width, x.stride(0), x.stride(1), to.stride(0), self.eps is not None
         self.library.run("vision_pool", *sizes, self.eps or 0.0, x.data_ptr(), self.scale, to.data_ptr())

@@ -1,4 +1,4 @@
-// The layers of EfficientViM but for its mixer. A layer and the operations after it run together while the data is in the cache.
+// The layers of EfficientViM except its mixer. A layer and the operations after it run together while the data is in the cache.
 #include "vision.h"
 
 namespace vision {

@@ -1,4 +1,4 @@
-"""Layers of EfficientViM for inference on the CPU, compiled (vision.cpp), with weights laid out for them.
+"""Layers of EfficientViM for inference on the CPU, compiled (vision.cpp, mixer.cpp), with weights laid out for them.
 
 fp32, without autograd. Maps are contiguous (B, H, W, C), rows (..., C). Each layer is a module that holds its packed
 weights as buffers. Making the first one builds the library, and raises BuildError where there is no compiler.
@@ -6,7 +6,7 @@ weights as buffers. Making the first one builds the library, and raises BuildErr
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from ctypes import Array, Structure, addressof
+from ctypes import Array, Structure
 from typing import Any, Self
 
 import torch
@@ -50,7 +50,8 @@ class Layer(nn.Module):
 class Prepared(Layer, ABC):
     """Base of the modules that call the library once for many layers; the structures with their weights are made once.
 
-    For the blocks of a Vim-Small they take half a millisecond.
+    Making the structures for the blocks of a Vim-Small takes half a millisecond. They belong to the weights of the first call, so
+    weights are changed through this module or one around it, not through one of its layers.
 
     Args:
         library: As for `Layer`.
@@ -58,26 +59,29 @@ class Prepared(Layer, ABC):
 
     def __init__(self, library: VisionLibrary | None) -> None:
         super().__init__(library)
-        self._made: dict[str, Structure | Array[Any]] = {}
+        self._made: tuple[Structure | Array[Any], list[Tensor]] | None = None
 
     @abstractmethod
     def prepare(self) -> Structure | Array[Any]:
         """Return the structures, which point into the tensors of this module."""
 
-    def layers(self) -> int:
-        """Return the address of the structures."""
-        if not self._made:
-            self._made.setdefault(
-                "layers", self.prepare()
-            )  # keeps what another thread has made meanwhile, and may be using
-        return addressof(self._made["layers"])
+    def structures(self) -> Structure | Array[Any]:
+        """Return the structures. The caller holds them while the library runs."""
+        made = self._made
+        if made is None:
+            made = self._made = self.prepare(), list(self.buffers())  # the tensors into which they point stay alive
+        return made[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._made = {}  # `fn` replaces the tensors
+        self._made = None  # `fn` replaces the tensors
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._made = None  # so may a state
+        super()._load_from_state_dict(*args)
+
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_made": {}}  # a copy has tensors of its own
+        return self.__dict__ | {"_made": None}  # a copy has tensors of its own
 
 
 class Linear(Layer):
@@ -131,7 +135,7 @@ class Local(Layer):
         weight, bias = local
         self.channels = len(weight)
         self.register_buffer("taps", _taps(weight))
-        self.register_buffer("taps_bias", bias.contiguous().float())
+        self.register_buffer("taps_bias", bias.float().clone())
 
     def local(self) -> LocalCall:
         """Return the library's structure for the convolution without a map."""
@@ -215,7 +219,7 @@ class Widen(Layer):
         self.register_buffer("weight", self.library.panels(weight))
         self.register_buffer("bias", self.library.row(bias, self.outputs))
         self.register_buffer("taps", _taps(taps))
-        self.register_buffer("taps_bias", taps_bias.contiguous().float())
+        self.register_buffer("taps_bias", taps_bias.float().clone())
 
     def weights(self) -> WidenCall:
         """Return the library's structure without a map."""

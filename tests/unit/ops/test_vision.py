@@ -134,19 +134,19 @@ def test_map_conv(simd: str, batch: int, channels: int, height: int, width: int,
 
 
 def mixer_of(
-    channels: int, groups: tuple[int, int, int], inner: int, lib: VisionLibrary
+    channels: int, groups: tuple[int, int, int], inner: int, lib: VisionLibrary, seed: int = 0
 ) -> tuple[Mixer, tuple[Tensor, Tensor], dict[str, Tensor]]:
     """Return a mixer, its depthwise convolution and its weights."""
     local, total = locals_of(channels), sum(groups)
     weights = {
-        "gamma": draw(1, channels),
-        "beta": draw(2, channels),
-        "project": draw(3, total, channels) / channels**0.5,
-        "spread": draw(4, total, 1, 3, 3) / 3,
-        "skip": draw(5, inner),
-        "to_h": draw(6, inner, channels) / channels**0.5,
-        "to_gate": draw(7, inner, channels) / channels**0.5,
-        "to_out": draw(8, channels, inner) / inner**0.5,
+        "gamma": draw(seed + 1, channels),
+        "beta": draw(seed + 2, channels),
+        "project": draw(seed + 3, total, channels) / channels**0.5,
+        "spread": draw(seed + 4, total, 1, 3, 3) / 3,
+        "skip": draw(seed + 5, inner),
+        "to_h": draw(seed + 6, inner, channels) / channels**0.5,
+        "to_gate": draw(seed + 7, inner, channels) / channels**0.5,
+        "to_out": draw(seed + 8, channels, inner) / inner**0.5,
     }
     return Mixer(local, rows=groups, eps=1e-5, **weights, library=lib), local, weights
 
