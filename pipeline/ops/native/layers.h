@@ -60,6 +60,18 @@ inline void activate(float* rows, int64_t stride, int count, int64_t width, int6
 // The number of threads that a call may use: all, or one where the caller is already one of several threads.
 inline int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
+// Calls alone(thread, first image, images) in each thread, with as many images as in the others, and then together(first image, images)
+// with those that are left.
+template <class Alone, class Together>
+void by_images(int64_t batch, Alone&& alone, Together&& together) {
+  const int64_t threads = free_threads(), own = batch / threads, rest = batch % threads;
+  if (own)
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; thread++) alone(thread, thread * own, own);
+    });
+  if (rest) together(own * threads, rest);
+}
+
 // Divides the tiles of a cut among the threads, in even blocks of at most `tiles`. Calls f(first tile, one past the last).
 template <class F>
 void in_blocks(const Cut& cut, int64_t tiles, F&& f) {

@@ -336,15 +336,13 @@ void block(const Block& b, const BlocksCall& s, int64_t first, int64_t images, i
 }
 
 void blocks(const BlocksCall& s) {
-  const int64_t threads = free_threads(), own = s.batch / threads, rest = s.batch % threads;
-  for (const Block* b = s.blocks; b < s.blocks + s.count; b++) {
-    if (own)
-      at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t slot = begin; slot < end; slot++)
-          for (int64_t image = slot * own; image < (slot + 1) * own; image++) block(*b, s, image, 1, slot, false);
-      });
-    if (rest) block(*b, s, own * threads, rest, 0, s.v);
-  }
+  for (const Block* b = s.blocks; b < s.blocks + s.count; b++)
+    by_images(
+        s.batch,
+        [&](int64_t thread, int64_t first, int64_t images) {
+          for (int64_t image = first; image < first + images; image++) block(*b, s, image, 1, thread, false);
+        },
+        [&](int64_t first, int64_t images) { block(*b, s, first, images, 0, s.v); });
 }
 
 }  // namespace

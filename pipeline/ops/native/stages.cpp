@@ -46,7 +46,7 @@ struct PoolCall {
 };
 
 // Takes `images` images from number `first` on through all blocks.
-void through(const StageCall& s, int64_t first, int64_t images) {
+void blocks_of(const StageCall& s, int64_t first, int64_t images) {
   const MixerCall& of = s.blocks->mixer;
   const int64_t pixels = s.height * s.width, D = of.local.channels, wide = up(D, pad), N = of.states, rows = images * pixels;
   Scratch& scratch = Scratch::begin(rows * (2 * D + wide + 4 * N) + 2 * images * N * wide + 128, 1);
@@ -72,18 +72,18 @@ void through(const StageCall& s, int64_t first, int64_t images) {
 // Each thread takes as many images as the others through all blocks, in groups whose states share a pass over the weights and whose
 // maps do not take much memory. All threads share the images that are left.
 void stage(const StageCall& s) {
-  const int64_t threads = free_threads(), own = s.batch / threads, rest = s.batch % threads, pixels = s.height * s.width;
+  const int64_t pixels = s.height * s.width;
   if (!pixels) return;
   const int64_t fewest = std::min(pixels, s.blocks->mixer.states);  // the fewest rows that an image adds to a product
   const int64_t group = std::clamp<int64_t>(up(group_rows, fewest) / fewest, 1, std::max<int64_t>(group_pixels / pixels, 1));
-  const int64_t groups = up(own, group) / group;
-  if (own)
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; thread++)
+  by_images(
+      s.batch,
+      [&](int64_t, int64_t first, int64_t images) {
+        const int64_t groups = up(images, group) / group;
         for (int64_t i = 0; i < groups; i++)
-          through(s, thread * own + i * own / groups, (i + 1) * own / groups - i * own / groups);
-    });
-  if (rest) through(s, own * threads, rest);
+          blocks_of(s, first + i * images / groups, (i + 1) * images / groups - i * images / groups);
+      },
+      [&](int64_t first, int64_t images) { blocks_of(s, first, images); });
 }
 
 // The mean of the rows of each image.

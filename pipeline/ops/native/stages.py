@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.ops.native.vision import Depthwise, FeedForward, Layer, Linear, Mixer, Prepared, Widen
-from pipeline.ops.native.vision_library import DownsampleLayers, StageBlock, VisionLibrary, padded
+from pipeline.ops.native.vision_library import DownsampleLayers, StageBlock, VisionLibrary, halved, padded
 
 
 class Stage(Prepared):
@@ -84,10 +84,10 @@ class Downsample(Prepared):
         """Apply the layers to a map (B, H, W, D)."""
         batch, height, width, channels = x.shape
         assert channels == self.first.channels
-        halved = batch, (height + 1) // 2, (width + 1) // 2
-        narrow, y = (x.new_empty(*halved, self.narrow.outputs) for _ in range(2))
+        half = halved((batch, height, width))
+        narrow, y = (x.new_empty(*half, self.narrow.outputs) for _ in range(2))
         means, factors = (x.new_empty(batch, self.widen.outputs) for _ in range(2))
-        squeezed, wide = x.new_empty(batch, self.squeeze.outputs), x.new_empty(*halved, self.widen.outputs)
+        squeezed, wide = x.new_empty(batch, self.squeeze.outputs), x.new_empty(*half, self.widen.outputs)
         scratch = x.new_empty(x.shape), wide, means, squeezed, factors, narrow
         calls = self.structures()
         self.library.run("vision_downsample", batch, height, width, addressof(calls), x, y, *scratch)

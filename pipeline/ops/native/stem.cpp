@@ -241,13 +241,13 @@ void stem(const ConvCall& one, const ConvCall& two) {
   });
 }
 
-void two_convs(const ConvCall& one, const ConvCall& two) { two.in % 28 ? stem<16>(one, two) : stem<28>(one, two); }
-void one_conv(const ConvCall& s) { s.in % 28 ? conv_map<16>(s) : conv_map<28>(s); }
+void first_two(const ConvCall& one, const ConvCall& two) { two.in % 28 ? stem<16>(one, two) : stem<28>(one, two); }
+void one_more(const ConvCall& s) { s.in % 28 ? conv_map<16>(s) : conv_map<28>(s); }
 
 int64_t floats_out(const ConvCall& s) { return ((s.height + 1) / 2) * ((s.width + 1) / 2) * s.out; }
 
 // Takes `images` images from number `first` on through all convolutions.
-void through(const StemCall& s, int64_t first, int64_t images) {
+void convolutions(const StemCall& s, int64_t first, int64_t images) {
   int64_t largest = 0;
   if (s.count) largest = floats_out(s.two);
   for (int64_t i = 0; i + 1 < s.count; i++) largest = std::max(largest, floats_out(s.others[i]));
@@ -257,34 +257,34 @@ void through(const StemCall& s, int64_t first, int64_t images) {
   one.batch = two.batch = images;
   one.x += first * one.in * one.height * one.width;
   two.y = s.count ? to : two.y + first * floats_out(two);
-  two_convs(one, two);
+  first_two(one, two);
   for (int64_t i = 0; i < s.count; i++) {
     std::swap(from, to);
     ConvCall next = s.others[i];
     next.batch = images, next.x = from;
     next.y = i + 1 < s.count ? to : next.y + first * floats_out(next);
-    one_conv(next);
+    one_more(next);
   }
 }
 
 // Each thread takes as many images as the others through all convolutions, one by one, so that their maps stay in its cache. All
 // threads share the images that are left.
-void all(const StemCall& s) {
-  const int64_t threads = free_threads(), own = s.one.batch / threads, rest = s.one.batch % threads;
-  if (own)
-    at::parallel_for(0, own * threads, own, [&](int64_t begin, int64_t end) {
-      for (int64_t image = begin; image < end; image++) through(s, image, 1);
-    });
-  if (rest) through(s, own * threads, rest);
+void whole_stem(const StemCall& s) {
+  by_images(
+      s.one.batch,
+      [&](int64_t, int64_t first, int64_t images) {
+        for (int64_t image = first; image < first + images; image++) convolutions(s, image, 1);
+      },
+      [&](int64_t first, int64_t images) { convolutions(s, first, images); });
 }
 
 }  // namespace
 
 extern "C" {
 int64_t vision_stem(const StemCall* call) {
-  return guarded([=] { all(*call); });
+  return guarded([=] { whole_stem(*call); });
 }
 int64_t vision_conv_map(const ConvCall* call) {
-  return guarded([=] { one_conv(*call); });
+  return guarded([=] { one_more(*call); });
 }
 }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.ops.native.vision import ACTIVATIONS, Layer
-from pipeline.ops.native.vision_library import ConvCall, VisionLibrary, pointer
+from pipeline.ops.native.vision_library import ConvCall, VisionLibrary, halved, pointer
 
 
 class MapConv(Layer):
@@ -63,12 +63,6 @@ class MapConv(Layer):
         sizes = batch, height, width, self.inputs, self.outputs, self.act
         self.library.run("vision_conv_map", *sizes, x, self.weight, self.bias, y)
         return y
-
-
-def halved(size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return (B, H/2, W/2), rounded up, for (B, H, W)."""
-    batch, height, width = size
-    return batch, (height + 1) // 2, (width + 1) // 2
 
 
 class Stem(nn.Module):

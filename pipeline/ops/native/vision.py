@@ -21,6 +21,7 @@ from pipeline.ops.native.vision_library import (
     MixerCall,
     VisionLibrary,
     WidenCall,
+    halved,
     padded,
     pointer,
     vision_library,
@@ -232,7 +233,7 @@ class Widen(Layer):
         """Apply the layer to a map (B, H, W, in)."""
         batch, height, width, inputs = x.shape
         assert inputs == self.inputs
-        y = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, self.outputs)
+        y = x.new_empty(*halved((batch, height, width)), self.outputs)
         self.library.run("vision_widen", batch, height, width, inputs, self.outputs, x, *self._weights(), y)
         return y
 

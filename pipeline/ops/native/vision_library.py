@@ -217,3 +217,9 @@ def pointer(tensor: Tensor) -> int:
 def padded(width: int) -> int:
     """Return `width` rounded up to a multiple of `PAD`."""
     return width + -width % PAD
+
+
+def halved(size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return (B, H/2, W/2), rounded up, for (B, H, W)."""
+    batch, height, width = size
+    return batch, (height + 1) // 2, (width + 1) // 2
