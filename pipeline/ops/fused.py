@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.ops.kernels import Filter, Kernels, ScanInputs, ScanProblem
-from pipeline.ops.linear import linear, weight_gradient
 from pipeline.ops.precision import without_autocast
 from pipeline.ops.reference import Direction
 
@@ -113,9 +112,8 @@ class _Mixer(torch.autograd.Function):
             for d, u in zip(directions, convolved, strict=True):
                 x_proj, dt_proj = d.x_proj.to(xz.dtype), d.dt_proj.to(xz.dtype)
                 rank, states = dt_proj.shape[1], d.A.shape[1]
-                projected = linear(u.transpose(1, 2), x_proj)  # (Bt, L, R + 2 N)
-                low, B, C = projected.split([rank, states, states], dim=2)
-                delta = linear(low, dt_proj)  # (Bt, L, E)
+                projected, delta = kernels.project(u.transpose(1, 2), x_proj, dt_proj)  # (Bt, L, R + 2 N), (Bt, L, E)
+                _, B, C = projected.split([rank, states, states], dim=2)
                 inputs.append(
                     _inputs(
                         x if kernels.fuses_convolution else u,
@@ -155,18 +153,14 @@ class _Mixer(torch.autograd.Function):
         )
         g_projections, g_convolved = [], []
         for u, grads, (x_proj, dt_proj, projected) in zip(convolved, scans, matrices, strict=True):
-            g_delta, g_u = (t.transpose(1, 2).flatten(0, 1) for t in (grads.delta, grads.u))  # (Bt L, E)
-            g_B, g_C = (t.transpose(1, 2).flatten(0, 1).to(xz.dtype) for t in (grads.B, grads.C))
-            projected = projected.flatten(0, 1)
-            g_projected = torch.cat([linear(g_delta, dt_proj.t()), g_B, g_C], dim=1)
-            g_u.addmm_(g_projected, x_proj)  # u is an input of the scan and of the projection
+            rank, states = dt_proj.shape[1], grads.A.shape[1]
+            u, g_delta, g_u = (t.transpose(1, 2).flatten(0, 1) for t in (u, grads.delta, grads.u))  # (Bt L, E)
+            g_projected = torch.empty_like(projected)
+            g_projected[..., rank : rank + states] = grads.B.transpose(1, 2)
+            g_projected[..., rank + states :] = grads.C.transpose(1, 2)
+            projected, g_projected = projected.flatten(0, 1), g_projected.flatten(0, 1)
+            g_projections.append(kernels.project_backward(u, projected, g_delta, x_proj, dt_proj, g_projected, g_u))
             g_convolved.append(g_u.view(*xz.shape[:2], x.shape[1]).transpose(1, 2))
-            g_projections.append(
-                (
-                    weight_gradient(g_projected, u.transpose(1, 2).flatten(0, 1)),
-                    weight_gradient(g_delta, projected[:, : dt_proj.shape[1]]),
-                )
-            )
         convs = kernels.conv_backward(x, filters, reverses, g_convolved, g_x)
         flat: list[Tensor | None] = [g_xz]
         for (g_weight, g_bias), (g_x_proj, g_dt_proj), scan in zip(convs, g_projections, scans, strict=True):

@@ -98,3 +98,41 @@ class Kernels(Protocol):
         self, x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool], g_outs: Sequence[Tensor], g_x: Tensor
     ) -> list[Filter]:
         """Return the gradients of each filter in fp32; write that of x, summed over the directions, into `g_x`."""
+
+    def project(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the inputs of a scan that depend on u. All tensors have one dtype.
+
+        Args:
+            u: (Bt, L, E).
+            x_proj: (R + 2 N, E).
+            dt_proj: (E, R).
+
+        Returns:
+            projected = u x_proj^T, (Bt, L, R + 2 N), which are R columns for delta, then B and C; and delta, (Bt, L, E), the
+            product of those columns with dt_proj^T.
+        """
+
+    def project_backward(
+        self,
+        u: Tensor,
+        projected: Tensor,
+        g_delta: Tensor,
+        x_proj: Tensor,
+        dt_proj: Tensor,
+        g_projected: Tensor,
+        g_u: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of `project`. All tensors have one dtype.
+
+        Args:
+            u: (Bt L, E).
+            projected: (Bt L, R + 2 N).
+            g_delta: Gradient at delta, (Bt L, E).
+            x_proj: (R + 2 N, E).
+            dt_proj: (E, R).
+            g_projected: Gradient at `projected`, (Bt L, R + 2 N), of B and C alone. The first R columns are written.
+            g_u: Gradient at u, (Bt L, E), of the scan alone, which reads u too. The projection's is added.
+
+        Returns:
+            The gradients of x_proj and dt_proj.
+        """

@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.errors import EnvironmentProblem
 from pipeline.ops.arithmetic import choose_arithmetic
 from pipeline.ops.choice import choose_scan
-from pipeline.train import node
+from pipeline.train import host_memory, node
 from pipeline.train.gpus import Torch, broken_promise
 from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
 
@@ -86,6 +86,7 @@ def start(timeout_seconds: float, public_address: bool = False, bind_cores: bool
         if wrong := broken_promise(Torch(torch.__version__, torch.version.cuda), os.environ):
             raise EnvironmentProblem(wrong)
         os.environ["DS_ACCELERATOR"] = "cpu"
+        host_memory.keep_freed()
     if bind_cores:  # before torch and DeepSpeed start threads, which inherit it
         node.bind(int(found["LOCAL_RANK"]), node.ranks_here(os.environ), _pci_address(device) if gpus else None)
     deepspeed = quiet_deepspeed()

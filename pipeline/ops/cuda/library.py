@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.ops.cuda.program import ConvCall, Program, ScanCall, pointer, strided
 from pipeline.ops.kernels import Filter, ScanInputs, ScanProblem
+from pipeline.ops.projections import TorchProjections
 
 MOST_STATES = 64  # four lanes with 16 states each
 MOST_TILES = 8  # tiles of channels of a block in the backward: its partial sums of B and C are as many times smaller
@@ -36,7 +37,7 @@ class Device(Protocol):
         """Run a kernel of a program on the current stream."""
 
 
-class CudaLibrary:
+class CudaLibrary(TorchProjections):
     """The CUDA kernels.
 
     Args:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pipeline.ops.kernels import Filter, ScanInputs, ScanProblem
-from pipeline.ops.native.build import load_library
+from pipeline.ops.native.build import best_simd, load_library
+from pipeline.ops.projections import TorchProjections
 
 
 class Strided(Structure):
@@ -62,6 +63,16 @@ class _ConvCall(Structure):
     ]
 
 
+class _ProjectionsCall(Structure):
+    """projections.cpp: Projections."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "channels", "rank", "width")),
+        *((name, c_void_p) for name in ("x_proj", "dt_proj", "u", "projected", "delta")),
+        *((name, c_void_p) for name in ("g_delta", "g_projected", "g_u", "g_x_proj", "g_dt_proj")),
+    ]
+
+
 def _strided(tensor: Tensor | None, reverse: bool) -> Strided:
     if tensor is None:
         return Strided()
@@ -81,7 +92,7 @@ def _floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-class Library:
+class Library(TorchProjections):
     """The loaded library with its argument types declared.
 
     Args:
@@ -96,16 +107,21 @@ class Library:
 
     def __init__(self, simd: str | None = None, cache: Path | None = None) -> None:
         self._lib = load_library(simd, cache)
+        self._wide = (simd or best_simd()) != "baseline"  # with 4 lanes torch's products are faster than ours
         sizes_of_a_call = ("scan_carry_floats", "scan_blocks", "scan_width", "scan_state_block")
-        for name in ("scan_struct_bytes", "conv_struct_bytes", *sizes_of_a_call):
+        for name in ("scan_struct_bytes", "conv_struct_bytes", "projections_struct_bytes", *sizes_of_a_call):
             getattr(self._lib, name).restype = c_int64
         for name in (*sizes_of_a_call, "scan_forward", "scan_backward"):
             getattr(self._lib, name).argtypes = [POINTER(_ScanCall)]
         for name in ("conv_forward", "conv_backward"):
             getattr(self._lib, name).argtypes = [POINTER(_ConvCall)]
+        for name in ("projections_forward", "projections_backward"):
+            getattr(self._lib, name).argtypes = [POINTER(_ProjectionsCall)]
         self._lib.sum_partials.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
-        sizes = self._lib.scan_struct_bytes(), self._lib.conv_struct_bytes()
-        assert sizes == (ctypes.sizeof(_ScanCall), ctypes.sizeof(_ConvCall)), "the structures here and in C++ differ"
+        sizes = self._lib.scan_struct_bytes(), self._lib.conv_struct_bytes(), self._lib.projections_struct_bytes()
+        assert sizes == tuple(map(ctypes.sizeof, (_ScanCall, _ConvCall, _ProjectionsCall))), (
+            "the structures here and in C++ differ"
+        )
 
     def scan_forward(
         self, problem: ScanProblem, *, ungated: bool, keep: bool
@@ -203,6 +219,39 @@ class Library:
             for (weight, bias), (partial_weight, partial_bias) in zip(filters, partials, strict=True)
         ]
 
+    def project(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
+        """Implement `Kernels.project`."""
+        if not self._projects(u):
+            return super().project(u, x_proj, dt_proj)
+        x_proj, dt_proj = x_proj.contiguous(), dt_proj.contiguous()
+        projected, delta = u.new_empty(*u.shape[:-1], len(x_proj)), torch.empty_like(u)
+        tensors = {"x_proj": x_proj, "dt_proj": dt_proj, "u": u, "projected": projected, "delta": delta}
+        self._lib.projections_forward(_projections_call(tensors))
+        return projected, delta
+
+    def project_backward(
+        self,
+        u: Tensor,
+        projected: Tensor,
+        g_delta: Tensor,
+        x_proj: Tensor,
+        dt_proj: Tensor,
+        g_projected: Tensor,
+        g_u: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Implement `Kernels.project_backward`."""
+        if not self._projects(u, projected, g_delta, g_projected, g_u):
+            return super().project_backward(u, projected, g_delta, x_proj, dt_proj, g_projected, g_u)
+        tensors = {"x_proj": x_proj.contiguous(), "dt_proj": dt_proj.contiguous(), "u": u, "projected": projected}
+        tensors |= {"g_delta": g_delta, "g_projected": g_projected, "g_u": g_u}
+        tensors |= {f"g_{name}": torch.empty_like(tensors[name]) for name in ("x_proj", "dt_proj")}
+        self._lib.projections_backward(_projections_call(tensors))
+        return tensors["g_x_proj"], tensors["g_dt_proj"]
+
+    def _projects(self, *tensors: Tensor) -> bool:
+        """Return whether the kernels compute the projections of these tensors, which may have no rows."""
+        return self._wide and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
     def _sum(self, partials: Tensor) -> Tensor:
         """Sum (outer, partial sums, size) over the partial sums, in their order."""
         outer, count, size = partials.shape
@@ -226,6 +275,13 @@ def _scan_call(problem: ScanProblem) -> _ScanCall:
         direction.blend = _pointer(None if problem.blend is None else problem.blend[k])
         direction.reversed = reverse
     return call
+
+
+def _projections_call(tensors: dict[str, Tensor]) -> _ProjectionsCall:
+    """Return the call whose fields have the names of the tensors; those without a tensor are null."""
+    u, (channels, rank) = tensors["u"], tensors["dt_proj"].shape
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    return _ProjectionsCall(u.numel() // channels, channels, rank, len(tensors["x_proj"]), **pointers)
 
 
 def _conv_call(x: Tensor, filters: Sequence[Filter], reverses: Sequence[bool]) -> _ConvCall:

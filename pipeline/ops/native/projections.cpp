@@ -1,0 +1,179 @@
+// The narrow products of a direction of a mixer: from u (rows, channels) to the inputs of the scan, and their gradients.
+//
+// projected = u x_proj^T has R + 2 N columns, a few dozen. Its first R columns, times dt_proj^T, are delta. Libraries of matrix
+// products reach a fraction of the processor's speed on such shapes, and the passes between the products cost as much as they do.
+// Here a tile of rows goes through both products while it is in the cache. Every sum runs over channels, columns or rows in a
+// fixed order, so no result depends on the number of threads.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "layers.h"
+#include "tiles.h"
+
+using namespace products;
+
+// Mirrored field by field in library.py. All matrices are rows of floats without gaps.
+struct Projections {
+  int64_t rows, channels, rank, width;  // width: R + 2 N
+  const float *x_proj, *dt_proj;        // (width, channels), (channels, rank)
+  const float* u;                       // (rows, channels)
+  float *projected, *delta;             // (rows, width), (rows, channels)
+  const float* g_delta;                 // (rows, channels); this and all below are for the backward only
+  float *g_projected, *g_u;             // (rows, width), whose first `rank` columns are written; (rows, channels), added to
+  float *g_x_proj, *g_dt_proj;          // like the weights
+};
+
+namespace {
+
+constexpr int64_t sum_rows = 256;         // rows of a partial sum of a weight's gradient; they fit the second-level cache
+constexpr int64_t thread_work = 1 << 20;  // multiply-adds that justify waking a thread
+
+// The weight of a product as panels of columns, [panel][in][panel], with zeros from `in` up to whole vectors.
+struct Weight {
+  int64_t in, columns, padded = up(in, W);
+  float* panels;
+
+  static int64_t floats(int64_t in, int64_t columns) { return up(in, W) * up(columns, panel); }
+
+  // Packs a matrix (in, columns).
+  static Weight of_rows(Scratch& scratch, const float* matrix, int64_t in, int64_t columns) {
+    return Weight(scratch, in, columns, [&](int64_t c, float* to) {
+      for (int64_t k = 0; k < in; k++) store(to + k * panel, load_some(matrix + k * columns + c, columns - c));
+    });
+  }
+  // Packs the transpose of a matrix (columns, in).
+  static Weight of_transpose(Scratch& scratch, const float* matrix, int64_t in, int64_t columns) {
+    const Strided channels{const_cast<float*>(matrix), 0, 0, in, 1, 0};
+    return Weight(scratch, in, columns, [&](int64_t c, float* to) {
+      tiles::load({to, 0, panel}, channels.at(0, 0, c), std::min<int64_t>(W, columns - c), in);
+    });
+  }
+
+  // Multiplies a packed tile of rows with the weight, and writes (rows, columns) with `stride` to out.
+  void multiply_tile(int rows, const float* tile, float* out, int64_t stride) const {
+    for (int64_t n = 0; n < columns; n += panel)
+      with_sizes(rows, columns - n, [&]<int R, int V>() {
+        multiply<R, V>(tile, panels + n * padded, panel, padded / W, [&](int r, int v, Float sum) {
+          store_some(out + r * stride + n + v * W, sum, columns - n - v * W);
+        });
+      });
+  }
+  // Multiplies rows of few inputs, with `stride`, and writes (rows, columns) to out, or adds it. `turned` is memory for rows * in floats.
+  template <bool add>
+  void multiply_few(int rows, const float* x, int64_t stride, float* out, float* turned) const {
+    for (int64_t k = 0; k < in; k++)
+      for (int r = 0; r < rows; r++) turned[k * rows + r] = x[r * stride + k];
+    for (int64_t n = 0; n < columns; n += panel)
+      with_sizes(rows, columns - n, [&]<int R, int V>() {
+        multiply_side_by_side<R, V>([&](int64_t k) { return turned + k * R; }, panels + n * padded, panel, in,
+                                    [&](int r, int v, Float sum) {
+                                      float* at = out + r * columns + n + v * W;
+                                      const int64_t left = columns - n - v * W;
+                                      store_some(at, add ? load_some(at, left) + sum : sum, left);
+                                    });
+      });
+  }
+
+ private:
+  // `pack(column, to)` stores W columns from `column` on, one row of the panel after another.
+  template <class Pack>
+  Weight(Scratch& scratch, int64_t in, int64_t columns, Pack&& pack)
+      : in(in), columns(columns), panels(scratch.take(floats(in, columns))) {
+    for (int64_t n = 0; n < columns; n += panel) {
+      float* to = panels + n * padded;
+      std::fill_n(to + in * panel, (padded - in) * panel, 0.0f);
+      for (int64_t c = n; c < std::min(n + panel, columns); c += W) pack(c, to + c - n);
+    }
+  }
+};
+
+// Calls f(first row, rows) for each tile of rows.
+template <class F>
+void for_tiles(const Projections& p, F&& f) {
+  const Cut cut(p.rows, at::get_num_threads());
+  const int64_t work = tile_rows * p.channels * (p.width + p.rank);
+  at::parallel_for(0, cut.tiles, up(thread_work, work) / work, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) f(cut.first(t), cut.height(t));
+  });
+}
+
+// Computes the gradient of a weight: put(column, channel, sum) takes W channels of the sums over all rows of
+// few[row][column] * many[row][channel], for the first `columns` of `width` columns.
+template <class Put>
+void for_sums(const Projections& p, const float* few, int64_t columns, const float* many, Put&& put) {
+  const Cut cut(columns, 1);
+  const int64_t panels = up(p.channels, panel) / panel, work = p.rows * columns * panel + 1;
+  at::parallel_for(0, panels, up(thread_work, work) / work, [&](int64_t begin, int64_t end) {
+    Scratch& own = Scratch::begin((sum_rows + columns) * panel);
+    float *packed = own.take(sum_rows * panel), *totals = own.take(columns * panel);
+    for (int64_t n = begin * panel; n < std::min(end * panel, p.channels); n += panel) {
+      std::fill_n(totals, columns * panel, 0.0f);
+      for (int64_t row = 0; row < p.rows; row += sum_rows) {
+        const int64_t rows = std::min(sum_rows, p.rows - row);
+        for (int64_t k = 0; k < rows; k++)  // rows far from each other would displace each other in the cache
+          for (int64_t v = 0; v < std::min<int64_t>(panel, p.channels - n); v += W) {
+            const float* from = many + (row + k) * p.channels + n + v;
+            __builtin_prefetch(from + ahead * p.channels);
+            store(packed + k * panel + v, load_some(from, p.channels - n - v));
+          }
+        for (int64_t tile = 0; tile < cut.tiles; tile++)
+          with_sizes(cut.height(tile), p.channels - n, [&]<int R, int V>() {
+            const float* values = few + row * p.width + cut.first(tile);
+            float* total = totals + cut.first(tile) * panel;
+            multiply_side_by_side<R, V>([&](int64_t k) { return values + k * p.width; }, packed, panel, rows,
+                                        [&](int r, int v, Float sum) {
+                                          float* at = total + r * panel + v * W;
+                                          store(at, load(at) + sum);
+                                        });
+          });
+      }
+      for (int64_t k = 0; k < columns; k++)
+        for (int64_t v = 0; v < std::min<int64_t>(panel, p.channels - n); v += W) put(k, n + v, load(totals + k * panel + v));
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t projections_struct_bytes() { return sizeof(Projections); }
+
+void projections_forward(const Projections* call) {
+  const Projections& p = *call;
+  Scratch& shared = Scratch::begin(Weight::floats(p.channels, p.width) + Weight::floats(p.rank, p.channels), 1);
+  const Weight x_proj = Weight::of_transpose(shared, p.x_proj, p.channels, p.width);
+  const Weight dt_proj = Weight::of_transpose(shared, p.dt_proj, p.rank, p.channels);
+  for_tiles(p, [&](int64_t first, int rows) {
+    Scratch& own = Scratch::begin(tile_rows * (x_proj.padded + p.rank));
+    float *tile = own.take(rows * x_proj.padded), *turned = own.take(rows * p.rank);
+    float* projected = p.projected + first * p.width;
+    pack_tile(p.u + first * p.channels, p.channels, x_proj.padded, rows, tile);
+    x_proj.multiply_tile(rows, tile, projected, p.width);
+    dt_proj.multiply_few<false>(rows, projected, p.width, p.delta + first * p.channels, turned);
+  });
+}
+
+void projections_backward(const Projections* call) {
+  const Projections& p = *call;
+  Scratch& shared = Scratch::begin(Weight::floats(p.channels, p.rank) + Weight::floats(p.width, p.channels), 1);
+  const Weight dt_proj = Weight::of_rows(shared, p.dt_proj, p.channels, p.rank);
+  const Weight x_proj = Weight::of_rows(shared, p.x_proj, p.width, p.channels);
+  for_tiles(p, [&](int64_t first, int rows) {
+    Scratch& own = Scratch::begin(tile_rows * (dt_proj.padded + p.width));
+    float *tile = own.take(rows * dt_proj.padded), *turned = own.take(rows * p.width);
+    float* g_projected = p.g_projected + first * p.width;
+    pack_tile(p.g_delta + first * p.channels, p.channels, dt_proj.padded, rows, tile);
+    dt_proj.multiply_tile(rows, tile, g_projected, p.width);
+    x_proj.multiply_few<true>(rows, g_projected, p.width, p.g_u + first * p.channels, turned);
+  });
+  for_sums(p, p.g_projected, p.width, p.u, [&](int64_t column, int64_t channel, Float sum) {
+    store_some(p.g_x_proj + column * p.channels + channel, sum, p.channels - channel);
+  });
+  for_sums(p, p.projected, p.rank, p.g_delta, [&](int64_t column, int64_t channel, Float sum) {
+    for (int64_t l = 0; l < std::min<int64_t>(W, p.channels - channel); l++) p.g_dt_proj[(channel + l) * p.rank + column] = sum[l];
+  });
+}
+
+}  // extern "C"
