@@ -113,8 +113,9 @@ pareto: $(STAMP)  ## speed measured here against accuracy as papers report it: A
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)
 
+# In the order of the folders the long tests, which are in files of few, come first, and both processes end together.
 test: $(STAMP)  ## all tests except SLURM's, the package's and those of `make soak`; warnings are errors
-	$(PY) -m pytest tests --ignore=tests/slurm --ignore=tests/package -n 2 --dist loadfile
+	$(PY) -m pytest tests --ignore=tests/slurm --ignore=tests/package -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(STAMP)  ## on a real SLURM of two nodes on this machine (root, and apt-get install slurm-wlm)
 	$(PY) -m pytest tests/slurm -rs
