@@ -113,7 +113,8 @@ pareto: $(STAMP)  ## speed measured here against accuracy as papers report it: A
 fields: $(STAMP)  ## effective receptive fields: MODELS="vssd_tiny timm/resnet50" DATA=data/D ARGS="--size 480"
 	@$(PY) -m launchers fields $(MODELS) --data $(DATA) $(ARGS)
 
-# In the order of the folders the long tests, which are in files of few, come first, and both processes end together.
+# Long tests are in files with few tests. xdist would start those last. In the order of the folders they start early, and both
+# processes end at about the same time.
 test: $(STAMP)  ## all tests except SLURM's, the package's and those of `make soak`; warnings are errors
 	$(PY) -m pytest tests --ignore=tests/slurm --ignore=tests/package -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -2,7 +2,8 @@
 
 All candidates compute the shape (8, 768, 197, 16) in fp32 with softplus and gate on 2 threads. They take turns in the
 same rounds, so other work on the machine slows all of them together. The medians over the rounds are compared. The process keeps
-the memory that it frees, as the stages do, which serves all candidates. Rows in bf16 exist where the processor multiplies bf16.
+the memory that it frees, as the stages do, which makes all of them faster. Rows in bf16 exist where the processor multiplies
+bf16.
 """
 
 import argparse

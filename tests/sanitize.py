@@ -21,6 +21,7 @@ TESTS = [
     f"tests/unit/ops/{name}"
     for name in (
         "test_native.py",
+        "test_projections.py",
         "test_mamba.py",
         "test_vision.py",
         "test_stages.py",

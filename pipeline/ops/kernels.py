@@ -1,6 +1,6 @@
 """The interface of a set of compiled kernels, so that one autograd file (fused.py) serves both C++ and Triton.
 
-Kernels know no autograd. They compute fp32 and bf16 and take tensors with any strides.
+Kernels know no autograd. They compute fp32 and bf16 and take tensors with any strides, some by a slower way.
 Bt batch, E channels, L steps, N states, G groups, K taps.
 """
 
@@ -130,8 +130,9 @@ class Kernels(Protocol):
             g_delta: Gradient at delta, (Bt L, E).
             x_proj: (R + 2 N, E).
             dt_proj: (E, R).
-            g_projected: Gradient at `projected`, (Bt L, R + 2 N), of B and C alone. The first R columns are written.
-            g_u: Gradient at u, (Bt L, E), of the scan alone, which reads u too. The projection's is added.
+            g_projected: Gradient at `projected`, (Bt L, R + 2 N). On entry it has the columns of B and C. The first R are
+                written.
+            g_u: On entry the gradient that reaches u through the scan, (Bt L, E). That through the projections is added in place.
 
         Returns:
             The gradients of x_proj and dt_proj.

@@ -2,8 +2,9 @@
 
 torch multiplies fp32 matrices by MKL, whose kernels for AMD processors are those of AVX2. Where such a processor has AVX-512,
 oneDNN's kernels use it: on a Zen 5 they take half the time, on a Zen 4 about the same (docs/scan.md). So there the linear layers
-of Vision Mamba, ARM, VSSD and LoRA are oneDNN's, forward and backward, and the projections inside a mixer where its kernels do not
-compute them. All other products are torch's. The rule measures nothing: a run that is resumed on the same processor with the same settings computes the same.
+of Vision Mamba, ARM, VSSD and LoRA are oneDNN's, forward and backward, and, in our compiled mixer, the projections that its
+kernels leave to torch. All other products are torch's. The rule measures nothing: a run that is resumed on the same processor
+with the same settings computes the same.
 """
 
 import functools

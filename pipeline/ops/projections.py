@@ -6,7 +6,7 @@ from pipeline.ops.linear import linear, weight_gradient
 
 
 class TorchProjections:
-    """The base of kernels, which compute the projections themselves where that is faster."""
+    """Both projections by `linear`. All kernels inherit this; those of the CPU compute them where they are faster."""
 
     def project(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
         """Implement `Kernels.project`."""

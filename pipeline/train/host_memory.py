@@ -2,37 +2,43 @@
 
 import ctypes
 import gc
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# glibc's malloc.h. Version 2.33 and older take 32 MiB at most, the others any number.
+# Numbers of options in glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGEST, _ALLOWED = 2**30, 2**25
+# Blocks from this size on are always returned. glibc 2.34 and older refuse more than the second number.
+_WANTED, _MOST_OF_OLD_GLIBC = 2**30, 2**25
+_NEVER = -1
 
 
 def keep_freed() -> bool:
-    """Let this process keep the memory that it frees, where the C library is glibc.
+    """Let this process keep the memory that it frees, in blocks below 1 GiB, where the C library is glibc.
 
     A step on a CPU allocates its activations and frees them. glibc returns freed memory to the system, which then has to clear
-    its pages anew: about 10 % of a Vim-Small's step. The process grows to the most that it ever needed and a few percent more.
+    its pages anew: 10 % of a step of Vim-Small on a Zen 5. In return the process holds the most that it ever needed
+    (docs/engine.md, "Host memory"). Options of the user's own, in MALLOC_* or GLIBC_TUNABLES, have priority.
 
     Returns:
-        Whether it keeps it.
+        Whether the options were set.
     """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
     if platform.libc_ver()[0] != "glibc":
         return False
     set_option = ctypes.CDLL(None).mallopt
-    kept = any(set_option(_MMAP_THRESHOLD, size) for size in (_LARGEST, _ALLOWED))
-    return bool(kept and set_option(_TRIM_THRESHOLD, 2**31 - 1))
+    kept = any(set_option(_MMAP_THRESHOLD, size) for size in (_WANTED, _MOST_OF_OLD_GLIBC))
+    return bool(kept and set_option(_TRIM_THRESHOLD, _NEVER))
 
 
 @contextmanager
-def without_old_objects() -> Iterator[None]:
-    """Keep Python's garbage collector away from all objects that exist now.
+def old_objects_unsearched() -> Iterator[None]:
+    """Keep Python's garbage collector away from all objects that exist now, until the block ends.
 
-    They are hundreds of thousands: modules, classes, the model. A search through them takes a tenth of a second, on each rank at
-    another step, while all others wait for it.
+    They are hundreds of thousands: modules, classes, the model. A search through them takes 0.1 to 0.2 s. Each rank would do so
+    at another step, and all others would wait. One block must not be inside another: the end of the inner would end both.
     """
     gc.collect()
     gc.freeze()

@@ -17,7 +17,7 @@ from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Saver
 from pipeline.train.distributed import any_rank
 from pipeline.train.divergence import Anomaly, advice, data_step_of, find_anomaly, next_data_step, report
-from pipeline.train.host_memory import without_old_objects
+from pipeline.train.host_memory import old_objects_unsearched
 from pipeline.train.meter import Meter
 from pipeline.train.peak import peak_flops
 from pipeline.train.progress import Progress
@@ -66,7 +66,7 @@ def fit(training: Training, run: Run, evaluate: Evaluate) -> "Ending":
         with meter.pausing():
             _begin(training, state, evaluate, display, saver, shards)
     run.status("running", step=state.step, steps=loop.steps)
-    with stop_flag() as stop, shards, without_old_objects():
+    with stop_flag() as stop, shards, old_objects_unsearched():
         check_shards = partial(_check_shards, shards, saver, run, lambda: bool(stop))
         while state.step < loop.steps and not state.ended_early:
             data_step = data_step_of(state.step, state.left_out)

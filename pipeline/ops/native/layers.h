@@ -1,4 +1,4 @@
-// Helpers of the layers for inference: rows packed as tiles, activations, and work divided among the threads.
+// Helpers of the layers for inference, and of projections.cpp: rows packed as tiles, activations, and work divided among the threads.
 #pragma once
 
 #include <ATen/Parallel.h>

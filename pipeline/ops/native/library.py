@@ -1,4 +1,4 @@
-"""The compiled scan and convolution as functions on tensors: an implementation of `pipeline.ops.kernels.Kernels`.
+"""The compiled scan, convolution and projections as functions on tensors: an implementation of `pipeline.ops.kernels.Kernels`.
 
 torch allocates the memory, and ctypes passes pointers and strides. Tensors are fp32 or bf16, each with its own dtype
 and strides; A, D, biases and convolution weights are contiguous fp32. An output has the memory layout of its input:
@@ -221,9 +221,8 @@ class Library(TorchProjections):
 
     def project(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
         """Implement `Kernels.project`."""
-        if not self._projects(u):
+        if not self._projects(u, x_proj, dt_proj):
             return super().project(u, x_proj, dt_proj)
-        x_proj, dt_proj = x_proj.contiguous(), dt_proj.contiguous()
         projected, delta = u.new_empty(*u.shape[:-1], len(x_proj)), torch.empty_like(u)
         tensors = {"x_proj": x_proj, "dt_proj": dt_proj, "u": u, "projected": projected, "delta": delta}
         self._lib.projections_forward(_projections_call(tensors))
@@ -240,17 +239,21 @@ class Library(TorchProjections):
         g_u: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Implement `Kernels.project_backward`."""
-        if not self._projects(u, projected, g_delta, g_projected, g_u):
+        if not self._projects(u, projected, g_delta, x_proj, dt_proj, g_projected, g_u):
             return super().project_backward(u, projected, g_delta, x_proj, dt_proj, g_projected, g_u)
-        tensors = {"x_proj": x_proj.contiguous(), "dt_proj": dt_proj.contiguous(), "u": u, "projected": projected}
+        tensors = {"x_proj": x_proj, "dt_proj": dt_proj, "u": u, "projected": projected}
         tensors |= {"g_delta": g_delta, "g_projected": g_projected, "g_u": g_u}
         tensors |= {f"g_{name}": torch.empty_like(tensors[name]) for name in ("x_proj", "dt_proj")}
         self._lib.projections_backward(_projections_call(tensors))
         return tensors["g_x_proj"], tensors["g_dt_proj"]
 
     def _projects(self, *tensors: Tensor) -> bool:
-        """Return whether the kernels compute the projections of these tensors, which may have no rows."""
-        return self._wide and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+        """Return whether the kernels compute the projections of these tensors: fp32 without gaps, and not empty."""
+        return (
+            self._wide
+            and tensors[0].numel() > 0
+            and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+        )
 
     def _sum(self, partials: Tensor) -> Tensor:
         """Sum (outer, partial sums, size) over the partial sums, in their order."""

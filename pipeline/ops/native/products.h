@@ -1,4 +1,4 @@
-// Products of a few rows with a panel of columns in registers: the building blocks of the kernels for inference.
+// Products of a few rows with a panel of columns in registers: the building blocks of the layers for inference and of projections.cpp.
 //
 // Rows lie in tiles of R <= tile_rows, [k / U][R][U], so one pointer and constant offsets reach every element. With U = W a tile
 // of results is stored in register order and serves as the rows of the next product. Weights lie in panels [k][panel].
@@ -130,7 +130,8 @@ struct Cut {
 };
 
 // Scratch memory of a thread, aligned to cache lines; it only grows. take(n) returns n floats, valid until the next `begin` of this
-// level. A layer uses level 0. A function that calls layers uses level 1, so that its memory stays valid during the calls.
+// level. A layer uses level 0. A function that calls layers, or whose threads use level 0 meanwhile, uses level 1, so
+// that its memory stays valid.
 class Scratch {
  public:
   static Scratch& begin(int64_t floats, int level = 0) {

@@ -1,9 +1,9 @@
 // The narrow products of a direction of a mixer: from u (rows, channels) to the inputs of the scan, and their gradients.
 //
-// projected = u x_proj^T has R + 2 N columns, a few dozen. Its first R columns, times dt_proj^T, are delta. Libraries of matrix
-// products reach a fraction of the processor's speed on such shapes, and the passes between the products cost as much as they do.
-// Here a tile of rows goes through both products while it is in the cache. Every sum runs over channels, columns or rows in a
-// fixed order, so no result depends on the number of threads.
+// projected = u x_proj^T has R + 2 N columns, a few dozen. Its first R columns, times dt_proj^T, are delta. On narrow matrices
+// libraries of matrix products reach a fraction of the processor's speed, and the copies between the products cost time too. Here
+// a tile of rows goes through both products while it is in the cache. Every sum runs over channels, columns or rows in a fixed
+// order, so no result depends on the number of threads.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -59,7 +59,8 @@ struct Weight {
         });
       });
   }
-  // Multiplies rows of few inputs, with `stride`, and writes (rows, columns) to out, or adds it. `turned` is memory for rows * in floats.
+  // Multiplies rows of few inputs, with `stride`, and writes (rows, columns) to out, or adds them. `turned` is memory for rows * in
+  // floats.
   template <bool add>
   void multiply_few(int rows, const float* x, int64_t stride, float* out, float* turned) const {
     for (int64_t k = 0; k < in; k++)
@@ -98,38 +99,50 @@ void for_tiles(const Projections& p, F&& f) {
   });
 }
 
-// Computes the gradient of a weight: put(column, channel, sum) takes W channels of the sums over all rows of
-// few[row][column] * many[row][channel], for the first `columns` of `width` columns.
+// Sums few[row][column] * many[row][channel] over all rows, for the columns of some tiles and one panel of channels.
+// put(column, channel, sum) takes W channels of a sum.
+template <class Put>
+void sum_panel(const Projections& p, const float* few, const Cut& columns, int64_t begin, int64_t end, const float* many, int64_t n,
+               Put&& put) {
+  const int64_t first = columns.first(begin), count = columns.first(end) - first, width = std::min<int64_t>(panel, p.channels - n);
+  Scratch& own = Scratch::begin((sum_rows + count) * panel);
+  float *packed = own.take(sum_rows * panel), *totals = own.take(count * panel);
+  std::fill_n(totals, count * panel, 0.0f);
+  for (int64_t row = 0; row < p.rows; row += sum_rows) {
+    const int64_t rows = std::min(sum_rows, p.rows - row);
+    for (int64_t k = 0; k < rows; k++)  // rows far from each other would displace each other in the cache
+      for (int64_t v = 0; v < width; v += W) {
+        const float* from = many + (row + k) * p.channels + n + v;
+        __builtin_prefetch(from + ahead * p.channels);
+        store(packed + k * panel + v, load_some(from, width - v));
+      }
+    for (int64_t tile = begin; tile < end; tile++)
+      with_sizes(columns.height(tile), width, [&]<int R, int V>() {
+        const float* values = few + row * p.width + columns.first(tile);
+        float* total = totals + (columns.first(tile) - first) * panel;
+        auto at = [&](int64_t k) { return values + k * p.width; };
+        multiply_side_by_side<R, V>(at, packed, panel, rows, [&](int r, int v, Float sum) {
+          float* into = total + r * panel + v * W;
+          store(into, load(into) + sum);
+        });
+      });
+  }
+  for (int64_t k = 0; k < count; k++)
+    for (int64_t v = 0; v < width; v += W) put(first + k, n + v, load(totals + k * panel + v));
+}
+
+// Computes the gradient of a weight: calls put for the first `columns` of `width` columns and all channels. The threads share the
+// panels of channels. If these are fewer, they share the columns too, and every part of them reads the rows anew.
 template <class Put>
 void for_sums(const Projections& p, const float* few, int64_t columns, const float* many, Put&& put) {
   const Cut cut(columns, 1);
-  const int64_t panels = up(p.channels, panel) / panel, work = p.rows * columns * panel + 1;
-  at::parallel_for(0, panels, up(thread_work, work) / work, [&](int64_t begin, int64_t end) {
-    Scratch& own = Scratch::begin((sum_rows + columns) * panel);
-    float *packed = own.take(sum_rows * panel), *totals = own.take(columns * panel);
-    for (int64_t n = begin * panel; n < std::min(end * panel, p.channels); n += panel) {
-      std::fill_n(totals, columns * panel, 0.0f);
-      for (int64_t row = 0; row < p.rows; row += sum_rows) {
-        const int64_t rows = std::min(sum_rows, p.rows - row);
-        for (int64_t k = 0; k < rows; k++)  // rows far from each other would displace each other in the cache
-          for (int64_t v = 0; v < std::min<int64_t>(panel, p.channels - n); v += W) {
-            const float* from = many + (row + k) * p.channels + n + v;
-            __builtin_prefetch(from + ahead * p.channels);
-            store(packed + k * panel + v, load_some(from, p.channels - n - v));
-          }
-        for (int64_t tile = 0; tile < cut.tiles; tile++)
-          with_sizes(cut.height(tile), p.channels - n, [&]<int R, int V>() {
-            const float* values = few + row * p.width + cut.first(tile);
-            float* total = totals + cut.first(tile) * panel;
-            multiply_side_by_side<R, V>([&](int64_t k) { return values + k * p.width; }, packed, panel, rows,
-                                        [&](int r, int v, Float sum) {
-                                          float* at = total + r * panel + v * W;
-                                          store(at, load(at) + sum);
-                                        });
-          });
-      }
-      for (int64_t k = 0; k < columns; k++)
-        for (int64_t v = 0; v < std::min<int64_t>(panel, p.channels - n); v += W) put(k, n + v, load(totals + k * panel + v));
+  const int64_t panels = up(p.channels, panel) / panel, work = p.rows * columns * p.channels;
+  const int64_t threads = std::clamp<int64_t>(work / thread_work, 1, at::get_num_threads());
+  const int64_t parts = std::clamp<int64_t>(up(threads, panels) / panels, 1, cut.tiles), units = panels * parts;
+  at::parallel_for(0, units, up(units, threads) / threads, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t part = unit % parts;
+      sum_panel(p, few, cut, part * cut.tiles / parts, (part + 1) * cut.tiles / parts, many, unit / parts * panel, put);
     }
   });
 }
