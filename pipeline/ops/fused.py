@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.ops.kernels import Filter, Kernels, ScanInputs, ScanProblem
+from pipeline.ops.kernels import Filter, Kernels, Projections, ScanInputs, ScanProblem
 from pipeline.ops.precision import without_autocast
 from pipeline.ops.reference import Direction
 
@@ -158,8 +158,8 @@ class _Mixer(torch.autograd.Function):
             g_projected = torch.empty_like(projected)
             g_projected[..., rank : rank + states] = grads.B.transpose(1, 2)
             g_projected[..., rank + states :] = grads.C.transpose(1, 2)
-            projected, g_projected = projected.flatten(0, 1), g_projected.flatten(0, 1)
-            g_projections.append(kernels.project_backward(u, projected, g_delta, x_proj, dt_proj, g_projected, g_u))
+            given = Projections(u, x_proj, dt_proj, projected.flatten(0, 1))
+            g_projections.append(kernels.project_backward(given, g_delta, g_projected.flatten(0, 1), g_u))
             g_convolved.append(g_u.view(*xz.shape[:2], x.shape[1]).transpose(1, 2))
         convs = kernels.conv_backward(x, filters, reverses, g_convolved, g_x)
         flat: list[Tensor | None] = [g_xz]

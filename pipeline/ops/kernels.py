@@ -25,6 +25,15 @@ class ScanInputs(NamedTuple):
     bias: Tensor | None  # (E,)
 
 
+class Projections(NamedTuple):
+    """The two products of a direction between its u and its scan. All tensors have one dtype."""
+
+    u: Tensor  # (Bt L, E)
+    x_proj: Tensor  # (R + 2 N, E)
+    dt_proj: Tensor  # (E, R)
+    projected: Tensor  # u x_proj^T, (Bt L, R + 2 N): R columns for delta, then B and C
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScanProblem:
     """One or two directions whose outputs are summed: o = sum_k ((p_k + D_k u_k) SiLU(z) + blend_k p_k), p = C·h.
@@ -113,23 +122,13 @@ class Kernels(Protocol):
         """
 
     def project_backward(
-        self,
-        u: Tensor,
-        projected: Tensor,
-        g_delta: Tensor,
-        x_proj: Tensor,
-        dt_proj: Tensor,
-        g_projected: Tensor,
-        g_u: Tensor,
+        self, given: Projections, g_delta: Tensor, g_projected: Tensor, g_u: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of `project`. All tensors have one dtype.
 
         Args:
-            u: (Bt L, E).
-            projected: (Bt L, R + 2 N).
+            given: The inputs of `project` and what it returned.
             g_delta: Gradient at delta, (Bt L, E).
-            x_proj: (R + 2 N, E).
-            dt_proj: (E, R).
             g_projected: Gradient at `projected`, (Bt L, R + 2 N). On entry it has the columns of B and C. The first R are
                 written.
             g_u: On entry the gradient that reaches u through the scan, (Bt L, E). That through the projections is added in place.

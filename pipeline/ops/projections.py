@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from pipeline.ops.kernels import Projections
 from pipeline.ops.linear import linear, weight_gradient
 
 
@@ -14,17 +15,10 @@ class TorchProjections:
         return projected, linear(projected[..., : dt_proj.shape[1]], dt_proj)
 
     def project_backward(
-        self,
-        u: Tensor,
-        projected: Tensor,
-        g_delta: Tensor,
-        x_proj: Tensor,
-        dt_proj: Tensor,
-        g_projected: Tensor,
-        g_u: Tensor,
+        self, given: Projections, g_delta: Tensor, g_projected: Tensor, g_u: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Implement `Kernels.project_backward`."""
-        rank = dt_proj.shape[1]
-        g_projected[:, :rank] = linear(g_delta, dt_proj.t())
-        g_u.addmm_(g_projected, x_proj)
-        return weight_gradient(g_projected, u), weight_gradient(g_delta, projected[:, :rank])
+        rank = given.dt_proj.shape[1]
+        g_projected[:, :rank] = linear(g_delta, given.dt_proj.t())
+        g_u.addmm_(g_projected, given.x_proj)
+        return weight_gradient(g_projected, given.u), weight_gradient(g_delta, given.projected[:, :rank])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.ops.kernels import Filter, ScanInputs, ScanProblem
+from pipeline.ops.kernels import Filter, Projections, ScanInputs, ScanProblem
 from pipeline.ops.native.build import best_simd, load_library
 from pipeline.ops.projections import TorchProjections
 
@@ -229,23 +229,16 @@ class Library(TorchProjections):
         return projected, delta
 
     def project_backward(
-        self,
-        u: Tensor,
-        projected: Tensor,
-        g_delta: Tensor,
-        x_proj: Tensor,
-        dt_proj: Tensor,
-        g_projected: Tensor,
-        g_u: Tensor,
+        self, given: Projections, g_delta: Tensor, g_projected: Tensor, g_u: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Implement `Kernels.project_backward`."""
-        if not self._projects(u, projected, g_delta, x_proj, dt_proj, g_projected, g_u):
-            return super().project_backward(u, projected, g_delta, x_proj, dt_proj, g_projected, g_u)
-        tensors = {"x_proj": x_proj, "dt_proj": dt_proj, "u": u, "projected": projected}
-        tensors |= {"g_delta": g_delta, "g_projected": g_projected, "g_u": g_u}
-        tensors |= {f"g_{name}": torch.empty_like(tensors[name]) for name in ("x_proj", "dt_proj")}
-        self._lib.projections_backward(_projections_call(tensors))
-        return tensors["g_x_proj"], tensors["g_dt_proj"]
+        if not self._projects(*given, g_delta, g_projected, g_u):
+            return super().project_backward(given, g_delta, g_projected, g_u)
+        g_x_proj, g_dt_proj = torch.empty_like(given.x_proj), torch.empty_like(given.dt_proj)
+        tensors = {"g_delta": g_delta, "g_projected": g_projected, "g_u": g_u}
+        tensors |= {"g_x_proj": g_x_proj, "g_dt_proj": g_dt_proj}
+        self._lib.projections_backward(_projections_call(given._asdict() | tensors))
+        return g_x_proj, g_dt_proj
 
     def _projects(self, *tensors: Tensor) -> bool:
         """Return whether the kernels compute the projections of these tensors: fp32 without gaps, and not empty."""

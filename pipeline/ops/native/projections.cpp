@@ -89,13 +89,23 @@ struct Weight {
   }
 };
 
-// Calls f(first row, rows) for each tile of rows.
-template <class F>
-void for_tiles(const Projections& p, F&& f) {
+// Computes between = x first and out = between second, or adds to out, one tile of rows after another. x and out are
+// (rows, channels), and `between` is (rows, width): of its columns the first product writes as many as its weight has, and the second
+// one reads as many as its weight has inputs.
+template <bool add>
+void multiply_twice(const Projections& p, const float* x, const Weight& first, float* between, const Weight& second, float* out) {
   const Cut cut(p.rows, at::get_num_threads());
   const int64_t work = tile_rows * p.channels * (p.width + p.rank);
   at::parallel_for(0, cut.tiles, up(thread_work, work) / work, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) f(cut.first(t), cut.height(t));
+    for (int64_t t = begin; t < end; t++) {
+      const int64_t row = cut.first(t);
+      const int rows = cut.height(t);
+      Scratch& own = Scratch::begin(tile_rows * (first.padded + second.in));
+      float *tile = own.take(rows * first.padded), *turned = own.take(rows * second.in);
+      pack_tile(x + row * p.channels, p.channels, first.padded, rows, tile);
+      first.multiply_tile(rows, tile, between + row * p.width, p.width);
+      second.multiply_few<add>(rows, between + row * p.width, p.width, out + row * p.channels, turned);
+    }
   });
 }
 
@@ -158,14 +168,7 @@ void projections_forward(const Projections* call) {
   Scratch& shared = Scratch::begin(Weight::floats(p.channels, p.width) + Weight::floats(p.rank, p.channels), 1);
   const Weight x_proj = Weight::of_transpose(shared, p.x_proj, p.channels, p.width);
   const Weight dt_proj = Weight::of_transpose(shared, p.dt_proj, p.rank, p.channels);
-  for_tiles(p, [&](int64_t first, int rows) {
-    Scratch& own = Scratch::begin(tile_rows * (x_proj.padded + p.rank));
-    float *tile = own.take(rows * x_proj.padded), *turned = own.take(rows * p.rank);
-    float* projected = p.projected + first * p.width;
-    pack_tile(p.u + first * p.channels, p.channels, x_proj.padded, rows, tile);
-    x_proj.multiply_tile(rows, tile, projected, p.width);
-    dt_proj.multiply_few<false>(rows, projected, p.width, p.delta + first * p.channels, turned);
-  });
+  multiply_twice<false>(p, p.u, x_proj, p.projected, dt_proj, p.delta);
 }
 
 void projections_backward(const Projections* call) {
@@ -173,14 +176,7 @@ void projections_backward(const Projections* call) {
   Scratch& shared = Scratch::begin(Weight::floats(p.channels, p.rank) + Weight::floats(p.width, p.channels), 1);
   const Weight dt_proj = Weight::of_rows(shared, p.dt_proj, p.channels, p.rank);
   const Weight x_proj = Weight::of_rows(shared, p.x_proj, p.width, p.channels);
-  for_tiles(p, [&](int64_t first, int rows) {
-    Scratch& own = Scratch::begin(tile_rows * (dt_proj.padded + p.width));
-    float *tile = own.take(rows * dt_proj.padded), *turned = own.take(rows * p.width);
-    float* g_projected = p.g_projected + first * p.width;
-    pack_tile(p.g_delta + first * p.channels, p.channels, dt_proj.padded, rows, tile);
-    dt_proj.multiply_tile(rows, tile, g_projected, p.width);
-    x_proj.multiply_few<true>(rows, g_projected, p.width, p.g_u + first * p.channels, turned);
-  });
+  multiply_twice<true>(p, p.g_delta, dt_proj, p.g_projected, x_proj, p.g_u);
   for_sums(p, p.g_projected, p.width, p.u, [&](int64_t column, int64_t channel, Float sum) {
     store_some(p.g_x_proj + column * p.channels + channel, sum, p.channels - channel);
   });

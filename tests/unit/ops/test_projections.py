@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.ops.kernels import Projections
 from pipeline.ops.native.build import SIMD, BuildError, best_simd
 from pipeline.ops.native.library import Library
 from pipeline.ops.projections import TorchProjections
@@ -38,7 +39,7 @@ def inputs_of(rows: int, channels: int, rank: int, states: int) -> list[Tensor]:
 def both_ways(kernels: TorchProjections, inputs: list[Tensor]) -> list[Tensor]:
     u, x_proj, dt_proj, g_delta, g_projected, g_u = (t.clone() for t in inputs)  # with their strides
     projected, delta = kernels.project(u[None], x_proj, dt_proj)
-    weights = kernels.project_backward(u, projected[0], g_delta, x_proj, dt_proj, g_projected, g_u)
+    weights = kernels.project_backward(Projections(u, x_proj, dt_proj, projected[0]), g_delta, g_projected, g_u)
     return [projected[0], delta[0], g_projected, g_u, *weights]
 
 
