@@ -1,4 +1,4 @@
-"""Functions that run as two ranks, in processes of their own."""
+"""Functions that run as ranks, in processes of their own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ import torch.multiprocessing as mp
 from pipeline.cli import leave
 
 
-def run_ranks(function: Callable[..., None], *arguments: Any) -> None:
-    """Run `function(rank, *arguments)` in each of two ranks to its end; raises what a rank raises."""
-    mp.spawn(_rank, (function, *arguments), nprocs=2)
+def run_ranks(function: Callable[..., None], *arguments: Any, number: int = 2) -> None:
+    """Run `function(rank, *arguments)` in each of `number` ranks to its end; raises what a rank raises."""
+    mp.spawn(_rank, (function, *arguments), nprocs=number)
 
 
 def _rank(rank: int, function: Callable[..., None], *arguments: Any) -> None:

@@ -18,15 +18,16 @@ from pipeline.ops.native import build
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
-    f"tests/unit/ops/{name}"
+    f"tests/unit/{name}"
     for name in (
-        "test_native.py",
-        "test_projections.py",
-        "test_mamba.py",
-        "test_vision.py",
-        "test_stages.py",
-        "test_distance.py",
-        "test_norm.py",
+        "ops/test_native.py",
+        "ops/test_projections.py",
+        "ops/test_mamba.py",
+        "ops/test_vision.py",
+        "ops/test_stages.py",
+        "ops/test_distance.py",
+        "ops/test_norm.py",
+        "train/test_shared_sums.py",
     )
 ]
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")

@@ -7,14 +7,14 @@ Shapes: B images, C classes.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.ssl.config import PseudoLabelRule
 from pipeline.ssl.running_means import RunningMeans
-from pipeline.train.sync_norm import SumOverRanks
+from pipeline.train.distributed import sum_over_ranks
 
 Rule = Callable[[RunningMeans, PseudoLabelRule, Tensor, Tensor], Tensor]
 
@@ -88,14 +88,28 @@ def fairness(logits: Tensor, accepted: Tensor, means: RunningMeans) -> Tensor:
     total = (logits.softmax(-1) * counted[:, None]).sum(0)
     histogram = torch.zeros_like(total).index_add_(0, logits.argmax(-1), counted)
     sums = torch.stack([total, histogram])
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        # Its gradient sums those of all ranks, which the engine's mean over the ranks turns into that of one process.
-        sums = SumOverRanks.apply(sums)
-    total, histogram = sums.unbind()
+    # Its gradient sums those of all ranks, which the engine's mean over the ranks turns into that of one process.
+    total, histogram = _SumOverRanks.apply(sums).unbind()
     number = histogram.sum().clamp(min=1)
     mean, histogram = total / number, histogram / number
     aim = _shares(means.probability, means.predicted).to(mean.dtype)
     return (aim * torch.log(_shares(mean, histogram) + 1e-12)).sum() * histogram.sum().sign()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        """Sum a tensor over all ranks."""
+        total = value.clone()
+        sum_over_ranks(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        """Sum the gradient over all ranks."""
+        return _SumOverRanks.forward(context, gradients[0])
 
 
 def _shares(values: Tensor, histogram: Tensor) -> Tensor:

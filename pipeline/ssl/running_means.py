@@ -8,8 +8,9 @@ Shapes: B images, C classes.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from pipeline.train.distributed import sum_over_ranks
 
 # Without a momentum the means weigh their first HORIZON steps equally; later they forget with this horizon.
 HORIZON = 100
@@ -61,8 +62,7 @@ class RunningMeans:
 
     def update(self) -> None:
         """Let the means see this step (collective)."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._sums)
+        sum_over_ranks(self._sums)
         totals = self._shares.sum(1)
         number, total, squares = self._moments.unbind()
         mean = total / number.clamp(min=1)

@@ -28,10 +28,12 @@ from pipeline.ops.choice import choose_scan
 from pipeline.train import host_memory, node
 from pipeline.train.gpus import Torch, broken_promise
 from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
+from pipeline.train.shared_sums import SharedSums, open_sums
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_sums: SharedSums | None = None  # of the process group that is there
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class World:
 
 def start(timeout_seconds: float, public_address: bool = False, bind_cores: bool = True) -> World:
     """Join the process group through DeepSpeed: tensors on GPUs go through NCCL, those in the host's memory through gloo.
+
+    Without GPUs, ranks of one machine sum through the memory that they share, and so do DeepSpeed's gradients.
 
     Args:
         timeout_seconds: How long a collective may take, and how long a rank may stay away, before it fails.
@@ -100,8 +104,36 @@ def start(timeout_seconds: float, public_address: bool = False, bind_cores: bool
         )
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     world = World(dist.get_rank(), dist.get_world_size(), device, int(found["LOCAL_RANK"]))
+    if _sums is None and world.size > 1 and not gpus:
+        _share_sums(world, deepspeed.comm.comm.cdb)
     _log_table(world, backend, found)
     return world
+
+
+def _share_sums(world: World, backend: Any) -> None:
+    """Let the ranks sum through shared memory if they can, and DeepSpeed's `backend` do as they do (collective)."""
+    global _sums
+    _sums = open_sums(world.rank, world.size)
+    otherwise = backend.all_reduce
+
+    def all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None = None, async_op: bool = False) -> Any:
+        of_all = op.name == "SUM" and dist.get_world_size(group) == world.size
+        if of_all and not async_op and _sums is not None and _sums.serves(tensor):
+            return _sums.add(tensor)
+        return otherwise(tensor, op, group, async_op)
+
+    if _sums is not None:
+        backend.all_reduce = all_reduce
+
+
+def sum_over_ranks(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over all ranks (collective); without a process group it stays as it is."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if _sums is not None and _sums.serves(tensor):
+        _sums.add(tensor)
+    else:
+        dist.all_reduce(tensor)
 
 
 def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:
@@ -145,10 +177,14 @@ def limit_collectives(timeout_seconds: float) -> None:
     """Set the time-out of every process group; DeepSpeed makes groups of its own, with torch's half hour."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+    if _sums is not None:
+        _sums.timeout_seconds = timeout_seconds
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    global _sums
+    _sums = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -161,9 +197,9 @@ def any_rank(flag: bool, world: World) -> bool:
     """
     if world.size == 1:
         return flag
-    vote = torch.full((1,), float(flag))
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
+    votes = torch.full((1,), float(flag))
+    sum_over_ranks(votes)
+    return bool(votes.item())
 
 
 def barrier(world: World) -> None:

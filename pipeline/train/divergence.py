@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.train.config import LoopConfig
-from pipeline.train.distributed import World
+from pipeline.train.distributed import World, sum_over_ranks
 from pipeline.train.recorder import Recorder
 from pipeline.train.run import Run
 from pipeline.train.saved_state import SavedState
@@ -50,9 +50,8 @@ def find_anomaly(row: Mapping[str, float], recorder: Recorder, loop: LoopConfig,
         return Anomaly(bad, _first_bad(recorder, world))
     if loop.spike_mads:
         losses = recorder.losses()
-        if world.size > 1:  # means over the whole batch: with their own losses the ranks could disagree
-            dist.all_reduce(losses)
-            losses /= world.size
+        sum_over_ranks(losses)  # means over the whole batch: with their own losses the ranks could disagree
+        losses /= world.size
         if is_spike(row["train/loss"], losses, loop.spike_mads):
             unchecked = recorder.unchecked
             highest = int(losses[-len(unchecked) :].argmax())

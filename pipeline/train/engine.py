@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.train.config import EngineConfig, OptimConfig, computed_stage
 from pipeline.train.deepspeed_config import deepspeed_config
-from pipeline.train.distributed import World, gather_uneven, limit_collectives
+from pipeline.train.distributed import World, gather_uneven, limit_collectives, sum_over_ranks
 from pipeline.train.muon import Muon, over_shards
 from pipeline.train.optim import Trainable, make_optimizer, moments_of
 from pipeline.train.shard import Shard
@@ -138,7 +138,7 @@ class Engine:
         own = [g for g in gradients if not getattr(g, "_zero_padding", False)][: len(parameters)]
         norms = torch._foreach_norm(own, 2, dtype=torch.float32) if own else [torch.zeros((), device=self.world.device)]
         total = torch.stack(list(norms)).square().sum()
-        dist.all_reduce(total, group=self._optimizer.dp_process_group)
+        sum_over_ranks(total)
         return total.sqrt()
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -160,7 +160,7 @@ class Engine:
         if self.replicated:
             return value
         on_device = value.to(self.world.device)  # NCCL reduces no tensors in the host's memory
-        dist.all_reduce(on_device)
+        sum_over_ranks(on_device)
         return on_device.to(value.device)
 
     def gather(self, tensors: Mapping[Tensor, Tensor] | None, into: Mapping[str, Tensor]) -> None:

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 
 import psutil
 import torch
-import torch.distributed as dist
 
-from pipeline.train.distributed import World
+from pipeline.train.distributed import World, sum_over_ranks
 from pipeline.train.task import Mean
 
 
@@ -67,8 +66,7 @@ class Meter:
         device = self.world.device
         pairs = [[torch.as_tensor(x, dtype=torch.float64, device=device) for x in self._sums[name]] for name in names]
         table = torch.stack([torch.stack(pair) for pair in pairs])
-        if self.world.size > 1:
-            dist.all_reduce(table)
+        sum_over_ranks(table)
         rows = table.tolist()
         seconds = time.monotonic() - self._started
         means = {name: total / count for name, (total, count) in zip(names, rows, strict=True) if count}

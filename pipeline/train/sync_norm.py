@@ -10,30 +10,68 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pipeline.train.distributed import sum_over_ranks
 
 logger = logging.getLogger(__name__)
 
 
-class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; its gradient is the sum of their gradients."""
+class _OverRanks(torch.autograd.Function):
+    """A batch norm of (B, C, ...) with the statistics of all ranks: one sum over the ranks in each direction."""
 
     @staticmethod
-    def forward(context: Any, value: Tensor) -> Tensor:
-        """Sum a tensor over all ranks."""
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
+    def forward(
+        context: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the result, and per channel the mean, the variance and how many values they are of."""
+        over, shape = _around_channels(x)
+        number = x.numel() // x.shape[1]
+        own_mean = x.sum(over) / max(1, number)
+        normal = x - own_mean.view(shape)
+        squares = normal.square().sum(over)
+        # Sums of squares around each rank's own mean, so that nothing cancels (Chan, Golub and LeVeque 1983, eq. 2.1).
+        # Each rank fills its row of a table of zeros, whose sum is the whole table.
+        table = x.new_zeros(dist.get_world_size(), 3, x.shape[1])
+        table[dist.get_rank()] = torch.stack([torch.full_like(own_mean, number), own_mean, squares])
+        sum_over_ranks(table)
+        numbers, means, squares_around = table.unbind(1)
+        count = numbers.sum(0)
+        mean = (numbers * means).sum(0) / count
+        variance = (squares_around + numbers * (means - mean).square()).sum(0) / count
+        scale = torch.rsqrt(variance + eps)
+        normal.mul_(scale.view(shape)).add_(((own_mean - mean) * scale).view(shape))
+        context.save_for_backward(normal, weight, scale, count)
+        context.mark_non_differentiable(mean, variance, count)
+        if weight is None or bias is None:
+            return normal.clone(), mean, variance, count
+        return torch.mul(normal, weight.view(shape)).add_(bias.view(shape)), mean, variance, count
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        """Sum the gradient over all ranks."""
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
+    @once_differentiable
+    def backward(context: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradients; those of the weight and the bias are this rank's share."""
+        normal, weight, scale, count = context.saved_tensors
+        over, shape = _around_channels(g)
+        own = torch.stack([g.sum(over), (g * normal).sum(over)])
+        of_all = own.clone()
+        sum_over_ranks(of_all)
+        if weight is not None:
+            scale = scale * weight
+        of_g, of_normal = -of_all * scale / count
+        # In single steps: torch's addcmul with values per channel takes three times as long as they do.
+        g_x = torch.mul(g, scale.view(shape)).add_(normal * of_normal.view(shape)).add_(of_g.view(shape))
+        g_bias, g_weight = (None, None) if weight is None else own.unbind()
+        return g_x, g_weight, g_bias, None
+
+
+def _around_channels(x: Tensor) -> tuple[list[int], list[int]]:
+    """Return the dimensions of (B, C, ...) but for the channels, and the shape that a value per channel takes there."""
+    return [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
 
 
 class _Synchronised(nn.modules.batchnorm._BatchNorm):
-    """A batch norm that sums the mean first and then the deviations from it over the ranks, so that nothing cancels."""
+    """A batch norm of all ranks' images."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions is fine."""
@@ -42,27 +80,17 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         """Normalise (B, C, ...) per channel."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
-        x = input.float()
-        over = [i for i in range(x.dim()) if i != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        number = x.numel() // x.shape[1]
-        sums = SumOverRanks.apply(torch.cat([x.sum(over), x.new_full((1,), number)]))
-        count = sums[-1].detach()
-        mean = sums[:-1] / count
-        centred = x - mean.view(shape)
-        variance = SumOverRanks.apply(centred.square().sum(over)) / count
+        weight, bias = (None if t is None else t.float() for t in (self.weight, self.bias))
+        y, mean, variance, count = _OverRanks.apply(input.float(), weight, bias, self.eps)
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 share: Any = self.momentum
                 if share is None:  # stays on the device, since reading it would wait
                     share = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
-                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
-                unbiased = variance.detach() * count / (count - 1)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+                unbiased = variance * count / (count - 1)
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
-        y = centred * torch.rsqrt(variance + self.eps).view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(input.dtype)
 
 

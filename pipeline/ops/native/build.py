@@ -30,7 +30,9 @@ from pipeline.files import node_cache, replace_text, replacing, sha256_of
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("scan.cpp", "conv.cpp", "projections.cpp", "distance.cpp", "norm.cpp"))
+SOURCES = tuple(
+    FOLDER / name for name in ("scan.cpp", "conv.cpp", "projections.cpp", "distance.cpp", "norm.cpp", "sums.cpp")
+)
 HEADERS = tuple(FOLDER / name for name in ("simd.h", "tiles.h", "recurrence.h", "products.h", "layers.h", "vision.h"))
 # No -ffast-math: a NaN must stay a NaN. Contraction (fused multiply-add) only rounds once instead of twice.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")

@@ -1,0 +1,120 @@
+// Sums over the processes of one machine, through memory that they share.
+//
+// Each process has two slots, which it uses in turn. To sum, it copies its numbers into a slot, raises its counter, waits until the
+// counters of all are as high, and adds up the slots in the order of the ranks. So every process gets the same bits. Two slots are
+// enough: a process that raises its counter to k has read all slots of k - 1, and so the slots of k - 2 may be written.
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <climits>
+#include <csignal>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace {
+using Clock = std::chrono::steady_clock;
+constexpr int64_t slot_bytes = 1 << 18;
+enum Outcome : int64_t { done = 0, late = 1, differ = 2, gone = 3 };
+static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<uint32_t>) == 4, "a futex is a plain word");
+
+struct alignas(128) Rank {
+  std::atomic<uint32_t> counter, sleepers;
+  std::atomic<int64_t> pid;
+  int64_t bytes[2];  // of the numbers in each slot
+  alignas(128) char slot[2][slot_bytes];
+};
+
+struct Wait {
+  int64_t spins;
+  Clock::time_point until;
+};
+
+void rest() {
+#ifdef __SSE2__
+  _mm_pause();
+#endif
+}
+
+// Sleeps until `word` is no longer `seen`, for a tenth of a second at most.
+void sleep_on(std::atomic<uint32_t>& word, uint32_t seen) {
+#ifdef __linux__
+  const timespec tenth = {0, 100'000'000};
+  syscall(SYS_futex, &word, FUTEX_WAIT, seen, &tenth, nullptr, 0);
+#else
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
+#endif
+}
+
+void wake(std::atomic<uint32_t>& word) {
+#ifdef __linux__
+  syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+#endif
+}
+
+Outcome wait_for(Rank& other, uint32_t counter, const Wait& wait) {
+  const auto there = [&](uint32_t seen) { return int32_t(seen - counter) >= 0; };  // right also where the counter begins anew
+  for (int64_t i = 0; i < wait.spins; ++i, rest())
+    if (there(other.counter.load(std::memory_order_acquire))) return done;
+  Outcome outcome = done;
+  ++other.sleepers;
+  for (uint32_t seen; !there(seen = other.counter.load());) {
+    if (kill(pid_t(other.pid.load()), 0) != 0 && errno == ESRCH) { outcome = gone; break; }
+    if (Clock::now() > wait.until) { outcome = late; break; }
+    sleep_on(other.counter, seen);
+  }
+  --other.sleepers;
+  return outcome;
+}
+
+template <class T>
+void add_up(Rank* ranks, int64_t size, int64_t which, T* out, int64_t n) {
+  const auto slot = [&](int64_t rank) { return reinterpret_cast<const T*>(ranks[rank].slot[which]); };
+  std::memcpy(out, slot(0), n * sizeof(T));
+  for (int64_t rank = 1; rank < size; ++rank) {
+    const T* values = slot(rank);
+    for (int64_t i = 0; i < n; ++i) out[i] += values[i];
+  }
+}
+}  // namespace
+
+extern "C" {
+int64_t sums_bytes(int64_t size) { return size * int64_t(sizeof(Rank)); }
+
+// Says that this process is there. The memory is zero at first.
+void sums_join(Rank* ranks, int64_t rank) { ranks[rank].pid = getpid(); }
+
+// Replaces `bytes` of fp32, or of fp64 where `wide`, by their sum over all ranks. Returns an Outcome; its rank is in `culprit`.
+int64_t sums_add(Rank* ranks, int64_t size, int64_t rank, char* data, int64_t bytes, int64_t wide, int64_t spins, double seconds,
+                 int64_t* culprit) {
+  Rank& own = ranks[rank];
+  const Wait wait = {spins, Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds))};
+  do {
+    const uint32_t counter = own.counter.load(std::memory_order_relaxed) + 1;
+    const int64_t which = counter % 2, part = bytes < slot_bytes ? bytes : slot_bytes;
+    std::memcpy(own.slot[which], data, part);
+    own.bytes[which] = bytes;
+    own.counter.store(counter);
+    if (own.sleepers.load()) wake(own.counter);
+    for (int64_t i = 1; i < size; ++i) {
+      *culprit = (rank + i) % size;
+      Rank& other = ranks[*culprit];
+      if (const Outcome outcome = wait_for(other, counter, wait); outcome != done) return outcome;
+      if (other.bytes[which] != bytes) return differ;
+    }
+    if (wide) add_up(ranks, size, which, reinterpret_cast<double*>(data), part / 8);
+    else add_up(ranks, size, which, reinterpret_cast<float*>(data), part / 4);
+    data += part, bytes -= part;
+  } while (bytes);
+  return done;
+}
+}

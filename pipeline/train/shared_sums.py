@@ -1,0 +1,132 @@
+"""Sums over the ranks of one machine through memory that they share, in microseconds where gloo takes hundreds.
+
+gloo sends even a few numbers through sockets and two threads of its own, which wait for a core on a machine that trains on all of
+them: on two cores a sum of 64 numbers takes 0.3 ms, and 4 ms in one case of ten. A network with synchronised batch norms, which
+sum in each direction, trained four times slower on two processes than on one. Here the ranks copy their numbers into shared
+memory (`ops/native/sums.cpp`) and wait for each other in the threads that train.
+"""
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import os
+import secrets
+from ctypes import POINTER, byref, c_double, c_int64, c_void_p
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.ops.native.build import optional_library
+
+# Looks at another rank's counter before a rank sleeps, some 20 to 100 microseconds.
+SPINS = 2000
+WIDE = {torch.float32: False, torch.float64: True}
+OUTCOMES = ("", "did not come within the time-out", "sums another number of bytes", "ended")
+TOKEN_BYTES = 16
+
+
+class SharedSums:
+    """The memory through which the ranks sum; `open_sums` opens it.
+
+    Args:
+        library: The compiled kernels.
+        memory: The shared memory, zero at first.
+        rank: Number of this process.
+        size: Number of processes.
+    """
+
+    def __init__(self, library: ctypes.CDLL, memory: mmap.mmap, rank: int, size: int) -> None:
+        self._library, self._rank, self._size = library, rank, size
+        self._memory = ctypes.c_char.from_buffer(memory)  # keeps the memory
+        # Where ranks share a core, one that waits without sleeping keeps the core from the one that it waits for.
+        self._spins = SPINS if size <= (os.cpu_count() or 1) else 0
+        self.timeout_seconds = 1800.0
+        library.sums_join(ctypes.addressof(self._memory), rank)
+
+    def serves(self, tensor: Tensor) -> bool:
+        """Return whether `add` can sum a tensor: fp32 or fp64 without gaps, in the host's memory."""
+        return tensor.device.type == "cpu" and tensor.dtype in WIDE and tensor.is_contiguous()
+
+    def add(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the ranks, which has the same bits on each of them (collective).
+
+        Args:
+            tensor: Of one size and dtype on all ranks; `serves` says which.
+
+        Raises:
+            torch.distributed.DistError: Another rank ended, did not come in time, or sums another number of bytes.
+        """
+        culprit = c_int64()
+        outcome = self._library.sums_add(
+            ctypes.addressof(self._memory),
+            self._size,
+            self._rank,
+            tensor.data_ptr(),
+            tensor.nbytes,
+            WIDE[tensor.dtype],
+            self._spins,
+            self.timeout_seconds,
+            byref(culprit),
+        )
+        if outcome:
+            raise dist.DistError(f"a sum over the ranks failed: rank {culprit.value} {OUTCOMES[outcome]}")
+
+
+def open_sums(rank: int, size: int) -> SharedSums | None:
+    """Open the memory of all ranks (collective; the process group must be there).
+
+    Rank 0's memory has no name, so nothing is left behind when a process is killed. The others find it through /proc. A
+    random token tells it from the memory of a process with the same number on another machine.
+
+    Args:
+        rank: Number of this process.
+        size: Number of processes.
+
+    Returns:
+        None where the ranks run on several machines or in separate containers, the kernels cannot be built, or the system
+        is not Linux.
+    """
+    library = _library()
+    own, token, box = -1, secrets.token_bytes(TOKEN_BYTES), [("", b"")]
+    if rank == 0 and library is not None and hasattr(os, "memfd_create"):
+        with contextlib.suppress(OSError):
+            own = os.memfd_create("sums")
+            os.pwrite(own, token, library.sums_bytes(size))
+            box = [(f"/proc/{os.getpid()}/fd/{own}", token)]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    memory = None if library is None else _map(*box[0], library.sums_bytes(size))
+    found = torch.tensor([memory is not None])
+    dist.all_reduce(found, op=dist.ReduceOp.PRODUCT)
+    if own >= 0:
+        os.close(own)
+    return SharedSums(library, memory, rank, size) if found and library and memory else None
+
+
+def _map(path: str, token: bytes, size: int) -> mmap.mmap | None:
+    """Return the memory behind a path if its bytes after `size` are the token."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        if os.pread(file, TOKEN_BYTES, size) != token:
+            return None
+        return mmap.mmap(file, size)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(file)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = optional_library("sums over the ranks")
+    if library is None:
+        return None
+    library.sums_bytes.argtypes, library.sums_bytes.restype = [c_int64], c_int64
+    library.sums_join.argtypes, library.sums_join.restype = [c_void_p, c_int64], None
+    library.sums_add.argtypes = [c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 3, c_double, POINTER(c_int64)]
+    library.sums_add.restype = c_int64
+    return library
