@@ -33,7 +33,7 @@ from pipeline.train.shared_sums import SharedSums, open_sums
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_sums: SharedSums | None = None  # of the process group that is there
+_sums: SharedSums | None = None  # None also where gloo sums
 
 
 @dataclass(frozen=True)
