@@ -24,7 +24,6 @@ of `python -m stages`; `local` ends with the code of the rank that failed.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,10 +145,10 @@ def _write_missing(given: argparse.Namespace) -> None:
     from launchers import chain
     from launchers.recipe import write
 
+    if given.stage != chain.CHAIN or "," in given.config:
+        return
     budget = getattr(given, "budget", None)
-    name = given.config if given.stage == chain.CHAIN else ""
-    order = write.order_for(name, budget) if name and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) else None
-    if order:
+    if order := write.order_for_chain(given.config, budget):
         write.write(order)
     elif budget:
         print(
@@ -162,7 +161,7 @@ def _write_missing(given: argparse.Namespace) -> None:
 def _recipe(given: argparse.Namespace) -> int:
     from launchers.recipe import write
 
-    known = write.order_for(given.name, None, existing=True)
+    known = write.order_for(given.name, None)
     if known is None and not given.train:
         raise ConfigError(
             f"there is no dataset at data/{given.name}/train; give its folders with --train, or make one with"

@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # by Pillow's names
 BASELINE, PROGRESSIVE = 16, 2  # how many times the limit a JPEG may have, since it is decoded at a reduced scale
 NOTES = {
-    "transparent": "have transparent pixels, which are composed on data.ground",
-    "reduced": "are larger than data.max_pixels and are decoded at a reduced scale",
-    "range": "are greyscale of more than 8 bits and are scaled by their range",
+    "transparent": "with transparent pixels, which are put on a ground of the colour data.ground",
+    "reduced": "larger than data.max_pixels, which are decoded at a reduced scale",
+    "range": "of grey with more than 8 bits, which are scaled by their range",
 }
 _JPEG, _PNG, _START_OF_SCAN = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"\xda"
 _KNOWN = {  # where, what: formats that people give by mistake, for the sentence

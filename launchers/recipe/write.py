@@ -15,7 +15,7 @@ from launchers.recipe.compose import Draft, compose
 from launchers.recipe.look import Look, look_at, sampled
 from launchers.recipe.networks import Family
 from launchers.recipe.rules import Budget
-from pipeline.config import find_config, validate
+from pipeline.config import find_config, nearest, validate
 from pipeline.datasets.manifest import HEADER
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.files import replace_text
@@ -60,18 +60,24 @@ class Order:
     again: bool = False
 
 
-def order_for(name: str, budget: str | None, *, existing: bool = False) -> Order | None:
-    """Return the order for a chain whose configs do not exist, if its data lie where README puts them, in data/NAME.
+def order_for(name: str, budget: str | None) -> Order | None:
+    """Return the order for data that lie where README puts them, in data/NAME; None if there are none.
 
     Args:
         name: Name of the chain.
         budget: As typed, or None.
-        existing: Whether configs may exist already.
+
+    Raises:
+        ConfigError: The name cannot be a file's name.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ConfigError(
+            f"the name {name[:60]!r} must begin with a letter or a digit and have only letters, digits, '.', '_' and '-',"
+            " such as mine"
+        )
     folder = Path("data") / name
     train = folder / "train" if (folder / "train" / HEADER).is_file() else folder
-    found = any(find_config(path).is_file() for path in paths(name).values())
-    if (found and not existing) or not (train / HEADER).is_file():
+    if not (train / HEADER).is_file():
         return None
     split, test = folder / "split.json", folder / "test"
     return Order(
@@ -81,6 +87,30 @@ def order_for(name: str, budget: str | None, *, existing: bool = False) -> Order
         test=test if (test / HEADER).is_file() else None,
         budget=budget or BUDGET,
     )
+
+
+def order_for_chain(name: str, budget: str | None) -> Order | None:
+    """Return the order for a chain that has no configs; None if it has some.
+
+    Args:
+        name: Name of the chain.
+        budget: As typed, or None.
+
+    Raises:
+        ConfigError: There are neither configs nor data of that name.
+    """
+    order = order_for(name, budget)
+    if any(find_config(path).is_file() for path in paths(name).values()):
+        return None
+    if order is None:
+        named = [p.stem for p in Path("configs/distill").glob("*.yaml")] + [
+            p.parent.name for p in Path("data").glob("*/train")
+        ]
+        raise ConfigError(
+            f"chain {name}: there are no configs/STAGE/{name}.yaml, and no data at data/{name}/train to write them for;"
+            f" `python -m pipeline.data convert` makes such data; known names: {', '.join(nearest(name, sorted({*named}))[:5])}"
+        )
+    return order
 
 
 def paths(name: str) -> dict[Stage, Path]:
@@ -146,6 +176,12 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
                                               "loop": {"steps": 1, "global_batch": 1}}, order))  # fmt: skip
     look = look_at(opened)
     print(in_words(look))
+    if order.split is None and order.validation is None:
+        folder = order.train[0].parent
+        print(
+            f"note: no split is given, so all {look.labels} labels are trained on, and without validation images nothing is"
+            f" chosen or calibrated; `python -m pipeline.data split {order.train[0]} --out {folder / 'split.json'}` makes one"
+        )
     known = np.concatenate([opened.subsets.labelled, opened.subsets.validation])
     labelled = neighbours.labelled_pictures(opened.manifest, np.sort(known))
     flips = neighbours.choose_flips(order.flips, neighbours.compare_flips(*labelled), look.is_drawn)

@@ -106,9 +106,12 @@ def make_split(manifest: Manifest, config: SplitConfig, seed: int) -> Split:
     outside = ranks >= num_classes - config.ood_classes
     codes = np.full(manifest.num_samples, CODES["unused"])
     members = [_shuffled_members(c, labels, pool, listed, seed) for c in range(num_classes)]
-    for c in np.flatnonzero(~outside).tolist():
-        held_out, members[c] = _hold_out(members[c], listed, config, manifest.classes[c])
-        codes[held_out] = CODES["validation"]
+    known_classes = np.flatnonzero(~outside).tolist()
+    _check_validation([members[c] for c in known_classes], listed, config, [manifest.classes[c] for c in known_classes])
+    for c in known_classes:
+        free = members[c][~listed[members[c]]]
+        held_out = free[: config.validation_per_class]
+        codes[held_out], members[c] = CODES["validation"], members[c][~np.isin(members[c], held_out)]
     targets = target_counts(np.array([len(m) for m in members]), ranks, config)
     rounded = bool((targets % 1)[~outside].any())
     for c in range(num_classes):
@@ -215,19 +218,23 @@ def _shuffled_members(
     return members[np.argsort(~listed[members], kind="stable")]
 
 
-def _hold_out(
-    members: NDArray[np.int64], listed: NDArray[np.bool_], config: SplitConfig, name: str
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the validation samples, none of which is listed, and the rest."""
-    free = members[~listed[members]]
-    held_out = free[: config.validation_per_class]
-    rest = members[~np.isin(members, held_out)]
-    if len(held_out) < config.validation_per_class or (len(held_out) and not len(rest)):
+def _check_validation(
+    members: list[NDArray[np.int64]], listed: NDArray[np.bool_], config: SplitConfig, names: list[str]
+) -> None:
+    """Raise ConfigError if a class is too small for its validation samples, none of which is listed."""
+    most = []  # samples of each class for validation, so that one is left to train on
+    for own in members:
+        free = int((~listed[own]).sum())
+        most.append(free if free < len(own) else max(0, free - 1))
+    wanted, least = config.validation_per_class, int(np.argmin(most))
+    if wanted > most[least]:
+        size, few = len(members[least]), sum(m < wanted for m in most)
+        others = f" (and in {few - 1} more)" if few > 1 else ""
+        remedy = f"give at most {most[least]}" if most[least] else "give 0, or add images to it"
         raise ConfigError(
-            f"--validation-per-class {config.validation_per_class} leaves nothing to train on in class {name!r}, "
-            f"which has {len(free)} samples to choose from; lower it"
+            f"--validation-per-class {wanted} leaves nothing to train on in class {names[least]!r}{others}, which has"
+            f" {size} sample{'' if size == 1 else 's'}; {remedy}"
         )
-    return held_out, rest
 
 
 def write_split(split: Split, path: Path) -> None:

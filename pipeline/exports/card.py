@@ -173,10 +173,11 @@ class Card(Strict):
         hint = f"; make it with: {remedy}" if remedy else ""
         try:
             if not folder.is_dir():
-                raise HandoverError(f"no export at {folder}{hint}")
+                raise HandoverError(f"no export at {folder}{hint or _known_exports()}")
             for name in (CARD, WEIGHTS, FINGERPRINT):
                 if not (folder / name).is_file():
-                    raise HandoverError(f"the export {folder} is incomplete: {name} is missing{hint}")
+                    known = hint or (_known_exports(folder) if name == CARD else "")
+                    raise HandoverError(f"the export {folder} is incomplete: {name} is missing{known}")
             if (size := path.stat().st_size) > MAX_BYTES:
                 raise HandoverError(
                     f"{path} is not a model card: it has {size} bytes, at most {MAX_BYTES} are read{hint}"
@@ -331,3 +332,12 @@ def _problem(error: ValidationError) -> str:
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _known_exports(near: Path = Path("runs")) -> str:
+    """Name the newest exports below a folder, or say how to make one."""
+    cards = (card for depth in (1, 2) for card in near.glob(f"{'*/' * depth}export/{CARD}"))
+    found = sorted(cards, key=lambda path: -path.stat().st_mtime)[:3]
+    if not found:
+        return "; `make chain NAME=mine` makes runs/mine/semi/export"
+    return f"; there {'are' if len(found) > 1 else 'is'} {', '.join(str(path.parent) for path in found)}"

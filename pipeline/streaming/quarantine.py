@@ -64,6 +64,8 @@ class Quarantine:
 class NoteLog:
     """Counts what images needed to be decoded, and logs each kind the first time and whenever its count grew tenfold.
 
+    An image counts each time it is read.
+
     Args:
         name: What the log calls the dataset.
     """
@@ -77,4 +79,6 @@ class NoteLog:
             before = self.counts[kind]
             self.counts[kind] += number
             if not before or len(str(before)) < len(str(self.counts[kind])):
-                logger.info("%s: %d of this process's images so far %s", self.name, self.counts[kind], NOTES[kind])
+                number = self.counts[kind]
+                plural = "s" if number > 1 else ""
+                logger.info("%s: this process has read %d image%s %s", self.name, number, plural, NOTES[kind])

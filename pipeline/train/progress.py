@@ -63,7 +63,7 @@ class Progress:
         shown = [f"{key.removeprefix('train/').replace('/', ' ')} {row[key]:.4g}" for key in _SHOWN if key in row]
         if self._bar:
             self._bar.set_postfix_str("  ".join(shown))
-        elif self.shown:
+        elif self.shown and shown:  # a validation without images has no numbers
             elapsed = time.monotonic() - self._started
             left = elapsed / max(1, step - self._start) * (self.total - step)
             logger.info("%s step %d/%d  %s  eta %s", self.name, step, self.total, "  ".join(shown), _clock(left))

@@ -116,7 +116,7 @@ def test_each_file_that_is_no_image_gets_a_sentence_and_the_others_are_classifie
         (["classifier", "--csv", "photo.png"], 2, "ends in .csv"),
         (["classifier", "--csv", "/dev/null/table.csv"], 5, "choose another --csv"),
         (["pretrainer"], 2, "holds a pretrainer"),
-        (["missing"], 4, "no export at"),
+        (["missing"], 4, "`make chain NAME=mine` makes runs/mine/semi/export"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_a_sentence(

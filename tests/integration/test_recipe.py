@@ -110,7 +110,7 @@ def test_a_budget_for_few_steps_takes_the_smaller_view(place: Path) -> None:
         (("recipe", "nowhere"), 2, "there is no dataset at data/nowhere/train; give its folders with --train"),
         (("recipe", "other", "--train", "data/nowhere"), 3, "data/nowhere"),
         (("recipe", "other", "--train", "data/mine/train", "--budget", "soon"), 2, "give a number and s, m or h"),
-        (("recipe", "../x", "--train", "data/mine/train"), 2, "run.experiment"),
+        (("recipe", "../x", "--train", "data/mine/train"), 2, "must begin with a letter or a digit"),
     ],
 )
 def test_what_cannot_be_written_is_refused_in_a_sentence(

@@ -30,7 +30,7 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<u
 struct alignas(128) Rank {
   std::atomic<uint32_t> counter, sleepers;
   std::atomic<int64_t> pid;
-  int64_t bytes[2];  // of the numbers in each slot
+  int64_t bytes[2];  // size of the numbers in each slot
   alignas(128) char slot[2][slot_bytes];
 };
 

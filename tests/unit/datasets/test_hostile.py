@@ -306,7 +306,8 @@ def test_what_was_done_to_images_is_counted_in_the_log(tmp_path, caplog):
         loader.close()
     assert torch.allclose(batch.images[0, :, 0, 0], torch.tensor(ground) / 255, atol=1e-3)
     assert (
-        "16 of this process's images so far have transparent pixels, which are composed on data.ground" in caplog.text
+        "this process has read 16 images with transparent pixels, which are put on a ground of the colour"
+        in caplog.text
     )
 
 

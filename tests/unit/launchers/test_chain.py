@@ -1,5 +1,6 @@
 """What a person types becomes stages, points of a sweep and a cluster, or a sentence."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import yaml
 from launchers.chain import open_steps, read_cluster, read_points, read_steps
 from launchers.config import ClusterConfig, seconds_of
 from launchers.preflight import check_shared, refuse
+from launchers.recipe.write import order_for_chain
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
+from pipeline.exports.card import CARD, Card
 from pipeline.files import file_system
 from pipeline.yaml_text import parse_yaml
 from stages import SPECS
@@ -96,6 +99,37 @@ def test_a_chain_begins_with_the_first_stage_that_has_a_config(tmp_path: Path, m
     (tmp_path / "configs" / "semi" / "late.yaml").unlink()
     with pytest.raises(ConfigError, match=r"configs/semi/late\.yaml"):
         read_steps("chain", "late", [])
+
+
+def test_a_chain_that_is_not_there_says_what_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "birds"):
+        Path("data", name, "train").mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=r"no configs/STAGE/mien.yaml, and no data at data/mien/train .*: mine, birds$"
+    ):
+        order_for_chain("mien", None)
+    for name in ("../mine", "my pets", "", "-x", "/tmp/a"):
+        with pytest.raises(ConfigError, match="must begin with a letter or a digit"):
+            order_for_chain(name, None)
+    Path("configs/semi").mkdir(parents=True)
+    Path("configs/semi/mien.yaml").touch()
+    assert order_for_chain("mien", "30m") is None
+
+
+def test_a_missing_export_names_the_newest_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(("a/semi", "b/distill")):
+        card = Path("runs", name, "export", CARD)
+        card.parent.mkdir(parents=True)
+        card.touch()
+        os.utime(card, (k, k))
+    with pytest.raises(
+        HandoverError, match=r"no export at nowhere; there are runs/b/distill/export, runs/a/semi/export$"
+    ):
+        Card.read(Path("nowhere"))
+    with pytest.raises(HandoverError, match=r"model.json is missing; there is runs/a/semi/export$"):
+        Card.read(Path("runs/a"))
 
 
 def test_stages_of_two_experiments_are_no_chain() -> None:
