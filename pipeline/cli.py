@@ -85,14 +85,16 @@ def guarded(
         # The reader of our output has read enough, as `head` does. Python would complain at exit when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.COMPLETE
+    except Interrupted as stopped:
+        if rank == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.exit_code
     except Exception as error:
         known = error if isinstance(error, PipelineError) else explain(error) or _disk_problem(error)
         if known is None:
             traceback.print_exc()
             return ExitCode.BUG
-        interrupted = isinstance(known, Interrupted)
-        if rank == "0" or not interrupted:
-            print(f"{'' if interrupted else 'error: '}{known}", file=sys.stderr, flush=True)
+        print(f"error: {known}", file=sys.stderr, flush=True)
         return known.exit_code
     finally:
         threading.excepthook = previous

@@ -62,7 +62,10 @@ class DistributedFailure(PipelineError):
     exit_code = ExitCode.DISTRIBUTED
 
 
-class Interrupted(PipelineError):
-    """A signal or a time limit stopped the run, and everything is saved: start it again to continue."""
+class Interrupted(BaseException):
+    """A signal or a time limit stopped the command, and what it needs is saved: start it again to continue.
 
-    exit_code = ExitCode.INTERRUPTED
+    As KeyboardInterrupt it is no Exception. Code that goes on without something that failed must not go on after a signal.
+    """
+
+    exit_code: ClassVar[ExitCode] = ExitCode.INTERRUPTED

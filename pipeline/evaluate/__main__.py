@@ -32,7 +32,7 @@ from pipeline.datasets.joint import read_manifests, with_classes
 from pipeline.datasets.manifest import Manifest
 from pipeline.datasets.opening import open_dataset
 from pipeline.datasets.splits import read_split
-from pipeline.errors import ConfigError, DataError, EnvironmentProblem, PipelineError
+from pipeline.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, PipelineError
 from pipeline.exports.card import CARD, Card
 from pipeline.files import replace_text
 
@@ -53,7 +53,7 @@ def _run(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         _evaluate(_check(given), given)
-    except PipelineError as error:
+    except (PipelineError, Interrupted) as error:
         if os.environ.get("RANK", "0") == "0":
             raise
         return error.exit_code  # rank 0 prints the sentence

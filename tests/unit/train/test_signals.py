@@ -10,7 +10,7 @@ from pipeline.exit_codes import ExitCode
 from tests.conftest import ROOT
 
 PROCESS = """
-import os, signal, sys, time
+import contextlib, os, signal, sys, time
 from pipeline.cli import guarded, leave
 from pipeline.errors import Diverged, Interrupted
 from pipeline.train.signals import interrupt_on_signals, stop_flag
@@ -39,6 +39,9 @@ def run(arguments):
             send(int(signals))
     if how == "after":
         send(int(signals))
+    if how == "optional":
+        with contextlib.suppress(Exception):  # as a report goes on without its pictures
+            send(1)
     return 0
 
 leave(guarded(run, sys.argv[1:]))
@@ -52,6 +55,12 @@ leave(guarded(run, sys.argv[1:]))
         ("within", 1, ExitCode.COMPLETE, ""),
         ("within", 2, ExitCode.STOPPED, "stopped at once; start the same command again to continue"),
         ("after", 1, ExitCode.INTERRUPTED, "stopped by SIGINT outside the training loop; start it again to continue"),
+        (
+            "optional",
+            1,
+            ExitCode.INTERRUPTED,
+            "stopped by SIGINT outside the training loop; start it again to continue",
+        ),
         ("saves", 0, ExitCode.INTERRUPTED, "stopped by SIGINT; all is saved"),
         ("saves", 1, ExitCode.INTERRUPTED, "stopped by SIGINT; all is saved"),
         ("diverges", 1, ExitCode.DIVERGED, "error: it diverged"),
