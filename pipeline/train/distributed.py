@@ -136,6 +136,20 @@ def sum_over_ranks(tensor: Tensor) -> None:
         dist.all_reduce(tensor)
 
 
+def average_over_ranks(tensors: Sequence[Tensor]) -> bool:
+    """Replace tensors by their means over all ranks where nothing must be copied for it (collective).
+
+    Returns:
+        Whether it was done. It is not where the ranks do not share memory, and for tensors that shared memory does not serve.
+    """
+    if dist.get_world_size() == 1:
+        return True
+    if _sums is None or not _sums.serves(*tensors):
+        return False
+    _sums.add(*tensors, factor=1 / dist.get_world_size())
+    return True
+
+
 def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:
     """Return the index of this rank's GPU among the visible ones.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.train.config import EngineConfig, OptimConfig, computed_stage
 from pipeline.train.deepspeed_config import deepspeed_config
-from pipeline.train.distributed import World, gather_uneven, limit_collectives, sum_over_ranks
+from pipeline.train.distributed import World, average_over_ranks, gather_uneven, limit_collectives, sum_over_ranks
 from pipeline.train.muon import Muon, over_shards
 from pipeline.train.optim import Trainable, make_optimizer, moments_of
 from pipeline.train.shard import Shard
@@ -65,6 +65,9 @@ class Engine:
         self.model: nn.Module = self._deepspeed
         if config.zero_stage in (1, 2) and not config.offload_optimizer:
             self._optimizer.get_grad_norm_direct = self._norm_of_partition
+        if config.zero_stage == 0:
+            self._reduce = self._deepspeed.buffered_allreduce_fallback
+            self._deepspeed.buffered_allreduce_fallback = self._average_gradients
         self.base_optimizer: torch.optim.Optimizer = optimizer
         self._clip_norm = optim.clip_norm
         if self._clip_norm:  # before a teacher adds its hooks: a pull by the gradient is not clipped
@@ -140,6 +143,17 @@ class Engine:
         total = torch.stack(list(norms)).square().sum()
         sum_over_ranks(total)
         return total.sqrt()
+
+    def _average_gradients(self, grads: None = None, elements_per_buffer: int = 0) -> None:
+        """Average the gradients over the ranks (collective); a weight that had no part in the loss gets a gradient of zeros.
+
+        It stands in for DeepSpeed's own, which copies all gradients into one tensor and back, on one process too.
+        """
+        for _, parameter in self.named_parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if not average_over_ranks([p.grad for _, p in self.named_parameters]):
+            self._reduce(grads, elements_per_buffer)
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip the gradients of one call of the optimizer; DeepSpeed calls it group by group, and would wait for each."""

@@ -22,7 +22,7 @@ from pipeline.ops.native.build import optional_library
 
 # Looks at another rank's counter before a rank sleeps, some 20 to 100 microseconds.
 SPINS = 2000
-WIDE = {torch.float32: False, torch.float64: True}
+SERVED = tuple({("cpu", dtype, True)} for dtype in (torch.float32, torch.float64))
 OUTCOMES = ("", "did not come within the time-out", "sums another number of bytes", "ended")
 TOKEN_BYTES = 16
 
@@ -45,27 +45,30 @@ class SharedSums:
         self.timeout_seconds = 1800.0
         library.sums_join(ctypes.addressof(self._memory), rank)
 
-    def serves(self, tensor: Tensor) -> bool:
-        """Return whether `add` can sum a tensor: fp32 or fp64 without gaps, in the host's memory."""
-        return tensor.device.type == "cpu" and tensor.dtype in WIDE and tensor.is_contiguous()
+    def serves(self, *tensors: Tensor) -> bool:
+        """Return whether `add` can sum tensors: of one dtype, fp32 or fp64, without gaps, in the host's memory."""
+        return {(t.device.type, t.dtype, t.is_contiguous()) for t in tensors} in SERVED
 
-    def add(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the ranks, which has the same bits on each of them (collective).
+    def add(self, *tensors: Tensor, factor: float = 1.0) -> None:
+        """Replace tensors by `factor` times their sums over the ranks, which have the same bits on each of them (collective).
 
         Args:
-            tensor: Of one size and dtype on all ranks; `serves` says which.
+            tensors: As many bytes on all ranks; `serves` says which tensors.
+            factor: One for the sums, or one over the number of ranks for the means.
 
         Raises:
             torch.distributed.DistError: Another rank ended, did not come in time, or sums another number of bytes.
         """
-        culprit = c_int64()
+        number, culprit = len(tensors), c_int64()
         outcome = self._library.sums_add(
             ctypes.addressof(self._memory),
             self._size,
             self._rank,
-            tensor.data_ptr(),
-            tensor.nbytes,
-            WIDE[tensor.dtype],
+            (c_void_p * number)(*(t.data_ptr() for t in tensors)),
+            (c_int64 * number)(*(t.nbytes for t in tensors)),
+            number,
+            tensors[0].dtype == torch.float64,
+            factor,
             self._spins,
             self.timeout_seconds,
             byref(culprit),
@@ -127,6 +130,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     library.sums_bytes.argtypes, library.sums_bytes.restype = [c_int64], c_int64
     library.sums_join.argtypes, library.sums_join.restype = [c_void_p, c_int64], None
-    library.sums_add.argtypes = [c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 3, c_double, POINTER(c_int64)]
+    library.sums_add.argtypes = [
+        *(c_void_p, c_int64, c_int64, POINTER(c_void_p), POINTER(c_int64), c_int64),
+        *(c_int64, c_double, c_int64, c_double, POINTER(c_int64)),
+    ]
     library.sums_add.restype = c_int64
     return library

@@ -3,6 +3,7 @@
 // Each process has two slots, which it uses in turn. To sum, it copies its numbers into a slot, raises its counter, waits until the
 // counters of all are as high, and adds up the slots in the order of the ranks. So every process gets the same bits. Two slots are
 // enough: a process that raises its counter to k has read all slots of k - 1, and so the slots of k - 2 may be written.
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -10,6 +11,7 @@
 #include <csignal>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <thread>
 
 #ifdef __linux__
@@ -76,14 +78,36 @@ Outcome wait_for(Rank& other, uint32_t counter, const Wait& wait) {
   return outcome;
 }
 
+// A list of arrays, walked as if they lay behind one another.
+struct Walk {
+  char* const* arrays;
+  const int64_t* sizes;
+  int64_t array = 0, at = 0;
+
+  // Calls `visit(pointer, position, bytes)` for the next `bytes` bytes, array by array.
+  template <class Visit>
+  void next(int64_t bytes, Visit visit) {
+    for (int64_t done = 0; done < bytes;) {
+      while (at == sizes[array]) ++array, at = 0;
+      const int64_t part = std::min(bytes - done, sizes[array] - at);
+      visit(arrays[array] + at, done, part);
+      at += part, done += part;
+    }
+  }
+};
+
 template <class T>
-void add_up(Rank* ranks, int64_t size, int64_t which, T* out, int64_t n) {
-  const auto slot = [&](int64_t rank) { return reinterpret_cast<const T*>(ranks[rank].slot[which]); };
-  std::memcpy(out, slot(0), n * sizeof(T));
+void add_up(const Rank* ranks, int64_t size, int64_t which, int64_t position, char* out, int64_t bytes, double factor) {
+  const auto slot = [&](int64_t rank) { return reinterpret_cast<const T*>(ranks[rank].slot[which] + position); };
+  T* sums = reinterpret_cast<T*>(out);
+  const int64_t n = bytes / sizeof(T);
+  std::memcpy(out, slot(0), bytes);
   for (int64_t rank = 1; rank < size; ++rank) {
     const T* values = slot(rank);
-    for (int64_t i = 0; i < n; ++i) out[i] += values[i];
+    for (int64_t i = 0; i < n; ++i) sums[i] += values[i];
   }
+  if (factor != 1)
+    for (int64_t i = 0; i < n; ++i) sums[i] *= T(factor);
 }
 }  // namespace
 
@@ -93,15 +117,18 @@ int64_t sums_bytes(int64_t size) { return size * int64_t(sizeof(Rank)); }
 // Says that this process is there. The memory is zero at first.
 void sums_join(Rank* ranks, int64_t rank) { ranks[rank].pid = getpid(); }
 
-// Replaces `bytes` of fp32, or of fp64 where `wide`, by their sum over all ranks. Returns an Outcome; its rank is in `culprit`.
-int64_t sums_add(Rank* ranks, int64_t size, int64_t rank, char* data, int64_t bytes, int64_t wide, int64_t spins, double seconds,
-                 int64_t* culprit) {
+// Replaces the numbers of `count` arrays, fp32 or fp64 where `wide`, by `factor` times their sums over all ranks. Returns an Outcome;
+// its rank is in `culprit`. The ranks must bring as many bytes.
+int64_t sums_add(Rank* ranks, int64_t size, int64_t rank, char* const* arrays, const int64_t* sizes, int64_t count, int64_t wide,
+                 double factor, int64_t spins, double seconds, int64_t* culprit) {
   Rank& own = ranks[rank];
   const Wait wait = {spins, Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds))};
+  Walk read = {arrays, sizes}, write = {arrays, sizes};
+  int64_t bytes = std::accumulate(sizes, sizes + count, int64_t(0));
   do {
     const uint32_t counter = own.counter.load(std::memory_order_relaxed) + 1;
-    const int64_t which = counter % 2, part = bytes < slot_bytes ? bytes : slot_bytes;
-    std::memcpy(own.slot[which], data, part);
+    const int64_t which = counter % 2, part = std::min(bytes, slot_bytes);
+    read.next(part, [&](const char* from, int64_t position, int64_t n) { std::memcpy(own.slot[which] + position, from, n); });
     own.bytes[which] = bytes;
     own.counter.store(counter);
     if (own.sleepers.load()) wake(own.counter);
@@ -111,9 +138,10 @@ int64_t sums_add(Rank* ranks, int64_t size, int64_t rank, char* data, int64_t by
       if (const Outcome outcome = wait_for(other, counter, wait); outcome != done) return outcome;
       if (other.bytes[which] != bytes) return differ;
     }
-    if (wide) add_up(ranks, size, which, reinterpret_cast<double*>(data), part / 8);
-    else add_up(ranks, size, which, reinterpret_cast<float*>(data), part / 4);
-    data += part, bytes -= part;
+    write.next(part, [&](char* to, int64_t position, int64_t n) {
+      (wide ? add_up<double> : add_up<float>)(ranks, size, which, position, to, n, factor);
+    });
+    bytes -= part;
   } while (bytes);
   return done;
 }

@@ -53,6 +53,13 @@ def adds(rank: int, folder: str) -> None:
         for other in every[1:]:
             expected += other
         assert torch.equal(mine, expected)
+    for dtype in (torch.float32, torch.float64):  # arrays of all sizes, cut where a slot ends
+        lengths = [0, 3, SLOT - 4, 0, 7, 2 * SLOT, 1, 0]
+        lists = [[numbers(k, n, dtype) for n in lengths] for k in range(RANKS)]
+        means = [t.clone() for t in lists[rank]]
+        sums.add(*means, factor=1 / RANKS)
+        for mean, parts in zip(means, zip(*lists, strict=True), strict=True):
+            assert torch.equal(mean, (parts[0] + parts[1] + parts[2]) * torch.tensor(1 / RANKS, dtype=dtype))
     wrong = torch.full((3,), float("nan") if rank == 1 else 1.0)
     sums.add(wrong)
     assert wrong.isnan().all()
@@ -61,7 +68,8 @@ def adds(rank: int, folder: str) -> None:
         sums.add(own)
         assert own.item() == RANKS * k + sum(range(RANKS))
     for tensor in (torch.ones(2, dtype=torch.bfloat16), torch.ones(4, 4).t()[1:], torch.ones(2, dtype=torch.int64)):
-        assert not sums.serves(tensor)
+        assert not sums.serves(torch.ones(1, dtype=tensor.dtype), tensor)
+    assert not sums.serves(torch.ones(1), torch.ones(1, dtype=torch.float64))
 
     # The counters are 32 bits wide and begin anew after 2^32 sums.
     sums = opened(rank, folder)
