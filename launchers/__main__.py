@@ -145,10 +145,11 @@ def _write_missing(given: argparse.Namespace) -> None:
     from launchers import chain
     from launchers.recipe import write
 
-    if given.stage != chain.CHAIN or "," in given.config:
+    if given.stage != chain.CHAIN:
         return
     budget = getattr(given, "budget", None)
-    if order := write.order_for_chain(given.config, budget):
+    order = None if "," in given.config else write.order_for_chain(given.config, budget)
+    if order:
         write.write(order)
     elif budget:
         print(

@@ -1,6 +1,7 @@
 """Write the configs of a chain for a dataset: look, test, time a step, apply the rules, and never overwrite what was edited."""
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from launchers.recipe.compose import Draft, compose
 from launchers.recipe.look import Look, look_at, sampled
 from launchers.recipe.networks import Family
 from launchers.recipe.rules import Budget
-from pipeline.config import find_config, nearest, validate
+from pipeline.config import find_config, nearest, packaged_configs, validate
 from pipeline.datasets.manifest import HEADER
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.files import replace_text
@@ -99,16 +100,21 @@ def order_for_chain(name: str, budget: str | None) -> Order | None:
     Raises:
         ConfigError: There are neither configs nor data of that name.
     """
-    order = order_for(name, budget)
     if any(find_config(path).is_file() for path in paths(name).values()):
         return None
+    order = order_for(name, budget)
     if order is None:
-        named = [p.stem for p in Path("configs/distill").glob("*.yaml")] + [
-            p.parent.name for p in Path("data").glob("*/train")
-        ]
+        named = {
+            path.stem for stage in SPECS for path in (*Path("configs", stage).glob("*.yaml"), *packaged_configs(stage))
+        }
+        named |= {
+            path.parent.relative_to("data").parts[0]
+            for part in ("", "*/")
+            for path in Path("data").glob(f"*/{part}{HEADER}")
+        }
         raise ConfigError(
             f"chain {name}: there are no configs/STAGE/{name}.yaml, and no data at data/{name}/train to write them for;"
-            f" `python -m pipeline.data convert` makes such data; known names: {', '.join(nearest(name, sorted({*named}))[:5])}"
+            f" `python -m pipeline.data convert` makes such data; names like it: {', '.join(nearest(name, sorted(named))[:5])}"
         )
     return order
 
@@ -176,11 +182,12 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
                                               "loop": {"steps": 1, "global_batch": 1}}, order))  # fmt: skip
     look = look_at(opened)
     print(in_words(look))
-    if order.split is None and order.validation is None:
-        folder = order.train[0].parent
+    if not look.validation:
+        folders, file = shlex.join(map(str, order.train)), Path("data", order.name, "split.json")
         print(
-            f"note: no split is given, so all {look.labels} labels are trained on, and without validation images nothing is"
-            f" chosen or calibrated; `python -m pipeline.data split {order.train[0]} --out {folder / 'split.json'}` makes one"
+            f"note: all {look.labels} labels are trained on, and without validation images nothing is chosen or calibrated;"
+            f" `python -m pipeline.data split {folders} --validation-per-class 10 --out {shlex.quote(str(file))}` and --split"
+            f" {shlex.quote(str(file))} here hold some out"
         )
     known = np.concatenate([opened.subsets.labelled, opened.subsets.validation])
     labelled = neighbours.labelled_pictures(opened.manifest, np.sort(known))

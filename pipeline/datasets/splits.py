@@ -222,18 +222,21 @@ def _check_validation(
     members: list[NDArray[np.int64]], listed: NDArray[np.bool_], config: SplitConfig, names: list[str]
 ) -> None:
     """Raise ConfigError if a class is too small for its validation samples, none of which is listed."""
-    most = []  # samples of each class for validation, so that one is left to train on
-    for own in members:
-        free = int((~listed[own]).sum())
-        most.append(free if free < len(own) else max(0, free - 1))
-    wanted, least = config.validation_per_class, int(np.argmin(most))
+    wanted = config.validation_per_class
+    if not members or not wanted:
+        return
+    free = [int((~listed[own]).sum()) for own in members]
+    # One sample of each class is left to train on, and all that are listed.
+    most = [number if number < len(own) else number - 1 for number, own in zip(free, members, strict=True)]
+    least = int(np.argmin(most))
     if wanted > most[least]:
-        size, few = len(members[least]), sum(m < wanted for m in most)
-        others = f" (and in {few - 1} more)" if few > 1 else ""
-        remedy = f"give at most {most[least]}" if most[least] else "give 0, or add images to it"
+        few = sum(number < wanted for number in most) - 1
+        others = f" (and {few} more)" if few else ""
+        has = f"{free[least]} sample{'' if free[least] == 1 else 's'}"
+        has += " outside --labelled-list" if free[least] < len(members[least]) else ""
+        remedy = f"give at most {most[least]}" if most[least] > 0 else "give 0, or add images to it"
         raise ConfigError(
-            f"--validation-per-class {wanted} leaves nothing to train on in class {names[least]!r}{others}, which has"
-            f" {size} sample{'' if size == 1 else 's'}; {remedy}"
+            f"--validation-per-class {wanted} is too many for class {names[least]!r}{others}, which has {has}; {remedy}"
         )
 
 

@@ -336,7 +336,7 @@ def _some(names: tuple[str, ...]) -> str:
 
 def _known_exports(near: Path = Path("runs")) -> str:
     """Name the newest exports below a folder, or say how to make one."""
-    cards = (card for depth in (1, 2) for card in near.glob(f"{'*/' * depth}export/{CARD}"))
+    cards = (card for depth in (0, 1, 2) for card in near.glob(f"{'*/' * depth}export/{CARD}"))
     found = sorted(cards, key=lambda path: -path.stat().st_mtime)[:3]
     if not found:
         return "; `make chain NAME=mine` makes runs/mine/semi/export"

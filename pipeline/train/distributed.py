@@ -28,12 +28,13 @@ from pipeline.ops.choice import choose_scan
 from pipeline.train import host_memory, node
 from pipeline.train.gpus import Torch, broken_promise
 from pipeline.train.rendezvous import keep_to_the_ranks, open_store, rendezvous
-from pipeline.train.shared_sums import SharedSums, open_sums
+from pipeline.train.shared_sums import SPINS, SharedSums, open_sums
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _sums: SharedSums | None = None  # None also where gloo sums
+_served: Any = None  # DeepSpeed's backend, which outlives a process group
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def start(timeout_seconds: float, public_address: bool = False, bind_cores: bool
             raise EnvironmentProblem(wrong)
         os.environ["DS_ACCELERATOR"] = "cpu"
         host_memory.keep_freed()
+    own_core = node.has_own_core(os.environ)
     if bind_cores:  # before torch and DeepSpeed start threads, which inherit it
         node.bind(int(found["LOCAL_RANK"]), node.ranks_here(os.environ), _pci_address(device) if gpus else None)
     deepspeed = quiet_deepspeed()
@@ -105,25 +107,26 @@ def start(timeout_seconds: float, public_address: bool = False, bind_cores: bool
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     world = World(dist.get_rank(), dist.get_world_size(), device, int(found["LOCAL_RANK"]))
     if _sums is None and world.size > 1 and not gpus:
-        _share_sums(world, deepspeed.comm.comm.cdb)
+        _share_sums(world, timeout_seconds, own_core, deepspeed.comm.comm.cdb)
     _log_table(world, backend, found)
     return world
 
 
-def _share_sums(world: World, backend: Any) -> None:
+def _share_sums(world: World, timeout_seconds: float, own_core: bool, backend: Any) -> None:
     """Let the ranks sum through shared memory if they can, and DeepSpeed's `backend` do as they do (collective)."""
-    global _sums
-    _sums = open_sums(world.rank, world.size)
-    otherwise = backend.all_reduce
+    global _sums, _served
+    _sums = open_sums(world.rank, world.size, timeout_seconds, spins=SPINS if own_core else 0)
+    if backend is _served:
+        return
+    _served, otherwise = backend, backend.all_reduce
 
     def all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None = None, async_op: bool = False) -> Any:
-        of_all = op.name == "SUM" and dist.get_world_size(group) == world.size
-        if of_all and not async_op and _sums is not None and _sums.serves(tensor):
+        summed = op.name == "SUM" and not async_op
+        if summed and _sums is not None and dist.get_world_size(group) == _sums.size and _sums.serves(tensor):
             return _sums.add(tensor)
         return otherwise(tensor, op, group, async_op)
 
-    if _sums is not None:
-        backend.all_reduce = all_reduce
+    backend.all_reduce = all_reduce
 
 
 def sum_over_ranks(tensor: Tensor) -> None:
@@ -198,7 +201,9 @@ def limit_collectives(timeout_seconds: float) -> None:
 def stop() -> None:
     """Leave the process group, if there is one."""
     global _sums
-    _sums = None
+    if _sums is not None:
+        _sums.close()
+        _sums = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -39,11 +39,19 @@ def cores_of_rank(environment: Mapping[str, str], allowed: int | None = None) ->
         allowed: CPUs that this process may use; by default asked of the system. Ranks of one node share them, unless SLURM
             counts CPUs per task.
     """
-    allowed = len(_allowed()) if allowed is None else allowed
+    return max(1, _share(environment, len(_allowed()) if allowed is None else allowed))
+
+
+def has_own_core(environment: Mapping[str, str]) -> bool:
+    """Return whether there is a CPU for each rank of this node; ask before `bind`, after which others are not seen."""
+    return _share(environment, len(_allowed())) >= 1
+
+
+def _share(environment: Mapping[str, str], allowed: int) -> int:
     per_task = environment.get("SLURM_CPUS_PER_TASK", "")
     if environment.get("SLURM_STEP_NUM_TASKS") == environment.get("WORLD_SIZE") and per_task.isdecimal():
-        return max(1, min(int(per_task), allowed))
-    return max(1, allowed // ranks_here(environment))
+        return min(int(per_task), allowed)
+    return allowed // ranks_here(environment)
 
 
 def bind(local_rank: int, ranks: int, gpu: str | None = None, system: Path = SYSTEM) -> None:

@@ -43,9 +43,8 @@ class _OverRanks(torch.autograd.Function):
         normal.mul_(scale.view(shape)).add_(((own_mean - mean) * scale).view(shape))
         context.save_for_backward(normal, weight, scale, count)
         context.mark_non_differentiable(mean, variance, count)
-        if weight is None or bias is None:
-            return normal.clone(), mean, variance, count
-        return torch.mul(normal, weight.view(shape)).add_(bias.view(shape)), mean, variance, count
+        y = normal.clone() if weight is None else normal * weight.view(shape)
+        return y if bias is None else y.add_(bias.view(shape)), mean, variance, count
 
     @staticmethod
     @once_differentiable
@@ -61,8 +60,9 @@ class _OverRanks(torch.autograd.Function):
         of_g, of_normal = -of_all * scale / count
         # In single steps: torch's addcmul with values per channel takes three times as long as they do.
         g_x = torch.mul(g, scale.view(shape)).add_(normal * of_normal.view(shape)).add_(of_g.view(shape))
-        g_bias, g_weight = (None, None) if weight is None else own.unbind()
-        return g_x, g_weight, g_bias, None
+        g_bias, g_weight = own.unbind()
+        _, of_weight, of_bias, _ = context.needs_input_grad
+        return g_x, g_weight if of_weight else None, g_bias if of_bias else None, None
 
 
 def _around_channels(x: Tensor) -> tuple[list[int], list[int]]:

@@ -23,7 +23,7 @@ def test_a_folder_called_digits_is_not_the_bundled_dataset_and_a_split_that_fail
     with pytest.raises(SystemExit) as ended:  # 15 a class for validation, of four
         arm.main(["--images", "mine/digits", "--seeds", "0"])
     assert ended.value.code == ConfigError.exit_code
-    assert "--validation-per-class 15 leaves nothing to train on" in capsys.readouterr().err
+    assert "--validation-per-class 15 is too many for class" in capsys.readouterr().err
     assert (tmp_path / "data/study-arm-digits/test").is_dir()
     assert not (tmp_path / "data/digits").exists()
     assert not (tmp_path / "runs").exists()

@@ -126,13 +126,16 @@ def test_validation_is_apart_and_the_same_under_every_imbalance(imagenet: Manife
     tailed = make_split(imagenet, SplitConfig(imbalance=100, labelled=0.01, validation_per_class=20), seed=0)
     assert plain.subset("validation").tolist() == tailed.subset("validation").tolist()
     assert not np.intersect1d(tailed.subset("validation"), tailed.subset("labelled")).size
-    with pytest.raises(ConfigError, match="leaves nothing to train on in class 'n") as refused:
+    with pytest.raises(ConfigError, match="is too many for class 'n") as refused:
         make_split(imagenet, SplitConfig(validation_per_class=5000), seed=0)
     most = int(
         str(refused.value).rpartition(" ")[2]
     )  # the sentence names the number that works, for the smallest class
     assert most == np.bincount(imagenet.labels).min() - 1
     assert (make_split(imagenet, SplitConfig(validation_per_class=most), seed=0).counts("validation") == most).all()
+    make_split(
+        imagenet, SplitConfig(ood_classes=len(imagenet.classes), validation_per_class=1), seed=0
+    )  # no class is left
 
 
 def test_published_lists_are_taken_at_their_word(imagenet: Manifest, tmp_path: Path):

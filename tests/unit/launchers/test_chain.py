@@ -12,6 +12,7 @@ from launchers.config import ClusterConfig, seconds_of
 from launchers.preflight import check_shared, refuse
 from launchers.recipe.write import order_for_chain
 from pipeline.config import load_config
+from pipeline.datasets.manifest import HEADER
 from pipeline.errors import ConfigError, EnvironmentProblem, HandoverError
 from pipeline.exports.card import CARD, Card
 from pipeline.files import file_system
@@ -103,18 +104,21 @@ def test_a_chain_begins_with_the_first_stage_that_has_a_config(tmp_path: Path, m
 
 def test_a_chain_that_is_not_there_says_what_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("mine", "birds"):
-        Path("data", name, "train").mkdir(parents=True)
-    with pytest.raises(
-        ConfigError, match=r"no configs/STAGE/mien.yaml, and no data at data/mien/train .*: mine, birds$"
-    ):
+    for name in ("mine/train", "mines", "birds/train"):
+        folder = Path("data", name)
+        folder.mkdir(parents=True)
+        (folder / HEADER).touch()
+    said = r"no configs/STAGE/mien.yaml, and no data at data/mien/train .* names like it: mine, mines, "
+    with pytest.raises(ConfigError, match=said):
         order_for_chain("mien", None)
     for name in ("../mine", "my pets", "", "-x", "/tmp/a"):
         with pytest.raises(ConfigError, match="must begin with a letter or a digit"):
             order_for_chain(name, None)
-    Path("configs/semi").mkdir(parents=True)
-    Path("configs/semi/mien.yaml").touch()
-    assert order_for_chain("mien", "30m") is None
+    for name in ("mien", "my pets", "sub/x"):  # a config that is there may have any name
+        path = Path(f"configs/semi/{name}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        assert order_for_chain(name, "30m") is None
 
 
 def test_a_missing_export_names_the_newest_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +134,8 @@ def test_a_missing_export_names_the_newest_that_are_there(tmp_path: Path, monkey
         Card.read(Path("nowhere"))
     with pytest.raises(HandoverError, match=r"model.json is missing; there is runs/a/semi/export$"):
         Card.read(Path("runs/a"))
+    with pytest.raises(HandoverError, match=r"model.json is missing; there is runs/a/semi/export$"):
+        Card.read(Path("runs/a/semi"))
 
 
 def test_stages_of_two_experiments_are_no_chain() -> None:

@@ -61,6 +61,33 @@ def test_gradients_and_statistics_are_those_of_the_whole_batch(tmp_path: Path) -
         torch.testing.assert_close(got, buffer, rtol=1e-6, atol=1e-6)
 
 
+def without_parts(rank: int, folder: str) -> None:
+    """A norm without a weight, without a bias, and of vectors; the batch is the ranks' one after the other."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    whole = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    for options in ({"affine": False}, {"bias": False}, {"momentum": None}, {"track_running_stats": False}):
+        expected, found = nn.BatchNorm1d(4, **options), nn.BatchNorm1d(4, **options)
+        for norm in (expected, found):
+            if norm.weight is not None:
+                nn.init.constant_(norm.weight, 5.0)
+        synchronise_batch_norms(nn.Sequential(found), torch.device("cpu"))
+        part = slice(0, 3) if rank == 0 else slice(3, 7)
+        x, own = whole.clone().requires_grad_(), whole[part].clone().requires_grad_()
+        y, mine = expected(x), found(own)
+        y.pow(3).sum().backward()
+        mine.pow(3).sum().backward()
+        torch.testing.assert_close(mine, y[part])
+        torch.testing.assert_close(own.grad, x.grad[part], rtol=1e-4, atol=1e-4)  # type: ignore[index]
+        for mean, other in zip(found.buffers(), expected.buffers(), strict=True):
+            torch.testing.assert_close(mean, other)
+    dist.destroy_process_group()
+
+
+def test_norms_without_a_weight_a_bias_or_statistics(tmp_path: Path) -> None:
+    run_ranks(without_parts, str(tmp_path))
+
+
 def test_alone_nothing_changes() -> None:
     plain, synchronised = network(), network()
     synchronise_batch_norms(synchronised, torch.device("cpu"))
