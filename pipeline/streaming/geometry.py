@@ -3,7 +3,6 @@
 Shapes: H, W height and width of the view in pixels.
 """
 
-import functools
 import math
 import random
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.images import Pixels
+from pipeline.ops.affine import Map, affine_sample
 from pipeline.streaming.config import AffineConfig
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -105,31 +105,9 @@ def affine_view(
         pixels = torch.from_numpy(image[y0:y1, x0:x1]).permute(2, 0, 1)
     else:
         pixels = crop_resize(image, (y0, x0, y1 - y0, x1 - x0), (rows, columns), interpolation)
-    # grid_sample's coordinates go from -1 to 1 over the sides of the view and of the pixels that it reads.
-    by_x, by_y = 1 / (x1 - x0), 1 / (y1 - y0)
-    middle_x = at_x + (xx * width + xy * height) / 2 - x0
-    middle_y = at_y + (yx * width + yy * height) / 2 - y0
-    matrix = torch.tensor(
-        [
-            [
-                [xx * width * by_x, xy * height * by_x, 2 * middle_x * by_x - 1],
-                [yx * width * by_y, yy * height * by_y, 2 * middle_y * by_y - 1],
-            ]
-        ]
-    )
-    grid = torch.bmm(_centres(height, width), matrix.transpose(1, 2)).view(1, height, width, 2)
-    colour = torch.tensor(ground, dtype=torch.float32)[:, None, None]
-    # Outside the pixels grid_sample reads zeros, which become the ground. Pillow's transform was slower.
-    view = F.grid_sample((pixels - colour)[None], grid, interpolation, padding_mode="zeros", align_corners=False)[0]
-    return view.add_(colour).round_().clamp_(0, 255).to(torch.uint8)
-
-
-@functools.lru_cache(maxsize=16)
-def _centres(height: int, width: int) -> Tensor:
-    """Return (1, H W, 3), x, y and 1 of each pixel's centre, row by row: what `F.affine_grid` makes again in each call."""
-    identity = torch.eye(2, 3)[None]
-    centres = F.affine_grid(identity, [1, 1, height, width], align_corners=False).view(1, -1, 2)
-    return torch.cat([centres, torch.ones(1, height * width, 1)], dim=2)
+    across, down = columns / (x1 - x0), rows / (y1 - y0)
+    of_view = Map((at_x - x0) * across, (at_y - y0) * down, xx * across, xy * across, yx * down, yy * down)
+    return affine_sample(pixels, of_view, size, interpolation, ground)
 
 
 def _kept(pixels: int, density: float) -> int:
