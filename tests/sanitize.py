@@ -27,6 +27,7 @@ TESTS = [
         "ops/test_stages.py",
         "ops/test_distance.py",
         "ops/test_norm.py",
+        "ops/test_affine.py",
         "train/test_shared_sums.py",
     )
 ]

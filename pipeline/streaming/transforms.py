@@ -19,6 +19,7 @@ from pipeline import seeds
 from pipeline.decoding import DEFAULT, Decoding
 from pipeline.evaluation_view import USUAL, EvaluationView
 from pipeline.images import Pixels, decode, to_pixels
+from pipeline.ops.affine import compiled
 from pipeline.streaming.config import AugmentConfig
 from pipeline.streaming.geometry import affine_view, crop_resize, draw_affine, ground_colour, random_box
 
@@ -138,6 +139,8 @@ def train_views(
         std: Standard deviation per channel of pixels in [0, 1].
         decoding: How encoded images are decoded.
     """
+    if config.affine:
+        compiled()  # here, not in each data worker
     augment = _rand_augment(config.rand_augment, image_size, tuple(mean), config.interpolation)
     mean_colour = tuple(min(255, max(0, round(255 * m))) for m in mean)
 

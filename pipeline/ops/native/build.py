@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(
-    FOLDER / name for name in ("scan.cpp", "conv.cpp", "projections.cpp", "distance.cpp", "norm.cpp", "sums.cpp")
+    FOLDER / name
+    for name in ("scan.cpp", "conv.cpp", "projections.cpp", "distance.cpp", "norm.cpp", "sums.cpp", "affine.cpp")
 )
 HEADERS = tuple(FOLDER / name for name in ("simd.h", "tiles.h", "recurrence.h", "products.h", "layers.h", "vision.h"))
 # No -ffast-math: a NaN must stay a NaN. Contraction (fused multiply-add) only rounds once instead of twice.
