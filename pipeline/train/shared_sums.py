@@ -21,8 +21,7 @@ from torch import Tensor
 
 from pipeline.ops.native.build import optional_library
 
-# Looks at another rank's counter before a rank sleeps, some 20 to 100 microseconds.
-SPINS = 2000
+SPINS = 2000  # looks at another rank's counter before a rank sleeps
 SERVED = tuple({("cpu", dtype, True)} for dtype in (torch.float32, torch.float64))
 OUTCOMES = (
     "",

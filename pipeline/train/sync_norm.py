@@ -27,20 +27,25 @@ class _OverRanks(torch.autograd.Function):
         """Return the result, and per channel the mean, the variance and how many values they are of."""
         over, shape = _around_channels(x)
         number = x.numel() // x.shape[1]
-        own_mean = x.sum(over) / max(1, number)
+        rank, of_each = dist.get_rank(), 1 / max(1, number)
+        own_mean = x.sum(over) * of_each
         normal = x - own_mean.view(shape)
-        squares = normal.square().sum(over)
+        rest = normal.sum(over) * of_each  # what rounding left out of the mean
         # Sums of squares around each rank's own mean, so that nothing cancels (Chan, Golub and LeVeque 1983, eq. 2.1).
         # Each rank fills its row of a table of zeros, whose sum is the whole table.
-        table = x.new_zeros(dist.get_world_size(), 3, x.shape[1])
-        table[dist.get_rank()] = torch.stack([torch.full_like(own_mean, number), own_mean, squares])
+        table = x.new_zeros(dist.get_world_size(), 4, x.shape[1])
+        table[rank] = torch.stack([torch.full_like(own_mean, number), own_mean, rest, normal.square().sum(over)])
         sum_over_ranks(table)
-        numbers, means, squares_around = table.unbind(1)
+        numbers, means, rests, squares = table.unbind(1)
         count = numbers.sum(0)
-        mean = (numbers * means).sum(0) / count
-        variance = (squares_around + numbers * (means - mean).square()).sum(0) / count
+        # Means as small differences from rank 0's, which fp32 holds exactly also where they are far from zero.
+        apart = means - means[0]
+        offset = (numbers * (apart + rests)).sum(0) / count
+        away = offset - apart  # the mean of all, from each rank's own
+        mean = means[0] + offset
+        variance = (squares + numbers * away * (away - 2 * rests)).sum(0) / count
         scale = torch.rsqrt(variance + eps)
-        normal.mul_(scale.view(shape)).add_(((own_mean - mean) * scale).view(shape))
+        normal.mul_(scale.view(shape)).sub_((away[rank] * scale).view(shape))
         context.save_for_backward(normal, weight, scale, count)
         context.mark_non_differentiable(mean, variance, count)
         y = normal.clone() if weight is None else normal * weight.view(shape)

@@ -39,24 +39,13 @@ def half(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-class InSinglePrecision(nn.BatchNorm2d):
-    """torch's own, with the whole batch in one process."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.float()).double()
-
-
 def test_gradients_and_statistics_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     run_ranks(half, str(tmp_path))
     found = torch.load(tmp_path / "found.pt")
-    model, single = network(), network()
-    single[1] = InSinglePrecision(3)
-    for whole in (model, single):
-        whole(batch()).square().sum().backward()
-    # Statistics are taken in fp32, and the images are far from zero: torch's own norms differ from float64 as much.
-    for got, parameter, other in zip(found["gradients"], model.parameters(), single.parameters(), strict=True):
-        error, allowed = ((g - parameter.grad).abs().max() for g in (got, other.grad))
-        assert error <= 2 * allowed + 1e-5
+    model = network()
+    model(batch()).square().sum().backward()
+    for got, parameter in zip(found["gradients"], model.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-5)  # statistics are taken in fp32
     for got, buffer in zip(found["buffers"], model.buffers(), strict=True):
         torch.testing.assert_close(got, buffer, rtol=1e-6, atol=1e-6)
 
