@@ -170,6 +170,7 @@ def starts(rank: int, port: str, next_port: str) -> None:
 
 
 def test_a_started_world_sums_deepspeeds_gradients_through_it() -> None:
+    """The ranks assert; what one of them raises, this raises."""
     run_ranks(starts, str(free_port()), str(free_port()))
 
 

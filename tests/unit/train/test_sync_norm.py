@@ -74,6 +74,7 @@ def without_parts(rank: int, folder: str) -> None:
 
 
 def test_norms_without_a_weight_a_bias_or_statistics(tmp_path: Path) -> None:
+    """The ranks assert; what one of them raises, this raises."""
     run_ranks(without_parts, str(tmp_path))
 
 
