@@ -8,9 +8,10 @@ from typing import Any
 from launchers import queue
 from launchers.chain import Step
 from launchers.config import ClusterConfig, seconds_of
-from pipeline.config import flatten, load_config
+from pipeline.config import load_config
 from pipeline.errors import ConfigError, EnvironmentProblem
 from pipeline.files import file_system, real_path
+from pipeline.identity import flatten
 from pipeline.train import rendezvous
 from stages import spec_of
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -239,40 +238,6 @@ def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
         lines = list(dict.fromkeys(_explain(schema, detail) for detail in error.errors()))
         head = f"{where}: {len(lines)} problem{'s' if len(lines) > 1 else ''}"
         raise ConfigError("\n  ".join([head, *lines])) from None
-
-
-def dump_yaml(config: BaseModel) -> str:
-    """Return the resolved config as YAML: every field, in the order of the schema."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-# At a knob, `Field(..., json_schema_extra=FREE)` says that it may change between two starts of one run: it decides where,
-# how fast or how closely watched the run is, and none of its numbers.
-FREE: dict[str, Any] = {"identity": False}
-
-
-def identity(config: BaseModel) -> dict[str, Any]:
-    """Return the values that decide the numbers of a run, with dotted keys: every field that is not declared FREE."""
-    values = config.model_dump(mode="json")
-    found: dict[str, Any] = {}
-    for name, field in type(config).model_fields.items():
-        extra, child = field.json_schema_extra, getattr(config, name)
-        if isinstance(extra, dict) and extra.get("identity") is False:
-            continue
-        if isinstance(child, BaseModel):
-            found |= {f"{name}.{key}": value for key, value in identity(child).items()}
-        else:
-            found |= flatten(values[name], name)
-    return found
-
-
-def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings into one mapping with dotted keys."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {
-        k: v for key, child in values.items() for k, v in flatten(child, f"{prefix}.{key}" if prefix else key).items()
-    }
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.config import flatten
 from pipeline.evaluate.calibration import Calibration
 from pipeline.exports.card import Card
 from pipeline.exports.export import write_export
+from pipeline.identity import flatten
 from pipeline.models.config import DecoderConfig
 from pipeline.models.family import FamilyConfig
 from pipeline.report.tensorboard import Board

@@ -1,6 +1,6 @@
 """Whether a run folder belongs to the very run that a config describes (torch-free).
 
-Values decide by the schema (`pipeline.config.identity`), inputs by their hash: where a dataset or a parent lies may change.
+Values decide by the schema (`pipeline.identity`), inputs by their hash: where a dataset or a parent lies may change.
 """
 
 import functools

@@ -25,9 +25,9 @@ from launchers.plan.predict import START_SECONDS, assumptions, hardware, scale, 
 from launchers.plan.profile import profile
 from launchers.plan.step_time import A100
 from launchers.plan.text import show
-from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import replace_text
+from pipeline.identity import dump_yaml
 from pipeline.train.run import has_begun, identity_sha256
 from stages import spec_of
 from stages.check import Pending, check, derive_batches, open_data, written_by

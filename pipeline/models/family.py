@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import Strict, nearest
+from pipeline.identity import FROM_DATA
 
 Depth = Annotated[int, Field(gt=0, le=512)]  # blocks; published models have a tenth
 Width = Annotated[int, Field(gt=0, le=2**15)]  # channels, states, pixels on a side
@@ -30,7 +31,9 @@ class FamilyConfig(Strict):
     drop_path: float = Field(
         0.0, ge=0, lt=1, description="probability of dropping a residual branch in training; reached in the last block"
     )
-    num_classes: int = Field(1000, ge=0, le=10**6, description="classes of the head; 0 means no head")
+    num_classes: int = Field(
+        1000, ge=0, le=10**6, description="classes of the head; 0 means no head", json_schema_extra=FROM_DATA
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.config import flatten
+from pipeline.identity import flatten
 from pipeline.report.results import METRICS, Result, evaluated_rows, mean_and_spread
 from pipeline.report.tables import Table
 

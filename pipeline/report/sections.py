@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from pipeline.config import flatten
+from pipeline.identity import flatten
 from pipeline.jsonl import newest
 from pipeline.report.figures import Figure, draw, lines
 from pipeline.report.results import STAGES, Result, StageRun

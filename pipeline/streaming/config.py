@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import FREE, Strict
+from pipeline.config import Strict
+from pipeline.identity import FREE
 from pipeline.storage.config import RemoteConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -6,7 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import FREE, NonNegativeInt, PositiveInt, Seconds, Strict
+from pipeline.config import NonNegativeInt, PositiveInt, Seconds, Strict
+from pipeline.identity import FREE
 from pipeline.report.tracker import TrackerName
 
 COSINE_7_16_END = math.cos(math.pi * 7 / 16)  # the last learning rate of FixMatch's schedule, over the first

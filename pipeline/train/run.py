@@ -25,9 +25,9 @@ import psutil
 from pydantic import BaseModel, ValidationError
 
 from pipeline.books import read_values
-from pipeline.config import dump_yaml, flatten, identity
 from pipeline.errors import ConfigError, DataError, EnvironmentProblem, HandoverError
 from pipeline.files import replace_text
+from pipeline.identity import dump_yaml, flatten, identity
 from pipeline.jsonl import read_rows, sort_rows
 from pipeline.report.tracker import RunEnd, Tracker, TrackerName
 from pipeline.train.saved_state import complete, read_state

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import FREE, Strict
+from pipeline.config import Strict
 from pipeline.datasets.config import Opening
 from pipeline.decoding import MAX_PIXELS, PILLOW_PIXELS, WHITE, Decoding
 from pipeline.evaluation_view import USUAL, EvaluationView
 from pipeline.exports.card import IMAGENET, Channels, Level, Preprocessing, Spreads
+from pipeline.identity import FREE
 from pipeline.streaming.config import LoaderConfig, derive_virtual_readers
 from pipeline.train.config import EngineConfig, LoopConfig, OptimConfig, RunConfig
 

@@ -5,9 +5,10 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import FREE, PathText, Strict
+from pipeline.config import PathText, Strict
 from pipeline.errors import ConfigError, HandoverError
 from pipeline.exports.prefetch import missing_weights
+from pipeline.identity import FREE
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.models.config import TIMM_PREFIX, ModelConfig, TimmConfig
 from pipeline.models.family import FamilyConfig

@@ -5,8 +5,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import FREE, NonNegativeInt, PathText, Strict
+from pipeline.config import NonNegativeInt, PathText, Strict
 from pipeline.errors import ConfigError, HandoverError
+from pipeline.identity import FREE
 from pipeline.models.backbone.config import WHOLE, BackboneConfig
 from pipeline.models.config import ModelConfig, SSMixupConfig, VisionMambaConfig
 from pipeline.models.family import FamilyConfig

@@ -5,8 +5,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import FREE, PathText, PositiveInt, Strict
+from pipeline.config import PathText, PositiveInt, Strict
 from pipeline.exports.card import Channels, Spreads
+from pipeline.identity import FREE
 from pipeline.models.family import FamilyConfig
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import load_config
 from pipeline.exports.card import Card
+from pipeline.identity import identity
 from stages import SPECS
+from stages.check import check
 from tests.conftest import Stages
 from tests.golden.write import FOLDER, losses
 
@@ -53,6 +56,20 @@ def test_the_run_folder_tells_what_was_run(chain: Stages) -> None:
     models = json.loads((folder / "evaluation.json").read_text())["models"]
     assert {name: m["samples"] for name, m in models.items()} == {"student": 400, "teacher": 400}
     assert {"top1", "head", "medium", "tail", "per_class"} <= set(models["teacher"])
+
+
+@pytest.mark.parametrize("stage", SPECS)
+def test_the_config_in_a_run_folder_starts_an_equal_run(chain: Stages, stage: str) -> None:
+    spec, runs = SPECS[stage], chain.runs / "smoke"
+    parents = {"distill": [f"init_from={runs / 'arm/export'}"], "semi": [f"init_from={runs / 'distill/export'}"]}
+    saved = runs / stage / "config.yaml"
+    first, again = (
+        load_config(spec.config, saved, [f"run.experiment={name}", *parents.get(stage, [])]) for name in ("a", "b")
+    )
+    check(again, 1)
+    differing = {key for key, value in identity(first).items() if identity(again)[key] != value}
+    assert differing == {"run.experiment"}
+    assert "num_classes: 1000" not in saved.read_text(), "the data gives the classes, not the default"
 
 
 class TestParents:

@@ -9,16 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from pipeline.config import (
-    Strict,
-    apply_overrides,
-    choose,
-    dump_yaml,
-    find_config,
-    load_config,
-    validate,
-)
+from pipeline.config import Strict, apply_overrides, choose, find_config, load_config, validate
 from pipeline.errors import ConfigError
+from pipeline.identity import FROM_DATA, dump_yaml
 from pipeline.yaml_text import parse_yaml
 from stages import SPECS
 from tests.conftest import ROOT
@@ -102,6 +95,18 @@ def test_an_override_that_is_none_is_refused(override: str) -> None:
 def test_what_is_dumped_reads_back_equal(lr: float) -> None:
     config = Whole(name="a", optim=Optim(lr=lr))
     assert validate(Whole, parse_yaml(dump_yaml(config), "dump"), "dump") == config
+
+
+def test_what_the_data_gives_is_dumped_only_where_it_was_named() -> None:
+    class Head(Strict):
+        classes: int = Field(1000, json_schema_extra=FROM_DATA)
+        width: int = 8
+
+    class Outer(Strict):
+        head: Head = Head()
+
+    assert parse_yaml(dump_yaml(Outer()), "dump") == {"head": {"width": 8}}
+    assert parse_yaml(dump_yaml(Outer(head=Head(classes=9))), "dump") == {"head": {"classes": 9, "width": 8}}
 
 
 def written(folder: Path, **files: str) -> Path:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import flatten, load_config
+from pipeline.config import load_config
+from pipeline.identity import flatten
 from stages import SPECS
 
 ARM_DECAYS = ("*_log", "query")

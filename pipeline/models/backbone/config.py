@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import FREE, Strict
+from pipeline.config import Strict
+from pipeline.identity import FREE
 
 Target = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=100)]
 # Passes of the backbone that a training step computes, in forward passes: a backward pass costs one for the gradients of the

@@ -8,7 +8,7 @@ import pytest
 from launchers.chain import read_cluster, read_steps
 from launchers.plan import planner
 from launchers.plan.predict import hardware
-from pipeline.config import dump_yaml
+from pipeline.identity import dump_yaml
 
 A100 = Path("configs/cluster/a100.yaml")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import flatten
+from pipeline.identity import flatten
 from pipeline.report import sections
 from pipeline.report.ablation import designs_of, differences
 from pipeline.report.extras import Section, read_section, write_section

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import identity
 from pipeline.errors import EnvironmentProblem
+from pipeline.identity import identity
 from pipeline.report import tracker as tracker_module
 from pipeline.report.tracker import Row, RunEnd, Tracker, TrackerName, check_installed
 from tests.unit.train.test_run import config_of

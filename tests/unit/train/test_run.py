@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import apply_overrides, flatten, identity, validate
+from pipeline.config import apply_overrides, validate
 from pipeline.errors import DataError, HandoverError, PipelineError
+from pipeline.identity import flatten, identity
 from pipeline.train.run import refuse_other_inputs, saved_inputs
 from pipeline.train.saved_state import LoopRecord, SavedState
 from pipeline.yaml_text import parse_yaml
