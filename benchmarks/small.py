@@ -1,13 +1,15 @@
 """How well small models use the machine: `python -m benchmarks.small` prints one JSON line last.
 
-Each stage of the demo runs as `make demo` runs it: real data, two processes, `fit`. Between two of its steps every process
-times, in turn,
+Each stage of the demo runs as `make demo` runs it: real data, two processes, `fit`. A round is a few of its steps; after them
+every process times, in turn, as many steps of
 - the same networks on the same number of images in a bare loop of torch: AdamW, no data, no engine, no other process;
 - timm's ResNet-18 in the same bare loop, on as many images as cost the same FLOPs;
-- a matrix product by torch (`pipeline.train.peak`), and one as the project's layers compute it (`pipeline.ops.linear`).
-All numbers are medians over the rounds. MFU is `perf/mfu` of a run: the FLOPs that a step must compute, divided by its time and
-by what torch's matrix product reaches. A step of the demo contains reading, views, log lines and the teacher, but no evaluation
-and no checkpoint.
+and then a matrix product by torch (`pipeline.train.peak`), and one as the project's layers compute it (`pipeline.ops.linear`).
+The first step after the others' finds nothing of its own in the caches, and a step of a training does; so a round is not a
+single step. All numbers are medians over the rounds.
+
+MFU is `perf/mfu` of a run: the FLOPs that a step must compute, divided by its time and by what torch's matrix product reaches. A
+step of the demo contains reading, views, log lines and the teacher, but no evaluation and no checkpoint.
 
 Keys, for STAGE arm, distill and semi: mfu_STAGE, step_ms_STAGE and images_per_second_STAGE of the real steps; bare_mfu_STAGE,
 bare_images_per_second_STAGE, resnet18_mfu_STAGE and resnet18_images_per_second_STAGE of the bare loops; step_vs_bare_STAGE, the
@@ -52,7 +54,8 @@ from stages.drivers import open_stage
 from stages.spec import Network
 
 PROCESSES = 2
-WARM_UP = 3  # rounds that are not counted
+STEPS = 5  # of each contender in a round
+WARM_UP = 2  # rounds that are not counted
 PROTOCOL = "--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed 0".split()
 # Nothing is evaluated or saved but at the end, and no stage waits for another one's export.
 ALONE = ["run.experiment=small", "loop.eval_every=null", "loop.save_every=1000000", "data.test=null"]
@@ -64,30 +67,29 @@ FRESH = {
 
 
 class Interleaved:
-    """A stream between whose batches something else is timed.
+    """A stream that stops after every few batches, while something else is timed.
 
     Args:
         stream: The stage's first stream.
-        between: Called before each batch.
+        between: Called before each round.
 
     Attributes:
-        steps: Seconds from the request of each batch to that of the next one, without what is between.
+        seconds: Mean time of a step in each round, from the request of a batch to that of the next one.
     """
 
     def __init__(self, stream: Loader, between: Callable[[], None]) -> None:
         self.stream, self.between = stream, between
-        self.steps: list[float] = []
+        self.seconds: list[float] = []
 
     def batches(self, data_step: int) -> Iterator[Batch]:
         """Yield the stream's batches."""
-        begun: float | None = None
         batches = self.stream.batches(data_step)
         while True:
-            if begun is not None:
-                self.steps.append(time.perf_counter() - begun)
             self.between()
             begun = time.perf_counter()
-            yield next(batches)
+            for _ in range(STEPS):
+                yield next(batches)
+            self.seconds.append((time.perf_counter() - begun) / STEPS)
 
     def close(self) -> None:
         """Stop the readers."""
@@ -165,8 +167,8 @@ def contenders(s: StageContext[Any], flops: float, size: tuple[int, int]) -> tup
 
 
 def measure(stage: str, folder: Path, rounds: int) -> dict[str, float]:
-    """Run a stage with its rivals between the steps, and return its numbers (on every rank)."""
-    overrides = [*ALONE, *FRESH[stage], f"loop.steps={rounds + WARM_UP + 1}", "optim.warmup_steps=1"]
+    """Run a stage with its rivals between the rounds, and return its numbers (on every rank)."""
+    overrides = [*ALONE, *FRESH[stage], f"loop.steps={(rounds + WARM_UP) * STEPS + 1}", "optim.warmup_steps=1"]
     places = [
         f"run.root={folder / 'runs'}",
         f"data.train={folder / 'digits/train'}",
@@ -195,7 +197,7 @@ def measure(stage: str, folder: Path, rounds: int) -> dict[str, float]:
         fit(replace(training, streams=streams), s.run, _evaluate_nothing)
         s.run.status("complete", step=config.loop.steps, steps=config.loop.steps)
         peak = statistics.median(peaks[WARM_UP:])
-        times = {"": statistics.median(stream.steps[WARM_UP:])}
+        times = {"": statistics.median(stream.seconds[WARM_UP:])}
         times |= {f"{name}_": statistics.median(values[WARM_UP:]) for name, values in seconds.items()}
         costs[""] = flops
         images = {f"{name}_": len(loop.images) for name, loop in bare.items()}
@@ -211,8 +213,9 @@ def measure(stage: str, folder: Path, rounds: int) -> dict[str, float]:
 def _seconds(work: Callable[[], Any], world: World) -> float:
     barrier(world)
     begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+    for _ in range(STEPS):
+        work()
+    return (time.perf_counter() - begin) / STEPS
 
 
 def _evaluate_nothing(step: int, board: Board) -> dict[str, float]:
@@ -229,7 +232,7 @@ def _run(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.small", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=40, help="steps of each stage that count (default 40)")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds of each stage that count (default 40)")
     parser.add_argument("--stages", nargs="+", choices=list(SPECS), default=list(SPECS), help="which stages (all)")
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "STAGE"), help=argparse.SUPPRESS)
     given = parser.parse_args(words)
