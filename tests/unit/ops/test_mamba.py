@@ -66,12 +66,8 @@ def after_swiglu(x: Tensor, layer: SwiGLU) -> Tensor:
 
 
 def at_threads(threads: int, layer: Blocks, x: Tensor) -> Tensor:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        return layer(x.clone())
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    return layer(x.clone())
 
 
 @few

@@ -16,15 +16,7 @@ from tests.unit.ops.implementations import NAMES, operators, outputs_and_gradien
 NATIVE = [name for name in NAMES if name.startswith("native")]
 
 
-@pytest.fixture
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", NATIVE)
-@pytest.mark.usefixtures("_threads")
 def test_any_number_of_threads_gives_the_same_bits(name):
     results = []
     for threads in (1, 2, 3):

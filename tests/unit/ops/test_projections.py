@@ -72,14 +72,11 @@ def in_float64(inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def test_they_and_their_gradients_are_those_of_float64(
     simd: str, rows: int, channels: int, rank: int, states: int, threads: int
 ) -> None:
-    kernels, inputs, before = kernels_for(simd), inputs_of(rows, channels, rank, states), torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        found = both_ways(kernels, inputs)
-        torch.set_num_threads(1)
-        alone = both_ways(kernels, inputs)
-    finally:
-        torch.set_num_threads(before)
+    kernels, inputs = kernels_for(simd), inputs_of(rows, channels, rank, states)
+    torch.set_num_threads(threads)
+    found = both_ways(kernels, inputs)
+    torch.set_num_threads(1)
+    alone = both_ways(kernels, inputs)
     for name, got, want, terms, single in zip(FOUND, found, *in_float64(inputs), alone, strict=True):
         assert got.shape == want.shape, name
         assert ((got - want).abs() <= 2e-6 * terms + 1e-30).all(), name

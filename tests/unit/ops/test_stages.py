@@ -27,13 +27,6 @@ from tests.unit.ops.test_vision import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> object:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def feed_forward(channels: int, hidden: int, lib: VisionLibrary, seed: int) -> FeedForward:
     up, down = draw(seed + 11, hidden, channels) / channels**0.5, draw(seed + 12, channels, hidden) / hidden**0.5
     return FeedForward(locals_of(channels), up, draw(seed + 13, hidden), down, draw(seed + 14, channels), lib)
