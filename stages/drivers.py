@@ -138,7 +138,6 @@ def open_stage(s: StageContext[Any]) -> tuple[Prepared[Any], Training, Task]:
         fingerprint_images=s.fingerprint_images(prepared.image_size).to(s.world.device),
         flops=prepared.flops * loop.global_batch,
         starts_trained=prepared.starts_trained,
-        validated=len(s.data.held_out.sample_indices),
     )
     return prepared, training, task
 

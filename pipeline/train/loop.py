@@ -214,7 +214,7 @@ def _validate(training: Training, state: _LoopState, evaluate: Evaluate, display
     display.show(state.step, row)
     if not loop.compares:
         return False
-    if selection.see(state.step, row, training.task.criteria(), training.validated) and training.task.best:
+    if selection.see(state.step, row, training.task.criteria()) and training.task.best:
         training.task.best.keep()
     return loop.patience is not None and selection.waited >= loop.patience
 

@@ -6,8 +6,6 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.evaluate.chance import standard_error
-
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -30,25 +28,24 @@ class Selection(BaseModel):
     seen: Count = 0
     waited: Count = 0
 
-    def see(self, step: int, row: Mapping[str, float], criteria: Mapping[str, int], images: int = 0) -> bool:
+    def see(self, step: int, row: Mapping[str, float], criteria: Mapping[str, int]) -> bool:
         """Compare a validation with the best one; the first of two equal ones stays the best.
 
-        A trained start (step 0) gives way to the first state that is not worse by as much as a standard error of its accuracy;
-        from then on the best one counts. A later state has learnt more, and few images cannot tell that this has helped. That it
-        has harmed they can. This is ours.
+        A trained start (step 0) gives way to the first state whose first criterion is as good, whatever the others are: a
+        later state has learnt more, and few images often cannot tell that this has helped. Where all later states are worse,
+        though the best of many is compared, it has harmed. This is ours; docs/recipe.md has what it was found on.
 
         Args:
             step: Optimizer steps so far.
             row: The validation's numbers.
-            criteria: Names in `row`, most important first -> 1 if larger is better, -1 if smaller is. One of 1 is in percent.
-            images: How many images were validated; 0 = a start is a state like all others.
+            criteria: Names in `row`, most important first -> 1 if larger is better, -1 if smaller is.
 
         Returns:
             Whether it is the best so far. One that is not finite never is.
         """
         found = {name: float(row[name]) for name in criteria}
         finite = all(map(math.isfinite, found.values()))
-        better = finite and (not self.best or _order(found, criteria) > self._bar(criteria, images))
+        better = finite and (not self.best or self._is_beaten_by(found, criteria))
         self.seen += 1
         self.waited = 0 if better else self.waited + 1
         if finite:
@@ -57,12 +54,9 @@ class Selection(BaseModel):
             self.step, self.best = step, found
         return better
 
-    def _bar(self, criteria: Mapping[str, int], images: int) -> list[float]:
-        """Return what the next best must exceed."""
-        bar = _order(self.best, criteria)
-        if self.step == 0 and images and next(iter(criteria.values())) == 1:
-            return [bar[0] - standard_error(bar[0], images)] + [-math.inf] * (len(bar) - 1)
-        return bar
+    def _is_beaten_by(self, found: Mapping[str, float], criteria: Mapping[str, int]) -> bool:
+        new, best = _order(found, criteria), _order(self.best, criteria)
+        return new[0] >= best[0] if self.step == 0 else new > best
 
 
 def _order(found: Mapping[str, float], criteria: Mapping[str, int]) -> list[float]:

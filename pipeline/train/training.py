@@ -35,7 +35,6 @@ class Training:
         fingerprint_images: (n, 3, H, W), on the device; a restored checkpoint must reproduce its number on them.
         flops: FLOPs that a step must compute, over all ranks (for MFU: nothing counts twice).
         starts_trained: Whether the weights before the first step are a result, which the best validation may choose.
-        validated: How many images a validation sees.
     """
 
     task: Task
@@ -51,7 +50,6 @@ class Training:
     fingerprint_images: Tensor
     flops: float
     starts_trained: bool = False
-    validated: int = 0
 
     def fingerprint(self) -> float:
         """Return the number that the present weights give on the fingerprint batch (collective)."""

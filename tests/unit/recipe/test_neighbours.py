@@ -12,6 +12,13 @@ from sklearn.datasets import load_digits
 from launchers.recipe.neighbours import FEWEST, FEWEST_COLOURS, FlipTest, choose_flips, compare_colours, compare_flips
 
 RNG = np.random.default_rng(0)
+BEGINNING = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """A test draws the same numbers, whichever tests ran before it."""
+    RNG.bit_generator.state = BEGINNING
 
 
 def pictures(shapes: list[np.ndarray], number: int) -> tuple[list[np.ndarray], np.ndarray]:
