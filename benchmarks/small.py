@@ -54,7 +54,7 @@ from stages.drivers import open_stage
 from stages.spec import Network
 
 PROCESSES = 2
-STEPS = 5  # of each contender in a round
+STEPS = 5  # steps of each contender in a round
 WARM_UP = 2  # rounds that are not counted
 PROTOCOL = "--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed 0".split()
 # Nothing is evaluated or saved but at the end, and no stage waits for another one's export.
