@@ -19,7 +19,7 @@ from pipeline.train.optim import make_optimizer, moments_of, parameter_groups
 
 def test_an_update_has_the_directions_of_the_nearest_orthogonal_matrix_and_the_size_of_adamws() -> None:
     """Singular values lie between 0.68 and 1.13 where the given ones are above a hundredth of the norm, at any shape."""
-    for shape in ((5, 5), (48, 12), (12, 48), (32, 3, 3, 3), (64, 7, 1)):
+    for shape in ((5, 5), (48, 12), (12, 48), (32, 3, 3, 3), (64, 7, 1), (170, 18, 3, 3), (250, 170)):
         torch.manual_seed(0)
         given = torch.randn(shape)
         update = given.clone()
@@ -45,7 +45,7 @@ def test_matrices_of_one_shape_are_computed_together_and_zeros_stay_zeros() -> N
     assert not together[1].any()
 
 
-@pytest.mark.parametrize("shape", [(48, 192), (192, 48), (32, 16, 3, 3), (1, 5)])
+@pytest.mark.parametrize("shape", [(48, 192), (192, 48), (32, 16, 3, 3), (1, 5), (200, 300)])
 def test_flops_are_those_that_torch_counts(shape: tuple[int, ...]) -> None:
     with FlopCounterMode(display=False) as counter:
         orthogonalise([torch.randn(shape)])
