@@ -98,7 +98,8 @@ def predict(
     def report(source: str, error: DataError) -> None:
         failed.append(source)
         bar.clear()
-        print(f"error: {shown(source)}: {error}", file=sys.stderr, flush=True)
+        told = str(error) if str(error).startswith(source) else f"{shown(source)}: {error}"
+        print(f"error: {told}", file=sys.stderr, flush=True)
         bar.update()
 
     bar = _bar(beside_lines=table is None and sys.stdout.isatty())

@@ -104,6 +104,8 @@ class StageContext(Generic[C]):
         elif not interrupted:
             # No collective here: other ranks may be in the middle of one.
             words = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {first_line(error)}"
+            if isinstance(error, KeyboardInterrupt):
+                words = "stopped at once by a second Ctrl-C; start it again to continue"
             with suppress(OSError):  # the disk may be full; the error on the screen says so
                 self.run.status("failed", reason=words)
 
@@ -125,7 +127,7 @@ class StageContext(Generic[C]):
             best=found.best,
             last=found.last,
         )
-        self.evaluator.selected = str(self.selected)
+        self.evaluator.selected = self.selected
         if loop.compares:
             logger.info("the result is %s", self.selected)
         return best

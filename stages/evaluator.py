@@ -13,6 +13,7 @@ from pipeline.evaluate import metrics
 from pipeline.evaluate.calibration import Calibration, calibrate
 from pipeline.evaluate.open_set import with_outside
 from pipeline.evaluate.predictions import Predictions, collect_logits, predict, predict_at
+from pipeline.exports.selected import Selected
 from pipeline.streaming.loader import Batch, evaluation_batches
 from pipeline.streaming.transforms import eval_views
 from pipeline.train.distributed import World
@@ -40,7 +41,7 @@ class Evaluator:
             computed once for each dataset.
         confidence: The confidences of the last validation, by the name of the model.
         calibrations: The temperature of each model that `calibrate` has seen, by name.
-        selected: In words, which state of the run is evaluated; the driver sets it after the last step.
+        selected: Which state of the run is evaluated; the driver sets it after the last step.
     """
 
     def __init__(self, config: DataConfig, data: StageData, world: World, run: Run) -> None:
@@ -49,7 +50,7 @@ class Evaluator:
         self.world, self.run = world, run
         self.confidence: dict[str, np.ndarray] = {}  # by model, in the last validation
         self.calibrations: dict[str, Calibration] = {}
-        self.selected = ""
+        self.selected: Selected | None = None
         self.features: Callable[[Tensor], Tensor] | None = None
         self._kept: dict[tuple[str, bytes], list[Batch]] = {}
 
@@ -180,7 +181,10 @@ class Evaluator:
             evaluated_on = "test images"
         else:
             test, sample_indices = self.data.held_out
-            evaluated_on = "validation images (there is no test set; the temperature was fitted on them too)"
+            uses = "the temperature was fitted on them too"
+            if self.selected is not None and self.selected.select == "best":
+                uses = "they chose the exported state, and the temperature was fitted on them, so new images give less"
+            evaluated_on = f"validation images (there is no test set; {uses})"
         if not len(sample_indices):
             return {}
         results = {}
@@ -199,7 +203,7 @@ class Evaluator:
             "protocol": self.split.protocol if self.split else self._without_split(),
             "labels": labels,
             "labels_in_words": in_words(labels),
-            "selected": self.selected,
+            "selected": "" if self.selected is None else str(self.selected),
         }
         counts = dict(zip(self.manifest.classes, self.class_counts().tolist(), strict=True))
         self.run.write_json("evaluation.json", {**protocol, "labelled_per_class": counts, "models": results})

@@ -64,7 +64,9 @@ def choose_flips(asked: Literal["yes", "no", "test"], found: FlipTest, drawn: bo
     if found.harmless is not None:
         return found
     kind = (
-        "drawn or scanned on a ground, and signs may not be mirrored" if drawn else "photographs, which may be mirrored"
+        "drawn or scanned on a ground, and signs may not be mirrored"
+        if drawn
+        else "like photographs, which may be mirrored"
     )
     return FlipTest(not drawn, f"{found.why}; the images look {kind}. --flips yes or no decides otherwise")
 

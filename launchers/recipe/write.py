@@ -221,7 +221,7 @@ def draft(order: Order, budget: Budget) -> dict[Stage, Draft]:
     total = sum(numbers[stage].value * costs[stage] for stage in stages)
     if total > 1.2 * budget.for_steps:
         minutes = (total / rules.USABLE + rules.FIXED_SECONDS) / 60
-        least = f"{total:.2g} * 10^12 FLOPs" if budget.counted else f"about {minutes:.0f} min here"
+        least = f"{total:.2g} * 10^12 FLOPs" if budget.counted else f"about {minutes:.1f} min here, starts included"
         print(f"note: the least of every stage takes {least}, more than the budget {order.budget}")
     drafts = compose_with(network=network, steps=numbers, micro=micro)
     for stage in stages:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import choose
+from pipeline.datasets.convert.rows import DELIMITERS
 from pipeline.datasets.joint import JointManifest
 from pipeline.datasets.manifest import Manifest, read_image, read_manifest, write_manifest
 from pipeline.datasets.splits import CODES, Split, write_split
@@ -34,9 +35,13 @@ def read_labels(path: Path, manifest: Manifest) -> dict[int, int]:
     """
     try:
         text = read_regular(path).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; give the table that label-next wrote, filled in") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); give the table that label-next wrote, filled in") from None
-    rows = list(csv.DictReader(text.splitlines()))
+    first = text.split("\n", 1)[0]
+    delimiter = max(DELIMITERS, key=first.count)  # spreadsheets of some languages write semicolons or tabs
+    rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
     if rows and (missing := [name for name in NEEDED if name not in rows[0]]):
         raise DataError(f"{path} has no column {missing[0]}; give the table that label-next wrote, filled in")
     classes = {name: number for number, name in enumerate(manifest.classes)}

@@ -8,10 +8,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from pipeline import seeds
+from pipeline.datasets.lettering import fitted, font
 from pipeline.datasets.manifest import Manifest, read_image
 from pipeline.images import decode
 
 _ROWS = 20  # rows of the histogram; more classes share rows
+MARGIN, LETTERS = 160, 13  # pixels for the names of the classes, and the height of their letters
 
 
 def describe(manifest: Manifest, sample_indices: NDArray[np.int64], title: str) -> Iterator[str]:
@@ -64,12 +66,13 @@ def contact_sheet(
     known, counts = np.unique(labels, return_counts=True)
     chosen = known[np.argsort(-counts, kind="stable")]
     rows = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(classes, len(chosen))).round().astype(int))]
-    sheet = Image.new("RGB", (160 + per_class * side, len(rows) * side), "white")
+    sheet = Image.new("RGB", (MARGIN + per_class * side, len(rows) * side), "white")
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(rows.tolist()):
         members = sample_indices[labels == label]
         name = manifest.classes[label] if label >= 0 else "no label"
-        draw.text((4, row * side + 4), f"{name[:24]}\n{len(members):,}", fill="black")
+        text = f"{fitted(name, LETTERS, MARGIN - 8)}\n{len(members):,}"
+        draw.text((4, row * side + 4), text, fill="black", font=font(LETTERS))
         for column, k in enumerate(seeds.permutation(len(members), label)[:per_class]):
             picture = Image.fromarray(decode(read_image(manifest, int(members[k]))))
             picture.thumbnail((side - 4, side - 4))
@@ -77,5 +80,5 @@ def contact_sheet(
                 factor = (side - 4) // max(picture.size)
                 size = (picture.width * factor, picture.height * factor)
                 picture = picture.resize(size, Image.Resampling.NEAREST)
-            sheet.paste(picture, (160 + column * side + 2, row * side + 2))
+            sheet.paste(picture, (MARGIN + column * side + 2, row * side + 2))
     sheet.save(path, "PNG")

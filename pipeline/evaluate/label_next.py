@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from pipeline.datasets.lettering import fitted, font
 from pipeline.datasets.manifest import Manifest, read_image
 from pipeline.evaluate.features import features_of, linear_head
 from pipeline.evaluate.predictions import collect_logits
@@ -25,6 +26,7 @@ from pipeline.streaming.transforms import eval_views
 HEADER = ("rank", "sample_index", "key", "folder", "label", "predicted", "confidence", "second", "uncertainty")
 BATCH = 256
 COLUMNS, SIDE, TEXT = 4, 128, 40  # contact sheet: pictures in a row, pixels on a side, pixels of two lines below
+LETTERS = 13  # height of a line of letters in pixels
 
 
 class Pick(NamedTuple):
@@ -106,7 +108,7 @@ def contact_sheet(picks: Sequence[Pick], manifest: Manifest, *, columns: int = C
     """
     rows = -(-len(picks) // columns)
     sheet = Image.new("RGB", (min(columns, max(1, len(picks))) * SIDE, max(1, rows) * (SIDE + TEXT)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    draw = ImageDraw.Draw(sheet)
     for k, pick in enumerate(picks):
         left, top = k % columns * SIDE, k // columns * (SIDE + TEXT)
         picture = Image.fromarray(decode(read_image(manifest, pick.sample_index)))
@@ -115,9 +117,10 @@ def contact_sheet(picks: Sequence[Pick], manifest: Manifest, *, columns: int = C
         if factor > 1:  # the pixels of a small image are kept apart
             picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
         sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + (SIDE - picture.height) // 2))
-        width = SIDE // 8  # letters that fit
-        draw.text((left + 4, top + SIDE), f"#{k + 1}  {pick.predicted}"[:width], fill="black", font=font)
-        draw.text((left + 4, top + SIDE + TEXT // 2), f"or {pick.second}"[:width], fill="#555555", font=font)
+        lines = (f"#{k + 1}  {pick.predicted}", "black"), (f"or {pick.second}", "#555555")
+        for line, (text, colour) in enumerate(lines):
+            place = left + 4, top + SIDE + line * TEXT // 2
+            draw.text(place, fitted(text, LETTERS, SIDE - 8), fill=colour, font=font(LETTERS))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()

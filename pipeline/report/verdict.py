@@ -51,7 +51,9 @@ class Gain(NamedTuple):
         if self.over.startswith("stage"):
             change = f"added {self.value:.1f} points" if self.value >= 0 else f"cost {-self.value:.1f} points"
         else:
-            change = f"is {abs(self.value):.1f} points {'above' if self.value >= 0 else 'below'} {self.over}"
+            points = f"{abs(self.value):.1f}"
+            side = "above" if self.value >= 0 else "below"
+            change = f"equals {self.over}" if points == "0.0" else f"is {points} points {side} {self.over}"
         return f"{self.subject} {change} ({self.low:.1f} to {self.high:.1f}): {self.verdict}"
 
 
@@ -206,7 +208,7 @@ def _below_baseline(worth: Worth) -> Advice | None:
     gain = next((g for g in worth.gains if g.name.startswith("exported model over")), None)
     if gain is None or gain.verdict == "established":
         return None
-    word = "is below" if gain.value < 0 else "is not established above"
+    word = "is below" if gain.verdict == "a loss" else "is not established above"
     return Advice(
         "baseline",
         f"The exported model {word} {gain.over}, which takes seconds ({gain.value:+.1f} points, {gain.low:+.1f} to"
@@ -221,7 +223,8 @@ def _stage_three(worth: Worth, experiment: str) -> Advice | None:
     if gain is None or gain.verdict == "established":
         return None
     if gain.value <= 0:
-        text = f"{_upper(gain.sentence())}. Drop stage 3: use {experiment}/distill/export."
+        drop = "Drop stage 3" if gain.verdict == "a loss" else "It has not paid here"
+        text = f"{_upper(gain.sentence())}. {drop}: use {experiment}/distill/export."
     else:
         text = (
             f"{_upper(gain.sentence())}. Run other seeds (run.seed=1 and 2, each under a name of its own) and give the report"
@@ -290,8 +293,9 @@ def _calibration(result: Result, row: str) -> Advice | None:
         return None
     return Advice(
         "calibration",
-        f"The confidences of {row} are off by {error:.0f} points on average (expected calibration error): do not read them as"
-        " probabilities. The temperature of an export is fitted on the validation images; more of them make it better.",
+        f"The confidences of the model of {row} are off by {error:.0f} points on average (expected calibration error): do"
+        " not read them as probabilities. The temperature of an export is fitted on the validation images; more of them make"
+        " it better.",
     )
 
 

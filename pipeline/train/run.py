@@ -270,7 +270,7 @@ def refuse_other_config(folder: Path, config: BaseModel) -> None:
     if different:
         key = different[0]
         raise ConfigError(
-            f"{folder} holds a run with another config ({len(different)} keys differ; {key} was {there.get(key)!r}, is now"
+            f"{folder} holds a run with another config ({_counted(len(different))}; {key} was {there.get(key)!r}, is now"
             f" {here[key]!r}); give run.experiment=NEW_NAME, or remove that folder"
         )
 
@@ -295,10 +295,19 @@ def refuse_other_inputs(folder: Path, there: Mapping[str, str | None], here: Map
         if None in (was, now) or was == now:
             continue
         refusal = DataError if key.startswith("data.") else HandoverError
+        test = (
+            f", or measure what is trained with `make evaluate EXPORT={folder}/export DATA=...`"
+            if key == "data.test"
+            else ""
+        )
         raise refusal(
             f"{folder} holds a run with another {key} (its hash was {str(was)[:12]}, is now {str(now)[:12]}); give the one it"
-            " was begun with, or run.experiment=NEW_NAME, or remove that folder"
+            f" was begun with, or run.experiment=NEW_NAME, or remove that folder{test}"
         )
+
+
+def _counted(keys: int) -> str:
+    return "one key differs" if keys == 1 else f"{keys} keys differ"
 
 
 def _git(*arguments: str) -> str:

@@ -27,9 +27,10 @@ def test_losses_are_the_golden_ones(chain: Stages, stage: str) -> None:
 def test_a_second_start_says_what_is_done_and_does_nothing(chain: Stages) -> None:
     weights = chain.runs / "smoke" / "semi" / "export" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    for nproc in (1, 2):
-        done = chain.run("semi", nproc=nproc)
+    for nproc, more in ((1, []), (2, []), (1, ["data.test=nowhere"])):
+        done = chain.run("semi", *more, nproc=nproc)
         assert done.returncode == 0
+        assert ("note: data.test cannot be read" in done.stderr) == bool(more)
         assert "complete already, its export is reused" in done.stdout
     assert weights.stat().st_mtime_ns == before
 

@@ -100,7 +100,9 @@ def test_each_file_that_is_no_image_gets_a_sentence_and_the_others_are_classifie
     assert done.returncode == 3
     assert len(done.stdout.splitlines()) == 2
     *sentences, summary = done.stderr.splitlines()
-    assert [s.split(": ")[1] for s in sentences] == [str(path) for path in bad]
+    assert all(
+        s.startswith(f"error: {path}") and s.count(str(path)) == 1 for s, path in zip(sentences, bad, strict=True)
+    )
     assert "100,000,000" in sentences[5] or "10000 x 10000 pixels" in sentences[5]
     assert "holds no images" in sentences[0]
     assert "matches no image" in sentences[1]

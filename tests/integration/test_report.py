@@ -158,7 +158,9 @@ def test_a_round_of_labelling_gives_a_dataset_and_a_split_with_the_new_labels(
         writer.writerows(rows)
     answers = ["label-next", str(smoke), "--labels", str(table), "--to", str(tmp_path / "mine-2")]
     assert data(answers) == 0
-    assert "5 labels added" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "5 labels added" in told
+    assert "make chain NAME=smoke ARGS=" in told
     after = read_manifest(tmp_path / "mine-2")
     new = read_split(tmp_path / "mine-2" / "split.json", after)
     assert set(new.subset("labelled")) == set(split.subset("labelled")) | set(chosen[:5])

@@ -11,13 +11,13 @@ import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from pipeline import seeds
+from pipeline.datasets import lettering
 from pipeline.datasets.convert.source import Source
 
 SIDE = 32  # pixels
@@ -74,7 +74,8 @@ def draw(label: int, rng: random.Random) -> NDArray[np.uint8]:
     ground = mean + (1 - FADE) * (crop - mean)
     # The mask of the letter is larger than the image, so that rotating it cuts nothing off.
     canvas = Image.new("L", (2 * SIDE, 2 * SIDE))
-    font = _face(rng.choice(FACES), rng.randrange(24, 28))
+    face = rng.choice(FACES)
+    font = lettering.font(rng.randrange(24, 28), face)
     ImageDraw.Draw(canvas).text((SIDE, SIDE), CLASSES[label], fill=255, font=font, anchor="mm")
     turned = canvas.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC)
     down, across = (SIDE // 2 + rng.randrange(-1, 2) for _ in range(2))
@@ -97,10 +98,3 @@ def _photographs() -> tuple[NDArray[np.uint8], ...]:
     from sklearn.datasets import load_sample_images
 
     return tuple(load_sample_images().images)
-
-
-@functools.cache
-def _face(name: str, size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

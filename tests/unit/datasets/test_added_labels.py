@@ -74,6 +74,20 @@ def test_a_table_that_is_wrong_is_refused_with_its_line(
         read_labels(path, partly)
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_table_that_a_spreadsheet_of_another_language_saved_is_read(
+    partly: Manifest, tmp_path: Path, delimiter: str
+) -> None:
+    path = table(tmp_path / "t.csv", partly, {0: "b"})
+    path.write_text("\ufeff" + path.read_text().replace(",", delimiter))
+    assert read_labels(path, partly) == {0: 1}
+
+
+def test_a_table_that_is_not_there_is_named(partly: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.csv does not exist; give the table that label-next wrote"):
+        read_labels(tmp_path / "none.csv", partly)
+
+
 def test_an_existing_folder_is_never_written_over(partly: Manifest, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists; give another folder"):
         with_labels(partly, None, {0: 0}, tmp_path)
