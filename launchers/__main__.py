@@ -151,7 +151,7 @@ def _write_missing(given: argparse.Namespace) -> None:
     order = None if "," in given.config else write.order_for_chain(given.config, budget)
     if order:
         write.write(order)
-    elif budget:
+    elif budget and not write.has_budget(given.config, budget):
         print(
             f"note: --budget {budget} changes nothing, since the configs of {given.config} exist; `python -m launchers recipe"
             f" {given.config} --budget {budget} --again` writes them anew",

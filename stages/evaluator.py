@@ -97,6 +97,8 @@ class Evaluator:
     def groups(self, *, hidden: bool = True) -> dict[str, np.ndarray]:
         """Group the classes into head, medium and tail by their number of images; classes outside the split are apart.
 
+        Where all classes have as many images there are no such groups.
+
         Unlabelled images count too, by their hidden labels, because a tenth of the labels alone has many ties. No loss sees
         these labels. An image without a label does not count.
 
@@ -106,7 +108,7 @@ class Evaluator:
         """
         num_classes = len(self.manifest.classes)
         if self.split is None:
-            return class_groups(self.class_counts())
+            return grouped(self.class_counts(), None)
         header, counts = self.split.header, self.split.counts("labelled")
         if hidden and header["config"]["scope"] == "both":
             counts = counts + self.split.counts("unlabelled")
@@ -115,7 +117,7 @@ class Evaluator:
         ranks = (
             np.array(header["class_ranks"])[seen] if hidden or header["config"]["class_order"] != "frequency" else None
         )
-        return with_outside(class_groups(counts[seen], ranks=ranks), seen, num_classes)
+        return with_outside(grouped(counts[seen], ranks), seen, num_classes)
 
     def _without_split(self) -> str:
         if not len(self.subsets.unlabelled):
@@ -210,3 +212,8 @@ class Evaluator:
         if self.config.test is None:
             return {}
         return {f"test/{name}_top1": result["top1"] for name, result in results.items()}
+
+
+def grouped(counts: np.ndarray, ranks: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Return `class_groups`, or no group where all classes have as many images."""
+    return {} if counts.min() == counts.max() else class_groups(counts, ranks=ranks)

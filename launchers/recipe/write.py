@@ -119,6 +119,12 @@ def order_for_chain(name: str, budget: str | None) -> Order | None:
     return order
 
 
+def has_budget(names: str, budget: str) -> bool:
+    """Whether a recipe has written the configs of these chains with this budget."""
+    written = [path for name in names.split(",") for path in paths(name).values() if path.is_file()]
+    return bool(written) and all(f" --budget {budget}\n" in path.read_text(errors="replace") for path in written)
+
+
 def paths(name: str) -> dict[Stage, Path]:
     """Return the config file of each stage."""
     return {stage: Path("configs") / stage / f"{name}.yaml" for stage in networks.stages("vision_mamba")}

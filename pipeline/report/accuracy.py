@@ -20,6 +20,7 @@ from pipeline.report.tables import Table
 
 SHOWN = ("top1", "top5", "balanced", "head", "medium", "tail", "ece", "nll")
 GROUPS = ("head", "medium", "tail")
+PLURAL = {"tail class": "tail classes", "class": "all classes"}
 NUM_MISTAKES = 12  # rows of the table of mistakes
 MAX_MAP_CLASSES = 40  # with more classes the confusion map is left out
 
@@ -39,7 +40,7 @@ def headline(results: Sequence[Result], rows: Sequence[str]) -> list[tuple[str, 
 
 
 def tables(results: Sequence[Result], rows: Sequence[str]) -> list[Table]:
-    """Make the tables of accuracy, of every class, and of the most frequent mistakes on tail classes.
+    """Make the tables of accuracy, of every class, and of the most frequent mistakes, on tail classes if there are such.
 
     Args:
         results: Experiments of one design.
@@ -52,16 +53,18 @@ def tables(results: Sequence[Result], rows: Sequence[str]) -> list[Table]:
     groups = "; ".join(f"{name}: {_some(members)}" for name, members in first.get("groups", {}).items() if members)
     note = (
         f"{means}Percent (nll in nats) on {first['samples']} {_evaluated_on(results)}, each counted once.{brackets} "
-        f"ece: expected calibration error; nll: mean negative log-likelihood. Classes of each group: {groups}."
+        "ece: expected calibration error; nll: mean negative log-likelihood."
+        + (f" Classes of each group: {groups}." if groups else "")
     )
+    shown = [m for m in SHOWN if any(mean_and_spread(results, row, m) for row in rows)]
     accuracy = Table(
         name="accuracy",
         title="Accuracy",
-        header=["", *SHOWN],
-        rows=[[row, *(_cell(results, row, m) for m in SHOWN)] for row in rows],
+        header=["", *shown],
+        rows=[[row, *(_cell(results, row, m) for m in shown)] for row in rows],
         note=note,
     )
-    return [accuracy, _per_class(results, rows), _tail_confusions(results, rows[-1])]
+    return [accuracy, _per_class(results, rows), _confusions(results, rows[-1])]
 
 
 def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> list[Figure]:
@@ -75,15 +78,11 @@ def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> lis
     compared = [rows[0], rows[-1]] if len(rows) > 1 else list(rows)
     models = {row: _pooled(results, row) for row in compared}
     source = results[0].name if len(results) == 1 else f"Means over {len(results)} experiments"
-    drawn = [
-        draw(
-            folder,
-            "groups",
-            "Head, medium and tail",
-            group_intervals({row: results[0].models[row] for row in compared if row in results[0].models}, GROUPS),
-            note=f"{results[0].name}: mean accuracy of the classes of each group, with 95 % bootstrap intervals.",
-        )
-    ]
+    drawn = []
+    if any(group in models[compared[-1]]["groups"] for group in GROUPS):
+        paint = group_intervals({row: results[0].models[row] for row in compared if row in results[0].models}, GROUPS)
+        note = f"{results[0].name}: mean accuracy of the classes of each group, with 95 % bootstrap intervals."
+        drawn.append(draw(folder, "groups", "Head, medium and tail", paint, note=note))
     labelled = results[0].labelled_per_class()
     if labelled:
         per_class = {row: found["per_class"] for row, found in models.items()}
@@ -103,12 +102,18 @@ def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> lis
         drawn.append(draw(folder, "reliability", "Calibration of confidence", reliability_diagram(bins), note=note))
     last = models[compared[-1]]
     names = list(last["per_class"])
-    chosen = [c for c, name in enumerate(names) if name in last["groups"].get("tail", [])]
+    chosen, kind = _looked_at(last)
     if chosen and len(names) <= MAX_MAP_CLASSES:
         paint = confusion_map(last["confusion"][chosen], [names[c] for c in chosen], names)
-        note = f"{compared[-1]}: percentage of the images of each tail class that is predicted as each class."
-        drawn.append(draw(folder, "tail_confusion", "Predictions on tail classes", paint, note=note))
+        note = f"{compared[-1]}: percentage of the images of each {kind} that is predicted as each class."
+        drawn.append(draw(folder, "confusion", f"Predictions on {PLURAL[kind]}", paint, note=note))
     return drawn
+
+
+def _looked_at(pooled: dict[str, Any]) -> tuple[list[int], str]:
+    """Return the classes whose mistakes are shown, those of the tail if there is one, and what such a class is called."""
+    names, tail = list(pooled["per_class"]), pooled["groups"].get("tail", [])
+    return ([names.index(name) for name in tail], "tail class") if tail else (list(range(len(names))), "class")
 
 
 def _evaluated_on(results: Sequence[Result]) -> str:
@@ -160,17 +165,17 @@ def _per_class(results: Sequence[Result], rows: Sequence[str]) -> Table:
     )
 
 
-def _tail_confusions(results: Sequence[Result], row: str) -> Table:
+def _confusions(results: Sequence[Result], row: str) -> Table:
     pooled = _pooled(results, row)
     names = list(pooled["per_class"])
     counts = pooled["confusion"]
-    tail = [names.index(n) for n in pooled["groups"].get("tail", [])]
-    pairs = [(int(counts[c, k]), c, k) for c in tail for k in range(len(names)) if k != c and counts[c, k]]
+    chosen, kind = _looked_at(pooled)
+    pairs = [(int(counts[c, k]), c, k) for c in chosen for k in range(len(names)) if k != c and counts[c, k]]
     pairs.sort(key=lambda p: (-p[0], p[1], p[2]))
     cells = [[names[c], names[k], f"{100 * n / counts[c].sum():.1f}", str(n)] for n, c, k in pairs[:NUM_MISTAKES]]
     return Table(
-        name="tail_confusions",
-        title="Mistakes on tail classes",
+        name="confusions",
+        title=f"Mistakes on {PLURAL[kind]}",
         header=["true class", "predicted class", "percent of the class", "images"],
         rows=cells,
         note=f"{row}: the {len(cells)} most frequent mistakes"

@@ -88,7 +88,7 @@ def test_every_figure_is_there_for_print_and_every_table_in_three_forms(page: Pa
         "groups",
         "classes",
         "reliability",
-        "tail_confusion",
+        "confusion",
         "gradcam",
         "receptive_field",
         "semi_energy",
@@ -97,7 +97,7 @@ def test_every_figure_is_there_for_print_and_every_table_in_three_forms(page: Pa
     assert {f.stem for f in (beside / "figures").glob("*.pdf")} == drawn
     assert set(re.findall(r'<figure[^>]* id="(\w+)"', page.read_text())) == drawn
     tables = {f.stem for f in (beside / "tables").glob("*.csv")}
-    assert {"accuracy", "per_class", "tail_confusions", "speed"} <= tables
+    assert {"accuracy", "per_class", "confusions", "speed"} <= tables
     assert {f.stem for f in (beside / "tables").glob("*.tex")} == tables
     assert "## Accuracy" in (beside / "report.md").read_text()
 

@@ -35,10 +35,12 @@ def predictions(right: int, *, also: int = 0, confidence: float = 0.9) -> Predic
     )
 
 
-def experiment(folder: Path, **models: Predictions) -> Path:
+GROUPS = {"head": np.array([0, 1]), "tail": np.array([2, 3])}
+
+
+def experiment(folder: Path, groups: dict[str, np.ndarray] = GROUPS, **models: Predictions) -> Path:
     """Write what stages 2 and 3 leave behind: `distill`, `student`, `teacher` -> predictions."""
     names = tuple("abcd")
-    groups = {"head": np.array([0, 1]), "tail": np.array([2, 3])}
     for stage, members in (("distill", {"student": "distill"}), ("semi", {"student": "student", "teacher": "teacher"})):
         (folder / stage).mkdir(parents=True)
         found = {model: models[key] for model, key in members.items() if key in models}
