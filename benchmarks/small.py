@@ -1,6 +1,6 @@
 """How well small models use the machine: `python -m benchmarks.small` prints one JSON line last.
 
-Each stage of the demo runs as `make demo` runs it: real data, two processes, `fit`. A round is a few of its steps; after them
+Each stage of the demo runs as `make demo` runs it: real data, two processes, `fit`. A round is twenty of its steps; after them
 every process times, in turn, as many steps of
 - the same networks on the same number of images in a bare loop of torch: AdamW, no data, no engine, no other process;
 - timm's ResNet-18 in the same bare loop, on as many images as cost the same FLOPs;
@@ -54,7 +54,7 @@ from stages.drivers import open_stage
 from stages.spec import Network
 
 PROCESSES = 2
-STEPS = 5  # steps of each contender in a round
+STEPS = 20  # steps of each contender in a round, as between two log lines of the demo
 WARM_UP = 2  # rounds that are not counted
 PROTOCOL = "--imbalance 10 --labelled 0.1 --validation-per-class 15 --seed 0".split()
 # Nothing is evaluated or saved but at the end, and no stage waits for another one's export.

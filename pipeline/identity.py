@@ -4,6 +4,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 # At a knob, `Field(..., json_schema_extra=FROM_DATA)` says that a run takes it from its data, whatever the default is.
 FROM_DATA: dict[str, Any] = {"from_data": True}
@@ -23,8 +24,8 @@ def dump_yaml(config: BaseModel) -> str:
 
 def _written(config: BaseModel, values: dict[str, Any]) -> dict[str, Any]:
     for name, field in type(config).model_fields.items():
-        extra, child = field.json_schema_extra, getattr(config, name)
-        if isinstance(extra, dict) and extra.get("from_data") and name not in config.model_fields_set:
+        child = getattr(config, name)
+        if _is(field, "from_data", True) and name not in config.model_fields_set:
             del values[name]
         elif isinstance(child, BaseModel):
             _written(child, values[name])
@@ -32,18 +33,26 @@ def _written(config: BaseModel, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity(config: BaseModel) -> dict[str, Any]:
-    """Return the values that decide the numbers of a run, with dotted keys: every field that is not declared FREE."""
+    """Return the values that decide the numbers of a run, with dotted keys: every field that is not declared FREE.
+
+    A field that the data give (`FROM_DATA`) counts only where the config names it: inputs count by their hashes.
+    """
     values = config.model_dump(mode="json")
     found: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
-        extra, child = field.json_schema_extra, getattr(config, name)
-        if isinstance(extra, dict) and extra.get("identity") is False:
+        child = getattr(config, name)
+        if _is(field, "identity", False) or (_is(field, "from_data", True) and name not in config.model_fields_set):
             continue
         if isinstance(child, BaseModel):
             found |= {f"{name}.{key}": value for key, value in identity(child).items()}
         else:
             found |= flatten(values[name], name)
     return found
+
+
+def _is(field: FieldInfo, key: str, value: bool) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and extra.get(key) is value
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

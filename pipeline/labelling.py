@@ -83,6 +83,10 @@ def _apply(args: argparse.Namespace, manifest: Any, config: Any) -> None:
     labelled = len(more.subset("labelled")) if more else int((written.labels >= 0).sum())
     print(f"{args.to}: {len(added)} labels added, {labelled} images are labelled now")
     told = f"data.train={args.to}" + (f" data.split={args.to / 'split.json'}" if more else "")
-    name = args.experiment.name if any(Path("configs").glob(f"*/{args.experiment.name}.yaml")) else "NAME"
+    names = args.experiment.name, args.experiment.name.removesuffix("-next")
+    configs = (
+        name for name in names for stage in ("distill", "semi") if Path("configs", stage, f"{name}.yaml").is_file()
+    )
+    name = next(configs, "NAME")
     print(f"next round: give the same configs {told} run.experiment={args.experiment.name}-next, for example")
     print(f'  make chain NAME={name} ARGS="{told} run.experiment={args.experiment.name}-next"')

@@ -98,7 +98,7 @@ def predict(
     def report(source: str, error: DataError) -> None:
         failed.append(source)
         bar.clear()
-        told = str(error) if str(error).startswith(source) else f"{shown(source)}: {error}"
+        told = str(error) if str(error).startswith(f"{source} ") else f"{shown(source)}: {error}"
         print(f"error: {told}", file=sys.stderr, flush=True)
         bar.update()
 

@@ -105,7 +105,7 @@ class StageContext(Generic[C]):
             # No collective here: other ranks may be in the middle of one.
             words = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {first_line(error)}"
             if isinstance(error, KeyboardInterrupt):
-                words = "stopped at once by a second Ctrl-C; start it again to continue"
+                words = "stopped at once by Ctrl-C; start it again to continue"
             with suppress(OSError):  # the disk may be full; the error on the screen says so
                 self.run.status("failed", reason=words)
 

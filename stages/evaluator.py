@@ -185,7 +185,9 @@ class Evaluator:
             test, sample_indices = self.data.held_out
             uses = "the temperature was fitted on them too"
             if self.selected is not None and self.selected.select == "best":
-                uses = "they chose the exported state, and the temperature was fitted on them, so new images give less"
+                uses = (
+                    "they chose the exported state, and the temperature was fitted on them: new ones probably give less"
+                )
             evaluated_on = f"validation images (there is no test set; {uses})"
         if not len(sample_indices):
             return {}
@@ -216,4 +218,4 @@ class Evaluator:
 
 def grouped(counts: np.ndarray, ranks: np.ndarray | None) -> dict[str, np.ndarray]:
     """Return `class_groups`, or no group where all classes have as many images."""
-    return {} if counts.min() == counts.max() else class_groups(counts, ranks=ranks)
+    return {} if len(set(counts.tolist())) < 2 else class_groups(counts, ranks=ranks)

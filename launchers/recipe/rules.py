@@ -242,7 +242,7 @@ def selection(stage: Stage, look: Look, number: int, passes: float) -> Choice:
 
     Many validation images for few steps make it rarer, so that validations take at most VALIDATING of the steps' work, but
     not fewer than four. Few images choose badly among the states of a run, so stage 2 then exports the last. In stage 3 they
-    still choose: what it starts from stays if all its states are worse.
+    still choose: what it starts from stays if all its states are less accurate.
 
     Args:
         stage: Stage 2 or 3.
@@ -256,7 +256,7 @@ def selection(stage: Stage, look: Look, number: int, passes: float) -> Choice:
         why = f"{look.validation} validation images choose the best of about {number // every} states"
         return Choice({"select": "best", "eval_every": every}, why)
     if stage == "semi" and look.validation:
-        why = f"{look.validation} validation images tell whether all states are worse than stage 2's"
+        why = f"{look.validation} validation images tell whether all states are less accurate than stage 2's"
         return Choice({"select": "best", "eval_every": every}, why)
     return Choice(
         {"select": "last", "eval_every": every},

@@ -121,8 +121,12 @@ def order_for_chain(name: str, budget: str | None) -> Order | None:
 
 def has_budget(names: str, budget: str) -> bool:
     """Whether a recipe has written the configs of these chains with this budget."""
-    written = [path for name in names.split(",") for path in paths(name).values() if path.is_file()]
-    return bool(written) and all(f" --budget {budget}\n" in path.read_text(errors="replace") for path in written)
+    for name in names.split(","):
+        written = [path.read_text(errors="replace") for path in paths(name).values() if path.is_file()]
+        told = [found[1] for text in written if (found := re.search(r"^# .* --budget (\S+)$", text, re.MULTILINE))]
+        if not told or len(told) < len(written) or any(read_budget(each) != read_budget(budget) for each in told):
+            return False
+    return True
 
 
 def paths(name: str) -> dict[Stage, Path]:

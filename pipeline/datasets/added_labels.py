@@ -13,6 +13,7 @@ from pipeline.datasets.joint import JointManifest
 from pipeline.datasets.manifest import Manifest, read_image, read_manifest, write_manifest
 from pipeline.datasets.splits import CODES, Split, write_split
 from pipeline.datasets.tars import scan_shard
+from pipeline.datasets.text import decode_text, same_form
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import read_regular, replacing
 
@@ -34,20 +35,18 @@ def read_labels(path: Path, manifest: Manifest) -> dict[int, int]:
         ConfigError: A label is no class of the dataset.
     """
     try:
-        text = read_regular(path).decode("utf-8-sig")
+        content = read_regular(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; give the table that label-next wrote, filled in") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); give the table that label-next wrote, filled in") from None
-    first = text.split("\n", 1)[0]
-    delimiter = max(DELIMITERS, key=first.count)  # spreadsheets of some languages write semicolons or tabs
-    rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+    rows = _rows(decode_text(content, path, "the table"))
     if rows and (missing := [name for name in NEEDED if name not in rows[0]]):
         raise DataError(f"{path} has no column {missing[0]}; give the table that label-next wrote, filled in")
-    classes = {name: number for number, name in enumerate(manifest.classes)}
+    classes = {same_form(name): number for number, name in enumerate(manifest.classes)}
     found: dict[int, int] = {}
     for line, row in enumerate(rows, 2):
-        given = (row["label"] or "").strip()
+        given = same_form((row["label"] or "").strip())
         if not given:
             continue
         try:
@@ -66,6 +65,12 @@ def read_labels(path: Path, manifest: Manifest) -> dict[int, int]:
     if not found:
         raise DataError(f"{path} has no label yet: write the name of a class into the column label of some rows")
     return found
+
+
+def _rows(text: str) -> list[dict[str, str]]:
+    """Return the rows of a table by the titles of its columns; spreadsheets of some languages write semicolons or tabs."""
+    tables = [list(csv.DictReader(text.splitlines(), delimiter=delimiter)) for delimiter in DELIMITERS]
+    return next((rows for rows in tables if rows and set(NEEDED) <= set(rows[0])), tables[0])
 
 
 def with_labels(

@@ -1,4 +1,7 @@
-"""Text on pictures. The fonts are matplotlib's: Pillow's own draws few letters beyond ASCII."""
+"""Text on pictures, in matplotlib's fonts.
+
+Pillow's own font draws few letters beyond ASCII; matplotlib's lack Chinese, Japanese and Indian ones.
+"""
 
 import functools
 from pathlib import Path

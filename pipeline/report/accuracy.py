@@ -15,7 +15,7 @@ from pipeline.report.figures import (
     group_intervals,
     reliability_diagram,
 )
-from pipeline.report.results import Result, mean_and_spread
+from pipeline.report.results import ROWS, Result, mean_and_spread
 from pipeline.report.tables import Table
 
 SHOWN = ("top1", "top5", "balanced", "head", "medium", "tail", "ece", "nll")
@@ -29,7 +29,9 @@ def headline(results: Sequence[Result], rows: Sequence[str]) -> list[tuple[str, 
     """Return a few numbers for the top of the page, each with its words."""
     last = rows[-1]
     found = []
-    for metric, words in (("top1", "top-1 accuracy"), ("tail", "tail accuracy")):
+    metrics = [("top1", "top-1 accuracy")]
+    metrics += [("tail", "tail accuracy")] if _have_groups(results, rows) else []
+    for metric, words in metrics:
         value = mean_and_spread(results, last, metric)
         before = mean_and_spread(results, rows[0], metric)
         if value:
@@ -50,13 +52,15 @@ def tables(results: Sequence[Result], rows: Sequence[str]) -> list[Table]:
     first = next(r.models[rows[-1]] for r in results if rows[-1] in r.models)
     means = "Mean ± standard deviation over the experiments. " if several else ""
     brackets = "" if several else " Brackets hold 95 % bootstrap intervals; test images are redrawn inside each class."
-    groups = "; ".join(f"{name}: {_some(members)}" for name, members in first.get("groups", {}).items() if members)
+    grouped = _have_groups(results, rows)
+    members = first["groups"].items() if grouped else ()
+    groups = "; ".join(f"{name}: {_some(classes)}" for name, classes in members if classes)
     note = (
-        f"{means}Percent (nll in nats) on {first['samples']} {_evaluated_on(results)}, each counted once.{brackets} "
+        f"{means}Percent (nll in nats) on {first['samples']} {_evaluated_on(results, rows)}, each counted once.{brackets} "
         "ece: expected calibration error; nll: mean negative log-likelihood."
         + (f" Classes of each group: {groups}." if groups else "")
     )
-    shown = [m for m in SHOWN if any(mean_and_spread(results, row, m) for row in rows)]
+    shown = [m for m in SHOWN if (grouped or m not in GROUPS) and any(mean_and_spread(results, row, m) for row in rows)]
     accuracy = Table(
         name="accuracy",
         title="Accuracy",
@@ -64,7 +68,7 @@ def tables(results: Sequence[Result], rows: Sequence[str]) -> list[Table]:
         rows=[[row, *(_cell(results, row, m) for m in shown)] for row in rows],
         note=note,
     )
-    return [accuracy, _per_class(results, rows), _confusions(results, rows[-1])]
+    return [accuracy, _per_class(results, rows), _confusions(results, rows[-1], grouped)]
 
 
 def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> list[Figure]:
@@ -78,8 +82,8 @@ def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> lis
     compared = [rows[0], rows[-1]] if len(rows) > 1 else list(rows)
     models = {row: _pooled(results, row) for row in compared}
     source = results[0].name if len(results) == 1 else f"Means over {len(results)} experiments"
-    drawn = []
-    if any(group in models[compared[-1]]["groups"] for group in GROUPS):
+    drawn, grouped = [], _have_groups(results, compared)
+    if grouped:
         paint = group_intervals({row: results[0].models[row] for row in compared if row in results[0].models}, GROUPS)
         note = f"{results[0].name}: mean accuracy of the classes of each group, with 95 % bootstrap intervals."
         drawn.append(draw(folder, "groups", "Head, medium and tail", paint, note=note))
@@ -102,7 +106,7 @@ def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> lis
         drawn.append(draw(folder, "reliability", "Calibration of confidence", reliability_diagram(bins), note=note))
     last = models[compared[-1]]
     names = list(last["per_class"])
-    chosen, kind = _looked_at(last)
+    chosen, kind = _looked_at(last, grouped)
     if chosen and len(names) <= MAX_MAP_CLASSES:
         paint = confusion_map(last["confusion"][chosen], [names[c] for c in chosen], names)
         note = f"{compared[-1]}: percentage of the images of each {kind} that is predicted as each class."
@@ -110,14 +114,21 @@ def figures(results: Sequence[Result], rows: Sequence[str], folder: Path) -> lis
     return drawn
 
 
-def _looked_at(pooled: dict[str, Any]) -> tuple[list[int], str]:
+def _have_groups(results: Sequence[Result], rows: Sequence[str]) -> bool:
+    """Whether classes are grouped in all experiments; where all classes have as many images they are not."""
+    return all(set(GROUPS) & set(r.models[row].get("groups", {})) for r in results for row in rows if row in r.models)
+
+
+def _looked_at(pooled: dict[str, Any], grouped: bool) -> tuple[list[int], str]:
     """Return the classes whose mistakes are shown, those of the tail if there is one, and what such a class is called."""
-    names, tail = list(pooled["per_class"]), pooled["groups"].get("tail", [])
+    names, tail = list(pooled["per_class"]), pooled["groups"].get("tail", []) if grouped else []
     return ([names.index(name) for name in tail], "tail class") if tail else (list(range(len(names))), "class")
 
 
-def _evaluated_on(results: Sequence[Result]) -> str:
-    found = [s.evaluation.get("evaluated_on") for s in results[0].stages.values() if s.evaluation]
+def _evaluated_on(results: Sequence[Result], rows: Sequence[str]) -> str:
+    """Return the words of the stage of the last row, which may have chosen its state by these images where another has not."""
+    stages = results[0].stages
+    found = [stages[ROWS[row][0]].evaluation.get("evaluated_on") for row in reversed(rows) if ROWS[row][0] in stages]
     return next((words for words in found if words), "test images")
 
 
@@ -165,12 +176,12 @@ def _per_class(results: Sequence[Result], rows: Sequence[str]) -> Table:
     )
 
 
-def _confusions(results: Sequence[Result], row: str) -> Table:
+def _confusions(results: Sequence[Result], row: str, grouped: bool) -> Table:
     pooled = _pooled(results, row)
     names = list(pooled["per_class"])
     counts = pooled["confusion"]
-    chosen, kind = _looked_at(pooled)
-    pairs = [(int(counts[c, k]), c, k) for c in chosen for k in range(len(names)) if k != c and counts[c, k]]
+    chosen, kind = _looked_at(pooled, grouped)
+    pairs = [(int(counts[c, k]), c, int(k)) for c in chosen for k in np.flatnonzero(counts[c]) if k != c]
     pairs.sort(key=lambda p: (-p[0], p[1], p[2]))
     cells = [[names[c], names[k], f"{100 * n / counts[c].sum():.1f}", str(n)] for n, c, k in pairs[:NUM_MISTAKES]]
     return Table(

@@ -48,14 +48,16 @@ class StageRun:
     def validated(self, model: str) -> float | None:
         """Return the accuracy in percent, a mean over the classes, of a model on the validation images; None without them.
 
-        It is that of the exported state: the best validation by top-1 or the last, by `loop.select`.
+        It is that of the exported state: the best validation by top-1 or the last, by `loop.select`. A later state that is as
+        accurate as the one that the stage started from takes its place.
         """
         prefix = "val/" if model == "student" else f"val/{model}_"
         rows = [row for row in self.rows if f"{prefix}balanced" in row]
         if not rows:
             return None
         best = self.config.get("loop", {}).get("select") == "best"
-        return (max(rows, key=lambda row: row[f"{prefix}top1"]) if best else rows[-1])[f"{prefix}balanced"]
+        chosen = max(rows, key=lambda row: (row[f"{prefix}top1"], row["step"] > 0)) if best else rows[-1]
+        return chosen[f"{prefix}balanced"]
 
     def seconds(self) -> float:
         """Return the seconds spent in training steps, from their logged means, without evaluations and saves."""

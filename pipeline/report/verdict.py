@@ -51,9 +51,8 @@ class Gain(NamedTuple):
         if self.over.startswith("stage"):
             change = f"added {self.value:.1f} points" if self.value >= 0 else f"cost {-self.value:.1f} points"
         else:
-            points = f"{abs(self.value):.1f}"
-            side = "above" if self.value >= 0 else "below"
-            change = f"equals {self.over}" if points == "0.0" else f"is {points} points {side} {self.over}"
+            change = f"is {abs(self.value):.1f} points {'above' if self.value > 0 else 'below'} {self.over}"
+            change = change if self.value else f"equals {self.over}"
         return f"{self.subject} {change} ({self.low:.1f} to {self.high:.1f}): {self.verdict}"
 
 

@@ -203,7 +203,7 @@ class LoopConfig(Strict):
         "last",
         description="which state of the run is exported: the last, or that of the best validation (by the exported network's"
         " top-1, equal ones by their loss; stage 1: by val/loss). The classifier that a stage starts from counts as step 0, and"
-        " stays only if all later states are worse. `best` needs validation images and"
+        " stays only if all later states are less accurate. `best` needs validation images and"
         " eval_every, and keeps a copy of the weights",
     )
     patience: PositiveInt | None = Field(

@@ -23,9 +23,8 @@ ITERATION, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 # about 0.2. Scaled to that, matrices and vectors share a learning rate and a weight decay (Liu et al. 2025, "Muon is Scalable for
 # LLM Training", eq. 4).
 ADAMW_RMS = 0.2
-_LARGE = (
-    2**22
-)  # multiply-adds of a product from which matrices are computed one by one on a CPU; below, calls cost more than they save
+# Multiply-adds of a product from which matrices are computed one by one on a CPU; below, calls cost more than they save.
+_LARGE = 2**22
 
 Orthogonalise = Callable[[tuple[str, ...], Mapping[Tensor, Tensor]], None]
 

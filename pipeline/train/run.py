@@ -295,11 +295,8 @@ def refuse_other_inputs(folder: Path, there: Mapping[str, str | None], here: Map
         if None in (was, now) or was == now:
             continue
         refusal = DataError if key.startswith("data.") else HandoverError
-        test = (
-            f", or measure what is trained with `make evaluate EXPORT={folder}/export DATA=...`"
-            if key == "data.test"
-            else ""
-        )
+        trained = key == "data.test" and (folder / "export").is_dir()
+        test = f", or measure its export with `make evaluate EXPORT={folder}/export DATA=...`" if trained else ""
         raise refusal(
             f"{folder} holds a run with another {key} (its hash was {str(was)[:12]}, is now {str(now)[:12]}); give the one it"
             f" was begun with, or run.experiment=NEW_NAME, or remove that folder{test}"

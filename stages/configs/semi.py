@@ -74,9 +74,8 @@ class StageSSMixupConfig(SSMixupConfig):
 
     @model_validator(mode="after")
     def _nothing_unread(self) -> Self:
-        given = {
-            name: getattr(self, name) for name in ("layers", "readout", "everywhere") if name in self.model_fields_set
-        }
+        fields = type(self).model_fields
+        given = [name for name in ("layers", "readout", "everywhere") if getattr(self, name) != fields[name].default]
         if self.axis == "logits" and given:
             raise ValueError(f"ssmixup.axis=logits changes no block of the model; leave out {', '.join(given)}")
         if self.axis == "logits" and self.nu == "learned":

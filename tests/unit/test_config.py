@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipeline.config import Strict, apply_overrides, choose, find_config, load_config, validate
 from pipeline.errors import ConfigError
-from pipeline.identity import FROM_DATA, dump_yaml
+from pipeline.identity import FROM_DATA, dump_yaml, identity
 from pipeline.yaml_text import parse_yaml
 from stages import SPECS
 from tests.conftest import ROOT
@@ -214,3 +214,14 @@ def test_a_lone_image_is_not_mixed_with_itself(path: str, override: str, said: s
     load_config(SPECS[stage].config, ROOT / f"configs/{path}.yaml", wide)
     with pytest.raises(ConfigError, match=r"needs two images at once, but engine\.micro_batch is 1"):
         load_config(SPECS[stage].config, ROOT / f"configs/{path}.yaml", [*wide, "engine.micro_batch=1"])
+
+
+def test_every_shipped_config_reads_back_as_it_was_dumped() -> None:
+    """And it has the identity of a dump that still names the classes, as runs of before have it."""
+    for stage, spec in SPECS.items():
+        for path in sorted(Path("configs", stage).glob("*.yaml")):
+            config = load_config(spec.config, path, [])
+            again = validate(spec.config, parse_yaml(dump_yaml(config), str(path)), str(path))
+            assert identity(again) == identity(config), path
+            older = validate(spec.config, config.model_dump(mode="json"), str(path))
+            assert identity(older).items() >= identity(config).items(), path

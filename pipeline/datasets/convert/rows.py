@@ -50,9 +50,7 @@ def table_file(
         raise DataError(f"{path} has no rows below its titles; give a table of images")
     folder = (path.parent if root is None else root).absolute()
     if not folder.is_dir():
-        raise DataError(
-            f"{shown(str(folder))} is no folder, so it holds none of the files of {path}; give theirs as --root"
-        )
+        raise DataError(f"{shown(str(folder))} is no folder; give that of the files which {path} names as --root")
     finder = _Finder(folder)
     values = [str(row.get(image_column) or "").strip() for row in rows]
     texts = _whole_numbers([_label_text(row.get(label_column)) if label_column else "" for row in rows])

@@ -91,3 +91,19 @@ def test_a_table_that_is_not_there_is_named(partly: Manifest, tmp_path: Path) ->
 def test_an_existing_folder_is_never_written_over(partly: Manifest, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists; give another folder"):
         with_labels(partly, None, {0: 0}, tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_encodings_of_spreadsheets_and_commas_in_titles_are_read(tmp_path: Path, encoding: str) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("Häuser, alt", "b", "pool"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / folder / "0.png")
+    command = ["convert", "imagefolder", str(tmp_path / "images"), "--unlabelled", str(tmp_path / "images/pool")]
+    assert data([*command, "--out", str(tmp_path / "out")]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    path = tmp_path / "t.csv"
+    path.write_bytes(f'sample_index;key;label;"note, a, b"\n0;{manifest.key(0)};Häuser, alt;x\n'.encode(encoding))
+    assert read_labels(path, manifest) == {0: manifest.classes.index("Häuser, alt")}
+    path.write_text(f'sample_index,key,label,"note; a; b; c; d"\n0,{manifest.key(0)},b,x\n')
+    assert read_labels(path, manifest) == {0: manifest.classes.index("b")}

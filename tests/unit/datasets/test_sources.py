@@ -188,7 +188,7 @@ def test_a_table_may_lack_labels_and_loses_no_row_without_a_word(tmp_path, capsy
     assert convert("csv", table, "--image", "file", "--out", tmp_path / "no") == 2
     assert "has no column 'file'; its first line has 'path', 'label'" in capsys.readouterr().err
     assert convert(*command, "--root", tmp_path / "nowhere", "--out", tmp_path / "no") == 3
-    assert "nowhere is no folder, so it holds none of the files of" in capsys.readouterr().err
+    assert "nowhere is no folder; give that of the files which" in capsys.readouterr().err
     assert convert("csv", table, "--image", "path", "--out", tmp_path / "bare", "--skip-unreadable") == 0
     assert set(labels(tmp_path / "bare").values()) == {None}
 

@@ -7,7 +7,7 @@ import numpy as np
 from pipeline.report import accuracy
 from pipeline.report.results import read_result
 from stages.evaluator import grouped
-from tests.unit.report.test_verdict import experiment, predictions
+from tests.unit.report.test_verdict import GROUPS, experiment, predictions
 
 
 def test_classes_of_one_size_are_in_no_group() -> None:
@@ -36,3 +36,27 @@ def test_with_groups_they_are_shown(tmp_path: Path) -> None:
     assert {"head", "tail"} <= set(table.header)
     assert "medium" not in table.header
     assert (confusions.title, len(confusions.rows)) == ("Mistakes on tail classes", 2)
+
+
+def test_experiments_with_and_without_groups_are_shown_without(tmp_path: Path) -> None:
+    """Whichever comes first; and a first row without groups beside a last one that has them."""
+    made = {"distill": predictions(40), "teacher": predictions(45)}
+    plain, grouped_one = (
+        read_result(experiment(tmp_path / name, groups, **made)) for name, groups in (("a", {}), ("b", GROUPS))
+    )
+    rows = ["stage 2", "stage 3, teacher"]
+    plain.models["stage 3, teacher"] = grouped_one.models["stage 3, teacher"]
+    for results in ([plain], [plain, grouped_one], [grouped_one, plain]):
+        table, _, confusions = accuracy.tables(results, rows)
+        assert not {"head", "tail"} & set(table.header)
+        assert confusions.title == "Mistakes on all classes"
+        assert len(accuracy.figures(results, rows, tmp_path)) == 3
+
+
+def test_the_caption_is_that_of_the_last_rows_stage(tmp_path: Path) -> None:
+    result = read_result(experiment(tmp_path / "e", distill=predictions(40), teacher=predictions(45)))
+    for stage, words in (("distill", "validation images"), ("semi", "validation images (they chose the state)")):
+        result.stages[stage].evaluation["evaluated_on"] = words
+    rows = ["stage 2", "stage 3, teacher"]
+    assert "they chose the state" in accuracy.tables([result], rows)[0].note
+    assert "they chose" not in accuracy.tables([result], rows[:1])[0].note

@@ -39,6 +39,14 @@ def test_a_trained_start_stays_only_if_all_later_states_are_less_accurate(start:
         assert not selection.see(5, {"val/top1": later, "val/nll": loss / 4}, CRITERIA)
 
 
+def test_where_a_loss_comes_first_a_start_gives_way_to_one_as_small() -> None:
+    selection = Selection()
+    selection.see(0, {"val/loss": 0.5}, {"val/loss": -1})
+    assert not selection.see(1, {"val/loss": 0.5001}, {"val/loss": -1})
+    assert selection.see(2, {"val/loss": 0.5}, {"val/loss": -1})
+    assert not selection.see(3, {"val/loss": 0.5}, {"val/loss": -1})
+
+
 def test_it_survives_its_json() -> None:
     selection = Selection()
     selection.see(5, {"val/loss": 0.25}, {"val/loss": -1})
