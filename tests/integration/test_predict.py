@@ -24,9 +24,9 @@ from tests.unit.exports.test_export import exported
 CLASSES = tuple("abcdefg")
 
 
-def predict(*arguments: object) -> subprocess.CompletedProcess[str]:
+def predict(*arguments: object, cwd: Path = warm.ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.predict", *map(str, arguments)]
-    return warm.run(command)
+    return warm.run(command, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +122,11 @@ def test_each_file_that_is_no_image_gets_a_sentence_and_the_others_are_classifie
     ],
 )
 def test_a_command_that_makes_no_sense_is_a_sentence(
-    exports: Path, digit: Path, arguments: list[str], code: int, said: str
+    exports: Path, digit: Path, tmp_path: Path, arguments: list[str], code: int, said: str
 ) -> None:
+    """In a folder without runs: where there are some, a missing export's sentence names theirs."""
     folder, *options = arguments
-    done = predict(exports / folder, digit, *options)
+    done = predict(exports / folder, digit, *options, cwd=tmp_path)
     assert done.returncode == code
     assert said in done.stderr
 

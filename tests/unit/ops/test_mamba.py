@@ -143,7 +143,10 @@ def test_a_copy_has_its_own_weights_and_a_changed_type_is_refused() -> None:
     want = layer(x.clone())
     other = copy.deepcopy(layer)
     for weight in layer.buffers():
-        weight.zero_()
+        if (
+            weight.is_floating_point()
+        ):  # the orders of the tokens must name each token, else memory is read that nothing wrote
+            weight.zero_()
     assert torch.equal(layer(x.clone()), x)
     assert torch.equal(other(x.clone()), want)
     other.load_state_dict(dict(layer.state_dict()), assign=True)
