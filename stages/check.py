@@ -20,7 +20,7 @@ from pipeline.models.family import FamilyConfig
 from pipeline.report.tracker import check_installed
 from stages import SPECS, spec_of
 from stages.configs.base import StageConfig
-from stages.identity import inputs_of, refuse_other_run
+from stages.identity import refuse_other_run
 from stages.spec import Held, ParentModel, StageData, Stream, Subsets
 
 Pending = Mapping[Path, StageConfig]  # folders of exports that earlier stages of a chain will write -> their configs
@@ -250,14 +250,14 @@ def is_complete(config: StageConfig) -> bool:
     folder = config.folder
     if not (folder / "export" / CARD).is_file():
         return False
-    refuse_other_run(config)
+    inputs = refuse_other_run(config)
     try:
         Card.read(folder / "export").verify(folder / "export")
     except HandoverError as error:
         print(f"{error}: it is written again from the last checkpoint", file=sys.stderr, flush=True)
         return False
     print(f"{folder}: complete already, its export is reused", flush=True)
-    for key in (key for key, found in inputs_of(config).items() if found is None):
+    for key in (key for key, found in inputs.items() if found is None):
         print(f"note: {key} cannot be read, so it was not compared with that of the run", file=sys.stderr, flush=True)
     return True
 

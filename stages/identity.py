@@ -19,8 +19,11 @@ from stages import spec_of
 from stages.configs.base import StageConfig
 
 
-def refuse_other_run(config: StageConfig) -> None:
+def refuse_other_run(config: StageConfig) -> dict[str, str | None]:
     """Refuse a run folder that another run has begun: one name is one run.
+
+    Returns:
+        The hash of every input, as `inputs_of` gives it; nothing where no run has begun.
 
     Raises:
         ConfigError: If the folder's config has other values.
@@ -28,9 +31,12 @@ def refuse_other_run(config: StageConfig) -> None:
         HandoverError: If its run has other parents.
     """
     folder = config.folder
-    if has_begun(folder):
-        refuse_other_config(folder, config)
-        refuse_other_inputs(folder, saved_inputs(folder), inputs_of(config))
+    if not has_begun(folder):
+        return {}
+    refuse_other_config(folder, config)
+    inputs = inputs_of(config)
+    refuse_other_inputs(folder, saved_inputs(folder), inputs)
+    return inputs
 
 
 def inputs_of(config: StageConfig, manifest: Manifest | None = None) -> dict[str, str | None]:

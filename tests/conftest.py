@@ -18,7 +18,7 @@ from tests.waiting import patience
 ROOT, ENVIRONMENT = warm.ROOT, warm.ENVIRONMENT
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker for each core: with a thread for each core too, all threads wait for one another, and the tests of models took
-    # four times as long. torch and numpy read this when they are imported, which happens later.
+    # three times as long. torch and numpy read this when they are imported, which happens later.
     os.environ |= {name: ENVIRONMENT[name] for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 

@@ -1,6 +1,5 @@
 """Add labels that a person has given to a dataset: the same images with more labels, and a split that knows them."""
 
-import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -8,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import choose
-from pipeline.datasets.convert.rows import DELIMITERS
+from pipeline.datasets.convert.rows import read_table
 from pipeline.datasets.joint import JointManifest
 from pipeline.datasets.manifest import Manifest, read_image, read_manifest, write_manifest
 from pipeline.datasets.splits import CODES, Split, write_split
 from pipeline.datasets.tars import scan_shard
-from pipeline.datasets.text import decode_text, same_form
+from pipeline.datasets.text import same_form
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import read_regular, replacing
+from pipeline.files import replacing
 
 NEEDED = ("sample_index", "key", "label")
 
@@ -34,43 +33,35 @@ def read_labels(path: Path, manifest: Manifest) -> dict[int, int]:
         DataError: The table cannot be read, lacks a column, or is of another dataset.
         ConfigError: A label is no class of the dataset.
     """
-    try:
-        content = read_regular(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; give the table that label-next wrote, filled in") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); give the table that label-next wrote, filled in") from None
-    rows = _rows(decode_text(content, path, "the table"))
-    if rows and (missing := [name for name in NEEDED if name not in rows[0]]):
-        raise DataError(f"{path} has no column {missing[0]}; give the table that label-next wrote, filled in")
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give the table that label-next wrote, filled in")
+    rows, titles = read_table(path, NEEDED)
+    if rows is None and titles:
+        missing = next(name for name in NEEDED if name not in titles)
+        raise DataError(f"{path} has no column {missing}; give the table that label-next wrote, filled in")
     classes = {same_form(name): number for number, name in enumerate(manifest.classes)}
     found: dict[int, int] = {}
-    for line, row in enumerate(rows, 2):
-        given = same_form((row["label"] or "").strip())
+    for line, row in enumerate(rows or (), 2):
+        index_given, key, given = (str(row.get(name, "")).strip() for name in NEEDED)
+        given = same_form(given)
         if not given:
             continue
         try:
-            index = int(row["sample_index"])
-            fits = 0 <= index < manifest.num_samples and manifest.key(index) == row["key"]
+            index = int(index_given)
+            fits = 0 <= index < manifest.num_samples and manifest.key(index).strip() == key
         except ValueError:
             fits = False
         if not fits:
             raise DataError(
-                f"{path}, line {line}: {manifest} has no image {row['key']!r} at {row['sample_index']!r}; give the table of"
+                f"{path}, line {line}: {manifest} has no image {key!r} at {index_given!r}; give the table of"
                 " this dataset, with both columns as they were written"
             )
         label = choose(f"class in {path}, line {line}", given, classes)
         if found.setdefault(index, label) != label:
-            raise DataError(f"{path}, line {line}: image {row['key']!r} has two different labels; keep one of them")
+            raise DataError(f"{path}, line {line}: image {key!r} has two different labels; keep one of them")
     if not found:
         raise DataError(f"{path} has no label yet: write the name of a class into the column label of some rows")
     return found
-
-
-def _rows(text: str) -> list[dict[str, str]]:
-    """Return the rows of a table by the titles of its columns; spreadsheets of some languages write semicolons or tabs."""
-    tables = [list(csv.DictReader(text.splitlines(), delimiter=delimiter)) for delimiter in DELIMITERS]
-    return next((rows for rows in tables if rows and set(NEEDED) <= set(rows[0])), tables[0])
 
 
 def with_labels(

@@ -151,6 +151,23 @@ def _whole_numbers(texts: list[str]) -> list[str]:
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+    rows, titles = read_table(path, columns)
+    if rows is not None:
+        return rows
+    missing = next(column for column in columns if column not in titles)
+    known = ", ".join(map(repr, titles)) or "no titles"
+    raise ConfigError(f"{path} has no column {missing!r}; its first line has {known}; choose with --image and --label")
+
+
+def read_table(path: Path, columns: Sequence[str]) -> tuple[list[Mapping[str, Any]] | None, list[str]]:
+    """Read a table that a person or a spreadsheet has written: CSV with any of `DELIMITERS`, or JSON.
+
+    Returns:
+        The rows, or None if a column of `columns` is missing; and the titles of the columns that it has.
+
+    Raises:
+        DataError: It cannot be read, or a row lacks one of the columns.
+    """
     text = read_text(path, "table")
     first, _, rest = text.partition("\n")
     if re.fullmatch(r"sep=[,;\t|]\s*", first):  # Excel's own first line
@@ -161,7 +178,7 @@ def _read_rows(path: Path, columns: Sequence[str]) -> list[Mapping[str, Any]]:
         rows = _json_rows(text, path)
         titles = list(dict.fromkeys(title for row in rows for title in row))
         if all(column in titles for column in columns):
-            return rows
+            return rows, titles
     for delimiter in DELIMITERS if not titles else "":
         try:
             # The csv module wants whole lines with their ends, or fields with line breaks would be torn.
@@ -172,13 +189,11 @@ def _read_rows(path: Path, columns: Sequence[str]) -> list[Mapping[str, Any]]:
         found = [title.strip() for title in lines[0][1]] if lines else []
         if all(column in found for column in columns):
             _check_fields(lines, found, columns, path)
-            return [dict(zip(found, line, strict=False)) for _, line in lines[1:]]
+            return [dict(zip(found, line, strict=False)) for _, line in lines[1:]], found
         titles = found if len(found) > len(titles) else titles
     if problem:
         raise DataError(f"{path}, {problem}; save it as CSV in UTF-8")
-    missing = next(column for column in columns if column not in titles)
-    known = ", ".join(map(repr, titles)) or "no titles"
-    raise ConfigError(f"{path} has no column {missing!r}; its first line has {known}; choose with --image and --label")
+    return None, titles
 
 
 def _csv_lines(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -61,6 +61,7 @@ def test_new_labels_reach_the_dataset_and_its_split_and_nothing_else_changes(par
         ("sample_index,key,label\nzero,x,a\n", DataError, "has no image 'x' at 'zero'"),
         ("sample_index,key,label\n", DataError, "has no label yet"),
         ("", DataError, "has no label yet"),
+        ("sample_index,key,label\n0,{key}\n", DataError, "has no label yet"),
         ("sample_index,key,label\n0,{key},c\n", ConfigError, "line 2 'c'; known: a, b"),
         ("sample_index,key,label\n0,{key},a\n0,{key},b\n", DataError, "two different labels"),
     ],
