@@ -33,6 +33,28 @@ def test_an_update_has_the_directions_of_the_nearest_orthogonal_matrix_and_the_s
         torch.testing.assert_close(found, torch.diag(found.diagonal()), rtol=0, atol=2e-5, msg=str(shape))
 
 
+@pytest.mark.parametrize(("rank", "spread", "most"), [
+    (1, 0.0, 2e-2), (5, 0.0, 2e-3), (5, 3.0, 1e-2), (60, 3.0, 1e-3), (256, 0.0, 1e-3), (256, 4.0, 1e-3)
+])  # fmt: skip
+def test_a_wide_matrix_is_iterated_by_its_square_as_in_float64(rank: int, spread: float, most: float) -> None:
+    """Gradients of any rank, whose directions differ by up to 10^spread; the oracle is the iteration itself."""
+    torch.manual_seed(0)
+    scales = 10.0 ** -torch.linspace(0, spread, rank, dtype=torch.float64)
+    given = (torch.randn(256, rank).double() * scales) @ torch.randn(rank, 1152).double()
+    want = given / given.norm()
+    for _ in range(5):
+        square = want @ want.T
+        want = 3.4445 * want + (-4.7750 * square + 2.0315 * square @ square) @ want
+    want = 0.2 * 1152**0.5 * want
+    for shape in ((256, 1152), (256, 128, 3, 3)):
+        update = given.float().view(shape)
+        orthogonalise([update])
+        assert (update.flatten(1).double() - want).norm() < most * want.norm()
+    tall = given.float().T.contiguous()
+    orthogonalise([tall])
+    assert (tall.T.double() - want).norm() < most * want.norm()
+
+
 def test_matrices_of_one_shape_are_computed_together_and_zeros_stay_zeros() -> None:
     torch.manual_seed(0)
     given = [torch.randn(8, 20), torch.zeros(8, 20), torch.randn(20, 8), torch.randn(6, 4)]
