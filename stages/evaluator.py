@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.datasets.imbalance import class_groups
 from pipeline.datasets.manifest import Manifest
 from pipeline.evaluate import metrics
-from pipeline.evaluate.calibration import Calibration, calibrate
+from pipeline.evaluate.calibration import Calibration, calibrate, probabilities
 from pipeline.evaluate.open_set import with_outside
 from pipeline.evaluate.predictions import Predictions, collect_logits, predict, predict_at
 from pipeline.exports.selected import Selected
@@ -25,6 +25,9 @@ from stages.spec import StageData, in_words
 logger = logging.getLogger(__name__)
 
 MOST_FOR_CALIBRATION = 20_000  # validation images that the one number of a temperature is fitted on
+ENOUGH_ALONE = (
+    1000  # validation images from which what the run started from says less than a hundredth about a temperature
+)
 
 
 class Evaluator:
@@ -53,6 +56,7 @@ class Evaluator:
         self.selected: Selected | None = None
         self.features: Callable[[Tensor], Tensor] | None = None
         self._kept: dict[tuple[str, bytes], list[Batch]] = {}
+        self._start: np.ndarray | None = None
 
     def evaluation(
         self, manifest: Manifest, sample_indices: np.ndarray, image_size: tuple[int, int]
@@ -149,6 +153,20 @@ class Evaluator:
                 row.update({f"val/{prefix}{k}": v for k, v in summary.items()})
         return row
 
+    def starts_from(self, model: nn.Module, temperature: float, image_size: tuple[int, int]) -> None:
+        """Keep the probabilities of the classifier that the run starts from, which `calibrate` counts in (collective).
+
+        Args:
+            model: It, as it was exported.
+            temperature: That of its card.
+            image_size: (height, width) in pixels.
+        """
+        manifest, sample_indices = self.data.held_out
+        if 0 < len(sample_indices) < ENOUGH_ALONE:
+            images = self._images(manifest, sample_indices, image_size)
+            _, logits = collect_logits(model.to(self.world.device), images, self.world.device)
+            self._start = probabilities(logits / temperature)
+
     def calibrate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> None:
         """Fit the temperature of each model on the validation set (collective). `test` and the export apply it."""
         manifest, sample_indices = self.data.held_out
@@ -158,7 +176,7 @@ class Evaluator:
                 self.calibrations[name] = Calibration(words="not calibrated: there are no validation images")
                 continue
             labels, logits = collect_logits(model, self.evaluation(manifest, chosen, image_size), self.world.device)
-            self.calibrations[name] = calibrate(logits, labels)
+            self.calibrations[name] = calibrate(logits, labels, self._start)
             logger.info("%s: %s", name, self.calibrations[name].words)
 
     def calibration(self, name: str) -> Calibration:

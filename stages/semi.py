@@ -9,7 +9,7 @@ Input: labelled and unlabelled shards, and a classifier's export or nothing. Out
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -263,7 +263,12 @@ def prepare(s: StageContext[SemiConfig]) -> Prepared[SemiTask]:
     size = shape.image_size
     model = build_from_config(shape, trained=config.backbone.train == "whole")
     num_classes = len(s.manifest.classes)
-    fresh = transfer(starts.pop("init_from"), model, s.ancestry.folder("init_from")).fresh if config.init_from else ()
+    fresh: Sequence[str] = ()
+    if config.init_from:
+        parent = starts.pop("init_from")
+        fresh = transfer(parent, model, s.ancestry.folder("init_from")).fresh
+        if not fresh:
+            s.evaluator.starts_from(parent, s.ancestry.card("init_from").temperature, size)
     wide = add_balanced_head(model, num_classes) if config.balanced_head else []
     adapt(model, config.backbone, size, fresh)
     teacher = copy_of(model, share=config.engine.zero_stage < 3)  # before the engine may shard the weights

@@ -13,9 +13,11 @@ An export's temperature is found by `calibrate`, on the validation images. The r
   T tiny. It weighs as much as a single image or two, and is negligible from about fifty on.
 - Cross-validation in FOLDS parts decides: the temperature is kept if temperatures that are fitted on the other parts
   lower the loss of each part on average; otherwise it is 1.
+- What a run starts from may be a calibrated classifier of the same images. Its probabilities then count as START_COUNTS more
+  images among the labels, so that a handful of validation images does not undo what is known. Many outweigh them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 FEWEST = 5  # images below which no temperature is fitted
 SHARPENS_FROM = 15  # images from which on a temperature may be below 1
 FOLDS = 5
+START_COUNTS = 10  # images that the probabilities of what a run started from count as
 
 
 class Bin(NamedTuple):
@@ -74,50 +77,63 @@ class Calibration(NamedTuple):
     words: str = ""
 
 
-def calibrate(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> Calibration:
+def calibrate(
+    logits: NDArray[np.float64], labels: NDArray[np.int64], start: NDArray[np.float64] | None = None
+) -> Calibration:
     """Find the temperature of an export by its validation images, or 1 if they do not support another one.
 
     Args:
         logits: Logits (N, C).
         labels: True classes (N,).
+        start: Probabilities (N, C) of the classifier that the run started from, calibrated; None if there is none.
     """
     number = len(labels)
     if number < FEWEST:
         return Calibration(1.0, f"not calibrated: {number} validation images, at least {FEWEST} are needed")
     least = 0.0 if number >= SHARPENS_FROM else 1.0
+    targets = np.eye(logits.shape[1])[labels]
+    if start is not None:
+        targets = (number * targets + START_COUNTS * start) / (number + START_COUNTS)
     part = np.arange(number) % FOLDS  # samples are often sorted by class, so a part takes every fifth
     after = np.empty(number)
     for k in range(FOLDS):
-        temperature = max(least, fit_temperature(logits[part != k], labels[part != k], prior=1.0))
+        temperature = max(least, fit_temperature(logits[part != k], targets[part != k], prior=1.0))
         after[part == k] = losses(logits[part == k] / temperature, labels[part == k])
     before = losses(logits, labels).mean()
     compared = f"loss {before:.3f} before and {after.mean():.3f} after, cross-validated on {number} validation images"
-    fitted = max(least, fit_temperature(logits, labels, prior=1.0))
+    fitted = max(least, fit_temperature(logits, targets, prior=1.0))
     if fitted == 1 or not after.mean() < before:
         return Calibration(1.0, f"not calibrated, since a temperature would not help: {compared}")
     return Calibration(fitted, f"temperature {fitted:.3f}: {compared}")
 
 
-def losses(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return -log softmax probability of the true class (N,), in nats, from logits (N, C)."""
+def probabilities(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the softmax (N, C) of logits (N, C)."""
+    shifted: NDArray[np.float64] = np.exp(logits - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def losses(logits: NDArray[np.float64], targets: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the cross-entropy (N,), in nats, of logits (N, C) with true classes (N,) or probabilities (N, C)."""
     shifted = logits - logits.max(1, keepdims=True)
-    found: NDArray[np.float64] = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]
+    known = shifted[np.arange(len(targets)), targets] if targets.ndim == 1 else (targets * shifted).sum(1)
+    found: NDArray[np.float64] = np.log(np.exp(shifted).sum(1)) - known
     return found
 
 
-def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64], *, prior: float = 0.0) -> float:
+def fit_temperature(logits: NDArray[np.float64], targets: NDArray[Any], *, prior: float = 0.0) -> float:
     """Find the temperature T that minimises the summed loss of logits / T plus prior (log T)² / 2, to about 1e-6.
 
     The loss is convex in 1 / T, so without the prior it has one minimum in log T, and golden-section search finds it.
 
     Args:
         logits: Logits (N, C).
-        labels: True classes (N,).
+        targets: True classes (N,) or probabilities (N, C).
         prior: Weight of the pull towards T = 1, in images.
     """
 
     def loss(log_temperature: float) -> float:
-        own = losses(logits / np.exp(log_temperature), labels).sum()
+        own = losses(logits / np.exp(log_temperature), targets).sum()
         return float(own + prior * log_temperature**2 / 2)
 
     low, high = _LIMITS

@@ -5,10 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.config import load_config
+from pipeline.datasets.manifest import read_manifest
+from pipeline.datasets.splits import read_split
+from pipeline.evaluate.calibration import calibrate, probabilities
+from pipeline.evaluate.predictions import collect_logits
 from pipeline.exports.card import Card
+from pipeline.exports.export import load_export
 from pipeline.identity import identity
+from pipeline.streaming.loader import evaluation_batches
+from pipeline.streaming.transforms import eval_views
 from stages import SPECS
 from stages.check import check
 from tests.conftest import Stages
@@ -67,6 +75,25 @@ def test_the_config_in_a_run_folder_starts_an_equal_run(chain: Stages, stage: st
     assert identity(again) == identity(begun)
     check(again, 1)
     assert "num_classes: 1000" not in saved.read_text(), "the data gives the classes, not the default"
+
+
+def test_stage_3_is_calibrated_by_its_labels_and_by_what_it_started_from(chain: Stages) -> None:
+    """The temperature of the card is that of `calibrate` on logits which this test computes from both exports."""
+    config = load_config(SPECS["semi"].config, chain.runs / "smoke" / "semi" / "config.yaml", [])
+    data = config.data
+    manifest = read_manifest(Path(data.train))
+    held_out = read_split(Path(data.split), manifest).subset("validation")
+    cpu, logits, cards = torch.device("cpu"), {}, {}
+    for stage in ("distill", "semi"):
+        model, cards[stage] = load_export(chain.runs / "smoke" / stage / "export")
+        size = cards[stage].model.image_size
+        views = eval_views(size, mean=data.mean, std=data.std, view=data.view, decoding=data.decoding)
+        batches = evaluation_batches(manifest, held_out, batch_size=50, rank=0, world_size=1, views=views, device=cpu)
+        labels, logits[stage] = collect_logits(model, batches, cpu)
+    start = probabilities(logits["distill"] / cards["distill"].temperature)
+    with_start, without = calibrate(logits["semi"], labels, start), calibrate(logits["semi"], labels)
+    assert cards["semi"].temperature == pytest.approx(with_start.temperature, rel=1e-4)
+    assert cards["semi"].temperature != pytest.approx(without.temperature, rel=1e-4)
 
 
 class TestParents:
