@@ -10,9 +10,11 @@ from typing import Any, Literal, get_args
 from launchers.recipe.choice import Choice, Stage
 from launchers.recipe.look import Look
 
-Family = Literal["efficientvim", "resnet", "vision_mamba"]
+Family = Literal["efficientvim", "resnet", "small_resnet", "vision_mamba"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
+# A tenth of a ResNet-18's parameters and a fifth of its work; the names are those of timm's arguments.
+SMALL_RESNET = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}
 PATCHES = {32: 4, 64: 8, 128: 8, 192: 16}  # side -> patch
 CLUSTERS = {32: 8, 64: 16, 128: 32, 192: 64}  # side -> ARM's cluster; 16 clusters, or 9 at 192 as in ARM
 SIZES = {32: (64, 4), 64: (128, 6), 128: (192, 12), 192: (192, 24)}  # side -> width, depth
@@ -22,11 +24,14 @@ BASE_WIDTH = 64
 BASE_RATES: dict[Family, dict[Stage, tuple[float, int]]] = {
     "vision_mamba": {"arm": (3e-3, 64), "distill": (2e-3, 32), "semi": (2e-3, 16)},
     "resnet": {"distill": (1e-3, 32), "semi": (7.5e-4, 16)},
+    "small_resnet": {"distill": (2e-2, 32), "semi": (1e-2, 16)},
     "efficientvim": {"distill": (1e-2, 32), "semi": (6e-3, 16)},
 }
-# The rates of the EfficientViM are Muon's. A ResNet-18's wide matrices would cost a processor more than the step itself. A Vision
+# Those of the small networks are Muon's. A ResNet-18's wide matrices would cost a processor more than the step itself. A Vision
 # Mamba has not been compared.
-OPTIMIZERS: dict[Family, str] = {"vision_mamba": "adamw", "resnet": "adamw", "efficientvim": "muon"}
+OPTIMIZERS: dict[Family, str] = {
+    "vision_mamba": "adamw", "resnet": "adamw", "small_resnet": "muon", "efficientvim": "muon"
+}  # fmt: skip
 # A ResNet-18 learns more in short runs at three times these rates (docs/recipe.md); longer ones have not been compared.
 SHORT_RUN, SHORT_FACTOR = 300, 3.0
 MANY_IMAGES = 20_000  # images from which a GPU's time is worth ARM pretraining; ours, not measured
@@ -35,8 +40,9 @@ MANY_IMAGES = 20_000  # images from which a GPU's time is worth ARM pretraining;
 def family(look: Look, gpu: bool, asked: Family | Literal["auto"] = "auto") -> Choice:
     """Choose the kind of model: a Vision Mamba, which stage 1 pretrains, or a convolutional network without stage 1.
 
-    A processor takes few steps of a ResNet-18 in half an hour. In the same work a small EfficientViM, whose steps cost a third or
-    a twelfth, learnt far more from few labels (docs/recipe.md). Pretraining needs many images and a GPU.
+    A processor takes few steps of a ResNet-18 in half an hour. In the same time small networks learnt far more from few labels,
+    and of two whose steps take as long, a ResNet with one block at each resolution learnt more than an EfficientViM
+    (docs/recipe.md). Pretraining needs many images and a GPU.
     """
     if asked != "auto":
         return Choice(asked, f"--model {asked}")
@@ -46,8 +52,9 @@ def family(look: Look, gpu: bool, asked: Family | Literal["auto"] = "auto") -> C
     if gpu:
         why = f"a ResNet-18 from random weights and no stage 1, since {look.images} images are fewer than {MANY_IMAGES}"
         return Choice("resnet", f"{why}; {more}")
-    why = "a small EfficientViM from random weights and no stage 1, since there is no GPU: its many cheap steps learnt most"
-    return Choice("efficientvim", f"{why} in our trials; `--model resnet` is a ResNet-18, {more}")
+    why = "a small ResNet from random weights and no stage 1, since there is no GPU: its many cheap steps learnt most"
+    others = "`--model efficientvim` is an EfficientViM, `--model resnet` a whole ResNet-18"
+    return Choice("small_resnet", f"{why} in our trials; {others}, {more}")
 
 
 def stages(chosen: Family) -> tuple[Stage, ...]:
@@ -73,6 +80,9 @@ def _models(chosen: Family, side: int) -> tuple[Choice, ...]:
     """
     if chosen == "resnet":
         return (Choice({"name": "timm/resnet18", "image_size": side}, "its last maps are a thirty-second of the side"),)
+    if chosen == "small_resnet":
+        small = {"name": "timm/resnet18", "image_size": side, "options": SMALL_RESNET}
+        return (Choice(small, "it is a ResNet-18 with one block at each resolution and half the channels"),)
     if chosen == "efficientvim":
         maps = "its maps are a quarter, an eighth and a sixteenth of the side"
         return (
@@ -96,7 +106,7 @@ def _models(chosen: Family, side: int) -> tuple[Choice, ...]:
 
 
 def optimizer(chosen: Family) -> Choice:
-    """Choose Muon for an EfficientViM: few steps of it learn what many of AdamW do (docs/recipe.md)."""
+    """Choose Muon for a small network: few steps of it learn what many of AdamW do (docs/recipe.md)."""
     kind = OPTIMIZERS[chosen]
     why = "Muon, whose orthogonal updates learn in few steps what AdamW learns in many" if kind == "muon" else "AdamW"
     return Choice(kind, why)

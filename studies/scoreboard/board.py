@@ -5,13 +5,15 @@ paired. What is missing is said and never filled in.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from pipeline.errors import DataError
 from pipeline.files import replace_text
+from pipeline.jsonl import read_rows
 from pipeline.report.figures import COLOURS, Paint, draw
 from pipeline.report.recommend import Candidate, recommend
 from pipeline.report.tables import Table
@@ -79,6 +81,36 @@ class Board:
         replace_text(path, json.dumps(cell, indent=1) + "\n")
         self.cells[place][column] = cell
         self._recommend(place)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All cells as they were measured: a line for each place and column."""
+        return [
+            {**place._asdict(), "column": column, **cell}
+            for place, cells in self.cells.items()
+            for column, cell in cells.items()
+            if column != "recommended"
+        ]
+
+    def adopt(self, path: Path) -> None:
+        """Take the cells of another board, of its `.jsonl` file, where all columns of a place are there and none is here.
+
+        A place that was only begun elsewhere is measured anew, since its rivals start from the runs of its chain.
+
+        Raises:
+            DataError: The file is not there, or it is no board.
+        """
+        found: dict[Place, dict[str, Cell]] = defaultdict(dict)
+        for row in read_rows(path):
+            if not {*Place._fields, "column", ACCURACY} <= row.keys():
+                raise DataError(f"{path}: a line is no cell of a scoreboard; give the .jsonl beside its document")
+            place = Place(*(row.pop(key) for key in Place._fields))
+            found[place][row.pop("column")] = row
+        if not found:
+            raise DataError(f"{path}: there are no cells of a scoreboard; give the .jsonl beside its document")
+        for place in self.places:
+            if not self.cells[place] and set(TITLES) - {"recommended"} == set(found[place]):
+                for column, cell in found[place].items():
+                    self.write(place, column, cell)
 
     def rows(self) -> list[tuple[str, str]]:
         """Data sets and regimes, in the order asked for."""
@@ -212,7 +244,7 @@ class Board:
 
 
 def write_document(board: Board, path: Path, command: str, machine: str, configs: str) -> None:
-    """Write the board as a Markdown page, with its figure beside it in images/.
+    """Write the board as a Markdown page, with its figure in images/ and its cells in a `.jsonl` file beside it.
 
     Args:
         board: The board.
@@ -243,6 +275,7 @@ def write_document(board: Board, path: Path, command: str, machine: str, configs
         f"```json\n{json.dumps(found, indent=1)}\n```",
     ]
     replace_text(path, "\n\n".join(part.strip() for part in parts) + "\n")
+    replace_text(path.with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in board.lines()))
 
 
 def gains_figure(board: Board) -> Paint:

@@ -94,6 +94,25 @@ def test_a_partial_board_says_what_is_missing_and_an_empty_one_has_no_numbers(tm
     assert nothing["cells_compared"] == 0
 
 
+def test_complete_cells_of_another_board_are_taken_and_begun_ones_are_not(tmp_path: Path) -> None:
+    board = filled(tmp_path / "cells")
+    for seed in (0, 1):
+        board.write(Place("digits", "4", seed), "stage-3-student", cell(70 + seed))
+    board.write(PLACES[3], "majority", cell(11))
+    write_document(board, tmp_path / "board.md", "python -m studies.scoreboard", "2 cores", "demo")
+    other = Board(tmp_path / "other", PLACES)
+    other.write(PLACES[0], "majority", cell(12))  # begun here, so it goes on here
+    other.adopt(tmp_path / "board.jsonl")
+    again = Board(other.folder, PLACES)
+    assert [len(again.cells[place]) for place in PLACES] == [1, 0, len(TITLES), 0]
+    assert again.cells[PLACES[2]] == board.cells[PLACES[2]]
+    (tmp_path / "run.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(DataError, match="a line is no cell of a scoreboard"):
+        other.adopt(tmp_path / "run.jsonl")
+    with pytest.raises(DataError, match="there are no cells of a scoreboard"):
+        other.adopt(tmp_path / "none.jsonl")
+
+
 def test_the_recommended_column_is_the_export_unless_validation_establishes_another(tmp_path: Path) -> None:
     board = Board(tmp_path, PLACES[:1])
     place = PLACES[0]

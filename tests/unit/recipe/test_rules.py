@@ -45,7 +45,7 @@ LOOKS = st.builds(
     st.booleans(),
     st.booleans(),
     st.integers(100, 10**5),
-    st.sampled_from(["auto", "efficientvim", "vision_mamba"]),
+    st.sampled_from(["auto", *networks.FAMILIES]),
 )
 def test_every_recipe_is_a_valid_config(facts: Look, gpu: bool, flips: bool, number: int, asked: Any) -> None:
     family = networks.family(facts, gpu, asked)
@@ -85,6 +85,8 @@ def test_a_smaller_view_comes_after_all_models_of_the_first() -> None:
     sides = rules.image_sizes(look(height=64, width=64), gpu=False)
     found = [(c.value["name"], c.value["image_size"]) for c in networks.candidates("efficientvim", sides)]
     assert found == [("efficientvim_mini", 64), ("efficientvim_nano", 64), ("efficientvim_nano", 32)]
+    small = networks.candidates("small_resnet", sides)
+    assert [c.value["image_size"] for c in small] == [64, 32]
     assert len(rules.image_sizes(look(height=28, width=28), gpu=True)) == 1
 
 
@@ -105,8 +107,10 @@ def test_learning_rates_follow_the_root_of_the_batch_and_the_inverse_of_the_widt
             )  # two digits
 
 
-@pytest.mark.parametrize(("family", "kind"), [("efficientvim", "muon"), ("resnet", "adamw"), ("vision_mamba", "adamw")])
-def test_an_efficientvim_learns_by_muon_in_every_stage(family: networks.Family, kind: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), [
+    ("efficientvim", "muon"), ("small_resnet", "muon"), ("resnet", "adamw"), ("vision_mamba", "adamw")
+])  # fmt: skip
+def test_small_networks_learn_by_muon_in_every_stage(family: networks.Family, kind: str) -> None:
     drafts = compose(
         "mine", {"train": "x"}, look(), FlipTest(False, "x"), ColourTest(False, "x"), gpu=False, family=Choice(family, ""),
         network=networks.candidates(family, [Choice(32, "words")])[0],
@@ -132,7 +136,7 @@ def test_pretraining_is_for_many_images_on_a_gpu_or_by_wish() -> None:
     many, fewer = look(images=networks.MANY_IMAGES), look(images=networks.MANY_IMAGES - 1)
     assert networks.family(many, gpu=True).value == "vision_mamba"
     assert networks.family(fewer, gpu=True).value == "resnet"
-    assert networks.family(many, gpu=False).value == "efficientvim"
+    assert networks.family(many, gpu=False).value == "small_resnet"
     assert networks.family(fewer, gpu=False, asked="vision_mamba").value == "vision_mamba"
 
 
@@ -158,7 +162,7 @@ def test_more_unlabelled_images_get_more_of_the_time_for_stages_1_and_3() -> Non
     assert many["arm"] > few["arm"]
     assert many["semi"] > few["semi"]
     assert sum(few.values()) == pytest.approx(sum(many.values())) == pytest.approx(1)
-    assert rules.shares(look(labelled=(9, 9)), networks.stages("efficientvim")) == {"distill": 0.75, "semi": 0.25}
+    assert rules.shares(look(labelled=(9, 9)), networks.stages("small_resnet")) == {"distill": 0.75, "semi": 0.25}
 
 
 def test_unlabelled_images_end_stage_2_after_a_third_of_the_epochs() -> None:
