@@ -13,10 +13,10 @@ TORCH_PINS = $(shell grep -E '^torch(vision)?==' requirements.txt)
 export PYTHONUNBUFFERED := 1
 
 # make takes any variable, so a misspelt one would do nothing.
-VARIABLES := ARGS BUDGET CASES CLUSTER CONFIG CONFIGS DATA EXPERIMENT EXPORT FOLDS JOBS MINUTES MODELS NAME NPROC PY PYTHON RUNS \
-	SEED SEEDS SHELL SIMD STUDY_SEEDS TORCH_INDEX TORCH_PINS TORCH_URL
-UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))
-$(if $(UNKNOWN),$(error no target reads $(UNKNOWN). Variables are $(filter-out PY SHELL TORCH_PINS TORCH_URL,$(VARIABLES)); values of configs go into ARGS="a.b=1"))
+VARIABLES := ARGS BUDGET CASES CLUSTER CONFIG CONFIGS DATA EXPERIMENT EXPORT FOLDS JOBS MINUTES MODELS NAME NPROC PYTHON RUNS SEED \
+	SEEDS SIMD STUDY_SEEDS TORCH_INDEX
+UNKNOWN := $(filter-out $(VARIABLES) PY SHELL,$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))
+$(if $(UNKNOWN),$(error no target reads $(UNKNOWN). Variables are $(VARIABLES); values of configs go into ARGS="a.b=1"))
 
 .DEFAULT_GOAL := help
 .PHONY: help install data demo test test-slurm test-package soak fuzz check format requirements docs docs-serve docs-reference

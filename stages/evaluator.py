@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.datasets.imbalance import class_groups
 from pipeline.datasets.manifest import Manifest
 from pipeline.evaluate import metrics
-from pipeline.evaluate.calibration import Calibration, calibrate, probabilities
+from pipeline.evaluate.calibration import Calibration, calibrate
 from pipeline.evaluate.open_set import with_outside
 from pipeline.evaluate.predictions import Predictions, collect_logits, predict, predict_at
 from pipeline.exports.selected import Selected
@@ -25,9 +25,7 @@ from stages.spec import StageData, in_words
 logger = logging.getLogger(__name__)
 
 MOST_FOR_CALIBRATION = 20_000  # validation images that the one number of a temperature is fitted on
-ENOUGH_ALONE = (
-    1000  # validation images from which what the run started from says less than a hundredth about a temperature
-)
+ENOUGH_ALONE = 1000  # validation images beside which what the run started from counts for less than a hundredth
 
 
 class Evaluator:
@@ -161,11 +159,13 @@ class Evaluator:
             temperature: That of its card.
             image_size: (height, width) in pixels.
         """
+        from scipy.special import softmax  # a fifth of a second, which stages 1 and 2 need not wait for
+
         manifest, sample_indices = self.data.held_out
         if 0 < len(sample_indices) < ENOUGH_ALONE:
             images = self._images(manifest, sample_indices, image_size)
             _, logits = collect_logits(model.to(self.world.device), images, self.world.device)
-            self._start = probabilities(logits / temperature)
+            self._start = softmax(logits / temperature, axis=1)
 
     def calibrate(self, models: Mapping[str, nn.Module], image_size: tuple[int, int]) -> None:
         """Fit the temperature of each model on the validation set (collective). `test` and the export apply it."""

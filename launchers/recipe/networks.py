@@ -13,7 +13,7 @@ from launchers.recipe.look import Look
 Family = Literal["efficientvim", "resnet", "small_resnet", "vision_mamba"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-# A tenth of a ResNet-18's parameters and a fifth of its work; the names are those of timm's arguments.
+# A ninth of a ResNet-18's parameters and a fifth of its work; the names are those of timm's arguments.
 SMALL_RESNET = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}
 PATCHES = {32: 4, 64: 8, 128: 8, 192: 16}  # side -> patch
 CLUSTERS = {32: 8, 64: 16, 128: 32, 192: 64}  # side -> ARM's cluster; 16 clusters, or 9 at 192 as in ARM

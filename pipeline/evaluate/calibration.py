@@ -107,12 +107,6 @@ def calibrate(
     return Calibration(fitted, f"temperature {fitted:.3f}: {compared}")
 
 
-def probabilities(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the softmax (N, C) of logits (N, C)."""
-    shifted: NDArray[np.float64] = np.exp(logits - logits.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)
-
-
 def losses(logits: NDArray[np.float64], targets: NDArray[Any]) -> NDArray[np.float64]:
     """Return the cross-entropy (N,), in nats, of logits (N, C) with true classes (N,) or probabilities (N, C)."""
     shifted = logits - logits.max(1, keepdims=True)

@@ -193,7 +193,8 @@ def _orthogonal(matrices: Tensor) -> Tensor:
     """Return about U V' of each of the matrices (k, m, n) = U S V' with m <= n; of zeros it is zero."""
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-30)
     if x.device.type == "cpu" and x.shape[1] * x[0].numel() >= _LARGE:
-        return torch.stack([_by_linear(matrix) for matrix in x])
+        one = _by_square if x.shape[2] >= 2 * x.shape[1] else _by_linear
+        return torch.stack([one(matrix) for matrix in x])
     a, b, c = ITERATION
     if x.device.type == "cuda":
         x = x.bfloat16()
@@ -205,30 +206,30 @@ def _orthogonal(matrices: Tensor) -> Tensor:
 
 def _by_linear(x: Tensor) -> Tensor:
     """Iterate one matrix (m, n) by the products of `pipeline.ops.linear`, which on some processors take half the time."""
-    if x.shape[1] >= 2 * x.shape[0]:
-        return _by_square(x)
-    a, b, c = ITERATION
     for _ in range(ITERATIONS):
-        square = linear(x, x)  # X X'
-        factor = torch.add(b * square, linear(square, square), alpha=c)  # symmetric, as `square` is
-        x = torch.add(linear(factor, x.t()), x, alpha=a)
+        x = linear(_factor(linear(x, x)), x.t())
     return x
 
 
 def _by_square(x: Tensor) -> Tensor:
     """Iterate a wide matrix (m, n) by S = X X' (m, m) alone: only two of the products are n long, in place of ten.
 
-    A step multiplies X by F = a + b S + c S^2. It is symmetric and commutes with S, so S becomes F S F, and the product of all
-    steps' F multiplies X once. Rounding grows where S is small: to a percent of the result for an X of rank 1, which is less than
-    bf16 loses on a GPU, and to a tenth of that for gradients of higher rank.
+    A step multiplies X by F of `_factor`. It commutes with S, so S becomes F S F, and the product of all steps' F multiplies X
+    once. Rounding grows where S is small: to about a percent of the result for an X of rank 1 or 2, less at higher rank (a test
+    has the bounds).
     """
-    a, b, c = ITERATION
     square = linear(x, x)
-    whole = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for k in range(ITERATIONS):
-        factor = torch.add(b * square, linear(square, square), alpha=c)
-        factor.diagonal().add_(a)
+    factor = whole = _factor(square)
+    for _ in range(ITERATIONS - 1):
+        square = linear(linear(factor, square), factor)
+        factor = _factor(square)
         whole = linear(whole, factor)
-        if k < ITERATIONS - 1:
-            square = linear(linear(factor, square), factor)
     return linear(whole, x.t())
+
+
+def _factor(square: Tensor) -> Tensor:
+    """Return F = a + b S + c S^2 (m, m), symmetric as S is."""
+    a, b, c = ITERATION
+    factor = torch.add(b * square, linear(square, square), alpha=c)
+    factor.diagonal().add_(a)
+    return factor

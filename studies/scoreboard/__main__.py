@@ -38,7 +38,7 @@ from studies.scoreboard.columns import JOBS
 from studies.scoreboard.pictures import Case
 from studies.scoreboard.recipe import Chain
 
-# Counted work, so that a board gives the same numbers beside other work: about a minute and a half of one thread of a Zen 5.
+# Counted work, so that a board gives the same numbers beside other work; docs/scoreboard.md has the seconds.
 CHAIN_BUDGET = "2.2T"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -91,7 +91,8 @@ def _run(arguments: list[str]) -> int:
     chain = Chain(Path("runs") / f"scoreboard-{given.configs}", given.configs, given.chain_budget)
     board = Board(chain.runs / "cells", places)
     if given.known:
-        board.adopt(given.known)
+        taken = board.adopt(given.known)
+        print(f"{given.known}: {taken} places are complete there and not begun here, and are taken", file=sys.stderr)
     # Most labels first, since the first case of a data set tunes its rival.
     ordered = sorted(places, key=lambda p: (given.seeds.index(p.seed), pictures.MEASURED.index(p.regime)))
     open_jobs = [(place, job) for place in ordered for job in JOBS

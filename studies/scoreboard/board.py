@@ -91,10 +91,13 @@ class Board:
             if column != "recommended"
         ]
 
-    def adopt(self, path: Path) -> None:
+    def adopt(self, path: Path) -> int:
         """Take the cells of another board, of its `.jsonl` file, where all columns of a place are there and none is here.
 
         A place that was only begun elsewhere is measured anew, since its rivals start from the runs of its chain.
+
+        Returns:
+            How many places were taken.
 
         Raises:
             DataError: The file is not there, or it is no board.
@@ -107,10 +110,12 @@ class Board:
             found[place][row.pop("column")] = row
         if not found:
             raise DataError(f"{path}: there are no cells of a scoreboard; give the .jsonl beside its document")
-        for place in self.places:
-            if not self.cells[place] and set(TITLES) - {"recommended"} == set(found[place]):
-                for column, cell in found[place].items():
-                    self.write(place, column, cell)
+        every = set(TITLES) - {"recommended"}
+        taken = [place for place in self.places if not self.cells[place] and set(found[place]) == every]
+        for place in taken:
+            for column, cell in found[place].items():
+                self.write(place, column, cell)
+        return len(taken)
 
     def rows(self) -> list[tuple[str, str]]:
         """Data sets and regimes, in the order asked for."""

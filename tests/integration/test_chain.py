@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.special import softmax
 
 from pipeline.config import load_config
 from pipeline.datasets.manifest import read_manifest
 from pipeline.datasets.splits import read_split
-from pipeline.evaluate.calibration import calibrate, probabilities
+from pipeline.evaluate.calibration import calibrate
 from pipeline.evaluate.predictions import collect_logits
 from pipeline.exports.card import Card
 from pipeline.exports.export import load_export
@@ -90,7 +91,7 @@ def test_stage_3_is_calibrated_by_its_labels_and_by_what_it_started_from(chain: 
         views = eval_views(size, mean=data.mean, std=data.std, view=data.view, decoding=data.decoding)
         batches = evaluation_batches(manifest, held_out, batch_size=50, rank=0, world_size=1, views=views, device=cpu)
         labels, logits[stage] = collect_logits(model, batches, cpu)
-    start = probabilities(logits["distill"] / cards["distill"].temperature)
+    start = softmax(logits["distill"] / cards["distill"].temperature, axis=1)
     with_start, without = calibrate(logits["semi"], labels, start), calibrate(logits["semi"], labels)
     assert cards["semi"].temperature == pytest.approx(with_start.temperature, rel=1e-4)
     assert cards["semi"].temperature != pytest.approx(without.temperature, rel=1e-4)

@@ -102,7 +102,7 @@ def test_complete_cells_of_another_board_are_taken_and_begun_ones_are_not(tmp_pa
     write_document(board, tmp_path / "board.md", "python -m studies.scoreboard", "2 cores", "demo")
     other = Board(tmp_path / "other", PLACES)
     other.write(PLACES[0], "majority", cell(12))  # begun here, so it goes on here
-    other.adopt(tmp_path / "board.jsonl")
+    assert other.adopt(tmp_path / "board.jsonl") == 1
     again = Board(other.folder, PLACES)
     assert [len(again.cells[place]) for place in PLACES] == [1, 0, len(TITLES), 0]
     assert again.cells[PLACES[2]] == board.cells[PLACES[2]]
